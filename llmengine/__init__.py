@@ -1,0 +1,107 @@
+"""llmengine: asyncio-first streaming inference for large language models, with in-flight batching.
+
+Names are imported when first used: importing the package loads neither torch nor transformers and has no effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmengine.batch import BackendInfo, TokenLogprobs
+    from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
+    from llmengine.engine.handle import RequestHandle
+    from llmengine.engine.stats import EngineHealth, EngineStats
+    from llmengine.errors import (
+        ConfigError,
+        CorruptFileError,
+        EngineClosedError,
+        EngineDeadError,
+        EngineError,
+        InvalidRequestError,
+        LLMEngineError,
+        ModelLoadError,
+        OutOfMemoryError,
+        PromptTooLongError,
+        QueueFullError,
+        RequestError,
+        RequestFailedError,
+        UnsupportedModelError,
+    )
+    from llmengine.llm import LLM
+    from llmengine.outputs import FinishReason, GenerationOutput, RequestTimeline
+    from llmengine.sampling_params import SamplingParams
+
+_HOMES = {
+    "llmengine.batch": ("BackendInfo", "TokenLogprobs"),
+    "llmengine.config": ("KvCacheConfig", "ModelConfig", "ParallelConfig", "QuantConfig", "SchedulerConfig"),
+    "llmengine.engine.handle": ("RequestHandle",),
+    "llmengine.engine.stats": ("EngineHealth", "EngineStats"),
+    "llmengine.errors": (
+        "ConfigError",
+        "CorruptFileError",
+        "EngineClosedError",
+        "EngineDeadError",
+        "EngineError",
+        "InvalidRequestError",
+        "LLMEngineError",
+        "ModelLoadError",
+        "OutOfMemoryError",
+        "PromptTooLongError",
+        "QueueFullError",
+        "RequestError",
+        "RequestFailedError",
+        "UnsupportedModelError",
+    ),
+    "llmengine.llm": ("LLM",),
+    "llmengine.outputs": ("FinishReason", "GenerationOutput", "RequestTimeline"),
+    "llmengine.sampling_params": ("SamplingParams",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "BackendInfo",
+    "ConfigError",
+    "CorruptFileError",
+    "EngineClosedError",
+    "EngineDeadError",
+    "EngineError",
+    "EngineHealth",
+    "EngineStats",
+    "FinishReason",
+    "GenerationOutput",
+    "InvalidRequestError",
+    "KvCacheConfig",
+    "LLMEngineError",
+    "ModelConfig",
+    "ModelLoadError",
+    "OutOfMemoryError",
+    "ParallelConfig",
+    "PromptTooLongError",
+    "QuantConfig",
+    "QueueFullError",
+    "RequestError",
+    "RequestFailedError",
+    "RequestHandle",
+    "RequestTimeline",
+    "SamplingParams",
+    "SchedulerConfig",
+    "TokenLogprobs",
+    "UnsupportedModelError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'llmengine' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

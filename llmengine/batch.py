@@ -1,0 +1,151 @@
+"""The seam between engine and backends: one step's work and its result, as plain data.
+
+Steps run in order. The engine may launch step N+1 before it has collected step N (up to
+`BackendInfo.max_steps_in_flight`), so the ids sampled in step N can be inputs of step N+1 that the host does not know
+yet: a row then brings one token id fewer than `num_tokens`, and the backend takes the missing last one from the slot,
+where it left it when it sampled it. Blocks freed by the engine may be handed out again at once: step order makes
+that safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llmengine.sampling_params import SamplingParams
+
+NULL_BLOCK = 0
+"""Block id that belongs to no request; padding reads and writes go there."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotInit:
+    """A request takes a slot (newly admitted, or resumed after preemption): replaces all state of that slot.
+
+    Attributes:
+        slot: row of the backend's persistent per-request state, in [0, max_batch_size).
+        token_ids: every token known so far, prompt first.
+        num_prompt_tokens: how many of them are the prompt.
+        sampling_params: as the caller gave them.
+        seed: resolved seed. The random number for the token at position p is a function of (seed, p) alone.
+        stop_token_ids: EOS ids (unless ignored) and the caller's stop ids; masked out of the logits while fewer than
+            `sampling_params.min_new_tokens` tokens were generated.
+    """
+
+    slot: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One request's part of a step: compute tokens at positions [start, start + num_tokens).
+
+    Attributes:
+        slot: the request's slot.
+        start: position of the first token; KV of [0, start) is in the slot's blocks.
+        num_tokens: how many tokens, >= 1.
+        token_ids: their ids; one fewer than num_tokens when the last is the slot's latest sampled token.
+        new_block_ids: blocks appended to the slot's block table before this step (after `SlotInit`: the whole table).
+            Token at position p lives in block_table[p // block_size], row p % block_size.
+        sample: sample a token from the last position's logits; it becomes the token at start + num_tokens.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    token_ids: Sequence[int]
+    new_block_ids: Sequence[int]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `rows` hold each slot at most once; `slot_inits` come before them."""
+
+    step: int
+    rows: Sequence[BatchRow]
+    slot_inits: Sequence[SlotInit] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes in this step."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated position: the chosen token's, and the likeliest (ids, values), best first."""
+
+    logprob: float
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled.
+
+    Attributes:
+        step: the batch's step number.
+        token_ids: slot -> sampled token id, for each row with `sample` that did not fail.
+        logprobs: slot -> log-probabilities, for rows whose parameters ask for them.
+        errors: slot -> cause, for rows that failed alone (non-finite logits); the others are sound.
+        forward_s: seconds that the model's forward pass took, without sampling and input preparation.
+    """
+
+    step: int
+    token_ids: Mapping[int, int]
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    errors: Mapping[int, str] = field(default_factory=dict)
+    forward_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """What the engine must know of a ready backend.
+
+    Attributes:
+        description: one line for people: backend, device, dtype and weight formats with what measuring chose.
+        vocab_size: logits per position; token ids are in [0, vocab_size).
+        max_model_len: most tokens of one request, prompt and output together.
+        num_blocks: KV blocks, `NULL_BLOCK` included (so num_blocks - 1 can be handed out).
+        block_size: tokens a block.
+        kv_bytes_per_block: bytes of one block over all layers.
+        weight_bytes: bytes of the resident weights.
+        max_steps_in_flight: how many steps may be launched and not yet collected, >= 1.
+    """
+
+    description: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    kv_bytes_per_block: int
+    weight_bytes: int
+    max_steps_in_flight: int = 1
+
+
+class Backend(Protocol):
+    """Runs batches on a device. One thread makes it, calls it and closes it.
+
+    An exception from `launch` or `collect` is fatal for the engine; what concerns one row goes into
+    `StepResult.errors`.
+    """
+
+    @property
+    def info(self) -> BackendInfo:
+        """Facts that do not change while the backend lives."""
+
+    def launch(self, batch: Batch) -> None:
+        """Queue one step. May return before it is done; at most `max_steps_in_flight` are outstanding."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest outstanding step and return its result."""
+
+    def close(self) -> None:
+        """Release device memory; idempotent."""

@@ -1,0 +1,216 @@
+"""What a user configures. Mutable until `LLM` takes its own frozen copy; an unknown name raises at once.
+
+Each class is a slots dataclass, so a mistyped field raises `TypeError` in the constructor and `AttributeError` in an
+assignment. `resolve()` checks every value and returns an independent frozen copy; from then on assignments raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from llmengine.errors import ConfigError
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+BackendName = Literal["auto", "torch", "tensorrt"]
+WeightFormat = Literal["none", "int8", "int4"]
+
+
+class _Settings:
+    """Copy, check and freeze, shared by the configuration classes."""
+
+    __slots__ = ("_frozen",)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_frozen", False):
+            raise ConfigError(f"{type(self).__name__} is in use by an LLM and cannot be changed ({name}={value!r})")
+        object.__setattr__(self, name, value)
+
+    def resolve(self) -> Self:
+        """Return a checked, frozen copy; raises `ConfigError` naming the field, the value and the range."""
+        values = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            values[item.name] = value.resolve() if isinstance(value, _Settings) else value
+        copy = type(self)(**values)
+        copy._check()
+        object.__setattr__(copy, "_frozen", True)
+        return copy
+
+    def _check(self) -> None:
+        """Raise `ConfigError` for a value that is out of range."""
+
+
+@dataclass(slots=True)
+class ParallelConfig(_Settings):
+    """How many ranks share the model. Only 1 x 1 runs so far; more raises at `LLM()`."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+
+    def _check(self) -> None:
+        _require_int("parallel_config.tp_size", self.tp_size, 1)
+        _require_int("parallel_config.pp_size", self.pp_size, 1)
+        if self.tp_size * self.pp_size > 1:
+            raise ConfigError(
+                f"parallel_config.tp_size={self.tp_size}, pp_size={self.pp_size}: this version runs on one rank only; "
+                "set both to 1"
+            )
+
+
+@dataclass(slots=True)
+class QuantConfig(_Settings):
+    """What may be quantized.
+
+    Attributes:
+        weights: "none", "int8" (per-output-channel weights, activations quantized on the fly where the kernel
+            does so) or "int4" (groups of `group_size`).
+        group_size: weights that share one scale, for int4.
+    """
+
+    weights: WeightFormat = "none"
+    group_size: int = 128
+
+    def init_from_description(
+        self,
+        quantize_weights: bool = False,
+        quantize_activations: bool = False,
+        per_token: bool = False,
+        per_channel: bool = False,
+        per_group: bool = False,
+        use_int4_weights: bool = False,
+        group_size: int = 128,
+    ) -> None:
+        """Set from the flags of TensorRT-LLM's `QuantMode.from_description`.
+
+        Raises `ConfigError` for combinations that no format has.
+        """
+        if (quantize_activations or use_int4_weights or per_group or per_channel or per_token) and not quantize_weights:
+            raise ConfigError("quantize_weights=False excludes every other quantization flag")
+        if use_int4_weights and quantize_activations:
+            raise ConfigError("use_int4_weights=True is weight-only: set quantize_activations=False")
+        if per_group and not use_int4_weights:
+            raise ConfigError("per_group=True needs use_int4_weights=True")
+        self.weights = "int4" if use_int4_weights else "int8" if quantize_weights else "none"
+        self.group_size = group_size
+
+    def _check(self) -> None:
+        _require_choice("quant_config.weights", self.weights, ("none", "int8", "int4"))
+        _require_int("quant_config.group_size", self.group_size, 16)
+
+
+@dataclass(slots=True)
+class KvCacheConfig(_Settings):
+    """Size and behaviour of the paged KV cache.
+
+    Attributes:
+        free_memory_fraction: share of the memory that is free after the weights are loaded, in (0, 1]; None: 0.9 on
+            an accelerator, 0.2 on a CPU, where other programs share it.
+        max_bytes: upper bound in bytes; with both, the smaller wins.
+        block_size: tokens a block, a power of two.
+        enable_prefix_caching: reuse KV blocks of equal prefixes across requests.
+    """
+
+    free_memory_fraction: float | None = None
+    max_bytes: int | None = None
+    block_size: int = 32
+    enable_prefix_caching: bool = True
+
+    def _check(self) -> None:
+        fraction = self.free_memory_fraction
+        if fraction is not None and not 0.0 < fraction <= 1.0:
+            raise ConfigError(f"kv_cache_config.free_memory_fraction={fraction} is outside (0, 1]")
+        if self.max_bytes is not None:
+            _require_int("kv_cache_config.max_bytes", self.max_bytes, 1)
+        _require_int("kv_cache_config.block_size", self.block_size, 1)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"kv_cache_config.block_size={self.block_size} is not a power of two")
+
+
+@dataclass(slots=True)
+class SchedulerConfig(_Settings):
+    """Limits of a step and of the queue.
+
+    Attributes:
+        max_batch_size: most requests in one step.
+        max_tokens_per_step: most tokens in one step; longer prompts are computed in chunks.
+        max_tokens_per_mixed_step: the same for a step that also decodes, lower so that a prompt delays the tokens
+            of running requests by a bounded time.
+        max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`.
+        max_queued_tokens: most prompt tokens of waiting requests; a request that finds the queue empty always fits.
+        max_preemptions: a request preempted this often is not chosen again while another can be.
+    """
+
+    max_batch_size: int = 64
+    max_tokens_per_step: int = 512
+    max_tokens_per_mixed_step: int = 256
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 4_000_000
+    max_preemptions: int = 3
+
+    def _check(self) -> None:
+        for item in dataclasses.fields(self):
+            _require_int(f"scheduler_config.{item.name}", getattr(self, item.name), 1)
+        if self.max_tokens_per_step < self.max_batch_size:
+            raise ConfigError(
+                f"scheduler_config.max_tokens_per_step={self.max_tokens_per_step} is below "
+                f"max_batch_size={self.max_batch_size}: each decoding request needs one token a step"
+            )
+        if not self.max_batch_size <= self.max_tokens_per_mixed_step <= self.max_tokens_per_step:
+            raise ConfigError(
+                f"scheduler_config.max_tokens_per_mixed_step={self.max_tokens_per_mixed_step} is outside "
+                f"[max_batch_size={self.max_batch_size}, max_tokens_per_step={self.max_tokens_per_step}]"
+            )
+
+
+@dataclass(slots=True)
+class ModelConfig(_Settings):
+    """What to load and how to run it.
+
+    Attributes:
+        model_dir: a Hugging Face directory, a `.gguf` file or a directory with one, or a directory that `LLM.save()`
+            wrote; which of them is found out.
+        dtype: of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: "auto", "torch" or "tensorrt".
+        max_model_len: most tokens of one request, prompt and output; None: the model's context length.
+        num_threads: CPU threads of the forward pass; None: torch's default.
+        load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
+    """
+
+    model_dir: str | Path
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    quant_config: QuantConfig = field(default_factory=QuantConfig)
+    kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
+    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dtype: DType = "auto"
+    device: str = "auto"
+    backend: BackendName = "auto"
+    max_model_len: int | None = None
+    num_threads: int | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+
+    def _check(self) -> None:
+        if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):
+            raise ConfigError(f"model_dir={self.model_dir!r} is not a path")
+        _require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
+        _require_choice("load_format", self.load_format, ("auto", "dummy"))
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
+            raise ConfigError(f"device={self.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
+        if self.max_model_len is not None:
+            _require_int("max_model_len", self.max_model_len, 2)
+        if self.num_threads is not None:
+            _require_int("num_threads", self.num_threads, 1)
+
+
+def _require_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name}={value!r} is not an integer >= {low}")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")

@@ -1,0 +1,321 @@
+"""Engine: the thread that owns scheduler and backend, and the thread-safe door to it.
+
+The thread runs an event loop of its own (uvloop where installed), never the caller's. It steps while there is work
+and sleeps in the loop otherwise. Everybody else talks to it through one deque of commands, which it empties between
+two steps, so scheduler state needs no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import heapq
+import importlib.util
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import anyio
+
+from llmengine.batch import Backend, BackendInfo
+from llmengine.config import KvCacheConfig, SchedulerConfig
+from llmengine.engine.admission import Admission
+from llmengine.engine.kv_cache import KVCacheManager
+from llmengine.engine.request import Request
+from llmengine.engine.scheduler import Scheduler
+from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
+from llmengine.engine.stream import OutputStream, Waiter, wake
+from llmengine.errors import EngineClosedError, EngineDeadError, EngineError
+from llmengine.outputs import FinishReason
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Something for the engine thread to do, and what to do instead when the thread has ended."""
+
+    run: Callable[[], None]
+    refuse: Callable[[EngineError], None]
+
+
+class Engine:
+    """Serves requests with one backend until stopped. Every public method may be called from any thread.
+
+    `backend_factory` runs on the engine thread, so that one thread makes, uses and closes the backend.
+    """
+
+    def __init__(
+        self, backend_factory: Callable[[], Backend], scheduler_config: SchedulerConfig, kv_cache_config: KvCacheConfig
+    ) -> None:
+        self.admission = Admission(scheduler_config)
+        self.state: EngineState = "loading"
+        self.failure: BaseException | None = None
+        self._backend_factory = backend_factory
+        self._scheduler_config = scheduler_config
+        self._kv_cache_config = kv_cache_config
+        self._ready: Future[BackendInfo] = Future()
+        self._commands: deque[_Command] = deque()
+        self._wake_up: Callable[[], object] | None = None
+        self._ended = False
+        self._stop_at: float | None = None
+        self._requests: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._counters = EngineCounters()
+        self._last_step_s = 0.0
+        self._last_step_at = time.monotonic()
+        self._description = ""
+        self._scheduler: Scheduler
+        self._backend: Backend
+        self._thread = threading.Thread(target=self._run, name="llmengine", daemon=True)
+
+    def start(self) -> BackendInfo:
+        """Start the thread and block until the backend is ready; raises what the factory raised."""
+        self._thread.start()
+        return self._ready.result()
+
+    def submit(self, request: Request) -> None:
+        """Hand a request over; raises `EngineClosedError` or `EngineDeadError`."""
+        self.check_open()
+        self._send(partial(self._add, request), partial(_fail_stream, request.stream))
+
+    def abort(self, stream: OutputStream) -> None:
+        """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
+        if not stream.abort_requested and not stream.ended:
+            stream.abort_requested = True
+            self._send(partial(self._abort, stream.log.request_id), _ignore)
+
+    def call(self, function: Callable[[Backend], T]) -> Future[T]:
+        """Run a function on the engine thread between two steps; raises like `submit()`."""
+        self.check_open()
+        future: Future[T] = Future()
+        self._send(partial(self._call, function, future), future.set_exception)
+        return future
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+        self._send(partial(self._set_stop_at, time.monotonic() + drain_s), _ignore)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Block until the thread has ended and the backend is closed; False when `timeout_s` passed first."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def check_open(self) -> None:
+        """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless new work is accepted."""
+        if self.state not in ("loading", "ready"):
+            raise self._refusal()
+
+    def check_integrity(self) -> None:
+        """Assert the scheduler's invariants between two steps; blocks until that is done."""
+        self.call(lambda _: self._scheduler.check_integrity()).result()
+
+    def stats(self) -> EngineStats:
+        """Return current counts. Taken beside the running engine: each is right, but not all are of one moment."""
+        scheduler = self._scheduler
+        kv_cache = scheduler.kv_cache
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_queued=self.admission.num_requests,
+            num_used_blocks=kv_cache.num_used_blocks,
+            num_cached_blocks=kv_cache.num_cached_blocks,
+            num_free_blocks=kv_cache.num_available_blocks - kv_cache.num_cached_blocks,
+            block_size=kv_cache.block_size,
+            num_queried_tokens=kv_cache.num_queried_tokens,
+            num_hit_tokens=kv_cache.num_hit_tokens,
+            last_step_s=self._last_step_s,
+            counters=copy.copy(self._counters),
+        )
+
+    def health(self) -> EngineHealth:
+        """Return the state, and what killed a dead engine."""
+        failure = None if self.failure is None else repr(self.failure)
+        return EngineHealth(self.state, self._description, failure, time.monotonic() - self._last_step_at)
+
+    def _refusal(self) -> EngineError:
+        if self.state != "dead":
+            return EngineClosedError("the LLM is closed")
+        error = EngineDeadError(f"the engine stopped for a fault: {self.failure!r}")
+        error.__cause__ = self.failure
+        return error
+
+    def _send(self, run: Callable[[], None], refuse: Callable[[EngineError], None]) -> None:
+        """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
+        self._commands.append(_Command(run, refuse))
+        if (wake_up := self._wake_up) is not None:
+            try:
+                wake_up()
+            except RuntimeError:
+                assert self._ended, "the engine's loop closed before the engine ended"
+        if self._ended:  # the thread may have emptied the deque before the append
+            self._refuse_commands()
+
+    def _refuse_commands(self) -> None:
+        while self._commands:
+            try:
+                command = self._commands.popleft()
+            except IndexError:
+                return
+            command.refuse(self._refusal())
+
+    # Everything below runs on the engine thread.
+
+    def _run(self) -> None:
+        use_uvloop = importlib.util.find_spec("uvloop") is not None
+        try:
+            anyio.run(self._main, backend="asyncio", backend_options={"use_uvloop": use_uvloop})
+            self.state = "closed"
+        except BaseException as failure:
+            self.failure = failure
+            self.state = "dead"
+            if not self._ready.done():
+                self._ready.set_exception(failure)
+            else:
+                logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
+        finally:
+            self._fail_requests()
+            self._ended = True
+            self._refuse_commands()
+
+    async def _main(self) -> None:
+        self._backend = self._backend_factory()
+        # The factory may hold the weights' source; the backend has them now.
+        del self._backend_factory
+        try:
+            info = self._backend.info
+            kv_cache = KVCacheManager(
+                info.num_blocks, info.block_size, enable_prefix_caching=self._kv_cache_config.enable_prefix_caching
+            )
+            self._scheduler = Scheduler(self._scheduler_config, kv_cache, self._counters)
+            self._description = info.description
+            if self.state == "loading":
+                self.state = "ready"
+            self._ready.set_result(info)
+            await self._step_until_stopped()
+        finally:
+            self._backend.close()
+            del self._backend
+
+    async def _step_until_stopped(self) -> None:
+        scheduler = self._scheduler
+        while True:
+            self._run_commands()
+            self._expire_requests()
+            if self._stop_at is not None and (time.monotonic() >= self._stop_at or not self._requests):
+                for request in list(self._requests.values()):
+                    self._finish(request, "abort")
+                return
+            if scheduler.has_requests or scheduler.num_steps_in_flight:
+                self._step()
+            else:
+                await self._sleep()
+
+    def _step(self) -> None:
+        """Launch what may be in flight, collect the oldest step, and hand its tokens out.
+
+        ::
+
+            max_steps_in_flight = 2    host    schedule N+1, launch | update N, wake | schedule N+2, launch | ...
+                                       device  ... step N           | step N+1                              | ...
+        """
+        began = time.perf_counter()
+        scheduler, backend = self._scheduler, self._backend
+        while scheduler.num_steps_in_flight < backend.info.max_steps_in_flight:
+            batch = scheduler.schedule()
+            if batch is None:
+                break
+            backend.launch(batch)
+        assert scheduler.num_steps_in_flight, "requests are waiting, but no step can be made of them"
+        result = backend.collect()
+        waiters: list[Waiter] = []
+        for request in scheduler.update(result):
+            waiters += request.stream.publish()
+            if request.stream.ended:
+                del self._requests[request.request_id]
+        self._wake(waiters)
+        self._last_step_at = time.monotonic()
+        self._last_step_s = time.perf_counter() - began
+        self._counters.step_s += self._last_step_s
+        self._counters.forward_s += result.forward_s
+
+    async def _sleep(self) -> None:
+        """Wait for a command or the next deadline."""
+        event = anyio.Event()
+        self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
+        if not self._commands:  # one that came before `_wake_up` was set did not wake us
+            timeout_s = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
+            with anyio.move_on_after(timeout_s):
+                await event.wait()
+        self._wake_up = None
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft().run()
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+        if request.stream.abort_requested:
+            self._finish(request, "abort")
+        elif request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+
+    def _abort(self, request_id: int) -> None:
+        if (request := self._requests.get(request_id)) is not None:
+            self._finish(request, "abort")
+
+    def _call(self, function: Callable[[Backend], T], future: Future[T]) -> None:
+        try:
+            future.set_result(function(self._backend))
+        except BaseException as failure:
+            future.set_exception(failure)
+
+    def _set_stop_at(self, moment: float) -> None:
+        self._stop_at = moment if self._stop_at is None else min(self._stop_at, moment)
+
+    def _expire_requests(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self._requests.get(heapq.heappop(self._deadlines)[1])
+            if request is not None:
+                self._finish(request, "timeout")
+        if len(self._deadlines) > 2 * len(self._requests) + 64:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+            heapq.heapify(self._deadlines)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.finish(request, reason)
+        del self._requests[request.request_id]
+        self._wake(request.stream.publish())
+
+    def _wake(self, waiters: Iterable[Waiter]) -> None:
+        """Wake consumers; a request whose consumer's loop is closed has nobody left to read it."""
+        for stream in wake(waiters):
+            self.abort(stream)
+
+    def _fail_requests(self) -> None:
+        for request in self._requests.values():
+            if request.ticket is not None:
+                request.ticket.release()
+            _fail_stream(request.stream, self._refusal())
+        self._requests.clear()
+
+
+def _fail_stream(stream: OutputStream, failure: EngineError) -> None:
+    wake(stream.fail(failure))
+
+
+def _ignore(_: EngineError) -> None:
+    """An abort or a stop has nothing to do on an engine that has ended."""

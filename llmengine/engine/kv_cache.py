@@ -1,0 +1,189 @@
+"""Paged KV cache bookkeeping: which block holds what, who refers to it, and what can be reused.
+
+The prefix cache is an exact trie flattened into one dictionary. The content of a full block is identified by the key
+(uid of the content before it, its token ids), and each distinct content has a uid of its own, so two different
+prefixes can never be taken for each other, as a hash could. A freed block keeps its content and stays findable until
+it is handed out again; free blocks are handed out least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+_ContentKey = tuple[Hashable, tuple[int, ...]]
+"""(what comes before: a content uid, or `("root", salt)` at the start; token ids of the block)."""
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """The blocks of one request, in position order. Filled by `KVCacheManager` only.
+
+    Attributes:
+        salt: requests share prefix blocks only within equal salts (tenant, adapter).
+        block_ids: block_ids[i] holds the KV of positions [i * block_size, (i + 1) * block_size).
+        num_registered: leading blocks whose content is known to the prefix cache.
+        parent: first part of the next block's content key.
+    """
+
+    salt: Hashable = None
+    block_ids: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    parent: Hashable = None
+
+
+class KVCacheManager:
+    """Hands out blocks 1 .. num_blocks - 1 (block 0 is the null block) and reuses equal prefixes.
+
+    A block is *used* while a table refers to it, *cached* when none does but its content can still be found, and
+    *free* otherwise. Used by one thread.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        if num_blocks < 2:
+            raise ValueError(f"num_blocks={num_blocks}: one null block and at least one block are needed")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * num_blocks
+        # Unreferenced blocks, next to be handed out first. A prefix hit takes one out of the middle in O(1).
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._block_of: dict[_ContentKey, int] = {}
+        self._key_of: list[_ContentKey | None] = [None] * num_blocks
+        self._uid_of: list[int] = [0] * num_blocks
+        self._next_uid = 1
+        self._num_cached = 0
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that can be handed out at all."""
+        return self.num_blocks - 1
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that no request refers to, cached ones included."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that no request refers to and whose content can be reused."""
+        return self._num_cached
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some request refers to."""
+        return self.num_usable_blocks - len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold num_tokens tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        """Fill an empty table with cached blocks of the longest known prefix; return how many tokens they hold.
+
+        At least one token stays uncomputed, since its logits are needed. The blocks are referenced at once.
+        """
+        assert not table.block_ids
+        if not self.enable_prefix_caching:
+            return 0
+        size = self.block_size
+        parent: Hashable = ("root", table.salt)
+        for end in range(size, len(token_ids), size):
+            block = self._block_of.get((parent, tuple(token_ids[end - size : end])))
+            if block is None:
+                break
+            self._take(block)
+            table.block_ids.append(block)
+            parent = self._uid_of[block]
+        table.num_registered = len(table.block_ids)
+        table.parent = parent
+        return table.num_registered * size
+
+    def count_lookup(self, num_tokens: int, num_hit_tokens: int) -> None:
+        """Add one admitted prompt to the hit-rate counters."""
+        self.num_queried_tokens += num_tokens
+        self.num_hit_tokens += num_hit_tokens
+
+    def allocate(self, table: BlockTable, num_tokens: int) -> bool:
+        """Extend the table so that positions [0, num_tokens) have blocks; False, and no change, if too few are left."""
+        missing = self.blocks_for(num_tokens) - len(table.block_ids)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            block, _ = self._free.popitem(last=False)
+            self._forget_content(block)
+            self._ref_counts[block] = 1
+            table.block_ids.append(block)
+        return True
+
+    def register(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Make the table's blocks findable that lie wholly in [0, num_computed_tokens), whose KV is computed."""
+        if not self.enable_prefix_caching:
+            return
+        size = self.block_size
+        while (table.num_registered + 1) * size <= num_computed_tokens:
+            begin = table.num_registered * size
+            if table.num_registered == 0:
+                table.parent = ("root", table.salt)
+            key = (table.parent, tuple(token_ids[begin : begin + size]))
+            known = self._block_of.get(key)
+            if known is None:
+                known = table.block_ids[table.num_registered]
+                self._block_of[key] = known
+                self._key_of[known] = key
+                self._uid_of[known] = self._next_uid
+                self._next_uid += 1
+            # Content that another block holds already: go on from that block's uid, so that both chains are one.
+            table.parent = self._uid_of[known]
+            table.num_registered += 1
+
+    def free(self, table: BlockTable) -> None:
+        """Drop the table's references and empty it. Later blocks are reused sooner: a prefix outlives its tails."""
+        for block in reversed(table.block_ids):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+                if self._key_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+                else:
+                    self._num_cached += 1
+        table.block_ids.clear()
+        table.num_registered = 0
+        table.parent = None
+
+    def clear_cache(self) -> None:
+        """Forget the content of all blocks that no request refers to."""
+        for block in self._free:
+            self._forget_content(block)
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Assert that references equal the tables' entries, free and used are disjoint, and keys match blocks."""
+        expected = [0] * self.num_blocks
+        for table in tables:
+            assert len(set(table.block_ids)) == len(table.block_ids), "a table names a block twice"
+            for block in table.block_ids:
+                expected[block] += 1
+        assert expected == self._ref_counts, "reference counts differ from the tables"
+        assert expected[0] == 0, "the null block was handed out"
+        assert set(self._free) == {b for b in range(1, self.num_blocks) if expected[b] == 0}, "free list is wrong"
+        for key, block in self._block_of.items():
+            assert self._key_of[block] == key, "content map and block disagree"
+        assert self._num_cached == sum(self._key_of[block] is not None for block in self._free), "cached count is wrong"
+        assert len(self._block_of) == sum(key is not None for key in self._key_of), "a block lost its key"
+
+    def _take(self, block: int) -> None:
+        if self._ref_counts[block] == 0:
+            del self._free[block]
+            self._num_cached -= 1
+        self._ref_counts[block] += 1
+
+    def _forget_content(self, block: int) -> None:
+        """Make an unreferenced block's content unfindable."""
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._key_of[block] = None
+            self._num_cached -= 1

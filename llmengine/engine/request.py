@@ -1,0 +1,134 @@
+"""Request: the scheduler's state of one request. Touched by the engine thread only."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from llmengine.batch import TokenLogprobs
+from llmengine.engine.admission import AdmissionTicket
+from llmengine.engine.kv_cache import BlockTable
+from llmengine.engine.stream import OutputStream
+from llmengine.errors import RequestFailedError
+from llmengine.outputs import FinishReason
+from llmengine.sampling_params import SamplingParams
+from llmengine.tokenizer import IncrementalDetokenizer
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is: queued (new or preempted), in the running batch, or ended."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from submission to its end.
+
+    There is no prefill or decode state: a request wants `num_tokens` tokens computed and has `num_computed_tokens`,
+    counting what launched steps will have computed; the step that computes its last token samples the next one.
+
+    Attributes:
+        stream: where its output goes; `stream.log.token_ids` are the generated ids.
+        prompt_token_ids: the prompt, never empty.
+        params: resolved sampling parameters.
+        seed: of its random numbers.
+        stop_token_ids: EOS ids, unless ignored, and the caller's.
+        max_total_tokens: it ends with "length" when prompt and output reach this.
+        priority: higher is scheduled first.
+        deadline: `time.monotonic()` at which it ends with "timeout".
+        cache_salt: it shares prefix blocks only with requests of an equal salt.
+        detokenizer: None when there is no tokenizer.
+        ticket: its place among those that wait for their first step.
+        token_ids: prompt and output ids that the host knows.
+        num_in_flight: launched steps that will each append one token.
+        slot: its row in the backend while it runs.
+    """
+
+    stream: OutputStream
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+    max_total_tokens: int
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: Hashable = None
+    detokenizer: IncrementalDetokenizer | None = None
+    ticket: AdmissionTicket | None = None
+    status: RequestStatus = RequestStatus.WAITING
+    token_ids: list[int] = field(init=False)
+    blocks: BlockTable = field(init=False)
+    num_computed_tokens: int = 0
+    num_in_flight: int = 0
+    num_preemptions: int = 0
+    slot: int | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+        self.blocks = BlockTable(self.cache_salt)
+
+    @property
+    def request_id(self) -> int:
+        """Arrival order; unique within an engine."""
+        return self.stream.log.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it has or will have once the launched steps are collected."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that the next steps have to compute; 0 when its last possible token is on its way."""
+        if self.num_tokens >= self.max_total_tokens:
+            return 0
+        return self.num_tokens - self.num_computed_tokens
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+        """Add a sampled token to the output, detokenize it, and return why the request ends with it, if it does."""
+        log = self.stream.log
+        if not log.token_ids:
+            log.first_token = time.monotonic()
+        self.token_ids.append(token_id)
+        log.token_ids.append(token_id)
+        if log.logprobs is not None and logprobs is not None:
+            log.logprobs.append(logprobs)
+        may_stop = len(log.token_ids) >= self.params.min_new_tokens
+        if may_stop and token_id in self.stop_token_ids:
+            log.matched_stop = token_id
+            return "stop"
+        if self.detokenizer is not None:
+            try:
+                log.pieces.append(self.detokenizer.push(token_id, check_stop=may_stop))
+            except Exception as fault:  # of the caller's tokenizer
+                self._fail_decoding(fault)
+                return "error"
+            if self.detokenizer.stopped is not None:
+                log.matched_stop = self.detokenizer.stopped
+                return "stop"
+        return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def finish(self, reason: FinishReason, error: RequestFailedError | None = None) -> None:
+        """Set the final state of the output; held-back text is released unless a stop string cut it off."""
+        log = self.stream.log
+        self.status = RequestStatus.FINISHED
+        if error is not None:
+            log.error = error
+        if self.detokenizer is not None and self.detokenizer.stopped is None and log.error is None:
+            try:
+                log.pieces.append(self.detokenizer.finish())
+            except Exception as fault:  # of the caller's tokenizer
+                self._fail_decoding(fault)
+        if self.ticket is not None:
+            self.ticket.release()
+        log.finish_reason = reason if log.error is None else "error"
+        log.finished = time.monotonic()
+
+    def _fail_decoding(self, fault: Exception) -> None:
+        self.stream.log.error = RequestFailedError(f"the tokenizer failed to decode: {fault!r}")
+        self.stream.log.error.__cause__ = fault

@@ -1,0 +1,267 @@
+"""The in-flight batching scheduler: which requests compute which tokens in the next step.
+
+There are no prefill and decode phases. Each request has tokens it wants computed and tokens that are computed; a step
+lets running requests catch up first and admits waiting ones with what is left of the token budget, so a step mixes
+chunks of prompts with decodes. Steps may be scheduled ahead of their predecessors' results (see `llmengine.batch`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
+from llmengine.config import SchedulerConfig
+from llmengine.engine.kv_cache import KVCacheManager
+from llmengine.engine.request import Request, RequestStatus
+from llmengine.engine.stats import EngineCounters
+from llmengine.errors import RequestFailedError
+from llmengine.outputs import FinishReason
+
+
+@dataclass(slots=True)
+class _StepPlan:
+    """A step while it is put together."""
+
+    budget: int
+    rows: list[BatchRow] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    slot_inits: list[SlotInit] = field(default_factory=list)
+    preempted: bool = False
+
+
+class Scheduler:
+    """Owns the waiting queue, the running set, the slots and the KV blocks. Used by the engine thread alone.
+
+    Waiting requests are admitted by priority, then arrival. An admitted request gets blocks for all tokens it has; a
+    running one gets one more block when it needs one. When none is left, the request with the lowest priority that
+    arrived last is preempted: its blocks are freed (and stay findable in the prefix cache) and it waits again, in
+    front of later arrivals. Nothing is admitted in a step that preempts, and a request preempted
+    `max_preemptions` times is spared while another can be chosen, so two requests cannot evict each other for ever.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager, counters: EngineCounters) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self.counters = counters
+        self.running: list[Request] = []
+        # (-priority, arrival, request); entries of requests that are no longer waiting are skipped when they surface.
+        self._waiting: list[tuple[int, int, Request]] = []
+        self._num_waiting = 0
+        self._free_slots = list(range(config.max_batch_size))
+        self._in_flight: deque[tuple[Batch, list[tuple[Request, int]]]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, new and preempted."""
+        return self._num_waiting
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps scheduled and not yet updated."""
+        return len(self._in_flight)
+
+    @property
+    def has_requests(self) -> bool:
+        """True while any request is unfinished."""
+        return bool(self.running) or self._num_waiting > 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        request.status = RequestStatus.WAITING
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (-request.priority, request.request_id, request))
+
+    def schedule(self) -> Batch | None:
+        """Return the next step, or None when there is nothing to compute now."""
+        plan = _StepPlan(self._token_budget())
+        self._schedule_running(plan)
+        if not plan.preempted:
+            self._admit_waiting(plan)
+        if not plan.rows:
+            return None
+        self.counters.num_steps += 1
+        self.counters.num_rows += len(plan.rows)
+        batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits)
+        self.counters.num_computed_tokens += batch.num_tokens
+        self._in_flight.append((batch, [(request, request.num_preemptions) for request in plan.requests]))
+        return batch
+
+    def update(self, result: StepResult) -> list[Request]:
+        """Apply the oldest launched step's result; return the requests whose output changed, finished ones included.
+
+        Tokens for requests that ended meanwhile are discarded.
+        """
+        batch, requests = self._in_flight.popleft()
+        assert result.step == batch.step, f"result of step {result.step} for step {batch.step}"
+        changed = []
+        for row, (request, preemptions) in zip(batch.rows, requests, strict=True):
+            if request.status is RequestStatus.FINISHED:
+                continue
+            if row.slot in result.errors:
+                self.finish(request, "error", RequestFailedError(result.errors[row.slot]))
+                changed.append(request)
+                continue
+            reason: FinishReason | None = None
+            if row.sample:
+                request.num_in_flight -= 1
+                self.counters.num_generated_tokens += 1
+                changed.append(request)
+                reason = request.append(result.token_ids[row.slot], result.logprobs.get(row.slot))
+            if request.num_preemptions == preemptions:
+                self.kv_cache.register(request.blocks, request.token_ids, row.start + row.num_tokens)
+            if reason is not None:
+                self.finish(request, reason)
+        return changed
+
+    def finish(self, request: Request, reason: FinishReason, error: RequestFailedError | None = None) -> None:
+        """End a request in whatever state it is and give back its slot and blocks.
+
+        A launched step may still compute a row of it: its writes come before those of any later owner of the blocks.
+        """
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._release(request)
+        elif request.status is RequestStatus.WAITING:
+            self._num_waiting -= 1
+        request.finish(reason, error)
+        self.counters.num_finished_requests += 1
+        if len(self._waiting) > 2 * self._num_waiting + 64:
+            self._waiting = [entry for entry in self._waiting if entry[2].status is RequestStatus.WAITING]
+            heapq.heapify(self._waiting)
+
+    def requests(self) -> Iterator[Request]:
+        """Yield every unfinished request."""
+        yield from self.running
+        for _, _, request in self._waiting:
+            if request.status is RequestStatus.WAITING:
+                yield request
+
+    def check_integrity(self) -> None:
+        """Assert that slots, queue and blocks are consistent; cheap enough for tests only."""
+        assert self._num_waiting == sum(r.status is RequestStatus.WAITING for _, _, r in self._waiting)
+        slots = [request.slot for request in self.running]
+        assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
+            range(self.config.max_batch_size)
+        ), "slots leaked or shared"
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING
+            assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
+        self.kv_cache.check_integrity(request.blocks for request in self.requests())
+        if not self.has_requests:
+            assert self.kv_cache.num_used_blocks == 0, "an idle engine holds blocks"
+
+    def _token_budget(self) -> int:
+        decoding = any(request.num_computed_tokens >= len(request.prompt_token_ids) for request in self.running)
+        return self.config.max_tokens_per_mixed_step if decoding else self.config.max_tokens_per_step
+
+    def _schedule_running(self, plan: _StepPlan) -> None:
+        """Give decodes their token first, then prompts in progress."""
+        # Only decodes can lack a block (a prompt has all of its own since admission). Going from the last to be
+        # preempted to the first, a request that lacks one never finds the right victim already planned.
+        order = sorted(self.running, key=lambda r: (r.num_uncomputed_tokens > 1, -r.priority, r.request_id))
+        for request in order:
+            num_tokens = min(request.num_uncomputed_tokens, plan.budget)
+            if num_tokens == 0 or request.status is not RequestStatus.RUNNING:
+                continue
+            num_blocks = len(request.blocks.block_ids)
+            if self._grow(request, request.num_computed_tokens + num_tokens, plan):
+                self._add_row(plan, request, num_tokens, request.blocks.block_ids[num_blocks:])
+
+    def _grow(self, request: Request, num_tokens: int, plan: _StepPlan) -> bool:
+        """Allocate, preempting others while that is needed; False when the request itself had to give way."""
+        while not self.kv_cache.allocate(request.blocks, num_tokens):
+            victim = self._choose_victim(plan)
+            self._preempt(victim)
+            plan.preempted = True
+            if victim is request:
+                return False
+        return True
+
+    def _choose_victim(self, plan: _StepPlan) -> Request:
+        """Return the running request to preempt; one that already has a row in this step is not eligible."""
+        planned = set(map(id, plan.requests))
+        spared = self.config.max_preemptions
+        candidates = [request for request in self.running if id(request) not in planned]
+        return max(candidates, key=lambda r: (r.num_preemptions < spared, -r.priority, r.request_id))
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.num_preemptions += 1
+        request.stream.log.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self.add(request)
+
+    def _release(self, request: Request) -> None:
+        assert request.slot is not None
+        self._free_slots.append(request.slot)
+        request.slot = None
+        self.kv_cache.free(request.blocks)
+        request.num_computed_tokens = 0
+
+    def _admit_waiting(self, plan: _StepPlan) -> None:
+        while self._free_slots and plan.budget > 0 and (request := self._next_waiting()) is not None:
+            if request.num_in_flight or not self._admit(request):
+                break
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            num_tokens = min(request.num_uncomputed_tokens, plan.budget)
+            plan.slot_inits.append(self._take_slot(request))
+            self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
+
+    def _next_waiting(self) -> Request | None:
+        while self._waiting and self._waiting[0][2].status is not RequestStatus.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][2] if self._waiting else None
+
+    def _admit(self, request: Request) -> bool:
+        """Take blocks for all tokens of the request, leaving one for each running request to grow into."""
+        num_cached_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
+        missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
+        reserve = len(self.running)
+        if self.kv_cache.num_available_blocks < missing + reserve or not self.kv_cache.allocate(
+            request.blocks, len(request.token_ids)
+        ):
+            self.kv_cache.free(request.blocks)
+            return False
+        request.num_computed_tokens = num_cached_tokens
+        log = request.stream.log
+        if log.first_scheduled is None:
+            log.first_scheduled = time.monotonic()
+            log.num_cached_tokens = num_cached_tokens
+            self.kv_cache.count_lookup(len(request.token_ids), num_cached_tokens)
+            self.counters.num_prompt_tokens += len(request.token_ids)
+            if request.ticket is not None:
+                request.ticket.release()
+        return True
+
+    def _take_slot(self, request: Request) -> SlotInit:
+        request.slot = self._free_slots.pop()
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        return SlotInit(
+            slot=request.slot,
+            token_ids=tuple(request.token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            sampling_params=request.params,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+        )
+
+    def _add_row(self, plan: _StepPlan, request: Request, num_tokens: int, new_block_ids: list[int]) -> None:
+        assert request.slot is not None
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        sample = end == request.num_tokens
+        # The last id is not in token_ids yet when it is sampled by a step in flight.
+        row = BatchRow(request.slot, start, num_tokens, request.token_ids[start:end], new_block_ids, sample)
+        plan.rows.append(row)
+        plan.requests.append(request)
+        plan.budget -= num_tokens
+        request.num_computed_tokens = end
+        if sample:
+            request.num_in_flight += 1

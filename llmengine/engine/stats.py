@@ -1,0 +1,103 @@
+"""What an engine tells about itself: `EngineStats` and `EngineHealth`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EngineState = Literal["loading", "ready", "draining", "closed", "dead"]
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since the engine started; written by the engine thread.
+
+    Attributes:
+        num_steps: steps collected.
+        num_rows: requests in them, summed; num_rows / num_steps is the mean batch size.
+        num_computed_tokens: tokens the model computed, recomputation included.
+        num_prompt_tokens: prompt tokens of requests that were admitted.
+        num_generated_tokens: tokens sampled.
+        num_preemptions: how often a request lost its blocks.
+        num_finished_requests: requests that ended, for whatever reason.
+        step_s: seconds spent in steps, wall clock.
+        forward_s: seconds of them in the model's forward pass.
+    """
+
+    num_steps: int = 0
+    num_rows: int = 0
+    num_computed_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished_requests: int = 0
+    step_s: float = 0.0
+    forward_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's work. Blocks used + cached + free = all that can be handed out.
+
+    Attributes:
+        num_running: requests in the running batch.
+        num_waiting: requests in the scheduler's queue, new and preempted.
+        num_queued: requests that count against `max_queued_requests` (those being tokenized included).
+        num_used_blocks: KV blocks that requests refer to.
+        num_cached_blocks: unreferenced KV blocks whose content can be reused.
+        num_free_blocks: KV blocks without content.
+        block_size: tokens a block.
+        num_queried_tokens: prompt tokens looked up in the prefix cache.
+        num_hit_tokens: of those, found there.
+        last_step_s: wall clock of the latest step.
+        counters: totals since the start.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_queued: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_free_blocks: int
+    block_size: int
+    num_queried_tokens: int
+    num_hit_tokens: int
+    last_step_s: float
+    counters: EngineCounters
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the prompt tokens that the prefix cache held, in [0, 1]."""
+        return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Requests a step, averaged."""
+        return self.counters.num_rows / self.counters.num_steps if self.counters.num_steps else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Share of the step time that was not the model's forward pass, in [0, 1]."""
+        return 1.0 - self.counters.forward_s / self.counters.step_s if self.counters.step_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """Whether the engine serves, and with what.
+
+    Attributes:
+        state: "ready" serves; "draining" finishes what it has; "closed" and "dead" serve nothing.
+        description: backend, device, dtype and weight format in one line.
+        failure: what killed a dead engine.
+        idle_s: seconds since the last step ended; large while `num_running` > 0 means a hanging step.
+    """
+
+    state: EngineState
+    description: str
+    failure: str | None
+    idle_s: float
+
+    @property
+    def ok(self) -> bool:
+        """True when new requests are accepted."""
+        return self.state == "ready"

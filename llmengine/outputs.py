@@ -1,0 +1,184 @@
+"""What a caller receives: `GenerationOutput`, a cheap immutable view of a request's append-only `OutputLog`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmengine.batch import TokenLogprobs
+from llmengine.errors import LLMEngineError
+
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+"""Why a request ended: EOS or a stop matched, a length limit, the caller aborted, its deadline passed, it failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimeline:
+    """Moments of a request, in seconds of `time.monotonic()`; None: has not happened.
+
+    Attributes:
+        queued: `generate_async()` or `generate()` took the request.
+        first_scheduled: its first tokens were put into a step.
+        first_token: the host learned of its first token.
+        finished: it ended, for whatever reason.
+        num_preemptions: how often its KV blocks were taken away and computed again.
+    """
+
+    queued: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from queueing to the first token."""
+        return None if self.first_token is None else self.first_token - self.queued
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds from queueing to the end."""
+        return None if self.finished is None else self.finished - self.queued
+
+
+@dataclass(slots=True, eq=False)
+class OutputLog:
+    """Everything one request has put out so far. The engine thread appends; nothing is ever changed or removed.
+
+    `pieces` holds the text that each token released ("" while it is held back), and at the end one more for what
+    was held back; their concatenation is the text.
+    """
+
+    request_id: int
+    queued: float
+    prompt: str | None = None
+    prompt_token_ids: Sequence[int] = ()
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    matched_stop: str | int | None = None
+    error: LLMEngineError | None = None
+
+    def timeline(self) -> RequestTimeline:
+        """Return the moments so far."""
+        return RequestTimeline(self.queued, self.first_scheduled, self.first_token, self.finished, self.num_preemptions)
+
+
+@dataclass(frozen=True, slots=True)
+class LogCursor:
+    """How far a reader has come: lengths of `OutputLog.token_ids` and `OutputLog.pieces`."""
+
+    num_tokens: int = 0
+    num_pieces: int = 0
+
+
+class GenerationOutput:
+    """One request's output up to some moment; `*_delta` is what came since the output before it.
+
+    Concatenating the deltas of a stream gives the final `text` and `token_ids`. Slices are made when asked for, so a
+    stream of n tokens does not cost n copies of the text.
+    """
+
+    __slots__ = ("_begin", "_end", "_log", "finish_reason", "timeline")
+
+    def __init__(self, log: OutputLog, begin: LogCursor, end: LogCursor, *, finished: bool) -> None:
+        self._log = log
+        self._begin = begin
+        self._end = end
+        self.finish_reason: FinishReason | None = log.finish_reason if finished else None
+        """Why the request ended; None while it runs."""
+        self.timeline: RequestTimeline = log.timeline()
+        """Moments of the request up to this output."""
+
+    @property
+    def request_id(self) -> int:
+        """Unique within the `LLM`, increasing."""
+        return self._log.request_id
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt's text; None where the caller gave token ids."""
+        return self._log.prompt
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """Token ids of the prompt."""
+        return list(self._log.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return len(self._log.prompt_token_ids)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """How many of the prompt's tokens had their KV blocks in the prefix cache."""
+        return self._log.num_cached_tokens
+
+    @property
+    def text(self) -> str:
+        """Generated text so far, without the prompt; "" without a tokenizer."""
+        return "".join(self._log.pieces[: self._end.num_pieces])
+
+    @property
+    def text_delta(self) -> str:
+        """Text that came since the previous output; may be "" while characters are incomplete or held back."""
+        return "".join(self._log.pieces[self._begin.num_pieces : self._end.num_pieces])
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Generated token ids so far, a token that ended the request included."""
+        return self._log.token_ids[: self._end.num_tokens]
+
+    @property
+    def token_ids_delta(self) -> list[int]:
+        """Token ids that came since the previous output."""
+        return self._log.token_ids[self._begin.num_tokens : self._end.num_tokens]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were generated so far."""
+        return self._end.num_tokens
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """Log-probabilities of each generated token so far; None unless asked for."""
+        return None if self._log.logprobs is None else self._log.logprobs[: self._end.num_tokens]
+
+    @property
+    def finished(self) -> bool:
+        """True for the last output of a request."""
+        return self.finish_reason is not None
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """The stop string or token id that ended the request, when `finish_reason` is "stop"."""
+        return self._log.matched_stop if self.finished else None
+
+    @property
+    def error(self) -> LLMEngineError | None:
+        """What went wrong, when `finish_reason` is "error"."""
+        return self._log.error if self.finished else None
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        parts = [f"request_id={self.request_id}", f"text={text!r}", f"num_tokens={self.num_tokens}"]
+        parts.append(f"num_prompt_tokens={self.num_prompt_tokens}")
+        if self.num_cached_tokens:
+            parts.append(f"num_cached_tokens={self.num_cached_tokens}")
+        if self.finished:
+            parts.append(f"finish_reason={self.finish_reason!r}")
+        if self.matched_stop is not None:
+            parts.append(f"matched_stop={self.matched_stop!r}")
+        if self.error is not None:
+            parts.append(f"error={self.error!r}")
+        if (ttft := self.timeline.time_to_first_token_s) is not None:
+            parts.append(f"ttft={ttft * 1e3:.0f}ms")
+        return f"GenerationOutput({', '.join(parts)})"

@@ -1,0 +1,126 @@
+"""FakeBackend: a backend without a model, for tests of the engine and of applications built on it.
+
+It keeps real "KV": each computed token's id is written into the pool through the request's block table, and the next
+token is a function of the whole context read back through that table. A block that is shared wrongly, freed too early
+or forgotten therefore shows up as a wrong token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from llmengine.batch import Backend, BackendInfo, Batch, SlotInit, StepResult, TokenLogprobs
+
+NextToken = Callable[[Sequence[int]], int | None]
+"""Maps a context's token ids to the next one; None: this row's logits are not finite."""
+
+
+def mixing_model(vocab_size: int) -> NextToken:
+    """Return a next-token function that depends on every token of the context and its order."""
+
+    def next_token(token_ids: Sequence[int]) -> int:
+        state = 17
+        for token_id in token_ids:
+            state = (state * 1_000_003 + token_id + 1) % 2_147_483_647
+        return state % vocab_size
+
+    return next_token
+
+
+class FakeBackend:
+    """Implements `llmengine.batch.Backend` in plain Python.
+
+    `on_step` is called on the engine thread in each `collect()`, before the result is handed out: a test may block
+    there, count, or raise. Steps are computed in order at `launch()`, as a device's stream would.
+    """
+
+    def __init__(
+        self,
+        next_token: NextToken | None = None,
+        *,
+        vocab_size: int = 258,
+        num_blocks: int = 65,
+        block_size: int = 4,
+        max_model_len: int = 256,
+        max_steps_in_flight: int = 1,
+        on_step: Callable[[Batch], None] | None = None,
+    ) -> None:
+        self._info = BackendInfo(
+            description="fake",
+            vocab_size=vocab_size,
+            max_model_len=min(max_model_len, (num_blocks - 1) * block_size),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_bytes_per_block=8 * block_size,
+            weight_bytes=0,
+            max_steps_in_flight=max_steps_in_flight,
+        )
+        self._next_token = next_token or mixing_model(vocab_size)
+        self._on_step = on_step
+        self._pool = [[-1] * block_size for _ in range(num_blocks)]
+        self._slots: dict[int, SlotInit] = {}
+        self._tables: dict[int, list[int]] = {}
+        self._sampled: dict[int, int] = {}
+        self._results: deque[tuple[Batch, StepResult]] = deque()
+        self.num_steps = 0
+        self.closed = False
+
+    @property
+    def info(self) -> BackendInfo:
+        """Facts given to the constructor."""
+        return self._info
+
+    def launch(self, batch: Batch) -> None:
+        """Compute the step; its result waits for `collect()`."""
+        assert not self.closed
+        assert len(self._results) < self._info.max_steps_in_flight
+        for init in batch.slot_inits:
+            self._slots[init.slot] = init
+            self._tables[init.slot] = []
+        token_ids: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
+        errors: dict[int, str] = {}
+        assert len({row.slot for row in batch.rows}) == len(batch.rows), "a slot has two rows"
+        for row in batch.rows:
+            self._tables[row.slot].extend(row.new_block_ids)
+            ids = list(row.token_ids)
+            if len(ids) < row.num_tokens:
+                ids.append(self._sampled[row.slot])
+            assert len(ids) == row.num_tokens
+            self._write(row.slot, row.start, ids)
+            if not row.sample:
+                continue
+            sampled = self._next_token(self._read(row.slot, row.start + row.num_tokens))
+            if sampled is None:
+                errors[row.slot] = "logits are not finite"
+                continue
+            token_ids[row.slot] = self._sampled[row.slot] = sampled
+            if self._slots[row.slot].sampling_params.logprobs is not None:
+                logprobs[row.slot] = TokenLogprobs(0.0, (sampled,), (0.0,))
+        self._results.append((batch, StepResult(batch.step, token_ids, logprobs, errors)))
+
+    def collect(self) -> StepResult:
+        """Return the oldest step's result, after `on_step`."""
+        batch, result = self._results.popleft()
+        self.num_steps += 1
+        if self._on_step is not None:
+            self._on_step(batch)
+        return result
+
+    def close(self) -> None:
+        """Mark as closed."""
+        self.closed = True
+
+    def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
+        size, table = self._info.block_size, self._tables[slot]
+        for position, token_id in enumerate(token_ids, start):
+            self._pool[table[position // size]][position % size] = token_id
+
+    def _read(self, slot: int, num_tokens: int) -> list[int]:
+        size, table = self._info.block_size, self._tables[slot]
+        return [self._pool[table[position // size]][position % size] for position in range(num_tokens)]
+
+
+def _check_protocol(backend: FakeBackend) -> Backend:
+    return backend

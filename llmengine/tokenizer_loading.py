@@ -1,0 +1,293 @@
+"""Tokenizers from a model's files: a Hugging Face directory, a GGUF file, an engine directory.
+
+All three end in a `tokenizers.Tokenizer`, and transformers is not imported where it need not be: it takes 3 s to
+import, tokenizers 0.07 s. `tokenizer.json` describes a tokenizer completely (normalizer, splits, merges, BOS), so a
+directory that has one is read without transformers; only vocabularies in older formats go through `AutoTokenizer`. The
+two agree except where `AutoTokenizer` builds the pipeline anew from the class that tokenizer_config.json names and so
+drops parts of tokenizer.json, such as SmolLM2's split of digits: the file is what the model was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from llmengine.chat_template import ChatTemplate
+from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
+from llmengine.tokenizer import check_text
+
+TokenizerKind = Literal["huggingface", "gguf", "engine"]
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+
+
+class LoadedTokenizer:
+    """A tokenizer with its special tokens and chat template; safe to use from several threads.
+
+    Attributes:
+        special_ids: ids left out of the text when `SamplingParams.skip_special_tokens` is set.
+        bos_token_id: None where the model has none.
+        eos_token_id: likewise.
+        end_token_ids: ids that end an answer: EOS, and what a GGUF file names end of turn or of message.
+        vocab_size: one above the highest id.
+        has_chat_template: whether `apply_chat_template` can work.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+        end_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
+        self._sources = dict(chat_templates or {})
+        self._templates: dict[str, ChatTemplate] = {}
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        eos = frozenset() if self.eos_token_id is None else frozenset({self.eos_token_id})
+        self.end_token_ids: frozenset[int] = end_token_ids | eos
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.has_chat_template = bool(self._sources)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`; special tokens written out in it are recognised.
+
+        With `add_special_tokens`, BOS and the like are added as the model's own tokenizer does; text from
+        `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot hold.
+        """
+        check_text(text)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text, special tokens included; ids outside the vocabulary have none."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt that the model's template makes of `messages`; `variables` are the template's own.
+
+        Raises `InvalidRequestError` when there is no template, for malformed messages, and for what the template
+        rejects; `ModelLoadError` when the template does not compile.
+        """
+        if not self._sources:
+            raise InvalidRequestError(
+                "this model has no chat template: send a prompt, or put a chat_template.jinja beside its tokenizer"
+            )
+        name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
+        if name not in self._sources:
+            name = next(iter(self._sources))
+        template = self._templates.get(name)
+        if template is None:
+            template = self._templates[name] = ChatTemplate(self._sources[name], self._special_tokens)
+        return template.render(messages, add_generation_prompt, tools, variables)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Return the ids of `apply_chat_template`'s prompt, without adding BOS and the like again."""
+        text = self.apply_chat_template(messages, add_generation_prompt, tools, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the files that `load_tokenizer` and transformers read, and return their paths."""
+        directory = Path(directory)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        files = {
+            "tokenizer.json": self._backend.to_str(),
+            "tokenizer_config.json": json.dumps({**config, **self._special_tokens}, indent=2, ensure_ascii=False),
+        }
+        for name, source in self._sources.items():
+            file = "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"
+            files[file] = source
+        paths = []
+        for file, text in files.items():
+            path = directory / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
+            paths.append(path)
+        return paths
+
+    def _named_id(self, name: str) -> int | None:
+        token = self._special_tokens.get(name)
+        token_id: int | None = None if token is None else self._backend.token_to_id(token)
+        return token_id
+
+
+def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
+    """Return the tokenizer of the model at `path`.
+
+    Args:
+        path: "huggingface": a directory with tokenizer.json or, read by transformers from local files and without
+            running code from them, an older format; "gguf": the file; "engine": the directory that `LLM.save` wrote,
+            whose tokenizer is in its `tokenizer` directory.
+        kind: which of them.
+
+    Raises `ModelLoadError` naming what is missing, `CorruptFileError` naming the file that is damaged,
+    `UnsupportedModelError` for a tokenizer that cannot be built.
+    """
+    path = Path(path)
+    if kind == "gguf":
+        from llmengine.models.gguf_checkpoint import read_gguf
+
+        return tokenizer_from_gguf(read_gguf(path).metadata, str(path))
+    directory = path / "tokenizer" if kind == "engine" else path
+    if not directory.is_dir():
+        raise ModelLoadError(f"{directory}: no such directory, so there is no tokenizer to read")
+    if (directory / "tokenizer.json").is_file():
+        return _read_tokenizer_json(directory)
+    if kind == "engine":
+        raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file")
+    return _read_with_transformers(directory)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedTokenizer:
+    """Return the tokenizer in GGUF `metadata`, as `read_gguf` gives it; `source` names the file in messages."""
+    from llmengine.tokenizer_gguf import build_backend, token_ids
+
+    backend = build_backend(metadata, source)
+    ids = token_ids(metadata, source)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special = {name: tokens[ids[key]] for name, key in names.items() if key in ids}
+    templates = {}
+    for key, value in metadata.items():
+        if key == "tokenizer.chat_template":
+            templates[_DEFAULT] = value
+        elif key.startswith("tokenizer.chat_template."):
+            templates[key.removeprefix("tokenizer.chat_template.")] = value
+    ends = frozenset(ids[key] for key in ("eot", "eom") if key in ids)
+    return LoadedTokenizer(backend, special, templates, ends)
+
+
+def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
+    path = directory / "tokenizer.json"
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
+    config = _read_json(directory / "tokenizer_config.json")
+    special = _special_tokens(directory, config)
+    _mark_special(backend, special, config)
+    _set_added_ends(backend, special, config)
+    return LoadedTokenizer(backend, special, _chat_templates(directory, config))
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    named = {**_read_json(directory / "special_tokens_map.json"), **config}
+    special = {}
+    for name in _NAMED_TOKENS:
+        value = named.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            special[name] = value
+        elif value is not None:
+            raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: {name}={value!r} is not a string")
+    return special
+
+
+def _mark_special(backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Add tokens that only the configuration names, and mark the named ones special, as transformers does."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    entries = config.get("added_tokens_decoder")
+    if isinstance(entries, Mapping):
+        for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
+            if entry.get("content") not in added:
+                token = AddedToken(**{name: entry[name] for name in entry if not name.startswith("_")})
+                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+                added[token.content] = token
+    for content in special.values():
+        if content not in added or not added[content].special:
+            backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
+
+
+def _set_added_ends(backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """`add_bos_token` and `add_eos_token`, where they are written, replace the file's post-processor."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    pattern = ["$A"]
+    if config.get("add_bos_token") and "bos_token" in special:
+        pattern.insert(0, special["bos_token"])
+    if config.get("add_eos_token") and "eos_token" in special:
+        pattern.append(special["eos_token"])
+    ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys(pattern) if token != "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=ends)
+
+
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Files win over tokenizer_config.json, as in transformers."""
+    templates: dict[str, str] = {}
+    value = config.get("chat_template")
+    if isinstance(value, str):
+        templates[_DEFAULT] = value
+    elif isinstance(value, list):
+        templates.update({entry["name"]: entry["template"] for entry in value})
+    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    files[_DEFAULT] = directory / "chat_template.jinja"
+    for name, path in files.items():
+        if path.is_file():
+            templates[name] = _read_text(path)
+    return templates
+
+
+def _read_with_transformers(directory: Path) -> LoadedTokenizer:
+    if not any(directory.glob("*token*")) and not any(directory.glob("vocab*")) and not any(directory.glob("*.model")):
+        raise ModelLoadError(f"{directory}: has no tokenizer.json nor any other tokenizer file")
+    from transformers import AutoTokenizer
+
+    try:
+        wrapped = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # anything: the files are not ours, and neither is the reader
+        raise ModelLoadError(f"{directory}: transformers cannot read the tokenizer: {error}") from error
+    backend = getattr(wrapped, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UnsupportedModelError(
+            f"{directory}: {type(wrapped).__name__} has no tokenizer.json form; pass LLM(tokenizer=...) instead"
+        )
+    special = {name: str(value) for name in _NAMED_TOKENS if (value := getattr(wrapped, name, None)) is not None}
+    template = wrapped.chat_template
+    return LoadedTokenizer(backend, special, {_DEFAULT: template} if isinstance(template, str) else template)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in `path`, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path}: is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
