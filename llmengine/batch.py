@@ -9,9 +9,9 @@ that safe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmengine.sampling_params import SamplingParams
 
@@ -149,3 +149,10 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release device memory; idempotent."""
+
+
+class SavableBackend(Backend, Protocol):
+    """A backend that was loaded from a checkpoint and can give its weights back."""
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        """Yield (canonical name, tensor) as the weights are used, one copy at a time."""

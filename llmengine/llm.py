@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import anyio.to_thread
 
-from llmengine.batch import Backend, BackendInfo
+from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.engine import Engine
@@ -28,7 +28,7 @@ from llmengine.engine.stream import OutputStream, wake
 from llmengine.errors import ConfigError, InvalidRequestError, LLMEngineError, PromptTooLongError
 from llmengine.outputs import GenerationOutput, OutputLog
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import IncrementalDetokenizer, Tokenizer, adapt_tokenizer
+from llmengine.tokenizer import ChatTokenizer, IncrementalDetokenizer, Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
     from llmengine.models.source import ModelSource
@@ -88,7 +88,7 @@ class LLM:
 
         resolved = (config if isinstance(config, ModelConfig) else ModelConfig(config)).resolve()
         source = open_model(resolved.model_dir, resolved.load_format)
-        self._source: ModelSource | None = source
+        self._loaded: tuple[ModelConfig, ModelSource] | None = (resolved, source)
         self._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
         loading = self._tokenizer_threads.submit(_load_tokenizer, source, tokenizer, enable_tokenizer)
         self._start(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config)
@@ -100,7 +100,7 @@ class LLM:
         self._model = _Model(
             tokenizer=adapted,
             eos_token_ids=frozenset(source.eos_token_ids),
-            special_token_ids=frozenset(getattr(adapted, "special_token_ids", ())),
+            special_token_ids=frozenset(getattr(adapted, "special_ids", ())),
             default_params=SamplingParams.from_generation_config(source.generation_config),
         )
 
@@ -119,10 +119,10 @@ class LLM:
         `backend_factory` runs on the engine thread. Without a tokenizer, prompts are token ids.
         """
         llm = cls.__new__(cls)
-        llm._source = None
+        llm._loaded = None
         llm._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
         adapted = None if tokenizer is None else adapt_tokenizer(tokenizer)
-        special = frozenset(getattr(adapted, "special_token_ids", ()))
+        special = frozenset(getattr(adapted, "special_ids", ()))
         llm._model = _Model(adapted, frozenset(eos_token_ids), special, SamplingParams())
         llm._start(
             backend_factory,
@@ -271,14 +271,32 @@ class LLM:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
         quantized, tokenizer, and a manifest with the hash of each file.
 
-        Blocks; requests in progress wait until the weights are written. Raises `ModelLoadError` when the directory
-        holds something that is not an engine, and `ConfigError` on an `LLM` made with `from_backend`.
+        Loading it gives the same tokens. Blocks; requests in progress wait until the weights are written.
+
+        Raises:
+            ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
+            EngineError: writing failed (a full disk, say); nothing is left behind.
         """
-        if self._source is None:
+        if self._loaded is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
         from llmengine.models.engine_dir import save_model
 
-        self._engine.call(partial(save_model, directory, self._source, self._model.tokenizer)).result()
+        config, source = self._loaded
+        dtype: str = config.dtype
+        if dtype == "auto":
+            # A float32 copy of 16-bit weights goes back to 16 bits without loss; dequantized GGUF weights do not.
+            dtype = "float32" if source.kind == "gguf" else source.checkpoint_dtype
+        quantization: dict[str, Any] = dict(source.quantization)
+        if config.quant_config.weights != "none":
+            quantization["weights"] = config.quant_config.weights
+
+        def write(backend: Backend) -> None:
+            weights = cast(SavableBackend, backend).weights()
+            save_model(
+                directory, source, weights, dtype=dtype, quantization=quantization, tokenizer=self._model.tokenizer
+            )
+
+        self._engine.call(write).result()
 
     def stats(self) -> EngineStats:
         """Return running and waiting requests, KV blocks, token counts, preemptions, hit rate and step times."""
@@ -395,13 +413,11 @@ class LLM:
         return _Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
 
     def _encode_chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> _Encoded:
-        render = getattr(self._model.tokenizer, "apply_chat_template", None)
-        if render is None or self._model.tokenizer is None:
-            raise InvalidRequestError("the tokenizer has no chat template; render the prompt yourself")
-        text: str = render(messages, **template_kwargs)
-        # The template writes BOS and the like itself.
-        token_ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False)  # type: ignore[call-arg]
-        return _Encoded(text, token_ids)
+        tokenizer = self._model.tokenizer
+        if not isinstance(tokenizer, ChatTokenizer):
+            raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
+        text = tokenizer.apply_chat_template(messages, **template_kwargs)
+        return _Encoded(text, tokenizer.encode(text, add_special_tokens=False))
 
     def _make_request(
         self,
@@ -474,9 +490,11 @@ def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool)
         return None
     if tokenizer is not None:
         return adapt_tokenizer(tokenizer)
-    from llmengine.tokenizer_loading import load_tokenizer
+    from llmengine.tokenizer_loading import load_tokenizer, tokenizer_from_gguf
 
-    return load_tokenizer(source.path, source.kind)
+    if source.gguf is not None:
+        return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
+    return load_tokenizer(source.tokenizer_path, source.kind)
 
 
 def _as_prompts(prompts: Any) -> Iterable[Prompt]:

@@ -6,6 +6,7 @@ Importing this module loads no tokenizer library; `llmengine.tokenizer_loading` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llmengine.errors import ConfigError, InvalidRequestError
@@ -33,7 +34,10 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer with a chat template. Both methods raise `InvalidRequestError` for messages that do not fit it."""
+    """A tokenizer with a chat template."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`; text from the template has its special tokens and needs no others."""
 
     def apply_chat_template(
         self,
@@ -42,16 +46,10 @@ class ChatTokenizer(Tokenizer, Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt text of `messages`; `variables` are passed on to the template."""
+        """Return the prompt text of `messages`; `variables` are passed on to the template.
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """Return the ids of that text, in which the template has put the special tokens already."""
+        Raises `InvalidRequestError` for messages that do not fit it.
+        """
 
 
 class ByteTokenizer:
@@ -163,10 +161,7 @@ class IncrementalDetokenizer:
         self._ids.append(token_id)
         text = self._decode(self._ids)
         if not text.startswith(self._shown):
-            # The decoder rewrote text that was given out already: go on without the context.
-            del self._ids[: self._num_context]
-            self._num_context, self._shown = 0, ""
-            text = self._decode(self._ids)
+            text = self._drop_context()
         num_shown = len(self._shown)
         num_final = len(text)
         floor = max(num_shown, num_final - _MAX_HELD_CHARS)
@@ -179,6 +174,17 @@ class IncrementalDetokenizer:
         else:
             self._shown = text[:num_final]
         return text[num_shown:num_final]
+
+    def _drop_context(self) -> str:
+        """The decoder rewrote text that was given out: return the text of the other ids, less the context.
+
+        As much of it counts as shown as was shown of them before, so that nothing is given out twice.
+        """
+        context, self._ids = self._ids[: self._num_context], self._ids[self._num_context :]
+        num_context_chars = len(self._decode(context)) if context else 0
+        text = self._decode(self._ids)
+        self._num_context, self._shown = 0, text[: max(0, len(self._shown) - num_context_chars)]
+        return text
 
     def _start_window(self, text: str) -> None:
         """Everything is shown: the ids since the context become the next context."""
@@ -306,6 +312,8 @@ class TransformersTokenizer:
         special = {token_id for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(special.union(tokenizer.all_special_ids))
         self.eos_token_id: int | None = tokenizer.eos_token_id
+        # The first call undoes stored truncation and padding, which must not happen while another thread encodes.
+        tokenizer.encode("")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, with BOS and the like when `add_special_tokens`."""
@@ -341,16 +349,9 @@ class TransformersTokenizer:
             raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         return text
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """Return the ids of `apply_chat_template`'s prompt, without adding BOS and the like again."""
-        text = self.apply_chat_template(messages, add_generation_prompt, tools, **variables)
-        return self.encode(text, add_special_tokens=False)
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the files that transformers writes for it, and return their paths."""
+        return [Path(path) for path in self._wrapped.save_pretrained(str(directory))]
 
 
 class _EncodingTokenizer:
@@ -370,6 +371,13 @@ class _EncodingTokenizer:
         """Return the text, special tokens included."""
         text: str = self._wrapped.decode(list(token_ids), skip_special_tokens=False)
         return text
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write tokenizer.json, and return its path."""
+        path = Path(directory) / "tokenizer.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._wrapped.save(str(path))
+        return [path]
 
 
 def adapt_tokenizer(tokenizer: Any) -> Tokenizer:

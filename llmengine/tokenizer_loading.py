@@ -1,10 +1,11 @@
 """Tokenizers from a model's files: a Hugging Face directory, a GGUF file, an engine directory.
 
-All three end in a `tokenizers.Tokenizer`, and transformers is not imported where it need not be: it takes 3 s to
-import, tokenizers 0.07 s. `tokenizer.json` describes a tokenizer completely (normalizer, splits, merges, BOS), so a
-directory that has one is read without transformers; only vocabularies in older formats go through `AutoTokenizer`. The
-two agree except where `AutoTokenizer` builds the pipeline anew from the class that tokenizer_config.json names and so
-drops parts of tokenizer.json, such as SmolLM2's split of digits: the file is what the model was trained with.
+All three end in a `tokenizers.Tokenizer`, and transformers is not imported where it need not be: `AutoTokenizer` takes
+3 s to import, tokenizers 0.07 s. `tokenizer.json` describes a tokenizer completely (normalizer, splits, merges, BOS),
+so a directory with one is read without transformers; only vocabularies in older formats go through `AutoTokenizer`.
+The two agree except where `AutoTokenizer` builds the pipeline anew from the class that tokenizer_config.json names and
+so drops parts of tokenizer.json, such as SmolLM2's split of digits: the file is what the model was trained with. Both
+ignore `add_bos_token` in tokenizer_config.json then, because tokenizer.json says what is added.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer import check_text
 
-TokenizerKind = Literal["huggingface", "gguf", "engine"]
+TokenizerKind = Literal["huggingface", "gguf", "engine", "dummy"]
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -50,6 +51,9 @@ class LoadedTokenizer:
         self._backend = backend
         self._special_tokens = dict(special_tokens or {})
         self._sources = dict(chat_templates or {})
+        for name in self._sources:
+            if not name.replace("-", "_").isidentifier():  # it becomes a file name in save()
+                raise ModelLoadError(f"chat template name {name!r} is none of letters, digits, '_' and '-'")
         self._templates: dict[str, ChatTemplate] = {}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -99,17 +103,6 @@ class LoadedTokenizer:
             template = self._templates[name] = ChatTemplate(self._sources[name], self._special_tokens)
         return template.render(messages, add_generation_prompt, tools, variables)
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """Return the ids of `apply_chat_template`'s prompt, without adding BOS and the like again."""
-        text = self.apply_chat_template(messages, add_generation_prompt, tools, **variables)
-        return self.encode(text, add_special_tokens=False)
-
     def save(self, directory: str | Path) -> list[Path]:
         """Write the files that `load_tokenizer` and transformers read, and return their paths."""
         directory = Path(directory)
@@ -141,7 +134,7 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
     Args:
         path: "huggingface": a directory with tokenizer.json or, read by transformers from local files and without
             running code from them, an older format; "gguf": the file; "engine": the directory that `LLM.save` wrote,
-            whose tokenizer is in its `tokenizer` directory.
+            or the `tokenizer` directory in it; "dummy": as "huggingface", beside weights that are not read.
         kind: which of them.
 
     Raises `ModelLoadError` naming what is missing, `CorruptFileError` naming the file that is damaged,
@@ -149,10 +142,10 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
     """
     path = Path(path)
     if kind == "gguf":
-        from llmengine.models.gguf_checkpoint import read_gguf
+        from llmengine.models.gguf_file import read_gguf
 
         return tokenizer_from_gguf(read_gguf(path).metadata, str(path))
-    directory = path / "tokenizer" if kind == "engine" else path
+    directory = path / "tokenizer" if kind == "engine" and (path / "tokenizer").is_dir() else path
     if not directory.is_dir():
         raise ModelLoadError(f"{directory}: no such directory, so there is no tokenizer to read")
     if (directory / "tokenizer.json").is_file():
@@ -173,6 +166,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedToken
     special = {name: tokens[ids[key]] for name, key in names.items() if key in ids}
     templates = {}
     for key, value in metadata.items():
+        if key.startswith("tokenizer.chat_template") and not isinstance(value, str):
+            continue  # "tokenizer.chat_templates" lists the names of the others
         if key == "tokenizer.chat_template":
             templates[_DEFAULT] = value
         elif key.startswith("tokenizer.chat_template."):
@@ -189,9 +184,12 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
         raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
     config = _read_json(directory / "tokenizer_config.json")
     special = _special_tokens(directory, config)
-    _mark_special(backend, special, config)
-    _set_added_ends(backend, special, config)
-    return LoadedTokenizer(backend, special, _chat_templates(directory, config))
+    try:
+        _mark_special(backend, special, config)
+        templates = _chat_templates(directory, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: malformed entry: {error!r}") from error
+    return LoadedTokenizer(backend, special, templates)
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -221,19 +219,6 @@ def _mark_special(backend: Tokenizer, special: Mapping[str, str], config: Mappin
     for content in special.values():
         if content not in added or not added[content].special:
             backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
-
-
-def _set_added_ends(backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """`add_bos_token` and `add_eos_token`, where they are written, replace the file's post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    pattern = ["$A"]
-    if config.get("add_bos_token") and "bos_token" in special:
-        pattern.insert(0, special["bos_token"])
-    if config.get("add_eos_token") and "eos_token" in special:
-        pattern.append(special["eos_token"])
-    ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys(pattern) if token != "$A"]
-    backend.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=ends)
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -67,14 +67,25 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return self._stream.final()
 
     async def __anext__(self) -> GenerationOutput:
+        while not self._exhausted:
+            try:
+                await self._wait(final_only=not self._streaming)
+            except BaseException:
+                self._exhausted = True
+                raise
+            if (output := self._take()) is not None:
+                return output
+        raise StopAsyncIteration
+
+    def _take(self) -> GenerationOutput | None:
+        """Return what is new; None when another task that iterates this handle took it, or closed the handle."""
         if self._exhausted:
-            raise StopAsyncIteration
-        await self._wait(final_only=not self._streaming)
-        self._exhausted = True  # unless an unfinished output comes out below
-        if not self._streaming:
-            return self._stream.final()
+            return None
+        self._exhausted = True  # if this raises
         polled = self._stream.poll(self._seen)
-        assert polled is not None
+        if polled is None:
+            self._exhausted = False
+            return None
         output, self._seen = polled
         self._exhausted = output.finished
         return output
@@ -84,7 +95,6 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             await self._stream.wait(self._seen, final_only=final_only)
         except BaseException:
             # Cancelled, or the loop closes the coroutine: nobody will read on.
-            self._exhausted = True
             self.abort()
             raise
 

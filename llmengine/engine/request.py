@@ -122,6 +122,8 @@ class Request:
         if self.detokenizer is not None and self.detokenizer.stopped is None and log.error is None:
             try:
                 log.pieces.append(self.detokenizer.finish())
+                if reason == "length" and self.detokenizer.stopped is not None:
+                    reason, log.matched_stop = "stop", self.detokenizer.stopped
             except Exception as fault:  # of the caller's tokenizer
                 self._fail_decoding(fault)
         if self.ticket is not None:

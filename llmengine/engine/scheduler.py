@@ -162,7 +162,7 @@ class Scheduler:
         """Give decodes their token first, then prompts in progress."""
         # Only decodes can lack a block (a prompt has all of its own since admission). Going from the last to be
         # preempted to the first, a request that lacks one never finds the right victim already planned.
-        order = sorted(self.running, key=lambda r: (r.num_uncomputed_tokens > 1, -r.priority, r.request_id))
+        order = sorted(self.running, key=lambda r: (r.num_uncomputed_tokens > 1, self._preemption_rank(r)))
         for request in order:
             num_tokens = min(request.num_uncomputed_tokens, plan.budget)
             if num_tokens == 0 or request.status is not RequestStatus.RUNNING:
@@ -184,9 +184,11 @@ class Scheduler:
     def _choose_victim(self, plan: _StepPlan) -> Request:
         """Return the running request to preempt; one that already has a row in this step is not eligible."""
         planned = set(map(id, plan.requests))
-        spared = self.config.max_preemptions
-        candidates = [request for request in self.running if id(request) not in planned]
-        return max(candidates, key=lambda r: (r.num_preemptions < spared, -r.priority, r.request_id))
+        return max((r for r in self.running if id(r) not in planned), key=self._preemption_rank)
+
+    def _preemption_rank(self, request: Request) -> tuple[bool, int, int]:
+        """Sort key of the running requests; the greatest is the first to be preempted."""
+        return request.num_preemptions < self.config.max_preemptions, -request.priority, request.request_id
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

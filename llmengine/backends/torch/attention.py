@@ -1,0 +1,224 @@
+"""Paged attention with torch's own CPU operators: KV blocks are read in place for decodes, gathered once for prefills.
+
+Decode. A block's keys are stored transposed, [num_kv_heads, head_dim, block_size], so one block's scores of one head
+are a weighted sum of head_dim rows of the pool, weighted by q; the output of a head is a weighted sum of value rows,
+weighted by the probabilities. Both sums are `embedding_bag` with weights per sample, which reads rows wherever they
+are: no gather, half the time of gathering blocks and SDPA at 16 requests, a third at 64. Index tensors are built once
+a step and serve all layers.
+
+Prefill. One request after another through SDPA, causal on its own fresh k and v, or over its gathered context.
+
+Rows that were never written, or whose block a former request left behind, are never multiplied, not even by zero
+(0 * NaN is NaN): scores are overwritten beyond the context, values are taken from `NULL_BLOCK`, which stays zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmengine.backends.inputs import StepInputs
+from llmengine.batch import NULL_BLOCK
+
+_MAX_PADDING = 1.5
+"""Decodes share one group while the longest context has at most this many times the blocks of the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes that every layer shares."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block's keys and values over all layers, fp32."""
+        return 8 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Rows [begin, end) of one token each, padded to `num_blocks` blocks.
+
+    Attributes:
+        key_rows: [rows * num_heads * num_blocks * head_dim], rows of the keys [.., block_size].
+        key_bags: where each bag of head_dim rows begins.
+        value_rows: [rows * num_heads * num_blocks * block_size], rows of the values [.., head_dim].
+        value_bags: where each bag of num_blocks * block_size rows begins.
+        beyond: bool [rows, 1, num_blocks * block_size], positions that are not in the context.
+    """
+
+    begin: int
+    end: int
+    num_blocks: int
+    key_rows: Tensor
+    key_bags: Tensor
+    value_rows: Tensor
+    value_bags: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """Tokens [begin, end) of one request; `blocks` and `mask` only if it has earlier context."""
+
+    begin: int
+    end: int
+    context_len: int
+    blocks: Tensor | None
+    mask: Tensor | None
+
+
+class PagedAttention:
+    """KV pools of all layers (fp32, zeros that the system maps on first touch) and attention over them.
+
+    `plan` once a step, then `attend` once a layer.
+    """
+
+    def __init__(self, shape: AttentionShape, rope_table: Tensor) -> None:
+        self._shape = shape
+        self._rope_table = rope_table
+        blocks, heads, dim, size = shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
+        self._keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
+        self._values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
+        # Views made once: (written keys [blocks, size, heads, dim], key rows, written values, value rows).
+        self._views = [
+            (key.permute(0, 3, 1, 2), key.view(-1, size), value.view(-1, heads, dim), value.view(-1, dim))
+            for key, value in zip(self._keys, self._values, strict=True)
+        ]
+        num_rows = blocks * heads * max(dim, size)
+        self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
+        self._scale = dim**-0.5
+
+    def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
+        """Prepare for one step: rotations, where keys and values go, and what each row reads."""
+        size = self._shape.block_size
+        positions = torch.from_numpy(inputs.positions)
+        half = self._rope_table[positions][:, None, :]
+        cos, sin = half.chunk(2, dim=-1)
+        self._cos, self._sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
+        offsets = inputs.positions % size
+        self._blocks, self._offsets = torch.from_numpy(blocks), torch.from_numpy(offsets)
+        self._token_rows = torch.from_numpy(blocks * size + offsets)
+        self._groups = self._plan_decodes(inputs, block_tables)
+        self._prefills = [
+            self._plan_prefill(inputs, block_tables, row) for row in range(inputs.num_decodes, len(inputs.row_slots))
+        ]
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """`models.decoder.Attend`: rotate, write keys and values, attend."""
+        shape = self._shape
+        num_tokens, num_heads, num_kv = qkv.shape[0], shape.num_heads, shape.num_kv_heads
+        heads = qkv.view(num_tokens, num_heads + 2 * num_kv, shape.head_dim)
+        unrotated = heads[:, : num_heads + num_kv]
+        rotated = torch.addcmul(unrotated * self._cos, unrotated.roll(shape.head_dim // 2, -1), self._sin)
+        q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_heads + num_kv :]
+        written_keys, key_rows, written_values, value_rows = self._views[layer]
+        written_keys.index_put_((self._blocks, self._offsets), k)
+        written_values.index_copy_(0, self._token_rows, v)
+        if len(self._groups) == 1 and not self._prefills:
+            return self._decode(q, key_rows, value_rows, self._groups[0])
+        result = qkv.new_empty(num_tokens, num_heads * shape.head_dim)
+        for group in self._groups:
+            result[group.begin : group.end] = self._decode(q[group.begin : group.end], key_rows, value_rows, group)
+        for prefill in self._prefills:
+            part = slice(prefill.begin, prefill.end)
+            result[part] = self._prefill(q[part], k[part], v[part], layer, prefill)
+        return result
+
+    def _decode(self, q: Tensor, key_rows: Tensor, value_rows: Tensor, group: _DecodeGroup) -> Tensor:
+        num_rows, num_heads = q.shape[:2]
+        weights = (q * self._scale)[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
+        scores = _bag(key_rows, group.key_rows, group.key_bags, weights).view(num_rows, num_heads, -1)
+        probabilities = torch.softmax(scores.masked_fill_(group.beyond, -torch.inf), dim=-1)
+        return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, layer: int, prefill: _Prefill) -> Tensor:
+        shape = self._shape
+        if prefill.blocks is not None:
+            k = self._keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
+            v = self._values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
+            k, v = k[: prefill.context_len], v[: prefill.context_len]
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=prefill.mask,
+            is_causal=prefill.mask is None,
+            enable_gqa=shape.num_heads != shape.num_kv_heads,
+        )
+        return attended[0].transpose(0, 1).reshape(q.shape[0], -1)
+
+    def _plan_decodes(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> list[_DecodeGroup]:
+        """Cut the decodes, which come by growing context, into groups of similar length."""
+        num_blocks = -(-inputs.context_lens[: inputs.num_decodes] // self._shape.block_size)
+        groups, begin = [], 0
+        while begin < inputs.num_decodes:
+            end = int(np.searchsorted(num_blocks, max(num_blocks[begin] * _MAX_PADDING, 4), side="right"))
+            table = block_tables[inputs.row_slots[begin:end], : num_blocks[end - 1]]
+            groups.append(self._plan_group(begin, end, table, inputs.context_lens[begin:end]))
+            begin = end
+        return groups
+
+    def _plan_group(
+        self, begin: int, end: int, table: NDArray[np.int32], context_lens: NDArray[np.int64]
+    ) -> _DecodeGroup:
+        shape, index = self._shape, self._index_type
+        heads, dim, size, repeat = (
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            shape.num_heads // shape.num_kv_heads,
+        )
+        rows, num_blocks = table.shape
+        table, head = table.astype(index), np.arange(heads, dtype=index)
+        key_rows = (table[:, None, None, :, None] * heads + head[:, None, None, None]) * dim + np.arange(
+            dim, dtype=index
+        )
+        key_rows = np.broadcast_to(key_rows, (rows, heads, repeat, num_blocks, dim)).flatten()
+        beyond = np.arange(num_blocks * size) >= context_lens[:, None]
+        slots = (table[:, :, None] * size + np.arange(size, dtype=index)).reshape(rows, -1)
+        slots[beyond] = NULL_BLOCK * size
+        value_rows = slots[:, None, None, :] * heads + head[:, None, None]
+        value_rows = np.broadcast_to(value_rows, (rows, heads, repeat, num_blocks * size)).flatten()
+        return _DecodeGroup(
+            begin=begin,
+            end=end,
+            num_blocks=num_blocks,
+            key_rows=torch.from_numpy(key_rows),
+            key_bags=torch.from_numpy(np.arange(0, len(key_rows), dim, dtype=index)),
+            value_rows=torch.from_numpy(value_rows),
+            value_bags=torch.from_numpy(np.arange(0, len(value_rows), num_blocks * size, dtype=index)),
+            beyond=torch.from_numpy(beyond)[:, None, :],
+        )
+
+    def _plan_prefill(self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int) -> _Prefill:
+        begin, end = int(inputs.row_starts[row]), int(inputs.row_starts[row + 1])
+        context_len = int(inputs.context_lens[row])
+        if context_len == end - begin:
+            return _Prefill(begin, end, context_len, None, None)
+        num_blocks = -(-context_len // self._shape.block_size)
+        blocks = torch.from_numpy(block_tables[inputs.row_slots[row], :num_blocks].astype(np.int64))
+        mask = torch.full((end - begin, context_len), -torch.inf).triu_(context_len - (end - begin) + 1)
+        return _Prefill(begin, end, context_len, blocks, mask)
+
+
+def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """Return [num_bags, columns]: for each bag the sum of its rows times their weights."""
+    return torch.embedding_bag(rows, indices, bags, False, 0, False, weights, False)[0]
+
+
+def _lazy_zeros(*shape: int) -> Tensor:
+    # numpy asks the system for zeroed pages; torch.zeros would write, and so occupy, the whole pool at once.
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

@@ -1,0 +1,163 @@
+"""The CPU backend: one step at a time, run to its end in `launch`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import psutil
+import torch
+
+from llmengine.backends.inputs import SlotTable, StepInputs
+from llmengine.backends.sampler import Sampler, Samples
+from llmengine.backends.torch.attention import AttentionShape, PagedAttention
+from llmengine.backends.torch.weights import CpuModel, load_cpu_model
+from llmengine.batch import BackendInfo, Batch, StepResult
+from llmengine.config import ModelConfig
+from llmengine.errors import ConfigError, OutOfMemoryError
+from llmengine.models.arch import ModelArch
+from llmengine.models.rope import rope_table
+from llmengine.models.source import ModelSource
+
+_logger = logging.getLogger("llmengine.backends.torch.cpu")
+
+_DEFAULT_FRACTION = 0.2
+_MIN_CONTEXT = 64
+"""A KV cache for fewer tokens than this (or than the model's own limit) is refused: nothing useful would fit."""
+
+
+class CpuBackend:
+    """Implements `batch.Backend` with torch's CPU operators; made, used and closed by one thread.
+
+    Activations, logits and KV are float32 whatever the weights are.
+    """
+
+    def __init__(self, config: ModelConfig, source: ModelSource) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        arch = source.arch
+        limit = _context_limit(config, arch)
+        with torch.inference_mode():
+            model = load_cpu_model(config, source)
+            shape = _size_kv_cache(config, arch, limit)
+            max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
+            table = rope_table(arch.rope, arch.head_dim, max_model_len)
+            self._attention: PagedAttention | None = PagedAttention(shape, table)
+        self._model: CpuModel | None = model
+        num_slots = config.scheduler_config.max_batch_size
+        self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
+        self._sampler = Sampler(num_slots, arch.vocab_size)
+        self._result: StepResult | None = None
+        self._info = BackendInfo(
+            description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}",
+            vocab_size=arch.vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            kv_bytes_per_block=shape.bytes_per_block,
+            weight_bytes=model.size_bytes,
+            max_steps_in_flight=1,
+        )
+        _logger.info("%s; KV cache of %d tokens", self._info.description, (shape.num_blocks - 1) * shape.block_size)
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def launch(self, batch: Batch) -> None:
+        """Run one step to its end; `collect` hands out its result."""
+        assert self._result is None, "one step in flight at most"
+        assert self._model is not None, "the backend is closed"
+        assert self._attention is not None
+        for init in batch.slot_inits:
+            self._slots.init_slot(init)
+            self._sampler.init_slot(init)
+        with torch.inference_mode():
+            inputs = self._slots.flatten(batch)
+            self._attention.plan(inputs, self._slots.block_tables)
+            token_ids = torch.from_numpy(inputs.token_ids)
+            every = len(inputs.sample_tokens) == len(inputs.token_ids)
+            logit_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
+            begin = time.perf_counter()
+            logits = self._model.decoder.forward(token_ids, self._attention.attend, logit_tokens)
+            forward_s = time.perf_counter() - begin
+            if logits is None:
+                self._result = StepResult(step=batch.step, token_ids={}, forward_s=forward_s)
+                return
+            samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
+        self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
+        self._result = _step_result(batch.step, inputs, samples, forward_s)
+
+    def collect(self) -> StepResult:
+        """Return the result of the step that was launched."""
+        result, self._result = self._result, None
+        assert result is not None, "collect() follows launch()"
+        return result
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the canonical weights as they are used, in `canonical_shapes` order, one copy at a time.
+
+        An int8 matrix comes as `X.weight` (int8 [out, in]) followed by `X.weight_scale` (fp32 [out]); a loader that
+        streams both back gets the same tokens. With tied embeddings the output matrix is not among them: it is
+        made from `embed_tokens.weight` again, in the same way.
+        """
+        assert self._model is not None, "the backend is closed"
+        return self._model.canonical()
+
+    def close(self) -> None:
+        """Release weights and KV cache; idempotent."""
+        self._model = None
+        self._attention = None
+        self._result = None
+
+
+def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: float) -> StepResult:
+    slots = inputs.sample_slots.tolist()
+    token_ids = dict(zip(slots, samples.token_ids, strict=True))
+    logprobs = {slots[row]: value for row, value in samples.logprobs.items()}
+    errors = {}
+    if any(samples.failed):
+        for slot, position, failed in zip(slots, inputs.sample_positions.tolist(), samples.failed, strict=True):
+            if failed:
+                errors[slot] = f"the model's logits for the token at position {position} are not finite"
+                del token_ids[slot]
+                logprobs.pop(slot, None)
+    return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
+
+
+def _context_limit(config: ModelConfig, arch: ModelArch) -> int:
+    wanted, limit = config.max_model_len, arch.max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"max_model_len={wanted} is above the model's max_position_embeddings={limit}")
+    return wanted or limit
+
+
+def _size_kv_cache(config: ModelConfig, arch: ModelArch, limit: int) -> AttentionShape:
+    """Return the attention's sizes with as many blocks as memory, configuration and use allow.
+
+    Raises `OutOfMemoryError` if less than a small context fits.
+    """
+    kv = config.kv_cache_config
+    fraction = _DEFAULT_FRACTION if kv.free_memory_fraction is None else kv.free_memory_fraction
+    free = psutil.virtual_memory().available
+    budget = int(free * fraction) if kv.max_bytes is None else min(int(free * fraction), kv.max_bytes)
+    shape = AttentionShape(
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        num_blocks=1,
+        block_size=kv.block_size,
+    )
+    useful = config.scheduler_config.max_batch_size * -(-limit // kv.block_size) + 1
+    num_blocks = min(budget // shape.bytes_per_block, useful)
+    if (num_blocks - 1) * kv.block_size < min(_MIN_CONTEXT, limit):
+        raise OutOfMemoryError(
+            f"KV cache: {budget / 2**20:.1f} MiB hold {max(num_blocks - 1, 0)} blocks of {kv.block_size} tokens "
+            f"({shape.bytes_per_block / 2**20:.2f} MiB each), too few for {min(_MIN_CONTEXT, limit)} tokens; "
+            f"{free / 2**20:.0f} MiB are free: raise kv_cache_config.max_bytes={kv.max_bytes} or "
+            f"free_memory_fraction={fraction}"
+        )
+    return replace(shape, num_blocks=num_blocks)

@@ -1,0 +1,273 @@
+"""Formats of a weight matrix on the CPU, as data, and the choice among them by measuring.
+
+Every format is a callable (`models.decoder.Linear`) that can also give its canonical tensors back.
+
+==========  ==================================================  ==========================================
+format      what is stored                                      when
+==========  ==================================================  ==========================================
+torch       [out, in] as it came                                always there
+onednn-M    oneDNN's own blocked layout, packed for M rows      where torch has oneDNN; float32, and bf16
+                                                                on processors with bf16 units
+int8        FBGEMM-packed int8, one scale for each output row   quant_config.weights == "int8"
+==========  ==================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEASURED_TOKENS = (1, 2, 16, 64)
+"""Tokens in a step for which formats are compared."""
+
+_PACK_ROWS = (16, 64)
+_MEASURED_WEIGHTS = 4_000_000
+_TINY = 1e-30
+
+
+class CpuLinear(Protocol):
+    """`models.decoder.Linear` that knows its size and its canonical tensors."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return fp32 x @ weight.T + bias + residual; `residual` may be overwritten."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", ...), and ("weight_scale", ...), ("bias", ...) where there are any."""
+
+
+class TorchLinear:
+    """The plain layout. Weights of another type than float32 compute in that type; in- and output are fp32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._convert = weight.dtype != torch.float32
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._convert:
+            y = F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
+        else:
+            y = F.linear(x, self._weight, self._bias)
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._weight.nbytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self._weight
+        if self._bias is not None:
+            yield "bias", self._bias
+
+
+class OneDnnLinear:
+    """oneDNN's blocked layout: no copy of the weight on each call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+        self._bias = bias
+        self._dtype = weight.dtype
+        self._size_bytes = weight.nbytes
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor
+        if self._dtype != torch.float32:
+            x = x.to(self._dtype)
+        y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        if self._dtype != torch.float32:
+            y = y.float()
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self._weight.to_dense()
+        if self._bias is not None:
+            yield "bias", self._bias
+
+
+class Int8Workspace:
+    """Where `Int8Linear` of one input width put their scaled activations; one serves all layers, they run in turn."""
+
+    def __init__(self, max_tokens: int, in_features: int) -> None:
+        self._rows = torch.zeros(max_tokens + 1, in_features)
+        # The row that pins FBGEMM's range comes last: its minimum and maximum forget what they saw before a NaN.
+        self._rows[-1, 0] = -1.0
+        self._rows[-1, -1] = 1.0
+
+    def rows(self, num_tokens: int) -> Tensor:
+        """Return fp32 [num_tokens + 1, in_features]: the first `num_tokens` to be written, the last left alone."""
+        return self._rows[-num_tokens - 1 :]
+
+
+class Int8Linear:
+    """int8 weights with one scale for each output row; activations become 7-bit with one scale for each token.
+
+    FBGEMM takes one range for all tokens of a call. Each token is therefore divided by its own largest magnitude and an
+    extra row holding -1 and 1 pins the range, so that a token's result does not depend on what else is in the batch.
+
+    Args:
+        weight: int8 [out_features, in_features].
+        scale: fp32 [out_features].
+        bias: fp32 [out_features] or None.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, workspace: Int8Workspace) -> None:
+        self._bias = bias
+        self._workspace = workspace
+        self._size_bytes = weight.nbytes + scale.nbytes
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        with _quantized_tensors_allowed():
+            packable = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self._packed = torch.ops.quantized.linear_prepack(packable, None)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows = self._workspace.rows(x.shape[0])
+        magnitude = torch.linalg.vector_norm(x, torch.inf, -1, True).clamp_(min=_TINY)
+        torch.div(x, magnitude, out=rows[:-1])
+        y: Tensor = torch.ops.quantized.linear_dynamic(rows, self._packed, True)[:-1].mul_(magnitude)
+        if self._bias is not None:
+            y.add_(self._bias)
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        with _quantized_tensors_allowed():
+            weight, _ = torch.ops.quantized.linear_unpack(self._packed)
+            values, scales = weight.int_repr(), weight.q_per_channel_scales().float()
+        yield "weight", values
+        yield "weight_scale", scales
+        if self._bias is not None:
+            yield "bias", self._bias
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 [out_features, in_features] and fp32 scales [out_features]: the largest of each row becomes 127."""
+    weight = weight.float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp_(min=_TINY)
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+@dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """A way to store an unquantized weight; `pack` takes weight and bias."""
+
+    name: str
+    pack: Callable[[Tensor, Tensor | None], CpuLinear]
+
+
+def dense_formats(dtype: torch.dtype) -> list[LinearFormat]:
+    """Return the formats that work here for weights of `dtype`, the plain one first."""
+    formats = [LinearFormat("torch", TorchLinear)]
+    fast = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16_units())
+    if fast and _works(_try_onednn, dtype):
+        formats += [
+            LinearFormat(f"onednn-{num_rows}", partial(OneDnnLinear, num_rows=num_rows)) for num_rows in _PACK_ROWS
+        ]
+    return formats
+
+
+def has_int8() -> bool:
+    """True if this torch has FBGEMM's dynamic int8 matrix product."""
+    return _works(_try_int8, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A format, and the seconds that each candidate took at each of `MEASURED_TOKENS`; empty if there was only one."""
+
+    format: LinearFormat
+    seconds: Mapping[str, Sequence[float]]
+
+    def __str__(self) -> str:
+        """The format's name, and how many times faster than the plain one it measured."""
+        if not self.seconds:
+            return self.format.name
+        plain, own = next(iter(self.seconds.values())), self.seconds[self.format.name]
+        ratios = "/".join(f"{a / b:.1f}" for a, b in zip(plain, own, strict=True))
+        return f"{self.format.name} (x{ratios} at {'/'.join(map(str, MEASURED_TOKENS))} tokens)"
+
+
+def fastest_format(formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Choice:
+    """Measure `formats` on matrices of `shapes` (out, in) and return the one with the least time.
+
+    Large matrices are cut to fewer rows, so that it takes about 0.1 s for any model.
+    """
+    if len(formats) == 1:
+        return Choice(formats[0], {})
+    share = min(1.0, _MEASURED_WEIGHTS / sum(rows * columns for rows, columns in shapes))
+    shapes = [(max(32, int(rows * share) // 32 * 32), columns) for rows, columns in shapes]
+    seconds = {item.name: _measure(item, shapes, dtype) for item in formats}
+    plain = seconds[formats[0].name]
+
+    def relative(item: LinearFormat) -> float:
+        return sum(math.log(own / other) for own, other in zip(seconds[item.name], plain, strict=True))
+
+    return Choice(min(formats, key=relative), seconds)
+
+
+def _measure(item: LinearFormat, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[float]:
+    # Two copies in turn, so that a small model's weights are not simply in the cache from the call before.
+    copies = [[item.pack(torch.full(shape, 0.01, dtype=dtype), None) for shape in shapes] for _ in range(2)]
+    result = []
+    for num_tokens in MEASURED_TOKENS:
+        inputs = [torch.full((num_tokens, columns), 0.01) for _, columns in shapes]
+        times = []
+        for layer in (copies[0], copies[1], copies[0]):
+            begin = time.perf_counter()
+            for linear, x in zip(layer, inputs, strict=True):
+                linear(x)
+            times.append(time.perf_counter() - begin)
+        result.append(min(times[1:]))
+    return result
+
+
+def _has_bf16_units() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _works(attempt: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> bool:
+    """True if a private or deprecated operator is there and right: its absence must cost speed only."""
+    try:
+        return bool(torch.allclose(attempt(dtype), torch.full((3, 32), 16.0), rtol=0.02))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+def _try_onednn(dtype: torch.dtype) -> Tensor:
+    linear = OneDnnLinear(torch.full((32, 64), 0.5, dtype=dtype), None, 2)
+    if not torch.equal(next(linear.canonical())[1], torch.full((32, 64), 0.5, dtype=dtype)):
+        raise RuntimeError("the packed weight cannot be read back")
+    return linear(torch.full((3, 64), 0.5))
+
+
+def _try_int8(_: torch.dtype) -> Tensor:
+    values, scale = quantize_int8(torch.full((32, 64), 0.5))
+    return Int8Linear(values, scale, None, Int8Workspace(3, 64))(torch.full((3, 64), 0.5))
+
+
+@contextmanager
+def _quantized_tensors_allowed() -> Iterator[None]:
+    """Silence the one deprecation of quantized tensors (torch 2.13): FBGEMM's packing takes its weight as such."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
+        yield

@@ -1,0 +1,216 @@
+"""Canonical weights to a CPU decoder, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmengine.backends.torch.linear import (
+    MEASURED_TOKENS,
+    Choice,
+    CpuLinear,
+    Int8Linear,
+    Int8Workspace,
+    dense_formats,
+    fastest_format,
+    has_int8,
+    quantize_int8,
+)
+from llmengine.config import ModelConfig
+from llmengine.errors import ConfigError
+from llmengine.models.arch import ModelArch, canonical_shapes
+from llmengine.models.decoder import Decoder, DecoderLayer
+from llmengine.models.source import ModelSource
+
+_logger = logging.getLogger("llmengine.backends.torch.cpu")
+
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class CpuNorm:
+    """RMSNorm in fp32, in half of `F.rms_norm`'s time on a CPU: x * (weight * sqrt(n)) / sqrt(sum(x^2) + n * eps)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        size = weight.shape[0]
+        self._scaled_weight = weight.float() * size**0.5
+        self._floor = torch.tensor([(size * eps) ** 0.5])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the normalised [num_tokens, hidden], fp32."""
+        length: Tensor = torch.linalg.vector_norm(x, 2, -1, True).hypot_(self._floor)
+        return torch.mul(x, self._scaled_weight).div_(length)
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return int(self._weight.nbytes + self._scaled_weight.nbytes)
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", ...)."""
+        yield "weight", self._weight
+
+
+class CpuEmbedding:
+    """Rows of the embedding, as fp32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Return a new fp32 tensor [num_tokens, hidden]."""
+        return self.weight.index_select(0, token_ids).float()
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return self.weight.nbytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", ...)."""
+        yield "weight", self.weight
+
+
+class _Part(Protocol):
+    @property
+    def size_bytes(self) -> int: ...
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CpuModel:
+    """A decoder, and its parts by canonical name (less ".weight"), in canonical order."""
+
+    decoder: Decoder
+    parts: Mapping[str, _Part]
+    size_bytes: int
+    description: str
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the canonical weights; packed ones are unpacked one at a time."""
+        for name, part in self.parts.items():
+            for suffix, tensor in part.canonical():
+                yield f"{name}.{suffix}", tensor
+
+
+def load_cpu_model(config: ModelConfig, source: ModelSource) -> CpuModel:
+    """Stream the weights of `source` into the format that measures fastest; peak memory is the model and one matrix.
+
+    Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
+    embedding is never quantized, the output matrix is. Raises `ConfigError` if this torch has no int8 product.
+    """
+    loader = _Loader(config, source.arch)
+    for name, tensor in source.weights(_DTYPES[config.dtype]):
+        loader.add(name, tensor)
+    return loader.finish()
+
+
+@dataclass(slots=True)
+class _Loader:
+    config: ModelConfig
+    arch: ModelArch
+    norms: dict[str, CpuNorm] = field(default_factory=dict)
+    linears: dict[str, CpuLinear] = field(default_factory=dict)
+    embeddings: dict[str, CpuEmbedding] = field(default_factory=dict)
+    arrived: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    workspaces: dict[int, Int8Workspace] = field(default_factory=dict)
+    num_int8: int = 0
+    choice: Choice | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take over one canonical tensor; a matrix is packed as soon as its scale and bias are there."""
+        prefix, _, suffix = name.rpartition(".")
+        if prefix == "embed_tokens":
+            self.embeddings[prefix] = CpuEmbedding(tensor)
+        elif prefix.endswith("norm"):
+            self.norms[prefix] = CpuNorm(tensor, self.arch.rms_norm_eps)
+        else:
+            tensors = self.arrived.setdefault(prefix, {})
+            tensors[suffix] = tensor
+            if self._complete(prefix, tensors):
+                self.linears[prefix] = self._pack(self.arrived.pop(prefix))
+
+    def finish(self) -> CpuModel:
+        """Bind everything into a decoder."""
+        assert not self.arrived, f"incomplete: {sorted(self.arrived)}"
+        arch, embedding = self.arch, self.embeddings["embed_tokens"]
+        tied = self._pack({"weight": embedding.weight}) if arch.tie_word_embeddings else None
+        decoder = Decoder(
+            embed=embedding,
+            layers=[self._layer(f"layers.{index}.") for index in range(arch.num_layers)],
+            final_norm=self.norms["final_norm"],
+            lm_head=tied or self.linears["lm_head"],
+            silu_and_mul=_silu_and_mul,
+        )
+        unordered: dict[str, _Part] = {**self.embeddings, **self.norms, **self.linears}
+        names = dict.fromkeys(name.rpartition(".")[0] for name in canonical_shapes(arch))
+        parts = {name: unordered[name] for name in names}
+        size_bytes = sum(part.size_bytes for part in parts.values()) + (tied.size_bytes if tied else 0)
+        return CpuModel(decoder, parts, size_bytes, self._describe())
+
+    def _layer(self, prefix: str) -> DecoderLayer:
+        return DecoderLayer(
+            input_norm=self.norms[prefix + "input_norm"],
+            qkv=self.linears[prefix + "qkv"],
+            o=self.linears[prefix + "o"],
+            post_attention_norm=self.norms[prefix + "post_attention_norm"],
+            gate_up=self.linears[prefix + "gate_up"],
+            down=self.linears[prefix + "down"],
+        )
+
+    def _complete(self, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
+        if "weight" not in tensors or (f"{prefix}.bias" in canonical_shapes(self.arch) and "bias" not in tensors):
+            return False
+        return tensors["weight"].dtype != torch.int8 or "weight_scale" in tensors
+
+    def _pack(self, tensors: Mapping[str, Tensor]) -> CpuLinear:
+        weight, bias = tensors["weight"], tensors.get("bias")
+        if weight.dtype == torch.int8:
+            return self._pack_int8(weight, tensors["weight_scale"], bias)
+        if self.config.quant_config.weights == "int8":
+            return self._pack_int8(*quantize_int8(weight), bias)
+        if self.choice is None:
+            self.choice = _choose_format(self.arch, weight.dtype)
+        return self.choice.format.pack(weight, bias)
+
+    def _pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> CpuLinear:
+        if not self.num_int8 and not has_int8():
+            raise ConfigError("int8 weights: this build of torch has no FBGEMM int8 product; use float weights")
+        self.num_int8 += 1
+        width = weight.shape[1]
+        if width not in self.workspaces:
+            self.workspaces[width] = Int8Workspace(self.config.scheduler_config.max_tokens_per_step, width)
+        return Int8Linear(weight, scale, None if bias is None else bias.float(), self.workspaces[width])
+
+    def _describe(self) -> str:
+        texts = []
+        if self.num_int8:
+            texts.append("int8 weights (FBGEMM, activations quantized for each token)")
+        if self.choice is not None:
+            texts.append(f"{self.config.dtype} weights in format {self.choice}".replace("auto", "float32"))
+        return ", ".join(texts)
+
+
+def _choose_format(arch: ModelArch, dtype: torch.dtype) -> Choice:
+    formats = dense_formats(dtype)
+    if len(formats) == 1 and dtype != torch.float32:
+        _logger.warning("%s weights: this processor or torch has no fast product for them, float32 is faster", dtype)
+    shapes = canonical_shapes(arch)
+    layer = [shapes[f"layers.0.{name}.weight"] for name in ("qkv", "o", "gate_up", "down")]
+    choice = fastest_format(formats, [(rows, columns) for rows, columns in layer], dtype)
+    for name, seconds in choice.seconds.items():
+        listed = ", ".join(f"{value * 1e3:.2f}" for value in seconds)
+        _logger.info("format %s: %s ms a layer at %s tokens", name, listed, MEASURED_TOKENS)
+    return choice
+
+
+def _silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,56 @@
+"""Random weights for a config.json without weights: for benchmarks and tests of sizes, not of text."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmengine.models.arch import ModelArch, canonical_shapes
+from llmengine.models.fused import ModelSource, WeightStream
+from llmengine.models.hf_checkpoint import read_hf_metadata
+
+if TYPE_CHECKING:
+    import torch
+
+_SEED = 0
+_STD = 0.02
+_NOISE_LENGTH = (1 << 20) + 7
+
+
+def open_dummy(directory: Path) -> ModelSource:
+    """Return a source of random weights shaped by the directory's config.json; other weight files are not read."""
+    metadata = read_hf_metadata(directory)
+    return ModelSource(
+        kind="dummy",
+        path=directory,
+        arch=metadata.arch,
+        checkpoint_dtype=metadata.dtype or "float32",
+        generation_config=dict(metadata.generation_config.values),
+        eos_token_ids=metadata.eos_token_ids,
+        bos_token_id=metadata.bos_token_id,
+        tokenizer_path=directory,
+        stream=lambda dtype: stream_dummy(metadata.arch, dtype),
+    )
+
+
+def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
+    """Yield canonical weights ~ N(0, 0.02), norms 1; the same on every call.
+
+    One block of noise is repeated, rotated per tensor: drawing each weight would take longer than reading a file. The
+    block's odd length keeps rows of a matrix different.
+    """
+    import torch
+
+    shapes = canonical_shapes(arch)
+    length = min(_NOISE_LENGTH, max(prod(shape) for shape in shapes.values()))
+    noise = torch.empty(length).normal_(0.0, _STD, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
+    for index, (name, shape) in enumerate(shapes.items()):
+        tensor = torch.empty(shape, dtype=dtype)
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            shifted = noise.roll(index * 8191)
+            for piece in torch.split(tensor.view(-1), length):
+                piece.copy_(shifted[: piece.numel()])
+        yield name, tensor

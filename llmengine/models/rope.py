@@ -1,0 +1,106 @@
+"""Rotary position encoding as one table, cos and sin for each position, equal to transformers' frequencies.
+
+The table is a function of the position alone, so a KV cache, prefix reuse and any chunking of the prompt are exact.
+For "dynamic" (NTK) that is a choice. transformers recomputes the base from the running length and leaves the keys it
+has cached rotated with older bases; here position p has the frequencies of a context of p + 1 tokens, which is what
+transformers gives a token that it decodes with a cache, and equals it in full up to the original context length.
+(The alternative, one base for factor times the original length, differs from transformers at every length.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmengine.models.arch import RopeConfig
+
+
+def rope_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+    """Return fp32 [num_positions, head_dim]: cos of the head_dim / 2 angles, then their sin.
+
+    Both are multiplied by the attention factor. Dimension j of a head rotates together with j + head_dim / 2 (the two
+    halves, not interleaved).
+    """
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    if rope.type == "dynamic":
+        angles = positions[:, None] * _dynamic_frequencies(rope, head_dim, num_positions)
+    else:
+        angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    factor = attention_factor(rope)
+    return table if factor == 1.0 else table.mul_(factor)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Return fp32 [head_dim / 2]: radians a position; for "dynamic" those within the original context length."""
+    frequencies = 1.0 / (rope.theta ** _exponents(head_dim))
+    if rope.type == "linear":
+        return frequencies / rope.factor
+    if rope.type == "llama3":
+        return _llama3(rope, frequencies)
+    if rope.type == "yarn":
+        return _yarn(rope, head_dim)
+    return frequencies
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """Return what cos and sin are multiplied by: 1 for every type but yarn (Peng et al., arXiv 2309.00071)."""
+    if rope.type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _yarn_mscale(rope.factor, rope.mscale) / _yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return _yarn_mscale(rope.factor, 1.0)
+
+
+def _exponents(head_dim: int) -> Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+
+
+def _dynamic_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+    """Return fp32 [num_positions, head_dim / 2]; row p is NTK-scaled for a context of p + 1 tokens."""
+    if head_dim <= 2:
+        return inverse_frequencies(rope, head_dim).expand(num_positions, -1)
+    original = rope.original_max_position_embeddings
+    lengths = torch.arange(1, num_positions + 1, dtype=torch.float64).clamp_(min=original)
+    bases = rope.theta * (rope.factor * lengths / original - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
+    return 1.0 / (bases.float()[:, None] ** _exponents(head_dim))
+
+
+def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    original = rope.original_max_position_embeddings
+    wavelengths = 2 * math.pi / frequencies
+    low_wavelength, high_wavelength = original / rope.low_freq_factor, original / rope.high_freq_factor
+    stretched = torch.where(wavelengths > low_wavelength, frequencies / rope.factor, frequencies)
+    smooth = (original / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * stretched / rope.factor + smooth * stretched
+    between = (wavelengths >= high_wavelength) & (wavelengths <= low_wavelength)
+    return torch.where(between, blended, stretched)
+
+
+def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): interpolate slow dimensions, extrapolate fast ones, a linear ramp between."""
+    scaled = rope.theta ** _exponents(head_dim)
+    extrapolated, interpolated = 1.0 / scaled, 1.0 / (rope.factor * scaled)
+    low, high = (_yarn_dimension(rope, head_dim, rotations) for rotations in (rope.beta_fast, rope.beta_slow))
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp_(0, 1)
+    return interpolated * ramp + extrapolated * (1 - ramp)
+
+
+def _yarn_dimension(rope: RopeConfig, head_dim: int, num_rotations: float) -> float:
+    """Return the dimension that turns `num_rotations` times within the original context."""
+    turns = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)
+    return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

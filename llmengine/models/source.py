@@ -1,0 +1,58 @@
+"""`open_model`: finds out what a path holds and opens it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from llmengine.errors import ConfigError, ModelLoadError
+from llmengine.models.dummy import open_dummy
+from llmengine.models.engine_dir import MANIFEST_NAME, open_engine
+from llmengine.models.fused import ModelSource
+from llmengine.models.gguf_checkpoint import open_gguf
+from llmengine.models.hf_checkpoint import open_hf
+
+__all__ = ["ModelSource", "open_model"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_model(path: str | Path, load_format: Literal["auto", "dummy"] = "auto") -> ModelSource:
+    """Open a saved engine directory, a Hugging Face directory, a `.gguf` file or a directory with one `.gguf` file.
+
+    Reads metadata only, and without torch (except for .bin files whose config.json names no dtype).
+    load_format="dummy" takes a directory's config.json and makes random weights. Raises `ModelLoadError` if there is no
+    such model, `UnsupportedModelError` for one that is not supported, `CorruptFileError` for damaged files.
+    """
+    if load_format not in ("auto", "dummy"):
+        raise ConfigError(f"load_format={load_format!r} is none of 'auto', 'dummy'")
+    place = Path(path)
+    if not place.exists():
+        hint = ""
+        if _HUB_ID.fullmatch(str(path)):
+            hint = "; it looks like a hub id, but only local files are read: download it and give its directory"
+        raise ModelLoadError(f"model_dir={str(path)!r} does not exist{hint}")
+    if load_format == "dummy":
+        if not (place / "config.json").is_file():
+            raise ModelLoadError(f"{place}: load_format='dummy' needs a directory with a config.json")
+        return open_dummy(place)
+    if place.is_dir():
+        return _open_directory(place)
+    if place.suffix.lower() == ".gguf":
+        return open_gguf(place)
+    raise ModelLoadError(f"{place}: is a file but not a .gguf one; give a model's directory or a .gguf file")
+
+
+def _open_directory(directory: Path) -> ModelSource:
+    if (directory / MANIFEST_NAME).is_file():
+        return open_engine(directory)
+    if (directory / "config.json").is_file():
+        return open_hf(directory)
+    gguf_files = sorted(entry for entry in directory.iterdir() if entry.suffix.lower() == ".gguf")
+    if len(gguf_files) > 1:
+        listed = ", ".join(file.name for file in gguf_files)
+        raise ModelLoadError(f"{directory}: holds several .gguf files, give the path of one: {listed}")
+    if gguf_files:
+        return open_gguf(gguf_files[0])
+    raise ModelLoadError(f"{directory}: holds no model: neither engine.json, nor config.json, nor a .gguf file")

