@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -189,6 +190,7 @@ class LLM:
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
         request that fails alone does not raise: its output has finish reason "error".
         """
+        _check_scheduling(priority, None, None)
         handles: list[RequestHandle] = []
         try:
             for index, prompt in enumerate(_as_prompts(prompts)):
@@ -230,8 +232,7 @@ class LLM:
             EngineClosedError, EngineDeadError.
         """
         params = self._check_params(sampling_params)
-        if deadline_s is not None and not deadline_s > 0:
-            raise InvalidRequestError(f"deadline_s={deadline_s} is not above 0")
+        _check_scheduling(priority, deadline_s, cache_salt)
         make = partial(self._make_request, params=params, priority=priority, deadline_s=deadline_s, salt=cache_salt)
         if isinstance(prompt, str):
             return self._submit_later(partial(self._encode, prompt), make, streaming, params)
@@ -263,8 +264,11 @@ class LLM:
     ) -> RequestHandle:
         """`generate_async` for a conversation; `template_kwargs` reach the chat template."""
         params = self._check_params(sampling_params)
+        _check_scheduling(priority, deadline_s, cache_salt)
         make = partial(self._make_request, params=params, priority=priority, deadline_s=deadline_s, salt=cache_salt)
-        encode = partial(self._encode_chat, messages, template_kwargs)
+        # A copy: the caller may go on with its list while a thread renders it.
+        copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
+        encode = partial(self._encode_chat, copied, template_kwargs)
         return self._submit_later(encode, make, streaming, params)
 
     def save(self, directory: str | Path) -> None:
@@ -308,7 +312,8 @@ class LLM:
 
     def close(self) -> None:
         """Abort what is running, stop the engine thread and give the memory back. Blocks for about one step."""
-        self._finalizer()
+        self._finalizer()  # does nothing while another thread's call is still waiting in it
+        self._engine.join()
 
     async def aclose(self, drain: float = 0.0) -> None:
         """Like `close()` without blocking the event loop; first lets requests go on for up to `drain` seconds.
@@ -340,6 +345,8 @@ class LLM:
     ) -> SamplingParams | None:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             return sampling_params
+        if not isinstance(sampling_params, Sequence):
+            raise InvalidRequestError(f"sampling_params={sampling_params!r} is no SamplingParams, nor a list of them")
         if index >= len(sampling_params):
             raise InvalidRequestError(f"{len(sampling_params)} sampling_params for more than {index} prompts")
         return sampling_params[index]
@@ -360,9 +367,15 @@ class LLM:
         """Submit one prompt of a `generate` call, waiting for room in the queue."""
         checked = self._check_params(params)
         make = partial(self._make_request, params=checked, priority=priority, deadline_s=None, salt=None)
+        try:
+            encoded = self._encode(prompt)
+        except LLMEngineError:
+            raise
+        except Exception as fault:
+            raise _rejection(fault) from fault
         self._engine.check_open()
         ticket = self._engine.admission.acquire_blocking()
-        return self._submit_now(self._encode(prompt), make, False, checked, ticket)
+        return self._submit_now(encoded, make, False, checked, ticket)
 
     def _submit_now(
         self,
@@ -372,16 +385,19 @@ class LLM:
         params: SamplingParams,
         ticket: AdmissionTicket | None = None,
     ) -> RequestHandle:
-        self._engine.check_open()
         bounded = ticket is None
-        ticket = self._engine.admission.acquire_nowait() if ticket is None else ticket
+        if ticket is None:
+            self._engine.check_open()
+            ticket = self._engine.admission.acquire_nowait()
         stream = self._new_stream(params)
-        handle = RequestHandle(stream, self._engine.abort, streaming=streaming)
+        handle = RequestHandle(stream, self._engine.abort, streaming=streaming, owner=self)
         try:
             ticket.add_tokens(len(encoded.token_ids), bounded=bounded)
             self._engine.submit(make(stream, encoded, ticket))
-        except BaseException:
+        except BaseException as fault:
             ticket.release()
+            if isinstance(fault, Exception) and not isinstance(fault, LLMEngineError):
+                raise _rejection(fault) from fault
             raise
         return handle
 
@@ -395,8 +411,13 @@ class LLM:
         self._engine.check_open()
         ticket = self._engine.admission.acquire_nowait()
         stream = self._new_stream(params)
-        handle = RequestHandle(stream, self._engine.abort, streaming=streaming)
-        self._tokenizer_threads.submit(_encode_and_submit, self._engine, stream, encode, make, ticket)
+        handle = RequestHandle(stream, self._engine.abort, streaming=streaming, owner=self)
+        try:
+            self._tokenizer_threads.submit(_encode_and_submit, self._engine, stream, encode, make, ticket)
+        except RuntimeError:  # the threads were shut down since `check_open()`
+            ticket.release()
+            self._engine.check_open()
+            raise
         return handle
 
     def _new_stream(self, params: SamplingParams) -> OutputStream:
@@ -477,12 +498,16 @@ def _encode_and_submit(
         engine.submit(make(stream, encoded, ticket))
     except Exception as fault:
         ticket.release()
-        if isinstance(fault, LLMEngineError):
-            wake(stream.fail(fault))
-        else:
-            failure = InvalidRequestError(f"the prompt could not be tokenized: {fault!r}")
-            failure.__cause__ = fault
-            wake(stream.fail(failure))
+        wake(stream.fail(_rejection(fault)))
+
+
+def _rejection(fault: Exception) -> LLMEngineError:
+    """Return our own errors as they are, and what the caller's tokenizer raised as the cause of one of ours."""
+    if isinstance(fault, LLMEngineError):
+        return fault
+    failure = InvalidRequestError(f"the prompt could not be tokenized: {fault!r}")
+    failure.__cause__ = fault
+    return failure
 
 
 def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:
@@ -502,10 +527,10 @@ def _as_prompts(prompts: Any) -> Iterable[Prompt]:
     if isinstance(prompts, str):
         return (prompts,)
     if isinstance(prompts, Sequence):
-        one = len(prompts) > 0 and hasattr(prompts[0], "__index__")
+        one = len(prompts) > 0 and _is_integer_type(type(prompts[0]))
     else:
-        one = getattr(prompts, "ndim", None) == 1
-    if not one and not isinstance(prompts, Iterable):
+        one = getattr(prompts, "ndim", None) in (0, 1)
+    if not one and (not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set))):
         raise InvalidRequestError(
             f"prompts is a {type(prompts).__name__}; it must be text, token ids or several of these"
         )
@@ -515,16 +540,31 @@ def _as_prompts(prompts: Any) -> Iterable[Prompt]:
 def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
     """Return token ids as ints; raises `InvalidRequestError` for anything else."""
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence):
+    if not isinstance(values, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise InvalidRequestError(f"the prompt is a {type(prompt).__name__}; it must be text or token ids")
     token_ids = list(values)
     for kind in set(map(type, token_ids)):
-        if kind is bool or not hasattr(kind, "__index__"):
+        if not _is_integer_type(kind):
             raise InvalidRequestError(f"the prompt holds a {kind.__name__}; token ids are integers")
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
     return [int(token_id) for token_id in token_ids]
+
+
+def _is_integer_type(kind: type) -> bool:
+    """Return whether objects of this type count as token ids; arrays have `__index__` too, but are not."""
+    return kind is not bool and hasattr(kind, "__index__") and not hasattr(kind, "__len__")
+
+
+def _check_scheduling(priority: Any, deadline_s: Any, cache_salt: Any) -> None:
+    """Raise `InvalidRequestError` for what would otherwise fail on the engine thread, and with it everybody else."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise InvalidRequestError(f"priority={priority!r} is not an integer")
+    if deadline_s is not None and (not isinstance(deadline_s, (int, float)) or not deadline_s > 0):
+        raise InvalidRequestError(f"deadline_s={deadline_s!r} is not a number above 0")
+    if not isinstance(cache_salt, Hashable):
+        raise InvalidRequestError(f"cache_salt={cache_salt!r} is not hashable")
 
 
 def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:
@@ -537,6 +577,6 @@ def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable
 
 
 def _shut_down(engine: Engine, tokenizer_threads: ThreadPoolExecutor) -> None:
-    tokenizer_threads.shutdown(wait=False, cancel_futures=False)
     engine.stop()
+    tokenizer_threads.shutdown(wait=False, cancel_futures=False)
     engine.join(_EXIT_TIMEOUT_S)

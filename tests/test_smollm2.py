@@ -7,11 +7,13 @@ position, and if ours is that choice at each, its `generate` would have produced
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -111,7 +113,7 @@ async def test_streamed_in_a_batch_joined_at_different_steps(
     for task, tokens in zip(tasks, alone, strict=True):
         outputs = task.result()
         assert outputs[-1].token_ids == tokens
-        assert sum((output.token_ids_delta for output in outputs), []) == tokens
+        assert [token for output in outputs for token in output.token_ids_delta] == tokens
         assert "".join(output.text_delta for output in outputs) == outputs[-1].text
         assert len(outputs) > NUM_TOKENS // 2
         assert outputs[-1].text == llm.tokenizer.decode(tokens) or "<|" in llm.tokenizer.decode(tokens)
@@ -132,7 +134,27 @@ def test_prefix_cache_changes_no_token(prompts: list[list[int]], alone: list[lis
 
 
 def test_chat_answers(llm: LLM) -> None:
-    output = llm.chat([{"role": "user", "content": "What is the capital of France?"}], SamplingParams(max_new_tokens=16))
+    output = llm.chat(
+        [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(max_new_tokens=16)
+    )
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
     assert "<|im_end|>" not in output.text
+
+
+def test_close_gives_the_memory_back() -> None:
+    def resident_mib() -> float:
+        gc.collect()
+        return psutil.Process().memory_info().rss / 2**20
+
+    def load_and_run() -> float:
+        with LLM(ModelConfig(model_path())) as llm:
+            llm.generate([[1, 2, 3] * 100] * 8, SamplingParams(max_new_tokens=2, ignore_eos=True))
+            return resident_mib()
+
+    load_and_run()  # what importing and the first use of torch's threads cost stays
+    before = resident_mib()
+    loaded = load_and_run()
+    after = resident_mib()
+    assert loaded - before > 500, "the model was not resident"
+    assert after - before < 100, f"{after - before:.0f} MiB stayed of {loaded - before:.0f}"

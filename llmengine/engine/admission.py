@@ -16,6 +16,7 @@ class Admission:
         self._changed = threading.Condition()
         self.num_requests = 0
         self.num_tokens = 0
+        self._closed = False
 
     def acquire_nowait(self) -> AdmissionTicket:
         """Return a ticket for one request; raises `QueueFullError` when the queue is full."""
@@ -29,15 +30,21 @@ class Admission:
         return AdmissionTicket(self)
 
     def acquire_blocking(self) -> AdmissionTicket:
-        """Return a ticket, blocking this thread while the queue is full of requests or tokens."""
+        """Return a ticket, blocking this thread while the queue is full of requests or tokens and not closed."""
         with self._changed:
-            while (
+            while not self._closed and (
                 self.num_requests >= self._config.max_queued_requests
                 or self.num_tokens >= self._config.max_queued_tokens
             ):
                 self._changed.wait()
             self.num_requests += 1
         return AdmissionTicket(self)
+
+    def close(self) -> None:
+        """Let nobody wait for room any more: the engine takes no more requests, and says so at their submission."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _add_tokens(self, num_tokens: int, *, bounded: bool) -> None:
         with self._changed:

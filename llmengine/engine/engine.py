@@ -8,6 +8,7 @@ two steps, so scheduler state needs no locks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import heapq
 import importlib.util
@@ -85,7 +86,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Hand a request over; raises `EngineClosedError` or `EngineDeadError`."""
         self.check_open()
-        self._send(partial(self._add, request), partial(_fail_stream, request.stream))
+        self._send(partial(self._add, request), partial(_refuse_request, request))
 
     def abort(self, stream: OutputStream) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
@@ -155,10 +156,8 @@ class Engine:
         """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
         self._commands.append(_Command(run, refuse))
         if (wake_up := self._wake_up) is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
                 wake_up()
-            except RuntimeError:
-                assert self._ended, "the engine's loop closed before the engine ended"
         if self._ended:  # the thread may have emptied the deque before the append
             self._refuse_commands()
 
@@ -185,7 +184,10 @@ class Engine:
             else:
                 logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
         finally:
-            self._fail_requests()
+            self.admission.close()
+            for request in self._requests.values():
+                _refuse_request(request, self._refusal())
+            self._requests.clear()
             self._ended = True
             self._refuse_commands()
 
@@ -283,6 +285,7 @@ class Engine:
             future.set_exception(failure)
 
     def _set_stop_at(self, moment: float) -> None:
+        self.admission.close()
         self._stop_at = moment if self._stop_at is None else min(self._stop_at, moment)
 
     def _expire_requests(self) -> None:
@@ -305,16 +308,12 @@ class Engine:
         for stream in wake(waiters):
             self.abort(stream)
 
-    def _fail_requests(self) -> None:
-        for request in self._requests.values():
-            if request.ticket is not None:
-                request.ticket.release()
-            _fail_stream(request.stream, self._refusal())
-        self._requests.clear()
 
-
-def _fail_stream(stream: OutputStream, failure: EngineError) -> None:
-    wake(stream.fail(failure))
+def _refuse_request(request: Request, failure: EngineError) -> None:
+    """End a request that no scheduler will finish."""
+    if request.ticket is not None:
+        request.ticket.release()
+    wake(request.stream.fail(failure))
 
 
 def _ignore(_: EngineError) -> None:

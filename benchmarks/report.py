@@ -1,0 +1,118 @@
+"""What the benchmarks share: statistics, the machine's description, JSON lines, tables and the style of plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the percentile by linear interpolation between the two nearest values (numpy's default); nan if empty."""
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percent={percent} is outside [0, 100]")
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the 50th percentile; nan if empty."""
+    return percentile(values, 50)
+
+
+def median_of_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return each figure's median over runs that all have the same figures."""
+    return {name: median([run[name] for run in runs]) for name in runs[0]}
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to compare figures: processor, cores, versions, load."""
+    import torch
+    import transformers
+
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def append_json(path: Path | None, record: Mapping[str, Any]) -> None:
+    """Append one JSON line; nan becomes null. Does nothing without a path."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns, the first one to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
+
+    ruler = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
+    return "\n".join([line(header), ruler, *map(line, rows)])
+
+
+def new_plot(num_panels: int, title: str) -> tuple[Any, Sequence[Any]]:
+    """Return a matplotlib figure without a window, and its panels side by side."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, num_panels, figsize=(4.6 * num_panels, 3.6), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=11)
+    for panel in panels[0]:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, list(panels[0])
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    """Write the figure and forget it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,270 @@
+"""N consumers at once, each streaming one request after the other: throughput and latencies as a consumer sees them.
+
+    python -m benchmarks.serving --shape 135m --concurrency 1,8,64 --prompt-tokens 128 --output-tokens 128
+
+Prompts are random token ids, EOS is ignored, the prefix cache and the tokenizer are off: every request has exactly
+the asked lengths. Latencies are taken in the consumer's event loop.
+
+    TTFT  from `generate_async()` to the first output
+    ITL   between two outputs of one request (an output holds several tokens when the consumer was late)
+    TPOT  (last output - first output) / (tokens - 1) of one request
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from benchmarks.report import (
+    append_json,
+    format_table,
+    machine,
+    median,
+    median_of_runs,
+    new_plot,
+    percentile,
+    save_plot,
+)
+from benchmarks.shapes import SHAPES, write_shape
+from llmengine import LLM, EngineStats, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams, SchedulerConfig
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """When one request was sent, and when its outputs came (`time.perf_counter()` seconds)."""
+
+    sent: float
+    times: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the consumers ask for."""
+
+    concurrency: int
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+async def consume(llm: LLM, prompts: Iterator[list[int]], output_tokens: int, arrivals: list[Arrivals]) -> None:
+    """Stream one request after the other until there are no prompts left."""
+    params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
+    for prompt in prompts:
+        request = Arrivals(time.perf_counter())
+        async for output in llm.generate_async(prompt, params, streaming=True):
+            request.times.append(time.perf_counter())
+            request.num_tokens = output.num_tokens
+        arrivals.append(request)
+
+
+async def serve(llm: LLM, load: Load, seed: int) -> tuple[list[Arrivals], float]:
+    """Run all consumers and return the requests' arrivals and the wall-clock seconds."""
+    rng = random.Random(seed)
+    vocab_size = llm.info.vocab_size
+    prompts = iter([[rng.randrange(vocab_size) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)])
+    arrivals: list[Arrivals] = []
+    began = time.perf_counter()
+    async with anyio.create_task_group() as consumers:
+        for _ in range(load.concurrency):
+            consumers.start_soon(consume, llm, prompts, load.output_tokens, arrivals)
+    return arrivals, time.perf_counter() - began
+
+
+def summarize(arrivals: Sequence[Arrivals], wall_s: float, before: EngineStats, after: EngineStats) -> dict[str, float]:
+    """Return one run's figures: tokens a second, latencies in ms, batch size, overhead as a share of the step time."""
+    ttft = [request.times[0] - request.sent for request in arrivals]
+    itl = [later - earlier for request in arrivals for earlier, later in itertools.pairwise(request.times)]
+    tpot = [
+        (request.times[-1] - request.times[0]) / (request.num_tokens - 1)
+        for request in arrivals
+        if request.num_tokens > 1
+    ]
+    num_tokens = sum(request.num_tokens for request in arrivals)
+    num_steps = after.counters.num_steps - before.counters.num_steps
+    step_s = after.counters.step_s - before.counters.step_s
+    forward_s = after.counters.forward_s - before.counters.forward_s
+    return {
+        "output_tokens_per_s": num_tokens / wall_s,
+        "ttft_p50_ms": 1e3 * median(ttft),
+        "ttft_p99_ms": 1e3 * percentile(ttft, 99),
+        "itl_p50_ms": 1e3 * median(itl),
+        "itl_p99_ms": 1e3 * percentile(itl, 99),
+        "tpot_p50_ms": 1e3 * median(tpot),
+        "mean_batch_size": (after.counters.num_rows - before.counters.num_rows) / num_steps,
+        "step_overhead": 1 - forward_s / step_s,
+        "wall_s": wall_s,
+        "num_output_tokens": num_tokens,
+    }
+
+
+def run_once(llm: LLM, load: Load, seed: int) -> dict[str, float]:
+    """Serve the load once and return its figures."""
+    before = llm.stats()
+    arrivals, wall_s = anyio.run(serve, llm, load, seed)
+    assert all(request.num_tokens == load.output_tokens for request in arrivals), "a request ended early"
+    return summarize(arrivals, wall_s, before, llm.stats())
+
+
+def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
+    """Return the model that the arguments ask for, without tokenizer and prefix cache."""
+    largest = max(arguments.concurrency)
+    batch_size = min(largest, arguments.max_batch_size or largest)
+    defaults = SchedulerConfig()
+    mixed = max(defaults.max_tokens_per_mixed_step, batch_size)
+    config = ModelConfig(
+        write_shape(arguments.shape, directory) if arguments.model is None else arguments.model,
+        load_format="dummy" if arguments.model is None else "auto",
+        quant_config=QuantConfig(weights="int8" if arguments.int8 else "none"),
+        kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
+        scheduler_config=SchedulerConfig(
+            max_batch_size=batch_size,
+            max_tokens_per_mixed_step=mixed,
+            max_tokens_per_step=max(defaults.max_tokens_per_step, mixed),
+            max_queued_requests=max(defaults.max_queued_requests, largest),
+        ),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        num_threads=arguments.threads,
+    )
+    return LLM(config, enable_tokenizer=False)
+
+
+def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Run every concurrency `--runs` times, interleaved; return the medians."""
+    runs: dict[int, list[dict[str, float]]] = {concurrency: [] for concurrency in arguments.concurrency}
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.perf_counter()
+        llm = load_llm(arguments, Path(directory))
+        load_s = time.perf_counter() - began
+    with llm:
+        print(f"{llm.info.description}\nloaded in {load_s:.1f} s")
+        for run, concurrency in itertools.product(range(-1, arguments.runs), arguments.concurrency):
+            warm_up = run < 0
+            load = Load(
+                concurrency,
+                concurrency if warm_up else max(arguments.requests or concurrency, concurrency),
+                arguments.prompt_tokens,
+                min(_WARM_UP_TOKENS, arguments.output_tokens) if warm_up else arguments.output_tokens,
+            )
+            results = run_once(llm, load, seed=concurrency * 1000 + run)
+            if warm_up:
+                continue
+            runs[concurrency].append(results)
+            record = {
+                "benchmark": "serving",
+                "machine": machine(),
+                "arguments": vars(arguments),
+                "engine": {"description": llm.info.description, "load_s": load_s},
+                "concurrency": concurrency,
+                "run": run,
+                "results": results,
+            }
+            append_json(arguments.json, record)
+    return {concurrency: median_of_runs(results) for concurrency, results in runs.items()}
+
+
+def table(medians: dict[int, dict[str, float]]) -> str:
+    """Return the medians as a table."""
+    header = [
+        "concurrency",
+        "output tok/s",
+        "TTFT p50 ms",
+        "p99",
+        "ITL p50 ms",
+        "p99",
+        "TPOT p50 ms",
+        "batch",
+        "overhead",
+    ]
+    rows = []
+    for concurrency, figures in medians.items():
+        latencies = [figures[f"{name}_ms"] for name in ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "tpot_p50")]
+        rows.append(
+            [
+                str(concurrency),
+                f"{figures['output_tokens_per_s']:.1f}",
+                *(f"{value:.1f}" for value in latencies),
+                f"{figures['mean_batch_size']:.1f}",
+                f"{figures['step_overhead']:.1%}",
+            ]
+        )
+    return format_table(header, rows)
+
+
+def plot(medians: dict[int, dict[str, float]], title: str, path: Path) -> None:
+    """Draw throughput, TTFT and ITL over the concurrency."""
+    figure, (throughput, ttft, itl) = new_plot(3, title)
+    concurrency = list(medians)
+
+    def series(name: str) -> list[float]:
+        return [medians[n][name] for n in concurrency]
+
+    throughput.plot(concurrency, series("output_tokens_per_s"), marker="o")
+    throughput.set_ylabel("output tokens/s")
+    for panel, name in ((ttft, "ttft"), (itl, "itl")):
+        panel.plot(concurrency, series(f"{name}_p50_ms"), marker="o", label="p50")
+        panel.plot(concurrency, series(f"{name}_p99_ms"), marker="s", linestyle="--", label="p99")
+        panel.set_ylabel(f"{name.upper()}, ms")
+        panel.legend(frameon=False)
+    for panel in (throughput, ttft, itl):
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(concurrency, [str(n) for n in concurrency])
+        panel.set_xlabel("concurrent consumers")
+        panel.set_ylim(bottom=0)
+    save_plot(figure, path)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.serving", description="Concurrent streaming consumers.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="a real model")
+    model.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    parser.add_argument("--concurrency", type=_integers, default=[1, 8, 64], metavar="N,N,...")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--requests", type=int, metavar="N", help="in each run; default: one a consumer")
+    parser.add_argument("--runs", type=int, default=3, metavar="N")
+    parser.add_argument("--max-batch-size", type=int, metavar="N", help="default: the largest concurrency")
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def _integers(text: str) -> list[int]:
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text} holds a number below 1")
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print the table of medians."""
+    arguments = _parse(argv)
+    medians = benchmark(arguments)
+    print(f"medians of {arguments.runs} runs, {arguments.prompt_tokens} -> {arguments.output_tokens} tokens\n")
+    print(table(medians))
+    if arguments.plot is not None:
+        name: Any = arguments.shape or arguments.model
+        lengths = f"{arguments.prompt_tokens} -> {arguments.output_tokens} tokens"
+        plot(medians, f"{name}, {lengths}, {machine()['gpu'] or machine()['cpu']}", arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""`python -m llmengine`."""
+
+from __future__ import annotations
+
+import sys
+
+from llmengine.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
