@@ -7,6 +7,7 @@ assignment. `resolve()` checks every value and returns an independent frozen cop
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -120,13 +121,16 @@ class KvCacheConfig(_Settings):
 
     def _check(self) -> None:
         fraction = self.free_memory_fraction
-        if fraction is not None and not 0.0 < fraction <= 1.0:
-            raise ConfigError(f"kv_cache_config.free_memory_fraction={fraction} is outside (0, 1]")
+        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if fraction is not None and not (is_number and 0.0 < fraction <= 1.0):
+            raise ConfigError(f"kv_cache_config.free_memory_fraction={fraction!r} is outside (0, 1]")
         if self.max_bytes is not None:
             _require_int("kv_cache_config.max_bytes", self.max_bytes, 1)
         _require_int("kv_cache_config.block_size", self.block_size, 1)
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"kv_cache_config.block_size={self.block_size} is not a power of two")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(f"kv_cache_config.enable_prefix_caching={self.enable_prefix_caching!r} is not a bool")
 
 
 @dataclass(slots=True)
@@ -195,10 +199,14 @@ class ModelConfig(_Settings):
     def _check(self) -> None:
         if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):
             raise ConfigError(f"model_dir={self.model_dir!r} is not a path")
+        for item in dataclasses.fields(self):
+            kind, value = item.default_factory, getattr(self, item.name)
+            if isinstance(kind, type) and not isinstance(value, kind):
+                raise ConfigError(f"{item.name}={value!r} is not a {kind.__name__}")
         _require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
-        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ConfigError(f"device={self.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
         if self.max_model_len is not None:
             _require_int("max_model_len", self.max_model_len, 2)

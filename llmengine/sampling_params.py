@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = _as_tuple("stop", self.stop, str)
         object.__setattr__(self, "stop", stop)
-        ids = (self.stop_token_ids,) if isinstance(self.stop_token_ids, int) else tuple(self.stop_token_ids)
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
         object.__setattr__(self, "stop_token_ids", ids)
         _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, 0, None)
@@ -124,6 +124,14 @@ class SamplingParams:
             fields["top_k"] = int(50 if config.get("top_k") is None else config["top_k"])
             fields["top_p"] = float(1.0 if config.get("top_p") is None else config["top_p"])
         return cls(**fields)
+
+
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(value, kind):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name}={value!r} is neither a {kind.__name__} nor several of them")
+    return tuple(value)
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None, *, optional: bool = False) -> None:

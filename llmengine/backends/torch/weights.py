@@ -104,9 +104,11 @@ def load_cpu_model(config: ModelConfig, source: ModelSource) -> CpuModel:
     """Stream the weights of `source` into the format that measures fastest; peak memory is the model and one matrix.
 
     Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
-    embedding is never quantized, the output matrix is. Raises `ConfigError` if this torch has no int8 product.
+    embedding is never quantized, the output matrix is, also where an int8 engine ties the two. Raises `ConfigError` if
+    this torch has no int8 product.
     """
-    loader = _Loader(config, source.arch)
+    wants_int8 = "int8" in (config.quant_config.weights, source.quantization.get("weights"))
+    loader = _Loader(config, source.arch, wants_int8)
     for name, tensor in source.weights(_DTYPES[config.dtype]):
         loader.add(name, tensor)
     return loader.finish()
@@ -116,6 +118,7 @@ def load_cpu_model(config: ModelConfig, source: ModelSource) -> CpuModel:
 class _Loader:
     config: ModelConfig
     arch: ModelArch
+    wants_int8: bool
     norms: dict[str, CpuNorm] = field(default_factory=dict)
     linears: dict[str, CpuLinear] = field(default_factory=dict)
     embeddings: dict[str, CpuEmbedding] = field(default_factory=dict)
@@ -174,7 +177,7 @@ class _Loader:
         weight, bias = tensors["weight"], tensors.get("bias")
         if weight.dtype == torch.int8:
             return self._pack_int8(weight, tensors["weight_scale"], bias)
-        if self.config.quant_config.weights == "int8":
+        if self.wants_int8:
             return self._pack_int8(*quantize_int8(weight), bias)
         if self.choice is None:
             self.choice = _choose_format(self.arch, weight.dtype)

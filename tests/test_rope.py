@@ -1,0 +1,66 @@
+"""`rope_table` against transformers' rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from llmengine.models.arch import arch_from_hf_config
+from llmengine.models.rope import rope_table
+
+LENGTH = 128
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+CASES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "default", "rope_theta": 500000.0},
+    {"rope_type": "linear", "factor": 2.5},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {**LLAMA3, "factor": 8.0, "original_max_position_embeddings": 64},
+    {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0},
+    YARN,
+    {**YARN, "attention_factor": 1.25},
+    {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+]
+
+
+def make_config(rope: dict[str, Any], head_dim: int) -> LlamaConfig:
+    parameters = {"rope_theta": 10000.0, **rope}
+    return LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=LENGTH,
+        rope_parameters=parameters,
+    )
+
+
+def reference(config: LlamaConfig, positions: torch.Tensor) -> torch.Tensor:
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    half = cos.shape[-1] // 2
+    return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+@pytest.mark.parametrize("rope", CASES, ids=lambda rope: "-".join(map(str, rope.values())))
+def test_equals_transformers(rope: dict[str, Any], head_dim: int) -> None:
+    config = make_config(rope, head_dim)
+    arch = arch_from_hf_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, "config.json")
+    table = rope_table(arch.rope, head_dim, LENGTH)
+    assert table.shape == (LENGTH, head_dim)
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table, reference(config, torch.arange(LENGTH)), rtol=0, atol=2e-5)
+
+
+def test_dynamic_beyond_the_original_length_equals_cached_decoding() -> None:
+    config = make_config({"rope_type": "dynamic", "factor": 2.0}, 16)
+    arch = arch_from_hf_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, "config.json")
+    table = rope_table(arch.rope, 16, 3 * LENGTH)
+    for position in (LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 3 * LENGTH - 1):
+        expected = reference(config, torch.tensor([position]))
+        torch.testing.assert_close(table[position : position + 1], expected, rtol=0, atol=5e-5)
