@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
 
 if TYPE_CHECKING:
-    from llmengine.engine.handle import RequestHandle
+    from llmengine import RequestHandle
     from llmengine.llm import LLM
     from llmengine.outputs import GenerationOutput
 

@@ -27,7 +27,7 @@ from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from llmengine.engine.stats import EngineStats
+    from llmengine import EngineStats
     from llmengine.llm import LLM
     from llmengine.outputs import GenerationOutput
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
-import secrets
-import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,43 +16,22 @@ import anyio.to_thread
 
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.request import Request
+from llmengine.engine.intake import Intake, Messages, Prompt, RequestOptions, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats
-from llmengine.engine.stream import OutputStream, wake
-from llmengine.errors import ConfigError, InvalidRequestError, LLMEngineError, PromptTooLongError
-from llmengine.outputs import GenerationOutput, OutputLog
+from llmengine.errors import ConfigError, InvalidRequestError
+from llmengine.outputs import GenerationOutput
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import ChatTokenizer, IncrementalDetokenizer, Tokenizer, adapt_tokenizer
+from llmengine.tokenizer import Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
     from llmengine.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
-
 _NUM_TOKENIZER_THREADS = 4
 _EXIT_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    text: str | None
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What the requests need to know of the loaded model."""
-
-    tokenizer: Tokenizer | None
-    eos_token_ids: frozenset[int]
-    special_token_ids: frozenset[int]
-    default_params: SamplingParams
 
 
 class LLM:
@@ -94,16 +69,10 @@ class LLM:
         loading = self._tokenizer_threads.submit(_load_tokenizer, source, tokenizer, enable_tokenizer)
         self._start(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config)
         try:
-            adapted = loading.result()
+            self._open(loading.result(), source.eos_token_ids, source.generation_config)
         except BaseException:
             self.close()
             raise
-        self._model = _Model(
-            tokenizer=adapted,
-            eos_token_ids=frozenset(source.eos_token_ids),
-            special_token_ids=frozenset(getattr(adapted, "special_ids", ())),
-            default_params=SamplingParams.from_generation_config(source.generation_config),
-        )
 
     @classmethod
     def from_backend(
@@ -123,13 +92,12 @@ class LLM:
         llm._loaded = None
         llm._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
         adapted = None if tokenizer is None else adapt_tokenizer(tokenizer)
-        special = frozenset(getattr(adapted, "special_ids", ()))
-        llm._model = _Model(adapted, frozenset(eos_token_ids), special, SamplingParams())
         llm._start(
             backend_factory,
             (scheduler_config or SchedulerConfig()).resolve(),
             (kv_cache_config or KvCacheConfig()).resolve(),
         )
+        llm._open(adapted, eos_token_ids, {})
         return llm
 
     @classmethod
@@ -145,7 +113,6 @@ class LLM:
     def _start(
         self, backend_factory: Callable[[], Backend], scheduler: SchedulerConfig, kv_cache: KvCacheConfig
     ) -> None:
-        self._request_ids = itertools.count()
         self._engine = Engine(backend_factory, scheduler, kv_cache)
         # Runs when the LLM is collected or the interpreter exits: an engine thread must not outlive either.
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._tokenizer_threads)
@@ -156,10 +123,16 @@ class LLM:
             raise
         logger.info("%s", self._info.description)
 
+    def _open(
+        self, tokenizer: Tokenizer | None, eos_token_ids: Iterable[int], generation_config: Mapping[str, Any]
+    ) -> None:
+        self._default_params = SamplingParams.from_generation_config(generation_config)
+        self._intake = Intake(self._engine, self._info, tokenizer, eos_token_ids, self._tokenizer_threads)
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in use, adapted to the `Tokenizer` protocol."""
-        return self._model.tokenizer
+        return self._intake.tokenizer
 
     @property
     def info(self) -> BackendInfo:
@@ -168,7 +141,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return what `generate` uses when given none: the model's `generation_config.json`, else greedy."""
-        return self._model.default_params
+        return self._default_params
 
     def generate(
         self,
@@ -190,12 +163,11 @@ class LLM:
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
         request that fails alone does not raise: its output has finish reason "error".
         """
-        _check_scheduling(priority, None, None)
         handles: list[RequestHandle] = []
         try:
-            for index, prompt in enumerate(_as_prompts(prompts)):
-                params = self._params_for(sampling_params, index)
-                handles.append(self._generate_one(prompt, params, priority))
+            for index, prompt in enumerate(as_prompts(prompts)):
+                options = RequestOptions(self._params_for(sampling_params, index), priority=priority)
+                handles.append(self._intake.submit_blocking(prompt, options, self))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
                 raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
             return [handle.result() for handle in _with_progress(handles, progress)]
@@ -231,16 +203,13 @@ class LLM:
             QueueFullError: too many requests or prompt tokens are waiting (the latter from the handle as well).
             EngineClosedError, EngineDeadError.
         """
-        params = self._check_params(sampling_params)
-        _check_scheduling(priority, deadline_s, cache_salt)
-        make = partial(self._make_request, params=params, priority=priority, deadline_s=deadline_s, salt=cache_salt)
-        if isinstance(prompt, str):
-            return self._submit_later(partial(self._encode, prompt), make, streaming, params)
-        return self._submit_now(self._encode(prompt), make, streaming, params)
+        params = self._default_params if sampling_params is None else sampling_params
+        options = RequestOptions(params, streaming, priority, deadline_s, cache_salt)
+        return self._intake.submit(prompt, options, self)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         sampling_params: SamplingParams | None = None,
         **template_kwargs: Any,
     ) -> GenerationOutput:
@@ -253,7 +222,7 @@ class LLM:
 
     def chat_async(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         sampling_params: SamplingParams | None = None,
         streaming: bool = False,
         *,
@@ -263,13 +232,11 @@ class LLM:
         **template_kwargs: Any,
     ) -> RequestHandle:
         """`generate_async` for a conversation; `template_kwargs` reach the chat template."""
-        params = self._check_params(sampling_params)
-        _check_scheduling(priority, deadline_s, cache_salt)
-        make = partial(self._make_request, params=params, priority=priority, deadline_s=deadline_s, salt=cache_salt)
+        params = self._default_params if sampling_params is None else sampling_params
+        options = RequestOptions(params, streaming, priority, deadline_s, cache_salt)
         # A copy: the caller may go on with its list while a thread renders it.
         copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
-        encode = partial(self._encode_chat, copied, template_kwargs)
-        return self._submit_later(encode, make, streaming, params)
+        return self._intake.submit_chat(copied, template_kwargs, options, self)
 
     def save(self, directory: str | Path) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
@@ -296,9 +263,7 @@ class LLM:
 
         def write(backend: Backend) -> None:
             weights = cast(SavableBackend, backend).weights()
-            save_model(
-                directory, source, weights, dtype=dtype, quantization=quantization, tokenizer=self._model.tokenizer
-            )
+            save_model(directory, source, weights, dtype=dtype, quantization=quantization, tokenizer=self.tokenizer)
 
         self._engine.call(write).result()
 
@@ -342,172 +307,16 @@ class LLM:
 
     def _params_for(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, index: int
-    ) -> SamplingParams | None:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+    ) -> SamplingParams:
+        if sampling_params is None:
+            return self._default_params
+        if isinstance(sampling_params, SamplingParams):
             return sampling_params
         if not isinstance(sampling_params, Sequence):
             raise InvalidRequestError(f"sampling_params={sampling_params!r} is no SamplingParams, nor a list of them")
         if index >= len(sampling_params):
             raise InvalidRequestError(f"{len(sampling_params)} sampling_params for more than {index} prompts")
         return sampling_params[index]
-
-    def _check_params(self, params: SamplingParams | None) -> SamplingParams:
-        if params is None:
-            return self._model.default_params
-        if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params={params!r} is not a SamplingParams")
-        if params.stop and self._model.tokenizer is None:
-            raise InvalidRequestError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
-        for token_id in params.stop_token_ids:
-            if token_id >= self._info.vocab_size:
-                raise InvalidRequestError(f"stop_token_ids holds {token_id}, outside [0, {self._info.vocab_size})")
-        return params
-
-    def _generate_one(self, prompt: Prompt, params: SamplingParams | None, priority: int) -> RequestHandle:
-        """Submit one prompt of a `generate` call, waiting for room in the queue."""
-        checked = self._check_params(params)
-        make = partial(self._make_request, params=checked, priority=priority, deadline_s=None, salt=None)
-        try:
-            encoded = self._encode(prompt)
-        except LLMEngineError:
-            raise
-        except Exception as fault:
-            raise _rejection(fault) from fault
-        self._engine.check_open()
-        ticket = self._engine.admission.acquire_blocking()
-        return self._submit_now(encoded, make, False, checked, ticket)
-
-    def _submit_now(
-        self,
-        encoded: _Encoded,
-        make: Callable[[OutputStream, _Encoded, AdmissionTicket], Request],
-        streaming: bool,
-        params: SamplingParams,
-        ticket: AdmissionTicket | None = None,
-    ) -> RequestHandle:
-        bounded = ticket is None
-        if ticket is None:
-            self._engine.check_open()
-            ticket = self._engine.admission.acquire_nowait()
-        stream = self._new_stream(params)
-        handle = RequestHandle(stream, self._engine.abort, streaming=streaming, owner=self)
-        try:
-            ticket.add_tokens(len(encoded.token_ids), bounded=bounded)
-            self._engine.submit(make(stream, encoded, ticket))
-        except BaseException as fault:
-            ticket.release()
-            if isinstance(fault, Exception) and not isinstance(fault, LLMEngineError):
-                raise _rejection(fault) from fault
-            raise
-        return handle
-
-    def _submit_later(
-        self,
-        encode: Callable[[], _Encoded],
-        make: Callable[[OutputStream, _Encoded, AdmissionTicket], Request],
-        streaming: bool,
-        params: SamplingParams,
-    ) -> RequestHandle:
-        self._engine.check_open()
-        ticket = self._engine.admission.acquire_nowait()
-        stream = self._new_stream(params)
-        handle = RequestHandle(stream, self._engine.abort, streaming=streaming, owner=self)
-        try:
-            self._tokenizer_threads.submit(_encode_and_submit, self._engine, stream, encode, make, ticket)
-        except RuntimeError:  # the threads were shut down since `check_open()`
-            ticket.release()
-            self._engine.check_open()
-            raise
-        return handle
-
-    def _new_stream(self, params: SamplingParams) -> OutputStream:
-        log = OutputLog(request_id=next(self._request_ids), queued=time.monotonic())
-        if params.logprobs is not None:
-            log.logprobs = []
-        return OutputStream(log)
-
-    def _encode(self, prompt: Prompt) -> _Encoded:
-        if isinstance(prompt, str):
-            if self._model.tokenizer is None:
-                raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
-            return _Encoded(prompt, self._model.tokenizer.encode(prompt))
-        return _Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
-
-    def _encode_chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> _Encoded:
-        tokenizer = self._model.tokenizer
-        if not isinstance(tokenizer, ChatTokenizer):
-            raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
-        text = tokenizer.apply_chat_template(messages, **template_kwargs)
-        return _Encoded(text, tokenizer.encode(text, add_special_tokens=False))
-
-    def _make_request(
-        self,
-        stream: OutputStream,
-        encoded: _Encoded,
-        ticket: AdmissionTicket,
-        *,
-        params: SamplingParams,
-        priority: int,
-        deadline_s: float | None,
-        salt: Hashable,
-    ) -> Request:
-        num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
-        if num_tokens == 0:
-            raise InvalidRequestError("the prompt has no tokens")
-        if num_tokens >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; with one generated token the limit is {limit} "
-                "(max_model_len, and what kv_cache_config leaves room for)"
-            )
-        stream.log.prompt = encoded.text
-        stream.log.prompt_token_ids = tuple(encoded.token_ids)
-        model = self._model
-        stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_token_ids |= model.eos_token_ids
-        detokenizer = None
-        if model.tokenizer is not None:
-            skip = model.special_token_ids if params.skip_special_tokens else frozenset()
-            detokenizer = IncrementalDetokenizer(model.tokenizer, encoded.token_ids, skip, params.stop)
-        return Request(
-            stream=stream,
-            prompt_token_ids=encoded.token_ids,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stop_token_ids=stop_token_ids,
-            max_total_tokens=limit if params.max_new_tokens is None else min(limit, num_tokens + params.max_new_tokens),
-            priority=priority,
-            deadline=None if deadline_s is None else stream.log.queued + deadline_s,
-            cache_salt=salt,
-            detokenizer=detokenizer,
-            ticket=ticket,
-        )
-
-
-def _encode_and_submit(
-    engine: Engine,
-    stream: OutputStream,
-    encode: Callable[[], _Encoded],
-    make: Callable[[OutputStream, _Encoded, AdmissionTicket], Request],
-    ticket: AdmissionTicket,
-) -> None:
-    """Tokenize and submit on a tokenizer thread; whatever goes wrong ends up in the stream."""
-    try:
-        encoded = encode()
-        ticket.add_tokens(len(encoded.token_ids), bounded=True)
-        engine.submit(make(stream, encoded, ticket))
-    except Exception as fault:
-        ticket.release()
-        wake(stream.fail(_rejection(fault)))
-
-
-def _rejection(fault: Exception) -> LLMEngineError:
-    """Return our own errors as they are, and what the caller's tokenizer raised as the cause of one of ours."""
-    if isinstance(fault, LLMEngineError):
-        return fault
-    failure = InvalidRequestError(f"the prompt could not be tokenized: {fault!r}")
-    failure.__cause__ = fault
-    return failure
 
 
 def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:
@@ -520,51 +329,6 @@ def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool)
     if source.gguf is not None:
         return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
     return load_tokenizer(source.tokenizer_path, source.kind)
-
-
-def _as_prompts(prompts: Any) -> Iterable[Prompt]:
-    """Return one prompt, or several, as several. An empty list is no prompt; arrays of one dimension are token ids."""
-    if isinstance(prompts, str):
-        return (prompts,)
-    if isinstance(prompts, Sequence):
-        one = len(prompts) > 0 and _is_integer_type(type(prompts[0]))
-    else:
-        one = getattr(prompts, "ndim", None) in (0, 1)
-    if not one and (not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set))):
-        raise InvalidRequestError(
-            f"prompts is a {type(prompts).__name__}; it must be text, token ids or several of these"
-        )
-    return (prompts,) if one else prompts
-
-
-def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
-    """Return token ids as ints; raises `InvalidRequestError` for anything else."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise InvalidRequestError(f"the prompt is a {type(prompt).__name__}; it must be text or token ids")
-    token_ids = list(values)
-    for kind in set(map(type, token_ids)):
-        if not _is_integer_type(kind):
-            raise InvalidRequestError(f"the prompt holds a {kind.__name__}; token ids are integers")
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-        worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
-    return [int(token_id) for token_id in token_ids]
-
-
-def _is_integer_type(kind: type) -> bool:
-    """Return whether objects of this type count as token ids; arrays have `__index__` too, but are not."""
-    return kind is not bool and hasattr(kind, "__index__") and not hasattr(kind, "__len__")
-
-
-def _check_scheduling(priority: Any, deadline_s: Any, cache_salt: Any) -> None:
-    """Raise `InvalidRequestError` for what would otherwise fail on the engine thread, and with it everybody else."""
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise InvalidRequestError(f"priority={priority!r} is not an integer")
-    if deadline_s is not None and (not isinstance(deadline_s, (int, float)) or not deadline_s > 0):
-        raise InvalidRequestError(f"deadline_s={deadline_s!r} is not a number above 0")
-    if not isinstance(cache_salt, Hashable):
-        raise InvalidRequestError(f"cache_salt={cache_salt!r} is not hashable")
 
 
 def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:

@@ -45,9 +45,9 @@ def test_tickets_count_and_come_back_once() -> None:
     first, second = admission.acquire_nowait(), admission.acquire_nowait()
     with pytest.raises(QueueFullError, match="max_queued_requests=2"):
         admission.acquire_nowait()
-    first.add_tokens(8, bounded=True)
+    first.add_tokens(8)
     with pytest.raises(QueueFullError, match="max_queued_tokens=10"):
-        second.add_tokens(3, bounded=True)
+        second.add_tokens(3)
     second.release()
     second.release()
     assert (admission.num_requests, admission.num_tokens) == (1, 8)
@@ -58,7 +58,7 @@ def test_tickets_count_and_come_back_once() -> None:
 def test_one_long_prompt_fits_an_empty_queue() -> None:
     admission = Admission(small_queue(max_queued_tokens=10).resolve())
     ticket = admission.acquire_nowait()
-    ticket.add_tokens(1000, bounded=True)
+    ticket.add_tokens(1000)
     assert admission.num_tokens == 1000
     ticket.release()
     assert admission.num_tokens == 0

@@ -31,9 +31,16 @@ from llmengine.config import SchedulerConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Request
 from llmengine.engine.stream import OutputStream
-from llmengine.errors import EngineClosedError, EngineDeadError, LLMEngineError, RequestFailedError
+from llmengine.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    LLMEngineError,
+    PromptTooLongError,
+    RequestFailedError,
+)
 from llmengine.llm import LLM
 from llmengine.outputs import GenerationOutput, OutputLog
+from llmengine.sampling_params import SamplingParams
 from llmengine.testing import FakeBackend
 from llmengine.tokenizer import ByteTokenizer
 
@@ -451,7 +458,7 @@ def test_handle_keeps_its_llm_open_and_no_longer_than_itself() -> None:
 def count(*kinds: type) -> int:
     """Return how many objects of these types are alive."""
     gc.collect()
-    return sum(isinstance(item, kinds) for item in gc.get_objects())
+    return sum(type(item) in kinds for item in gc.get_objects())
 
 
 def is_deadline(item: object) -> bool:
@@ -503,3 +510,33 @@ def test_gone_streams_are_freed_without_the_collector() -> None:
         finally:
             gc.enable()
         assert output.token_ids == oracle([1], 2)
+
+
+async def test_draining_waits_for_prompts_that_are_being_tokenized() -> None:
+    tokenizer = GatedTokenizer()
+    llm = LLM.from_backend(FakeBackend, tokenizer=tokenizer)
+    async with asyncio.timeout(WAIT_S):
+        accepted = llm.generate_async("accepted", SamplingParams(max_new_tokens=3))
+        closing = asyncio.create_task(llm.aclose(drain=WAIT_S))
+        await asyncio.to_thread(tokenizer.wait_begun)
+        while llm.health().state != "draining":
+            await asyncio.to_thread(lambda: None)
+        with pytest.raises(EngineClosedError):
+            llm.generate_async([1])
+        tokenizer.gate.set()
+        assert (await accepted).finish_reason == "length"
+        await closing
+
+
+async def test_draining_does_not_wait_for_a_prompt_that_is_rejected() -> None:
+    tokenizer = GatedTokenizer()
+    llm = LLM.from_backend(lambda: FakeBackend(max_model_len=8), tokenizer=tokenizer)
+    async with asyncio.timeout(WAIT_S):
+        rejected = llm.generate_async("far too long a prompt")
+        await asyncio.to_thread(tokenizer.wait_begun)
+        closing = asyncio.create_task(llm.aclose(drain=10 * WAIT_S))
+        await asyncio.to_thread(lambda: None)
+        tokenizer.gate.set()
+        with pytest.raises(PromptTooLongError):
+            await rejected
+        await closing

@@ -27,7 +27,7 @@ class Admission:
                     f"(scheduler_config.max_queued_requests={self._config.max_queued_requests})"
                 )
             self.num_requests += 1
-        return AdmissionTicket(self)
+        return AdmissionTicket(self, bounded=True)
 
     def acquire_blocking(self) -> AdmissionTicket:
         """Return a ticket, blocking this thread while the queue is full of requests or tokens and not closed."""
@@ -38,7 +38,7 @@ class Admission:
             ):
                 self._changed.wait()
             self.num_requests += 1
-        return AdmissionTicket(self)
+        return AdmissionTicket(self, bounded=False)
 
     def close(self) -> None:
         """Let nobody wait for room any more: the engine takes no more requests, and says so at their submission."""
@@ -65,16 +65,20 @@ class Admission:
 class AdmissionTicket:
     """One request's place in the queue; given back when it is first scheduled or ends, whichever comes first."""
 
-    __slots__ = ("_admission", "_num_tokens")
+    __slots__ = ("_admission", "_bounded", "_num_tokens")
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, *, bounded: bool) -> None:
         self._admission: Admission | None = admission
+        self._bounded = bounded
         self._num_tokens = 0
 
-    def add_tokens(self, num_tokens: int, *, bounded: bool) -> None:
-        """Count the prompt once its length is known; raises `QueueFullError` if `bounded` and it does not fit."""
+    def add_tokens(self, num_tokens: int) -> None:
+        """Count the prompt once its length is known; raises `QueueFullError` if it does not fit.
+
+        Who waited for room (`acquire_blocking`) is let in whatever the length.
+        """
         assert self._admission is not None
-        self._admission._add_tokens(num_tokens, bounded=bounded)
+        self._admission._add_tokens(num_tokens, bounded=self._bounded)
         self._num_tokens = num_tokens
 
     def release(self) -> None:

@@ -84,8 +84,12 @@ class Engine:
         return self._ready.result()
 
     def submit(self, request: Request) -> None:
-        """Hand a request over; raises `EngineClosedError` or `EngineDeadError`."""
-        self.check_open()
+        """Hand a request over that holds an admission ticket, which a draining engine still honours.
+
+        Raises `EngineClosedError` or `EngineDeadError`.
+        """
+        if self.state in ("closed", "dead"):
+            raise self._refusal()
         self._send(partial(self._add, request), partial(_refuse_request, request))
 
     def abort(self, stream: OutputStream) -> None:
@@ -93,6 +97,10 @@ class Engine:
         if not stream.abort_requested and not stream.ended:
             stream.abort_requested = True
             self._send(partial(self._abort, stream.log.request_id), _ignore)
+
+    def nudge(self) -> None:
+        """Have the engine look again at whether it has anything to wait for. Never blocks."""
+        self._send(_nothing, _ignore)
 
     def call(self, function: Callable[[Backend], T]) -> Future[T]:
         """Run a function on the engine thread between two steps; raises like `submit()`."""
@@ -215,7 +223,10 @@ class Engine:
         while True:
             self._run_commands()
             self._expire_requests()
-            if self._stop_at is not None and (time.monotonic() >= self._stop_at or not self._requests):
+            # A ticket without a request is a prompt that is being tokenized.
+            if self._stop_at is not None and (
+                time.monotonic() >= self._stop_at or not (self._requests or self.admission.num_requests)
+            ):
                 for request in list(self._requests.values()):
                     self._finish(request, "abort")
                 return
@@ -253,12 +264,11 @@ class Engine:
         self._counters.forward_s += result.forward_s
 
     async def _sleep(self) -> None:
-        """Wait for a command or the next deadline."""
+        """Wait for a command, or for the end of draining."""
         event = anyio.Event()
         self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
         if not self._commands:  # one that came before `_wake_up` was set did not wake us
-            timeout_s = self._deadlines[0][0] - time.monotonic() if self._deadlines else None
-            with anyio.move_on_after(timeout_s):
+            with anyio.move_on_after(None if self._stop_at is None else self._stop_at - time.monotonic()):
                 await event.wait()
         self._wake_up = None
 
@@ -314,6 +324,10 @@ def _refuse_request(request: Request, failure: EngineError) -> None:
     if request.ticket is not None:
         request.ticket.release()
     wake(request.stream.fail(failure))
+
+
+def _nothing() -> None:
+    """Being awake is all that a nudge is for."""
 
 
 def _ignore(_: EngineError) -> None:
