@@ -9,7 +9,8 @@
     D   1 prompt  1024 ->   1            prompt tokens/s
 
 Every contender gets the same random prompts, decodes greedily and generates exactly the asked number of tokens. Each
-is warmed up, and transformers uses whichever attention implementation and step size were fastest in its warm-up.
+is warmed up in a process of its own, and transformers uses whichever attention implementation and step size were
+fastest in its warm-up.
 """
 
 from __future__ import annotations
@@ -19,20 +20,19 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import Transformers
+from benchmarks.contenders import PEERS, Contender, make_contender
 from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
-from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
 from llmengine.demo import find_demo_model
+from llmengine.models.source import open_model
 
 ENGINES = ("llmengine", "llmengine int8")
-PEERS = ("generate", "continuous")
 STARTUP_GOAL_S = 5.0
 OVERHEAD_GOAL = 0.05
 
@@ -100,73 +100,46 @@ def judge(speeds: Mapping[str, Mapping[str, float]], goals: Mapping[str, Mapping
     ]
 
 
-def load_engine(model: Path, *, int8: bool, threads: int) -> LLM:
-    """Return an engine without tokenizer and prefix cache."""
-    config = ModelConfig(
-        model,
-        quant_config=QuantConfig(weights="int8" if int8 else "none"),
-        kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-        num_threads=threads,
-    )
-    return LLM(config, enable_tokenizer=False)
-
-
-def run_engine(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-    """Return the seconds that one `generate` call takes."""
-    params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-    began = time.perf_counter()
-    outputs = llm.generate(list(prompts), params)
-    seconds = time.perf_counter() - began
-    assert {output.num_tokens for output in outputs} == {num_tokens}, "a request ended early"
-    return seconds
-
-
 def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, dict[str, float]]:
     """Run every contender on every workload, interleaved; return the medians in tokens/s."""
-    engines = {name: load_engine(arguments.model, int8="int8" in name, threads=arguments.threads) for name in ENGINES}
+    needed = {kind for workload in workloads for kind in workload.peers}
+    names = (*ENGINES, *(kind for kind in PEERS if kind in needed))
+    contenders = {name: make_contender(name, arguments.model, arguments.threads) for name in names}
     try:
-        for name, llm in engines.items():
-            print(f"{name}: {llm.info.description}", flush=True)
-        peer = Transformers(arguments.model)
-        speeds = {workload.name: _compare_one(arguments, workload, engines, peer) for workload in workloads}
+        speeds = {workload.name: _compare_one(arguments, workload, contenders) for workload in workloads}
         if not arguments.skip_overhead:
-            _report_overhead(arguments, engines)
+            _report_overhead(arguments, {name: contenders[name] for name in ENGINES})
     finally:
-        for llm in engines.values():
-            llm.close()
+        for contender in contenders.values():
+            contender.close()
     return speeds
 
 
 def _compare_one(
-    arguments: argparse.Namespace, workload: Workload, engines: Mapping[str, LLM], peer: Transformers
+    arguments: argparse.Namespace, workload: Workload, contenders: Mapping[str, Contender]
 ) -> dict[str, float]:
     """Return each contender's median tokens/s on one workload."""
     rng = random.Random(workload.name)
-    vocab_size = next(iter(engines.values())).info.vocab_size
+    vocab_size = open_model(arguments.model).arch.vocab_size
 
     def make_prompts() -> list[list[int]]:
         return [
             [rng.randrange(vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(workload.num_requests)
         ]
 
-    contenders: dict[str, Callable[[Sequence[Sequence[int]], int], float]] = {
-        **{name: lambda prompts, n, llm=llm: run_engine(llm, prompts, n) for name, llm in engines.items()},
-        **{kind: lambda prompts, n, kind=kind: peer.run(kind, prompts, n) for kind in workload.peers},
-    }
-    warm_up = make_prompts()
-    for llm in engines.values():
-        run_engine(llm, warm_up, min(workload.output_tokens, 8))
-    for kind in workload.peers:
-        chosen = peer.choose_variant(kind, warm_up, workload.output_tokens)
-        limit = f" and {chosen.max_batch_tokens} tokens a step" if chosen.max_batch_tokens else ""
-        print(f"{workload.name}: transformers {kind} uses {chosen.attention} attention{limit}", flush=True)
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = (*ENGINES, *workload.peers)
+    for name in names:
+        told = contenders[name].call("warm_up", make_prompts(), workload.output_tokens)
+        print(f"{workload.name}: {name}: {told}", flush=True)
+    speeds: dict[str, list[float]] = {name: [] for name in names}
     for run in range(arguments.runs):
         prompts = make_prompts()
-        for name, contender in contenders.items():
-            seconds = contender(prompts, workload.output_tokens)
+        for name in names:
+            seconds = contenders[name].call("run", prompts, workload.output_tokens)
             speeds[name].append(workload.num_counted_tokens / seconds)
             _record(arguments, {"workload": asdict(workload), "contender": name, "run": run}, speeds[name][-1], seconds)
+    for name, values in speeds.items():
+        print(f"{workload.name}: {name}: {', '.join(f'{value:.1f}' for value in values)} tokens/s", flush=True)
     return {name: median(values) for name, values in speeds.items()}
 
 
@@ -178,20 +151,9 @@ def _record(arguments: argparse.Namespace, what: Mapping[str, Any], speed: float
     )
 
 
-def measure_overhead(llm: LLM, num_requests: int, num_tokens: int) -> tuple[float, float]:
-    """Return the share of the step time outside the forward pass with that many requests, and ms a step of it."""
-    vocab_size = llm.info.vocab_size
-    prompts = [[(7919 * (i + 1) * (j + 1)) % vocab_size for j in range(16)] for i in range(num_requests)]
-    before = llm.stats().counters
-    run_engine(llm, prompts, num_tokens)
-    after = llm.stats().counters
-    step_s, forward_s = after.step_s - before.step_s, after.forward_s - before.forward_s
-    return 1 - forward_s / step_s, 1e3 * (step_s - forward_s) / (after.num_steps - before.num_steps)
-
-
-def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, LLM]) -> None:
-    for name, llm in engines.items():
-        figures = [measure_overhead(llm, 16, 64) for _ in range(arguments.runs)]
+def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, Contender]) -> None:
+    for name, engine in engines.items():
+        figures = [engine.call("overhead", 16, 64) for _ in range(arguments.runs)]
         share, ms = median([figure[0] for figure in figures]), median([figure[1] for figure in figures])
         print(
             f"{name}: {share:.1%} of a step at batch size 16 is not the forward pass ({ms:.2f} ms); "
