@@ -98,7 +98,9 @@ class PagedAttention:
         ]
         num_rows = blocks * heads * max(dim, size)
         self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
-        self._scale = dim**-0.5
+        num_rotated = shape.num_heads + heads
+        self._head_scales = torch.ones(num_rotated, 1)
+        self._head_scales[: shape.num_heads] = dim**-0.5
 
     def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
         """Prepare for one step: rotations, where keys and values go, and what each row reads."""
@@ -106,7 +108,9 @@ class PagedAttention:
         positions = torch.from_numpy(inputs.positions)
         half = self._rope_table[positions][:, None, :]
         cos, sin = half.chunk(2, dim=-1)
-        self._cos, self._sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        # q comes out of its rotation scaled for the scores.
+        self._cos = torch.cat((cos, cos), dim=-1) * self._head_scales
+        self._sin = torch.cat((-sin, sin), dim=-1) * self._head_scales
         blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
         offsets = inputs.positions % size
         self._blocks, self._offsets = torch.from_numpy(blocks), torch.from_numpy(offsets)
@@ -139,7 +143,7 @@ class PagedAttention:
 
     def _decode(self, q: Tensor, key_rows: Tensor, value_rows: Tensor, group: _DecodeGroup) -> Tensor:
         num_rows, num_heads = q.shape[:2]
-        weights = (q * self._scale)[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
+        weights = q[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
         scores = _bag(key_rows, group.key_rows, group.key_bags, weights).view(num_rows, num_heads, -1)
         probabilities = torch.softmax(scores.masked_fill_(group.beyond, -torch.inf), dim=-1)
         return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
@@ -156,6 +160,7 @@ class PagedAttention:
             v.transpose(0, 1)[None],
             attn_mask=prefill.mask,
             is_causal=prefill.mask is None,
+            scale=1.0,
             enable_gqa=shape.num_heads != shape.num_kv_heads,
         )
         return attended[0].transpose(0, 1).reshape(q.shape[0], -1)
