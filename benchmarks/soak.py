@@ -23,11 +23,20 @@ import anyio
 import psutil
 
 from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
-from llmengine import LLM, InvalidRequestError, ModelConfig, QueueFullError, RequestHandle, SamplingParams
+from llmengine import (
+    LLM,
+    InvalidRequestError,
+    KvCacheConfig,
+    ModelConfig,
+    QueueFullError,
+    RequestHandle,
+    SamplingParams,
+)
 from llmengine.demo import find_demo_model
 from llmengine.testing import FakeBackend
 
 _REPORT_EVERY_S = 10.0
+_KV_BYTES = 256 << 20
 _IDLE_LIMIT_S = 30.0
 _IDLE_CHECK_S = 0.05
 _MAX_GROWTH_SHARE = 0.05
@@ -289,7 +298,9 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
     """Return the model, or an engine on a fake backend with few blocks, so that requests are preempted as well."""
     if arguments.fake:
         return LLM.from_backend(lambda: FakeBackend(num_blocks=513, max_steps_in_flight=2))
-    return LLM(ModelConfig(arguments.model or find_demo_model()), enable_tokenizer=False)
+    # A pool that the clients fill within seconds: while a larger one fills with cached prefixes, RSS grows to its size.
+    config = ModelConfig(arguments.model or find_demo_model(), kv_cache_config=KvCacheConfig(max_bytes=_KV_BYTES))
+    return LLM(config, enable_tokenizer=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ import torch
 from backend_helpers import BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 
 from llmengine.backends import load_backend
+from llmengine.backends.torch.linear import dense_formats, padded_tokens
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
@@ -240,3 +241,13 @@ def test_what_is_not_there_is_refused(tmp_path: Path, settings: dict[str, Any], 
     save_tiny(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_backend(ModelConfig(model_dir=tmp_path, **settings).resolve(), open_model(tmp_path))
+
+
+def test_linears_see_few_different_numbers_of_rows() -> None:
+    sizes = {num_tokens: padded_tokens(num_tokens) for num_tokens in range(1, 4097)}
+    assert all(num_tokens <= size <= max(16, 1.18 * num_tokens) for num_tokens, size in sizes.items())
+    assert len(set(sizes.values())) < 100
+    weight = torch.randn(24, 12)
+    for linear in (item.pack(weight, None) for item in dense_formats(torch.float32)):
+        x, residual = torch.randn(37, 12), torch.randn(37, 24)
+        torch.testing.assert_close(linear(x, residual.clone()), x @ weight.T + residual)
