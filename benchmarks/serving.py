@@ -123,7 +123,7 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
     largest = max(arguments.concurrency)
     batch_size = min(largest, arguments.max_batch_size or largest)
     defaults = SchedulerConfig()
-    mixed = max(defaults.max_tokens_per_mixed_step, batch_size)
+    mixed = max(arguments.tokens_per_step or defaults.max_tokens_per_mixed_step, batch_size)
     config = ModelConfig(
         write_shape(arguments.shape, directory) if arguments.model is None else arguments.model,
         load_format="dummy" if arguments.model is None else "auto",
@@ -132,7 +132,7 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
         scheduler_config=SchedulerConfig(
             max_batch_size=batch_size,
             max_tokens_per_mixed_step=mixed,
-            max_tokens_per_step=max(defaults.max_tokens_per_step, mixed),
+            max_tokens_per_step=max(arguments.tokens_per_step or defaults.max_tokens_per_step, mixed),
             max_queued_requests=max(defaults.max_queued_requests, largest),
         ),
         dtype=arguments.dtype,
@@ -238,6 +238,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, metavar="N", help="in each run; default: one a consumer")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="default: the largest concurrency")
+    parser.add_argument("--tokens-per-step", type=int, metavar="N", help="most tokens in a step, prompts included")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")

@@ -41,9 +41,11 @@ class SlotInit:
     stop_token_ids: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BatchRow:
-    """One request's part of a step: compute tokens at positions [start, start + num_tokens).
+    """One request's part of a step: compute tokens at positions [start, start + num_tokens). Nobody changes it.
+
+    Not frozen: that would make it five times as dear, and a step makes one for each running request.
 
     Attributes:
         slot: the request's slot.

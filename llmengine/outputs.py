@@ -47,7 +47,7 @@ class OutputLog:
     """Everything one request has put out so far. The engine thread appends; nothing is ever changed or removed.
 
     `pieces` holds the text that each token released ("" while it is held back), and at the end one more for what
-    was held back; their concatenation is the text.
+    was held back; their concatenation is the text. Only a token that ends the request may have no piece.
     """
 
     request_id: int
@@ -66,18 +66,6 @@ class OutputLog:
     matched_stop: str | int | None = None
     error: LLMEngineError | None = None
 
-    def timeline(self) -> RequestTimeline:
-        """Return the moments so far."""
-        return RequestTimeline(self.queued, self.first_scheduled, self.first_token, self.finished, self.num_preemptions)
-
-
-@dataclass(frozen=True, slots=True)
-class LogCursor:
-    """How far a reader has come: lengths of `OutputLog.token_ids` and `OutputLog.pieces`."""
-
-    num_tokens: int = 0
-    num_pieces: int = 0
-
 
 class GenerationOutput:
     """One request's output up to some moment; `*_delta` is what came since the output before it.
@@ -86,16 +74,28 @@ class GenerationOutput:
     stream of n tokens does not cost n copies of the text.
     """
 
-    __slots__ = ("_begin", "_end", "_log", "finish_reason", "timeline")
+    __slots__ = ("_begin", "_end", "_log", "_num_preemptions", "finish_reason")
 
-    def __init__(self, log: OutputLog, begin: LogCursor, end: LogCursor, *, finished: bool) -> None:
+    def __init__(self, log: OutputLog, begin: int, end: int, finish_reason: FinishReason | None = None) -> None:
+        """View tokens [begin, end) as the delta."""
         self._log = log
         self._begin = begin
         self._end = end
-        self.finish_reason: FinishReason | None = log.finish_reason if finished else None
+        self._num_preemptions = log.num_preemptions
+        self.finish_reason = finish_reason
         """Why the request ended; None while it runs."""
-        self.timeline: RequestTimeline = log.timeline()
+
+    @property
+    def timeline(self) -> RequestTimeline:
         """Moments of the request up to this output."""
+        log = self._log
+        return RequestTimeline(
+            log.queued,
+            log.first_scheduled,
+            log.first_token,
+            log.finished if self.finished else None,
+            self._num_preemptions,
+        )
 
     @property
     def request_id(self) -> int:
@@ -125,32 +125,32 @@ class GenerationOutput:
     @property
     def text(self) -> str:
         """Generated text so far, without the prompt; "" without a tokenizer."""
-        return "".join(self._log.pieces[: self._end.num_pieces])
+        return "".join(self._log.pieces[: self._end_piece])
 
     @property
     def text_delta(self) -> str:
         """Text that came since the previous output; may be "" while characters are incomplete or held back."""
-        return "".join(self._log.pieces[self._begin.num_pieces : self._end.num_pieces])
+        return "".join(self._log.pieces[self._begin : self._end_piece])
 
     @property
     def token_ids(self) -> list[int]:
         """Generated token ids so far, a token that ended the request included."""
-        return self._log.token_ids[: self._end.num_tokens]
+        return self._log.token_ids[: self._end]
 
     @property
     def token_ids_delta(self) -> list[int]:
         """Token ids that came since the previous output."""
-        return self._log.token_ids[self._begin.num_tokens : self._end.num_tokens]
+        return self._log.token_ids[self._begin : self._end]
 
     @property
     def num_tokens(self) -> int:
         """How many tokens were generated so far."""
-        return self._end.num_tokens
+        return self._end
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         """Log-probabilities of each generated token so far; None unless asked for."""
-        return None if self._log.logprobs is None else self._log.logprobs[: self._end.num_tokens]
+        return None if self._log.logprobs is None else self._log.logprobs[: self._end]
 
     @property
     def finished(self) -> bool:
@@ -166,6 +166,11 @@ class GenerationOutput:
     def error(self) -> LLMEngineError | None:
         """What went wrong, when `finish_reason` is "error"."""
         return self._log.error if self.finished else None
+
+    @property
+    def _end_piece(self) -> int | None:
+        """End of this output's pieces; the last output has all that there are."""
+        return None if self.finished else self._end
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."

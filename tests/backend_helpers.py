@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmengine.backends import load_backend
 from llmengine.backends.torch.cpu import CpuBackend
-from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
+from llmengine.backends.torch.native import NATIVE_DIRECTORY
+from llmengine.batch import Backend, Batch, BatchRow, SlotInit, StepResult
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.models.source import open_model
 from llmengine.sampling_params import SamplingParams
+
+NO_NATIVE = Path("/nonexistent")
 
 TINY = {
     "vocab_size": 311,
@@ -50,9 +52,15 @@ def save_tiny(directory: Path, seed: int = 0, **changes: Any) -> LlamaForCausalL
 
 
 def load_tiny(
-    directory: Path, *, block_size: int = 8, quant: Any = "none", max_batch_size: int = 8, **settings: Any
+    directory: Path,
+    *,
+    block_size: int = 8,
+    quant: Any = "none",
+    max_batch_size: int = 8,
+    native_directory: Path = NATIVE_DIRECTORY,
+    **settings: Any,
 ) -> CpuBackend:
-    """Return the backend for a directory's checkpoint."""
+    """Return the CPU backend for a directory's checkpoint; `NO_NATIVE` as `native_directory` leaves it to torch."""
     config = ModelConfig(
         model_dir=directory,
         kv_cache_config=KvCacheConfig(block_size=block_size, max_bytes=16 << 20),
@@ -62,7 +70,7 @@ def load_tiny(
         ),
         **settings,
     ).resolve()
-    return load_backend(config, open_model(directory))
+    return CpuBackend(config, open_model(directory), native_directory)
 
 
 @dataclass
@@ -84,7 +92,7 @@ class DrivenRequest:
 class BackendDriver:
     """Hands out blocks in a shuffled order and turns `step` calls into batches."""
 
-    def __init__(self, backend: CpuBackend, seed: int = 0) -> None:
+    def __init__(self, backend: Backend, seed: int = 0) -> None:
         self.backend = backend
         self._free = list(range(1, backend.info.num_blocks))
         random.Random(seed).shuffle(self._free)
@@ -110,16 +118,20 @@ class BackendDriver:
 
     def step(self, *parts: tuple[DrivenRequest, int]) -> StepResult:
         """Compute the next n tokens of each (request, n); samples where that reaches the last known token."""
-        inits = [self._init(request) for request, _ in parts if not request.started]
-        rows = [self._row(request, num_tokens) for request, num_tokens in parts]
-        self._step += 1
-        self.backend.launch(Batch(self._step, rows, inits))
+        self.backend.launch(self.batch(*parts))
         result = self.backend.collect()
         assert result.step == self._step
         for request, _ in parts:
             if request.slot in result.token_ids:
                 request.token_ids.append(result.token_ids[request.slot])
         return result
+
+    def batch(self, *parts: tuple[DrivenRequest, int]) -> Batch:
+        """Return the step that computes the next n tokens of each (request, n)."""
+        inits = [self._init(request) for request, _ in parts if not request.started]
+        rows = [self._row(request, num_tokens) for request, num_tokens in parts]
+        self._step += 1
+        return Batch(self._step, rows, inits)
 
     def generate(self, requests: Sequence[DrivenRequest], num_tokens: int, chunk: int = 64) -> list[list[int]]:
         """Run all requests together, prompts in chunks, until each has `num_tokens` new ones."""

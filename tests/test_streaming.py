@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import Callable
 from contextvars import Context
@@ -193,6 +194,49 @@ def test_waiting_for_the_end_is_woken_once() -> None:
             return loop.num_wake_ups
 
         assert in_loop(main, CountingLoop) == 1
+
+
+def test_blocked_loop_is_woken_once_for_all_that_it_missed() -> None:
+    gate = StepGate()
+    with make_llm(on_step=gate) as llm:
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, CountingLoop)
+            handle = llm.generate_async([1], tokens(30), streaming=True)
+            task = asyncio.ensure_future(anext(handle))
+            await asyncio.sleep(0)
+            gate.wait()
+            for _ in range(10):
+                gate.step()
+            assert loop.num_wake_ups == 1
+            assert (await task).num_tokens == 10
+            gate.open()
+            outputs = [output async for output in handle]
+            assert outputs[-1].token_ids == oracle([1], 30)
+
+        in_loop(main, CountingLoop)
+
+
+def test_consumer_that_stops_the_loop_takes_no_wake_up_from_others() -> None:
+    gate = StepGate()
+    with make_llm(on_step=gate) as llm, contextlib.closing(asyncio.new_event_loop()) as loop:
+        handles = [llm.generate_async([index], tokens(1)) for index in range(4)]
+
+        async def read(index: int) -> int:
+            output = await handles[index]
+            if index == 1:
+                raise SystemExit
+            return output.num_tokens
+
+        tasks = [loop.create_task(read(index)) for index in range(4)]
+        loop.run_until_complete(asyncio.sleep(0))
+        gate.open()
+        loop.call_later(WAIT_S, loop.stop)
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+        others = [tasks[index] for index in (0, 2, 3)]
+        assert loop.run_until_complete(asyncio.wait_for(asyncio.gather(*others), WAIT_S)) == [1, 1, 1]
 
 
 async def test_fields_of_the_final_output() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from backend_helpers import BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
+from backend_helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 
 from llmengine.backends import load_backend
 from llmengine.backends.torch.linear import dense_formats, padded_tokens
+from llmengine.backends.torch.native import NATIVE_DIRECTORY
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
@@ -52,10 +53,16 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 311), k=length)
 
 
+@pytest.fixture(params=["native", "torch"])
+def native_directory(request: pytest.FixtureRequest) -> Path:
+    """With the native decoder, if it is built, and without."""
+    return NATIVE_DIRECTORY if request.param == "native" else NO_NATIVE
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, shape: str) -> None:
+def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, native_directory: Path, shape: str) -> None:
     model = save_tiny(tmp_path, **SHAPES[shape])
-    driver = BackendDriver(load_tiny(tmp_path))
+    driver = BackendDriver(load_tiny(tmp_path, native_directory=native_directory))
     prompt = make_prompt(37)
     request = driver.add(0, prompt, ALL_LOGPROBS)
     logprobs = []
@@ -70,9 +77,9 @@ def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, shape: str) -
         assert entry.logprob == entry.top_logprobs[0]
 
 
-def test_requests_join_in_flight_with_scattered_blocks_and_mixed_steps(tmp_path: Path) -> None:
+def test_requests_join_in_flight_with_scattered_blocks_and_mixed_steps(tmp_path: Path, native_directory: Path) -> None:
     model = save_tiny(tmp_path)
-    driver = BackendDriver(load_tiny(tmp_path), seed=3)
+    driver = BackendDriver(load_tiny(tmp_path, native_directory=native_directory), seed=3)
     prompts = [make_prompt(length, length) for length in (70, 1, 9, 33)]
     first, second, third, fourth = (
         driver.add(slot, prompt) for slot, prompt in zip((5, 0, 7, 2), prompts, strict=True)
@@ -87,9 +94,9 @@ def test_requests_join_in_flight_with_scattered_blocks_and_mixed_steps(tmp_path:
         assert output == reference_greedy(model, prompt, 10)
 
 
-def test_decodes_of_very_different_lengths_share_a_step(tmp_path: Path) -> None:
+def test_decodes_of_very_different_lengths_share_a_step(tmp_path: Path, native_directory: Path) -> None:
     model = save_tiny(tmp_path)
-    driver = BackendDriver(load_tiny(tmp_path, block_size=4))
+    driver = BackendDriver(load_tiny(tmp_path, block_size=4, native_directory=native_directory))
     prompts = [make_prompt(length, length) for length in (2, 200, 17, 60, 3)]
     requests = [driver.add(slot, prompt) for slot, prompt in enumerate(prompts)]
     for request in requests:
@@ -111,14 +118,16 @@ def test_a_resumed_request_recomputes_and_goes_on(tmp_path: Path) -> None:
     assert driver.generate([request], 9) == [reference_greedy(model, prompt, 9)]
 
 
-def test_non_finite_logits_fail_their_row_alone_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_non_finite_logits_fail_their_row_alone_and_leave_nothing_behind(
+    tmp_path: Path, native_directory: Path
+) -> None:
     model = save_tiny(tmp_path)
     poison = 300
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = torch.nan
     model.save_pretrained(tmp_path)
     for quant in ("none", "int8"):
-        driver = BackendDriver(load_tiny(tmp_path, quant=quant))
+        driver = BackendDriver(load_tiny(tmp_path, quant=quant, native_directory=native_directory))
         alone = driver.add(0, make_prompt(20, 4))
         wanted = driver.generate([alone], 8)[0]
         driver.release(alone)
@@ -151,11 +160,11 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_come_back_exactly(tmp_path: Path, tied: bool) -> None:
+def test_weights_come_back_exactly(tmp_path: Path, native_directory: Path, tied: bool) -> None:
     save_tiny(tmp_path, attention_bias=True, tie_word_embeddings=tied)
     source = open_model(tmp_path)
     expected = dict(source.weights(torch.float32))
-    found = dict(load_tiny(tmp_path).weights())
+    found = dict(load_tiny(tmp_path, native_directory=native_directory).weights())
     assert list(found) == list(canonical_shapes(source.arch))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

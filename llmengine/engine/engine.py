@@ -28,10 +28,10 @@ from llmengine.batch import Backend, BackendInfo
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission
 from llmengine.engine.kv_cache import KVCacheManager
-from llmengine.engine.request import Request
+from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
-from llmengine.engine.stream import OutputStream, Waiter, wake
+from llmengine.engine.stream import OutputStream, Waiter, publish, wake
 from llmengine.errors import EngineClosedError, EngineDeadError, EngineError
 from llmengine.outputs import FinishReason
 
@@ -252,12 +252,11 @@ class Engine:
             backend.launch(batch)
         assert scheduler.num_steps_in_flight, "requests are waiting, but no step can be made of them"
         result = backend.collect()
-        waiters: list[Waiter] = []
-        for request in scheduler.update(result):
-            waiters += request.stream.publish()
-            if request.stream.ended:
+        changed = scheduler.update(result)
+        for request in changed:
+            if request.status is RequestStatus.FINISHED:
                 del self._requests[request.request_id]
-        self._wake(waiters)
+        self._wake(publish([request.stream for request in changed]))
         self._last_step_at = time.monotonic()
         self._last_step_s = time.perf_counter() - began
         self._counters.step_s += self._last_step_s
@@ -311,7 +310,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request, reason)
         del self._requests[request.request_id]
-        self._wake(request.stream.publish())
+        self._wake(request.stream.finish())
 
     def _wake(self, waiters: Iterable[Waiter]) -> None:
         """Wake consumers; a request whose consumer's loop is closed has nobody left to read it."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from asyncio import get_running_loop
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any
 
-from llmengine.engine.stream import OutputStream
-from llmengine.outputs import GenerationOutput, LogCursor
+from llmengine.engine.stream import LoopWaiter, OutputStream
+from llmengine.outputs import GenerationOutput
 
 
 class RequestHandle(AsyncGenerator[GenerationOutput, None]):
@@ -35,7 +36,8 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         self._stream = stream
         self._abort = abort
         self._streaming = streaming
-        self._seen = LogCursor()
+        self._seen = 0
+        self._waiter: LoopWaiter | None = None
         self._exhausted = False
         # Not weakref.finalize, which would keep the stream in a global table and run at interpreter exit as well.
         stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream))
@@ -59,48 +61,63 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
         Raises `TimeoutError` after `timeout` seconds; the request goes on.
         """
-        if not self._stream.wait_blocking(self._seen, final_only=True, timeout_s=timeout):
+        if not self._stream.wait_blocking(timeout):
             raise TimeoutError(f"request {self.request_id} did not finish within {timeout} s")
-        return self._stream.final()
+        return self._final()
 
     def __await__(self) -> Generator[Any, None, GenerationOutput]:
         return self._wait_final().__await__()
 
     async def _wait_final(self) -> GenerationOutput:
-        await self._wait(final_only=True)
-        return self._stream.final()
-
-    async def __anext__(self) -> GenerationOutput:
-        while not self._exhausted:
-            try:
-                await self._wait(final_only=not self._streaming)
-            except BaseException:
-                self._exhausted = True
-                raise
-            if (output := self._take()) is not None:
-                return output
-        raise StopAsyncIteration
-
-    def _take(self) -> GenerationOutput | None:
-        """Return what is new; None when another task that iterates this handle took it, or closed the handle."""
-        if self._exhausted:
-            return None
-        self._exhausted = True  # if this raises
-        polled = self._stream.poll(self._seen)
-        if polled is None:
-            self._exhausted = False
-            return None
-        output, self._seen = polled
-        self._exhausted = output.finished
-        return output
-
-    async def _wait(self, *, final_only: bool) -> None:
+        waiter = self._stream.attach(final_only=True)
         try:
-            await self._stream.wait(self._seen, final_only=final_only)
+            while not self._stream.ended:
+                await waiter
         except BaseException:
             # Cancelled, or the loop closes the coroutine: nobody will read on.
             self.abort()
             raise
+        return self._final()
+
+    def _final(self) -> GenerationOutput:
+        """Return the whole output of an ended stream; raises the failure of a failed one."""
+        stream = self._stream
+        if stream.failure is not None:
+            raise stream.failure
+        return GenerationOutput(stream.log, 0, stream.num_published, stream.log.finish_reason)
+
+    async def __anext__(self) -> GenerationOutput:
+        # One coroutine for each token, and few calls: this is what streaming costs the consumer's event loop.
+        stream = self._stream
+        while not self._exhausted:
+            ended, begin, end = stream.ended, self._seen, stream.num_published
+            if ended:
+                return self._take_last()
+            if begin != end and self._streaming:
+                self._seen = end
+                return GenerationOutput(stream.log, begin, end)
+            waiter = self._waiter
+            if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
+                self._waiter = stream.attach(final_only=not self._streaming)
+                continue  # something may have been published before
+            waiter.seen = begin
+            try:
+                await waiter
+            except BaseException:
+                # Cancelled, or the loop closes the coroutine: nobody will read on.
+                self._exhausted = True
+                self.abort()
+                raise
+        raise StopAsyncIteration
+
+    def _take_last(self) -> GenerationOutput:
+        """Return what is left of an ended stream; raises the failure of a failed one when everything was read."""
+        stream, begin = self._stream, self._seen
+        self._seen = stream.num_published
+        self._exhausted = stream.failure is None or self._seen == begin
+        if self._exhausted and stream.failure is not None:
+            raise stream.failure
+        return GenerationOutput(stream.log, begin, self._seen, stream.log.finish_reason if self._exhausted else None)
 
     async def asend(self, value: None) -> GenerationOutput:
         """Same as `__anext__`; the value is ignored."""

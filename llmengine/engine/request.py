@@ -45,7 +45,7 @@ class Request:
         detokenizer: None when there is no tokenizer.
         ticket: its place among those that wait for their first step.
         token_ids: prompt and output ids that the host knows.
-        num_in_flight: launched steps that will each append one token.
+        num_tokens: how many those are, and will be once the launched steps are collected.
         slot: its row in the backend while it runs.
     """
 
@@ -62,14 +62,15 @@ class Request:
     ticket: AdmissionTicket | None = None
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
+    num_tokens: int = field(init=False)
     blocks: BlockTable = field(init=False)
     num_computed_tokens: int = 0
-    num_in_flight: int = 0
     num_preemptions: int = 0
     slot: int | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.num_tokens = len(self.token_ids)
         self.blocks = BlockTable(self.cache_salt)
 
     @property
@@ -78,9 +79,9 @@ class Request:
         return self.stream.log.request_id
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens it has or will have once the launched steps are collected."""
-        return len(self.token_ids) + self.num_in_flight
+    def num_in_flight(self) -> int:
+        """Launched steps that will each append one token."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -92,26 +93,32 @@ class Request:
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
         """Add a sampled token to the output, detokenize it, and return why the request ends with it, if it does."""
         log = self.stream.log
-        if not log.token_ids:
+        output_ids = log.token_ids
+        if not output_ids:
             log.first_token = time.monotonic()
         self.token_ids.append(token_id)
-        log.token_ids.append(token_id)
-        if log.logprobs is not None and logprobs is not None:
+        output_ids.append(token_id)
+        if logprobs is not None and log.logprobs is not None:
             log.logprobs.append(logprobs)
-        may_stop = len(log.token_ids) >= self.params.min_new_tokens
-        if may_stop and token_id in self.stop_token_ids:
+        if token_id in self.stop_token_ids and len(output_ids) >= self.params.min_new_tokens:
             log.matched_stop = token_id
             return "stop"
-        if self.detokenizer is not None:
-            try:
-                log.pieces.append(self.detokenizer.push(token_id, check_stop=may_stop))
-            except Exception as fault:  # of the caller's tokenizer
-                self._fail_decoding(fault)
-                return "error"
-            if self.detokenizer.stopped is not None:
-                log.matched_stop = self.detokenizer.stopped
-                return "stop"
+        if self.detokenizer is not None and (reason := self._detokenize(self.detokenizer, token_id)) is not None:
+            return reason
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def _detokenize(self, detokenizer: IncrementalDetokenizer, token_id: int) -> FinishReason | None:
+        log = self.stream.log
+        may_stop = len(log.token_ids) >= self.params.min_new_tokens
+        try:
+            log.pieces.append(detokenizer.push(token_id, check_stop=may_stop))
+        except Exception as fault:  # of the caller's tokenizer
+            self._fail_decoding(fault)
+            return "error"
+        if detokenizer.stopped is None:
+            return None
+        log.matched_stop = detokenizer.stopped
+        return "stop"
 
     def finish(self, reason: FinishReason, error: RequestFailedError | None = None) -> None:
         """Set the final state of the output; held-back text is released unless a stop string cut it off."""

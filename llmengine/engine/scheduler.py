@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import heapq
 import time
+from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
@@ -33,6 +34,15 @@ class _StepPlan:
     preempted: bool = False
 
 
+@dataclass(slots=True)
+class _LaunchedStep:
+    """`requests[i]` has row i of `batch`, and had been preempted `num_preemptions[i]` times."""
+
+    batch: Batch
+    requests: list[Request]
+    num_preemptions: list[int]
+
+
 class Scheduler:
     """Owns the waiting queue, the running set, the slots and the KV blocks. Used by the engine thread alone.
 
@@ -48,11 +58,12 @@ class Scheduler:
         self.kv_cache = kv_cache
         self.counters = counters
         self.running: list[Request] = []
+        """In the order of `_preemption_rank`: the last one is the first to be preempted."""
         # (-priority, arrival, request); entries of requests that are no longer waiting are skipped when they surface.
         self._waiting: list[tuple[int, int, Request]] = []
         self._num_waiting = 0
         self._free_slots = list(range(config.max_batch_size))
-        self._in_flight: deque[tuple[Batch, list[tuple[Request, int]]]] = deque()
+        self._in_flight: deque[_LaunchedStep] = deque()
 
     @property
     def num_waiting(self) -> int:
@@ -77,7 +88,8 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Return the next step, or None when there is nothing to compute now."""
-        plan = _StepPlan(self._token_budget())
+        budget = self._token_budget()
+        plan = _StepPlan(budget)
         self._schedule_running(plan)
         if not plan.preempted:
             self._admit_waiting(plan)
@@ -85,9 +97,10 @@ class Scheduler:
             return None
         self.counters.num_steps += 1
         self.counters.num_rows += len(plan.rows)
+        self.counters.num_computed_tokens += budget - plan.budget
         batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits)
-        self.counters.num_computed_tokens += batch.num_tokens
-        self._in_flight.append((batch, [(request, request.num_preemptions) for request in plan.requests]))
+        preemptions = [request.num_preemptions for request in plan.requests]
+        self._in_flight.append(_LaunchedStep(batch, plan.requests, preemptions))
         return batch
 
     def update(self, result: StepResult) -> list[Request]:
@@ -95,26 +108,32 @@ class Scheduler:
 
         Tokens for requests that ended meanwhile are discarded.
         """
-        batch, requests = self._in_flight.popleft()
-        assert result.step == batch.step, f"result of step {result.step} for step {batch.step}"
-        changed = []
-        for row, (request, preemptions) in zip(batch.rows, requests, strict=True):
-            if request.status is RequestStatus.FINISHED:
+        step = self._in_flight.popleft()
+        assert result.step == step.batch.step, f"result of step {result.step} for step {step.batch.step}"
+        token_ids, logprobs, errors = result.token_ids, result.logprobs, result.errors
+        block_size = self.kv_cache.block_size
+        finished = RequestStatus.FINISHED
+        changed: list[Request] = []
+        num_sampled = 0
+        for row, request, num_preemptions in zip(step.batch.rows, step.requests, step.num_preemptions, strict=True):
+            if request.status is finished:
                 continue
-            if row.slot in result.errors:
-                self.finish(request, "error", RequestFailedError(result.errors[row.slot]))
-                changed.append(request)
-                continue
+            slot, end = row.slot, row.start + row.num_tokens
             reason: FinishReason | None = None
-            if row.sample:
-                request.num_in_flight -= 1
-                self.counters.num_generated_tokens += 1
+            if errors and slot in errors:
+                self.finish(request, "error", RequestFailedError(errors[slot]))
                 changed.append(request)
-                reason = request.append(result.token_ids[row.slot], result.logprobs.get(row.slot))
-            if request.num_preemptions == preemptions:
-                self.kv_cache.register(request.blocks, request.token_ids, row.start + row.num_tokens)
+                continue
+            if row.sample:
+                num_sampled += 1
+                changed.append(request)
+                reason = request.append(token_ids[slot], logprobs.get(slot) if logprobs else None)
+            # A decode fills a block only with its last token.
+            if (row.num_tokens > 1 or end % block_size == 0) and request.num_preemptions == num_preemptions:
+                self.kv_cache.register(request.blocks, request.token_ids, end)
             if reason is not None:
                 self.finish(request, reason)
+        self.counters.num_generated_tokens += num_sampled
         return changed
 
     def finish(self, request: Request, reason: FinishReason, error: RequestFailedError | None = None) -> None:
@@ -147,6 +166,7 @@ class Scheduler:
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
             range(self.config.max_batch_size)
         ), "slots leaked or shared"
+        assert self.running == sorted(self.running, key=self._preemption_rank), "the running requests are out of order"
         for request in self.running:
             assert request.status is RequestStatus.RUNNING
             assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
@@ -155,36 +175,58 @@ class Scheduler:
             assert self.kv_cache.num_used_blocks == 0, "an idle engine holds blocks"
 
     def _token_budget(self) -> int:
-        decoding = any(request.num_computed_tokens >= len(request.prompt_token_ids) for request in self.running)
-        return self.config.max_tokens_per_mixed_step if decoding else self.config.max_tokens_per_step
+        for request in self.running:
+            if request.num_computed_tokens >= len(request.prompt_token_ids):
+                return self.config.max_tokens_per_mixed_step
+        return self.config.max_tokens_per_step
 
     def _schedule_running(self, plan: _StepPlan) -> None:
-        """Give decodes their token first, then prompts in progress."""
+        """Give decodes their token first, then prompts in progress what is left."""
         # Only decodes can lack a block (a prompt has all of its own since admission). Going from the last to be
         # preempted to the first, a request that lacks one never finds the right victim already planned.
-        order = sorted(self.running, key=lambda r: (r.num_uncomputed_tokens > 1, self._preemption_rank(r)))
-        for request in order:
-            num_tokens = min(request.num_uncomputed_tokens, plan.budget)
-            if num_tokens == 0 or request.status is not RequestStatus.RUNNING:
+        rows, requests = plan.rows, plan.requests
+        block_size = self.kv_cache.block_size
+        chunks: list[Request] = []
+        for request in tuple(self.running):  # a preemption takes requests out
+            start, end = request.num_computed_tokens, request.num_tokens
+            if end >= request.max_total_tokens:
+                continue  # its last possible token is on its way
+            if end - start > 1:
+                chunks.append(request)
                 continue
-            num_blocks = len(request.blocks.block_ids)
-            if self._grow(request, request.num_computed_tokens + num_tokens, plan):
-                self._add_row(plan, request, num_tokens, request.blocks.block_ids[num_blocks:])
+            new_block_ids: Sequence[int] = ()
+            if start % block_size == 0:
+                if request.slot is None or (grown := self._grow(request, end, plan)) is None:
+                    continue  # preempted
+                new_block_ids = grown
+            # As in `_add_row`, for what nearly all rows of nearly all steps are.
+            known = request.token_ids
+            slot = request.slot
+            assert slot is not None
+            rows.append(BatchRow(slot, start, 1, known[start:], new_block_ids, True))
+            requests.append(request)
+            request.num_computed_tokens = end
+            request.num_tokens = end + 1
+        plan.budget -= len(rows)
+        for request in chunks:
+            if plan.budget > 0 and request.slot is not None:
+                self._add_row(plan, request, min(request.num_uncomputed_tokens, plan.budget), ())
 
-    def _grow(self, request: Request, num_tokens: int, plan: _StepPlan) -> bool:
-        """Allocate, preempting others while that is needed; False when the request itself had to give way."""
+    def _grow(self, request: Request, num_tokens: int, plan: _StepPlan) -> list[int] | None:
+        """Return newly allocated blocks, preempting others while that is needed; None when the request gave way."""
+        num_blocks = len(request.blocks.block_ids)
         while not self.kv_cache.allocate(request.blocks, num_tokens):
             victim = self._choose_victim(plan)
             self._preempt(victim)
             plan.preempted = True
             if victim is request:
-                return False
-        return True
+                return None
+        return request.blocks.block_ids[num_blocks:]
 
     def _choose_victim(self, plan: _StepPlan) -> Request:
         """Return the running request to preempt; one that already has a row in this step is not eligible."""
         planned = set(map(id, plan.requests))
-        return max((r for r in self.running if id(r) not in planned), key=self._preemption_rank)
+        return next(request for request in reversed(self.running) if id(request) not in planned)
 
     def _preemption_rank(self, request: Request) -> tuple[bool, int, int]:
         """Sort key of the running requests; the greatest is the first to be preempted."""
@@ -222,9 +264,11 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Take blocks for all tokens of the request, leaving one for each running request to grow into."""
+        reserve = len(self.running)
+        if self.kv_cache.num_available_blocks <= reserve:
+            return False  # without looking for its prefix in each step: its last token needs a block of its own
         num_cached_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
         missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
-        reserve = len(self.running)
         if self.kv_cache.num_available_blocks < missing + reserve or not self.kv_cache.allocate(
             request.blocks, len(request.token_ids)
         ):
@@ -244,7 +288,7 @@ class Scheduler:
     def _take_slot(self, request: Request) -> SlotInit:
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
+        insort(self.running, request, key=self._preemption_rank)
         return SlotInit(
             slot=request.slot,
             token_ids=tuple(request.token_ids),
@@ -254,7 +298,7 @@ class Scheduler:
             stop_token_ids=request.stop_token_ids,
         )
 
-    def _add_row(self, plan: _StepPlan, request: Request, num_tokens: int, new_block_ids: list[int]) -> None:
+    def _add_row(self, plan: _StepPlan, request: Request, num_tokens: int, new_block_ids: Sequence[int]) -> None:
         assert request.slot is not None
         start = request.num_computed_tokens
         end = start + num_tokens
@@ -266,4 +310,4 @@ class Scheduler:
         plan.budget -= num_tokens
         request.num_computed_tokens = end
         if sample:
-            request.num_in_flight += 1
+            request.num_tokens += 1

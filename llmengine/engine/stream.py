@@ -4,8 +4,12 @@ There is no queue. The engine appends to the request's `OutputLog` and publishes
 how far it has read and takes everything between at once. So a slow consumer gets merged deltas, a consumer that never
 reads costs nothing beyond the output itself, and any number of consumers may read one stream.
 
-Waking is batched: `publish()` returns the waiters that now have something to read, and `wake()` makes one
-`call_soon_threadsafe` per event loop out of all of a step's waiters.
+Waking is batched: `publish()` collects the waiters of all of a step's streams, and `wake()` makes one
+`call_soon_threadsafe` per event loop out of them. That call resumes the consumers' tasks itself: a future for each
+token, and a turn of the event loop for each future, would cost more than everything else that the host does for it.
+
+Reading and publishing take no lock. The engine writes what is new before it looks for waiters, a consumer becomes a
+waiter before it looks for what is new, and the GIL lets both see these accesses in one order, so no wake-up is lost.
 """
 
 from __future__ import annotations
@@ -13,157 +17,218 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextvars import Context
 from typing import Any
 
 from llmengine.errors import LLMEngineError
-from llmengine.outputs import GenerationOutput, LogCursor, OutputLog
+from llmengine.outputs import OutputLog
 
 
-class Waiter:
-    """One consumer that waits for a stream: a future of its loop, or a `threading.Event` without a loop."""
+class LoopWaiter:
+    """A place for one task at a time to wait in, until its stream has something new. Belongs to one event loop.
 
-    __slots__ = ("event", "final_only", "future", "loop", "stream")
+    An awaitable that a task accepts in place of an `asyncio.Future` (`asyncio.isfuture()` is true of it), and which may
+    be awaited again and again. It may return although nothing is new.
 
-    def __init__(self, stream: OutputStream, *, final_only: bool, loop: asyncio.AbstractEventLoop | None) -> None:
+    Attributes:
+        seen: how many tokens the task has read, set by the task before it waits.
+        posted: a call that will look after this waiter is on its way to the event loop.
+        resume: lets the task go on that waits here; None while none does.
+        context: to call `resume` in.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "attached", "context", "loop", "posted", "resume", "seen", "stream")
+
+    def __init__(self, stream: OutputStream, loop: asyncio.AbstractEventLoop) -> None:
         self.stream = stream
-        self.final_only = final_only
         self.loop = loop
-        self.future: asyncio.Future[None] | None = None if loop is None else loop.create_future()
-        self.event: threading.Event | None = threading.Event() if loop is None else None
+        self.attached = True
+        self.posted = False
+        self.seen = 0
+        self._asyncio_future_blocking = False
+        self.resume: Callable[[LoopWaiter], object] | None = None
+        self.context: Context
+
+    def __await__(self) -> Generator[LoopWaiter, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    # What a task asks of the future that it waits for.
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the event loop of the task that may wait here."""
+        return self.loop
+
+    def add_done_callback(self, callback: Callable[[LoopWaiter], object], *, context: Context) -> None:
+        """Remember how to let the task go on."""
+        self.resume = callback
+        self.context = context
+
+    def result(self) -> None:
+        """Return nothing: the task looks into the stream."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Let the task go on; False tells it to raise its `CancelledError` (with its message) by itself then."""
+        resume, self.resume = self.resume, None
+        if resume is not None:
+            self.loop.call_soon(resume, self, context=self.context)
+        return False
+
+
+class ThreadWaiter:
+    """A thread that waits for the end of its stream."""
+
+    __slots__ = ("event", "loop", "posted")
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.loop: None = None
+        self.posted = False
+
+
+Waiter = LoopWaiter | ThreadWaiter
 
 
 class OutputStream:
     """One request's output on its way to its consumers.
 
     `log` is appended to by the engine thread alone. Everything else may be called from any thread.
+
+    Attributes:
+        num_published: how many tokens consumers may read.
+        ended: the last output is published, or the stream failed; read before `num_published`, which is final then.
+        failure: what each read of a failed stream raises once it finds nothing new.
+        waiters: those to wake for each token; replaced, never changed.
+        abort_requested: set before the engine hears of it, so that a request that is not submitted yet never starts.
+        consumer: weak reference to the consumer's handle; its callback aborts the request when that is collected.
     """
 
-    __slots__ = ("_cursor", "_failure", "_finished", "_lock", "_waiters", "abort_requested", "consumer", "log")
+    __slots__ = (
+        "_final_waiters",
+        "_lock",
+        "abort_requested",
+        "consumer",
+        "ended",
+        "failure",
+        "log",
+        "num_published",
+        "waiters",
+    )
 
     def __init__(self, log: OutputLog) -> None:
         self.log = log
+        self.num_published = 0
+        self.ended = False
+        self.failure: LLMEngineError | None = None
+        self.waiters: tuple[LoopWaiter, ...] = ()
         self.abort_requested = False
-        """Set before the engine hears of it, so that a request that is not submitted yet never starts."""
         self.consumer: weakref.ref[Any] | None = None
-        """Weak reference to the consumer's handle; its callback aborts the request when the handle is collected."""
+        self._final_waiters: tuple[Waiter, ...] = ()
         self._lock = threading.Lock()
-        self._cursor = LogCursor()
-        self._finished = False
-        self._failure: LLMEngineError | None = None
-        self._waiters: list[Waiter] = []
 
-    def publish(self) -> list[Waiter]:
-        """Let consumers see what the log holds now; return the waiters to be woken. Engine thread only."""
-        log = self.log
-        with self._lock:
-            self._cursor = LogCursor(len(log.token_ids), len(log.pieces))
-            self._finished = log.finish_reason is not None
-            return self._take_waiters(final=self._finished)
+    def finish(self) -> list[Waiter]:
+        """Publish the last output; return the waiters to be woken. Engine thread only."""
+        self.num_published = len(self.log.token_ids)
+        self.ended = True
+        return self._all_waiters()
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
-        """End the stream with an error that each read raises from now on; return the waiters to be woken."""
+        """End the stream with an error, unless it has ended; return the waiters to be woken."""
+        if not self.ended:
+            self.failure = failure
+            self.ended = True
+        return self._all_waiters()
+
+    def attach(self, *, final_only: bool) -> LoopWaiter:
+        """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
+        waiter = LoopWaiter(self, asyncio.get_running_loop())
         with self._lock:
-            if not self._finished:
-                self._failure = failure
-            return self._take_waiters(final=True)
+            if final_only:
+                self._final_waiters = (*self._final_waiters, waiter)
+            else:
+                self.waiters = (*self.waiters, waiter)
+        return waiter
 
-    @property
-    def ended(self) -> bool:
-        """True once the last output is published or the stream failed."""
-        return self._finished or self._failure is not None
-
-    def poll(self, seen: LogCursor) -> tuple[GenerationOutput, LogCursor] | None:
-        """Return what was published after `seen` as one output, or None; raises the failure of a failed stream.
-
-        A finished stream answers even where nothing is new: its final output carries the finish reason.
-        """
+    def detach(self, waiter: Waiter) -> None:
+        """Wake this waiter no more; idempotent."""
         with self._lock:
-            end, finished, failure = self._cursor, self._finished, self._failure
-        if failure is not None and end == seen:
-            raise failure
-        if end == seen and not finished:
-            return None
-        return GenerationOutput(self.log, seen, end, finished=finished), end
+            if isinstance(waiter, LoopWaiter):
+                waiter.attached = False
+                self.waiters = tuple(other for other in self.waiters if other is not waiter)
+            self._final_waiters = tuple(other for other in self._final_waiters if other is not waiter)
 
-    def final(self) -> GenerationOutput:
-        """Return the whole output of an ended stream; raises the failure of a failed one."""
+    def wait_blocking(self, timeout_s: float | None) -> bool:
+        """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
+        waiter = ThreadWaiter()
         with self._lock:
-            end, finished, failure = self._cursor, self._finished, self._failure
-        if failure is not None:
-            raise failure
-        assert finished
-        return GenerationOutput(self.log, LogCursor(), end, finished=True)
-
-    async def wait(self, seen: LogCursor, *, final_only: bool) -> None:
-        """Return when there is something after `seen` (or, with `final_only`, when the stream has ended).
-
-        Cancellation leaves the stream as it was.
-        """
-        waiter = self._add_waiter(seen, final_only=final_only, loop=asyncio.get_running_loop())
-        if waiter is None:
-            return
-        assert waiter.future is not None
+            self._final_waiters = (*self._final_waiters, waiter)
         try:
-            await waiter.future
+            return self.ended or waiter.event.wait(timeout_s)
         finally:
-            self._remove_waiter(waiter)
+            self.detach(waiter)
 
-    def wait_blocking(self, seen: LogCursor, *, final_only: bool, timeout_s: float | None) -> bool:
-        """Like `wait()` for a plain thread; False when `timeout_s` seconds passed first."""
-        waiter = self._add_waiter(seen, final_only=final_only, loop=None)
-        if waiter is None:
-            return True
-        assert waiter.event is not None
-        try:
-            return waiter.event.wait(timeout_s)
-        finally:
-            self._remove_waiter(waiter)
+    def _all_waiters(self) -> list[Waiter]:
+        waiters = [waiter for waiter in (*self.waiters, *self._final_waiters) if not waiter.posted]
+        for waiter in waiters:
+            waiter.posted = True
+        return waiters
 
-    def _add_waiter(
-        self, seen: LogCursor, *, final_only: bool, loop: asyncio.AbstractEventLoop | None
-    ) -> Waiter | None:
-        with self._lock:
-            if self._finished or self._failure is not None or (not final_only and self._cursor != seen):
-                return None
-            waiter = Waiter(self, final_only=final_only, loop=loop)
-            self._waiters.append(waiter)
-            return waiter
 
-    def _remove_waiter(self, waiter: Waiter) -> None:
-        with self._lock:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
+    """Let consumers see what the streams' logs hold now; return the waiters to be woken. Engine thread only.
 
-    def _take_waiters(self, *, final: bool) -> list[Waiter]:
-        if not self._waiters:
-            return []
-        taken = [waiter for waiter in self._waiters if final or not waiter.final_only]
-        if taken:
-            self._waiters = [waiter for waiter in self._waiters if waiter not in taken]
-        return taken
+    A waiter whose event loop has not come to looking after it since the last time is not among them.
+    """
+    waiters: list[Waiter] = []
+    for stream in streams:
+        log = stream.log
+        if log.finish_reason is not None:
+            waiters += stream.finish()
+            continue
+        stream.num_published = len(log.token_ids)
+        for waiter in stream.waiters:
+            if not waiter.posted:
+                waiter.posted = True
+                waiters.append(waiter)
+    return waiters
 
 
 def wake(waiters: Iterable[Waiter]) -> list[OutputStream]:
-    """Wake each consumer, one call per event loop; return the streams whose consumer's loop is closed."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Waiter]] = {}
+    """Wake each consumer, one call per event loop; return the streams that a task of a closed event loop waits for."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[LoopWaiter]] = {}
     for waiter in waiters:
-        if waiter.loop is None:
-            assert waiter.event is not None
+        if isinstance(waiter, ThreadWaiter):
             waiter.event.set()
         else:
             by_loop.setdefault(waiter.loop, []).append(waiter)
     orphans: list[OutputStream] = []
     for loop, group in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_resolve, group)
+            loop.call_soon_threadsafe(_deliver, group)
         except RuntimeError:
-            orphans.extend(waiter.stream for waiter in group)
+            for waiter in group:
+                waiter.stream.detach(waiter)
+                if waiter.resume is not None:
+                    orphans.append(waiter.stream)
     return orphans
 
 
-def _resolve(waiters: list[Waiter]) -> None:
-    for waiter in waiters:
-        assert waiter.future is not None
-        if not waiter.future.done():
-            waiter.future.set_result(None)
+def _deliver(waiters: list[LoopWaiter]) -> None:
+    """Let the tasks go on that wait and have something to read, now and here. In their event loop only.
+
+    A waiter where no task waits leaves its stream, which would otherwise wake the event loop for nothing.
+    """
+    remaining = iter(waiters)
+    try:
+        for waiter in remaining:
+            waiter.posted = False
+            stream, resume = waiter.stream, waiter.resume
+            if resume is None:
+                stream.detach(waiter)
+            elif stream.num_published != waiter.seen or stream.ended:
+                waiter.resume = None
+                waiter.context.run(resume, waiter)
+    except BaseException:  # KeyboardInterrupt or SystemExit of a consumer, which its task lets through
+        waiters[0].loop.call_soon(_deliver, list(remaining))
+        raise

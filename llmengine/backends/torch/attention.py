@@ -86,15 +86,15 @@ class PagedAttention:
     """
 
     def __init__(self, shape: AttentionShape, rope_table: Tensor) -> None:
-        self._shape = shape
-        self._rope_table = rope_table
+        self.shape = shape
+        self.rope_table = rope_table
         blocks, heads, dim, size = shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
-        self._keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
-        self._values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
+        self.keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
+        self.values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
         # Views made once: (written keys [blocks, size, heads, dim], key rows, written values, value rows).
         self._views = [
             (key.permute(0, 3, 1, 2), key.view(-1, size), value.view(-1, heads, dim), value.view(-1, dim))
-            for key, value in zip(self._keys, self._values, strict=True)
+            for key, value in zip(self.keys, self.values, strict=True)
         ]
         num_rows = blocks * heads * max(dim, size)
         self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
@@ -104,9 +104,9 @@ class PagedAttention:
 
     def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
         """Prepare for one step: rotations, where keys and values go, and what each row reads."""
-        size = self._shape.block_size
+        size = self.shape.block_size
         positions = torch.from_numpy(inputs.positions)
-        half = self._rope_table[positions][:, None, :]
+        half = self.rope_table[positions][:, None, :]
         cos, sin = half.chunk(2, dim=-1)
         # q comes out of its rotation scaled for the scores.
         self._cos = torch.cat((cos, cos), dim=-1) * self._head_scales
@@ -122,7 +122,7 @@ class PagedAttention:
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """`models.decoder.Attend`: rotate, write keys and values, attend."""
-        shape = self._shape
+        shape = self.shape
         num_tokens, num_heads, num_kv = qkv.shape[0], shape.num_heads, shape.num_kv_heads
         heads = qkv.view(num_tokens, num_heads + 2 * num_kv, shape.head_dim)
         unrotated = heads[:, : num_heads + num_kv]
@@ -149,10 +149,10 @@ class PagedAttention:
         return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, layer: int, prefill: _Prefill) -> Tensor:
-        shape = self._shape
+        shape = self.shape
         if prefill.blocks is not None:
-            k = self._keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
-            v = self._values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
+            k = self.keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
+            v = self.values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
             k, v = k[: prefill.context_len], v[: prefill.context_len]
         attended = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
@@ -167,7 +167,7 @@ class PagedAttention:
 
     def _plan_decodes(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> list[_DecodeGroup]:
         """Cut the decodes, which come by growing context, into groups of similar length."""
-        num_blocks = -(-inputs.context_lens[: inputs.num_decodes] // self._shape.block_size)
+        num_blocks = -(-inputs.context_lens[: inputs.num_decodes] // self.shape.block_size)
         groups, begin = [], 0
         while begin < inputs.num_decodes:
             end = int(np.searchsorted(num_blocks, max(num_blocks[begin] * _MAX_PADDING, 4), side="right"))
@@ -179,7 +179,7 @@ class PagedAttention:
     def _plan_group(
         self, begin: int, end: int, table: NDArray[np.int32], context_lens: NDArray[np.int64]
     ) -> _DecodeGroup:
-        shape, index = self._shape, self._index_type
+        shape, index = self.shape, self._index_type
         heads, dim, size, repeat = (
             shape.num_kv_heads,
             shape.head_dim,
@@ -213,7 +213,7 @@ class PagedAttention:
         context_len = int(inputs.context_lens[row])
         if context_len == end - begin:
             return _Prefill(begin, end, context_len, None, None)
-        num_blocks = -(-context_len // self._shape.block_size)
+        num_blocks = -(-context_len // self.shape.block_size)
         blocks = torch.from_numpy(block_tables[inputs.row_slots[row], :num_blocks].astype(np.int64))
         mask = torch.full((end - begin, context_len), -torch.inf).triu_(context_len - (end - begin) + 1)
         return _Prefill(begin, end, context_len, blocks, mask)

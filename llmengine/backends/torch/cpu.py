@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,7 +16,15 @@ import torch
 from llmengine.backends.inputs import SlotTable, StepInputs
 from llmengine.backends.sampler import Sampler, Samples
 from llmengine.backends.torch.attention import AttentionShape, PagedAttention
-from llmengine.backends.torch.weights import CpuModel, load_cpu_model
+from llmengine.backends.torch.native import (
+    MAX_NATIVE_TOKENS,
+    NATIVE_DIRECTORY,
+    NativeDecoder,
+    NativeLibrary,
+    NativeUnavailableError,
+    load_native_library,
+)
+from llmengine.backends.torch.weights import CpuModel, load_cpu_model, wants_int8
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
@@ -33,27 +42,37 @@ _MIN_CONTEXT = 64
 class CpuBackend:
     """Implements `batch.Backend` with torch's CPU operators; made, used and closed by one thread.
 
-    Activations, logits and KV are float32 whatever the weights are.
+    Activations, logits and KV are float32 whatever the weights are. Where the native decoder is available, it runs the
+    steps of few tokens.
+
+    Args:
+        native_directory: where the native library is looked for.
     """
 
-    def __init__(self, config: ModelConfig, source: ModelSource) -> None:
+    def __init__(self, config: ModelConfig, source: ModelSource, native_directory: Path = NATIVE_DIRECTORY) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = _context_limit(config, arch)
+        native_library, native_text = _find_native(config, source, native_directory)
         with torch.inference_mode():
-            model = load_cpu_model(config, source)
+            model = load_cpu_model(config, source, row_major=native_library is not None)
             shape = _size_kv_cache(config, arch, limit)
             max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
             table = rope_table(arch.rope, arch.head_dim, max_model_len)
             self._attention: PagedAttention | None = PagedAttention(shape, table)
+            self._native: NativeDecoder | None = None
+            if native_library is not None:
+                weights = dict(model.canonical())
+                self._native = NativeDecoder(native_library, arch, weights, self._attention, max_model_len)
         self._model: CpuModel | None = model
         num_slots = config.scheduler_config.max_batch_size
         self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
         self._sampler = Sampler(num_slots, arch.vocab_size)
         self._result: StepResult | None = None
         self._info = BackendInfo(
-            description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}",
+            description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
+            + native_text,
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
             num_blocks=shape.num_blocks,
@@ -72,18 +91,13 @@ class CpuBackend:
         """Run one step to its end; `collect` hands out its result."""
         assert self._result is None, "one step in flight at most"
         assert self._model is not None, "the backend is closed"
-        assert self._attention is not None
         for init in batch.slot_inits:
             self._slots.init_slot(init)
             self._sampler.init_slot(init)
         with torch.inference_mode():
             inputs = self._slots.flatten(batch)
-            self._attention.plan(inputs, self._slots.block_tables)
-            token_ids = torch.from_numpy(inputs.token_ids)
-            every = len(inputs.sample_tokens) == len(inputs.token_ids)
-            logit_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
             begin = time.perf_counter()
-            logits = self._model.decoder.forward(token_ids, self._attention.attend, logit_tokens)
+            logits = self._forward(inputs)
             forward_s = time.perf_counter() - begin
             if logits is None:
                 self._result = StepResult(step=batch.step, token_ids={}, forward_s=forward_s)
@@ -91,6 +105,17 @@ class CpuBackend:
             samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
         self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
         self._result = _step_result(batch.step, inputs, samples, forward_s)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
+        """Return the logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        if self._native is not None and len(inputs.token_ids) <= self._native.max_tokens:
+            return self._native.forward(inputs, self._slots.block_tables)
+        assert self._model is not None
+        assert self._attention is not None
+        self._attention.plan(inputs, self._slots.block_tables)
+        every = len(inputs.sample_tokens) == len(inputs.token_ids)
+        logit_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
+        return self._model.decoder.forward(torch.from_numpy(inputs.token_ids), self._attention.attend, logit_tokens)
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""
@@ -112,8 +137,20 @@ class CpuBackend:
         """Release weights and KV cache, back to the system; idempotent."""
         self._model = None
         self._attention = None
+        self._native = None
         self._result = None
         _trim_heap()
+
+
+def _find_native(config: ModelConfig, source: ModelSource, directory: Path) -> tuple[NativeLibrary | None, str]:
+    """Return the native library if it serves this model, and what the description says of it."""
+    try:
+        if wants_int8(config, source):
+            raise NativeUnavailableError("int8 weights")
+        library = load_native_library(directory)
+    except NativeUnavailableError as error:
+        return None, f"no native decoder: {error}"
+    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder ({library.variant})"
 
 
 def _trim_heap() -> None:

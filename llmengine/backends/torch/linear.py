@@ -245,6 +245,10 @@ class Choice:
         return f"{self.format.name} (x{ratios} at {'/'.join(map(str, MEASURED_TOKENS))} tokens)"
 
 
+ROW_MAJOR = Choice(LinearFormat("torch", TorchLinear), {})
+"""The plain format, without a measurement."""
+
+
 def fastest_format(formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Choice:
     """Measure `formats` on matrices of `shapes` (out, in) and return the one with the least processor time.
 

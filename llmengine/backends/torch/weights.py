@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmengine.backends.torch.linear import (
     MEASURED_TOKENS,
+    ROW_MAJOR,
     Choice,
     CpuLinear,
     Int8Linear,
@@ -100,15 +101,21 @@ class CpuModel:
                 yield f"{name}.{suffix}", tensor
 
 
-def load_cpu_model(config: ModelConfig, source: ModelSource) -> CpuModel:
+def wants_int8(config: ModelConfig, source: ModelSource) -> bool:
+    """True if the matrices are to be int8, or are stored so."""
+    return "int8" in (config.quant_config.weights, source.quantization.get("weights"))
+
+
+def load_cpu_model(config: ModelConfig, source: ModelSource, *, row_major: bool) -> CpuModel:
     """Stream the weights of `source` into the format that measures fastest; peak memory is the model and one matrix.
+
+    With `row_major`, unquantized matrices stay [out, in] as they came, for the native decoder.
 
     Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
     embedding is never quantized, the output matrix is, also where an int8 engine ties the two. Raises `ConfigError` if
     this torch has no int8 product.
     """
-    wants_int8 = "int8" in (config.quant_config.weights, source.quantization.get("weights"))
-    loader = _Loader(config, source.arch, wants_int8)
+    loader = _Loader(config, source.arch, wants_int8(config, source), row_major)
     for name, tensor in source.weights(_DTYPES[config.dtype]):
         loader.add(name, tensor)
     return loader.finish()
@@ -119,6 +126,7 @@ class _Loader:
     config: ModelConfig
     arch: ModelArch
     wants_int8: bool
+    row_major: bool
     norms: dict[str, CpuNorm] = field(default_factory=dict)
     linears: dict[str, CpuLinear] = field(default_factory=dict)
     embeddings: dict[str, CpuEmbedding] = field(default_factory=dict)
@@ -155,7 +163,9 @@ class _Loader:
         unordered: dict[str, _Part] = {**self.embeddings, **self.norms, **self.linears}
         names = dict.fromkeys(name.rpartition(".")[0] for name in canonical_shapes(arch))
         parts = {name: unordered[name] for name in names}
-        size_bytes = sum(part.size_bytes for part in parts.values()) + (tied.size_bytes if tied else 0)
+        size_bytes = sum(part.size_bytes for part in parts.values())
+        if tied is not None and not self.row_major:
+            size_bytes += tied.size_bytes
         return CpuModel(decoder, parts, size_bytes, self._describe())
 
     def _layer(self, prefix: str) -> DecoderLayer:
@@ -180,7 +190,7 @@ class _Loader:
         if self.wants_int8:
             return self._pack_int8(*quantize_int8(weight), bias)
         if self.choice is None:
-            self.choice = _choose_format(self.arch, weight.dtype)
+            self.choice = ROW_MAJOR if self.row_major else _choose_format(self.arch, weight.dtype)
         return self.choice.format.pack(weight, bias)
 
     def _pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> CpuLinear:

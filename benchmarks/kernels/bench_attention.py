@@ -1,0 +1,248 @@
+"""Times of attention on the GPU with cold KV in a CUDA graph, every variant checked against the reference first.
+
+python -m benchmarks.kernels.bench_attention [135m 1b 7b 8b] [--launch v64x256w4s1 ...] [--pdl]
+
+A decode launch is named v (vector) or d (dot), tile x least tokens of a split, w warps, s stages. TB/s counts the KV
+of the contexts, TFLOP/s the causal half of the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.timing import time_graph
+from llmengine.kernels.attention import (
+    AttentionConfig,
+    DecodeLaunch,
+    PrefillLaunch,
+    attention_workspace,
+    decode_attention,
+    decode_launch,
+    prefill_attention,
+    prefill_launch,
+    rope_and_write,
+)
+from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
+from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
+
+MODELS = {
+    "135m": AttentionConfig(9, 3, 64),
+    "1b": AttentionConfig(32, 8, 64),
+    "7b": AttentionConfig(32, 32, 128),
+    "8b": AttentionConfig(32, 8, 128),
+}
+DECODES = [(rows, context) for context in (192, 1024) for rows in (1, 8, 64, 256)]
+PREFILLS = [(16, 128), (1, 2048)]
+MHA_LAUNCHES = ["v32x256w4s1", "v64x256w4s1", "v64x256w8s1", "v32x128w4s1", "d64x256w4s3", "d32x256w4s5", "d64x256w4s5"]
+GQA_LAUNCHES = ["d32x256w4s5", "d64x256w4s5", "d64x256w4s3", "d128x256w4s3", "d64x128w4s3", "d64x256w2s3"]
+DTYPE = torch.bfloat16
+MAX_POSITIONS = 8192
+COLD_BYTES = 120e6
+MAX_LAYERS = 600
+
+
+def parse_launch(name: str) -> DecodeLaunch:
+    """Return the launch of a name like v64x256w4s1."""
+    match = re.fullmatch(r"([vd])(\d+)x(\d+)w(\d+)s(\d+)", name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is not like v64x256w4s1")
+    tile, split, warps, stages = map(int, match.groups()[1:])
+    return DecodeLaunch(tile, split, warps, stages, vector=match[1] == "v")
+
+
+def name_of(launch: DecodeLaunch) -> str:
+    """Return what `parse_launch` reads."""
+    kind = "v" if launch.vector else "d"
+    return f"{kind}{launch.tile}x{launch.min_split_tokens}w{launch.num_warps}s{launch.num_stages}"
+
+
+def make_step(config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int) -> tuple[DeviceStep, int]:
+    """Return a step of rows (context length, tokens) and how many blocks it uses; the blocks are scattered."""
+    counts = [-(-length // config.block_size) for length, _ in rows]
+    num_blocks = sum(counts) + 1
+    blocks = (torch.randperm(num_blocks - 1) + 1).int().split(counts)
+    tables = torch.zeros(len(rows) + 1, max(counts), dtype=torch.int32)
+    starts, positions, slots, query_blocks = [0], [], [], []
+    for row, (length, tokens) in enumerate(rows):
+        tables[row, : counts[row]] = blocks[row]
+        if tokens > 1:
+            query_blocks += [(row, start) for start in range(starts[-1], starts[-1] + tokens, query_block)]
+        positions += range(length - tokens, length)
+        slots += [row] * tokens
+        starts.append(starts[-1] + tokens)
+    num_decodes = sum(tokens == 1 for _, tokens in rows)
+    sizes = {NUM_TOKENS: starts[-1], NUM_ROWS: len(rows), NUM_DECODES: num_decodes, NUM_QUERY_BLOCKS: len(query_blocks)}
+    values = {
+        "counts": [sizes.get(index, 0) for index in range(8)],
+        "positions": positions,
+        "token_slots": slots,
+        "row_slots": range(len(rows)),
+        "row_starts": starts,
+        "context_lens": [length for length, _ in rows],
+        "query_block_rows": [row for row, _ in query_blocks],
+        "query_block_starts": [start for _, start in query_blocks],
+    }
+    tensors = {
+        field.name: torch.tensor(list(values.get(field.name, ())), dtype=torch.int32, device="cuda")
+        for field in fields(DeviceStep)
+    }
+    return DeviceStep(**(tensors | {"block_tables": tables.cuda()})), num_blocks
+
+
+class Layers:
+    """Enough layers' tensors for one step that they do not fit into the L2 cache together."""
+
+    def __init__(self, config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int = 1) -> None:
+        self.config = config
+        self.step, num_blocks = make_step(config, rows, query_block)
+        self.num_tokens = sum(tokens for _, tokens in rows)
+        shape = (num_blocks, 2, config.num_kv_heads, config.block_size, config.head_dim)
+        size = 2 * torch.Size(shape).numel()
+        self.kv_bytes = 4 * config.num_kv_heads * config.head_dim * sum(length for length, _ in rows)
+        self.num_layers = min(max(2, int(COLD_BYTES // size) + 1), MAX_LAYERS)
+        self.kv = torch.randn(self.num_layers, *shape, dtype=DTYPE, device="cuda")
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = torch.randn(self.num_tokens, width, dtype=DTYPE, device="cuda")
+        self.out = torch.full((self.num_tokens, config.num_heads * config.head_dim), torch.nan, device="cuda").to(DTYPE)
+        angles = torch.outer(torch.arange(MAX_POSITIONS), 10000.0 ** -torch.linspace(0, 1, config.head_dim // 2))
+        self.rope = torch.cat((angles.cos(), angles.sin()), dim=1).cuda()
+        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self.workspace = attention_workspace(config, num_sms, "cuda")
+
+    def decode(self, layer: int, launch: DecodeLaunch, pdl: bool) -> None:
+        decode_attention(
+            self.step,
+            self.qkv,
+            self.kv[layer],
+            self.rope,
+            self.config,
+            self.out,
+            self.workspace,
+            pdl=pdl,
+            launch=launch,
+        )
+
+    def prefill(self, layer: int, launch: PrefillLaunch, pdl: bool) -> None:
+        prefill_attention(self.step, self.qkv, self.kv[layer], self.config, self.out, pdl=pdl, launch=launch)
+
+    def write(self, layer: int, pdl: bool) -> None:
+        rope_and_write(self.step, self.qkv, self.kv[layer], self.rope, self.config, pdl=pdl)
+
+    def time(self, call: Callable[[int], None]) -> float:
+        """Return microseconds a layer."""
+        return time_graph([lambda layer=layer: call(layer) for layer in range(self.num_layers)])
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    """Raise if the result is off; NaN is."""
+    error = (found.float() - expected.float()).abs().max().item()
+    if not error < 0.03:
+        raise AssertionError(f"error {error:.3g}")
+
+
+def check_decode(config: AttentionConfig, launch: DecodeLaunch, pdl: bool) -> None:
+    layers = Layers(config, [(length, 1) for length in (1, 2, 17, 64, 65, 193, 700, 3000)])
+    expected, kv = torch.empty_like(layers.out), layers.kv[0].clone()
+    decode_attention_reference(layers.step, layers.qkv, kv, layers.rope, config, expected)
+    layers.decode(0, launch, pdl)
+    check(layers.out, expected)
+    check(layers.kv[0], kv)
+
+
+def check_prefill(config: AttentionConfig, launch: PrefillLaunch, pdl: bool) -> None:
+    layers = Layers(config, [(70, 70), (300, 33), (129, 129)], query_block_of(config, launch))
+    expected = torch.empty_like(layers.out)
+    prefill_attention_reference(layers.step, layers.qkv, layers.kv[0], config, expected)
+    layers.prefill(0, launch, pdl)
+    check(layers.out, expected)
+
+
+def query_block_of(config: AttentionConfig, launch: PrefillLaunch) -> int:
+    return launch.rows // (1 << (config.group - 1).bit_length())
+
+
+def attempt(run: Callable[[], str]) -> str:
+    """Return what `run` returns, or the kind of its failure: one variant's must not end the benchmark."""
+    try:
+        return run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:40]}"
+
+
+def bench_decode(model: str, launches: Sequence[DecodeLaunch], pdl: bool) -> None:
+    config = MODELS[model]
+
+    def checked(launch: DecodeLaunch) -> str:
+        check_decode(config, launch, pdl)
+        return ""
+
+    failures = {launch: attempt(lambda launch=launch: checked(launch)) for launch in launches}
+    print(f"{model} decode: us, TB/s".ljust(26), *(f"{name_of(launch):>17}" for launch in launches), flush=True)
+    for rows, context in [*DECODES, *([(16, 8192)] if model == "8b" else [])]:
+        layers = Layers(config, [(context, 1)] * rows)
+
+        def measured(launch: DecodeLaunch, layers: Layers = layers) -> str:
+            time_us = layers.time(lambda layer: layers.decode(layer, launch, pdl))
+            return f"{time_us:.1f}, {layers.kv_bytes / time_us * 1e-6:.2f}"
+
+        cells = [failures[launch] or attempt(lambda launch=launch: measured(launch)) for launch in launches]
+        print(f"{rows:4} rows x {context:<5} tokens".ljust(26), *(f"{cell:>17}" for cell in cells), flush=True)
+
+
+def bench_prefill(model: str, pdl: bool) -> None:
+    config = MODELS[model]
+    usual = prefill_launch(config, DTYPE)
+    launches = [
+        usual,
+        replace(usual, num_stages=3),
+        replace(usual, tile=32),
+        replace(usual, rows=64, num_warps=4),
+        replace(usual, rows=64, num_warps=4, num_stages=3),
+    ]
+    names = [f"r{launch.rows}t{launch.tile}w{launch.num_warps}s{launch.num_stages}" for launch in launches]
+    print(f"{model} prefill: us, TFLOP/s".ljust(26), *(f"{name:>17}" for name in [*names, "rope, TB/s"]), flush=True)
+    for rows, length in PREFILLS:
+
+        def measured(launch: PrefillLaunch, rows: int = rows, length: int = length) -> str:
+            check_prefill(config, launch, pdl)
+            layers = Layers(config, [(length, length)] * rows, query_block_of(config, launch))
+            time_us = layers.time(lambda layer: layers.prefill(layer, launch, pdl))
+            flops = 2 * rows * length * (length + 1) * config.num_heads * config.head_dim
+            return f"{time_us:.1f}, {flops / time_us * 1e-6:.0f}"
+
+        def written(rows: int = rows, length: int = length) -> str:
+            layers = Layers(config, [(length, length)] * rows)
+            time_us = layers.time(lambda layer: layers.write(layer, pdl))
+            return f"{time_us:.1f}, {2 * 2 * layers.qkv.numel() / time_us * 1e-6:.2f}"
+
+        cells = [attempt(lambda launch=launch: measured(launch)) for launch in launches]
+        cells.append(attempt(written))
+        print(f"{rows:4} x {length} tokens".ljust(26), *(f"{cell:>17}" for cell in cells), flush=True)
+
+
+def main() -> None:
+    """Print one table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser.add_argument(
+        "--launch", nargs="+", type=parse_launch, default=[], help="decode launches instead of the usual"
+    )
+    parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    for model in args.models:
+        config = MODELS[model]
+        usual = map(parse_launch, MHA_LAUNCHES if config.group == 1 else GQA_LAUNCHES)
+        launches = args.launch or list(dict.fromkeys([decode_launch(config, DTYPE), *usual]))
+        bench_decode(model, launches, args.pdl)
+        bench_prefill(model, args.pdl)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Times of every implementation of a model's matrix products, checked, with cold weights in a CUDA graph.
+
+python -m benchmarks.kernels.bench_linear 135m [qkv o gate_up down lm_head] [--rows 1 8 16 64 128 256]
+    [--configs m16n32k128w4s4 ...] [--no-pdl] [--fp16]
+
+`--configs` adds configurations to the candidates; up to 128 rows have any. TB/s counts the weight alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.kernels.timing import time_graph
+from llmengine.kernels.activation import silu_and_mul
+from llmengine.kernels.gemm_choice import CudaTimer, candidates
+from llmengine.kernels.linear import GemmShape, LinearKernels, Operation, SkinnyConfig, linear_reference
+from llmengine.kernels.norm import rms_norm
+
+MODELS = {
+    "135m": (576, 960, 1536, 49152),
+    "1b": (2048, 3072, 8192, 128256),
+    "7b": (4096, 12288, 11008, 32000),
+    "8b": (4096, 6144, 14336, 128256),
+}
+"""hidden, outputs of q, k and v, intermediate, vocabulary."""
+PRODUCTS = ("qkv", "o", "gate_up", "down", "lm_head")
+EPS = 1e-5
+TOLERANCE = 0.02
+
+
+def shape_of(model: str, product: str, num_rows: int, dtype: torch.dtype) -> GemmShape:
+    """Return the shape of a model's product."""
+    hidden, qkv, intermediate, vocab = MODELS[model]
+    operation: Operation
+    operation, n, k = {
+        "qkv": ("norm_linear", qkv, hidden),
+        "o": ("linear_add", hidden, hidden),
+        "gate_up": ("norm_linear_silu", intermediate, hidden),
+        "down": ("linear_add", hidden, intermediate),
+        "lm_head": ("norm_linear", vocab, hidden),
+    }[product]
+    return GemmShape(operation, num_rows, n, k, dtype, torch.float32 if product == "lm_head" else dtype)
+
+
+def parse_config(name: str) -> SkinnyConfig:
+    """Return the configuration that `str` gave this name."""
+    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?", name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is not like m16n32k128w4s4x2-norm")
+    *sizes, split_k, own_norm = match.groups()
+    block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
+    return SkinnyConfig(block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None)
+
+
+def error_of(kernels: LinearKernels, shape: GemmShape, config: SkinnyConfig | None) -> float:
+    """Return the largest error of the result over the largest element of the fp32 reference, for random operands."""
+
+    def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*size, device="cuda") * scale).to(shape.dtype)
+
+    gated = shape.operation == "norm_linear_silu"
+    x, norm_weight = draw(shape.num_rows, shape.k, scale=3.0), draw(shape.k)
+    weight = draw(shape.n * (2 if gated else 1), shape.k, scale=shape.k**-0.5)
+    out = draw(shape.num_rows, shape.n).to(shape.out_dtype)
+    if shape.operation == "linear_add":
+        expected = linear_reference(shape.operation, x, None, EPS, weight, None, out)
+        kernels.linear_add(x, weight, None, out, config)
+    else:
+        expected = linear_reference(shape.operation, x, norm_weight, EPS, weight, None)
+        operation = kernels.norm_linear_silu if gated else kernels.norm_linear
+        operation(x, norm_weight, EPS, weight, None, out.fill_(torch.nan), config)
+    return float((out.float() - expected).abs().max() / expected.abs().max())
+
+
+def bench_product(
+    kernels: LinearKernels, timer: CudaTimer, name: str, shape: GemmShape, extra: Sequence[SkinnyConfig]
+) -> None:
+    """Print a line for each implementation, the fastest marked."""
+    size_bytes = shape.n * shape.k * shape.dtype.itemsize * (2 if shape.operation == "norm_linear_silu" else 1)
+    configs = dict.fromkeys([*candidates(shape), *(config for config in extra if config.block_m >= shape.num_rows)])
+    times: dict[SkinnyConfig | None, float] = {}
+    notes: dict[SkinnyConfig | None, str] = {}
+    for config in configs:
+        used = config if config is None or shape.operation == "linear_add" else replace(config, split_k=1)
+        try:
+            times[used] = timer(shape, used)  # first, since it compiles all candidates together
+            error = error_of(kernels, shape, used)
+            notes[used] = "" if error < TOLERANCE else f" WRONG by {error:.3g}"  # NaN is wrong as well
+        except Exception as failure:  # one variant must not end the benchmark
+            print(f"{name} M={shape.num_rows} {used or 'cublas'}: {failure!r}"[:200])
+    best = min(times, key=times.__getitem__, default=None)
+    for config, us in times.items():
+        speed = size_bytes / us / 1e6
+        mark = " *" if config == best else ""
+        print(
+            f"{name} M={shape.num_rows:<4}{config or 'cublas'!s:28}{us:9.2f} us {speed:5.2f} TB/s{notes[config]}{mark}"
+        )
+
+
+def bench_rows(model: str, dtype: torch.dtype, pdl: bool) -> None:
+    """Print the times of the row-wise kernels around cuBLAS."""
+    hidden, _, intermediate, _ = MODELS[model]
+    weight = torch.ones(hidden, device="cuda", dtype=dtype)
+    for num_rows in (1, 256, 8192):
+        x = torch.randn(num_rows, hidden, device="cuda").to(dtype)
+        gate_up = torch.randn(num_rows, 2 * intermediate, device="cuda").to(dtype)
+        normed, activated = torch.empty_like(x), gate_up.new_empty(num_rows, intermediate)
+        norm_us = time_graph([lambda x=x, out=normed: rms_norm(x, weight, EPS, out, pdl)] * 20)
+        silu_us = time_graph([lambda x=gate_up, out=activated: silu_and_mul(x, out, pdl)] * 20)
+        print(f"{model} M={num_rows:<5} rms_norm {norm_us:7.2f} us, silu_and_mul {silu_us:7.2f} us (warm)")
+
+
+def main() -> None:
+    """Run the products that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("products", nargs="*", metavar="product", help=f"of {', '.join(PRODUCTS)}; all if none")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 128, 256])
+    parser.add_argument("--configs", type=parse_config, nargs="+", default=[])
+    parser.add_argument("--no-pdl", action="store_true")
+    parser.add_argument("--fp16", action="store_true")
+    arguments = parser.parse_args()
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    pdl = not arguments.no_pdl and torch.cuda.get_device_capability() >= (9, 0)
+    kernels = LinearKernels("cuda", pdl)
+    timer = CudaTimer(kernels, torch.device("cuda", torch.cuda.current_device()))
+    bench_rows(arguments.model, dtype, pdl)
+    for product in arguments.products or PRODUCTS:
+        for num_rows in arguments.rows:
+            shape = shape_of(arguments.model, product, num_rows, dtype)
+            name = f"{arguments.model} {product} {shape.n}x{shape.k}"
+            bench_product(kernels, timer, name, shape, arguments.configs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+// One call runs a step of few tokens through the whole decoder on the CPU: torch's operators spend as long on being
+// called as on computing there. `native.py` describes the model once and passes each step's arrays.
+//
+// Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
+// Weights are fp32, bf16 or fp16, row-major [out, in], everything else is fp32. The threads are those of torch's own
+// OpenMP pool, entered through functions that the caller found in it: a second pool would fight the first for the cores.
+// Nothing is allocated here; the structures belong to the caller and mirror those of `native.py`.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct Matrix {
+  const void* weight;  // [rows, columns]
+  const float* bias;   // [rows] or null
+  int64_t rows, columns;
+};
+
+struct Layer {
+  const float *input_norm, *post_attention_norm;
+  Matrix qkv, o, gate_up, down;
+  float* keys;    // [blocks, kv_heads, head_dim, block_size]
+  float* values;  // [blocks, block_size, kv_heads, head_dim]
+};
+
+struct Model {
+  int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size, num_threads;
+  int64_t max_context;  // tokens, a multiple of block_size
+  const Layer* layers;
+  Matrix embedding, lm_head;
+  const float* final_norm;
+  float norm_eps;
+  const float* rope;  // [positions, head_dim], cos then sin
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  void (*barrier)();
+  int (*thread_index)();
+  int (*team_size)();
+};
+
+struct Step {
+  int64_t num_tokens, num_logits, table_stride;
+  const int64_t *token_ids, *positions, *token_slots;  // [num_tokens]
+  const int64_t* logit_tokens;                         // [num_logits], rising
+  const int32_t* block_tables;                         // [slots, table_stride]
+  float* workspace;
+  float* logits;  // [num_logits, vocab]
+};
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Floats load(const float* from) {
+  Floats to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+inline Halves load_halves(const void* from) {
+  Halves to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof(from)); }
+
+inline Floats load(const Bf16* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC makes four instructions of this conversion.
+  const Words words = bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(load_halves(from))));
+#else
+  const Words words = __builtin_convertvector(load_halves(from), Words);
+#endif
+  return bit_cast<Floats>(words << 16);
+}
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(Bf16 value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
+
+inline float to_float(Fp16 value) {
+  // The exponent is moved by a product, which is right for subnormal numbers as well.
+  const uint32_t bits = value.bits, sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+  const float scaled = bit_cast<float>(rest) * 0x1p112f;
+  const uint32_t infinite = rest >= 0x0f800000 ? 0x7f800000 : 0;
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | infinite | sign);
+}
+
+inline Floats load(const Fp16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(bit_cast<__m256i>(load_halves(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(bit_cast<__m128i>(load_halves(from)));
+#else
+  Floats to;
+  for (int i = 0; i < kWidth; i++) to[i] = to_float(from[i]);
+  return to;
+#endif
+}
+
+inline float sum(Floats values) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  float part[kWidth];
+  store(part, values);
+  for (int width = kWidth / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+#endif
+}
+
+// e^x within 2 ulp for x <= 0 (Cephes' polynomial); NaN stays NaN.
+inline float exp_negative(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127) << 23);
+}
+
+// Brings weights into the cache before they are needed: `step` bytes more with each vector of the current ones.
+struct Prefetch {
+  const char* next;
+  int64_t step;
+};
+
+// sums[m][n] = x[m] . w[n] over `size` columns, `kUnroll` vectors at a time.
+template <int kTokens, int kRows, int kUnroll, typename T>
+inline void dot_tile(const float* x, const T* w, int64_t size, Prefetch prefetch, float (&sums)[kTokens][kRows]) {
+  Floats parts[kUnroll][kTokens][kRows] = {};
+  int64_t k = 0;
+  for (; k + kUnroll * kWidth <= size; k += kUnroll * kWidth) {
+    for (int u = 0; u < kUnroll; u++) {
+      __builtin_prefetch(prefetch.next);
+      prefetch.next += prefetch.step;
+      Floats weights[kRows];
+      for (int n = 0; n < kRows; n++) weights[n] = load(w + n * size + k + u * kWidth);
+      for (int m = 0; m < kTokens; m++) {
+        const Floats activations = load(x + m * size + k + u * kWidth);
+        for (int n = 0; n < kRows; n++) parts[u][m][n] += activations * weights[n];
+      }
+    }
+  }
+  for (; k + kWidth <= size; k += kWidth)
+    for (int m = 0; m < kTokens; m++)
+      for (int n = 0; n < kRows; n++) parts[0][m][n] += load(x + m * size + k) * load(w + n * size + k);
+  for (int m = 0; m < kTokens; m++) {
+    for (int n = 0; n < kRows; n++) {
+      for (int u = 1; u < kUnroll; u++) parts[0][m][n] += parts[u][m][n];
+      float total = sum(parts[0][m][n]);
+      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * to_float(w[n * size + rest]);
+      sums[m][n] = total;
+    }
+  }
+}
+
+constexpr int kTileTokens = 4, kTileRows = 3, kUnroll = 3;
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kBlockBytes = 96 << 10;  // of weights that stay in a core's second-level cache while all tokens pass
+
+// One row after another for up to four tokens: memory sets the pace, and likes one stream.
+template <int kTokens, typename T, typename Emit>
+void multiply_rows(const float* x, const T* w, int64_t size, int64_t begin, int64_t end, Emit emit) {
+  for (int64_t n = begin; n < end; n++) {
+    const T* row = w + n * size;
+    float sums[kTokens][1];
+    const Prefetch ahead{reinterpret_cast<const char*>(row) + kPrefetchBytes, kWidth * int64_t{sizeof(T)}};
+    dot_tile<kTokens, 1, kUnroll>(x, row, size, ahead, sums);
+    for (int m = 0; m < kTokens; m++) emit(m, n, sums[m][0]);
+  }
+}
+
+template <int kTokens, typename T, typename Emit>
+void multiply_tiles(const float* x, const T* w, int64_t size, int64_t first_token, int64_t begin, int64_t end,
+                    Prefetch ahead, Emit emit) {
+  x += first_token * size;
+  int64_t n = begin;
+  for (; n + kTileRows <= end; n += kTileRows) {
+    float sums[kTokens][kTileRows];
+    dot_tile<kTokens, kTileRows, 1>(x, w + n * size, size, ahead, sums);
+    ahead.next += ahead.step * (size / kWidth);
+    for (int m = 0; m < kTokens; m++)
+      for (int i = 0; i < kTileRows; i++) emit(first_token + m, n + i, sums[m][i]);
+  }
+  for (; n < end; n++) {
+    float sums[kTokens][1];
+    dot_tile<kTokens, 1, 1>(x, w + n * size, size, ahead, sums);
+    for (int m = 0; m < kTokens; m++) emit(first_token + m, n, sums[m][0]);
+  }
+}
+
+// emit(m, n, x[m] . w[n]) for every token m and the rows [begin, end).
+template <typename T, typename Emit>
+void multiply(const float* x, int64_t num_tokens, const Matrix& matrix, int64_t begin, int64_t end, Emit emit) {
+  const T* w = static_cast<const T*>(matrix.weight);
+  const int64_t size = matrix.columns;
+  switch (num_tokens) {
+    case 1: return multiply_rows<1>(x, w, size, begin, end, emit);
+    case 2: return multiply_rows<2>(x, w, size, begin, end, emit);
+    case 3: return multiply_rows<3>(x, w, size, begin, end, emit);
+    case 4: return multiply_rows<4>(x, w, size, begin, end, emit);
+  }
+  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t row_bytes = size * int64_t{sizeof(T)};
+  const int64_t block = (kBlockBytes / row_bytes / kTileRows + 1) * kTileRows;
+  for (int64_t n = begin; n < end; n += block) {
+    const int64_t stop = n + block < end ? n + block : end;
+    // While the tokens pass over this block, each tile of them fetches its share of the next.
+    const int64_t step = kTileRows * kWidth * int64_t{sizeof(T)} / num_tiles;
+    Prefetch ahead{reinterpret_cast<const char*>(w + stop * size), step};
+    for (int64_t m = 0; m < num_tokens; m += kTileTokens) {
+      switch (num_tokens - m) {
+        case 1: multiply_tiles<1>(x, w, size, m, n, stop, ahead, emit); break;
+        case 2: multiply_tiles<2>(x, w, size, m, n, stop, ahead, emit); break;
+        case 3: multiply_tiles<3>(x, w, size, m, n, stop, ahead, emit); break;
+        default: multiply_tiles<kTileTokens>(x, w, size, m, n, stop, ahead, emit);
+      }
+      ahead.next += (stop - n) * row_bytes / num_tiles;
+    }
+  }
+}
+
+// out[j] = sum over i of factors[i] * rows[i * stride + j], for j < size; rows that are not multiplied are not read.
+inline void weighted_sum(const float* factors, int64_t count, const float* rows, int64_t stride, int64_t size,
+                         float* out, bool accumulate) {
+  constexpr int kVectors = 4;
+  int64_t j = 0;
+  for (; j + kVectors * kWidth <= size; j += kVectors * kWidth) {
+    Floats parts[kVectors] = {};
+    if (accumulate)
+      for (int v = 0; v < kVectors; v++) parts[v] = load(out + j + v * kWidth);
+    for (int64_t i = 0; i < count; i++)
+      for (int v = 0; v < kVectors; v++) parts[v] += factors[i] * load(rows + i * stride + j + v * kWidth);
+    for (int v = 0; v < kVectors; v++) store(out + j + v * kWidth, parts[v]);
+  }
+  for (; j < size; j++) {
+    float part = accumulate ? out[j] : 0.0f;
+    for (int64_t i = 0; i < count; i++) part += factors[i] * rows[i * stride + j];
+    out[j] = part;
+  }
+}
+
+// Shares of the work that threads take one at a time.
+class Counter {
+ public:
+  int64_t next() { return value_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { value_.store(0, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<int64_t> value_{0};
+};
+
+// One step, shared by the threads of a team; each runs `run` and meets the others at barriers.
+template <typename T>
+class Runner {
+ public:
+  Runner(const Model& model, const Step& step) : model_(model), step_(step) {
+    hidden_ = model.embedding.columns;
+    query_size_ = model.num_heads * model.head_dim;
+    kv_size_ = model.num_kv_heads * model.head_dim;
+    qkv_size_ = query_size_ + 2 * kv_size_;
+    inner_ = model.layers[0].down.columns;
+    float* next = step.workspace;
+    const auto take = [&](int64_t columns) {
+      float* taken = next;
+      next += step.num_tokens * columns;
+      return taken;
+    };
+    x_ = take(hidden_);
+    normed_ = take(hidden_);
+    qkv_ = take(qkv_size_);
+    attended_ = take(query_size_);
+    gate_up_ = take(2 * inner_);
+    gated_ = take(inner_);
+    scores_ = next;
+  }
+
+  static void enter(void* runner) { static_cast<Runner*>(runner)->run(); }
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+
+  void run() {
+    const int64_t thread = model_.thread_index(), team = model_.team_size();
+    const auto share = [&](int64_t count) { return Range{count * thread / team, count * (thread + 1) / team}; };
+    float* scores = scores_ + thread * model_.max_context;
+    int64_t num_tokens = step_.num_tokens;
+    embed(share(num_tokens));
+    for (int64_t index = 0; index < model_.num_layers; index++) {
+      const Layer& layer = model_.layers[index];
+      norm(layer.input_norm, share(num_tokens));
+      model_.barrier();
+      project(layer.qkv, normed_, num_tokens, share(qkv_size_), qkv_, false);
+      if (thread == 0) units_.reset();
+      model_.barrier();
+      rotate_and_write(layer, share(num_tokens * (model_.num_heads + 2 * model_.num_kv_heads)));
+      model_.barrier();
+      for (int64_t unit = units_.next(); unit < num_tokens * model_.num_heads; unit = units_.next())
+        attend(layer, unit / model_.num_heads, unit % model_.num_heads, scores);
+      model_.barrier();
+      if (index + 1 == model_.num_layers && step_.num_logits < num_tokens) {
+        num_tokens = step_.num_logits;
+        if (num_tokens == 0) return;
+        if (thread == 0) keep_logit_tokens();
+        model_.barrier();
+      }
+      project(layer.o, attended_, num_tokens, share(hidden_), x_, true);
+      model_.barrier();
+      norm(layer.post_attention_norm, share(num_tokens));
+      model_.barrier();
+      gate_and_up(layer.gate_up, num_tokens, share(inner_));
+      model_.barrier();
+      project(layer.down, gated_, num_tokens, share(hidden_), x_, true);
+      model_.barrier();
+    }
+    norm(model_.final_norm, share(num_tokens));
+    model_.barrier();
+    project(model_.lm_head, normed_, num_tokens, share(model_.lm_head.rows), step_.logits, false);
+  }
+
+  void embed(Range tokens) {
+    for (int64_t m = tokens.begin; m < tokens.end; m++) {
+      const T* row = static_cast<const T*>(model_.embedding.weight) + step_.token_ids[m] * hidden_;
+      for (int64_t k = 0; k < hidden_; k++) x_[m * hidden_ + k] = to_float(row[k]);
+    }
+  }
+
+  void norm(const float* weight, Range tokens) {
+    for (int64_t m = tokens.begin; m < tokens.end; m++) {
+      const float* x = x_ + m * hidden_;
+      float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t k = 0; k < hidden_; k++) squares += x[k] * x[k];
+      const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden_) + model_.norm_eps);
+#pragma omp simd
+      for (int64_t k = 0; k < hidden_; k++) normed_[m * hidden_ + k] = x[k] * weight[k] * factor;
+    }
+  }
+
+  void project(const Matrix& matrix, const float* x, int64_t num_tokens, Range rows, float* out, bool accumulate) {
+    const float* bias = matrix.bias;
+    const int64_t stride = matrix.rows;
+    multiply<T>(x, num_tokens, matrix, rows.begin, rows.end, [=](int64_t m, int64_t n, float value) {
+      if (bias) value += bias[n];
+      if (accumulate) value += out[m * stride + n];
+      out[m * stride + n] = value;
+    });
+  }
+
+  // A thread computes the same rows of gate and up, so it can go on to their product by itself.
+  void gate_and_up(const Matrix& matrix, int64_t num_tokens, Range rows) {
+    project(matrix, normed_, num_tokens, rows, gate_up_, false);
+    project(matrix, normed_, num_tokens, Range{inner_ + rows.begin, inner_ + rows.end}, gate_up_, false);
+    for (int64_t m = 0; m < num_tokens; m++) {
+      const float *gate = gate_up_ + m * 2 * inner_, *up = gate + inner_;
+      float* out = gated_ + m * inner_;
+#pragma omp simd
+      for (int64_t k = rows.begin; k < rows.end; k++) {
+        const float e = exp_negative(gate[k] < 0.0f ? gate[k] : -gate[k]);
+        out[k] = gate[k] * (gate[k] < 0.0f ? e : 1.0f) / (1.0f + e) * up[k];
+      }
+    }
+  }
+
+  void rotate_and_write(const Layer& layer, Range units) {
+    const int64_t dim = model_.head_dim, half = dim / 2, size = model_.block_size, num_kv = model_.num_kv_heads;
+    const int64_t per_token = model_.num_heads + 2 * num_kv;
+    const float query_scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    for (int64_t unit = units.begin; unit < units.end; unit++) {
+      const int64_t m = unit / per_token, head = unit % per_token, position = step_.positions[m];
+      const int64_t kv_head = (head - model_.num_heads) % num_kv;
+      const int64_t block = block_table(m)[position / size], offset = position % size;
+      float* values = qkv_ + m * qkv_size_ + head * dim;
+      if (head >= model_.num_heads + num_kv) {
+        std::memcpy(layer.values + ((block * size + offset) * num_kv + kv_head) * dim, values, dim * sizeof(float));
+        continue;
+      }
+      const float *cos = model_.rope + position * dim, *sin = cos + half;
+      const float scale = head < model_.num_heads ? query_scale : 1.0f;
+#pragma omp simd
+      for (int64_t k = 0; k < half; k++) {
+        const float low = values[k], high = values[k + half];
+        values[k] = (low * cos[k] - high * sin[k]) * scale;
+        values[k + half] = (high * cos[k] + low * sin[k]) * scale;
+      }
+      if (head < model_.num_heads) continue;
+      float* keys = layer.keys + (block * num_kv + kv_head) * dim * size + offset;
+      for (int64_t k = 0; k < dim; k++) keys[k * size] = values[k];
+    }
+  }
+
+  // One token's head over the token's whole context.
+  void attend(const Layer& layer, int64_t m, int64_t head, float* scores) {
+    const int64_t dim = model_.head_dim, size = model_.block_size, num_kv = model_.num_kv_heads;
+    const int64_t kv_head = head / (model_.num_heads / num_kv), context = step_.positions[m] + 1;
+    const float* query = qkv_ + m * qkv_size_ + head * dim;
+    const int32_t* blocks = block_table(m);
+    // Scores beyond the context come from rows that may hold anything, and are never used.
+    for (int64_t begin = 0; begin < context; begin += size) {
+      const float* keys = layer.keys + (blocks[begin / size] * num_kv + kv_head) * dim * size;
+      weighted_sum(query, dim, keys, size, size, scores + begin, false);
+    }
+    float largest = scores[0], total = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < context; i++) largest = scores[i] > largest ? scores[i] : largest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < context; i++) {
+      scores[i] = exp_negative(scores[i] - largest);
+      total += scores[i];
+    }
+    float* out = attended_ + m * query_size_ + head * dim;
+    for (int64_t begin = 0; begin < context; begin += size) {
+      const float* values = layer.values + (blocks[begin / size] * size * num_kv + kv_head) * dim;
+      const int64_t count = context - begin < size ? context - begin : size;
+      weighted_sum(scores + begin, count, values, kv_size_, dim, out, begin > 0);
+    }
+    for (int64_t k = 0; k < dim; k++) out[k] /= total;
+  }
+
+  void keep_logit_tokens() {
+    for (int64_t i = 0; i < step_.num_logits; i++) {
+      const int64_t from = step_.logit_tokens[i];  // never before i: the tokens rise
+      std::memmove(x_ + i * hidden_, x_ + from * hidden_, hidden_ * sizeof(float));
+      std::memmove(attended_ + i * query_size_, attended_ + from * query_size_, query_size_ * sizeof(float));
+    }
+  }
+
+  const int32_t* block_table(int64_t m) const {
+    return step_.block_tables + step_.token_slots[m] * step_.table_stride;
+  }
+
+  const Model& model_;
+  const Step& step_;
+  int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
+  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *scores_;
+  Counter units_;
+};
+
+template <typename T>
+void run_team(const Model& model, const Step& step) {
+  Runner<T> runner(model, step);
+  model.parallel(Runner<T>::enter, &runner, static_cast<unsigned>(model.num_threads), 0);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Changes with the structures; `native.py` refuses a library with another number.
+int llmengine_native_version() { return 1; }
+
+void llmengine_forward_fp32(const Model* model, const Step* step) { run_team<float>(*model, *step); }
+
+void llmengine_forward_bf16(const Model* model, const Step* step) { run_team<Bf16>(*model, *step); }
+
+void llmengine_forward_fp16(const Model* model, const Step* step) { run_team<Fp16>(*model, *step); }
+}

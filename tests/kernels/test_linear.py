@@ -1,0 +1,141 @@
+"""Fused matrix products against their references, on ragged sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine.kernels.linear import GemmShape, LinearKernels, LinearOps, Operation, SkinnyConfig, linear_reference
+
+EPS = 1e-5
+ON_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+GEMV = SkinnyConfig(block_m=1, block_n=8, block_k=32, num_warps=4, num_stages=1)
+DOT = SkinnyConfig(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=3)
+CONFIGS = [None, GEMV, DOT, replace(DOT, block_m=32, fuse_norm=False)]
+SPLIT_CONFIGS = [None, GEMV, DOT, replace(DOT, split_k=3), replace(GEMV, split_k=2)]
+SIZES = [(40, 64), (21, 104), (16, 8)]
+"""(N, K): whole blocks of K, the last partial blocks of both, and less than one block of K."""
+
+
+class Case:
+    """Random operands of one product; `run` gives what an operation writes."""
+
+    def __init__(self, device: str, num_rows: int, n: int, k: int, dtype: torch.dtype, gated: bool = False) -> None:
+        generator = torch.Generator(device).manual_seed(num_rows * 7919 + n * 31 + k)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+        self.kernels = LinearKernels(device)
+        self.n = n
+        self.x = draw(num_rows, k, scale=3.0)
+        self.norm_weight = draw(k)
+        self.weight = draw(2 * n if gated else n, k, scale=k**-0.5)
+        self.bias = draw(len(self.weight))
+        self.residual = draw(num_rows, n)
+
+    def run(
+        self, operation: Operation, config: SkinnyConfig | None, x: Tensor, norm: bool, bias: Tensor | None, out: Tensor
+    ) -> Tensor:
+        if operation == "linear_add":
+            self.kernels.linear_add(x, self.weight, bias, out, config)
+        elif operation == "norm_linear":
+            norm_weight = self.norm_weight if norm else None
+            self.kernels.norm_linear(x, norm_weight, EPS, self.weight, bias, out, config)
+        else:
+            self.kernels.norm_linear_silu(x, self.norm_weight, EPS, self.weight, bias, out, config)
+        return out
+
+    def check(self, operation: Operation, config: SkinnyConfig | None, norm: bool, bias: bool, out: Tensor) -> None:
+        """Run and compare; `out` is where to write, of an operation that adds its residual."""
+        used_bias = self.bias if bias else None
+        expected = linear_reference(
+            operation,
+            self.x,
+            self.norm_weight if norm else None,
+            EPS,
+            self.weight,
+            used_bias,
+            out if operation == "linear_add" else None,
+        )
+        actual = self.run(operation, config, self.x, norm, used_bias, out)
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(actual.float(), expected, rtol=0.0, atol=TOLERANCE[self.x.dtype] * scale)
+
+
+def rows_of(config: SkinnyConfig | None) -> int:
+    """A number of rows for `config` that is not its block's."""
+    return 1 if config is not None and config.block_m == 1 else 5
+
+
+def names(config: object) -> str:
+    return str(config).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("config", CONFIGS, ids=names)
+def test_norm_linear(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+    case = Case(device, rows_of(config), n, k, dtype)
+    for norm, bias, out_dtype in ((True, False, dtype), (True, True, torch.float32), (False, True, dtype)):
+        out = torch.full_like(case.residual, torch.nan, dtype=out_dtype)
+        case.check("norm_linear", config, norm, bias, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("config", SPLIT_CONFIGS, ids=names)
+def test_linear_add(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+    case = Case(device, rows_of(config), n, k, dtype)
+    # Twice: a split must leave its counters as it found them.
+    for bias in (False, True):
+        case.check("linear_add", config, False, bias, case.residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("config", CONFIGS, ids=names)
+def test_norm_linear_silu(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+    case = Case(device, rows_of(config), n, k, dtype, gated=True)
+    for bias in (False, True):
+        case.check("norm_linear_silu", config, True, bias, torch.full_like(case.residual, torch.nan))
+
+
+@pytest.mark.parametrize("operation", ["norm_linear", "linear_add", "norm_linear_silu"])
+def test_a_row_does_not_depend_on_the_others(device: str, operation: Operation) -> None:
+    case = Case(device, 6, 24, 72, torch.float32, gated=operation == "norm_linear_silu")
+    config = replace(DOT, split_k=2) if operation == "linear_add" else DOT
+    whole = case.run(operation, config, case.x, True, None, case.residual.clone())
+    others = case.x.clone()
+    others[:4] = 1e15
+    others[5] = 0.0
+    changed = case.run(operation, config, others, True, None, case.residual.clone())
+    assert torch.equal(whole[4], changed[4])
+
+
+def test_ops_ask_for_each_number_of_rows(device: str) -> None:
+    asked: list[GemmShape] = []
+
+    def choose(shape: GemmShape) -> SkinnyConfig | None:
+        asked.append(shape)
+        return GEMV if shape.num_rows == 1 else None
+
+    dtype = torch.float16
+    case = Case(device, 3, 8, 16, dtype, gated=True)
+    ops = LinearOps(case.kernels, choose)
+    logits = torch.empty(1, 16, device=device)
+    ops.norm_linear(case.norm_weight, EPS, case.weight)(case.x[:1], logits)
+    ops.linear_add(case.weight[:8])(case.x, case.residual)
+    ops.norm_linear_silu(case.norm_weight, EPS, case.weight)(case.x, torch.empty_like(case.residual))
+    assert asked == [
+        GemmShape("norm_linear", 1, 16, 16, dtype, torch.float32),
+        GemmShape("linear_add", 3, 8, 16, dtype, dtype),
+        GemmShape("norm_linear_silu", 3, 8, 16, dtype, dtype),
+    ]
+    expected = linear_reference("norm_linear", case.x[:1], case.norm_weight, EPS, case.weight, None)
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-2)

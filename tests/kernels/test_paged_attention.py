@@ -1,0 +1,245 @@
+"""Paged attention kernels against their references: ragged rows, scattered blocks, and what must be left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from llmengine.kernels.attention import (
+    AttentionConfig,
+    DecodeLaunch,
+    attention_workspace,
+    decode_attention,
+    decode_launch,
+    prefill_attention,
+    query_block_size,
+    rope_and_write,
+)
+from llmengine.kernels.attention_reference import (
+    decode_attention_reference,
+    prefill_attention_reference,
+    rope_and_write_reference,
+)
+from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
+
+MAX_POSITIONS = 1024
+MIXED = ([1, 2, 17, 70], [(5, 5), (40, 1), (75, 21)])
+"""Context lengths of decodes; (context length, tokens in the step) of chunks."""
+
+
+@pytest.fixture(autouse=True)
+def _loops_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter's `tl.range` end at a loaded number, an array of one element, which numpy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer's tensors: valid where a step reads, NaN in every other cell of the pool and in `out`."""
+
+    step: DeviceStep
+    qkv: Tensor
+    kv: Tensor
+    out: Tensor
+
+    def clone(self) -> Case:
+        return replace(self, qkv=self.qkv.clone(), kv=self.kv.clone(), out=self.out.clone())
+
+
+def make_case(
+    config: AttentionConfig,
+    decodes: Sequence[int],
+    chunks: Sequence[tuple[int, int]],
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Case:
+    """Return a step with two rows, five tokens and three query blocks of padding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [(length, 1) for length in decodes] + list(chunks)
+    num_tokens, num_slots, size = sum(tokens for _, tokens in rows), len(rows) + 3, config.block_size
+    slots = torch.randperm(num_slots, generator=generator)[: len(rows)].tolist()
+    needed = [-(-length // size) for length, _ in rows]
+    num_blocks = sum(needed) + 4
+    free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    shape = (num_blocks, 2, config.num_kv_heads, size, config.head_dim)
+    kv, random = torch.full(shape, torch.nan), torch.randn(shape, generator=generator)
+    tables = torch.zeros(num_slots + 1, max([1, *needed]) + 1, dtype=torch.int32)
+    token_slots, positions, starts, query_blocks = [], [], [0], []
+    step_tokens = query_block_size(config, dtype)
+    for index, ((length, tokens), slot, count) in enumerate(zip(rows, slots, needed, strict=True)):
+        blocks = [free.pop() for _ in range(count)]
+        tables[slot, :count] = torch.tensor(blocks)
+        for position in range(length - tokens):
+            cell = (blocks[position // size], slice(None), slice(None), position % size)
+            kv[cell] = random[cell]
+        if index >= len(decodes):
+            query_blocks += [(index, start) for start in range(starts[-1], starts[-1] + tokens, step_tokens)]
+        token_slots += [slot] * tokens
+        positions += range(length - tokens, length)
+        starts.append(starts[-1] + tokens)
+
+    def padded(values: Sequence[int], size: int, padding: int = 0) -> Tensor:
+        return torch.tensor([*values, *[padding] * (size - len(values))], dtype=torch.int32, device=device)
+
+    max_tokens, max_rows, max_query_blocks = num_tokens + 5, len(rows) + 2, len(query_blocks) + 3
+    counts = [0] * 8
+    counts[NUM_TOKENS], counts[NUM_ROWS], counts[NUM_DECODES] = num_tokens, len(rows), len(decodes)
+    counts[NUM_QUERY_BLOCKS] = len(query_blocks)
+    used = {
+        "counts": padded(counts, 8),
+        "positions": padded(positions, max_tokens),
+        "token_slots": padded(token_slots, max_tokens, num_slots),
+        "row_slots": padded(slots, max_rows, num_slots),
+        "row_starts": padded(starts, max_rows + 1, num_tokens),
+        "context_lens": padded([length for length, _ in rows], max_rows, 1),
+        "query_block_rows": padded([row for row, _ in query_blocks], max_query_blocks),
+        "query_block_starts": padded([start for _, start in query_blocks], max_query_blocks),
+        "block_tables": tables.to(device),
+    }
+    step = DeviceStep(**{field.name: used.get(field.name, padded([], 0)) for field in fields(DeviceStep)})
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    qkv = torch.randn(max_tokens, width, generator=generator).to(device, dtype)
+    out = torch.full((max_tokens, config.num_heads * config.head_dim), torch.nan, dtype=dtype, device=device)
+    return Case(step, qkv, kv.to(device, dtype), out)
+
+
+def rotations(config: AttentionConfig, device: str) -> Tensor:
+    """Return a rope table [MAX_POSITIONS, head_dim]."""
+    exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+    angles = torch.outer(torch.arange(MAX_POSITIONS).float(), 10000.0**-exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+
+
+def norms(config: AttentionConfig, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weights = torch.rand(2, config.head_dim, generator=torch.Generator().manual_seed(1)) + 0.5
+    q_norm, k_norm = weights.to(device, dtype)
+    return q_norm, k_norm
+
+
+def assert_equal(found: Case, expected: Case) -> None:
+    """Compare all three tensors, with the NaN of what neither may touch."""
+    tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[found.out.dtype]
+    for name in ("qkv", "kv", "out"):
+        torch.testing.assert_close(
+            getattr(found, name),
+            getattr(expected, name),
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def assert_step_equals_reference(
+    config: AttentionConfig,
+    case: Case,
+    device: str,
+    norm: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    launch: DecodeLaunch | None = None,
+) -> None:
+    rope, expected = rotations(config, device), case.clone()
+    decode_attention_reference(case.step, expected.qkv, expected.kv, rope, config, expected.out, *norm)
+    rope_and_write_reference(case.step, expected.qkv, expected.kv, rope, config, *norm)
+    prefill_attention_reference(case.step, expected.qkv, expected.kv, config, expected.out)
+    workspace = attention_workspace(config, num_sms=32, device=device)
+    decode_attention(case.step, case.qkv, case.kv, rope, config, case.out, workspace, *norm, launch=launch)
+    rope_and_write(case.step, case.qkv, case.kv, rope, config, *norm)
+    prefill_attention(case.step, case.qkv, case.kv, config, case.out)
+    num_tokens = int(case.step.counts[NUM_TOKENS])
+    assert case.out[:num_tokens].isfinite().all()
+    assert_equal(case, expected)
+    assert not workspace.arrivals.any()
+
+
+SHAPES = [(2, 2, 64), (6, 2, 64), (4, 1, 96), (8, 1, 80), (2, 2, 80), (16, 1, 128)]
+SHAPES_AND_TYPES = [(*shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dtype"), [*SHAPES_AND_TYPES, (3, 1, 64, torch.float16)], ids=str)
+def test_a_mixed_step_equals_the_reference(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str
+) -> None:
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 dot is wrong")
+    config = AttentionConfig(heads, kv_heads, dim)
+    assert_step_equals_reference(config, make_case(config, *MIXED, device, dtype), device)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("dim", [96, 256])
+def test_norms_windows_caps_and_larger_blocks(heads: int, dim: int, device: str) -> None:
+    config = AttentionConfig(heads, 2, dim, block_size=32, scale=0.3, sliding_window=19, soft_cap=3.0)
+    case = make_case(config, *MIXED, device, torch.float32)
+    assert_step_equals_reference(config, case, device, norms(config, device, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("decodes", "chunks"), [([], []), ([33, 16], []), ([], [(33, 33), (16, 4)])], ids=["empty", "decodes", "chunks"]
+)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_steps_of_one_kind(heads: int, decodes: list[int], chunks: list[tuple[int, int]], device: str) -> None:
+    config = AttentionConfig(heads, 1, 64)
+    assert_step_equals_reference(config, make_case(config, decodes, chunks, device, torch.float16), device)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("window", [0, 70])
+def test_long_contexts_are_split_and_combined(heads: int, window: int, device: str) -> None:
+    config = AttentionConfig(heads, 2, 64, sliding_window=window)
+    launch = replace(decode_launch(config, torch.float32), tile=16, min_split_tokens=32)
+    case = make_case(config, [33, 34, 200, 1, 150], [], device, torch.float32)
+    assert_step_equals_reference(config, case, device, launch=launch)
+
+
+def test_one_graph_replays_any_step_that_fits(device: str) -> None:
+    if device == "cpu":
+        pytest.skip("needs CUDA graphs")
+    config = AttentionConfig(32, 8, 128)
+    rope, workspace = rotations(config, device), attention_workspace(config, num_sms=132, device=device)
+    captured = make_case(config, [900] * 4, [(900, 300)] * 4, device, torch.bfloat16)
+
+    def run() -> None:
+        decode_attention(captured.step, captured.qkv, captured.kv, rope, config, captured.out, workspace)
+        rope_and_write(captured.step, captured.qkv, captured.kv, rope, config)
+        prefill_attention(captured.step, captured.qkv, captured.kv, config, captured.out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    mixes = [([600, 3], [(700, 250), (129, 128)]), ([1, 880, 512, 257, 64], []), ([], [(801, 800)])]
+    for seed, (decodes, chunks) in enumerate(mixes):
+        case = make_case(config, decodes, chunks, device, torch.bfloat16, seed)
+        expected = case.clone()
+        decode_attention_reference(case.step, expected.qkv, expected.kv, rope, config, expected.out)
+        rope_and_write_reference(case.step, expected.qkv, expected.kv, rope, config)
+        prefill_attention_reference(case.step, expected.qkv, expected.kv, config, expected.out)
+        copy_into(captured, case)
+        graph.replay()
+        for name in ("qkv", "kv", "out"):
+            wanted = getattr(expected, name)
+            found = getattr(captured, name)[: len(wanted)]
+            torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2, equal_nan=True)
+
+
+def copy_into(target: Case, source: Case) -> None:
+    """Put a step that fits into the tensors of another, as the host does between replays."""
+    for field in fields(DeviceStep):
+        old, new = getattr(target.step, field.name), getattr(source.step, field.name)
+        old[tuple(slice(0, size) for size in new.shape)] = new
+    for old, new in ((target.qkv, source.qkv), (target.kv, source.kv), (target.out, source.out)):
+        old[: len(new)] = new

@@ -1,0 +1,153 @@
+"""The native decoder against torch's operators on the same weights and KV blocks, and what happens without it."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backend_helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, save_tiny
+
+from llmengine.backends.torch.cpu import CpuBackend
+from llmengine.backends.torch.native import (
+    MAX_NATIVE_TOKENS,
+    NATIVE_DIRECTORY,
+    NativeUnavailableError,
+    load_native_library,
+)
+from llmengine.batch import Logprobs
+from llmengine.sampling_params import SamplingParams
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+ALL_LOGPROBS = SamplingParams(logprobs=20)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "three_queries_a_head": {"num_attention_heads": 6, "head_dim": 64},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+    "sizes_that_fill_no_vector": {"hidden_size": 39, "intermediate_size": 83, "head_dim": 22},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+}
+
+
+def own_name() -> str:
+    """The file name of the variant that this processor takes; skips the test where it is not built."""
+    try:
+        return f"_native_{load_native_library(NATIVE_DIRECTORY).variant}{SUFFIX}"
+    except NativeUnavailableError as error:
+        pytest.skip(f"no native decoder: {error}")
+
+
+@pytest.fixture(params=["own", "generic"])
+def native_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A directory with the library; "generic" has the variant for any processor in the place of its own."""
+    name = own_name()
+    if request.param == "own":
+        return NATIVE_DIRECTORY
+    directory = tmp_path / "generic"
+    directory.mkdir()
+    shutil.copy(NATIVE_DIRECTORY / f"_native_generic{SUFFIX}", directory / name)
+    return directory
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(3, 311, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def run_mixed_steps(backend: CpuBackend) -> tuple[list[Logprobs], list[list[int]]]:
+    """Drive requests of several lengths through chunks, mixed steps and decodes; return all that comes out."""
+    driver = BackendDriver(backend, seed=5)
+    long, short, middle = (
+        driver.add(slot, prompt(length), ALL_LOGPROBS) for slot, length in ((3, 70), (0, 1), (6, 21))
+    )
+    steps = [
+        [(long, 30)],
+        [(short, 1), (long, 33)],
+        [(long, 7), (middle, 21), (short, 1)],
+        *[[(middle, 1), (short, 1), (long, 1)]] * 8,
+        *[[(short, 1)]] * 4,
+        [(long, 1), (short, 1)],
+    ]
+    logprobs = [driver.step(*parts).logprobs for parts in steps]
+    entries = [step[slot] for step in logprobs for slot in sorted(step)]
+    return entries, [request.output_ids for request in (long, short, middle)]
+
+
+def assert_close(found: Sequence[Logprobs], expected: Sequence[Logprobs]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.top_ids == other.top_ids
+        torch.testing.assert_close(
+            torch.tensor(one.top_logprobs), torch.tensor(other.top_logprobs), rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_equals_torch(tmp_path: Path, native_directory: Path, shape: str, num_threads: int) -> None:
+    save_tiny(tmp_path, **SHAPES[shape])
+    before = torch.get_num_threads()
+    try:
+        native = load_tiny(tmp_path, native_directory=native_directory, num_threads=num_threads)
+        assert f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder" in native.info.description
+        entries, tokens = run_mixed_steps(native)
+    finally:
+        torch.set_num_threads(before)
+    expected_entries, expected_tokens = run_mixed_steps(load_tiny(tmp_path, native_directory=NO_NATIVE))
+    assert tokens == expected_tokens
+    assert_close(entries, expected_entries)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, native_directory: Path, dtype: str) -> None:
+    model = save_tiny(tmp_path / "model")
+    entries, tokens = run_mixed_steps(load_tiny(tmp_path / "model", native_directory=native_directory, dtype=dtype))
+    # In float32, from weights that have been through the other type.
+    model.to(getattr(torch, dtype)).float().save_pretrained(tmp_path / "rounded")
+    expected_entries, expected_tokens = run_mixed_steps(load_tiny(tmp_path / "rounded", native_directory=NO_NATIVE))
+    assert tokens == expected_tokens
+    assert_close(entries, expected_entries)
+
+
+def test_larger_steps_go_through_torch_on_the_same_blocks(tmp_path: Path) -> None:
+    own_name()
+    length = MAX_NATIVE_TOKENS + 40
+    model = save_tiny(tmp_path, max_position_embeddings=2 * length)
+    driver = BackendDriver(load_tiny(tmp_path))
+    first, second = driver.add(0, prompt(length)), driver.add(1, prompt(30))
+    driver.step((first, length - 20))
+    driver.step((first, 20), (second, 10))
+    driver.step((second, 20), (first, 1))
+    outputs = driver.generate([first, second], 12)
+    assert outputs == [reference_greedy(model, prompt(length), 12), reference_greedy(model, prompt(30), 12)]
+
+
+def test_without_the_library_torch_runs_everything_and_the_description_says_so(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    description = load_tiny(tmp_path, native_directory=NO_NATIVE).info.description
+    assert "no native decoder: it was not built when this package was installed" in description
+
+
+def test_a_library_that_cannot_be_loaded_is_left_out(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    (tmp_path / own_name()).write_bytes(b"not a shared object")
+    backend = load_tiny(tmp_path, native_directory=tmp_path)
+    assert "no native decoder: _native_" in backend.info.description
+    driver = BackendDriver(backend)
+    assert driver.generate([driver.add(0, prompt(9))], 5) == [reference_greedy(model, prompt(9), 5)]
+
+
+def test_int8_weights_are_not_for_it(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    assert "no native decoder: int8 weights" in load_tiny(tmp_path, quant="int8").info.description
+
+
+@pytest.mark.skipif(not sysconfig.get_platform().startswith("linux"), reason="built and tested on Linux only")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here, so no library is expected")
+def test_where_there_is_a_compiler_the_library_is_built() -> None:
+    load_native_library(NATIVE_DIRECTORY)
