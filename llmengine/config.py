@@ -181,6 +181,8 @@ class ModelConfig(_Settings):
         backend: "auto", "torch" or "tensorrt".
         max_model_len: most tokens of one request, prompt and output; None: the model's context length.
         num_threads: CPU threads of the forward pass; None: torch's default.
+        tuning_budget_s: most seconds that loading may spend on measuring which matrix products are fastest on this
+            GPU for the model's shapes; what was measured is kept on disk for the next time. 0: rules of thumb.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
     """
 
@@ -194,6 +196,7 @@ class ModelConfig(_Settings):
     backend: BackendName = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
+    tuning_budget_s: float = 5.0
     load_format: Literal["auto", "dummy"] = "auto"
 
     def _check(self) -> None:
@@ -210,6 +213,9 @@ class ModelConfig(_Settings):
             raise ConfigError(f"device={self.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
         if self.max_model_len is not None:
             _require_int("max_model_len", self.max_model_len, 2)
+        budget = self.tuning_budget_s
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
+            raise ConfigError(f"tuning_budget_s={budget!r} is not a number >= 0")
         if self.num_threads is not None:
             _require_int("num_threads", self.num_threads, 1)
 

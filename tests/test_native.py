@@ -19,7 +19,7 @@ from llmengine.backends.torch.native import (
     NativeUnavailableError,
     load_native_library,
 )
-from llmengine.batch import Logprobs
+from llmengine.batch import TokenLogprobs
 from llmengine.sampling_params import SamplingParams
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -28,10 +28,10 @@ ALL_LOGPROBS = SamplingParams(logprobs=20)
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
-    "three_queries_a_head": {"num_attention_heads": 6, "head_dim": 64},
+    "three_queries_a_head": {"num_attention_heads": 6, "head_dim": 64, "hidden_size": 60},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
-    "sizes_that_fill_no_vector": {"hidden_size": 39, "intermediate_size": 83, "head_dim": 22},
+    "sizes_that_fill_no_vector": {"hidden_size": 44, "intermediate_size": 83, "head_dim": 22},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
 }
 
@@ -60,7 +60,7 @@ def prompt(length: int) -> list[int]:
     return torch.randint(3, 311, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def run_mixed_steps(backend: CpuBackend) -> tuple[list[Logprobs], list[list[int]]]:
+def run_mixed_steps(backend: CpuBackend) -> tuple[list[TokenLogprobs], list[list[int]]]:
     """Drive requests of several lengths through chunks, mixed steps and decodes; return all that comes out."""
     driver = BackendDriver(backend, seed=5)
     long, short, middle = (
@@ -79,21 +79,19 @@ def run_mixed_steps(backend: CpuBackend) -> tuple[list[Logprobs], list[list[int]
     return entries, [request.output_ids for request in (long, short, middle)]
 
 
-def assert_close(found: Sequence[Logprobs], expected: Sequence[Logprobs]) -> None:
+def assert_close(found: Sequence[TokenLogprobs], expected: Sequence[TokenLogprobs]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.top_ids == other.top_ids
-        torch.testing.assert_close(
-            torch.tensor(one.top_logprobs), torch.tensor(other.top_logprobs), rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(one.top_logprobs), torch.tensor(other.top_logprobs), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_equals_torch(tmp_path: Path, native_directory: Path, shape: str, num_threads: int) -> None:
+@pytest.mark.parametrize(("num_threads", "block_size"), [(1, 64), (3, 2)])
+def test_equals_torch(tmp_path: Path, native_directory: Path, shape: str, num_threads: int, block_size: int) -> None:
     save_tiny(tmp_path, **SHAPES[shape])
     before = torch.get_num_threads()
     try:
-        native = load_tiny(tmp_path, native_directory=native_directory, num_threads=num_threads)
+        native = load_tiny(tmp_path, native_directory=native_directory, num_threads=num_threads, block_size=block_size)
         assert f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder" in native.info.description
         entries, tokens = run_mixed_steps(native)
     finally:

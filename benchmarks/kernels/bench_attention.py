@@ -39,7 +39,7 @@ MODELS = {
 }
 DECODES = [(rows, context) for context in (192, 1024) for rows in (1, 8, 64, 256)]
 PREFILLS = [(16, 128), (1, 2048)]
-MHA_LAUNCHES = ["v32x256w4s1", "v64x256w4s1", "v64x256w8s1", "v32x128w4s1", "d64x256w4s3", "d32x256w4s5", "d64x256w4s5"]
+MHA_LAUNCHES = ["v64x256w4s1", "v64x256w8s1", "v32x256w4s1", "v64x128w4s1", "d64x256w4s3", "d32x256w4s5", "d64x256w4s5"]
 GQA_LAUNCHES = ["d32x256w4s5", "d64x256w4s5", "d64x256w4s3", "d128x256w4s3", "d64x128w4s3", "d64x256w2s3"]
 DTYPE = torch.bfloat16
 MAX_POSITIONS = 8192

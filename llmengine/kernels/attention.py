@@ -103,9 +103,10 @@ class PrefillLaunch:
 def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
     """Return the parameters that serve `config` on an H100."""
     row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
-    tile = max(16, min(64, 8192 // row_bytes))
     if config.group == 1:
+        tile = max(16, min(128, 16384 // row_bytes))
         return DecodeLaunch(tile=tile, min_split_tokens=256, num_warps=4, num_stages=1, vector=True)
+    tile = max(16, min(64, 8192 // row_bytes))
     return DecodeLaunch(tile=tile, min_split_tokens=256, num_warps=4, num_stages=5, vector=False)
 
 
@@ -347,18 +348,17 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # All loaded before the first is looked at: these are the head of a chain of dependent loads.
+    # The head of a chain of dependent loads: all three before the first is looked at (a slot is never negative, but
+    # its load would else sink below the branch).
     num_decodes = tl.load(counts_ptr + _NUM_DECODES)
     context_len = tl.load(context_lens_ptr + row)
     slot = tl.load(row_slots_ptr + row)
-    if row >= num_decodes:
-        return
     last = context_len - 1
     first = tl.maximum(context_len - WINDOW, 0) if WINDOW else 0
     num_tiles = tl.cdiv(last - first, TILE)
     split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(2)), MIN_TILES)
     num_splits = tl.maximum(tl.cdiv(num_tiles, split_tiles), 1)
-    if split >= num_splits:
+    if (row >= num_decodes) | (split >= num_splits) | (slot < 0):
         return
     begin = first + split * split_tiles * TILE
     end = tl.minimum(begin + split_tiles * TILE, last)
@@ -400,6 +400,7 @@ def _decode_kernel(
         k = tl.load(keys_ptr + (cells[:, None] + dims[None, :]), mask=valid[:, None] & in_head[None, :], other=0.0)
         v = tl.load(values_ptr + (cells[:, None] + dims[None, :]), mask=valid[:, None] & in_head[None, :], other=0.0)
         if VECTOR:
+            tl.debug_barrier()  # or else the compiler spreads the loads over the arithmetic, and few are in flight
             tokens += TILE
             cells = _cells(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
             maximum, total, acc = _fold_vector(q, k, v, valid, maximum, total, acc, SCALE, SOFT_CAP)

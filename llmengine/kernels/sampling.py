@@ -33,7 +33,7 @@ MAX_VOCAB = 1 << 18
 _SEGMENT = 64
 _SEGMENTS_PER_PROGRAM = 32
 _GREEDY_BLOCK = 2048
-_GREEDY_PROGRAMS = 528
+_GREEDY_PROGRAMS = 2048
 """Programs of a greedy step that fill the device; with more rows than that, one program a row."""
 
 _ONE = tl.constexpr(float(1 << 44))
@@ -258,7 +258,7 @@ def forbid_stops_reference(
 
 @triton.jit
 def _load_logits(pointers, mask):
-    """fp32; NaN becomes inf, so that one maximum tells of both, and -0 becomes 0, so that equal logits have equal keys."""
+    """fp32; NaN becomes inf, so that one maximum tells of both, and -0 becomes 0: equal logits have equal keys."""
     values = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
     values = tl.where(values < float("inf"), values, float("inf"))
     return tl.where(values == 0.0, 0.0, values)
@@ -304,7 +304,7 @@ def uniform(seed, position):
     return (_mix(_mix(state)) >> 11).to(tl.int64).to(tl.float64) * (1.0 / 9007199254740992.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_per_program"])
 def _argmax(
     logits,
     counts,
@@ -428,7 +428,7 @@ def _search(
     """Return the largest key such that the candidates from it up are `needed` or more by count or by mass, or `low`."""
     high = _key(reference).to(tl.int64)
     while low < high:
-        step = (high - low + 4) // 5
+        step = (high - low) // 5 + 1
         sum1 = tl.zeros([BLOCK], tl.int64)
         sum2 = tl.zeros([BLOCK], tl.int64)
         sum3 = tl.zeros([BLOCK], tl.int64)

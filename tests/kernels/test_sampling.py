@@ -147,9 +147,9 @@ def test_draws_invert_the_reference_distribution(device: str, vocab: int, scale:
         assert_drawn_from(logits[slot], KINDS[slot], number, int(ids[slot]))
 
 
-@pytest.mark.parametrize("kind", [(1.0, 3, 1.0, 0.0), (1.0, 0, 0.3, 0.0), (1.0, 6, 0.5, 0.0)])
+@pytest.mark.parametrize("kind", [(1.0, 3, 1.0, 0.0), (1.0, 0, 0.25, 0.0), (1.0, 6, 0.5, 0.0)])
 def test_lower_ids_come_first_among_ties(device: str, kind: Params) -> None:
-    rows = 6
+    rows = 3
     logits = torch.zeros(rows, 10, device=device)
     ids, _ = draw(logits, [kind] * rows, list(range(rows)), [5] * rows)
     for slot, number in enumerate(uniforms(list(range(rows)), [5] * rows)):

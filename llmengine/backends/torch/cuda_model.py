@@ -22,14 +22,22 @@ from llmengine.kernels.attention import (
     query_block_size,
     rope_and_write,
 )
-from llmengine.kernels.gemm_choice import cuda_choices
-from llmengine.kernels.linear import BoundLinear, GemmShape, LinearKernels, LinearOps
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, cuda_choices
+from llmengine.kernels.linear import BoundLinear, GemmShape, LinearKernels, LinearOps, Operation
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.rope import rope_table
 from llmengine.models.source import ModelSource
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_OPERATIONS: dict[str, Operation] = {
+    "qkv": "norm_linear",
+    "o": "linear_add",
+    "gate_up": "norm_linear_silu",
+    "down": "linear_add",
+}
+"""A layer's matrices, and what each is used in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +119,32 @@ class CudaModel:
         self._inner = buffer(max_tokens, arch.intermediate_size)
         self._sampled = buffer(max_rows, arch.hidden_size)
         kernels = LinearKernels(device, pdl=_has_pdl(device))
-        self.choices = cuda_choices(kernels, device) if device.type == "cuda" else None
-        ops = LinearOps(kernels, self.choices.choose if self.choices is not None else _plain)
+        self._choices = cuda_choices(kernels, device) if device.type == "cuda" else None
+        ops = LinearOps(kernels, self._choices.choose if self._choices is not None else _plain)
         self._layers = [
             _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
         head = self.embedding if arch.tie_word_embeddings else tensors["lm_head.weight"]
         self._lm_head = ops.norm_linear(tensors["final_norm.weight"], arch.rms_norm_eps, head)
+
+    def tune(self, budget_s: float) -> None:
+        """Measure which products are fastest for the model's shapes, those of the smallest steps first.
+
+        Takes device memory for a copy of the largest matrix; gives it back.
+        """
+        if self._choices is None or not budget_s:
+            return
+        dtype, tensors = self.embedding.dtype, self.weights.by_name
+        shapes: list[GemmShape] = []
+        for rows in ROW_BUCKETS:
+            for name, operation in _OPERATIONS.items():
+                n, k = tensors[f"layers.0.{name}.weight"].shape
+                n = n // 2 if operation == "norm_linear_silu" else n
+                shapes.append(GemmShape(operation, rows, n, k, dtype, dtype))
+            vocab, hidden = self.embedding.shape
+            shapes.append(GemmShape("norm_linear", rows, vocab, hidden, dtype, torch.float32))
+        self._choices.measure(shapes, budget_s)
+        torch.cuda.empty_cache()
 
     def forward(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> Tensor:
         """Return fp32 logits [bucket.num_samples, vocab] of the step's sampled tokens; write the KV of all tokens.

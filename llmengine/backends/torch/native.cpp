@@ -259,25 +259,50 @@ void multiply(const float* x, int64_t num_tokens, const Matrix& matrix, int64_t 
   }
 }
 
-// out[j] = sum over i of factors[i] * rows[i * stride + j], for j < size; rows that are not multiplied are not read.
-inline void weighted_sum(const float* factors, int64_t count, const float* rows, int64_t stride, int64_t size,
-                         float* out, bool accumulate) {
-  constexpr int kVectors = 4;
-  int64_t j = 0;
-  for (; j + kVectors * kWidth <= size; j += kVectors * kWidth) {
-    Floats parts[kVectors] = {};
-    if (accumulate)
-      for (int v = 0; v < kVectors; v++) parts[v] = load(out + j + v * kWidth);
-    for (int64_t i = 0; i < count; i++)
-      for (int v = 0; v < kVectors; v++) parts[v] += factors[i] * load(rows + i * stride + j + v * kWidth);
-    for (int v = 0; v < kVectors; v++) store(out + j + v * kWidth, parts[v]);
+// Rows of a KV block and their factors; strides in floats.
+struct WeightedRows {
+  const float* factors;  // [heads, count]
+  int64_t factor_stride, count;
+  const float* rows;  // [count, size]
+  int64_t row_stride, size;
+  float* out;  // [heads, size]
+  int64_t out_stride;
+};
+
+template <int kHeads, int kVectors>
+inline void weighted_columns(const WeightedRows& block, int64_t j, bool accumulate) {
+  Floats parts[kHeads][kVectors] = {};
+  if (accumulate)
+    for (int h = 0; h < kHeads; h++)
+      for (int v = 0; v < kVectors; v++) parts[h][v] = load(block.out + h * block.out_stride + j + v * kWidth);
+  for (int64_t i = 0; i < block.count; i++) {
+    for (int v = 0; v < kVectors; v++) {
+      const Floats row = load(block.rows + i * block.row_stride + j + v * kWidth);
+      for (int h = 0; h < kHeads; h++) parts[h][v] += block.factors[h * block.factor_stride + i] * row;
+    }
   }
-  for (; j < size; j++) {
-    float part = accumulate ? out[j] : 0.0f;
-    for (int64_t i = 0; i < count; i++) part += factors[i] * rows[i * stride + j];
-    out[j] = part;
+  for (int h = 0; h < kHeads; h++)
+    for (int v = 0; v < kVectors; v++) store(block.out + h * block.out_stride + j + v * kWidth, parts[h][v]);
+}
+
+// out[h] (+)= sum over i of factors[h][i] * rows[i], for `kHeads` heads, which share every load of a row.
+template <int kHeads>
+inline void weighted_sums(const WeightedRows& block, bool accumulate) {
+  int64_t j = 0;
+  for (; j + 4 * kWidth <= block.size; j += 4 * kWidth) weighted_columns<kHeads, 4>(block, j, accumulate);
+  for (; j + kWidth <= block.size; j += kWidth) weighted_columns<kHeads, 1>(block, j, accumulate);
+  for (; j < block.size; j++) {
+    for (int h = 0; h < kHeads; h++) {
+      float& out = block.out[h * block.out_stride + j];
+      float part = accumulate ? out : 0.0f;
+      for (int64_t i = 0; i < block.count; i++)
+        part += block.factors[h * block.factor_stride + i] * block.rows[i * block.row_stride + j];
+      out = part;
+    }
   }
 }
+
+constexpr int64_t kMaxSharedHeads = 3;  // as many as leave registers for the rows
 
 // Shares of the work that threads take one at a time.
 class Counter {
@@ -324,7 +349,7 @@ class Runner {
   void run() {
     const int64_t thread = model_.thread_index(), team = model_.team_size();
     const auto share = [&](int64_t count) { return Range{count * thread / team, count * (thread + 1) / team}; };
-    float* scores = scores_ + thread * model_.max_context;
+    float* scores = scores_ + thread * kMaxSharedHeads * model_.max_context;
     int64_t num_tokens = step_.num_tokens;
     embed(share(num_tokens));
     for (int64_t index = 0; index < model_.num_layers; index++) {
@@ -336,8 +361,7 @@ class Runner {
       model_.barrier();
       rotate_and_write(layer, share(num_tokens * (model_.num_heads + 2 * model_.num_kv_heads)));
       model_.barrier();
-      for (int64_t unit = units_.next(); unit < num_tokens * model_.num_heads; unit = units_.next())
-        attend(layer, unit / model_.num_heads, unit % model_.num_heads, scores);
+      attend_all(layer, num_tokens, team, scores);
       model_.barrier();
       if (index + 1 == model_.num_layers && step_.num_logits < num_tokens) {
         num_tokens = step_.num_logits;
@@ -430,32 +454,59 @@ class Runner {
     }
   }
 
-  // One token's head over the token's whole context.
-  void attend(const Layer& layer, int64_t m, int64_t head, float* scores) {
+  // Shares are one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
+  void attend_all(const Layer& layer, int64_t num_tokens, int64_t team, float* scores) {
+    const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
+    int64_t shared = per_kv < kMaxSharedHeads ? per_kv : kMaxSharedHeads;
+    if (num_tokens * num_kv < 2 * team) shared = 1;
+    const int64_t per_group = (per_kv + shared - 1) / shared, num_units = num_tokens * num_kv * per_group;
+    for (int64_t unit = units_.next(); unit < num_units; unit = units_.next()) {
+      const int64_t m = unit / (num_kv * per_group), kv_head = unit / per_group % num_kv;
+      const int64_t first = unit % per_group * shared, count = per_kv - first < shared ? per_kv - first : shared;
+      const int64_t head = kv_head * per_kv + first;
+      switch (count) {
+        case 1: attend<1>(layer, m, kv_head, head, scores); break;
+        case 2: attend<2>(layer, m, kv_head, head, scores); break;
+        default: attend<kMaxSharedHeads>(layer, m, kv_head, head, scores);
+      }
+    }
+  }
+
+  // One token's heads [head, head + kHeads) over the token's whole context.
+  template <int kHeads>
+  void attend(const Layer& layer, int64_t m, int64_t kv_head, int64_t head, float* scores) {
     const int64_t dim = model_.head_dim, size = model_.block_size, num_kv = model_.num_kv_heads;
-    const int64_t kv_head = head / (model_.num_heads / num_kv), context = step_.positions[m] + 1;
+    const int64_t context = step_.positions[m] + 1, stride = model_.max_context;
     const float* query = qkv_ + m * qkv_size_ + head * dim;
+    float* out = attended_ + m * query_size_ + head * dim;
     const int32_t* blocks = block_table(m);
     // Scores beyond the context come from rows that may hold anything, and are never used.
     for (int64_t begin = 0; begin < context; begin += size) {
       const float* keys = layer.keys + (blocks[begin / size] * num_kv + kv_head) * dim * size;
-      weighted_sum(query, dim, keys, size, size, scores + begin, false);
+      weighted_sums<kHeads>({query, dim, dim, keys, size, size, scores + begin, stride}, false);
     }
-    float largest = scores[0], total = 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < context; i++) largest = scores[i] > largest ? scores[i] : largest;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < context; i++) {
-      scores[i] = exp_negative(scores[i] - largest);
-      total += scores[i];
-    }
-    float* out = attended_ + m * query_size_ + head * dim;
+    float totals[kHeads];
+    for (int h = 0; h < kHeads; h++) totals[h] = exponentials(scores + h * stride, context);
     for (int64_t begin = 0; begin < context; begin += size) {
       const float* values = layer.values + (blocks[begin / size] * size * num_kv + kv_head) * dim;
       const int64_t count = context - begin < size ? context - begin : size;
-      weighted_sum(scores + begin, count, values, kv_size_, dim, out, begin > 0);
+      weighted_sums<kHeads>({scores + begin, stride, count, values, kv_size_, dim, out, dim}, begin > 0);
     }
-    for (int64_t k = 0; k < dim; k++) out[k] /= total;
+    for (int h = 0; h < kHeads; h++)
+      for (int64_t k = 0; k < dim; k++) out[h * dim + k] /= totals[h];
+  }
+
+  // Replaces scores by the exponentials of their distances to the largest; returns the sum.
+  static float exponentials(float* scores, int64_t count) {
+    float largest = scores[0], total = 0.0f;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) {
+      scores[i] = exp_negative(scores[i] - largest);
+      total += scores[i];
+    }
+    return total;
   }
 
   void keep_logit_tokens() {

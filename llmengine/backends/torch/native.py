@@ -34,6 +34,9 @@ _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POOL_FUNCTIONS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
+_MAX_SHARED_HEADS = 3
+"""Rows of scores that each thread needs."""
+
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
 
@@ -183,7 +186,7 @@ class NativeDecoder:
         )
         qkv_size = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
         per_token = 2 * arch.hidden_size + qkv_size + arch.num_heads * arch.head_dim + 3 * arch.intermediate_size
-        self._workspace = torch.empty(max_tokens * per_token + num_threads * max_context)
+        self._workspace = torch.empty(max_tokens * per_token + num_threads * _MAX_SHARED_HEADS * max_context)
         self._kept += [layers, library]
 
     def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:

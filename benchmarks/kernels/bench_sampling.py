@@ -1,0 +1,145 @@
+"""Times of the choice of tokens, checked, in a CUDA graph, beside torch's own.
+
+python -m benchmarks.kernels.bench_sampling [--rows 1 8 64 256] [--vocabs 32000 49152 128256]
+
+Logits are normal with deviation 4, so that top_p=0.9 alone keeps some thousand tokens: near the worst for that column.
+Batches of logits rotate; those of one and eight rows stay in the L2, as in a step, whose LM head has just written them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.kernels.timing import time_graph
+from llmengine.kernels.sampling import (
+    SlotParams,
+    distribution_reference,
+    sample,
+    sample_greedy,
+    sample_greedy_reference,
+    sampling_workspace,
+)
+from llmengine.kernels.step import NUM_SAMPLES
+
+COLD_BYTES = 160 << 20
+KINDS = {
+    "temperature": (1.0, 0, 1.0, 0.0),
+    "top_k=50 top_p=.9": (1.0, 50, 0.9, 0.0),
+    "top_p=.9": (1.0, 0, 0.9, 0.0),
+    "min_p=.05": (1.0, 0, 1.0, 0.05),
+}
+"""temperature, top_k, top_p, min_p"""
+
+
+class Rows:
+    """One batch of logits and all that sampling it needs."""
+
+    def __init__(self, num_rows: int, vocab: int) -> None:
+        self.logits = torch.randn(num_rows, vocab, device="cuda") * 4.0
+        self.counts = torch.zeros(8, dtype=torch.int32, device="cuda")
+        self.counts[NUM_SAMPLES] = num_rows
+        self.slots = torch.arange(num_rows, dtype=torch.int32, device="cuda")
+        self.ids = torch.zeros(num_rows, dtype=torch.int32, device="cuda")
+        self.failed = torch.zeros_like(self.ids)
+        self.workspace = sampling_workspace(num_rows, vocab, "cuda")
+
+    def greedy(self) -> None:
+        sample_greedy(self.logits, self.counts, self.ids, self.failed, self.workspace)
+
+    def draw(self, params: SlotParams) -> None:
+        sample(self.logits, self.counts, self.slots, self.slots, params, self.ids, self.failed, self.workspace)
+
+    def torch_draw(self) -> None:
+        torch.multinomial(self.logits.softmax(-1), 1)
+
+    def torch_sort(self) -> None:
+        values, ids = self.logits.sort(dim=-1, descending=True)
+        weights = values.softmax(-1)
+        weights = weights.where(weights.cumsum(-1) - weights < 0.9, 0.0)
+        ids.gather(1, torch.multinomial(weights, 1))
+
+
+def slot_params(num_rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> SlotParams:
+    """Return the same parameters for every slot, with seeds of their own."""
+    return SlotParams(
+        temperature=torch.full((num_rows,), temperature, device="cuda"),
+        top_k=torch.full((num_rows,), top_k, dtype=torch.int32, device="cuda"),
+        top_p=torch.full((num_rows,), top_p, device="cuda"),
+        min_p=torch.full((num_rows,), min_p, device="cuda"),
+        seed=torch.arange(num_rows, device="cuda"),
+    )
+
+
+def check_greedy(rows: Rows) -> bool:
+    """True if the ids are right."""
+    rows.greedy()
+    return torch.equal(rows.ids.long(), sample_greedy_reference(rows.logits)[0])
+
+
+def check_draw(rows: Rows, kind: tuple[float, int, float, float]) -> bool:
+    """True if the ids of the first rows are kept tokens, give or take the last one, and no row failed."""
+    rows.draw(slot_params(len(rows.ids), *kind))
+    kept = [distribution_reference(line, *kind) > 0 for line in rows.logits[:4]]
+    lowest = torch.stack([line[mask].min() for line, mask in zip(rows.logits, kept, strict=False)])
+    found = rows.logits[: len(kept)].gather(1, rows.ids[: len(kept), None].long())[:, 0]
+    return bool((found >= lowest - 1e-3).all()) and not bool(rows.failed.any())
+
+
+def timed(call: Callable[[Rows], None], batches: list[Rows], right: Callable[[Rows], bool] | None = None) -> str:
+    """Return the microseconds, with a mark if the result is wrong, or what was raised."""
+
+    def bound(rows: Rows) -> Callable[[], None]:
+        return lambda: call(rows)
+
+    try:
+        mark = "" if right is None or right(batches[0]) else " WRONG"
+        return f"{time_graph([bound(rows) for rows in batches]):.1f}{mark}"
+    except Exception as error:  # the other columns shall still be measured
+        torch.cuda.synchronize()
+        return type(error).__name__
+
+
+def measure(num_rows: int, vocab: int) -> list[str]:
+    """Return one line of the table."""
+    size_bytes = 4 * num_rows * vocab
+    batches = [Rows(num_rows, vocab) for _ in range(min(64, max(2, -(-COLD_BYTES // size_bytes))))]
+    cells = [timed(Rows.greedy, batches, check_greedy)]
+    for kind in KINDS.values():
+        params = slot_params(num_rows, *kind)
+
+        def draw(rows: Rows, params: SlotParams = params) -> None:
+            rows.draw(params)
+
+        def right(rows: Rows, kind: tuple[float, int, float, float] = kind) -> bool:
+            return check_draw(rows, kind)
+
+        cells.append(timed(draw, batches, right))
+
+    def argmax(rows: Rows) -> None:
+        rows.logits.argmax(-1)
+
+    few: list[Rows] = batches[:4]
+    cells += [timed(argmax, batches), timed(Rows.torch_draw, few), timed(Rows.torch_sort, few)]
+    return [str(num_rows), str(vocab), f"{size_bytes / 3.0e6:.1f}", *cells]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 49152, 128256])
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch_columns = ["argmax", "multinomial", "sort top_p"]
+    print(f"{torch.cuda.get_device_name()}; microseconds")
+    print(*(f"{name:>17}" for name in ["rows", "vocab", "at 3 TB/s", "greedy", *KINDS, *torch_columns]))
+    for vocab in arguments.vocabs:
+        for num_rows in arguments.rows:
+            print(*(f"{cell:>17}" for cell in measure(num_rows, vocab)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
