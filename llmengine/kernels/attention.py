@@ -346,7 +346,6 @@ def _decode_kernel(
     """Program (row, KV head, split): the split's part of the row's context for the heads of one group."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # The head of a chain of dependent loads: all three before the first is looked at (a slot is never negative, but
     # its load would else sink below the branch).
@@ -358,6 +357,10 @@ def _decode_kernel(
     num_tiles = tl.cdiv(last - first, TILE)
     split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(2)), MIN_TILES)
     num_splits = tl.maximum(tl.cdiv(num_tiles, split_tiles), 1)
+    # The step's rows and block tables were there before the layer's first kernel; qkv is of the kernel before. Also a
+    # program without work waits, or the next kernel would not wait for that one.
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if (row >= num_decodes) | (split >= num_splits) | (slot < 0):
         return
     begin = first + split * split_tiles * TILE

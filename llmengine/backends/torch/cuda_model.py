@@ -118,7 +118,8 @@ class CudaModel:
         self._attended = buffer(max_tokens, heads * head_dim)
         self._inner = buffer(max_tokens, arch.intermediate_size)
         self._sampled = buffer(max_rows, arch.hidden_size)
-        kernels = LinearKernels(device, pdl=_has_pdl(device))
+        self._pdl = _has_pdl(device)
+        kernels = LinearKernels(device, pdl=self._pdl)
         self._choices = cuda_choices(kernels, device) if device.type == "cuda" else None
         ops = LinearOps(kernels, self._choices.choose if self._choices is not None else _plain)
         self._layers = [
@@ -159,9 +160,11 @@ class CudaModel:
         for index, layer in enumerate(self._layers):
             layer.qkv(x, qkv)
             if bucket.mixed:
-                rope_and_write(step, qkv, kv[index], self._rope, self.attention)
-                prefill_attention(step, qkv, kv[index], self.attention, attended)
-            decode_attention(step, qkv, kv[index], self._rope, self.attention, attended, self._workspace)
+                rope_and_write(step, qkv, kv[index], self._rope, self.attention, pdl=self._pdl)
+                prefill_attention(step, qkv, kv[index], self.attention, attended, pdl=self._pdl)
+            decode_attention(
+                step, qkv, kv[index], self._rope, self.attention, attended, self._workspace, pdl=self._pdl
+            )
             layer.o(attended, x)
             layer.gate_up(x, inner)
             layer.down(inner, x)

@@ -32,6 +32,12 @@ MEASURED_TOKENS = (1, 2, 16, 64)
 _PACK_ROWS = 16
 """Tokens for which oneDNN lays a weight out: one layout for 1, slow for more, and one for all other numbers."""
 
+_WIDENED_TOKENS = 4
+"""From this many tokens on, converting weights to fp32 first costs less than a product without units for their type."""
+
+_WIDENED_WEIGHTS = 1 << 20
+"""Weights that are converted at a time: few enough to stay in the cache."""
+
 _MEASURED_WEIGHTS = 4_000_000
 _MEASURED_TURNS = 3
 _TOLERANCE = 0.2
@@ -58,19 +64,33 @@ class CpuLinear(Protocol):
 
 
 class TorchLinear:
-    """The plain layout. Weights of another type than float32 compute in that type; in- and output are fp32."""
+    """The plain layout; in- and output are fp32.
+
+    Weights of another type than float32 compute in that type where the processor has units for it or tokens are few,
+    else as float32 copies made part by part.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
-        self._convert = weight.dtype != torch.float32
+        self._is_half = weight.dtype != torch.float32
+        self._has_units = weight.dtype == torch.bfloat16 and _has_bf16_units()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._convert:
+        if not self._is_half:
+            y = F.linear(x, self._weight, self._bias)
+        elif self._has_units or x.shape[0] < _WIDENED_TOKENS:
             y = F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
         else:
-            y = F.linear(x, self._weight, self._bias)
+            y = self._widened(x)
         return y if residual is None else y.add_(residual)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], self._weight.shape[0])
+        rows = max(1, _WIDENED_WEIGHTS // self._weight.shape[1])
+        for part, out in zip(self._weight.split(rows), y.split(rows, dim=1), strict=True):
+            torch.mm(x, part.float().t(), out=out)
+        return y if self._bias is None else y.add_(self._bias)
 
     @property
     def size_bytes(self) -> int:

@@ -21,7 +21,7 @@ from llmengine.backends.inputs import StepInputs
 from llmengine.backends.torch.attention import PagedAttention
 from llmengine.models.arch import ModelArch
 
-MAX_NATIVE_TOKENS = 64
+MAX_NATIVE_TOKENS = 128
 """Steps of more tokens go through torch's operators, whose matrix products are then as fast."""
 
 NATIVE_DIRECTORY = Path(__file__).parent
