@@ -7,6 +7,7 @@ from setuptools import Extension, setup
 FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",

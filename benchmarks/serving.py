@@ -138,6 +138,7 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
         dtype=arguments.dtype,
         device=arguments.device,
         num_threads=arguments.threads,
+        tuning_budget_s=arguments.tuning_budget,
     )
     return LLM(config, enable_tokenizer=False)
 
@@ -239,6 +240,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, metavar="N")
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="default: the largest concurrency")
     parser.add_argument("--tokens-per-step", type=int, metavar="N", help="most tokens in a step, prompts included")
+    parser.add_argument("--tuning-budget", type=float, default=ModelConfig(".").tuning_budget_s, metavar="SECONDS")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")

@@ -98,6 +98,7 @@ class StepResult:
         logprobs: slot -> log-probabilities, for rows whose parameters ask for them.
         errors: slot -> cause, for rows that failed alone (non-finite logits); the others are sound.
         forward_s: seconds that the model's forward pass took, without sampling and input preparation.
+        idle_s: seconds that the device waited for this step, after the one before that was in flight with it.
     """
 
     step: int
@@ -105,6 +106,7 @@ class StepResult:
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
     forward_s: float = 0.0
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

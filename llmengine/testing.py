@@ -98,7 +98,8 @@ class FakeBackend:
             token_ids[row.slot] = self._sampled[row.slot] = sampled
             if self._slots[row.slot].sampling_params.logprobs is not None:
                 logprobs[row.slot] = TokenLogprobs(0.0, (sampled,), (0.0,))
-        self._results.append((batch, StepResult(batch.step, token_ids, logprobs, errors)))
+        # A device that computes in no time always waits for the next step.
+        self._results.append((batch, StepResult(batch.step, token_ids, logprobs, errors, idle_s=1.0)))
 
     def collect(self) -> StepResult:
         """Return the oldest step's result, after `on_step`."""

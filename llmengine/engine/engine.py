@@ -29,6 +29,7 @@ from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
+from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
 from llmengine.engine.stream import OutputStream, Waiter, publish, wake
@@ -75,6 +76,7 @@ class Engine:
         self._last_step_at = time.monotonic()
         self._description = ""
         self._scheduler: Scheduler
+        self._run_ahead: RunAhead
         self._backend: Backend
         self._thread = threading.Thread(target=self._run, name="llmengine", daemon=True)
 
@@ -210,6 +212,7 @@ class Engine:
             )
             self._scheduler = Scheduler(self._scheduler_config, kv_cache, self._counters)
             self._description = info.description
+            self._run_ahead = RunAhead(info.max_steps_in_flight)
             if self.state == "loading":
                 self.state = "ready"
             self._ready.set_result(info)
@@ -240,18 +243,19 @@ class Engine:
 
         ::
 
-            max_steps_in_flight = 2    host    schedule N+1, launch | update N, wake | schedule N+2, launch | ...
-                                       device  ... step N           | step N+1                              | ...
+            two in flight    host    schedule N+1, launch | update N, wake | schedule N+2, launch | ...
+                             device  ... step N           | step N+1                              | ...
         """
         began = time.perf_counter()
         scheduler, backend = self._scheduler, self._backend
-        while scheduler.num_steps_in_flight < backend.info.max_steps_in_flight:
+        while scheduler.num_steps_in_flight < self._run_ahead.depth:
             batch = scheduler.schedule()
             if batch is None:
                 break
             backend.launch(batch)
         assert scheduler.num_steps_in_flight, "requests are waiting, but no step can be made of them"
         result = backend.collect()
+        self._run_ahead.observe(result)
         changed = scheduler.update(result)
         for request in changed:
             if request.status is RequestStatus.FINISHED:

@@ -92,7 +92,7 @@ def launch_ahead(driver: BackendDriver, requests: Sequence[Any], num_tokens: int
 def test_steps_in_flight_feed_each_other_on_the_device(tmp_path: Path, device: str) -> None:
     model = save_tiny(tmp_path, **SMALL)
     backend = load(tmp_path, device)
-    assert backend.info.max_steps_in_flight == 2
+    assert backend.info.max_steps_in_flight >= 2
     driver = BackendDriver(backend)
     prompts = [make_prompt(3, 1), make_prompt(6, 2)]
     requests = [driver.add(slot, prompt) for slot, prompt in enumerate(prompts)]

@@ -36,7 +36,7 @@ from llmengine.models.source import ModelSource
 _logger = logging.getLogger("llmengine.backends.torch.cuda")
 
 _DEFAULT_FRACTION = 0.9
-_STEPS_IN_FLIGHT = 2
+_STEPS_IN_FLIGHT = 8
 _COMPILE_THREADS = 8
 
 
@@ -48,15 +48,20 @@ class _Pending:
     ring_index: int
     sampled: Sequence[int]
     logprobs: PendingLogprobs | None
+    before: torch.cuda.Event | None
     began: torch.cuda.Event | None
     ended: torch.cuda.Event | None
 
-    def wait(self) -> float:
-        """Block, without the GIL, until the step is done; return the seconds that it ran on the device."""
+    def wait(self) -> tuple[float, float]:
+        """Block, without the GIL, until the step is done; return the seconds that it ran, and that it was waited for.
+
+        `before` is the end of the step before if that was in flight when this one was launched.
+        """
         if self.began is None or self.ended is None:
-            return 0.0
+            return 0.0, 0.0
         self.ended.synchronize()
-        return float(self.began.elapsed_time(self.ended)) * 1e-3
+        idle_ms = 0.0 if self.before is None else self.before.elapsed_time(self.began)
+        return float(self.began.elapsed_time(self.ended)) * 1e-3, float(idle_ms) * 1e-3
 
 
 class CudaBackend:
@@ -142,16 +147,17 @@ class CudaBackend:
             buffer = self._buffers[bucket.mixed]
             updates = self._tables.updates(batch.rows, batch.slot_inits)
             sampled = buffer.fill(batch, updates, bucket, ring_index)
+            before = self._pending[-1].ended if self._pending else None
             began = self._record()
             buffer.send(ring_index)
             self._graphs.run(bucket, partial(self._step, bucket))
             logprobs = self._sampler.logprobs(self._model.logits, sampled)
-            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, began, self._record()))
+            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, before, began, self._record()))
 
     def collect(self) -> StepResult:
         """Wait for the oldest step, without the GIL, and return what it sampled."""
         pending = self._pending.popleft()
-        forward_s = pending.wait()
+        forward_s, idle_s = pending.wait()
         ids = self._ring[pending.ring_index, : len(pending.sampled)].tolist()
         chosen = dict(zip(pending.sampled, ids, strict=True))
         chosen.pop(-1, None)
@@ -172,6 +178,7 @@ class CudaBackend:
             logprobs=logprobs,
             errors=errors,
             forward_s=forward_s,
+            idle_s=idle_s,
         )
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -162,9 +162,7 @@ class CudaModel:
             if bucket.mixed:
                 rope_and_write(step, qkv, kv[index], self._rope, self.attention, pdl=self._pdl)
                 prefill_attention(step, qkv, kv[index], self.attention, attended, pdl=self._pdl)
-            decode_attention(
-                step, qkv, kv[index], self._rope, self.attention, attended, self._workspace, pdl=self._pdl
-            )
+            decode_attention(step, qkv, kv[index], self._rope, self.attention, attended, self._workspace, pdl=self._pdl)
             layer.o(attended, x)
             layer.gate_up(x, inner)
             layer.down(inner, x)
