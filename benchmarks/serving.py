@@ -57,6 +57,7 @@ class Load:
     num_requests: int
     prompt_tokens: int
     output_tokens: int
+    busy_ms: float
 
 
 async def consume(llm: LLM, prompts: Iterator[list[int]], output_tokens: int, arrivals: list[Arrivals]) -> None:
@@ -70,6 +71,15 @@ async def consume(llm: LLM, prompts: Iterator[list[int]], output_tokens: int, ar
         arrivals.append(request)
 
 
+async def keep_busy(busy_ms: float) -> None:
+    """Compute in Python for `busy_ms`, sleep as long, and so on: a handler that does not yield."""
+    while True:
+        end = time.perf_counter() + busy_ms * 1e-3
+        while time.perf_counter() < end:
+            pass
+        await anyio.sleep(busy_ms * 1e-3)
+
+
 async def serve(llm: LLM, load: Load, seed: int) -> tuple[list[Arrivals], float]:
     """Run all consumers and return the requests' arrivals and the wall-clock seconds."""
     rng = random.Random(seed)
@@ -77,9 +87,13 @@ async def serve(llm: LLM, load: Load, seed: int) -> tuple[list[Arrivals], float]
     prompts = iter([[rng.randrange(vocab_size) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)])
     arrivals: list[Arrivals] = []
     began = time.perf_counter()
-    async with anyio.create_task_group() as consumers:
-        for _ in range(load.concurrency):
-            consumers.start_soon(consume, llm, prompts, load.output_tokens, arrivals)
+    async with anyio.create_task_group() as others:
+        if load.busy_ms:
+            others.start_soon(keep_busy, load.busy_ms)
+        async with anyio.create_task_group() as consumers:
+            for _ in range(load.concurrency):
+                consumers.start_soon(consume, llm, prompts, load.output_tokens, arrivals)
+        others.cancel_scope.cancel()
     return arrivals, time.perf_counter() - began
 
 
@@ -159,6 +173,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
                 concurrency if warm_up else max(arguments.requests or concurrency, concurrency),
                 arguments.prompt_tokens,
                 min(_WARM_UP_TOKENS, arguments.output_tokens) if warm_up else arguments.output_tokens,
+                arguments.busy_ms,
             )
             results = run_once(llm, load, seed=concurrency * 1000 + run)
             if warm_up:
@@ -244,6 +259,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--busy-ms", type=float, default=0.0, metavar="MS", help="a task that blocks the loop as long")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
     parser.add_argument("--plot", type=Path, metavar="FILE")

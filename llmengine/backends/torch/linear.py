@@ -78,6 +78,8 @@ class TorchLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._is_half:
+            if residual is not None and self._bias is None:
+                return residual.addmm_(x, self._weight.t())
             y = F.linear(x, self._weight, self._bias)
         elif self._has_units or x.shape[0] < _WIDENED_TOKENS:
             y = F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
