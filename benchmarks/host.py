@@ -172,13 +172,12 @@ def run_once(load: Load, profiles: Sequence[cProfile.Profile | None] = (None, No
         backends.append(NullBackend(load, profiles[0]))
         return backends[0]
 
-    defaults = SchedulerConfig()
-    budget = max(defaults.max_tokens_per_step, load.concurrency * load.prompt_tokens)
+    budget = load.concurrency * load.prompt_tokens
     scheduler = SchedulerConfig(
         max_batch_size=load.concurrency,
         max_tokens_per_step=budget,
         max_tokens_per_mixed_step=budget,
-        max_queued_requests=max(defaults.max_queued_requests, load.concurrency),
+        max_queued_requests=load.concurrency,
     )
     with LLM.from_backend(
         make_backend, scheduler_config=scheduler, kv_cache_config=KvCacheConfig(enable_prefix_caching=False)

@@ -136,19 +136,16 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
     """Return the model that the arguments ask for, without tokenizer and prefix cache."""
     largest = max(arguments.concurrency)
     batch_size = min(largest, arguments.max_batch_size or largest)
-    defaults = SchedulerConfig()
-    mixed = max(arguments.tokens_per_step or defaults.max_tokens_per_mixed_step, batch_size)
+    scheduler = SchedulerConfig(max_batch_size=batch_size)
+    scheduler.max_queued_requests = max(scheduler.max_queued_requests, largest)
+    if arguments.tokens_per_step is not None:
+        scheduler.max_tokens_per_step = scheduler.max_tokens_per_mixed_step = arguments.tokens_per_step
     config = ModelConfig(
         write_shape(arguments.shape, directory) if arguments.model is None else arguments.model,
         load_format="dummy" if arguments.model is None else "auto",
         quant_config=QuantConfig(weights="int8" if arguments.int8 else "none"),
         kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-        scheduler_config=SchedulerConfig(
-            max_batch_size=batch_size,
-            max_tokens_per_mixed_step=mixed,
-            max_tokens_per_step=max(arguments.tokens_per_step or defaults.max_tokens_per_step, mixed),
-            max_queued_requests=max(defaults.max_queued_requests, largest),
-        ),
+        scheduler_config=scheduler,
         dtype=arguments.dtype,
         device=arguments.device,
         num_threads=arguments.threads,

@@ -133,26 +133,53 @@ class KvCacheConfig(_Settings):
             raise ConfigError(f"kv_cache_config.enable_prefix_caching={self.enable_prefix_caching!r} is not a bool")
 
 
+BY_DEVICE = -1
+"""Value of a limit that is left to the device."""
+
+_LIMITS = {"max_batch_size": (64, 256), "max_tokens_per_step": (512, 2048), "max_tokens_per_mixed_step": (256, 1024)}
+"""What `BY_DEVICE` stands for on a CPU and on an accelerator."""
+
+
 @dataclass(slots=True)
 class SchedulerConfig(_Settings):
     """Limits of a step and of the queue.
 
     Attributes:
-        max_batch_size: most requests in one step.
-        max_tokens_per_step: most tokens in one step; longer prompts are computed in chunks.
+        max_batch_size: most requests in one step; `BY_DEVICE`: 64 on a CPU, 256 on an accelerator.
+        max_tokens_per_step: most tokens in one step; longer prompts are computed in chunks. `BY_DEVICE`: 512 on a CPU,
+            2048 on an accelerator.
         max_tokens_per_mixed_step: the same for a step that also decodes, lower so that a prompt delays the tokens
-            of running requests by a bounded time.
+            of running requests by a bounded time. `BY_DEVICE`: 256 on a CPU, 1024 on an accelerator.
         max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`.
         max_queued_tokens: most prompt tokens of waiting requests; a request that finds the queue empty always fits.
         max_preemptions: a request preempted this often is not chosen again while another can be.
     """
 
-    max_batch_size: int = 64
-    max_tokens_per_step: int = 512
-    max_tokens_per_mixed_step: int = 256
+    max_batch_size: int = BY_DEVICE
+    max_tokens_per_step: int = BY_DEVICE
+    max_tokens_per_mixed_step: int = BY_DEVICE
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
     max_preemptions: int = 3
+
+    def resolve(self, accelerator: bool = False) -> Self:
+        """Return a checked, frozen copy in which `BY_DEVICE` is replaced by the device's limit.
+
+        The limits of tokens then make room for a batch size that was given, and for each other.
+        """
+        batch_size, step, mixed = (
+            _LIMITS[name][accelerator] if getattr(self, name) == BY_DEVICE else getattr(self, name) for name in _LIMITS
+        )
+        if self.max_tokens_per_step == BY_DEVICE:
+            step = max(step, batch_size)
+        if self.max_tokens_per_mixed_step == BY_DEVICE:
+            mixed = min(max(mixed, batch_size), step)
+        # Not super(): a dataclass with slots is another class than the one that this function was defined in.
+        return _Settings.resolve(
+            dataclasses.replace(
+                self, max_batch_size=batch_size, max_tokens_per_step=step, max_tokens_per_mixed_step=mixed
+            )
+        )
 
     def _check(self) -> None:
         for item in dataclasses.fields(self):
@@ -198,6 +225,13 @@ class ModelConfig(_Settings):
     num_threads: int | None = None
     tuning_budget_s: float = 5.0
     load_format: Literal["auto", "dummy"] = "auto"
+
+    def resolve(self, accelerator: bool = False) -> Self:
+        """Return a checked, frozen copy; `accelerator` decides what is left to the device."""
+        scheduler = self.scheduler_config
+        if isinstance(scheduler, SchedulerConfig):
+            scheduler = scheduler.resolve(accelerator)
+        return _Settings.resolve(dataclasses.replace(self, scheduler_config=scheduler))
 
     def _check(self) -> None:
         if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -59,14 +60,22 @@ class LLM:
         enable_tokenizer: bool = True,
         async_mode: bool = False,
     ) -> None:
-        from llmengine.backends import load_backend
+        from llmengine.backends import choose_device, load_backend
         from llmengine.models.source import open_model
 
-        resolved = (config if isinstance(config, ModelConfig) else ModelConfig(config)).resolve()
+        given = config if isinstance(config, ModelConfig) else ModelConfig(config)
+        resolved = given.resolve()
         source = open_model(resolved.model_dir, resolved.load_format)
-        self._loaded: tuple[ModelConfig, ModelSource] | None = (resolved, source)
         self._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
         loading = self._tokenizer_threads.submit(_load_tokenizer, source, tokenizer, enable_tokenizer)
+        try:
+            device = choose_device(resolved.device)
+        except BaseException:
+            self._tokenizer_threads.shutdown(wait=False)
+            raise
+        resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
+        resolved = resolved.resolve(accelerator=device != "cpu")
+        self._loaded: tuple[ModelConfig, ModelSource] | None = (resolved, source)
         self._start(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config)
         try:
             self._open(loading.result(), source.eos_token_ids, source.generation_config)

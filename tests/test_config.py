@@ -92,7 +92,33 @@ def test_typos_raise_in_the_constructor_and_in_assignments(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_defaults_resolve(kind: Any) -> None:
-    assert kind().resolve() == kind()
+    resolved = kind().resolve()
+    assert resolved.resolve() == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "accelerator", "limits"),
+    [
+        ({}, False, (64, 512, 256)),
+        ({}, True, (256, 2048, 1024)),
+        ({"max_batch_size": 700}, False, (700, 700, 700)),
+        ({"max_batch_size": 8}, True, (8, 2048, 1024)),
+        ({"max_tokens_per_step": 100}, False, (64, 100, 100)),
+        ({"max_tokens_per_step": 4096, "max_tokens_per_mixed_step": 300}, True, (256, 4096, 300)),
+    ],
+)
+def test_limits_that_are_not_given_follow_the_device(
+    given: dict[str, int], accelerator: bool, limits: tuple[int, int, int]
+) -> None:
+    for resolved in (
+        SchedulerConfig(**given).resolve(accelerator),
+        ModelConfig("d", scheduler_config=SchedulerConfig(**given)).resolve(accelerator).scheduler_config,
+    ):
+        assert (
+            resolved.max_batch_size,
+            resolved.max_tokens_per_step,
+            resolved.max_tokens_per_mixed_step,
+        ) == limits
 
 
 def test_fault_of_a_part_is_found_from_the_whole() -> None:

@@ -240,9 +240,8 @@ def test_the_kv_cache_is_sized_by_memory_and_by_use(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"backend": "tensorrt"}, "not in this version"),
-        ({"device": "cuda"}, "CPU only"),
-        ({"device": "cuda:1"}, "CPU only"),
-        ({"quant_config": QuantConfig(weights="int4")}, "'none' and 'int8'"),
+        ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
+        ({"quant_config": QuantConfig(weights="int4")}, "there are 'none' and"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),
     ],
 )

@@ -12,40 +12,51 @@ if TYPE_CHECKING:
     from llmengine.config import ModelConfig
     from llmengine.models.source import ModelSource
 
-__all__ = ["load_backend"]
+__all__ = ["choose_device", "load_backend"]
 
 _logger = logging.getLogger("llmengine.backends")
+
+
+def choose_device(name: str) -> str:
+    """Return "cpu" or "cuda:N" for `ModelConfig.device`; "auto" is the first CUDA device where torch finds one.
+
+    Raises `ConfigError` for a CUDA device that is not there.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+        _logger.info("device='auto': %s", name)
+    if name == "cpu":
+        return name
+    num_devices = torch.cuda.device_count() if has_cuda else 0
+    index = torch.device(name).index or 0
+    if index >= num_devices:
+        raise ConfigError(
+            f"device={name!r}: torch {torch.__version__} finds {num_devices} CUDA devices; use 'auto' or 'cpu', or "
+            "install a CUDA build of torch and a driver for it"
+        )
+    return f"cuda:{index}"
 
 
 def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     """Load the weights of `source` and return a backend that is ready for its first step.
 
-    `config` is resolved. device="auto" is the first CUDA device where torch finds one, else the CPU. Raises
-    `ConfigError` for a device, backend or format that is not here, `OutOfMemoryError` if weights or KV cache do not
-    fit, `CorruptFileError` for damaged weights.
+    `config` is resolved. Raises `ConfigError` for a device, backend or format that is not here, `OutOfMemoryError` if
+    weights or KV cache do not fit, `CorruptFileError` for damaged weights.
     """
     if config.backend == "tensorrt":
         raise ConfigError("backend='tensorrt' is not in this version; use 'auto' or 'torch'")
     if config.quant_config.weights == "int4":
-        raise ConfigError(
-            "quant_config.weights='int4' is not in this version; available are 'none' and, on CPUs, 'int8'"
-        )
-    import torch
-
-    has_cuda = torch.cuda.is_available()
-    device = torch.device(config.device if config.device != "auto" else "cuda" if has_cuda else "cpu")
-    if config.device == "auto":
-        _logger.info("device='auto': %s", device)
-    if device.type == "cpu":
+        raise ConfigError("quant_config.weights='int4' is not in this version; there are 'none' and, on a CPU, 'int8'")
+    device = choose_device(config.device)
+    if device == "cpu":
         from llmengine.backends.torch.cpu import CpuBackend
 
         return CpuBackend(config, source)
-    if not has_cuda or (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() if has_cuda else 0
-        raise ConfigError(
-            f"device={config.device!r}: torch {torch.__version__} finds {found} CUDA devices; use 'auto' or 'cpu', or "
-            "install a CUDA build of torch and a driver for it"
-        )
+    import torch
+
     from llmengine.backends.torch.cuda import CudaBackend
 
-    return CudaBackend(config, source, torch.device("cuda", device.index or 0))
+    return CudaBackend(config, source, torch.device(device))

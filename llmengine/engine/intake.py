@@ -7,7 +7,7 @@ the engine thread can fail there and take others with it.
 from __future__ import annotations
 
 import itertools
-import secrets
+import random
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +86,8 @@ class Intake:
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
         self._threads = tokenizer_threads
         self._request_ids = itertools.count()
+        # Seeded by the system once: asking it for each request takes as long as all else here.
+        self._seeds = random.Random()
 
     def submit(self, prompt: Prompt, options: RequestOptions, owner: object) -> RequestHandle:
         """Submit without blocking; raises what is wrong with anything but the tokens of a text prompt."""
@@ -202,7 +204,7 @@ class Intake:
             stream=stream,
             prompt_token_ids=encoded.token_ids,
             params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_token_ids=stop_token_ids,
             max_total_tokens=limit if params.max_new_tokens is None else min(limit, num_tokens + params.max_new_tokens),
             priority=options.priority,
@@ -237,13 +239,14 @@ def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
     if not isinstance(values, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise InvalidRequestError(f"the prompt is a {type(prompt).__name__}; it must be text or token ids")
     token_ids = list(values)
-    for kind in set(map(type, token_ids)):
+    kinds = set(map(type, token_ids))
+    for kind in kinds:
         if not _is_integer_type(kind):
             raise InvalidRequestError(f"the prompt holds a {kind.__name__}; token ids are integers")
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
-    return [int(token_id) for token_id in token_ids]
+    return token_ids if kinds <= {int} else [int(token_id) for token_id in token_ids]
 
 
 def _is_integer_type(kind: type) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 
 from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits
+from llmengine.backends.torch.cuda_stream import CudaStream, HostStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
     FROM_SLOT,
@@ -23,6 +25,7 @@ from llmengine.kernels.step import (
 )
 from llmengine.sampling_params import SamplingParams
 
+STREAMS = {"cpu": HostStream, "cuda": partial(CudaStream, 1)}
 NUM_SLOTS, MAX_BLOCKS, QUERY_BLOCK = 5, 6, 4
 LIMITS = StepLimits(max_tokens=32, max_rows=NUM_SLOTS, max_query_blocks=12, max_updates=40)
 
@@ -52,7 +55,7 @@ def test_a_mixed_batch_becomes_arrays_with_decodes_first(device: str) -> None:
     buffer, _ = make_buffer(device)
     tables = SlotTables(NUM_SLOTS, MAX_BLOCKS)
     sampled = buffer.fill(MIXED, tables.updates(MIXED.rows, MIXED.slot_inits), Bucket(16, 4, mixed=True), 1)
-    buffer.send(1)
+    buffer.send(1, STREAMS[device]())
     step = buffer.step
     assert sampled == [0, 1, 2]
     assert step.counts[[NUM_TOKENS, NUM_DECODES, NUM_QUERY_BLOCKS, NUM_SAMPLES]].tolist() == [10, 2, 3, 3]
@@ -74,7 +77,7 @@ def test_a_batch_of_decodes_becomes_arrays(device: str) -> None:
     buffer, _ = make_buffer(device)
     rows = [BatchRow(3, 8, 1, [], [2], True), BatchRow(1, 4, 1, [77], [], False)]
     sampled = buffer.fill(Batch(1, rows), [], Bucket(4, 4, mixed=False), 0)
-    buffer.send(0)
+    buffer.send(0, STREAMS[device]())
     step = buffer.step
     assert sampled == [3, -1]
     assert step.counts[[NUM_TOKENS, NUM_DECODES, NUM_QUERY_BLOCKS, NUM_SAMPLES]].tolist() == [2, 2, 0, 2]
@@ -96,7 +99,7 @@ def test_block_tables_grow_until_the_slot_is_initialised_again(device: str) -> N
         (Batch(3, [BatchRow(2, 0, 2, [1, 2], [3], True)], [make_init(2, [1, 2, 3])]), [3, 6, 8]),
     ):
         buffer.fill(batch, tables.updates(batch.rows, batch.slot_inits), Bucket(2, 2, mixed=True), 0)
-        buffer.send(0)
+        buffer.send(0, STREAMS[device]())
         begin_step(buffer.step, state, embedding, out)
         assert state.block_tables[2, :3].tolist() == expected
     assert int(state.last_token_ids[2]) == 3
@@ -111,7 +114,7 @@ def test_begin_step_equals_its_reference(device: str, hidden: int) -> None:
         state.last_token_ids.copy_(torch.arange(50, 50 + NUM_SLOTS + 1))
         updates = SlotTables(NUM_SLOTS, MAX_BLOCKS).updates(MIXED.rows, MIXED.slot_inits)
         buffer.fill(MIXED, updates, Bucket(12, 4, mixed=True), 0)
-        buffer.send(0)
+        buffer.send(0, STREAMS[device]())
         embedding = torch.randn(100, hidden, generator=torch.Generator().manual_seed(0)).to(device)
         out = torch.full((12, hidden), torch.nan, device=device)
         function(buffer.step, state, embedding, out)
@@ -125,7 +128,7 @@ def test_end_step_equals_its_reference_and_marks_failed_rows(device: str) -> Non
     for function in (end_step, end_step_reference):
         buffer, state = make_buffer(device)
         buffer.fill(MIXED, [], Bucket(12, 4, mixed=True), 1)
-        buffer.send(1)
+        buffer.send(1, STREAMS[device]())
         ring = torch.full((2, NUM_SLOTS), -7, dtype=torch.int32, device=device)
         ids = torch.tensor([5, 6, 7, 8], dtype=torch.int32, device=device)
         failed = torch.tensor([0, 1, 0, 0], dtype=torch.int32, device=device)

@@ -26,6 +26,7 @@ from llmengine.backends.torch.cuda_graphs import GraphCache
 from llmengine.backends.torch.cuda_model import CudaModel, allocate_weights, load_weights
 from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs
 from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits
+from llmengine.backends.torch.cuda_stream import CudaStream, HostStream, StepStream
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig, SchedulerConfig
@@ -42,26 +43,13 @@ _COMPILE_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A launched step: where its results will be, and the events around it."""
+    """A launched step: where its results will be, and which step was in flight before it."""
 
     batch: Batch
     ring_index: int
     sampled: Sequence[int]
     logprobs: PendingLogprobs | None
-    before: torch.cuda.Event | None
-    began: torch.cuda.Event | None
-    ended: torch.cuda.Event | None
-
-    def wait(self) -> tuple[float, float]:
-        """Block, without the GIL, until the step is done; return the seconds that it ran, and that it was waited for.
-
-        `before` is the end of the step before if that was in flight when this one was launched.
-        """
-        if self.began is None or self.ended is None:
-            return 0.0, 0.0
-        self.ended.synchronize()
-        idle_ms = 0.0 if self.before is None else self.before.elapsed_time(self.began)
-        return float(self.began.elapsed_time(self.ended)) * 1e-3, float(idle_ms) * 1e-3
+    before: int | None
 
 
 class CudaBackend:
@@ -113,7 +101,8 @@ class CudaBackend:
                 for future in compiled:
                     future.result()
         self._tables = SlotTables(num_slots, max_blocks)
-        self._graphs = GraphCache(device)
+        self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
+        self._graphs = GraphCache(device, self._stream)
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
         self._info = BackendInfo(
@@ -147,17 +136,18 @@ class CudaBackend:
             buffer = self._buffers[bucket.mixed]
             updates = self._tables.updates(batch.rows, batch.slot_inits)
             sampled = buffer.fill(batch, updates, bucket, ring_index)
-            before = self._pending[-1].ended if self._pending else None
-            began = self._record()
-            buffer.send(ring_index)
+            before = self._pending[-1].ring_index if self._pending else None
+            self._stream.mark_begin(ring_index)
+            buffer.send(ring_index, self._stream)
             self._graphs.run(bucket, partial(self._step, bucket))
             logprobs = self._sampler.logprobs(self._model.logits, sampled)
-            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, before, began, self._record()))
+            self._stream.mark_end(ring_index)
+            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, before))
 
     def collect(self) -> StepResult:
         """Wait for the oldest step, without the GIL, and return what it sampled."""
         pending = self._pending.popleft()
-        forward_s, idle_s = pending.wait()
+        forward_s, idle_s = self._stream.wait(pending.ring_index, pending.before)
         ids = self._ring[pending.ring_index, : len(pending.sampled)].tolist()
         chosen = dict(zip(pending.sampled, ids, strict=True))
         chosen.pop(-1, None)
@@ -193,6 +183,7 @@ class CudaBackend:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
+        self._stream.close()
         self._pending.clear()
         self._model = None
         self._kv = None
@@ -243,13 +234,6 @@ class CudaBackend:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._graphs.clear()
-
-    def _record(self) -> torch.cuda.Event | None:
-        if self._device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def _limits(scheduler: SchedulerConfig, max_blocks: int, query_block: int) -> dict[bool, StepLimits]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from llmengine.backends.torch.cuda_stream import StepStream
+
 _logger = logging.getLogger("llmengine.backends.torch.cuda")
 
 CAPTURE_BUDGET_S = 30.0
@@ -24,7 +26,8 @@ class GraphCache:
     no tensor that it allocated. Graphs hold raw addresses: whoever owns the tensors clears the cache before they go.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: StepStream) -> None:
+        self._stream = stream
         self._enabled = device.type == "cuda"
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -50,7 +53,7 @@ class GraphCache:
         """Queue the work of `function` in the current stream."""
         graph = self._graphs.get(key)
         if graph is not None:
-            graph.replay()
+            self._stream.replay(graph)
             return
         function()
         if self._enabled:

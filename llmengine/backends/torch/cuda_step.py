@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmengine.backends.torch.cuda_stream import StepStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
     FROM_SLOT,
@@ -144,10 +145,10 @@ class StepBuffer:
         self._num_update_words = len(updates)
         return sampled
 
-    def send(self, ring_index: int) -> None:
-        """Copy what the last `fill` wrote to the device, in the current stream."""
+    def send(self, ring_index: int, stream: StepStream) -> None:
+        """Queue the copy of what the last `fill` wrote."""
         used = self._updates_offset + self._num_update_words
-        self._packed[:used].copy_(self._staged[ring_index, :used], non_blocking=True)
+        stream.copy(self._packed[:used], self._staged[ring_index, :used])
 
     def _fill_mixed(
         self, host: dict[str, Int32Array], rows: Sequence[BatchRow], starts: Int32Array, inits: Sequence[SlotInit]

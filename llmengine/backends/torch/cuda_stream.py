@@ -1,0 +1,125 @@
+"""The stream that steps run on: copies, graph launches and time stamps, without giving up the GIL.
+
+torch gives the GIL up for each such call. Beside a thread that computes in Python each then takes an interpreter
+switch interval (5 ms by default) to come back, and a launch makes four of them. So these few go to the CUDA driver
+directly; none of them waits for the device. Only `wait` does, and there the GIL is given up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_NOT_READY = 600
+"""CUDA_ERROR_NOT_READY."""
+
+
+class StepStream(Protocol):
+    """A queue of device work. `index` names one of a fixed number of steps whose time stamps are kept."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy from (pinned) host memory; both are contiguous and of one size."""
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Queue a captured graph."""
+
+    def mark_begin(self, index: int) -> None:
+        """Queue the time stamp of a step's begin."""
+
+    def mark_end(self, index: int) -> None:
+        """Queue the time stamp of a step's end."""
+
+    def wait(self, index: int, before: int | None) -> tuple[float, float]:
+        """Block until the step has ended; return the seconds it ran, and those between the end of `before` and it."""
+
+    def close(self) -> None:
+        """Free what the stream holds; nothing may be queued."""
+
+
+class CudaStream:
+    """`StepStream` on torch's current stream of the calling thread."""
+
+    def __init__(self, num_steps: int) -> None:
+        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        self._driver = ctypes.PyDLL(name)  # calls hold the GIL
+        self._waiting_driver = ctypes.CDLL(name)  # calls give it up
+        self._stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._begins = [self._new_event() for _ in range(num_steps)]
+        self._ends = [self._new_event() for _ in range(num_steps)]
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy from pinned host memory."""
+        address, size = ctypes.c_uint64(target.data_ptr()), ctypes.c_size_t(source.nbytes)
+        source_address = ctypes.c_void_p(source.data_ptr())
+        _check(self._driver.cuMemcpyHtoDAsync_v2(address, source_address, size, self._stream), "cuMemcpyHtoDAsync")
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Queue a captured graph."""
+        _check(self._driver.cuGraphLaunch(ctypes.c_void_p(graph.raw_cuda_graph_exec()), self._stream), "cuGraphLaunch")
+
+    def mark_begin(self, index: int) -> None:
+        """Queue the time stamp of a step's begin."""
+        _check(self._driver.cuEventRecord(self._begins[index], self._stream), "cuEventRecord")
+
+    def mark_end(self, index: int) -> None:
+        """Queue the time stamp of a step's end."""
+        _check(self._driver.cuEventRecord(self._ends[index], self._stream), "cuEventRecord")
+
+    def wait(self, index: int, before: int | None) -> tuple[float, float]:
+        """Block, without the GIL, unless the step has ended; return its seconds, and those since `before` ended."""
+        status = self._driver.cuEventQuery(self._ends[index])
+        if status == _NOT_READY:
+            status = self._waiting_driver.cuEventSynchronize(self._ends[index])
+        _check(status, "a step")
+        idle_s = 0.0 if before is None else self._seconds(self._ends[before], self._begins[index])
+        return self._seconds(self._begins[index], self._ends[index]), idle_s
+
+    def close(self) -> None:
+        """Free the events; nothing may be queued."""
+        for event in (*self._begins, *self._ends):
+            _check(self._driver.cuEventDestroy_v2(event), "cuEventDestroy")
+        self._begins, self._ends = [], []
+
+    def _new_event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        _check(self._driver.cuEventCreate(ctypes.byref(event), ctypes.c_uint(0)), "cuEventCreate")
+        return event
+
+    def _seconds(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        milliseconds = ctypes.c_float()
+        _check(self._driver.cuEventElapsedTime(ctypes.byref(milliseconds), begin, end), "cuEventElapsedTime")
+        return milliseconds.value * 1e-3
+
+
+class HostStream:
+    """`StepStream` on the CPU, where everything is done when it is queued; for tests."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy."""
+        target.copy_(source)
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """There are no graphs."""
+        raise NotImplementedError
+
+    def mark_begin(self, index: int) -> None:
+        """Nothing is timed."""
+
+    def mark_end(self, index: int) -> None:
+        """Nothing is timed."""
+
+    def wait(self, index: int, before: int | None) -> tuple[float, float]:
+        """Return at once."""
+        return 0.0, 0.0
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise RuntimeError(f"{what} failed with CUDA error {status}; the GPU's memory is in an unknown state")
