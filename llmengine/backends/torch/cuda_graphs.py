@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Hashable
@@ -66,6 +67,8 @@ class GraphCache:
     def _capture(self, key: Hashable, function: Callable[[], None]) -> None:
         began, free = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
         graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # what it frees on this thread could end the capture
         try:
             # Other threads of the program may use CUDA meanwhile; by default a capture forbids them to allocate.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -77,6 +80,9 @@ class GraphCache:
             self._enabled = False
             _logger.warning("step %s runs eagerly from now on, as do new ones: capture failed: %s", key, failure)
             return
+        finally:
+            if collects:
+                gc.enable()
         self._graphs[key] = graph
         self._spent_s += time.perf_counter() - began
         self._spent_bytes += max(0, free - torch.cuda.mem_get_info(self._device)[0])
