@@ -1,15 +1,14 @@
 """Times of every implementation of a model's matrix products, checked, with cold weights in a CUDA graph.
 
-python -m benchmarks.kernels.bench_linear 135m [qkv o gate_up down lm_head] [--rows 1 8 16 64 128 256]
+python -m benchmarks.kernels.bench_linear 135m [qkv o gate_up down lm_head] [--rows 1 8 16 32 64 256]
     [--configs m16n32k128w4s4 ...] [--no-pdl] [--fp16]
 
-`--configs` adds configurations to the candidates; up to 128 rows have any. TB/s counts the weight alone.
+`--configs` adds configurations to the candidates; up to 64 rows have any. TB/s counts the weight alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -45,16 +44,6 @@ def shape_of(model: str, product: str, num_rows: int, dtype: torch.dtype) -> Gem
         "lm_head": ("norm_linear", vocab, hidden),
     }[product]
     return GemmShape(operation, num_rows, n, k, dtype, torch.float32 if product == "lm_head" else dtype)
-
-
-def parse_config(name: str) -> SkinnyConfig:
-    """Return the configuration that `str` gave this name."""
-    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?", name)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{name!r} is not like m16n32k128w4s4x2-norm")
-    *sizes, split_k, own_norm = match.groups()
-    block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
-    return SkinnyConfig(block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None)
 
 
 def error_of(kernels: LinearKernels, shape: GemmShape, config: SkinnyConfig | None) -> float:
@@ -120,8 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("products", nargs="*", metavar="product", help=f"of {', '.join(PRODUCTS)}; all if none")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 128, 256])
-    parser.add_argument("--configs", type=parse_config, nargs="+", default=[])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256])
+    parser.add_argument("--configs", type=SkinnyConfig.parse, nargs="+", default=[])
     parser.add_argument("--no-pdl", action="store_true")
     parser.add_argument("--fp16", action="store_true")
     arguments = parser.parse_args()

@@ -16,26 +16,66 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from llmengine.kernels.linear import GemmShape, LinearKernels, SkinnyConfig
+from llmengine.kernels.linear import MAX_FEW_ROWS, GemmShape, LinearKernels, SkinnyConfig
 from llmengine.kernels.timing import time_graph
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
-ROW_BUCKETS = (1, 16, 32, 64, 128)
+ROW_BUCKETS = (1, 8, 16, 32, 64)
 
-_FILE_VERSION = 1
+_FILE_VERSION = 2
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 _COLD_BYTES = 160 << 20
 """Weights that a measurement goes through before it meets one again; three times an H100's L2."""
 
 _COMPILE_THREADS = 8
+
+_CANDIDATES: dict[int, dict[str, str]] = {
+    1: {
+        "small norm_linear": "m1n4k512w2s1 m1n4k1024w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
+        "large norm_linear": "m1n16k256w4s1 m1n8k512w4s1 m1n4k1024w4s1 m16n64k128w4s4-norm cublas",
+        "wide norm_linear": "m1n8k512w4s1 m1n8k1024w8s1 m1n16k256w4s1 m16n32k128w4s5-norm m16n64k128w4s4-norm cublas",
+        "small norm_linear_silu": "m1n4k512w2s1 m1n4k1024w2s1 m1n4k512w4s1 m1n8k256w4s1 cublas",
+        "large norm_linear_silu": "m1n32k128w4s1 m1n16k256w4s1 m1n8k512w4s1 m1n4k512w4s1 cublas",
+        "small linear_add": "m1n4k512w2s1 m1n4k1024w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
+        "large linear_add": "m1n8k512w4s1 m1n4k1024w4s1 m1n8k1024w8s1 m1n16k512w8s1 cublas",
+    },
+    8: {
+        "small norm_linear": "m8n4k512w2s1 m8n4k256w2s1 m16n32k128w4s5 cublas",
+        "large norm_linear": "cublas m8n16k256w4s1 m8n8k512w4s1 m16n64k128w4s4-norm",
+        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm m8n32k256w4s1 m8n16k256w4s1 cublas",
+        "small norm_linear_silu": "m8n4k256w2s1 m8n4k128w1s1 m16n16k64w2s6 cublas",
+        "large norm_linear_silu": "cublas m16n32k256w4s3 m8n16k256w4s1 m8n8k256w4s1",
+        "small linear_add": "m8n4k256w2s1 m8n4k512w2s1 m16n64k128w4s4 cublas",
+        "large linear_add": "cublas m16n16k128w2s6 m8n16k256w4s1 m8n4k1024w4s1",
+    },
+    16: {
+        "small norm_linear": "m16n32k128w4s5 cublas",
+        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm cublas",
+        "small norm_linear_silu": "m16n16k64w2s6 cublas",
+        "large norm_linear_silu": "cublas m16n32k256w4s3",
+        "small linear_add": "cublas m16n64k128w4s4",
+        "large linear_add": "cublas m16n16k128w2s6",
+    },
+    32: {
+        "wide norm_linear": "m32n32k128w4s5-norm m32n64k128w4s4-norm cublas",
+        "small linear_add": "cublas m32n16k128w4s4",
+    },
+    64: {
+        "small norm_linear": "m64n64k64w4s5-norm cublas",
+        "wide norm_linear": "m64n64k64w4s5-norm cublas",
+        "small norm_linear_silu": "m64n32k64w4s5-norm cublas",
+        "large norm_linear_silu": "m64n32k64w4s5-norm cublas",
+    },
+}
+"""By bucket and kind of shape, those that were fast on an H100 with models of 135M, 1B and 8B parameters."""
 
 MeasureUs = Callable[[GemmShape, SkinnyConfig | None], float]
 """Returns microseconds of a call; infinity where the device cannot run the configuration."""
@@ -47,13 +87,11 @@ class GemmChoices:
     Args:
         file: where measurements are kept between processes. A file that is unreadable or cannot be written is
             reported in the log, and otherwise as if it were not there.
-        measure_us: times one configuration.
         clock: seconds, for the budget.
     """
 
-    def __init__(self, file: Path, measure_us: MeasureUs, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
-        self._measure_us = measure_us
         self._clock = clock
         self._chosen = _read(file)
 
@@ -65,18 +103,20 @@ class GemmChoices:
         key = _key(bucketed)
         return self._chosen[key] if key in self._chosen else heuristic(shape)
 
-    def measure(self, shapes: Iterable[GemmShape], budget_s: float) -> int:
+    def measure(self, shapes: Iterable[GemmShape], budget_s: float, measure_us: MeasureUs) -> int:
         """Measure the shapes that are not known yet until `budget_s` is spent; return how many are left.
 
         The first shapes come first. Runs on the device and must not overlap a graph capture. The budget is looked at
         before each configuration, so it is exceeded by one at most; a shape that was not finished counts as left.
         """
         bucketed = {_key(shape): shape for shape in map(_bucketed, shapes) if shape is not None}
-        missing = {key: shape for key, shape in bucketed.items() if key not in self._chosen}
+        missing = {
+            key: shape for key, shape in bucketed.items() if key not in self._chosen and len(candidates(shape)) > 1
+        }
         deadline = self._clock() + budget_s
         num_measured = 0
         for key, shape in missing.items():
-            times = self._times_us(shape, deadline)
+            times = self._times_us(shape, deadline, measure_us)
             if times is None:
                 break
             self._chosen[key] = min(times, key=times.__getitem__)
@@ -90,23 +130,25 @@ class GemmChoices:
             _logger.info("%d of %d matrix shapes were not measured in %.1f s", left, len(missing), budget_s)
         return left
 
-    def _times_us(self, shape: GemmShape, deadline: float) -> dict[SkinnyConfig | None, float] | None:
+    def _times_us(
+        self, shape: GemmShape, deadline: float, measure_us: MeasureUs
+    ) -> dict[SkinnyConfig | None, float] | None:
         """Return the microseconds of each candidate, None if the deadline came first."""
         times: dict[SkinnyConfig | None, float] = {}
         for config in candidates(shape):
             if self._clock() >= deadline:
                 return None
-            times[config] = self._measure_us(shape, config)
+            times[config] = measure_us(shape, config)
         return times
 
 
 def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
-    """Return choices that are measured with `kernels` on `device` and kept in `cache_dir()`."""
+    """Return choices for `kernels` on `device`, kept in `cache_dir()`."""
     name = f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
     if kernels.pdl:
         name += "-pdl"
     file = cache_dir() / f"gemm-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-    return GemmChoices(file, CudaTimer(kernels, device))
+    return GemmChoices(file)
 
 
 def cache_dir() -> Path:
@@ -155,49 +197,22 @@ def candidates(shape: GemmShape) -> list[SkinnyConfig | None]:
     bucketed = _bucketed(shape)
     if bucketed is None or shape.dtype == torch.float32:
         return [None]
-    rows = bucketed.num_rows
-    if shape.operation == "linear_add":
-        tiles = _few_row_tiles(shape, rows) if rows <= 32 else _many_row_tiles(rows, 64)
-        configs = [replace(config, split_k=_num_splits(shape, config)) for config in tiles]
-    else:
-        # A gated program reads two tiles of weights: half the columns keep as many bytes in flight.
-        gated = shape.operation == "norm_linear_silu"
-        tiles = _few_row_tiles(shape, rows, gated) if rows <= 32 else _many_row_tiles(rows, 32 if gated else 64)
-        # Every program normalizes all rows, so a kernel before is cheaper once there is much to normalize.
-        configs = tiles
-        if rows > 32:
-            configs = [replace(config, fuse_norm=False) for config in tiles]
-        elif not _is_small(shape):
-            separate = [replace(config, fuse_norm=False) for config in tiles if config.block_m > 1]
-            configs = [*tiles[:2], *separate[:2]] if rows == 1 else [*separate, tiles[0]]
-    return [None, *configs] if rows > 64 else [*configs, None]
+    names = _CANDIDATES[bucketed.num_rows].get(f"{_size(shape)} {shape.operation}", "cublas").split()
+    return [None if name == "cublas" else _split(shape, SkinnyConfig.parse(name)) for name in names]
 
 
-def _few_row_tiles(shape: GemmShape, rows: int, gated: bool = False) -> list[SkinnyConfig]:
-    """Return tiles for up to 32 rows, K whole and the norm fused; with one row the one without tensor cores first."""
-    block_m = max(rows, 16)
-    if _is_small(shape):
-        # As many programs as possible, and most of what each reads in flight at once.
-        tiles = [SkinnyConfig(block_m, 16, 64, num_warps=4, num_stages=6)]
-        tiles.append(SkinnyConfig(block_m, 16, 256 if rows <= 16 else 128, num_warps=4, num_stages=4))
-        one_row = SkinnyConfig(1, 4, 512, num_warps=2, num_stages=1)
-    else:
-        narrow = SkinnyConfig(block_m, 16 if gated else 32, 128, num_warps=4, num_stages=5)
-        tiles = [narrow, replace(narrow, block_n=2 * narrow.block_n, num_stages=4)]
-        one_row = SkinnyConfig(1, 4, 1024, num_warps=4, num_stages=1)
-    return [one_row, *tiles] if rows == 1 else tiles
+def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
+    """Return "small" where latency counts more than the memory's speed: up to 8 MiB of weights; "wide" for LM heads."""
+    if shape.n * shape.k <= 1 << 22:
+        return "small"
+    return "wide" if shape.operation == "norm_linear" and shape.n >= 6 * shape.k else "large"
 
 
-def _many_row_tiles(rows: int, block_n: int) -> list[SkinnyConfig]:
-    """Return tiles for more than 32 rows."""
-    narrow = SkinnyConfig(rows, block_n // 2, 64, num_warps=4, num_stages=5)
-    # Wider ones would hold more sums than there are registers.
-    return [narrow, replace(narrow, block_n=block_n)] if rows <= 64 else [narrow]
-
-
-def _is_small(shape: GemmShape) -> bool:
-    """True where latency counts more than the memory's speed: up to 8 MiB of weights."""
-    return shape.n * shape.k <= 1 << 22
+def _split(shape: GemmShape, config: SkinnyConfig) -> SkinnyConfig:
+    """Return `config` with as many splits of K as the shape needs, where the operation can split it."""
+    if shape.operation != "linear_add" or config.block_m <= MAX_FEW_ROWS:
+        return config
+    return replace(config, split_k=_num_splits(shape, config))
 
 
 def _num_splits(shape: GemmShape, config: SkinnyConfig) -> int:

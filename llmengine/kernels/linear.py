@@ -3,9 +3,8 @@
 A decode step has few rows, and then a product costs what reading its weight costs. Two kernels read it once at the
 memory's speed and do the rest on the way: a program owns `block_n` outputs (of a gated pair the same columns of gate
 and up), walks K, sums the squares of x while it multiplies, and scales by the inverse RMS at the end.
-`_few_rows_kernel`, up to 8 rows, multiplies what it loads in registers; `_skinny_kernel`, from 9 rows on, takes it
-through shared memory to the tensor cores. For many rows a product is bound by arithmetic: cuBLAS and small kernels
-around it.
+`_few_rows_kernel`, for up to 8 rows, multiplies what it loads in registers; `_skinny_kernel` takes it through shared
+memory to the tensor cores. For many rows a product is bound by arithmetic: cuBLAS and small kernels around it.
 
 Each operation takes a `SkinnyConfig`, or None for cuBLAS; `gemm_choice` knows which is faster.
 """
@@ -368,7 +367,6 @@ def _few_rows_kernel(
     """
     COLUMNS: tl.constexpr = BLOCK_N // LANES
     TURNS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    UNROLL: tl.constexpr = 4
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     up_offset = tl.cast(N, tl.int64) * K
@@ -389,7 +387,7 @@ def _few_rows_kernel(
     acc = tl.zeros((LANES, BLOCK_M, COLUMNS, BLOCK_K // VECTOR), dtype=tl.float32)
     up_acc = acc
     squares = tl.zeros((LANES, BLOCK_M, 1, BLOCK_K // VECTOR), dtype=tl.float32)
-    for turn in tl.range(0, TURNS, num_stages=1, loop_unroll_factor=min(TURNS, UNROLL)):
+    for turn in tl.range(0, TURNS, num_stages=1):
         k = turn * BLOCK_K
         if K % BLOCK_K == 0:
             k_mask = tl.full((1, 1, 1, 1), True, tl.int1)

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates, cuda_choices, heuristic
+from llmengine.kernels.gemm_choice import (
+    ROW_BUCKETS,
+    CudaTimer,
+    GemmChoices,
+    cache_dir,
+    candidates,
+    cuda_choices,
+    heuristic,
+)
 from llmengine.kernels.linear import GemmShape, LinearKernels, Operation, SkinnyConfig
 
 OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
-SHAPE = GemmShape("norm_linear", 16, 960, 576, torch.bfloat16, torch.bfloat16)
+SHAPE = GemmShape("norm_linear", 8, 960, 576, torch.bfloat16, torch.bfloat16)
 OTHER = replace(SHAPE, n=576)
 
 
@@ -30,7 +38,7 @@ class FakeTimer:
         return 1.0 if config == self.fastest else 2.0
 
     def choices(self, file: Path) -> GemmChoices:
-        return GemmChoices(file, self, clock=lambda: self.now)
+        return GemmChoices(file, clock=lambda: self.now)
 
 
 @pytest.fixture
@@ -42,10 +50,10 @@ def file(tmp_path: Path) -> Path:
 def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: SkinnyConfig | None) -> None:
     timer = FakeTimer(fastest)
     choices = timer.choices(file)
-    assert choices.measure([replace(SHAPE, num_rows=5), SHAPE], budget_s=60.0) == 0
+    assert choices.measure([replace(SHAPE, num_rows=5), SHAPE], budget_s=60.0, measure_us=timer) == 0
     assert timer.num_calls == len(candidates(SHAPE))
     again = timer.choices(file)
-    assert again.measure([SHAPE], budget_s=60.0) == 0
+    assert again.measure([SHAPE], budget_s=60.0, measure_us=timer) == 0
     assert timer.num_calls == len(candidates(SHAPE))
     assert choices.choose(replace(SHAPE, num_rows=2)) == again.choose(SHAPE) == fastest
 
@@ -53,21 +61,22 @@ def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: Skin
 def test_the_budget_ends_measuring_between_configurations(file: Path) -> None:
     timer = FakeTimer(None)
     choices = timer.choices(file)
-    assert choices.measure([SHAPE, OTHER], budget_s=len(candidates(SHAPE)) + 1.5) == 1
+    assert choices.measure([SHAPE, OTHER], budget_s=len(candidates(SHAPE)) + 1.5, measure_us=timer) == 1
     assert timer.now == len(candidates(SHAPE)) + 2
     assert choices.choose(SHAPE) is None
     assert choices.choose(OTHER) == heuristic(OTHER)
-    assert choices.measure([SHAPE, OTHER], budget_s=60.0) == 0
+    assert choices.measure([SHAPE, OTHER], budget_s=60.0, measure_us=timer) == 0
     assert choices.choose(OTHER) is None
 
 
 def test_processes_keep_what_the_other_measured(file: Path) -> None:
-    one, other = FakeTimer(None).choices(file), FakeTimer(None).choices(file)
-    one.measure([SHAPE], budget_s=60.0)
-    other.measure([OTHER], budget_s=60.0)
     timer = FakeTimer(None)
-    assert timer.choices(file).measure([SHAPE, OTHER], budget_s=60.0) == 0
-    assert timer.num_calls == 0
+    one, other = timer.choices(file), timer.choices(file)
+    one.measure([SHAPE], budget_s=60.0, measure_us=timer)
+    other.measure([OTHER], budget_s=60.0, measure_us=timer)
+    num_calls = timer.num_calls
+    assert timer.choices(file).measure([SHAPE, OTHER], budget_s=60.0, measure_us=timer) == 0
+    assert timer.num_calls == num_calls
 
 
 @pytest.mark.parametrize(
@@ -76,32 +85,34 @@ def test_processes_keep_what_the_other_measured(file: Path) -> None:
         "",
         "[]",
         "\xff",
-        '{"version": 1}',
-        '{"version": 1, "choices": 3}',
-        '{"version": 1, "choices": {"a": 7}}',
-        '{"version": 1, "choices": {"a": {"block_m": 1}}}',
+        '{"version": 2}',
+        '{"version": 2, "choices": 3}',
+        '{"version": 2, "choices": {"a": 7}}',
+        '{"version": 2, "choices": {"a": {"block_m": 1}}}',
     ],
 )
 def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     file.parent.mkdir()
     file.write_bytes(content.encode("latin-1"))
-    choices = FakeTimer(None).choices(file)
+    timer = FakeTimer(None)
+    choices = timer.choices(file)
     assert str(file) in caplog.text
     assert choices.choose(SHAPE) == heuristic(SHAPE)
-    choices.measure([SHAPE], budget_s=60.0)
+    choices.measure([SHAPE], budget_s=60.0, measure_us=timer)
     assert FakeTimer(None).choices(file).choose(SHAPE) is None
 
 
 def test_measurements_of_other_kernels_are_not_used(file: Path) -> None:
     file.parent.mkdir()
-    file.write_text('{"version": 0, "choices": {}}')
+    file.write_text('{"version": 1, "choices": {}}')
     assert FakeTimer(None).choices(file).choose(SHAPE) == heuristic(SHAPE)
 
 
 def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "taken").write_text("")
-    choices = FakeTimer(None).choices(tmp_path / "taken" / "gemm.json")
-    assert choices.measure([SHAPE], budget_s=60.0) == 0
+    timer = FakeTimer(None)
+    choices = timer.choices(tmp_path / "taken" / "gemm.json")
+    assert choices.measure([SHAPE], budget_s=60.0, measure_us=timer) == 0
     assert choices.choose(SHAPE) is None
     assert "could not be kept" in caplog.text
 
@@ -117,6 +128,15 @@ def test_many_rows_go_to_cublas(file: Path) -> None:
             assert config.block_m >= rows
 
 
+def test_a_single_candidate_is_not_measured(file: Path) -> None:
+    timer = FakeTimer(None)
+    choices = timer.choices(file)
+    shape = replace(SHAPE, dtype=torch.float32, out_dtype=torch.float32)
+    assert choices.measure([shape], budget_s=0.0, measure_us=timer) == 0
+    assert timer.num_calls == 0
+    assert choices.choose(shape) is None
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (576, 1536), (4096, 14336), (128256, 4096)])
 def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
@@ -124,12 +144,11 @@ def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
         shape = GemmShape(operation, rows, n, k, torch.bfloat16, torch.bfloat16)
         configs = candidates(shape)
         assert None in configs
-        assert len(set(configs)) == len(configs) <= 5
+        assert len(set(configs)) == len(configs) <= 6
         for config in configs:
             if config is not None:
                 assert config.block_m >= rows
                 assert config.split_k == 1 or operation == "linear_add"
-                assert (config.block_m == 1) <= (rows == 1)
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,8 +165,9 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measuring_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMENGINE_CACHE_DIR", str(tmp_path))
     kernels = LinearKernels("cuda", pdl=torch.cuda.get_device_capability() >= (9, 0))
-    choices = cuda_choices(kernels, torch.device("cuda", 0))
+    device = torch.device("cuda", 0)
+    choices = cuda_choices(kernels, device)
     shapes = [replace(SHAPE, operation=operation) for operation in OPERATIONS]
-    assert choices.measure(shapes, budget_s=120.0) == 0
+    assert choices.measure(shapes, budget_s=120.0, measure_us=CudaTimer(kernels, device)) == 0
     assert len(list(tmp_path.iterdir())) == 1
     assert all(choices.choose(shape) in candidates(shape) for shape in shapes)

@@ -22,7 +22,7 @@ from llmengine.kernels.attention import (
     query_block_size,
     rope_and_write,
 )
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, cuda_choices
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, CudaTimer, cuda_choices
 from llmengine.kernels.linear import BoundLinear, GemmShape, LinearKernels, LinearOps, Operation
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.models.arch import ModelArch, canonical_shapes
@@ -119,9 +119,9 @@ class CudaModel:
         self._inner = buffer(max_tokens, arch.intermediate_size)
         self._sampled = buffer(max_rows, arch.hidden_size)
         self._pdl = _has_pdl(device)
-        kernels = LinearKernels(device, pdl=self._pdl)
-        self._choices = cuda_choices(kernels, device) if device.type == "cuda" else None
-        ops = LinearOps(kernels, self._choices.choose if self._choices is not None else _plain)
+        self._kernels = LinearKernels(device, pdl=self._pdl)
+        self._choices = cuda_choices(self._kernels, device) if device.type == "cuda" else None
+        ops = LinearOps(self._kernels, self._choices.choose if self._choices is not None else _plain)
         self._layers = [
             _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
@@ -144,7 +144,7 @@ class CudaModel:
                 shapes.append(GemmShape(operation, rows, n, k, dtype, dtype))
             vocab, hidden = self.embedding.shape
             shapes.append(GemmShape("norm_linear", rows, vocab, hidden, dtype, torch.float32))
-        self._choices.measure(shapes, budget_s)
+        self._choices.measure(shapes, budget_s, CudaTimer(self._kernels, self.embedding.device))
         torch.cuda.empty_cache()
 
     def forward(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> Tensor:
