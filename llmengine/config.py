@@ -223,7 +223,7 @@ class ModelConfig(_Settings):
     backend: BackendName = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
-    tuning_budget_s: float = 5.0
+    tuning_budget_s: float = 4.0
     load_format: Literal["auto", "dummy"] = "auto"
 
     def resolve(self, accelerator: bool = False) -> Self:

@@ -22,12 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from llmengine.kernels.linear import MAX_FEW_ROWS, GemmShape, LinearKernels, SkinnyConfig
+from llmengine.kernels.linear import GemmShape, LinearKernels, SkinnyConfig
 from llmengine.kernels.timing import time_graph
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
-ROW_BUCKETS = (1, 8, 16, 32, 64)
+ROW_BUCKETS = (1, 16, 32, 64)
 
 _FILE_VERSION = 2
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
@@ -39,29 +39,20 @@ _COMPILE_THREADS = 8
 
 _CANDIDATES: dict[int, dict[str, str]] = {
     1: {
-        "small norm_linear": "m1n4k512w2s1 m1n4k1024w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
+        "small norm_linear": "m1n4k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
         "large norm_linear": "m1n16k256w4s1 m1n8k512w4s1 m1n4k1024w4s1 m16n64k128w4s4-norm cublas",
-        "wide norm_linear": "m1n8k512w4s1 m1n8k1024w8s1 m1n16k256w4s1 m16n32k128w4s5-norm m16n64k128w4s4-norm cublas",
-        "small norm_linear_silu": "m1n4k512w2s1 m1n4k1024w2s1 m1n4k512w4s1 m1n8k256w4s1 cublas",
-        "large norm_linear_silu": "m1n32k128w4s1 m1n16k256w4s1 m1n8k512w4s1 m1n4k512w4s1 cublas",
-        "small linear_add": "m1n4k512w2s1 m1n4k1024w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
-        "large linear_add": "m1n8k512w4s1 m1n4k1024w4s1 m1n8k1024w8s1 m1n16k512w8s1 cublas",
-    },
-    8: {
-        "small norm_linear": "m8n4k512w2s1 m8n4k256w2s1 m16n32k128w4s5 cublas",
-        "large norm_linear": "cublas m8n16k256w4s1 m8n8k512w4s1 m16n64k128w4s4-norm",
-        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm m8n32k256w4s1 m8n16k256w4s1 cublas",
-        "small norm_linear_silu": "m8n4k256w2s1 m8n4k128w1s1 m16n16k64w2s6 cublas",
-        "large norm_linear_silu": "cublas m16n32k256w4s3 m8n16k256w4s1 m8n8k256w4s1",
-        "small linear_add": "m8n4k256w2s1 m8n4k512w2s1 m16n64k128w4s4 cublas",
-        "large linear_add": "cublas m16n16k128w2s6 m8n16k256w4s1 m8n4k1024w4s1",
+        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm m1n8k512w4s1 m1n8k1024w8s1 cublas",
+        "small norm_linear_silu": "m1n4k512w2s1 m1n4k512w4s1 m1n8k256w4s1 cublas",
+        "large norm_linear_silu": "m1n16k256w4s1 m1n32k128w4s1 m1n8k512w4s1 cublas",
+        "small linear_add": "m1n4k512w2s1 m1n2k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
+        "large linear_add": "m1n8k512w4s1 m1n4k1024w4s1 m1n8k1024w8s1 cublas",
     },
     16: {
         "small norm_linear": "m16n32k128w4s5 cublas",
-        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm cublas",
+        "wide norm_linear": "m16n64k128w4s4-norm m16n32k128w4s5-norm cublas",
         "small norm_linear_silu": "m16n16k64w2s6 cublas",
         "large norm_linear_silu": "cublas m16n32k256w4s3",
-        "small linear_add": "cublas m16n64k128w4s4",
+        "small linear_add": "m16n64k128w4s4 cublas",
         "large linear_add": "cublas m16n16k128w2s6",
     },
     32: {
@@ -210,7 +201,7 @@ def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
 
 def _split(shape: GemmShape, config: SkinnyConfig) -> SkinnyConfig:
     """Return `config` with as many splits of K as the shape needs, where the operation can split it."""
-    if shape.operation != "linear_add" or config.block_m <= MAX_FEW_ROWS:
+    if shape.operation != "linear_add" or config.block_m == 1:
         return config
     return replace(config, split_k=_num_splits(shape, config))
 

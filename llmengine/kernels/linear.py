@@ -1,10 +1,9 @@
 """A layer's matrix products with what stands around them: RMSNorm before, residual or gated activation after.
 
-A decode step has few rows, and then a product costs what reading its weight costs. Two kernels read it once at the
-memory's speed and do the rest on the way: a program owns `block_n` outputs (of a gated pair the same columns of gate
-and up), walks K, sums the squares of x while it multiplies, and scales by the inverse RMS at the end.
-`_few_rows_kernel`, for up to 8 rows, multiplies what it loads in registers; `_skinny_kernel` takes it through shared
-memory to the tensor cores. For many rows a product is bound by arithmetic: cuBLAS and small kernels around it.
+A decode step has few rows, and then a product costs what reading its weight costs. `_skinny_kernel` reads it once at
+the memory's speed and does the rest on the way: a program owns `block_n` outputs (of a gated pair the same columns of
+gate and up), walks K, sums the squares of x while it multiplies, and scales by the inverse RMS at the end. For many
+rows a product is bound by arithmetic: cuBLAS and small kernels around it.
 
 Each operation takes a `SkinnyConfig`, or None for cuBLAS; `gemm_choice` knows which is faster.
 """
@@ -15,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,27 +33,21 @@ BoundLinear = Callable[[Tensor, Tensor], None]
 MAX_SPLIT_TILES = 4096
 """Bounds N / block_n where K is split."""
 
-MAX_FEW_ROWS = 8
-"""Up to here a product can do without tensor cores."""
-
-_LOAD_BYTES = 16
-"""The most that a thread loads at once."""
-
 _PREFETCH_BYTES = tl.constexpr(512)
 """What one thread asks the L2 for while the kernel before still runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class SkinnyConfig:
-    """How a kernel cuts a product up.
+    """How `_skinny_kernel` cuts a product up.
 
     Attributes:
-        block_m: rows of x, a power of two; up to 8 without tensor cores.
+        block_m: rows of x; 1 multiplies without tensor cores, else a power of two from 16 on. With 1, let block_k be
+            256 * num_warps: then x and weights are laid out alike, and threads do not wait for each other in a turn.
         block_n: outputs of a program, a power of two.
         block_k: inputs of one turn, a power of two.
-        num_stages: turns whose loads are in flight at once, through shared memory; 1 loads into registers and is all
-            there is without tensor cores.
-        split_k: programs that share the K of one tile; only for `linear_add` with tensor cores.
+        num_stages: turns whose loads are in flight at once, through shared memory; 1 loads into registers.
+        split_k: programs that share the K of one tile; only for `linear_add`.
         fuse_norm: normalize on the way, else by a kernel before; only where there is a norm.
     """
 
@@ -215,46 +208,38 @@ class LinearKernels:
         assert x.is_contiguous()
         assert weight.is_contiguous()
         assert out.is_contiguous()
-        common = (
-            x,
-            weight if norm_weight is None else norm_weight,
-            weight,
-            weight if bias is None else bias,
-            out,
-            eps,
-            num_rows,
-            n,
-        )
-        sizes = {"K": k, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        flags = {"NORM": norm_weight is not None, "BIAS": bias is not None, "GATED": gated, "ADD": add}
-        options = {
-            "PREFETCH_CHUNKS": max(config.num_warps * 32 // config.block_n, 1) if self.pdl else 0,
-            "num_warps": config.num_warps,
-            "launch_pdl": self.pdl,
-        }
         num_tiles = triton.cdiv(n, config.block_n)
-        if config.block_m <= MAX_FEW_ROWS:
-            assert config.num_stages == config.split_k == 1, f"{config} needs tensor cores"
-            vector = _LOAD_BYTES // x.element_size()
-            lanes = min(max(config.num_warps * 32 * vector // config.block_k, 1), config.block_n)
-            launch = _launcher(_few_rows_kernel, (num_tiles,), compile_only)
-            launch(*common, VECTOR=vector, LANES=lanes, **sizes, **flags, **options)
-            return
         partials = x
         if config.split_k > 1:
             assert add, "only linear_add splits K"
             assert num_tiles <= MAX_SPLIT_TILES
             partials = x.new_empty(config.split_k * num_tiles * config.block_m * config.block_n, dtype=torch.float32)
-        launch = _launcher(_skinny_kernel, (num_tiles, config.split_k), compile_only)
+        grid = (num_tiles, config.split_k)
+        launch = partial(_skinny_kernel.warmup, grid=grid) if compile_only else _skinny_kernel[grid]
         launch(
-            *common,
+            x,
+            weight if norm_weight is None else norm_weight,
+            weight,
+            weight if bias is None else bias,
+            out,
             partials,
             self._counters,
+            eps,
+            num_rows,
+            n,
+            K=k,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
             NUM_STAGES=config.num_stages,
             SPLIT_K=config.split_k,
-            **sizes,
-            **flags,
-            **options,
+            PREFETCH_CHUNKS=max(config.num_warps * 32 // config.block_n, 1) if self.pdl else 0,
+            NORM=norm_weight is not None,
+            BIAS=bias is not None,
+            GATED=gated,
+            ADD=add,
+            num_warps=config.num_warps,
+            launch_pdl=self.pdl,
         )
 
 
@@ -317,10 +302,6 @@ def linear_reference(
     return y if residual is None else y + residual.float()
 
 
-def _launcher(kernel: Any, grid: tuple[int, ...], compile_only: bool) -> Callable[..., Any]:
-    return partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
-
-
 def _mm(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Write x @ weight.T + bias to `out`."""
     if out.dtype == x.dtype:
@@ -338,101 +319,17 @@ def _mm(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _few_rows_kernel(
-    x,
-    norm_weight,
-    weight,
-    bias,
-    out,
-    eps,
-    num_rows,
-    N,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LANES: tl.constexpr,
-    PREFETCH_CHUNKS: tl.constexpr,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """Tiles are [LANES, row of x, column of a lane, K]; the first and the last axis are spread over the threads.
-
-    LANES * BLOCK_K are as many elements as all threads load at once, VECTOR each. The middle axes lie within a thread,
-    and every lane loads x for itself: so all tiles are laid out alike, and the loop needs neither shared memory nor a
-    barrier. Each thread sums its own share of K; shares are summed after the loop.
-    """
-    COLUMNS: tl.constexpr = BLOCK_N // LANES
-    TURNS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    up_offset = tl.cast(N, tl.int64) * K
-    # Columns beyond N read the last one's weights, so the loop needs no mask for them.
-    weight_rows = weight + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K
-    _prefetch_and_wait(weight_rows, weight_rows + up_offset, 0, K, PREFETCH_CHUNKS, GATED)
-    addend = _load_addend(bias, out, rows, columns, num_rows, N, BIAS, ADD)
-    up_addend = _load_addend(bias + N, out, rows, columns, num_rows, N, BIAS and GATED, False)
-
-    # Shaped by their offsets, since indexing a tensor that was loaded would lose the layout.
-    lane = tl.arange(0, LANES)[:, None, None, None]
-    tile_rows = rows[None, :, None, None]
-    tile_columns = tl.program_id(0) * BLOCK_N + lane * COLUMNS + tl.arange(0, COLUMNS)[None, None, :, None]
-    k_offsets = tl.arange(0, BLOCK_K)[None, None, None, :]
-    weight_tiles = weight + tl.minimum(tile_columns, N - 1).to(tl.int64) * K + k_offsets
-    x_tiles = tl.broadcast_to(x + tile_rows * K + k_offsets, (LANES, BLOCK_M, 1, BLOCK_K))
-    norm_tiles = tl.broadcast_to(norm_weight + k_offsets, (LANES, 1, 1, BLOCK_K))
-    acc = tl.zeros((LANES, BLOCK_M, COLUMNS, BLOCK_K // VECTOR), dtype=tl.float32)
-    up_acc = acc
-    squares = tl.zeros((LANES, BLOCK_M, 1, BLOCK_K // VECTOR), dtype=tl.float32)
-    for turn in tl.range(0, TURNS, num_stages=1):
-        k = turn * BLOCK_K
-        if K % BLOCK_K == 0:
-            k_mask = tl.full((1, 1, 1, 1), True, tl.int1)
-        else:
-            k_mask = k + k_offsets < K
-        weight_tile = tl.load(weight_tiles + k, mask=k_mask, other=0.0, eviction_policy="evict_first")
-        if GATED:
-            up_tile = tl.load(weight_tiles + up_offset + k, mask=k_mask, other=0.0, eviction_policy="evict_first")
-        x_tile = tl.load(x_tiles + k, mask=k_mask & (tile_rows < num_rows), other=0.0).to(tl.float32)
-        if NORM:
-            squares = _add_products(x_tile, x_tile, squares, VECTOR)
-            x_tile *= tl.load(norm_tiles + k, mask=k_mask, other=0.0).to(tl.float32)
-        acc = _add_products(x_tile, weight_tile.to(tl.float32), acc, VECTOR)
-        if GATED:
-            up_acc = _add_products(x_tile, up_tile.to(tl.float32), up_acc, VECTOR)
-    acc = tl.sum(acc, 3)
-    up_acc = tl.sum(up_acc, 3)
-    if NORM:
-        inverse = tl.rsqrt(tl.sum(squares, 3) / K + eps)
-        acc *= inverse
-        up_acc *= inverse
-    acc = tl.reshape(tl.permute(acc, (1, 0, 2)), (BLOCK_M, BLOCK_N))
-    up_acc = tl.reshape(tl.permute(up_acc, (1, 0, 2)), (BLOCK_M, BLOCK_N))
-    _finish(acc + addend, up_acc + up_addend, out, rows, columns, num_rows, N, GATED)
-
-
-@triton.jit
-def _add_products(x_tile, weight_tile, acc, VECTOR: tl.constexpr):
-    """Add to acc [LANES, M, COLUMNS, K // VECTOR] the products, each thread's VECTOR summed."""
-    products = tl.reshape(x_tile * weight_tile, (acc.shape[0], acc.shape[1], acc.shape[2], acc.shape[3], VECTOR))
-    return acc + tl.sum(products, 4)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
 def _skinny_kernel(
     x,
     norm_weight,
     weight,
     bias,
     out,
+    partials,
+    counters,
     eps,
     num_rows,
     N,
-    partials,
-    counters,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -456,17 +353,22 @@ def _skinny_kernel(
     TURNS: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT_K - 1) // SPLIT_K
     EVEN_K: tl.constexpr = K == TURNS * BLOCK_K * SPLIT_K
     begin = split * (TURNS * BLOCK_K)
-    _prefetch_and_wait(weight_rows, up_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS, GATED)
-    addend = _load_addend(bias, out, rows, columns, num_rows, N, BIAS, ADD)
-    up_addend = _load_addend(bias + N, out, rows, columns, num_rows, N, BIAS and GATED, False)
+    if PREFETCH_CHUNKS > 0:
+        _prefetch(weight_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
+        if GATED:
+            _prefetch(up_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
     row_mask = rows[:, None] < num_rows
     x_rows = x + rows[:, None] * K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Row sums of squares, as the diagonal of x @ x.T: elementwise work on an operand of a product would cost every
-    # warp all of it.
-    squares = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
+    # Without tensor cores each thread sums its own share of K, and shares are summed after the loop.
+    ACC_SHAPE: tl.constexpr = (BLOCK_N, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_N)
+    acc = tl.zeros(ACC_SHAPE, dtype=tl.float32)
+    up_acc = tl.zeros(ACC_SHAPE, dtype=tl.float32)
+    # Row sums of squares, as the diagonal of x @ x.T where there are tensor cores: elementwise work on an operand of
+    # a product would cost every warp all of it.
+    squares = tl.zeros((1, BLOCK_K) if BLOCK_M == 1 else (BLOCK_M, BLOCK_M), dtype=tl.float32)
     if NORM:
         next_scale = tl.load(norm_weight + begin + k_offsets, mask=begin + k_offsets < K, other=0.0)
     for turn in tl.range(0, TURNS, num_stages=NUM_STAGES):
@@ -482,15 +384,18 @@ def _skinny_kernel(
             # One turn ahead, since so small a load does not go through shared memory.
             scale = next_scale
             next_scale = tl.load(norm_weight + k + BLOCK_K, mask=k + BLOCK_K < K, other=0.0)
-            squares = tl.dot(x_tile, tl.trans(x_tile), squares, input_precision="ieee")
+            squares = _multiply(x_tile, x_tile, squares, BLOCK_M)
             x_tile = x_tile * scale[None, :]
-        acc = tl.dot(x_tile, tl.trans(weight_tile), acc, input_precision="ieee")
+        acc = _multiply(x_tile, weight_tile, acc, BLOCK_M)
         if GATED:
             if EVEN_K:
                 up_tile = tl.load(up_rows + k[None, :], eviction_policy="evict_first")
             else:
                 up_tile = tl.load(up_rows + k[None, :], mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
-            up_acc = tl.dot(x_tile, tl.trans(up_tile), up_acc, input_precision="ieee")
+            up_acc = _multiply(x_tile, up_tile, up_acc, BLOCK_M)
+    if BLOCK_M == 1:
+        acc = tl.sum(acc, 1)[None, :]
+        up_acc = tl.sum(up_acc, 1)[None, :]
 
     mask = row_mask & (columns[None, :] < N)
     if SPLIT_K > 1:
@@ -508,43 +413,31 @@ def _skinny_kernel(
         for other in tl.static_range(SPLIT_K):
             acc += tl.load(tile_partials + other * SHARE_SIZE, mask=mask, other=0.0, cache_modifier=".cg")
     if NORM:
-        squares = tl.where(rows[:, None] == rows[None, :], squares, 0.0)
+        if BLOCK_M > 1:
+            squares = tl.where(rows[:, None] == rows[None, :], squares, 0.0)
         inverse = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
         acc *= inverse
         up_acc *= inverse
-    _finish(acc + addend, up_acc + up_addend, out, rows, columns, num_rows, N, GATED)
-
-
-@triton.jit
-def _load_addend(bias, out, rows, columns, num_rows, N, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """Return what is added to the products, [BLOCK_M, BLOCK_N] in fp32; before the loop, so that none waits for it."""
-    addend = tl.zeros((rows.shape[0], columns.shape[0]), dtype=tl.float32)
     if BIAS:
-        addend += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if ADD:
-        mask = (rows[:, None] < num_rows) & (columns[None, :] < N)
-        addend += tl.load(out + rows[:, None] * N + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    return addend
-
-
-@triton.jit
-def _finish(y, up, out, rows, columns, num_rows, N, GATED: tl.constexpr):
-    """Write y [BLOCK_M, BLOCK_N], of a gated pair silu(y) * up."""
-    if GATED:
-        y = y * tl.sigmoid(y) * up
-    mask = (rows[:, None] < num_rows) & (columns[None, :] < N)
-    tl.store(out + rows[:, None] * N + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _prefetch_and_wait(weight_rows, up_rows, begin, end, CHUNKS: tl.constexpr, GATED: tl.constexpr):
-    """Let the next kernel start, and wait for the one before; with 0 CHUNKS that happens by itself."""
-    if CHUNKS > 0:
-        _prefetch(weight_rows, begin, end, CHUNKS)
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            _prefetch(up_rows, begin, end, CHUNKS)
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+            up_acc += tl.load(bias + N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        acc = acc * tl.sigmoid(acc) * up_acc
+    target = out + rows[:, None] * N + columns[None, :]
+    if ADD:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _multiply(x_tile, weight_tile, acc, BLOCK_M: tl.constexpr):
+    """Add x_tile [BLOCK_M, BLOCK_K] times weight_tile [BLOCK_N, BLOCK_K], of one row without its sum over K."""
+    if BLOCK_M == 1:
+        acc += weight_tile.to(tl.float32) * x_tile.to(tl.float32)
+    else:
+        acc = tl.dot(x_tile, tl.trans(weight_tile), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from llmengine.kernels.linear import GemmShape, LinearKernels, Operation, Skinny
 
 OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
 SHAPE = GemmShape("norm_linear", 8, 960, 576, torch.bfloat16, torch.bfloat16)
-OTHER = replace(SHAPE, n=576)
+OTHER = replace(SHAPE, n=32000)
 
 
 class FakeTimer:
