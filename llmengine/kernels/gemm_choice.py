@@ -41,10 +41,10 @@ _CANDIDATES: dict[int, dict[str, str]] = {
     1: {
         "small norm_linear": "m1n4k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
         "large norm_linear": "m1n16k256w4s1 m1n8k512w4s1 m1n4k1024w4s1 m16n64k128w4s4-norm cublas",
-        "wide norm_linear": "m16n32k128w4s5-norm m16n64k128w4s4-norm m1n8k512w4s1 m1n8k1024w8s1 cublas",
+        "wide norm_linear": "m16n64k128w4s4-norm m16n32k128w4s5-norm m1n8k512w4s1 m1n8k1024w8s1 cublas",
         "small norm_linear_silu": "m1n4k512w2s1 m1n4k512w4s1 m1n8k256w4s1 cublas",
         "large norm_linear_silu": "m1n16k256w4s1 m1n32k128w4s1 m1n8k512w4s1 cublas",
-        "small linear_add": "m1n4k512w2s1 m1n2k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
+        "small linear_add": "m1n2k512w2s1 m1n4k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas",
         "large linear_add": "m1n8k512w4s1 m1n4k1024w4s1 m1n8k1024w8s1 cublas",
     },
     16: {
@@ -232,7 +232,8 @@ def random_call(
     kernels: LinearKernels, shape: GemmShape, config: SkinnyConfig | None, weight: Tensor
 ) -> Callable[[], None]:
     """Return a call of the shape's operation on random operands."""
-    x = torch.randn(shape.num_rows, shape.k, device=weight.device).to(shape.dtype)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(shape.num_rows, shape.k, generator=generator, device=weight.device, dtype=shape.dtype)
     norm_weight = torch.ones(shape.k, device=weight.device, dtype=shape.dtype)
     out = torch.zeros(shape.num_rows, shape.n, device=weight.device, dtype=shape.out_dtype)
     if shape.operation == "linear_add":
@@ -246,8 +247,12 @@ def cold_weights(shape: GemmShape, device: torch.device) -> list[Tensor]:
     """Return as many random weights as together exceed `_COLD_BYTES`."""
     num_rows = shape.n * (2 if shape.operation == "norm_linear_silu" else 1)
     count = -(-_COLD_BYTES // (num_rows * shape.k * shape.dtype.itemsize))
-    # Random, since zeros make the memory and the chip faster than they are.
-    return [torch.randn(num_rows, shape.k, device=device, dtype=shape.dtype).mul_(0.02) for _ in range(count)]
+    # Random, since zeros make the memory and the chip faster than they are; not from the program's own generator.
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(num_rows, shape.k, generator=generator, device=device, dtype=shape.dtype).mul_(0.02)
+        for _ in range(count)
+    ]
 
 
 def _read(file: Path) -> dict[str, SkinnyConfig | None]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from llmengine.kernels.attention import (
     AttentionConfig,
@@ -31,18 +29,6 @@ from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_
 MAX_POSITIONS = 1024
 MIXED = ([1, 2, 17, 70], [(5, 5), (40, 1), (75, 21)])
 """Context lengths of decodes; (context length, tokens in the step) of chunks."""
-
-
-@pytest.fixture(autouse=True)
-def _loops_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter's `tl.range` end at a loaded number, an array of one element, which numpy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index_too(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
 
 
 @dataclass(frozen=True)

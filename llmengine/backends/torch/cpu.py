@@ -16,6 +16,7 @@ import torch
 from llmengine.backends.inputs import SlotTable, StepInputs
 from llmengine.backends.sampler import Sampler, Samples
 from llmengine.backends.torch.attention import AttentionShape, PagedAttention
+from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
     MAX_NATIVE_TOKENS,
     NATIVE_DIRECTORY,
@@ -27,7 +28,6 @@ from llmengine.backends.torch.native import (
 from llmengine.backends.torch.weights import CpuModel, load_cpu_model, wants_int8
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import ModelArch
 from llmengine.models.rope import rope_table
 from llmengine.models.source import ModelSource
@@ -35,8 +35,6 @@ from llmengine.models.source import ModelSource
 _logger = logging.getLogger("llmengine.backends.torch.cpu")
 
 _DEFAULT_FRACTION = 0.2
-_MIN_CONTEXT = 64
-"""A KV cache for fewer tokens than this (or than the model's own limit) is refused: nothing useful would fit."""
 
 
 class CpuBackend:
@@ -53,7 +51,7 @@ class CpuBackend:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
-        limit = _context_limit(config, arch)
+        limit = context_limit(config, arch)
         native_library, native_text = _find_native(config, source, native_directory)
         with torch.inference_mode():
             model = load_cpu_model(config, source, row_major=native_library is not None)
@@ -173,37 +171,16 @@ def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: flo
     return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
 
 
-def _context_limit(config: ModelConfig, arch: ModelArch) -> int:
-    wanted, limit = config.max_model_len, arch.max_position_embeddings
-    if wanted is not None and wanted > limit:
-        raise ConfigError(f"max_model_len={wanted} is above the model's max_position_embeddings={limit}")
-    return wanted or limit
-
-
 def _size_kv_cache(config: ModelConfig, arch: ModelArch, limit: int) -> AttentionShape:
-    """Return the attention's sizes with as many blocks as memory, configuration and use allow.
-
-    Raises `OutOfMemoryError` if less than a small context fits.
-    """
-    kv = config.kv_cache_config
-    fraction = _DEFAULT_FRACTION if kv.free_memory_fraction is None else kv.free_memory_fraction
-    free = psutil.virtual_memory().available
-    budget = int(free * fraction) if kv.max_bytes is None else min(int(free * fraction), kv.max_bytes)
+    """Return the attention's sizes with as many blocks as there is room for."""
     shape = AttentionShape(
         num_layers=arch.num_layers,
         num_heads=arch.num_heads,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
         num_blocks=1,
-        block_size=kv.block_size,
+        block_size=config.kv_cache_config.block_size,
     )
-    useful = config.scheduler_config.max_batch_size * -(-limit // kv.block_size) + 1
-    num_blocks = min(budget // shape.bytes_per_block, useful)
-    if (num_blocks - 1) * kv.block_size < min(_MIN_CONTEXT, limit):
-        raise OutOfMemoryError(
-            f"KV cache: {budget / 2**20:.1f} MiB hold {max(num_blocks - 1, 0)} blocks of {kv.block_size} tokens "
-            f"({shape.bytes_per_block / 2**20:.2f} MiB each), too few for {min(_MIN_CONTEXT, limit)} tokens; "
-            f"{free / 2**20:.0f} MiB are free: raise kv_cache_config.max_bytes={kv.max_bytes} or "
-            f"free_memory_fraction={fraction}"
-        )
+    free_bytes = psutil.virtual_memory().available
+    num_blocks = num_kv_blocks(config, limit, shape.bytes_per_block, free_bytes, _DEFAULT_FRACTION)
     return replace(shape, num_blocks=num_blocks)

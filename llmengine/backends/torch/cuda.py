@@ -12,6 +12,7 @@ Sampled ids stay on the device as the slots' last tokens, so step N+1 does not w
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ _logger = logging.getLogger("llmengine.backends.torch.cuda")
 _DEFAULT_FRACTION = 0.9
 _STEPS_IN_FLIGHT = 8
 _COMPILE_THREADS = 8
+_FIRST_CAPTURES_S = 2.0
+"""Most seconds that loading spends on captures; the other buckets follow when they are first seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class CudaBackend:
             }
             # The kernels are compiled while the weights arrive.
             with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
-                stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+                stream = _stream_after_current(device)
                 compiled = [threads.submit(self._compile, bucket, stream) for bucket in self._first_buckets()]
                 load_weights(weights, source)
                 for future in compiled:
@@ -105,6 +108,7 @@ class CudaBackend:
         self._graphs = GraphCache(device, self._stream)
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
+        self._capture_decodes()
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, Triton",
             vocab_size=arch.vocab_size,
@@ -230,6 +234,16 @@ class CudaBackend:
             self._step(bucket)
         stream.synchronize()
 
+    def _capture_decodes(self) -> None:
+        """Capture steps of decodes, small ones first, so that serving does not begin with captures."""
+        deadline = time.monotonic() + _FIRST_CAPTURES_S
+        with torch.inference_mode():
+            for size in self._decode_sizes if self._device.type == "cuda" else ():
+                if time.monotonic() >= deadline:
+                    break
+                bucket = Bucket(size, size, mixed=False)
+                self._graphs.run(bucket, partial(self._step, bucket))
+
     def _forget_graphs(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -264,6 +278,15 @@ def _sample_sizes(max_rows: int) -> list[int]:
 def _round_up(sizes: Sequence[int], wanted: int) -> int:
     """Return the least of the ascending sizes that holds `wanted`."""
     return sizes[bisect_left(sizes, wanted)]
+
+
+def _stream_after_current(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a new stream whose work starts when what is queued in the current one is done; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def _free_bytes(device: torch.device) -> int:
