@@ -140,9 +140,17 @@ def test_a_library_that_cannot_be_loaded_is_left_out(tmp_path: Path) -> None:
     assert driver.generate([driver.add(0, prompt(9))], 5) == [reference_greedy(model, prompt(9), 5)]
 
 
-def test_int8_weights_are_not_for_it(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    assert "no native decoder: int8 weights" in load_tiny(tmp_path, quant="int8").info.description
+@pytest.mark.parametrize("shape", ["gqa", "mha", "biases", "three_queries_a_head"])
+def test_int8_weights_have_its_attention(tmp_path: Path, native_directory: Path, shape: str) -> None:
+    save_tiny(tmp_path, **SHAPES[shape])
+    native = load_tiny(tmp_path, quant="int8", native_directory=native_directory)
+    assert f"steps of up to {MAX_NATIVE_TOKENS} tokens in native attention" in native.info.description
+    entries, tokens = run_mixed_steps(native)
+    expected_entries, expected_tokens = run_mixed_steps(load_tiny(tmp_path, quant="int8", native_directory=NO_NATIVE))
+    assert tokens == expected_tokens
+    for one, other in zip(entries, expected_entries, strict=True):
+        # A rounding that falls the other way moves an activation by a whole step of its int8 scale.
+        assert one.logprob == pytest.approx(other.logprob, abs=0.1)
 
 
 @pytest.mark.skipif(not sysconfig.get_platform().startswith("linux"), reason="built and tested on Linux only")

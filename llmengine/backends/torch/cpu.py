@@ -20,6 +20,7 @@ from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
     MAX_NATIVE_TOKENS,
     NATIVE_DIRECTORY,
+    NativeAttention,
     NativeDecoder,
     NativeLibrary,
     NativeUnavailableError,
@@ -52,15 +53,19 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        native_library, native_text = _find_native(config, source, native_directory)
+        quantized = wants_int8(config, source)
+        native_library, native_text = _find_native(quantized, native_directory)
         with torch.inference_mode():
-            model = load_cpu_model(config, source, row_major=native_library is not None)
+            model = load_cpu_model(config, source, row_major=native_library is not None and not quantized)
             shape = _size_kv_cache(config, arch, limit)
             max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
             table = rope_table(arch.rope, arch.head_dim, max_model_len)
             self._attention: PagedAttention | None = PagedAttention(shape, table)
             self._native: NativeDecoder | None = None
-            if native_library is not None:
+            self._native_attention: NativeAttention | None = None
+            if native_library is not None and quantized:
+                self._native_attention = NativeAttention(native_library, arch, self._attention, max_model_len)
+            elif native_library is not None:
                 weights = dict(model.canonical())
                 self._native = NativeDecoder(native_library, arch, weights, self._attention, max_model_len)
         self._model: CpuModel | None = model
@@ -109,11 +114,14 @@ class CpuBackend:
         if self._native is not None and len(inputs.token_ids) <= self._native.max_tokens:
             return self._native.forward(inputs, self._slots.block_tables)
         assert self._model is not None
-        assert self._attention is not None
-        self._attention.plan(inputs, self._slots.block_tables)
+        native = self._native_attention
+        is_small = native is not None and len(inputs.token_ids) <= native.max_tokens
+        attention = native if is_small else self._attention
+        assert attention is not None
+        attention.plan(inputs, self._slots.block_tables)
         every = len(inputs.sample_tokens) == len(inputs.token_ids)
         logit_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
-        return self._model.decoder.forward(torch.from_numpy(inputs.token_ids), self._attention.attend, logit_tokens)
+        return self._model.decoder.forward(torch.from_numpy(inputs.token_ids), attention.attend, logit_tokens)
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""
@@ -136,19 +144,19 @@ class CpuBackend:
         self._model = None
         self._attention = None
         self._native = None
+        self._native_attention = None
         self._result = None
         _trim_heap()
 
 
-def _find_native(config: ModelConfig, source: ModelSource, directory: Path) -> tuple[NativeLibrary | None, str]:
-    """Return the native library if it serves this model, and what the description says of it."""
+def _find_native(quantized: bool, directory: Path) -> tuple[NativeLibrary | None, str]:
+    """Return the native library if it is there, and what the description says of it."""
     try:
-        if wants_int8(config, source):
-            raise NativeUnavailableError("int8 weights")
         library = load_native_library(directory)
     except NativeUnavailableError as error:
         return None, f"no native decoder: {error}"
-    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder ({library.variant})"
+    part = "native attention" if quantized else "the native decoder"
+    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in {part} ({library.variant})"
 
 
 def _trim_heap() -> None:

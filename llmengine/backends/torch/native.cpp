@@ -52,6 +52,13 @@ struct Step {
   float* logits;  // [num_logits, vocab]
 };
 
+// One layer's attention alone, for matrices that the caller multiplies.
+struct Attention {
+  int64_t layer;
+  float* qkv;       // [num_tokens, (heads + 2 * kv_heads) * head_dim]; q and k are rotated in place
+  float* attended;  // [num_tokens, heads * head_dim]
+};
+
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
 #elif defined(__AVX2__)
@@ -339,7 +346,17 @@ class Runner {
     scores_ = next;
   }
 
+  // Attends over a layer's KV for the `qkv` of the caller; the model's matrices may be empty.
+  Runner(const Model& model, const Step& step, const Attention& attention) : Runner(model, step) {
+    layer_ = attention.layer;
+    qkv_ = attention.qkv;
+    attended_ = attention.attended;
+    scores_ = step.workspace;
+  }
+
   static void enter(void* runner) { static_cast<Runner*>(runner)->run(); }
+
+  static void enter_attention(void* runner) { static_cast<Runner*>(runner)->run_attention(); }
 
  private:
   struct Range {
@@ -381,6 +398,15 @@ class Runner {
     norm(model_.final_norm, share(num_tokens));
     model_.barrier();
     project(model_.lm_head, normed_, num_tokens, share(model_.lm_head.rows), step_.logits, false);
+  }
+
+  void run_attention() {
+    const int64_t thread = model_.thread_index(), team = model_.team_size();
+    const int64_t num_units = step_.num_tokens * (model_.num_heads + 2 * model_.num_kv_heads);
+    const Layer& layer = model_.layers[layer_];
+    rotate_and_write(layer, Range{num_units * thread / team, num_units * (thread + 1) / team});
+    model_.barrier();
+    attend_all(layer, step_.num_tokens, team, scores_ + thread * kMaxSharedHeads * model_.max_context);
   }
 
   void embed(Range tokens) {
@@ -523,7 +549,7 @@ class Runner {
 
   const Model& model_;
   const Step& step_;
-  int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
+  int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_, layer_ = 0;
   float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *scores_;
   Counter units_;
 };
@@ -539,11 +565,16 @@ void run_team(const Model& model, const Step& step) {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 1; }
+int llmengine_native_version() { return 2; }
 
 void llmengine_forward_fp32(const Model* model, const Step* step) { run_team<float>(*model, *step); }
 
 void llmengine_forward_bf16(const Model* model, const Step* step) { run_team<Bf16>(*model, *step); }
 
 void llmengine_forward_fp16(const Model* model, const Step* step) { run_team<Fp16>(*model, *step); }
+
+void llmengine_attend(const Model* model, const Step* step, const Attention* attention) {
+  Runner<float> runner(*model, *step, *attention);
+  model->parallel(Runner<float>::enter_attention, &runner, static_cast<unsigned>(model->num_threads), 0);
+}
 }

@@ -1,5 +1,7 @@
 """The native decoder: a step of few tokens as one call into a compiled library, if the installation has it.
 
+Where the library does not know the weights' format, it still computes the attention.
+
 The library computes on the same weights and KV blocks as the torch path, on the threads of torch's own OpenMP pool.
 `native.cpp` is its source; the structures here mirror those there.
 """
@@ -27,7 +29,7 @@ MAX_NATIVE_TOKENS = 128
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
 
-_VERSION = 1
+_VERSION = 2
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
@@ -99,6 +101,10 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Attention(ctypes.Structure):
+    _fields_ = (("layer", _Int), ("qkv", _Pointer), ("attended", _Pointer))
+
+
 @dataclass(frozen=True, slots=True)
 class NativeLibrary:
     """The loaded library and the entry points of torch's OpenMP pool."""
@@ -133,6 +139,88 @@ def _openmp_pool() -> tuple[int, ...]:
         raise NativeUnavailableError("this build of torch does not use GNU OpenMP") from error
 
 
+class NativeAttention:
+    """`PagedAttention` in the native library, on its KV pools, for steps of at most `max_tokens` tokens.
+
+    For matrices that the library does not know: `plan` once a step, then `attend` once a layer.
+
+    Args:
+        max_context: tokens, of any request.
+    """
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        arch: ModelArch,
+        attention: PagedAttention,
+        max_context: int,
+        max_tokens: int = MAX_NATIVE_TOKENS,
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._function = library.library.llmengine_attend
+        self._function.restype = None
+        self._columns = arch.num_heads * arch.head_dim
+        layers = (_Layer * arch.num_layers)(
+            *(
+                _Layer(keys=keys.data_ptr(), values=values.data_ptr())
+                for keys, values in zip(attention.keys, attention.values, strict=True)
+            )
+        )
+        rope = attention.rope_table.contiguous()
+        self._model = _describe(library, arch, attention, max_context)
+        self._model.layers, self._model.rope = ctypes.addressof(layers), rope.data_ptr()
+        self._workspace = torch.empty(_scores_size(self._model))
+        self._step = _Step()
+        self._inputs: tuple[StepInputs, NDArray[np.int32]] | None = None
+        self._kept = (attention, layers, rope, library)
+
+    def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
+        """Take over a step's rows; both must stay as they are until its last `attend`."""
+        assert len(inputs.token_ids) <= self.max_tokens
+        self._inputs = inputs, block_tables
+        self._step = _Step(
+            num_tokens=len(inputs.token_ids),
+            table_stride=block_tables.shape[1],
+            positions=inputs.positions.ctypes.data,
+            token_slots=inputs.token_slots.ctypes.data,
+            block_tables=block_tables.ctypes.data,
+            workspace=self._workspace.data_ptr(),
+        )
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """`models.decoder.Attend`: rotate in place, write keys and values, attend."""
+        qkv = qkv.contiguous()
+        attended = torch.empty(len(qkv), self._columns)
+        attention = _Attention(layer, qkv.data_ptr(), attended.data_ptr())
+        self._function(ctypes.byref(self._model), ctypes.byref(self._step), ctypes.byref(attention))
+        return attended
+
+
+def _describe(library: NativeLibrary, arch: ModelArch, attention: PagedAttention, max_context: int) -> _Model:
+    """Return the model without weights and tables."""
+    block_size = attention.shape.block_size
+    parallel, barrier, thread_index, team_size = library.pool
+    return _Model(
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        block_size=block_size,
+        num_threads=torch.get_num_threads(),
+        max_context=-(-max_context // block_size) * block_size,
+        norm_eps=arch.rms_norm_eps,
+        parallel=parallel,
+        barrier=barrier,
+        thread_index=thread_index,
+        team_size=team_size,
+    )
+
+
+def _scores_size(model: _Model) -> int:
+    """Return the floats that the threads' scores take."""
+    return int(model.num_threads * _MAX_SHARED_HEADS * model.max_context)
+
+
 class NativeDecoder:
     """`models.decoder.Decoder.forward` with its attention, for steps of at most `max_tokens` tokens.
 
@@ -157,36 +245,18 @@ class NativeDecoder:
         dtype = weights["layers.0.qkv.weight"].dtype
         self._forward = getattr(library.library, f"llmengine_forward_{_DTYPES[dtype]}")
         self._forward.restype = None
-        block_size = attention.shape.block_size
-        max_context = -(-max_context // block_size) * block_size
         layers = (_Layer * arch.num_layers)(
             *(self._layer(f"layers.{index}.", weights, attention, index) for index in range(arch.num_layers))
         )
-        head = "embed_tokens" if arch.tie_word_embeddings else "lm_head"
-        num_threads = torch.get_num_threads()
-        parallel, barrier, thread_index, team_size = library.pool
-        self._model = _Model(
-            num_layers=arch.num_layers,
-            num_heads=arch.num_heads,
-            num_kv_heads=arch.num_kv_heads,
-            head_dim=arch.head_dim,
-            block_size=block_size,
-            num_threads=num_threads,
-            max_context=max_context,
-            layers=ctypes.addressof(layers),
-            embedding=self._matrix("embed_tokens", weights),
-            lm_head=self._matrix(head, weights),
-            final_norm=self._vector(weights["final_norm.weight"]),
-            norm_eps=arch.rms_norm_eps,
-            rope=self._vector(attention.rope_table),
-            parallel=parallel,
-            barrier=barrier,
-            thread_index=thread_index,
-            team_size=team_size,
-        )
+        self._model = _describe(library, arch, attention, max_context)
+        self._model.layers = ctypes.addressof(layers)
+        self._model.embedding = self._matrix("embed_tokens", weights)
+        self._model.lm_head = self._matrix("embed_tokens" if arch.tie_word_embeddings else "lm_head", weights)
+        self._model.final_norm = self._vector(weights["final_norm.weight"])
+        self._model.rope = self._vector(attention.rope_table)
         qkv_size = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
         per_token = 2 * arch.hidden_size + qkv_size + arch.num_heads * arch.head_dim + 3 * arch.intermediate_size
-        self._workspace = torch.empty(max_tokens * per_token + num_threads * _MAX_SHARED_HEADS * max_context)
+        self._workspace = torch.empty(max_tokens * per_token + _scores_size(self._model))
         self._kept += [layers, library]
 
     def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
