@@ -203,7 +203,9 @@ def test_max_overlap_counts_what_runs_at_once() -> None:
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(model: Path) -> None:
-    command = [sys.executable, "-m", "llmengine", "generate", str(model), "Hello", "--max-new-tokens", "1000"]
+    # So many that it cannot be done before the signal comes.
+    prompts = [f"Hello {index}" for index in range(500)]
+    command = [sys.executable, "-m", "llmengine", "generate", str(model), *prompts, "--max-new-tokens", "1000"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, start_new_session=True) as process:
