@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,11 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model: Path) -> None:
     command = [sys.executable, "-m", "llmengine", "generate", str(model), *prompts, "--max-new-tokens", "1000"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, start_new_session=True) as process:
+    # A shell that runs the tests in its background has them ignore the signal, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, env=environment, start_new_session=True, preexec_fn=heed
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)  # it generates
         process.send_signal(signal.SIGINT)
