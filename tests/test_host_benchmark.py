@@ -48,5 +48,4 @@ def test_prints_a_row_for_each_concurrency_and_profiles_both_threads(capsys: pyt
     for concurrency in (1, 4):
         assert f"engine thread, {concurrency} consumers" in printed
         assert f"consumers' loop, {concurrency} consumers" in printed
-    assert "(schedule)" in printed
-    assert "(__anext__)" in printed
+    assert printed.count(" function calls ") == 4
