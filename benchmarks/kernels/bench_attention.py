@@ -16,7 +16,6 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.timing import time_graph
 from llmengine.kernels.attention import (
     AttentionConfig,
     DecodeLaunch,
@@ -30,6 +29,7 @@ from llmengine.kernels.attention import (
 )
 from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
+from llmengine.kernels.timing import time_graph
 
 MODELS = {
     "135m": AttentionConfig(9, 3, 64),

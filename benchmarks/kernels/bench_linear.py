@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.kernels.timing import time_graph
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import CudaTimer, candidates
 from llmengine.kernels.linear import GemmShape, LinearKernels, Operation, SkinnyConfig, linear_reference
 from llmengine.kernels.norm import rms_norm
+from llmengine.kernels.timing import time_graph
 
 MODELS = {
     "135m": (576, 960, 1536, 49152),

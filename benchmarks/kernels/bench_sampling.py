@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.kernels.timing import time_graph
 from llmengine.kernels.sampling import (
     SlotParams,
     distribution_reference,
@@ -24,6 +23,7 @@ from llmengine.kernels.sampling import (
     sampling_workspace,
 )
 from llmengine.kernels.step import NUM_SAMPLES
+from llmengine.kernels.timing import time_graph
 
 COLD_BYTES = 160 << 20
 KINDS = {

@@ -166,7 +166,6 @@ class Engine:
         """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
         self._commands.append(_Command(run, refuse))
         if (wake_up := self._wake_up) is not None:
-            self._wake_up = None  # one is enough until the thread sleeps again
             with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
                 wake_up()
         if self._ended:  # the thread may have emptied the deque before the append

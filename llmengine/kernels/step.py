@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -77,8 +78,6 @@ class SlotState:
     @staticmethod
     def empty(num_slots: int, max_blocks: int, device: Any) -> SlotState:
         """Return a state in which all blocks are `NULL_BLOCK` and all tokens 0."""
-        import torch
-
         size = (num_slots + 1) * max_blocks
         values = torch.zeros(size + num_slots + 1, dtype=torch.int32, device=device)
         return SlotState(values, values[:size].view(num_slots + 1, max_blocks), values[size:])
