@@ -1,6 +1,7 @@
 """The one dense decoder: what happens to a step's tokens, with every device-specific part passed in.
 
 All requests of a step are concatenated along the token dimension; only attention knows which token belongs to whom.
+What lies between two attentions is a segment: torch's functions here, fused kernels on CUDA, or a TensorRT plan.
 """
 
 from __future__ import annotations
@@ -40,36 +41,82 @@ class DecoderLayer:
     down: Linear
 
 
+class Segments(Protocol):
+    """A decoder without its embedding and its attentions. What it returns is valid until it is called again."""
+
+    @property
+    def num_layers(self) -> int:
+        """Attentions, one more than there are `mid` segments."""
+
+    def first(self, x: Tensor) -> Tensor:
+        """Return qkv of layer 0 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+
+        Args:
+            x: embeddings [num_tokens, hidden].
+        """
+
+    def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states after `layer` and the qkv of the next one; `x` may be overwritten.
+
+        Args:
+            attended: [num_tokens, num_heads * head_dim].
+            x: [num_tokens, hidden], what went into `layer`.
+        """
+
+    def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
+        """Return fp32 logits [num_samples, vocab] after the last layer, see `forward`."""
+
+
+def forward(segments: Segments, x: Tensor, attend: Attend, sample_tokens: Tensor | None) -> Tensor | None:
+    """Return fp32 logits [num_samples, vocab] and write the KV of all tokens.
+
+    Args:
+        x: embeddings [num_tokens, hidden]; may be overwritten.
+        sample_tokens: integer indices of the tokens whose logits are wanted, None for all. After the last attention
+            only these are computed; with none of them the result is None.
+    """
+    qkv = segments.first(x)
+    last = segments.num_layers - 1
+    for layer in range(last):
+        x, qkv = segments.mid(layer, attend(layer, qkv), x)
+    attended = attend(last, qkv)
+    if sample_tokens is not None and not len(sample_tokens):
+        return None
+    return segments.last(attended, x, sample_tokens)
+
+
 @dataclass(frozen=True, slots=True)
-class Decoder:
-    """A model ready to run.
+class TorchSegments:
+    """`Segments` of functions that return new tensors.
 
     Attributes:
-        embed: token ids int64 [num_tokens] -> a new tensor [num_tokens, hidden].
         silu_and_mul: [num_tokens, 2 * intermediate], gate then up -> silu(gate) * up.
         lm_head: gives fp32 logits.
     """
 
-    embed: Callable[[Tensor], Tensor]
     layers: Sequence[DecoderLayer]
     final_norm: Norm
     lm_head: Linear
     silu_and_mul: Callable[[Tensor], Tensor]
 
-    def forward(self, token_ids: Tensor, attend: Attend, logit_tokens: Tensor | None) -> Tensor | None:
-        """Return fp32 logits [num_logit_tokens, vocab] and write the KV of all tokens.
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
-        `logit_tokens` (int64, indices into the tokens) are the tokens whose logits are wanted, None for all; with none
-        of them the result is None. The last layer computes only those after its attention.
-        """
-        x = self.embed(token_ids)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            attended = attend(index, layer.qkv(layer.input_norm(x)))
-            if index == last and logit_tokens is not None:
-                if not len(logit_tokens):
-                    return None
-                x, attended = x[logit_tokens], attended[logit_tokens]
-            x = layer.o(attended, x)
-            x = layer.down(self.silu_and_mul(layer.gate_up(layer.post_attention_norm(x))), x)
-        return self.lm_head(self.final_norm(x))
+    def first(self, x: Tensor) -> Tensor:
+        layer = self.layers[0]
+        return layer.qkv(layer.input_norm(x))
+
+    def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._after_attention(self.layers[layer], attended, x)
+        following = self.layers[layer + 1]
+        return x, following.qkv(following.input_norm(x))
+
+    def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
+        if sample_tokens is not None:
+            attended, x = attended[sample_tokens], x[sample_tokens]
+        return self.lm_head(self.final_norm(self._after_attention(self.layers[-1], attended, x)))
+
+    def _after_attention(self, layer: DecoderLayer, attended: Tensor, x: Tensor) -> Tensor:
+        x = layer.o(attended, x)
+        return layer.down(self.silu_and_mul(layer.gate_up(layer.post_attention_norm(x))), x)

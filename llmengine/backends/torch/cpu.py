@@ -30,6 +30,7 @@ from llmengine.backends.torch.weights import CpuModel, load_cpu_model, wants_int
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
+from llmengine.models.decoder import forward
 from llmengine.models.rope import rope_table
 from llmengine.models.source import ModelSource
 
@@ -120,8 +121,9 @@ class CpuBackend:
         assert attention is not None
         attention.plan(inputs, self._slots.block_tables)
         every = len(inputs.sample_tokens) == len(inputs.token_ids)
-        logit_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
-        return self._model.decoder.forward(torch.from_numpy(inputs.token_ids), attention.attend, logit_tokens)
+        sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
+        x = self._model.embed(torch.from_numpy(inputs.token_ids))
+        return forward(self._model.segments, x, attention.attend, sample_tokens)
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""

@@ -76,7 +76,6 @@ class CudaBackend:
         with torch.inference_mode():
             weights = allocate_weights(config, source, device)
             model = CudaModel(arch, weights, config, limit)
-            model.tune(config.tuning_budget_s)
             self._model: CudaModel | None = model
             dtype = model.embedding.dtype
             block_shape = (2, arch.num_kv_heads, block_size, arch.head_dim)

@@ -222,7 +222,7 @@ def _scores_size(model: _Model) -> int:
 
 
 class NativeDecoder:
-    """`models.decoder.Decoder.forward` with its attention, for steps of at most `max_tokens` tokens.
+    """`models.decoder.forward` with its attention, for steps of at most `max_tokens` tokens.
 
     Args:
         weights: canonical weights (`canonical_shapes`), matrices of one dtype: float32, bfloat16 or float16. They are

@@ -26,7 +26,7 @@ from llmengine.backends.torch.linear import (
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.models.decoder import Decoder, DecoderLayer
+from llmengine.models.decoder import DecoderLayer, TorchSegments
 from llmengine.models.source import ModelSource
 
 _logger = logging.getLogger("llmengine.backends.torch.cpu")
@@ -89,7 +89,8 @@ class _Part(Protocol):
 class CpuModel:
     """A decoder, and its parts by canonical name (less ".weight"), in canonical order."""
 
-    decoder: Decoder
+    embed: CpuEmbedding
+    segments: TorchSegments
     parts: Mapping[str, _Part]
     size_bytes: int
     description: str
@@ -153,8 +154,7 @@ class _Loader:
         assert not self.arrived, f"incomplete: {sorted(self.arrived)}"
         arch, embedding = self.arch, self.embeddings["embed_tokens"]
         tied = self._pack({"weight": embedding.weight}) if arch.tie_word_embeddings else None
-        decoder = Decoder(
-            embed=embedding,
+        segments = TorchSegments(
             layers=[self._layer(f"layers.{index}.") for index in range(arch.num_layers)],
             final_norm=self.norms["final_norm"],
             lm_head=tied or self.linears["lm_head"],
@@ -166,7 +166,7 @@ class _Loader:
         size_bytes = sum(part.size_bytes for part in parts.values())
         if tied is not None and not self.row_major:
             size_bytes += tied.size_bytes
-        return CpuModel(decoder, parts, size_bytes, self._describe())
+        return CpuModel(embedding, segments, parts, size_bytes, self._describe())
 
     def _layer(self, prefix: str) -> DecoderLayer:
         return DecoderLayer(
