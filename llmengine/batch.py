@@ -27,7 +27,7 @@ class SlotInit:
         slot: row of the backend's persistent per-request state, in [0, max_batch_size).
         token_ids: every token known so far, prompt first.
         num_prompt_tokens: how many of them are the prompt.
-        sampling_params: as the caller gave them.
+        sampling_params: as the caller gave them, bad words as token ids.
         seed: resolved seed. The random number for the token at position p is a function of (seed, p) alone.
         stop_token_ids: EOS ids (unless ignored) and the caller's stop ids; masked out of the logits while fewer than
             `sampling_params.min_new_tokens` tokens were generated.

@@ -1,4 +1,5 @@
-"""The `llmengine` command: `demo` shows the engine at work, `generate` answers prompts.
+"""The `llmengine` command: `demo` shows the engine at work, `generate` answers prompts; for saved engines there are
+`build`, `inspect` and `verify`.
 
 Exit codes: 0 done, 1 the engine, its files or the demo's model are at fault, 2 the request or the configuration is,
 130 interrupted, 141 the reader of the output went away.
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmengine.cli_engines import add_engine_commands
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt instead")
     generate.set_defaults(run=_generate)
+    add_engine_commands(commands)
     return parser
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from llmengine.errors import ConfigError
@@ -133,6 +135,9 @@ class KvCacheConfig(_Settings):
             raise ConfigError(f"kv_cache_config.enable_prefix_caching={self.enable_prefix_caching!r} is not a bool")
 
 
+_LEAST, _MOST = 1e-9, 1e9
+"""Range of times and weights; what follows from them stays finite."""
+
 BY_DEVICE = -1
 """Value of a limit that is left to the device."""
 
@@ -142,7 +147,7 @@ _LIMITS = {"max_batch_size": (64, 256), "max_tokens_per_step": (512, 2048), "max
 
 @dataclass(slots=True)
 class SchedulerConfig(_Settings):
-    """Limits of a step and of the queue.
+    """Limits of a step and of the queue, and who comes first.
 
     Attributes:
         max_batch_size: most requests in one step; `BY_DEVICE`: 64 on a CPU, 256 on an accelerator.
@@ -153,6 +158,15 @@ class SchedulerConfig(_Settings):
         max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`.
         max_queued_tokens: most prompt tokens of waiting requests; a request that finds the queue empty always fits.
         max_preemptions: a request preempted this often is not chosen again while another can be.
+        max_decode_latency_ms: a step that decodes takes only as many prompt tokens as let it end within this time, as
+            far as it can be told from the steps before, but at least a sixteenth of `max_tokens_per_mixed_step`. None:
+            always up to `max_tokens_per_mixed_step`.
+        priority_ageing_s: waiting for so long is worth one level of priority. So a request is overtaken only by those
+            of its tenant that come less than (their priority - its own) * priority_ageing_s later.
+        tenant_weights: tenant -> its share when others wait as well, in proportion to the other weights; 1 if not
+            named here.
+        share_prefixes_across_tenants: let requests of different tenants reuse each other's prefix blocks. A tenant can
+            then tell from a prompt's latency whether another has sent it before.
     """
 
     max_batch_size: int = BY_DEVICE
@@ -161,6 +175,10 @@ class SchedulerConfig(_Settings):
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
     max_preemptions: int = 3
+    max_decode_latency_ms: float | None = None
+    priority_ageing_s: float = 10.0
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    share_prefixes_across_tenants: bool = False
 
     def resolve(self, accelerator: bool = False) -> Self:
         """Return a checked, frozen copy in which `BY_DEVICE` is replaced by the device's limit.
@@ -177,13 +195,28 @@ class SchedulerConfig(_Settings):
         # Not super(): a dataclass with slots is another class than the one that this function was defined in.
         return _Settings.resolve(
             dataclasses.replace(
-                self, max_batch_size=batch_size, max_tokens_per_step=step, max_tokens_per_mixed_step=mixed
+                self,
+                max_batch_size=batch_size,
+                max_tokens_per_step=step,
+                max_tokens_per_mixed_step=mixed,
+                tenant_weights=_frozen_mapping("scheduler_config.tenant_weights", self.tenant_weights),
             )
         )
 
     def _check(self) -> None:
-        for item in dataclasses.fields(self):
-            _require_int(f"scheduler_config.{item.name}", getattr(self, item.name), 1)
+        for name in (*_LIMITS, "max_queued_requests", "max_queued_tokens", "max_preemptions"):
+            _require_int(f"scheduler_config.{name}", getattr(self, name), 1)
+        if self.max_decode_latency_ms is not None:
+            _require_positive("scheduler_config.max_decode_latency_ms", self.max_decode_latency_ms)
+        _require_positive("scheduler_config.priority_ageing_s", self.priority_ageing_s)
+        for tenant, weight in self.tenant_weights.items():
+            if not isinstance(tenant, str):
+                raise ConfigError(f"scheduler_config.tenant_weights: tenant {tenant!r} is not a string")
+            _require_positive(f"scheduler_config.tenant_weights[{tenant!r}]", weight)
+        if not isinstance(self.share_prefixes_across_tenants, bool):
+            raise ConfigError(
+                f"scheduler_config.share_prefixes_across_tenants={self.share_prefixes_across_tenants!r} is not a bool"
+            )
         if self.max_tokens_per_step < self.max_batch_size:
             raise ConfigError(
                 f"scheduler_config.max_tokens_per_step={self.max_tokens_per_step} is below "
@@ -257,6 +290,18 @@ class ModelConfig(_Settings):
 def _require_int(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name}={value!r} is not an integer >= {low}")
+
+
+def _require_positive(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not _LEAST <= value <= _MOST:
+        raise ConfigError(f"{name}={value!r} is not a number in [{_LEAST:g}, {_MOST:g}]")
+
+
+def _frozen_mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}={value!r} is not a mapping")
+    return MappingProxyType(dict(value))
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

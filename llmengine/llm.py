@@ -123,6 +123,7 @@ class LLM:
         self, backend_factory: Callable[[], Backend], scheduler: SchedulerConfig, kv_cache: KvCacheConfig
     ) -> None:
         self._engine = Engine(backend_factory, scheduler, kv_cache)
+        self._share_prefixes = scheduler.share_prefixes_across_tenants
         # Runs when the LLM is collected or the interpreter exits: an engine thread must not outlive either.
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._tokenizer_threads)
         try:
@@ -136,7 +137,14 @@ class LLM:
         self, tokenizer: Tokenizer | None, eos_token_ids: Iterable[int], generation_config: Mapping[str, Any]
     ) -> None:
         self._default_params = SamplingParams.from_generation_config(generation_config)
-        self._intake = Intake(self._engine, self._info, tokenizer, eos_token_ids, self._tokenizer_threads)
+        self._intake = Intake(
+            self._engine,
+            self._info,
+            tokenizer,
+            eos_token_ids,
+            self._tokenizer_threads,
+            share_prefixes_across_tenants=self._share_prefixes,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -158,6 +166,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
+        tenant: str | None = None,
         progress: bool = False,
     ) -> list[GenerationOutput]:
         """Generate for all prompts at once, block until all are finished, and return their outputs in order.
@@ -166,7 +175,7 @@ class LLM:
             prompts: a string, a list of token ids, or an iterable of either. More than fit the queue are submitted
                 as room comes up.
             sampling_params: for all prompts, or one a prompt; None: `get_default_sampling_params()`.
-            priority: see `generate_async`.
+            priority, tenant: see `generate_async`.
             progress: show a progress bar on stderr.
 
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
@@ -175,7 +184,7 @@ class LLM:
         handles: list[RequestHandle] = []
         try:
             for index, prompt in enumerate(as_prompts(prompts)):
-                options = RequestOptions(self._params_for(sampling_params, index), priority=priority)
+                options = RequestOptions(self._params_for(sampling_params, index), priority=priority, tenant=tenant)
                 handles.append(self._intake.submit_blocking(prompt, options, self))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
                 raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
@@ -191,8 +200,11 @@ class LLM:
         streaming: bool = False,
         *,
         priority: int = 0,
+        tenant: str | None = None,
         deadline_s: float | None = None,
+        first_token_deadline_s: float | None = None,
         cache_salt: Hashable = None,
+        wait_for_admission: bool = False,
     ) -> RequestHandle:
         """Submit one request and return its handle at once: ``async for`` it, or ``await`` it.
 
@@ -202,9 +214,15 @@ class LLM:
             prompt: text or token ids.
             sampling_params: None: `get_default_sampling_params()`.
             streaming: the handle yields whenever tokens arrive; otherwise the final output only.
-            priority: higher is scheduled first and preempted last.
+            priority: higher is scheduled first and preempted last, among the requests of its tenant; in [-1e6, 1e6].
+            tenant: on whose behalf. Tenants share the engine by `SchedulerConfig.tenant_weights`, whatever their
+                priorities, and no prefix blocks unless `share_prefixes_across_tenants`.
             deadline_s: seconds from now after which the request ends, wherever it is, with finish reason "timeout".
+            first_token_deadline_s: seconds from now after which it ends so unless it has a token.
             cache_salt: the request shares cached prefix blocks only with requests of an equal salt.
+            wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
+                raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work
+                as ever.
 
         Raises:
             InvalidRequestError: a parameter or token id is out of range.
@@ -213,7 +231,16 @@ class LLM:
             EngineClosedError, EngineDeadError.
         """
         params = self._default_params if sampling_params is None else sampling_params
-        options = RequestOptions(params, streaming, priority, deadline_s, cache_salt)
+        options = RequestOptions(
+            params,
+            streaming,
+            priority,
+            tenant,
+            deadline_s,
+            first_token_deadline_s,
+            cache_salt,
+            wait_for_admission,
+        )
         return self._intake.submit(prompt, options, self)
 
     def chat(
@@ -224,6 +251,7 @@ class LLM:
     ) -> GenerationOutput:
         """Answer a conversation through the model's chat template and block until the answer is finished.
 
+        Keywords are those of `chat_async`, `tenant` and `deadline_s` for example.
         `messages` are mappings with "role" and "content". Raises `InvalidRequestError` where the template rejects them
         or the model has none.
         """
@@ -236,20 +264,32 @@ class LLM:
         streaming: bool = False,
         *,
         priority: int = 0,
+        tenant: str | None = None,
         deadline_s: float | None = None,
+        first_token_deadline_s: float | None = None,
         cache_salt: Hashable = None,
+        wait_for_admission: bool = False,
         **template_kwargs: Any,
     ) -> RequestHandle:
         """`generate_async` for a conversation; `template_kwargs` reach the chat template."""
         params = self._default_params if sampling_params is None else sampling_params
-        options = RequestOptions(params, streaming, priority, deadline_s, cache_salt)
+        options = RequestOptions(
+            params,
+            streaming,
+            priority,
+            tenant,
+            deadline_s,
+            first_token_deadline_s,
+            cache_salt,
+            wait_for_admission,
+        )
         # A copy: the caller may go on with its list while a thread renders it.
         copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
         return self._intake.submit_chat(copied, template_kwargs, options, self)
 
     def save(self, directory: str | Path) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
-        quantized, tokenizer, and a manifest with the hash of each file.
+        quantized, TensorRT plans where they were used, tokenizer, and a manifest with the hash of each file.
 
         Loading it gives the same tokens. Blocks; requests in progress wait until the weights are written.
 
@@ -260,19 +300,30 @@ class LLM:
         if self._loaded is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
         from llmengine.models.engine_dir import save_model
+        from llmengine.models.saved_plans import PlanHolder
 
         config, source = self._loaded
         dtype: str = config.dtype
         if dtype == "auto":
             # A float32 copy of 16-bit weights goes back to 16 bits without loss; dequantized GGUF weights do not.
-            dtype = "float32" if source.kind == "gguf" else source.checkpoint_dtype
+            is_dequantized = source.kind == "gguf" and config.device == "cpu"
+            dtype = "float32" if is_dequantized else source.checkpoint_dtype
         quantization: dict[str, Any] = dict(source.quantization)
         if config.quant_config.weights != "none":
             quantization["weights"] = config.quant_config.weights
 
         def write(backend: Backend) -> None:
             weights = cast(SavableBackend, backend).weights()
-            save_model(directory, source, weights, dtype=dtype, quantization=quantization, tokenizer=self.tokenizer)
+            plans = backend.saved_plans() if isinstance(backend, PlanHolder) else None
+            save_model(
+                directory,
+                source,
+                weights,
+                dtype=dtype,
+                quantization=quantization,
+                tokenizer=self.tokenizer,
+                plans=plans,
+            )
 
         self._engine.call(write).result()
 

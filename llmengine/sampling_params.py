@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ from llmengine.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that `SamplingParams.logprobs` may ask for."""
+
+MAX_LISTED_TOKENS = 16384
+"""Most tokens in `SamplingParams.logit_bias` or `stop_token_ids`, most characters and token ids in `bad_words`: the
+device has room for every slot to hold as many as one of them."""
 
 _SEED_NAMES = {
     "end_id": "stop_token_ids",
@@ -21,6 +25,9 @@ _SEED_NAMES = {
     "top_k": "top_k",
     "top_p": "top_p",
     "random_seed": "seed",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
 }
 """Names of TensorRT-LLM's first `SamplingConfig`, and where they live here."""
 
@@ -31,6 +38,11 @@ class SamplingParams:
 
     Raises `InvalidRequestError`, naming the value and the range, when a field is out of range.
 
+    The model's logits pass through, in this order: the allowed tokens of a grammar, logit_bias, repetition_penalty,
+    frequency_penalty, presence_penalty, bad_words, min_new_tokens, temperature, top_k, top_p, min_p. What a forbidden
+    token's logit was does not matter, so this is the order of transformers and of vLLM, but that vLLM has min_p before
+    top_k. A request fails where nothing is left to choose from.
+
     Attributes:
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
         min_new_tokens: EOS and stop tokens cannot be chosen, and stop strings do not end the request, before
@@ -38,13 +50,22 @@ class SamplingParams:
         temperature: 0 is greedy (argmax); else logits are divided by it, in (0, 100].
         top_k: sample among the k likeliest tokens; 0: all.
         top_p: sample among the smallest set of likeliest tokens whose probabilities reach top_p, in (0, 1].
+        min_p: sample among the tokens that are at least min_p times as likely as the likeliest, in [0, 1]; 0: all.
+        repetition_penalty: logits of tokens in prompt or output are divided by it if above 0, else multiplied with it,
+            in [0.01, 100]; 1: none.
+        frequency_penalty: subtracted from a token's logit for each time that it is in the output, in [-2, 2].
+        presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
+        logit_bias: token id -> what is added to its logit, in [-100, 100]; a mapping or pairs, kept as sorted pairs.
+        bad_words: what must not be generated: strings (which need a tokenizer) and sequences of token ids. The last
+            token of a sequence cannot be chosen where the ones before it end the prompt or output. A string stands for
+            the tokens that it has at the start of a text and, where that makes a difference, after a space.
         seed: the same seed, prompt and parameters draw with the same random numbers whatever else is in the
             batch; None: a fresh seed for each request. In [0, 2**63).
         stop: strings that end the request; the text is cut just before the match.
         stop_token_ids: token ids that end the request, beside the model's EOS.
         ignore_eos: do not end at the model's EOS (stop and stop_token_ids still apply).
         logprobs: None: none; k >= 0: for each token its own log-probability and those of the k likeliest, k <= 20.
-            They are of the model's distribution, before temperature, top_k and top_p.
+            They are of the model's distribution, before anything that these parameters do to it.
         skip_special_tokens: leave special tokens (BOS, EOS, chat markers) out of the text.
     """
 
@@ -53,6 +74,12 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    bad_words: Sequence[str | Sequence[int]] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -65,13 +92,19 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
         object.__setattr__(self, "stop_token_ids", ids)
+        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
+        object.__setattr__(self, "bad_words", _as_bad_words(self.bad_words))
         _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, 0, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("seed", self.seed, 0, 2**63 - 1, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
-        _check_float("temperature", self.temperature, 0.0, 100.0, low_open=False)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InvalidRequestError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
@@ -79,6 +112,7 @@ class SamplingParams:
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError(f"stop holds {text!r}; each stop must be a non-empty string")
+        _check_size("stop_token_ids", len(ids), "tokens")
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
         for name in ("ignore_eos", "skip_special_tokens"):
@@ -89,6 +123,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when the likeliest token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def penalizes(self) -> bool:
+        """True when what a logit becomes depends on the tokens before."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def replace(self, **changes: Any) -> SamplingParams:
         """Return a copy with `changes`, checked again."""
@@ -118,11 +157,14 @@ class SamplingParams:
         fields: dict[str, Any] = {}
         if config.get("max_new_tokens"):
             fields["max_new_tokens"] = config["max_new_tokens"]
+        if config.get("repetition_penalty") is not None:
+            fields["repetition_penalty"] = float(config["repetition_penalty"])
         if config.get("do_sample"):
             temperature = config.get("temperature")
             fields["temperature"] = 1.0 if temperature is None else float(temperature)
             fields["top_k"] = int(50 if config.get("top_k") is None else config["top_k"])
             fields["top_p"] = float(1.0 if config.get("top_p") is None else config["top_p"])
+            fields["min_p"] = float(0.0 if config.get("min_p") is None else config["min_p"])
         return cls(**fields)
 
 
@@ -134,6 +176,37 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _as_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return checked pairs, sorted by token id."""
+    pairs = list(value.items() if isinstance(value, Mapping) else value) if isinstance(value, Iterable) else [value]
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InvalidRequestError(f"logit_bias={value!r:.200} is no mapping of token ids to numbers")
+        _check_int("logit_bias token id", pair[0], 0, None)
+        _check_float(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
+    bias = {token_id: float(amount) for token_id, amount in pairs}
+    _check_size("logit_bias", len(pairs), "tokens")
+    if len(bias) < len(pairs):
+        raise InvalidRequestError(f"logit_bias={value!r:.200} holds a token id twice")
+    return tuple(sorted(bias.items()))
+
+
+def _as_bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    words = _as_tuple("bad_words", value, str)
+    for word in words:
+        if isinstance(word, (bytes, bytearray)) or not isinstance(word, Sequence) or not word:
+            raise InvalidRequestError(f"bad_words holds {word!r}; each must be a string or token ids, and not empty")
+        for token_id in () if isinstance(word, str) else word:
+            _check_int("bad_words token id", token_id, 0, None)
+    _check_size("bad_words", sum(map(len, words)), "characters and token ids")
+    return tuple(word if isinstance(word, str) else tuple(word) for word in words)
+
+
+def _check_size(name: str, size: int, what: str) -> None:
+    if size > MAX_LISTED_TOKENS:
+        raise InvalidRequestError(f"{name} holds {size} {what}; the limit is {MAX_LISTED_TOKENS}")
+
+
 def _check_int(name: str, value: Any, low: int, high: int | None, *, optional: bool = False) -> None:
     if optional and value is None:
         return
@@ -143,7 +216,7 @@ def _check_int(name: str, value: Any, low: int, high: int | None, *, optional: b
         raise InvalidRequestError(f"{name}={value} is outside [{low}, {'inf' if high is None else high}]")
 
 
-def _check_float(name: str, value: Any, low: float, high: float, *, low_open: bool) -> None:
+def _check_float(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequestError(f"{name}={value!r} is not a number")
     inside = math.isfinite(value) and value <= high and (value > low if low_open else value >= low)

@@ -195,6 +195,8 @@ def request_of(
     params: SamplingParams | None = None,
     limit: int = 256,
     priority: int = 0,
+    tenant: str | None = None,
+    queued: float = 0.0,
     salt: Hashable = None,
     stop_token_ids: Iterable[int] = (),
     tokenizer: Any = None,
@@ -203,20 +205,21 @@ def request_of(
     params = tokens(8) if params is None else params
     wanted = limit if params.max_new_tokens is None else min(limit, len(prompt) + params.max_new_tokens)
     return Request(
-        stream=OutputStream(OutputLog(request_id, 0.0, prompt_token_ids=tuple(prompt))),
+        stream=OutputStream(OutputLog(request_id, queued, prompt_token_ids=tuple(prompt))),
         prompt_token_ids=list(prompt),
         params=params,
         seed=0,
         stop_token_ids=frozenset(stop_token_ids),
         max_total_tokens=wanted,
         priority=priority,
+        tenant=tenant,
         cache_salt=salt,
         detokenizer=None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt, stop=params.stop),
     )
 
 
 class Steps:
-    """Scheduler and FakeBackend without an engine: the test launches and collects each step.
+    """Scheduler and FakeBackend without an engine: the test launches and collects each step, and sets the time (`now`).
 
     Every launch checks the limits that hold for any batch.
     """
@@ -230,13 +233,14 @@ class Steps:
         max_steps_in_flight: int = 1,
         caching: bool = True,
         next_token: NextToken | None = None,
-        **limits: int,
+        **settings: Any,
     ) -> None:
+        self.now = 0.0
         self.next_token = next_token or mixing_model(VOCAB_SIZE)
-        self.config = SchedulerConfig(**limits).resolve()
+        self.config = SchedulerConfig(**settings).resolve()
         self.kv_cache = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
         self.counters = EngineCounters()
-        self.scheduler = Scheduler(self.config, self.kv_cache, self.counters)
+        self.scheduler = Scheduler(self.config, self.kv_cache, self.counters, lambda: self.now)
         self.backend = FakeBackend(
             self.next_token,
             num_blocks=num_blocks,
@@ -252,7 +256,7 @@ class Steps:
     def submit(self, prompt: Sequence[int], num_tokens: int = 8, *, priority: int = 0, **options: Any) -> Request:
         """Queue a request for `num_tokens` tokens."""
         options.setdefault("params", tokens(num_tokens))
-        request = request_of(next(self._ids), prompt, limit=self.limit, priority=priority, **options)
+        request = request_of(next(self._ids), prompt, limit=self.limit, priority=priority, queued=self.now, **options)
         self.requests.append(request)
         self.scheduler.add(request)
         return request

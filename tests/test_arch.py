@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from llmengine.errors import CorruptFileError, UnsupportedModelError
-from llmengine.models.arch import arch_from_dict, arch_from_hf_config, arch_to_dict, canonical_shapes
+from llmengine.models.arch import LayerArch, RopeConfig, canonical_shapes, head_order
+from llmengine.models.arch_json import arch_from_dict, arch_to_dict
+from llmengine.models.hf_config import arch_from_hf_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -106,7 +108,7 @@ def test_wrong_values_name_file_and_key(key: str, value: Any) -> None:
         ("hidden_act", "gelu", "gelu.*silu"),
         ("pretraining_tp", 2, "pretraining_tp=2"),
         ("quantization_config", {"quant_method": "gptq"}, "gptq"),
-        ("rope_scaling", {"type": "longrope"}, "longrope.*yarn"),
+        ("rope_scaling", {"type": "spiral"}, "spiral.*yarn"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ],
 )
@@ -125,6 +127,97 @@ def test_model_type_stands_in_for_absent_architectures() -> None:
 def test_dict_round_trip_survives_json(rope_scaling: Any) -> None:
     arch = arch_of(rope_scaling=rope_scaling, attention_bias=True, mlp_bias=True)
     assert arch_from_dict(json.loads(json.dumps(arch_to_dict(arch))), "engine.json") == arch
+
+
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"layers": (LayerArch(4096), LayerArch(4096))},
+    "Qwen2ForCausalLM": {"attention_bias": True, "attention_out_bias": False, "layers": ()},
+    "Qwen3ForCausalLM": {"qk_norm": "head", "head_dim": 128, "attention_bias": False},
+    "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "layers": ()},
+    "GraniteForCausalLM": {"attention_scale": 1.0, "embedding_scale": 1.0, "logit_scale": 1.0},
+    "SmolLM3ForCausalLM": {"tie_word_embeddings": True, "layers": ()},
+    "Gemma2ForCausalLM": {
+        "hidden_act": "gelu_tanh",
+        "norm_placement": "both",
+        "attention_soft_cap": 50.0,
+        "logit_soft_cap": 30.0,
+        "attention_scale": None,
+        "embedding_scale": 32**0.5,
+        "layers": (LayerArch(4096), LayerArch()),
+        "float32_norms": True,
+    },
+    "Gemma3ForCausalLM": {
+        "qk_norm": "head",
+        "attention_soft_cap": None,
+        "layers": (LayerArch(4096, "local"), LayerArch(4096, "local")),
+        "local_rope": RopeConfig(theta=1e4, original_max_position_embeddings=128),
+    },
+    "Olmo2ForCausalLM": {"norm_placement": "post", "qk_norm": "projection", "rms_norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILY_DEFAULTS)
+def test_families_have_the_defaults_of_transformers(architecture: str) -> None:
+    arch = arch_of(architectures=[architecture])
+    assert arch.architecture == architecture
+    for name, value in FAMILY_DEFAULTS[architecture].items():
+        assert getattr(arch, name) == value, name
+    assert arch_from_dict(json.loads(json.dumps(arch_to_dict(arch))), "engine.json") == arch
+    assert not arch.is_llama(8192) or architecture in ("Qwen2ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM")
+
+
+def test_layers_come_from_the_config() -> None:
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "max_window_layers": 1}
+    assert arch_of(**qwen).layers == ()
+    assert arch_of(**qwen, use_sliding_window=True).layers == (LayerArch(), LayerArch(8))
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]}
+    assert arch_of(**gemma, sliding_window=8).layers == (LayerArch(), LayerArch(8))
+    smollm = {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [0, 1, 1]}
+    assert arch_of(**smollm).layers == (LayerArch(None, "none"), LayerArch())
+    mistral = arch_of(architectures=["MistralForCausalLM"], sliding_window=64)
+    assert (mistral.is_llama(64), mistral.is_llama(65)) == (True, False)
+
+
+def test_what_residuals_are_multiplied_by_is_in_the_embedding() -> None:
+    granite = {"architectures": ["GraniteForCausalLM"], "rms_norm_eps": 1e-5, "logits_scaling": 8.0}
+    arch = arch_of(**granite, embedding_multiplier=12.0, residual_multiplier=0.25, attention_multiplier=8**-0.5)
+    assert (arch.embedding_scale, arch.logit_scale, arch.attention_scale) == (48.0, 0.125, None)
+    assert arch.rms_norm_eps == pytest.approx(1.6e-4)
+
+
+def test_scales_of_other_families_are_not_read() -> None:
+    stray = {"attention_multiplier": 0.1, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 5.0}
+    more = {"logits_scaling": 2.0, "residual_multiplier": 0.5, "sliding_window": 8, "use_sliding_window": True}
+    assert arch_of(**stray, **more) == arch_of()
+
+
+def test_longrope_and_partial_rotation() -> None:
+    scaling = {"type": "su", "short_factor": [1, 1.5], "long_factor": [2.0, 3.0]}
+    changes = {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.5}
+    rope = arch_of(**changes, rope_scaling=scaling, original_max_position_embeddings=32).rope
+    assert (rope.type, rope.factor, rope.original_max_position_embeddings, rope.rotary_dim) == ("longrope", 4.0, 32, 4)
+    assert (rope.short_factor, rope.long_factor) == ((1.0, 1.5), (2.0, 3.0))
+    with pytest.raises(CorruptFileError, match="long_factor has 3 numbers, expected 2"):
+        arch_of(**changes, rope_scaling={**scaling, "long_factor": [1, 2, 3]})
+    assert head_order(arch_of(**changes)) == (0, 1, 4, 5, 2, 3, 6, 7)
+    assert head_order(arch_of()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*supported are.*MistralForCausalLM"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "supported are.*Gemma3ForCausalLM"),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional"),
+        ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention", "linear_attention"]}, "linear_att"),
+        ({"architectures": ["Qwen3ForCausalLM"], "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for each layer type"),
+    ],
+)
+def test_families_refuse_what_they_do_not_compute(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        arch_of(**changes)
 
 
 def test_dict_is_read_strictly() -> None:
@@ -160,6 +253,21 @@ def test_canonical_shapes_in_stream_order() -> None:
     plain = canonical_shapes(arch_of(tie_word_embeddings=True))
     assert "lm_head.weight" not in plain
     assert not any(name.endswith("bias") for name in plain)
+
+
+def test_canonical_norms() -> None:
+    both = canonical_shapes(arch_of(architectures=["Gemma3ForCausalLM"], head_dim=8))
+    assert [(name, shape) for name, shape in both.items() if name.startswith("layers.1") and "norm" in name] == [
+        ("layers.1.input_norm.weight", (32,)),
+        ("layers.1.q_norm.weight", (8,)),
+        ("layers.1.k_norm.weight", (8,)),
+        ("layers.1.attention_out_norm.weight", (32,)),
+        ("layers.1.post_attention_norm.weight", (32,)),
+        ("layers.1.mlp_out_norm.weight", (32,)),
+    ]
+    post = canonical_shapes(arch_of(architectures=["Olmo2ForCausalLM"]))
+    assert (post["layers.0.q_norm.weight"], post["layers.0.k_norm.weight"]) == ((32,), (16,))
+    assert "layers.0.input_norm.weight" not in post
 
 
 def test_opening_a_model_needs_no_torch() -> None:

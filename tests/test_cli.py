@@ -61,7 +61,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["no-such-command"], ["demo", "--prompts", "0"], ["demo", "--prompts", "many"], ["generate", "model"]],
+    [
+        *([], ["no-such-command"], ["demo", "--prompts", "0"], ["demo", "--prompts", "many"], ["generate", "model"]),
+        *(["build", "model"], ["build", "model", "-o", "x", "--sm", "8,a"], ["build", "model", "-o", "x", "--sm", "8"]),
+        *(["build", "model", "-o", "x", "--weights", "none"], ["inspect"], ["verify"]),
+    ],
 )
 def test_bad_arguments_are_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:

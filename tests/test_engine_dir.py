@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.models.dummy import stream_dummy
-from llmengine.models.engine_dir import save_engine, save_model
+from llmengine.models.engine_dir import model_config_hash, save_engine, save_model
 from llmengine.models.fused import weight_layout
 from llmengine.models.source import ModelSource, open_model
 
@@ -122,8 +124,7 @@ def test_int8_weights_keep_their_scales(tmp_path: Path) -> None:
 def test_save_model_copies_tokenizer_files_and_saves_again(engine: Path, tmp_path: Path) -> None:
     source = open_model(engine)
     save_again(tmp_path / "second", source, "float32")
-    copied = tree(tmp_path / "second" / "tokenizer")
-    assert copied == {name: data for name, data in TOKENIZER.items() if "/" not in name}
+    assert tree(tmp_path / "second" / "tokenizer") == TOKENIZER
     assert load(tmp_path / "second").keys() == load(engine).keys()
 
     class Writer:
@@ -178,6 +179,27 @@ def encode(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
+ADDED_SINCE_FORMAT_1 = {
+    *("local_rope", "layers", "norm_placement", "qk_norm", "attention_scale", "attention_soft_cap"),
+    *("embedding_scale", "logit_scale", "logit_soft_cap", "float32_norms"),
+    *("short_factor", "long_factor", "rotary_dim"),
+}
+
+
+def test_an_engine_of_format_1_loads(engine: Path) -> None:
+    expected = load(engine)
+    values = json.loads((engine / "engine.json").read_text())
+    arch = {name: value for name, value in values["arch"].items() if name not in ADDED_SINCE_FORMAT_1}
+    arch["rope"] = {name: value for name, value in arch["rope"].items() if name not in ADDED_SINCE_FORMAT_1}
+    assert (len(arch), len(arch["rope"])) == (16, 12)
+    config_hash = model_config_hash(arch, "bfloat16", {})
+    edit(engine, format_version=1, arch=arch, model_config_hash=config_hash, plans="absent")
+    assert open_model(engine).arch == ARCH
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(engine).items())
+    save(engine)
+    assert json.loads((engine / "engine.json").read_text())["format_version"] == 2
+
+
 def edit(engine: Path, **changes: Any) -> None:
     path = engine / "engine.json"
     values = {**json.loads(path.read_text()), **changes}
@@ -189,10 +211,10 @@ def edit(engine: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format_version": 2}, UnsupportedModelError, "a newer llmengine"),
+        ({"format_version": 3}, UnsupportedModelError, "a newer llmengine, this one reads 1 to 2: update"),
         ({"format_version": 0}, UnsupportedModelError, "an older llmengine"),
         ({"format_version": "1"}, CorruptFileError, "format_version: expected an integer"),
-        ({"backend": "tensorrt"}, UnsupportedModelError, "'tensorrt'"),
+        ({"backend": "abacus"}, UnsupportedModelError, "'abacus'"),
         ({"parallel": {"tp_size": 2, "pp_size": 1}}, UnsupportedModelError, "tp_size=2"),
         ({"quantization": {"weights": "int3"}}, UnsupportedModelError, "int3"),
         ({"quantization": {"weights": "int8"}}, CorruptFileError, "model_config_hash"),
@@ -200,6 +222,7 @@ def edit(engine: Path, **changes: Any) -> None:
         ({"dtype": "float8"}, CorruptFileError, "dtype: expected one of"),
         ({"files": {}}, CorruptFileError, "weights.rank0"),
         ({"files": {"../x": {"size_bytes": 1, "sha256": ""}}}, CorruptFileError, "not a file of an engine"),
+        ({"files": {"plans/../x": {"size_bytes": 1, "sha256": ""}}}, CorruptFileError, "not a file of an engine"),
         ({"files": {"tokenizer/../../x": {"size_bytes": 1, "sha256": ""}}}, CorruptFileError, "not a file of an"),
         ({"eos_token_ids": ["3"]}, CorruptFileError, "eos_token_ids"),
         ({"arch": "absent"}, CorruptFileError, "missing keys.*arch"),
@@ -289,22 +312,62 @@ def test_a_failing_or_wrong_weight_stream_leaves_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_save_leaves_no_engine(tmp_path: Path) -> None:
-    code = f"""
-import os, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
-import torch
-import test_engine_dir as here
-def weights():
-    for index, item in enumerate(here.stream_dummy(here.ARCH, torch.bfloat16)):
-        if index == 5:
+def save_until(step: int, directory: Path) -> None:
+    """Save, and kill this process before or after one of the calls that sync or rename; `step` counts these moments."""
+    calls_left = iter(range(step, -1, -1))
+
+    def kill_if_due() -> None:
+        if next(calls_left, None) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        yield item
-here.save(here.Path(sys.argv[1]), weights=weights())
-"""
-    target = tmp_path / "e"
-    done = subprocess.run([sys.executable, "-c", code, str(target)], check=False, cwd=os.getcwd())
-    assert done.returncode == -signal.SIGKILL
-    assert not target.exists()
-    save(target)
-    load(target)
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            kill_if_due()
+            result = call(*arguments, **options)
+            kill_if_due()
+            return result
+
+        return run
+
+    for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    save(directory, eos_token_ids=(9,))
+
+
+def killed_saves(directory: Path, replaces: bool) -> None:
+    """Kill saves at every step until one is not; print the `eos_token_ids` that then load, None if there is nothing."""
+    for step in range(1000):
+        if replaces:
+            save(directory)
+        child = os.fork()
+        if child == 0:
+            save_until(step, directory)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if directory.exists():
+            load(directory)
+        print(json.dumps(open_model(directory).eos_token_ids if directory.exists() else None))
+        shutil.rmtree(directory, ignore_errors=True)
+        if status == 0:
+            return
+
+
+def test_a_killed_save_leaves_no_engine_or_the_old_one(tmp_path: Path) -> None:
+    # In a process of its own, because it forks.
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent)]!r}; import test_engine_dir as here"
+    run = f"{code}; [here.killed_saves(here.Path({str(tmp_path / 'e')!r}), replaces) for replaces in (False, True)]"
+    done = subprocess.run([sys.executable, "-c", run], check=True, capture_output=True)
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    begin = outcomes.index([3, 4])
+    for part, before in ((outcomes[:begin], None), (outcomes[begin:], [3, 4])):
+        switch = part.index([9])
+        assert 10 < switch < len(part) - 1
+        assert part == [before] * switch + [[9]] * (len(part) - switch)
+
+
+def test_what_killed_saves_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    for name, age_s in [(".e.0a.tmp", 90_000), (".e.0b.tmp", 0), (".f.0a.tmp", 90_000)]:
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    save(tmp_path / "e")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".e.0b.tmp", ".f.0a.tmp", "e"]

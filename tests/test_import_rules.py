@@ -21,19 +21,23 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer_loading": {*DATA, "tokenizer", "tokenizer_gguf", "chat_template", "models"},
     "engine": {*DATA, "tokenizer"},
     "testing": DATA,
-    "kernels": set(),
+    "user_cache": set(),
+    "kernels": {"user_cache"},
     "quantization": {*DATA, "kernels"},
     "models": {*DATA, "kernels", "quantization", "tokenizer"},
-    "backends": {*DATA, "models", "kernels", "quantization"},
+    "backends": {*DATA, "models", "kernels", "quantization", "user_cache"},
+    "saved_engines": {*DATA, "backends", "models", "tokenizer_loading"},
     "llm": {*DATA, "tokenizer", "tokenizer_loading", "engine", "backends", "models"},
     "server": {*DATA, "__init__", "llm"},
     "demo": {*DATA, "__init__", "llm", "tokenizer", "testing"},
-    "cli": {*DATA, "__init__", "llm", "demo", "server", "testing", "tokenizer"},
+    "cli": {*DATA, "__init__", "llm", "demo", "server", "testing", "tokenizer", "cli_engines"},
+    "cli_engines": {*DATA, "__init__", "models", "saved_engines"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm"},
 }
 THIRD_PARTY: dict[str, set[str]] = {
     **{layer: set() for layer in DATA},
+    "user_cache": set(),
     "__init__": set(),
     "engine": {"anyio"},
     "testing": set(),
@@ -104,7 +108,9 @@ def test_heavy_libraries_are_below_llm_only() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_use_the_public_package(path: Path) -> None:
-    assert not first_party(path) & {"engine", "backends"}
+    # What these measure is the scheduler itself, the CPU's sampler, and the building of plans.
+    subjects = {"simulate.py": {"engine"}, "sampling.py": {"backends"}, "tensorrt_build.py": {"backends"}}
+    assert not first_party(path) & {"engine", "backends"} - subjects.get(path.name, set())
 
 
 def test_benchmarks_folder_is_where_this_test_looks() -> None:

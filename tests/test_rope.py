@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from llmengine.models.arch import arch_from_hf_config
-from llmengine.models.rope import rope_table
+from llmengine.models.arch import LayerArch, RopeConfig
+from llmengine.models.hf_config import arch_from_hf_config
+from llmengine.models.rope import layer_tables, rope_table
 
 LENGTH = 128
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -64,3 +67,38 @@ def test_dynamic_beyond_the_original_length_equals_cached_decoding() -> None:
     for position in (LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 3 * LENGTH - 1):
         expected = reference(config, torch.tensor([position]))
         torch.testing.assert_close(table[position : position + 1], expected, rtol=0, atol=5e-5)
+
+
+FACTORS = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 9.0]}
+
+
+@pytest.mark.parametrize("original", [LENGTH, 32])
+@pytest.mark.parametrize("partial", [0.5, 1.0])
+def test_longrope_takes_the_factors_of_its_longest_context(original: int, partial: float) -> None:
+    head_dim = int(8 / partial)
+    config = Phi3Config(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        original_max_position_embeddings=original,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": partial, **FACTORS},
+    )
+    arch = arch_from_hf_config(config.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, "config.json")
+    table = rope_table(arch.rope, head_dim, LENGTH)
+    cos, sin = (x[0, :, :4] for x in Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(LENGTH)[None]))
+    half = head_dim // 2
+    torch.testing.assert_close(table[:, :4], cos, rtol=0, atol=2e-5)
+    torch.testing.assert_close(table[:, half : half + 4], sin, rtol=0, atol=2e-5)
+    assert bool((table[:, 4:half] == 1).all())
+    assert bool((table[:, half + 4 :] == 0).all())
+
+
+def test_layers_without_rotation_and_with_their_own() -> None:
+    arch = arch_from_hf_config(make_config(CASES[0], 16).to_dict() | {"architectures": ["LlamaForCausalLM"]}, "c")
+    local = RopeConfig(theta=100.0, original_max_position_embeddings=LENGTH)
+    layers = (LayerArch(), LayerArch(rope="none"), LayerArch(rope="local"), LayerArch())
+    arch = dataclasses.replace(arch, num_layers=4, layers=layers, local_rope=local)
+    tables = layer_tables(arch, LENGTH)
+    assert tables[0] is tables[3]
+    assert torch.equal(tables[1], torch.cat((torch.ones(LENGTH, 8), torch.zeros(LENGTH, 8)), dim=1))
+    assert torch.equal(tables[2], rope_table(local, 16, LENGTH))

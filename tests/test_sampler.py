@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llmengine.backends.sampler import Sampler, Samples, uniform
 from llmengine.batch import SlotInit
@@ -37,13 +44,15 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0, scale: float
 
 
 def reference_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Temperature, then top_k, then top_p on what is left, with one full sort in float64."""
-    values, ids = (logits.double() / params.temperature).sort(descending=True)
+    """Return float64 [vocab], what transformers' warpers make of logits [vocab]."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
     if params.top_k:
-        values[params.top_k :] = -math.inf
-    weights = values.softmax(0)
-    weights[(weights.cumsum(0) - weights) >= params.top_p] = 0
-    return torch.zeros_like(weights).scatter_(0, ids, weights / weights.sum())
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers(torch.zeros(1, 1, dtype=torch.long), logits.double()[None])[0].softmax(0)
 
 
 KINDS = [
@@ -55,6 +64,10 @@ KINDS = [
     SamplingParams(temperature=50.0, top_p=0.95),
     SamplingParams(temperature=0.7, top_k=1400, top_p=0.999),
     SamplingParams(temperature=1.0, top_p=1e-6),
+    SamplingParams(temperature=1.2, min_p=0.05),
+    SamplingParams(temperature=1.0, top_k=60, min_p=0.02),
+    SamplingParams(temperature=2.0, top_p=0.7, min_p=0.1),
+    SamplingParams(temperature=1.0, min_p=1.0),
     SamplingParams(),
     SamplingParams(temperature=1.0, top_k=1),
 ]
@@ -131,14 +144,16 @@ def test_logprobs_are_of_the_unchanged_distribution() -> None:
         SamplingParams(logprobs=0, temperature=0.5, top_k=3),
         SamplingParams(),
         SamplingParams(logprobs=20, temperature=2.0),
+        SamplingParams(logprobs=2, repetition_penalty=2.0, logit_bias={7: 100.0}, bad_words=[(1,), (3, 8)]),
     ]
-    logits = random_logits(4)
+    logits = random_logits(5)
     best = int(logits[0].argmax())
     samples = sample_all(make_sampler(params, frozenset({best})), logits)
     expected = logits.log_softmax(-1)
-    assert sorted(samples.logprobs) == [0, 1, 3]
+    assert sorted(samples.logprobs) == [0, 1, 3, 4]
     assert samples.token_ids[0] == int(logits[0].topk(2).indices[1])
-    for row, count in ((0, 3), (1, 0), (3, 20)):
+    assert samples.token_ids[4] == 7
+    for row, count in ((0, 3), (1, 0), (3, 20), (4, 2)):
         entry = samples.logprobs[row]
         assert entry.logprob == pytest.approx(float(expected[row, samples.token_ids[row]]), abs=1e-5)
         values, ids = expected[row].topk(count)

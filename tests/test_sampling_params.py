@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmengine.errors import InvalidRequestError
 from llmengine.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -16,6 +19,12 @@ GOOD: list[tuple[str, list[Any]]] = [
     ("temperature", [0, 0.0, 0.1, 1, 100]),
     ("top_k", [0, 1, 10**6]),
     ("top_p", [1e-9, 0.5, 1, 1.0]),
+    ("min_p", [0, 0.05, 1]),
+    ("repetition_penalty", [0.01, 1, 1.3, 100]),
+    ("frequency_penalty", [-2, 0, 0.5, 2.0]),
+    ("presence_penalty", [-2.0, 0, 2]),
+    ("logit_bias", [(), ((3, -100.0), (5, 100.0))]),
+    ("bad_words", [(), ("a", "b c"), ((0,), (5, 6, 7)), ("a", (1, 2))]),
     ("seed", [None, 0, 2**63 - 1]),
     ("logprobs", [None, 0, MAX_LOGPROBS]),
     ("ignore_eos", [True, False]),
@@ -29,6 +38,15 @@ BAD: list[tuple[str, list[Any]]] = [
     ("temperature", [-0.1, 100.1, float("nan"), float("inf"), "1", None, True]),
     ("top_k", [-1, 1.0, None, True]),
     ("top_p", [0, 0.0, -0.5, 1.01, float("nan"), "0.5", None]),
+    ("min_p", [-0.1, 1.1, float("nan"), "0.5", None, True]),
+    ("repetition_penalty", [0, 0.0, -1.0, 100.5, float("inf"), "1", None, True]),
+    ("frequency_penalty", [-2.1, 2.1, float("nan"), "1", None, True]),
+    ("presence_penalty", [-2.1, 2.1, float("nan"), "1", None, True]),
+    (
+        "logit_bias",
+        [{1: 101}, {1: -100.1}, {1: "x"}, {-1: 1}, {1.5: 1}, {"1": 1}, [(1, 2), (1, 3)], [1], 5, None, "ab"],
+    ),
+    ("bad_words", [("",), ((),), [5], [b"ab"], [(1, -1)], [(1.0,)], [("a", 1)], [True], 5, None, "a" * 16385]),
     ("seed", [-1, 2**63, 1.0, "x", True]),
     ("logprobs", [-1, MAX_LOGPROBS + 1, 1.0, True]),
     ("ignore_eos", [0, 1, None, "no"]),
@@ -62,6 +80,36 @@ def test_message_names_value_and_range() -> None:
         SamplingParams(top_p=1.5)
     with pytest.raises(InvalidRequestError, match=r"top_k=-1 is outside \[0, inf\]"):
         SamplingParams(top_k=-1)
+
+
+def test_bias_and_bad_words_are_kept_as_tuples() -> None:
+    params = SamplingParams(logit_bias={9: 1, 2: -0.5}, bad_words=["x", [1, 2]])
+    assert params.logit_bias == ((2, -0.5), (9, 1.0))
+    assert params.bad_words == ("x", (1, 2))
+    assert SamplingParams(bad_words="word").bad_words == ("word",)
+    assert params == params.replace(logit_bias=params.logit_bias, bad_words=params.bad_words)
+    assert hash(params) == hash(SamplingParams(logit_bias=[(2, -0.5), (9, 1)], bad_words=("x", (1, 2))))
+    with pytest.raises(InvalidRequestError, match=r"logit_bias\[7\]=-101 is outside \[-100, 100\]"):
+        SamplingParams(logit_bias={7: -101})
+    for name, value in (("bad_words", ["a" * 9, "b" * 16376]), ("logit_bias", dict.fromkeys(range(16385), 1))):
+        with pytest.raises(InvalidRequestError, match=f"{name} holds 16385 .*; the limit is 16384"):
+            SamplingParams(**{name: value})
+
+
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers(-2, 5) | st.text(max_size=1), inner),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([field.name for field in dataclasses.fields(SamplingParams)]), ANY_VALUE)
+@settings(max_examples=400, deadline=None)
+def test_any_value_is_kept_or_refused(name: str, value: Any) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        params = SamplingParams(**{name: value})
+        assert params.replace(**{name: getattr(params, name)}) == params
+        assert hash(params.replace()) == hash(params)
 
 
 def test_single_stop_is_one_stop() -> None:
@@ -124,9 +172,21 @@ def test_names_of_the_first_sampling_config() -> None:
         "top_k": 4,
         "top_p": 0.9,
         "random_seed": 7,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.4,
     }
     assert SamplingParams.from_sampling_config(config) == SamplingParams(
-        stop_token_ids=(2,), max_new_tokens=20, min_new_tokens=3, temperature=0.5, top_k=4, top_p=0.9, seed=7
+        stop_token_ids=(2,),
+        max_new_tokens=20,
+        min_new_tokens=3,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        seed=7,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.4,
     )
     with pytest.raises(InvalidRequestError, match="num_beams"):
         SamplingParams.from_sampling_config({"num_beams": 4})
@@ -148,6 +208,11 @@ def test_names_of_the_first_sampling_config() -> None:
             {"do_sample": True, "temperature": None, "top_k": None, "top_p": None},
             SamplingParams(temperature=1.0, top_k=50),
         ),
+        (
+            {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.1},
+            SamplingParams(temperature=1.0, top_k=50, min_p=0.1, repetition_penalty=1.1),
+        ),
+        ({"min_p": 0.1, "repetition_penalty": 1.1}, SamplingParams(repetition_penalty=1.1)),
         ({"max_new_tokens": 7}, SamplingParams(max_new_tokens=7)),
         ({"max_new_tokens": None}, SamplingParams()),
     ],

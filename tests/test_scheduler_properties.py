@@ -22,6 +22,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         max_tokens=st.integers(5, 24),
         max_preemptions=st.integers(1, 3),
+        latency_ms=st.sampled_from([None, 5.0]),
+        weights=st.sampled_from([{}, {"a": 3.0, "b": 0.5}]),
     )
     def build(
         self,
@@ -31,6 +33,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_size: int,
         max_tokens: int,
         max_preemptions: int,
+        latency_ms: float | None,
+        weights: dict[str, float],
     ) -> None:
         self.steps = Steps(
             num_blocks=num_blocks,
@@ -41,6 +45,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens_per_step=max_tokens,
             max_tokens_per_mixed_step=max(max_batch_size, max_tokens // 2),
             max_preemptions=max_preemptions,
+            max_decode_latency_ms=latency_ms,
+            tenant_weights=weights,
+            priority_ageing_s=10.0,
         )
         self.in_flight = in_flight
 
@@ -49,18 +56,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         tail=st.lists(st.integers(0, 3), min_size=1, max_size=6),
         num_tokens=st.integers(1, 12),
         priority=st.integers(-1, 1),
+        tenant=st.sampled_from([None, None, "a", "b"]),
         salt=st.sampled_from([None, None, "a"]),
         stop_ids=st.sampled_from([(), (), tuple(range(0, 258, 9))]),
     )
     def submit(
-        self, prefix: list[int], tail: list[int], num_tokens: int, priority: int, salt: str | None, stop_ids: tuple[int]
+        self,
+        prefix: list[int],
+        tail: list[int],
+        num_tokens: int,
+        priority: int,
+        tenant: str | None,
+        salt: str | None,
+        stop_ids: tuple[int],
     ) -> None:
-        self.steps.submit(prefix + tail, num_tokens, priority=priority, salt=salt, stop_token_ids=stop_ids)
+        self.steps.submit(
+            prefix + tail, num_tokens, priority=priority, tenant=tenant, salt=salt, stop_token_ids=stop_ids
+        )
+
+    @rule(seconds=st.floats(0.001, 30.0))
+    def pass_time(self, seconds: float) -> None:
+        self.steps.now += seconds
 
     @precondition(lambda self: self.steps.scheduler.num_steps_in_flight < self.in_flight)
     @rule()
     def launch(self) -> None:
+        waiting = [request for request in self.steps.requests if request.status is RequestStatus.WAITING]
         self.steps.launch()
+        for passed in waiting:
+            if passed.status is RequestStatus.WAITING:
+                assert not any(self._overtook(request, passed) for request in waiting)
 
     @precondition(lambda self: self.steps.scheduler.num_steps_in_flight)
     @rule()
@@ -77,11 +102,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.steps.collect()
 
     @precondition(lambda self: self.steps.scheduler.has_requests)
-    @rule(data=st.data(), reason=st.sampled_from(["abort", "timeout"]))
-    def end_early(self, data: st.DataObject, reason: str) -> None:
+    @rule(data=st.data(), reason=st.sampled_from(["abort", "timeout"]), keep_prefix=st.booleans())
+    def end_early(self, data: st.DataObject, reason: str, keep_prefix: bool) -> None:
         unfinished = sorted(self.steps.scheduler.requests(), key=lambda request: request.request_id)
         request = data.draw(st.sampled_from(unfinished))
-        self.steps.scheduler.finish(request, "abort" if reason == "abort" else "timeout")
+        self.steps.scheduler.finish(request, "abort" if reason == "abort" else "timeout", keep_prefix=keep_prefix)
 
     @invariant()
     def is_sound(self) -> None:
@@ -102,6 +127,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert steps.kv_cache.num_available_blocks == steps.kv_cache.num_usable_blocks
         assert steps.scheduler.num_waiting == 0
         assert all(request.slot is None and request.num_in_flight == 0 for request in self._collected())
+
+    def _overtook(self, request: Request, passed: Request) -> bool:
+        """Return whether a request was admitted before one of the same tenant that ought to be earlier."""
+        ahead = passed.priority * 10.0 - passed.stream.log.queued > request.priority * 10.0 - request.stream.log.queued
+        return request.status is not RequestStatus.WAITING and request.tenant == passed.tenant and ahead
 
     def _collected(self) -> list[Request]:
         return [request for request in self.steps.requests if request.stream.log.finish_reason == "length"]

@@ -275,6 +275,8 @@ def saved(smollm2: LoadedTokenizer, tmp_path_factory: pytest.TempPathFactory) ->
         ("gpt-2", "I'll 12345  x\n\n y", ["I", "'ll", " 12345", " ", " x", "\n\n", " y"]),
         ("smollm", "a 123\n 5", ["a", " ", "1", "2", "3", "\n ", "5"]),
         ("default", "a-- 12345", ["a", "--", " ", "123", "45"]),
+        ("tekken", "helloWorld I'll 123 a/\n", ["hello", "World", " I", "'ll", " ", "1", "2", "3", " a", "/\n"]),
+        ("gpt-4o", "helloWorld I'll 1234 a/\n", ["hello", "World", " I'll", " ", "123", "4", " a", "/\n"]),
     ],
 )
 def test_gguf_pre_tokenizers(pre: str, text: str, pieces: list[str]) -> None:
@@ -326,8 +328,10 @@ def test_faulty_gguf_metadata(changes: dict[str, Any], error: type[Exception], m
     assert str(caught.value).startswith("x.gguf: ")
 
 
-def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path, adds_space: bool) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
+    own = [] if adds_space else ["▁▁", "\n\n"]  # as Gemma has them
     corpus = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "don't, stop 12 34!"]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus * 20),
@@ -338,6 +342,8 @@ def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path) -> None:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
+        add_dummy_prefix=adds_space,
+        user_defined_symbols=own,
         minloglevel=2,
     )
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
@@ -346,10 +352,14 @@ def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path) -> None:
         2 if reference.is_unknown(i) else 3 if reference.is_control(i) else 6 if reference.is_byte(i) else 1
         for i in count
     ]
+    pieces = [(reference.id_to_piece(i), kind) for i, kind in zip(count, kinds, strict=True)]
+    pieces = [(piece, 4 if piece in own else kind) for piece, kind in pieces]
+    kinds = [kind for _, kind in pieces]
     metadata = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in count],
+        "tokenizer.ggml.tokens": [piece.replace("▁", " ") if kind == 4 else piece for piece, kind in pieces],
         "tokenizer.ggml.scores": [reference.get_score(i) for i in count],
+        "tokenizer.ggml.add_space_prefix": adds_space,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.bos_token_id": reference.bos_id(),
         "tokenizer.ggml.eos_token_id": reference.eos_id(),

@@ -177,7 +177,7 @@ def test_int8_weights_come_back_as_int8_with_scales(tmp_path: Path) -> None:
     scale = weights["layers.1.gate_up.weight_scale"]
     values = weights["layers.1.gate_up.weight"]
     assert values.dtype == torch.int8
-    assert int(values.abs().max()) in (63, 127)
+    assert int(values.abs().max()) == 127
     restored = values.float() * scale[:, None]
     assert float((restored - dense["layers.1.gate_up.weight"]).abs().max()) <= 0.51 * float(scale.max())
     assert weights["embed_tokens.weight"].dtype == torch.float32
@@ -239,7 +239,7 @@ def test_the_kv_cache_is_sized_by_memory_and_by_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "tensorrt"}, "not in this version"),
+        ({"backend": "tensorrt"}, "needs a CUDA device"),
         ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
         ({"quant_config": QuantConfig(weights="int4")}, "there are 'none' and"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),

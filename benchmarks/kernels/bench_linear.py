@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from llmengine.kernels.activation import silu_and_mul
-from llmengine.kernels.gemm_choice import CudaTimer, candidates
-from llmengine.kernels.linear import GemmShape, LinearKernels, Operation, SkinnyConfig, linear_reference
+from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.linear import (
+    CublasConfig,
+    GemmShape,
+    LinearConfig,
+    LinearKernels,
+    Operation,
+    SkinnyConfig,
+    linear_reference,
+    parse_config,
+)
 from llmengine.kernels.norm import rms_norm
 from llmengine.kernels.timing import time_graph
 
@@ -30,6 +40,7 @@ MODELS = {
 PRODUCTS = ("qkv", "o", "gate_up", "down", "lm_head")
 EPS = 1e-5
 TOLERANCE = 0.02
+COLD_BYTES = 160 << 20
 
 
 def shape_of(model: str, product: str, num_rows: int, dtype: torch.dtype) -> GemmShape:
@@ -46,7 +57,7 @@ def shape_of(model: str, product: str, num_rows: int, dtype: torch.dtype) -> Gem
     return GemmShape(operation, num_rows, n, k, dtype, torch.float32 if product == "lm_head" else dtype)
 
 
-def error_of(kernels: LinearKernels, shape: GemmShape, config: SkinnyConfig | None) -> float:
+def error_of(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> float:
     """Return the largest error of the result over the largest element of the fp32 reference, for random operands."""
 
     def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -66,29 +77,55 @@ def error_of(kernels: LinearKernels, shape: GemmShape, config: SkinnyConfig | No
     return float((out.float() - expected).abs().max() / expected.abs().max())
 
 
-def bench_product(
-    kernels: LinearKernels, timer: CudaTimer, name: str, shape: GemmShape, extra: Sequence[SkinnyConfig]
-) -> None:
+def time_us(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> float:
+    """Return the microseconds of the shape's operation with weights that are not in the L2."""
+    num_rows = shape.n * (2 if shape.operation == "norm_linear_silu" else 1)
+    # Random, since zeros make the memory and the chip faster than they are.
+    weights = [
+        (torch.randn(num_rows, shape.k, device="cuda") * 0.02).to(shape.dtype)
+        for _ in range(-(-COLD_BYTES // (num_rows * shape.k * shape.dtype.itemsize)))
+    ]
+    x = torch.randn(shape.num_rows, shape.k, device="cuda").to(shape.dtype)
+    norm_weight = torch.ones(shape.k, device="cuda", dtype=shape.dtype)
+    out = torch.zeros(shape.num_rows, shape.n, device="cuda", dtype=shape.out_dtype)
+
+    def run(weight: torch.Tensor) -> None:
+        if shape.operation == "linear_add":
+            kernels.linear_add(x, weight, None, out, config)
+        else:
+            operation = getattr(kernels, shape.operation)
+            operation(x, norm_weight, EPS, weight, None, out, config)
+
+    return time_graph([partial(run, weight) for weight in weights])
+
+
+def can_run(shape: GemmShape, config: LinearConfig) -> bool:
+    """Return whether the configuration takes the shape's rows and operation."""
+    if isinstance(config, CublasConfig):
+        return True
+    return config.block_m >= shape.num_rows and (config.split_k == 1 or shape.operation == "linear_add")
+
+
+def bench_product(kernels: LinearKernels, name: str, shape: GemmShape, extra: Sequence[LinearConfig]) -> None:
     """Print a line for each implementation, the fastest marked."""
     size_bytes = shape.n * shape.k * shape.dtype.itemsize * (2 if shape.operation == "norm_linear_silu" else 1)
-    configs = dict.fromkeys([*candidates(shape), *(config for config in extra if config.block_m >= shape.num_rows)])
-    times: dict[SkinnyConfig | None, float] = {}
-    notes: dict[SkinnyConfig | None, str] = {}
+    configs = [config for config in dict.fromkeys([*candidates(shape), *extra]) if can_run(shape, config)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(partial(kernels.compile, shape), (one for one in configs if isinstance(one, SkinnyConfig))))
+    times: dict[LinearConfig, float] = {}
+    notes: dict[LinearConfig, str] = {}
     for config in configs:
-        used = config if config is None or shape.operation == "linear_add" else replace(config, split_k=1)
         try:
-            times[used] = timer(shape, used)  # first, since it compiles all candidates together
-            error = error_of(kernels, shape, used)
-            notes[used] = "" if error < TOLERANCE else f" WRONG by {error:.3g}"  # NaN is wrong as well
+            times[config] = time_us(kernels, shape, config)
+            error = error_of(kernels, shape, config)
+            notes[config] = "" if error < TOLERANCE else f" WRONG by {error:.3g}"  # NaN is wrong as well
         except Exception as failure:  # one variant must not end the benchmark
-            print(f"{name} M={shape.num_rows} {used or 'cublas'}: {failure!r}"[:200])
+            print(f"{name} M={shape.num_rows} {config}: {failure!r}"[:200])
     best = min(times, key=times.__getitem__, default=None)
     for config, us in times.items():
         speed = size_bytes / us / 1e6
         mark = " *" if config == best else ""
-        print(
-            f"{name} M={shape.num_rows:<4}{config or 'cublas'!s:28}{us:9.2f} us {speed:5.2f} TB/s{notes[config]}{mark}"
-        )
+        print(f"{name} M={shape.num_rows:<4}{config!s:28}{us:9.2f} us {speed:5.2f} TB/s{notes[config]}{mark}")
 
 
 def bench_rows(model: str, dtype: torch.dtype, pdl: bool) -> None:
@@ -110,20 +147,19 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("products", nargs="*", metavar="product", help=f"of {', '.join(PRODUCTS)}; all if none")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256])
-    parser.add_argument("--configs", type=SkinnyConfig.parse, nargs="+", default=[])
+    parser.add_argument("--configs", type=parse_config, nargs="+", default=[])
     parser.add_argument("--no-pdl", action="store_true")
     parser.add_argument("--fp16", action="store_true")
     arguments = parser.parse_args()
     dtype = torch.float16 if arguments.fp16 else torch.bfloat16
     pdl = not arguments.no_pdl and torch.cuda.get_device_capability() >= (9, 0)
     kernels = LinearKernels("cuda", pdl)
-    timer = CudaTimer(kernels, torch.device("cuda", torch.cuda.current_device()))
     bench_rows(arguments.model, dtype, pdl)
     for product in arguments.products or PRODUCTS:
         for num_rows in arguments.rows:
             shape = shape_of(arguments.model, product, num_rows, dtype)
             name = f"{arguments.model} {product} {shape.n}x{shape.k}"
-            bench_product(kernels, timer, name, shape, arguments.configs)
+            bench_product(kernels, name, shape, arguments.configs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Times of the choice of tokens, checked, in a CUDA graph, beside torch's own.
 
-python -m benchmarks.kernels.bench_sampling [--rows 1 8 64 256] [--vocabs 32000 49152 128256]
+python -m benchmarks.kernels.bench_sampling [--rows 1 16 64 256] [--vocabs 32000 49152 128256]
 
 Logits are normal with deviation 4: of 128256 tokens top_p=.9 keeps some 400. The flat column, at temperature 4, keeps
-60 % of all, the worst case. Batches of logits rotate; those of one and eight rows stay in the L2, as in a step, whose
-LM head has just written them.
+60 % of all, the worst case. "edits" is a greedy choice after penalties on 1000 tokens or more, a bias for 300 and 200
+bad words; "everything" has top_k, top_p, min_p and a mask of allowed tokens on top of that. Batches of logits rotate;
+those of a few rows stay in the L2, as in a step, whose LM head has just written them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from llmengine.kernels.logit_edits import EditTables, edit_logits_reference
 from llmengine.kernels.sampling import (
     SlotParams,
+    TokenMasks,
     distribution_reference,
     sample,
     sample_greedy,
@@ -34,6 +37,8 @@ KINDS = {
     "min_p=.05": (1.0, 0, 1.0, 0.05),
 }
 """temperature, top_k, top_p, min_p"""
+EVERYTHING = (0.8, 50, 0.9, 0.02)
+NUM_ENTRIES, MAX_ENTRIES, NUM_WORDS = 1300, 4096, 200
 
 
 class Rows:
@@ -51,8 +56,19 @@ class Rows:
     def greedy(self) -> None:
         sample_greedy(self.logits, self.counts, self.ids, self.failed, self.workspace)
 
-    def draw(self, params: SlotParams) -> None:
-        sample(self.logits, self.counts, self.slots, self.slots, params, self.ids, self.failed, self.workspace)
+    def draw(self, params: SlotParams, edits: EditTables | None = None, masks: TokenMasks | None = None) -> None:
+        sample(
+            self.logits,
+            self.counts,
+            self.slots,
+            self.slots,
+            params,
+            self.ids,
+            self.failed,
+            self.workspace,
+            edits,
+            masks,
+        )
 
     def torch_draw(self) -> None:
         torch.multinomial(self.logits.softmax(-1), 1)
@@ -75,6 +91,26 @@ def slot_params(num_rows: int, temperature: float, top_k: int, top_p: float, min
     )
 
 
+def edit_tables(num_rows: int, vocab: int) -> EditTables:
+    """Return tables in which every slot has entries, one in four with a bias only, and words of two tokens."""
+    tables = EditTables.empty(num_rows, MAX_ENTRIES, NUM_WORDS, 2 * NUM_WORDS, 2, "cuda")
+    for line in tables.entry_ids:
+        line[:NUM_ENTRIES] = torch.randperm(vocab, device="cuda")[:NUM_ENTRIES]
+    tables.num_entries.fill_(NUM_ENTRIES)
+    tables.entry_states[:, :NUM_ENTRIES] = torch.arange(NUM_ENTRIES, device="cuda") % 4
+    tables.entry_biases[:, :NUM_ENTRIES:4] = 0.5
+    tables.penalties.copy_(torch.tensor([[1.1], [0.2], [0.2]]))
+    tables.counting.fill_(1)
+    tables.num_words.fill_(NUM_WORDS)
+    tables.word_tokens.random_(0, vocab)
+    tables.word_ends[:] = torch.arange(2, 2 * NUM_WORDS + 1, 2)
+    tables.word_lengths.fill_(2)
+    tables.word_untils.fill_(1 << 30)
+    tables.ring[:] = tables.word_tokens[:, :1]
+    tables.ring_masks.fill_(1)
+    return tables
+
+
 def check_greedy(rows: Rows) -> bool:
     """True if the ids are right."""
     rows.greedy()
@@ -90,6 +126,21 @@ def check_draw(rows: Rows, kind: tuple[float, int, float, float]) -> bool:
     return bool((found >= lowest - 1e-3).all()) and not bool(rows.failed.any())
 
 
+def check_edits(rows: Rows, kind: tuple[float, int, float, float], edits: EditTables, masks: TokenMasks | None) -> bool:
+    """True if the ids of the first rows are kept tokens of the edited logits, and the logits come out unchanged."""
+    before = rows.logits.clone()
+    lines = [edit_logits_reference(line, slot, slot, edits) for slot, line in enumerate(before[:4])]
+    rows.draw(slot_params(len(rows.ids), *kind), edits, masks)
+    right = torch.equal(rows.logits, before) and not bool(rows.failed.any())
+    for row, line in enumerate(lines):
+        if masks is not None:
+            ids = torch.arange(len(line), device="cuda")
+            line[((masks.words[row, ids // 32] >> (ids % 32)) & 1) == 0] = -torch.inf
+        kept = distribution_reference(line, *kind) > 0
+        right = right and bool(line[rows.ids[row].long()] >= line[kept].min() - 1e-3)
+    return right
+
+
 def timed(call: Callable[[Rows], None], batches: list[Rows], right: Callable[[Rows], bool] | None = None) -> str:
     """Return the microseconds, with a mark if the result is wrong, or what was raised."""
 
@@ -102,6 +153,19 @@ def timed(call: Callable[[Rows], None], batches: list[Rows], right: Callable[[Ro
     except Exception as error:  # the other columns shall still be measured
         torch.cuda.synchronize()
         return type(error).__name__
+
+
+def measure_edits(batches: list[Rows], kind: tuple[float, int, float, float], masked: bool) -> str:
+    """Return the microseconds of a choice after edits."""
+    num_rows, vocab = batches[0].logits.shape
+    params, tables = slot_params(num_rows, *kind), edit_tables(num_rows, vocab)
+    masks = None
+    if masked:
+        words = torch.randint(-(2**31), 2**31, (num_rows, -(-vocab // 32)), dtype=torch.int32, device="cuda")
+        masks = TokenMasks(torch.arange(num_rows, dtype=torch.int32, device="cuda"), words)
+    return timed(
+        lambda rows: rows.draw(params, tables, masks), batches, lambda rows: check_edits(rows, kind, tables, masks)
+    )
 
 
 def measure(num_rows: int, vocab: int) -> list[str]:
@@ -120,6 +184,8 @@ def measure(num_rows: int, vocab: int) -> list[str]:
 
         cells.append(timed(draw, batches, right))
 
+    cells += [measure_edits(batches, (0.0, 0, 1.0, 0.0), masked=False), measure_edits(batches, EVERYTHING, masked=True)]
+
     def argmax(rows: Rows) -> None:
         rows.logits.argmax(-1)
 
@@ -131,13 +197,18 @@ def measure(num_rows: int, vocab: int) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 49152, 128256])
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch_columns = ["argmax", "multinomial", "sort top_p"]
     print(f"{torch.cuda.get_device_name()}; microseconds")
-    print(*(f"{name:>17}" for name in ["rows", "vocab", "at 3 TB/s", "greedy", *KINDS, *torch_columns]))
+    print(
+        *(
+            f"{name:>17}"
+            for name in ["rows", "vocab", "at 3 TB/s", "greedy", *KINDS, "edits", "everything", *torch_columns]
+        )
+    )
     for vocab in arguments.vocabs:
         for num_rows in arguments.rows:
             print(*(f"{cell:>17}" for cell in measure(num_rows, vocab)), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
@@ -46,17 +47,32 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     `config` is resolved. Raises `ConfigError` for a device, backend or format that is not here, `OutOfMemoryError` if
     weights or KV cache do not fit, `CorruptFileError` for damaged weights.
     """
-    if config.backend == "tensorrt":
-        raise ConfigError("backend='tensorrt' is not in this version; use 'auto' or 'torch'")
     if config.quant_config.weights == "int4":
         raise ConfigError("quant_config.weights='int4' is not in this version; there are 'none' and, on a CPU, 'int8'")
     device = choose_device(config.device)
     if device == "cpu":
+        if config.backend == "tensorrt":
+            raise ConfigError("backend='tensorrt' needs a CUDA device, and device is 'cpu'; use 'auto' or 'torch'")
         from llmengine.backends.torch.cpu import CpuBackend
 
         return CpuBackend(config, source)
     import torch
 
-    from llmengine.backends.torch.cuda import CudaBackend
+    if config.backend == "tensorrt" or (config.backend == "auto" and _has_tensorrt()):
+        from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
-    return CudaBackend(config, source, torch.device(device))
+        return load_tensorrt_or_torch(config, source, torch.device(device))
+    from llmengine.backends.torch.cuda import CudaBackend
+    from llmengine.backends.torch.cuda_generic import torch_because
+
+    if config.backend == "torch":
+        return CudaBackend(config, source, torch.device(device))
+    _logger.info("backend='auto': torch, since TensorRT is not installed (pip install llmengine[tensorrt])")
+    return CudaBackend(config, source, torch.device(device), torch_because("TensorRT is not installed"))
+
+
+def _has_tensorrt() -> bool:
+    """Say whether there is a TensorRT to import, without importing it."""
+    specs = (importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
+    # A folder of that name on the path has a spec as well, without an origin.
+    return any(spec is not None and spec.origin is not None for spec in specs)

@@ -1,15 +1,16 @@
-"""Token choice over a step's logits: vectorised over rows, the same code on every device.
+"""Token choice over a step's logits on the CPU, vectorised over rows.
 
 A row's result depends on its own logits, parameters, seed and position alone, to the last bit: which algorithm a row
 takes follows from its own parameters, and every reduction runs along its own vocabulary.
 
 The distribution is that of transformers' warpers in their usual order: temperature, then top_k, then top_p within what
-top_k left. The token is found by inverting its cumulative distribution (in float64) at one uniform number.
+top_k left, then min_p. The token is found by inverting its cumulative distribution (in float64) at one uniform number.
+Before them come the masks of allowed tokens, then the edits of single logits (`logit_edits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmengine.backends.logit_edits import NO_MASKS, Int32Array, LogitEditor, slot_edits
 from llmengine.batch import SlotInit, TokenLogprobs
 
 IntArray = NDArray[np.int64]
@@ -35,7 +37,7 @@ class Samples:
 
     Attributes:
         token_ids: one for each row; meaningless where `failed`.
-        failed: the row's logits hold NaN or infinity.
+        failed: the row's logits hold NaN or infinity, or every token is forbidden.
         logprobs: row index -> log-probabilities, for rows that ask for them.
     """
 
@@ -52,11 +54,11 @@ class Sampler:
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.zeros(num_slots, dtype=np.int64)
         self._top_p = np.ones(num_slots, dtype=np.float64)
+        self._min_p = np.zeros(num_slots, dtype=np.float32)
         self._greedy = np.ones(num_slots, dtype=np.bool_)
         self._seed = np.zeros(num_slots, dtype=np.uint64)
         self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
-        self._stop_from = np.zeros(num_slots, dtype=np.int64)
-        self._stop_ids: list[list[int]] = [[] for _ in range(num_slots)]
+        self._editor = LogitEditor(num_slots)
 
     def init_slot(self, init: SlotInit) -> None:
         """Replace the parameters of `init.slot`."""
@@ -65,41 +67,47 @@ class Sampler:
         self._temperature[slot] = params.temperature or 1.0
         self._top_k[slot] = params.top_k if params.top_k < self._vocab_size else 0
         self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
         self._seed[slot] = init.seed
         self._num_logprobs[slot] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
-        self._stop_from[slot] = init.num_prompt_tokens + params.min_new_tokens
-        self._stop_ids[slot] = [token_id for token_id in init.stop_token_ids if token_id < self._vocab_size]
+        self._editor.init_slot(slot, slot_edits(init, self._vocab_size))
 
-    def sample(self, logits: Tensor, slots: IntArray, positions: IntArray) -> Samples:
-        """Choose a token for each row.
+    def sample(
+        self, logits: Tensor, slots: IntArray, positions: IntArray, masks: Mapping[int, Int32Array] = NO_MASKS
+    ) -> Samples:
+        """Choose a token for each row; the slots remember it for their penalties and bad words.
 
         Args:
-            logits: fp32 [num_rows, vocab]; stop tokens that are not allowed yet are overwritten with -inf.
-            slots: int64 [num_rows].
+            logits: fp32 [num_rows, vocab], contiguous; changed meanwhile.
+            slots: int64 [num_rows], each once.
             positions: int64 [num_rows], the positions that the chosen tokens take.
+            masks: slot -> int32 [ceil(vocab / 32)], the tokens that it may choose in this step: id t if bit t % 32 of
+                word t // 32 is set.
         """
         maxima = _segment_maxima(logits)
-        failed = (~torch.isfinite(maxima.amax(dim=-1))).tolist()
+        failed = ~torch.isfinite(maxima.amax(dim=-1))
         wanted = self._num_logprobs[slots]
         log_totals, top = None, None
         if (wanted >= 0).any():
             log_totals = torch.logsumexp(logits, dim=-1)
             if wanted.max() > 0:
                 top = torch.topk(logits, int(wanted.max()), dim=-1)
-        if (positions < self._stop_from[slots]).any():
-            self._forbid_stops(logits, slots, positions)
-            maxima = _segment_maxima(logits)
-        token_ids = self._choose(logits, maxima, slots, positions)
+        if masks or self._editor.edits(slots):
+            allowed = _masked(logits, slots, masks) if masks else logits
+            saved = self._editor.apply(allowed, slots, positions)
+            maxima = _segment_maxima(allowed)
+            failed |= ~torch.isfinite(maxima.amax(dim=-1))
+            token_ids = self._choose(allowed, maxima, slots, positions)
+            saved.restore()
+            self._editor.record(slots, positions, token_ids.numpy())
+        else:
+            token_ids = self._choose(logits, maxima, slots, positions)
         chosen = token_ids.tolist()
         logprobs: dict[int, TokenLogprobs] = {}
         if log_totals is not None:
             values = logits.gather(1, token_ids[:, None])[:, 0] - log_totals
             logprobs = _collect_logprobs(wanted, values, log_totals, top)
-        return Samples(token_ids=chosen, failed=failed, logprobs=logprobs)
-
-    def _forbid_stops(self, logits: Tensor, slots: IntArray, positions: IntArray) -> None:
-        for row in np.flatnonzero(positions < self._stop_from[slots]).tolist():
-            logits[row, self._stop_ids[slots[row]]] = -torch.inf
+        return Samples(token_ids=chosen, failed=failed.tolist(), logprobs=logprobs)
 
     def _choose(self, logits: Tensor, maxima: Tensor, slots: IntArray, positions: IntArray) -> Tensor:
         """Return int64 [num_rows]."""
@@ -124,11 +132,14 @@ class Sampler:
             self._tensor(self._temperature, slots, logits)[:, None]
         )
         uniforms = uniform(self._seed[slots], positions).to(logits.device)
+        min_p = self._tensor(self._min_p, slots, logits)
         if width == 0:
+            if self._min_p[slots].any():
+                scaled.masked_fill_(scaled < min_p.log()[:, None], -torch.inf)
             return _invert_all(scaled, uniforms)
         top_k = self._tensor(self._top_k, slots, logits)
         top_p = self._tensor(self._top_p, slots, logits)
-        return _invert_top(torch.softmax(scaled, dim=-1), top_k, top_p, uniforms, width)
+        return _invert_top(torch.softmax(scaled, dim=-1), top_k, top_p, min_p, uniforms, width)
 
     def _by_algorithm(self, slots: IntArray) -> list[tuple[IntArray, int]]:
         """Group the rows: width 1 greedy, 0 whole vocabulary in its own order, else that many likeliest tokens."""
@@ -142,6 +153,14 @@ class Sampler:
 
     def _tensor(self, values: NDArray[np.generic], slots: IntArray, like: Tensor) -> Tensor:
         return torch.from_numpy(values[slots]).to(like.device)
+
+
+def no_token_message(position: int) -> str:
+    """Return why a row failed alone, for people."""
+    return (
+        f"the model's logits for the token at position {position} are not finite, "
+        "or the request's parameters forbid every token"
+    )
 
 
 def uniform(seeds: NDArray[np.uint64], positions: IntArray) -> Tensor:
@@ -159,6 +178,16 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
+
+
+def _masked(logits: Tensor, slots: IntArray, masks: Mapping[int, Int32Array]) -> Tensor:
+    """Return a copy of the logits [num_rows, vocab] with -inf where the slots' masks forbid."""
+    rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
+    octets = np.stack([masks[slots[row]] for row in rows]).view(np.uint8)
+    allowed = np.unpackbits(octets, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    masked = logits.clone()
+    masked[rows] = masked[rows].masked_fill_(~torch.from_numpy(allowed), -torch.inf)
+    return masked
 
 
 def _segment_maxima(logits: Tensor) -> Tensor:
@@ -197,8 +226,10 @@ def _invert_all(scaled: Tensor, uniforms: Tensor) -> Tensor:
     return segment * _SEGMENT + _first_above(inner.cumsum(dim=-1), mass - before)
 
 
-def _invert_top(probabilities: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor, width: int) -> Tensor:
-    """Return int64 [num_rows], drawn from the likeliest tokens that top_k and top_p leave.
+def _invert_top(
+    probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor, width: int
+) -> Tensor:
+    """Return int64 [num_rows], drawn from the likeliest tokens that top_k, top_p and min_p leave.
 
     Rows without top_k whose `width` likeliest tokens do not hold top_p are drawn again with more of them.
     """
@@ -214,12 +245,15 @@ def _invert_top(probabilities: Tensor, top_k: Tensor, top_p: Tensor, uniforms: T
     # At least the likeliest token stays, and every token before which the mass is still short of the limit.
     kept = torch.where(cumulative - weights < limit[:, None], weights, 0.0)
     kept[:, 0] = weights[:, 0]
+    kept.masked_fill_(weights < min_p[:, None] * weights[:, :1], 0.0)
     kept.cumsum_(dim=-1)
     chosen = ids.gather(1, _first_above(kept, uniforms * kept[:, -1])[:, None])[:, 0]
     short = torch.nonzero((reached < limit) & (top_k == 0))[:, 0] if width < vocab else ()
     if len(short):
         wider = _LARGE_K if width < _LARGE_K else vocab
-        chosen[short] = _invert_top(probabilities[short], top_k[short], top_p[short], uniforms[short], wider)
+        chosen[short] = _invert_top(
+            probabilities[short], top_k[short], top_p[short], min_p[short], uniforms[short], wider
+        )
     return chosen
 
 

@@ -1,53 +1,135 @@
-"""Bounded admission: how many requests and prompt tokens may wait for their first step."""
+"""Bounded admission: how many requests and prompt tokens may wait for their first step, and who waits for room."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 from llmengine.config import SchedulerConfig
+from llmengine.engine.fair_queue import FairQueue
 from llmengine.errors import QueueFullError
 
 
+class Applicant:
+    """Somebody who waits for a ticket."""
+
+    __slots__ = ("grant", "tenant", "waiting")
+
+    def __init__(self, tenant: str | None, grant: Callable[[AdmissionTicket], None]) -> None:
+        self.tenant = tenant
+        self.grant = grant
+        self.waiting = True
+
+
 class Admission:
-    """Counts waiting requests and their prompt tokens, from any thread."""
+    """Counts waiting requests and their prompt tokens, and queues applicants while there is no room, from any thread.
+
+    Applicants are served fairly: the tenants in turn (those with more weight more often), one tenant's by priority,
+    which ages as it does in the scheduler, then first come, first served. Nobody overtakes them: while one waits,
+    `acquire_nowait` raises.
+    """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._applicants: FairQueue[Applicant] = FairQueue(config.tenant_weights, lambda one: one.waiting)
+        self._num_applied = 0
         self.num_requests = 0
         self.num_tokens = 0
         self._closed = False
 
+    @property
+    def num_applicants(self) -> int:
+        """Those who wait for room."""
+        return len(self._applicants)
+
     def acquire_nowait(self) -> AdmissionTicket:
         """Return a ticket for one request; raises `QueueFullError` when the queue is full."""
-        with self._changed:
+        with self._lock:
             if self.num_requests >= self._config.max_queued_requests:
                 raise QueueFullError(
                     f"{self.num_requests} requests are waiting "
                     f"(scheduler_config.max_queued_requests={self._config.max_queued_requests})"
                 )
+            if self._applicants:
+                raise QueueFullError(
+                    f"{len(self._applicants)} requests wait for room beside {self.num_tokens} prompt tokens "
+                    f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"
+                )
             self.num_requests += 1
         return AdmissionTicket(self, bounded=True)
 
-    def acquire_blocking(self) -> AdmissionTicket:
+    def apply(
+        self, grant: Callable[[AdmissionTicket], None], tenant: str | None = None, priority: int = 0
+    ) -> Applicant:
+        """Have `grant` called with a ticket as soon as there is room, here or on the thread that makes room.
+
+        It must neither block nor raise. A closed admission has room for everybody; the engine refuses the request.
+        """
+        applicant = Applicant(tenant, grant)
+        with self._lock:
+            rank = time.monotonic() - priority * self._config.priority_ageing_s
+            self._applicants.push(self._applicants.share(tenant), rank, self._num_applied, applicant)
+            self._num_applied += 1
+        self._grant()
+        return applicant
+
+    def withdraw(self, applicant: Applicant) -> bool:
+        """Wait no more; False when the ticket was granted before, or will have been in a moment."""
+        with self._lock:
+            if not applicant.waiting:
+                return False
+            applicant.waiting = False
+            self._applicants.left(self._applicants.share(applicant.tenant))
+        return True
+
+    def acquire_blocking(self, tenant: str | None = None, priority: int = 0) -> AdmissionTicket:
         """Return a ticket, blocking this thread while the queue is full of requests or tokens and not closed."""
-        with self._changed:
-            while not self._closed and (
-                self.num_requests >= self._config.max_queued_requests
-                or self.num_tokens >= self._config.max_queued_tokens
-            ):
-                self._changed.wait()
-            self.num_requests += 1
-        return AdmissionTicket(self, bounded=False)
+        granted: list[AdmissionTicket] = []
+        event = threading.Event()
+
+        def grant(ticket: AdmissionTicket) -> None:
+            granted.append(ticket)
+            event.set()
+
+        applicant = self.apply(grant, tenant, priority)
+        try:
+            event.wait()
+        except BaseException:  # KeyboardInterrupt
+            if not self.withdraw(applicant):
+                event.wait()
+                granted[0].release()
+            raise
+        return granted[0]
 
     def close(self) -> None:
         """Let nobody wait for room any more: the engine takes no more requests, and says so at their submission."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+        self._grant()
+
+    def _has_room(self) -> bool:
+        return self._closed or (
+            self.num_requests < self._config.max_queued_requests and self.num_tokens < self._config.max_queued_tokens
+        )
+
+    def _grant(self) -> None:
+        """Let in whom there is room for."""
+        while True:
+            with self._lock:
+                if not self._applicants or not self._has_room():
+                    return
+                applicant = self._applicants.pop()
+                self._applicants.share(applicant.tenant).charge(1)
+                applicant.waiting = False
+                if not self._applicants:
+                    self._applicants.forget()
+                self.num_requests += 1
+            applicant.grant(AdmissionTicket(self, bounded=False))
 
     def _add_tokens(self, num_tokens: int, *, bounded: bool) -> None:
-        with self._changed:
+        with self._lock:
             if bounded and self.num_tokens and self.num_tokens + num_tokens > self._config.max_queued_tokens:
                 raise QueueFullError(
                     f"{self.num_tokens} prompt tokens are waiting and {num_tokens} more do not fit "
@@ -56,10 +138,11 @@ class Admission:
             self.num_tokens += num_tokens
 
     def _release(self, num_tokens: int) -> None:
-        with self._changed:
+        with self._lock:
             self.num_requests -= 1
             self.num_tokens -= num_tokens
-            self._changed.notify_all()
+        if self._applicants:
+            self._grant()
 
 
 class AdmissionTicket:
@@ -75,7 +158,7 @@ class AdmissionTicket:
     def add_tokens(self, num_tokens: int) -> None:
         """Count the prompt once its length is known; raises `QueueFullError` if it does not fit.
 
-        Who waited for room (`acquire_blocking`) is let in whatever the length.
+        Who waited for room is let in whatever the length.
         """
         assert self._admission is not None
         self._admission._add_tokens(num_tokens, bounded=self._bounded)

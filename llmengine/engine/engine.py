@@ -26,7 +26,7 @@ import anyio
 
 from llmengine.batch import Backend, BackendInfo
 from llmengine.config import KvCacheConfig, SchedulerConfig
-from llmengine.engine.admission import Admission
+from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
@@ -47,6 +47,15 @@ class _Command:
 
     run: Callable[[], None]
     refuse: Callable[[EngineError], None]
+
+
+@dataclass(slots=True)
+class _Outside:
+    """A request that waits for room in the queue, not tokenized yet."""
+
+    stream: OutputStream
+    begin: Callable[[AdmissionTicket], None]
+    applicant: Applicant | None = None
 
 
 class Engine:
@@ -70,6 +79,7 @@ class Engine:
         self._ended = False
         self._stop_at: float | None = None
         self._requests: dict[int, Request] = {}
+        self._outside: dict[int, _Outside] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._counters = EngineCounters()
         self._last_step_s = 0.0
@@ -94,11 +104,30 @@ class Engine:
             raise self._refusal()
         self._send(partial(self._add, request), partial(_refuse_request, request))
 
-    def abort(self, stream: OutputStream) -> None:
+    def apply(
+        self,
+        stream: OutputStream,
+        begin: Callable[[AdmissionTicket], None],
+        *,
+        tenant: str | None,
+        priority: int,
+        deadline: float | None,
+    ) -> None:
+        """Have `begin` called with a ticket, on the engine thread, once there is room for the stream's request.
+
+        Until then it can be aborted, and ends at its deadline. A closing engine fails it. Never blocks.
+        """
+
+        def refuse(failure: EngineError) -> None:
+            wake(stream.fail(failure))
+
+        self._send(partial(self._apply, _Outside(stream, begin), tenant, priority, deadline), refuse)
+
+    def abort(self, stream: OutputStream, keep_prefix: bool = True) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
         if not stream.abort_requested and not stream.ended:
             stream.abort_requested = True
-            self._send(partial(self._abort, stream.log.request_id), _ignore)
+            self._send(partial(self._abort, stream.log.request_id, keep_prefix), _ignore)
 
     def nudge(self) -> None:
         """Have the engine look again at whether it has anything to wait for. Never blocks."""
@@ -198,6 +227,9 @@ class Engine:
             for request in self._requests.values():
                 _refuse_request(request, self._refusal())
             self._requests.clear()
+            for outside in self._outside.values():
+                wake(outside.stream.fail(self._refusal()))
+            self._outside.clear()
             self._ended = True
             self._refuse_commands()
 
@@ -267,11 +299,14 @@ class Engine:
         self._counters.forward_s += result.forward_s
 
     async def _sleep(self) -> None:
-        """Wait for a command, or for the end of draining."""
+        """Wait for a command, the next deadline, or the end of draining."""
         event = anyio.Event()
         self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
         if not self._commands:  # one that came before `_wake_up` was set did not wake us
-            with anyio.move_on_after(None if self._stop_at is None else self._stop_at - time.monotonic()):
+            moments = [moment for moment, _ in self._deadlines[:1]]
+            if self._stop_at is not None:
+                moments.append(self._stop_at)
+            with anyio.move_on_after(min(moments) - time.monotonic() if moments else None):
                 await event.wait()
         self._wake_up = None
 
@@ -284,12 +319,48 @@ class Engine:
         self._scheduler.add(request)
         if request.stream.abort_requested:
             self._finish(request, "abort")
-        elif request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            return
+        for deadline in (request.deadline, request.first_token_deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, request.request_id))
 
-    def _abort(self, request_id: int) -> None:
+    def _abort(self, request_id: int, keep_prefix: bool) -> None:
         if (request := self._requests.get(request_id)) is not None:
-            self._finish(request, "abort")
+            self._finish(request, "abort", keep_prefix=keep_prefix)
+        elif request_id in self._outside:
+            self._finish_outside(request_id, "abort")
+
+    def _apply(self, outside: _Outside, tenant: str | None, priority: int, deadline: float | None) -> None:
+        if self._stop_at is not None:
+            wake(outside.stream.fail(self._refusal()))
+            return
+        request_id = outside.stream.log.request_id
+        self._outside[request_id] = outside
+        if outside.stream.abort_requested:
+            self._finish_outside(request_id, "abort")
+            return
+        outside.applicant = self.admission.apply(partial(self._granted, request_id), tenant, priority)
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, request_id))
+
+    def _granted(self, request_id: int, ticket: AdmissionTicket) -> None:
+        """Go on with a request that there is room for. On whichever thread made the room."""
+        self._send(partial(self._begin, request_id, ticket), lambda _: ticket.release())
+
+    def _begin(self, request_id: int, ticket: AdmissionTicket) -> None:
+        if (outside := self._outside.pop(request_id, None)) is None:
+            ticket.release()  # it ended before it heard of the ticket
+        else:
+            outside.begin(ticket)
+
+    def _finish_outside(self, request_id: int, reason: FinishReason) -> None:
+        outside = self._outside.pop(request_id)
+        if outside.applicant is not None:
+            self.admission.withdraw(outside.applicant)
+        log = outside.stream.log
+        log.finish_reason = reason
+        log.finished = time.monotonic()
+        self._wake(outside.stream.finish())
 
     def _call(self, function: Callable[[Backend], T], future: Future[T]) -> None:
         try:
@@ -298,21 +369,34 @@ class Engine:
             future.set_exception(failure)
 
     def _set_stop_at(self, moment: float) -> None:
+        for outside in self._outside.values():
+            if outside.applicant is not None:
+                self.admission.withdraw(outside.applicant)
+            wake(outside.stream.fail(self._refusal()))
+        self._outside.clear()
         self.admission.close()
         self._stop_at = moment if self._stop_at is None else min(self._stop_at, moment)
 
     def _expire_requests(self) -> None:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
-            request = self._requests.get(heapq.heappop(self._deadlines)[1])
-            if request is not None:
+            request_id = heapq.heappop(self._deadlines)[1]
+            request = self._requests.get(request_id)
+            if request_id in self._outside:
+                self._finish_outside(request_id, "timeout")
+            elif request is not None and (
+                not request.stream.log.token_ids or (request.deadline is not None and request.deadline <= now)
+            ):
                 self._finish(request, "timeout")
-        if len(self._deadlines) > 2 * len(self._requests) + 64:
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+        num_alive = len(self._requests) + len(self._outside)
+        if len(self._deadlines) > 4 * num_alive + 64:
+            self._deadlines = [
+                entry for entry in self._deadlines if entry[1] in self._requests or entry[1] in self._outside
+            ]
             heapq.heapify(self._deadlines)
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        self._scheduler.finish(request, reason)
+    def _finish(self, request: Request, reason: FinishReason, *, keep_prefix: bool = True) -> None:
+        self._scheduler.finish(request, reason, keep_prefix=keep_prefix)
         del self._requests[request.request_id]
         self._wake(request.stream.finish())
 

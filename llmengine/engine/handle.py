@@ -29,7 +29,12 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
     """
 
     def __init__(
-        self, stream: OutputStream, abort: Callable[[OutputStream], None], *, streaming: bool, owner: object = None
+        self,
+        stream: OutputStream,
+        abort: Callable[[OutputStream, bool], None],
+        *,
+        streaming: bool,
+        owner: object = None,
     ) -> None:
         self._owner = owner
         """Kept alive as long as this handle: an `LLM` that only its handles refer to must not close under them."""
@@ -40,7 +45,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         self._waiter: LoopWaiter | None = None
         self._exhausted = False
         # Not weakref.finalize, which would keep the stream in a global table and run at interpreter exit as well.
-        stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream))
+        stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream, True))
 
     @property
     def request_id(self) -> int:
@@ -52,9 +57,14 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         """True once the final output, or the failure, can be read without waiting."""
         return self._stream.ended
 
-    def abort(self) -> None:
-        """End the request with finish reason "abort"; what it has put out can still be read. Any thread; idempotent."""
-        self._abort(self._stream)
+    def abort(self, *, keep_prefix: bool = True) -> None:
+        """End the request with finish reason "abort"; what it has put out can still be read. Any thread; idempotent.
+
+        The KV blocks that it filled stay findable for later prompts that begin as it did, until they are needed for
+        something else; with `keep_prefix=False` they are forgotten, except those that other requests use or that were
+        found when this one began. The first call decides.
+        """
+        self._abort(self._stream, keep_prefix)
 
     def result(self, timeout: float | None = None) -> GenerationOutput:
         """Block this thread until the final output is there and return it.
@@ -94,7 +104,9 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             if ended:
                 return self._take_last()
             if begin != end and self._streaming:
-                self._seen = end
+                self._seen = stream.num_read = end
+                if stream.resume is not None:
+                    stream.mark_read(end)
                 return GenerationOutput(stream.log, begin, end)
             waiter = self._waiter
             if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():

@@ -140,6 +140,19 @@ class KVCacheManager:
             table.parent = self._uid_of[known]
             table.num_registered += 1
 
+    def num_shared_blocks(self, table: BlockTable) -> int:
+        """Return how many of the table's blocks, counted from its first, others refer to as well."""
+        for index, block in enumerate(table.block_ids):
+            if self._ref_counts[block] == 1:
+                return index
+        return len(table.block_ids)
+
+    def forget(self, table: BlockTable, num_kept_blocks: int) -> None:
+        """Make the content unfindable of blocks that only this table refers to, its first `num_kept_blocks` aside."""
+        for block in table.block_ids[num_kept_blocks:]:
+            if self._ref_counts[block] == 1 and self._key_of[block] is not None:
+                self._drop_key(block)
+
     def free(self, table: BlockTable) -> None:
         """Drop the table's references and empty it. Later blocks are reused sooner: a prefix outlives its tails."""
         for block in reversed(table.block_ids):
@@ -182,8 +195,12 @@ class KVCacheManager:
 
     def _forget_content(self, block: int) -> None:
         """Make an unreferenced block's content unfindable."""
-        key = self._key_of[block]
-        if key is not None:
-            del self._block_of[key]
-            self._key_of[block] = None
+        if self._key_of[block] is not None:
+            self._drop_key(block)
             self._num_cached -= 1
+
+    def _drop_key(self, block: int) -> None:
+        key = self._key_of[block]
+        assert key is not None
+        del self._block_of[key]
+        self._key_of[block] = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from llmengine.batch import TokenLogprobs
 from llmengine.engine.admission import AdmissionTicket
+from llmengine.engine.fair_queue import TenantShare
 from llmengine.engine.kv_cache import BlockTable
 from llmengine.engine.stream import OutputStream
 from llmengine.errors import RequestFailedError
@@ -18,10 +19,11 @@ from llmengine.tokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is: queued (new or preempted), in the running batch, or ended."""
+    """Where a request is: queued (new or preempted), in the running batch, held back for its consumer, or ended."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    PAUSED = "paused"
     FINISHED = "finished"
 
 
@@ -39,14 +41,19 @@ class Request:
         seed: of its random numbers.
         stop_token_ids: EOS ids, unless ignored, and the caller's.
         max_total_tokens: it ends with "length" when prompt and output reach this.
-        priority: higher is scheduled first.
+        priority: higher is scheduled first, among the requests of its tenant.
+        tenant: who shares the engine fairly with other tenants; None: all that name none are one.
         deadline: `time.monotonic()` at which it ends with "timeout".
+        first_token_deadline: the same, unless it has a token by then.
         cache_salt: it shares prefix blocks only with requests of an equal salt.
         detokenizer: None when there is no tokenizer.
         ticket: its place among those that wait for their first step.
         token_ids: prompt and output ids that the host knows.
         num_tokens: how many those are, and will be once the launched steps are collected.
         slot: its row in the backend while it runs.
+        rank: its place among its tenant's requests, the lowest first; set by the scheduler and never changed.
+        share: its tenant's, set by the scheduler.
+        num_charged_tokens: its first tokens that its tenant was charged for, or that others had computed before.
     """
 
     stream: OutputStream
@@ -56,7 +63,9 @@ class Request:
     stop_token_ids: frozenset[int]
     max_total_tokens: int
     priority: int = 0
+    tenant: str | None = None
     deadline: float | None = None
+    first_token_deadline: float | None = None
     cache_salt: Hashable = None
     detokenizer: IncrementalDetokenizer | None = None
     ticket: AdmissionTicket | None = None
@@ -67,6 +76,9 @@ class Request:
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     slot: int | None = None
+    rank: float = field(init=False)
+    share: TenantShare[Request] = field(init=False)
+    num_charged_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)

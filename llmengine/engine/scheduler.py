@@ -7,16 +7,16 @@ chunks of prompts with decodes. Steps may be scheduled ahead of their predecesso
 
 from __future__ import annotations
 
-import heapq
 import time
-from bisect import insort
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
 from llmengine.config import SchedulerConfig
+from llmengine.engine.fair_queue import FairQueue
 from llmengine.engine.kv_cache import KVCacheManager
+from llmengine.engine.pace import PromptPace
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.stats import EngineCounters
 from llmengine.errors import RequestFailedError
@@ -25,13 +25,12 @@ from llmengine.outputs import FinishReason
 
 @dataclass(slots=True)
 class _StepPlan:
-    """A step while it is put together."""
+    """A step while it is put together; `budget` is how many more tokens of prompts it may have."""
 
-    budget: int
+    budget: int = 0
     rows: list[BatchRow] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     slot_inits: list[SlotInit] = field(default_factory=list)
-    preempted: bool = False
 
 
 @dataclass(slots=True)
@@ -41,34 +40,59 @@ class _LaunchedStep:
     batch: Batch
     requests: list[Request]
     num_preemptions: list[int]
+    num_prompt_tokens: int
+    scheduled: float
 
 
 class Scheduler:
     """Owns the waiting queue, the running set, the slots and the KV blocks. Used by the engine thread alone.
 
-    Waiting requests are admitted by priority, then arrival. An admitted request gets blocks for all tokens it has; a
-    running one gets one more block when it needs one. When none is left, the request with the lowest priority that
-    arrived last is preempted: its blocks are freed (and stay findable in the prefix cache) and it waits again, in
-    front of later arrivals. Nothing is admitted in a step that preempts, and a request preempted
-    `max_preemptions` times is spared while another can be chosen, so two requests cannot evict each other for ever.
+    Decodes come first. What is left of the step's budget goes to prompts, in progress or waiting, of the tenant that
+    was served the least for its weight; among one tenant's requests the lowest rank is next, which is the time of
+    arrival, put earlier by `priority_ageing_s` for each level of priority. So ranks never change, and waiting costs
+    nothing. A tenant is charged for each token that is computed for it the first time.
+
+    An admitted request gets blocks for all tokens it has; a running one gets one more block when it needs one. When
+    too few are left, requests are preempted (`_choose_victim`) before the step is planned: their blocks are freed, and
+    stay findable in the prefix cache, and they wait again at their old rank. Nothing is admitted in a step that
+    preempts; a request that was preempted comes back only when there is more room, and when it was preempted
+    `max_preemptions` times it is spared while another can be chosen. So requests do not evict each other for ever.
+
+    A paused request takes part in none of this. It keeps its slot and blocks until others need them, and then loses
+    them as if preempted, before any running request does.
     """
 
-    def __init__(self, config: SchedulerConfig, kv_cache: KVCacheManager, counters: EngineCounters) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv_cache: KVCacheManager,
+        counters: EngineCounters,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config = config
         self.kv_cache = kv_cache
         self.counters = counters
         self.running: list[Request] = []
-        """In the order of `_preemption_rank`: the last one is the first to be preempted."""
-        # (-priority, arrival, request); entries of requests that are no longer waiting are skipped when they surface.
-        self._waiting: list[tuple[int, int, Request]] = []
-        self._num_waiting = 0
+        """In the order of admission."""
+        self._paused: dict[int, Request] = {}
+        # Those of them that have a slot and blocks, the longest paused first.
+        self._resident: dict[int, Request] = {}
+        self._clock = clock
+        self._waiting: FairQueue[Request] = FairQueue(config.tenant_weights, _is_waiting)
         self._free_slots = list(range(config.max_batch_size))
         self._in_flight: deque[_LaunchedStep] = deque()
+        self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
+        self._updated = 0.0
 
     @property
     def num_waiting(self) -> int:
         """Requests in the queue, new and preempted."""
-        return self._num_waiting
+        return len(self._waiting)
+
+    @property
+    def num_paused(self) -> int:
+        """Requests that wait for `resume()`."""
+        return len(self._paused)
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -78,29 +102,37 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """True while any request is unfinished."""
-        return bool(self.running) or self._num_waiting > 0
+        return bool(self.running or self._waiting or self._paused)
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request is unfinished and not paused."""
+        return bool(self.running or self._waiting)
 
     def add(self, request: Request) -> None:
         """Queue a new request."""
-        request.status = RequestStatus.WAITING
-        self._num_waiting += 1
-        heapq.heappush(self._waiting, (-request.priority, request.request_id, request))
+        request.rank = request.stream.log.queued - request.priority * self.config.priority_ageing_s
+        request.share = self._waiting.share(request.tenant)
+        self._enqueue(request)
 
     def schedule(self) -> Batch | None:
         """Return the next step, or None when there is nothing to compute now."""
-        budget = self._token_budget()
-        plan = _StepPlan(budget)
-        self._schedule_running(plan)
-        if not plan.preempted:
-            self._admit_waiting(plan)
+        preempted = self._make_room()
+        plan = _StepPlan()
+        chunks = self._schedule_decodes(plan)
+        num_decodes = len(plan.rows)
+        budget = plan.budget = self._prompt_budget(num_decodes)
+        self._schedule_prompts(plan, chunks, may_admit=not preempted)
         if not plan.rows:
             return None
+        num_prompt_tokens = budget - plan.budget
         self.counters.num_steps += 1
         self.counters.num_rows += len(plan.rows)
-        self.counters.num_computed_tokens += budget - plan.budget
+        self.counters.num_computed_tokens += num_decodes + num_prompt_tokens
         batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits)
         preemptions = [request.num_preemptions for request in plan.requests]
-        self._in_flight.append(_LaunchedStep(batch, plan.requests, preemptions))
+        scheduled = 0.0 if self._pace is None else self._clock()
+        self._in_flight.append(_LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, scheduled))
         return batch
 
     def update(self, result: StepResult) -> list[Request]:
@@ -110,6 +142,10 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert result.step == step.batch.step, f"result of step {result.step} for step {step.batch.step}"
+        if self._pace is not None:
+            # What the step added to its decodes' latency: it began when it was scheduled, or after the one before.
+            began, self._updated = max(step.scheduled, self._updated), self._clock()
+            self._pace.observe(step.num_prompt_tokens, self._updated - began)
         token_ids, logprobs, errors = result.token_ids, result.logprobs, result.errors
         block_size = self.kv_cache.block_size
         finished = RequestStatus.FINISHED
@@ -136,139 +172,265 @@ class Scheduler:
         self.counters.num_generated_tokens += num_sampled
         return changed
 
-    def finish(self, request: Request, reason: FinishReason, error: RequestFailedError | None = None) -> None:
+    def pause(self, request: Request) -> None:
+        """Schedule a running request no more until `resume()`; what launched steps sample of it is still appended."""
+        self.running.remove(request)
+        request.status = RequestStatus.PAUSED
+        self._paused[request.request_id] = self._resident[request.request_id] = request
+
+    def resume(self, request: Request) -> None:
+        """Let a paused request go on; it waits again, at its old rank, if others needed its blocks."""
+        del self._paused[request.request_id]
+        if self._resident.pop(request.request_id, None) is not None:
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+        else:
+            request.share = self._waiting.share(request.tenant)  # that of before may have been forgotten
+            self._enqueue(request)
+
+    def finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: RequestFailedError | None = None,
+        *,
+        keep_prefix: bool = True,
+    ) -> None:
         """End a request in whatever state it is and give back its slot and blocks.
 
         A launched step may still compute a row of it: its writes come before those of any later owner of the blocks.
+        Its full blocks stay findable for later prompts unless `keep_prefix` is False; blocks that others had computed
+        before, or use now, do so in any case.
         """
+        if not keep_prefix:
+            self._forget_prefix(request)
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._release(request)
         elif request.status is RequestStatus.WAITING:
-            self._num_waiting -= 1
+            request.status = RequestStatus.FINISHED
+            self._waiting.left(request.share)
+        elif request.status is RequestStatus.PAUSED:
+            del self._paused[request.request_id]
+            if self._resident.pop(request.request_id, None) is not None:
+                self._release(request)
         request.finish(reason, error)
         self.counters.num_finished_requests += 1
-        if len(self._waiting) > 2 * self._num_waiting + 64:
-            self._waiting = [entry for entry in self._waiting if entry[2].status is RequestStatus.WAITING]
-            heapq.heapify(self._waiting)
+        if not self.has_requests:
+            self._waiting.forget()
 
     def requests(self) -> Iterator[Request]:
         """Yield every unfinished request."""
         yield from self.running
-        for _, _, request in self._waiting:
-            if request.status is RequestStatus.WAITING:
-                yield request
+        yield from self._waiting
+        yield from self._paused.values()
 
     def check_integrity(self) -> None:
         """Assert that slots, queue and blocks are consistent; cheap enough for tests only."""
-        assert self._num_waiting == sum(r.status is RequestStatus.WAITING for _, _, r in self._waiting)
-        slots = [request.slot for request in self.running]
+        waiting = list(self._waiting)
+        assert len(self._waiting) == len(waiting)
+        residents = [*self.running, *self._resident.values()]
+        slots = [request.slot for request in residents]
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
             range(self.config.max_batch_size)
         ), "slots leaked or shared"
-        assert self.running == sorted(self.running, key=self._preemption_rank), "the running requests are out of order"
-        for request in self.running:
-            assert request.status is RequestStatus.RUNNING
+        for request in residents:
             assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
+        assert all(request.status is RequestStatus.RUNNING for request in self.running)
+        for paused in self._paused.values():
+            assert paused.status is RequestStatus.PAUSED
+            assert (paused.slot is not None) == (paused.request_id in self._resident)
+        for share in {id(r.share): r.share for r in (*residents, *waiting)}.values():
+            assert share is self._waiting.share(share.name), "a tenant has two shares"
+            assert share.num_running == sum(request.share is share for request in residents)
+            assert share.num_waiting == sum(request.share is share for request in waiting)
         self.kv_cache.check_integrity(request.blocks for request in self.requests())
         if not self.has_requests:
             assert self.kv_cache.num_used_blocks == 0, "an idle engine holds blocks"
+            assert self._waiting.num_tenants == 0, "an idle engine remembers tenants"
 
-    def _token_budget(self) -> int:
+    def _enqueue(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        share = request.share
+        if share.num_waiting == 0 and self._waiting.num_tenants > 1:
+            # What the others got while this tenant had nothing waiting was not its loss.
+            self._settle_running()
+            self._waiting.raise_floor(running.share for running in self.running if running.share is not share)
+        self._waiting.push(share, request.rank, request.request_id, request)
+
+    def _settle(self, request: Request) -> None:
+        """Charge the request's tenant for what was computed, or planned, since the last time."""
+        if request.num_computed_tokens > request.num_charged_tokens:
+            request.share.charge(request.num_computed_tokens - request.num_charged_tokens)
+            request.num_charged_tokens = request.num_computed_tokens
+
+    def _settle_running(self) -> None:
+        for request in self.running:
+            self._settle(request)
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Return how many tokens the step may have beside its decodes."""
         for request in self.running:
             if request.num_computed_tokens >= len(request.prompt_token_ids):
-                return self.config.max_tokens_per_mixed_step
-        return self.config.max_tokens_per_step
+                budget = self.config.max_tokens_per_mixed_step - num_decodes
+                return budget if self._pace is None else min(budget, self._pace.max_prompt_tokens())
+        return self.config.max_tokens_per_step - num_decodes
 
-    def _schedule_running(self, plan: _StepPlan) -> None:
-        """Give decodes their token first, then prompts in progress what is left."""
-        # Only decodes can lack a block (a prompt has all of its own since admission). Going from the last to be
-        # preempted to the first, a request that lacks one never finds the right victim already planned.
+    def _schedule_decodes(self, plan: _StepPlan) -> list[Request]:
+        """Give each decode its token; return the requests with more than one token to compute."""
         rows, requests = plan.rows, plan.requests
         block_size = self.kv_cache.block_size
         chunks: list[Request] = []
-        for request in tuple(self.running):  # a preemption takes requests out
+        for request in self.running:
             start, end = request.num_computed_tokens, request.num_tokens
             if end >= request.max_total_tokens:
                 continue  # its last possible token is on its way
             if end - start > 1:
                 chunks.append(request)
                 continue
-            new_block_ids: Sequence[int] = ()
-            if start % block_size == 0:
-                if request.slot is None or (grown := self._grow(request, end, plan)) is None:
-                    continue  # preempted
-                new_block_ids = grown
             # As in `_add_row`, for what nearly all rows of nearly all steps are.
-            known = request.token_ids
+            new_block_ids = self._grow(request, end) if start % block_size == 0 else ()
             slot = request.slot
             assert slot is not None
-            rows.append(BatchRow(slot, start, 1, known[start:], new_block_ids, True))
+            rows.append(BatchRow(slot, start, 1, request.token_ids[start:], new_block_ids, True))
             requests.append(request)
             request.num_computed_tokens = end
             request.num_tokens = end + 1
-        plan.budget -= len(rows)
-        for request in chunks:
-            if plan.budget > 0 and request.slot is not None:
-                self._add_row(plan, request, min(request.num_uncomputed_tokens, plan.budget), ())
+        return chunks
 
-    def _grow(self, request: Request, num_tokens: int, plan: _StepPlan) -> list[int] | None:
-        """Return newly allocated blocks, preempting others while that is needed; None when the request gave way."""
+    def _grow(self, request: Request, num_tokens: int) -> Sequence[int]:
+        """Return newly allocated blocks for the request's first `num_tokens` tokens."""
         num_blocks = len(request.blocks.block_ids)
-        while not self.kv_cache.allocate(request.blocks, num_tokens):
-            victim = self._choose_victim(plan)
-            self._preempt(victim)
-            plan.preempted = True
-            if victim is request:
-                return None
+        allocated = self.kv_cache.allocate(request.blocks, num_tokens)
+        assert allocated, "no room was made for a decode"
         return request.blocks.block_ids[num_blocks:]
 
-    def _choose_victim(self, plan: _StepPlan) -> Request:
-        """Return the running request to preempt; one that already has a row in this step is not eligible."""
-        planned = set(map(id, plan.requests))
-        return next(request for request in reversed(self.running) if id(request) not in planned)
+    def _make_room(self) -> bool:
+        """Preempt until each decode can have the block that it needs now; return whether that took a preemption."""
+        # Only decodes can lack a block (a prompt has all of its own since admission), and each needs one at most.
+        if self.kv_cache.num_available_blocks >= len(self.running):
+            return False
+        block_size = self.kv_cache.block_size
+        needing = {
+            request
+            for request in self.running
+            if request.num_computed_tokens == len(request.blocks.block_ids) * block_size
+            and request.num_tokens < request.max_total_tokens
+        }
+        preempted = False
+        while len(needing) > self.kv_cache.num_available_blocks:
+            if self._evict_paused():
+                continue
+            victim = self._choose_victim()
+            self._preempt(victim)
+            needing.discard(victim)
+            preempted = True
+        return preempted
 
-    def _preemption_rank(self, request: Request) -> tuple[bool, int, int]:
-        """Sort key of the running requests; the greatest is the first to be preempted."""
-        return request.num_preemptions < self.config.max_preemptions, -request.priority, request.request_id
+    def _choose_victim(self) -> Request:
+        """Return the running request to preempt.
+
+        Of the tenant that was served the most for its weight, and of its requests whose effective priority is within
+        one level of the lowest, it is the one that is cheapest to compute again, where each time that it was preempted
+        before doubles the cost; of equals, the last in rank. One that was preempted often is spared if possible.
+        """
+        # Any of them helps: its last block is its own, or it is full and the request is among those that need one.
+        candidates = [r for r in self.running if r.num_preemptions < self.config.max_preemptions] or self.running
+        if self._waiting.num_tenants > 1:
+            self._settle_running()
+            most = max(r.share.service for r in candidates)
+            candidates = [r for r in candidates if r.share.service == most]
+        last = max(r.rank for r in candidates)
+        peers = [r for r in candidates if r.rank > last - self.config.priority_ageing_s]
+        return min(peers, key=lambda r: (self._recompute_cost(r), -r.rank, -r.request_id))
+
+    def _recompute_cost(self, request: Request) -> int:
+        """Return how many tokens are lost with the blocks that no other request keeps, weighted."""
+        num_kept = self.kv_cache.num_shared_blocks(request.blocks) * self.kv_cache.block_size
+        return max(0, request.num_computed_tokens - num_kept) << request.num_preemptions
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
+        self._take_away(request)
+        self._enqueue(request)
+
+    def _evict_paused(self) -> bool:
+        """Take slot and blocks from the request that is paused the longest; False when no paused one has any."""
+        if not self._resident:
+            return False
+        self._take_away(self._resident.pop(next(iter(self._resident))))
+        return True
+
+    def _take_away(self, request: Request) -> None:
         self._release(request)
         request.num_preemptions += 1
         request.stream.log.num_preemptions += 1
         self.counters.num_preemptions += 1
-        self.add(request)
 
     def _release(self, request: Request) -> None:
         assert request.slot is not None
+        self._settle(request)
+        request.share.num_running -= 1
         self._free_slots.append(request.slot)
         request.slot = None
         self.kv_cache.free(request.blocks)
         request.num_computed_tokens = 0
 
-    def _admit_waiting(self, plan: _StepPlan) -> None:
-        while self._free_slots and plan.budget > 0 and (request := self._next_waiting()) is not None:
-            if request.num_in_flight or not self._admit(request):
-                break
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            num_tokens = min(request.num_uncomputed_tokens, plan.budget)
-            plan.slot_inits.append(self._take_slot(request))
-            self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
+    def _forget_prefix(self, request: Request) -> None:
+        """Make the blocks unfindable that were computed for this request and that no other one refers to."""
+        if request.num_preemptions and not request.blocks.block_ids:
+            self.kv_cache.match_prefix(request.blocks, request.token_ids)
+        num_kept = request.stream.log.num_cached_tokens // self.kv_cache.block_size
+        self.kv_cache.forget(request.blocks, num_kept)
+        if request.slot is None:
+            self.kv_cache.free(request.blocks)
 
-    def _next_waiting(self) -> Request | None:
-        while self._waiting and self._waiting[0][2].status is not RequestStatus.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None
+    def _schedule_prompts(self, plan: _StepPlan, chunks: list[Request], *, may_admit: bool) -> None:
+        """Share the budget among prompts in progress and waiting requests, in the fair order."""
+        may_admit = may_admit and bool(self._waiting) and self._has_slot
+        if not chunks and not may_admit:
+            return
+        if self._waiting.num_tenants > 1:
+            self._settle_running()
+        chunks.sort(key=_place, reverse=True)
+        while plan.budget > 0:
+            waiting = self._waiting.peek() if may_admit else None
+            if waiting is not None and (not chunks or _place(waiting) < _place(chunks[-1])):
+                may_admit = self._admit(plan, waiting) and self._has_slot
+            elif chunks:
+                request = chunks.pop()
+                self._add_row(plan, request, min(request.num_uncomputed_tokens, plan.budget), ())
+            else:
+                return
 
-    def _admit(self, request: Request) -> bool:
-        """Take blocks for all tokens of the request, leaving one for each running request to grow into."""
-        reserve = len(self.running)
-        if self.kv_cache.num_available_blocks <= reserve:
-            return False  # without looking for its prefix in each step: its last token needs a block of its own
+    @property
+    def _has_slot(self) -> bool:
+        return bool(self._free_slots or self._resident)
+
+    def _admit(self, plan: _StepPlan, request: Request) -> bool:
+        """Let the first waiting request run; False when it has to wait on, and all others with it."""
+        if request.num_in_flight or not self._take_blocks(request):
+            return False
+        self._waiting.pop()
+        num_tokens = min(request.num_uncomputed_tokens, plan.budget)
+        plan.slot_inits.append(self._take_slot(request))
+        self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
+        return True
+
+    def _take_blocks(self, request: Request) -> bool:
+        """Take blocks for all tokens of the request, leaving one for each running request to grow into.
+
+        One more of those for each time that it was preempted (within reason: paused requests may be preempted without
+        end): what had to go because of too little room comes back to more.
+        """
+        reserve = len(self.running) * (1 + min(request.num_preemptions, self.config.max_preemptions))
+        while self.kv_cache.num_available_blocks <= reserve:
+            if not self._evict_paused():
+                return False  # without looking for its prefix in each step: its last token needs a block of its own
         num_cached_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
         missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
+        while self.kv_cache.num_available_blocks < missing + reserve and self._evict_paused():
+            pass
         if self.kv_cache.num_available_blocks < missing + reserve or not self.kv_cache.allocate(
             request.blocks, len(request.token_ids)
         ):
@@ -277,8 +439,8 @@ class Scheduler:
         request.num_computed_tokens = num_cached_tokens
         log = request.stream.log
         if log.first_scheduled is None:
-            log.first_scheduled = time.monotonic()
-            log.num_cached_tokens = num_cached_tokens
+            log.first_scheduled = self._clock()
+            log.num_cached_tokens = request.num_charged_tokens = num_cached_tokens
             self.kv_cache.count_lookup(len(request.token_ids), num_cached_tokens)
             self.counters.num_prompt_tokens += len(request.token_ids)
             if request.ticket is not None:
@@ -286,9 +448,12 @@ class Scheduler:
         return True
 
     def _take_slot(self, request: Request) -> SlotInit:
+        if not self._free_slots:
+            self._evict_paused()
         request.slot = self._free_slots.pop()
         request.status = RequestStatus.RUNNING
-        insort(self.running, request, key=self._preemption_rank)
+        request.share.num_running += 1
+        self.running.append(request)
         return SlotInit(
             slot=request.slot,
             token_ids=tuple(request.token_ids),
@@ -311,3 +476,13 @@ class Scheduler:
         request.num_computed_tokens = end
         if sample:
             request.num_tokens += 1
+        self._settle(request)
+
+
+def _is_waiting(request: Request) -> bool:
+    return request.status is RequestStatus.WAITING
+
+
+def _place(request: Request) -> tuple[float, float, int]:
+    """Sort key of prompts: the least is next."""
+    return request.share.service, request.rank, request.request_id

@@ -4,6 +4,9 @@ There is no queue. The engine appends to the request's `OutputLog` and publishes
 how far it has read and takes everything between at once. So a slow consumer gets merged deltas, a consumer that never
 reads costs nothing beyond the output itself, and any number of consumers may read one stream.
 
+Where the caller wants less than that for a slow consumer (`SlowConsumer`), the consumer notes in the stream how far it
+has read, the engine compares after each token, and the consumer that finds its request paused asks for it to go on.
+
 Waking is batched: `publish()` collects the waiters of all of a step's streams, and `wake()` makes one
 `call_soon_threadsafe` per event loop out of them. That call resumes the consumers' tasks itself: a future for each
 token, and a turn of the event loop for each future, would cost more than everything else that the host does for it.
@@ -15,14 +18,27 @@ waiter before it looks for what is new, and the GIL lets both see these accesses
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextvars import Context
-from typing import Any
+from typing import Any, Literal
 
-from llmengine.errors import LLMEngineError
+from llmengine.errors import EngineClosedError, LLMEngineError
 from llmengine.outputs import OutputLog
+
+SlowConsumer = Literal["coalesce", "pause", "abort"]
+"""What becomes of a request whose consumer has too many tokens to read: nothing, it stops until it is read, it ends."""
+
+
+def check_process(pid: int) -> None:
+    """Raise `EngineClosedError` in another process than `pid`, a forked one, where the engine has no thread."""
+    if os.getpid() != pid:
+        raise EngineClosedError(
+            f"the LLM belongs to process {pid}, and this is process {os.getpid()}, forked from it: "
+            "make the LLM in the process that uses it, or start processes with multiprocessing's 'spawn'"
+        )
 
 
 class LoopWaiter:
@@ -96,7 +112,11 @@ class OutputStream:
     `log` is appended to by the engine thread alone. Everything else may be called from any thread.
 
     Attributes:
+        slow_consumer: what to do when `is_behind`.
+        max_unread: how many tokens may be unread; a limit unless `slow_consumer` is "coalesce".
         num_published: how many tokens consumers may read.
+        num_read: how many they have read; who waits for the end counts as having read all.
+        resume: of a paused request, to be called by who has read something; None while it is not paused.
         ended: the last output is published, or the stream failed; read before `num_published`, which is final then.
         failure: what each read of a failed stream raises once it finds nothing new.
         waiters: those to wake for each token; replaced, never changed.
@@ -107,18 +127,27 @@ class OutputStream:
     __slots__ = (
         "_final_waiters",
         "_lock",
+        "_pid",
         "abort_requested",
         "consumer",
         "ended",
         "failure",
         "log",
+        "max_unread",
         "num_published",
+        "num_read",
+        "resume",
+        "slow_consumer",
         "waiters",
     )
 
-    def __init__(self, log: OutputLog) -> None:
+    def __init__(self, log: OutputLog, slow_consumer: SlowConsumer = "coalesce", max_unread: int = 0) -> None:
         self.log = log
+        self.slow_consumer: SlowConsumer = slow_consumer
+        self.max_unread = max_unread
         self.num_published = 0
+        self.num_read = 0
+        self.resume: Callable[[], None] | None = None
         self.ended = False
         self.failure: LLMEngineError | None = None
         self.waiters: tuple[LoopWaiter, ...] = ()
@@ -126,6 +155,18 @@ class OutputStream:
         self.consumer: weakref.ref[Any] | None = None
         self._final_waiters: tuple[Waiter, ...] = ()
         self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    @property
+    def is_behind(self) -> bool:
+        """True when `max_unread` tokens are unread and nobody waits for the end."""
+        return self.num_published - self.num_read >= self.max_unread and not self._final_waiters
+
+    def mark_read(self, num_tokens: int) -> None:
+        """Note that consumers have read so many tokens. A paused request goes on."""
+        self.num_read = num_tokens
+        if (resume := self.resume) is not None:
+            resume()
 
     def finish(self) -> list[Waiter]:
         """Publish the last output; return the waiters to be woken. Engine thread only."""
@@ -142,12 +183,15 @@ class OutputStream:
 
     def attach(self, *, final_only: bool) -> LoopWaiter:
         """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
+        check_process(self._pid)
         waiter = LoopWaiter(self, asyncio.get_running_loop())
         with self._lock:
             if final_only:
                 self._final_waiters = (*self._final_waiters, waiter)
             else:
                 self.waiters = (*self.waiters, waiter)
+        if final_only:
+            self.mark_read(self.num_published)
         return waiter
 
     def detach(self, waiter: Waiter) -> None:
@@ -156,13 +200,17 @@ class OutputStream:
             if isinstance(waiter, LoopWaiter):
                 waiter.attached = False
                 self.waiters = tuple(other for other in self.waiters if other is not waiter)
-            self._final_waiters = tuple(other for other in self._final_waiters if other is not waiter)
+            if waiter in self._final_waiters:
+                self.num_read = self.num_published
+                self._final_waiters = tuple(other for other in self._final_waiters if other is not waiter)
 
     def wait_blocking(self, timeout_s: float | None) -> bool:
         """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
+        check_process(self._pid)
         waiter = ThreadWaiter()
         with self._lock:
             self._final_waiters = (*self._final_waiters, waiter)
+        self.mark_read(self.num_published)
         try:
             return self.ended or waiter.event.wait(timeout_s)
         finally:

@@ -5,7 +5,7 @@ the memory's speed and does the rest on the way: a program owns `block_n` output
 gate and up), walks K, sums the squares of x while it multiplies, and scales by the inverse RMS at the end. For many
 rows a product is bound by arithmetic: cuBLAS and small kernels around it.
 
-Each operation takes a `SkinnyConfig`, or None for cuBLAS; `gemm_choice` knows which is faster.
+Each operation takes a `SkinnyConfig` or a `CublasConfig`; `gemm_choice` knows which is faster.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.activation import silu_and_mul, silu_and_mul_reference
+from llmengine.kernels.cublaslt import CublasLt, Product
 from llmengine.kernels.norm import rms_norm, rms_norm_reference
 
 Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
@@ -33,8 +34,8 @@ BoundLinear = Callable[[Tensor, Tensor], None]
 MAX_SPLIT_TILES = 4096
 """Bounds N / block_n where K is split."""
 
-_PREFETCH_BYTES = tl.constexpr(512)
-"""What one thread asks the L2 for while the kernel before still runs."""
+_PREFETCH_BYTES = tl.constexpr(128)
+"""What one thread asks the L2 for while the kernel before still runs: more of it crowds out what others asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,38 @@ class SkinnyConfig:
         name = f"m{self.block_m}n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}"
         return name + (f"x{self.split_k}" if self.split_k > 1 else "") + ("" if self.fuse_norm else "-norm")
 
-    @classmethod
-    def parse(cls, name: str) -> SkinnyConfig:
-        """Return the configuration of this name; raises ValueError."""
-        match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?", name)
-        if match is None:
-            raise ValueError(f"{name!r} is not like m16n32k128w4s4x2-norm")
-        *sizes, split_k, own_norm = match.groups()
-        block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
-        return cls(block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None)
+
+@dataclass(frozen=True, slots=True)
+class CublasConfig:
+    """A proposal of cuBLASLt; where the library is not there (on a CPU) torch's product.
+
+    Attributes:
+        index: its place in the library's ranking for `num_rows` rows.
+        num_rows: 0: as many as the product has.
+    """
+
+    index: int = 0
+    num_rows: int = 0
+
+    def __str__(self) -> str:
+        """A short name: cublas3m64."""
+        return f"cublas{self.index}m{self.num_rows}"
+
+
+LinearConfig = SkinnyConfig | CublasConfig
+
+
+def parse_config(name: str) -> LinearConfig:
+    """Return the configuration of this name; raises ValueError."""
+    match = re.fullmatch(r"cublas(\d+)m(\d+)", name)
+    if match is not None:
+        return CublasConfig(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?", name)
+    if match is None:
+        raise ValueError(f"{name!r} is neither like m16n32k128w4s4x2-norm nor like cublas3m64")
+    *sizes, split_k, own_norm = match.groups()
+    block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
+    return SkinnyConfig(block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +111,7 @@ class GemmShape:
     out_dtype: torch.dtype
 
 
-Choose = Callable[[GemmShape], SkinnyConfig | None]
+Choose = Callable[[GemmShape], LinearConfig]
 
 
 class LinearKernels:
@@ -106,6 +130,7 @@ class LinearKernels:
     def __init__(self, device: torch.device | str, pdl: bool = False) -> None:
         self.pdl = pdl
         self._counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+        self._cublas = _load_cublas(self._counters.device)
 
     def norm_linear(
         self,
@@ -115,7 +140,7 @@ class LinearKernels:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        config: SkinnyConfig | None,
+        config: LinearConfig,
     ) -> None:
         """Write rms_norm(x) @ weight.T + bias to `out`.
 
@@ -126,23 +151,21 @@ class LinearKernels:
             bias: [n] or None.
             out: [num_rows, n] in x's dtype or fp32.
         """
-        if norm_weight is not None and not (config and config.fuse_norm):
+        if norm_weight is not None and not _fuses_norm(config):
             x, norm_weight = self._normed(x, norm_weight, eps), None
-        if config is None:
-            _mm(x, weight, bias, out)
+        if isinstance(config, CublasConfig):
+            self._mm(x, weight, bias, out, config)
         else:
             self._launch(x, norm_weight, eps, weight, bias, out, config)
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: SkinnyConfig | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig
     ) -> None:
         """Add x [num_rows, k] @ weight [n, k].T + bias to `residual` [num_rows, n], rounding once."""
-        if config is not None:
+        if isinstance(config, CublasConfig):
+            self._mm(x, weight, bias, residual, config, accumulate=True)
+        else:
             self._launch(x, None, 0.0, weight, bias, residual, config, add=True)
-            return
-        if bias is not None:
-            residual.add_(bias)
-        residual.addmm_(x, weight.t())
 
     def norm_linear_silu(
         self,
@@ -152,7 +175,7 @@ class LinearKernels:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        config: SkinnyConfig | None,
+        config: LinearConfig,
     ) -> None:
         """Write silu(gate) * up to `out` [num_rows, n], where gate and up are the halves of the product.
 
@@ -163,13 +186,13 @@ class LinearKernels:
             bias: [2 * n] or None.
         """
         fused_norm: Tensor | None = norm_weight
-        if config is None or not config.fuse_norm:
+        if not _fuses_norm(config):
             x, fused_norm = self._normed(x, norm_weight, eps), None
-        if config is not None:
+        if isinstance(config, SkinnyConfig):
             self._launch(x, fused_norm, eps, weight, bias, out, config, gated=True)
             return
         gate_up = x.new_empty(x.shape[0], weight.shape[0])
-        _mm(x, weight, bias, gate_up)
+        self._mm(x, weight, bias, gate_up, config)
         silu_and_mul(gate_up, out, self.pdl)
 
     def compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
@@ -180,6 +203,22 @@ class LinearKernels:
         out = x.new_empty(shape.num_rows, shape.n, dtype=shape.out_dtype)
         norm_weight = None if add or not config.fuse_norm else x[0]
         self._launch(x, norm_weight, 0.0, weight, None, out, config, gated, add, compile_only=True)
+
+    def _mm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        config: CublasConfig,
+        accumulate: bool = False,
+    ) -> None:
+        """Write x @ weight.T + bias to `out`, or add it."""
+        if self._cublas is None:
+            _torch_mm(x, weight, bias, out, accumulate)
+            return
+        product = Product(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, bias is not None)
+        self._cublas.run(product, x, weight, bias, out, config.index, config.num_rows)
 
     def _normed(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
         normed = torch.empty_like(x)
@@ -302,20 +341,22 @@ def linear_reference(
     return y if residual is None else y + residual.float()
 
 
-def _mm(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write x @ weight.T + bias to `out`."""
-    if out.dtype == x.dtype:
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
-        return
-    if x.is_cuda:
-        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(x.to(out.dtype), weight.to(out.dtype).t(), out=out)
+def _load_cublas(device: torch.device) -> CublasLt | None:
+    return CublasLt(device) if device.type == "cuda" else None
+
+
+def _fuses_norm(config: LinearConfig) -> bool:
+    return isinstance(config, SkinnyConfig) and config.fuse_norm
+
+
+def _torch_mm(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, accumulate: bool) -> None:
+    product = torch.mm(x.to(out.dtype), weight.to(out.dtype).t())
     if bias is not None:
-        out.add_(bias)
+        product.add_(bias)
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -14,6 +14,8 @@ flat, these are all segments, and a row takes 12 to 17 reads of its logits (twic
 Masses that are compared or inverted are fixed-point integers, `_ONE` for the likeliest token: their sums
 are exact in any order, so a row's token depends on nothing but its own logits, parameters, seed and position. Tokens
 less likely than the likeliest by more than that factor are never drawn.
+
+Before all of this come masks of allowed tokens, which are applied wherever logits are read, and `EditTables`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmengine.kernels.logit_edits import EditTables, edit_logits, undo_and_count
 from llmengine.kernels.step import NUM_SAMPLES
 
 MAX_VOCAB = 1 << 18
@@ -63,6 +66,19 @@ class SlotParams:
     top_p: Tensor
     min_p: Tensor
     seed: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens a slot may choose; may change between steps.
+
+    Attributes:
+        lines: int32 [num_slots + 1], the line of `words` that holds for a slot.
+        words: int32 [num_lines, ceil(vocab / 32)]; id t is allowed if bit t % 32 of word t // 32 is set.
+    """
+
+    lines: Tensor
+    words: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +152,26 @@ def sample(
     out_ids: Tensor,
     out_failed: Tensor,
     workspace: SamplingWorkspace,
+    edits: EditTables | None = None,
+    masks: TokenMasks | None = None,
 ) -> None:
-    """Draw a token for each row with its slot's parameters; greedy rows may be among them.
+    """Draw a token for each row with its slot's parameters; greedy rows may be among them. `edits` then know of it.
 
     Args:
-        logits: [max_samples, vocab], contiguous, fp32 or bf16, vocab <= `MAX_VOCAB`; rows from counts[NUM_SAMPLES] on
-            are left alone.
+        logits: [max_samples, vocab], contiguous, fp32 or bf16, vocab <= `MAX_VOCAB`, unchanged in the end; rows from
+            counts[NUM_SAMPLES] on are left alone.
         counts: `DeviceStep.counts`.
         sample_slots: int32 [max_samples].
         sample_positions: int32 [max_samples], the positions that the tokens take.
         out_ids: int32 [max_samples]; 0 where failed.
-        out_failed: int32 [max_samples]; 1 if the row holds NaN or inf, or nothing but -inf.
+        out_failed: int32 [max_samples]; 1 if the row holds NaN or inf, or nothing but -inf is left of it.
     """
     max_samples, vocab = logits.shape
     assert logits.is_contiguous()
     assert vocab <= MAX_VOCAB
+    if edits is not None:
+        edit_logits(logits, counts, sample_slots, sample_positions, edits)
+    mask_lines, mask_words = (None, None) if masks is None else (masks.lines, masks.words)
     num_segments = triton.cdiv(vocab, _SEGMENT)
     assert workspace.maxima.shape[1] == num_segments
     _summarize[(triton.cdiv(num_segments, _SEGMENTS_PER_PROGRAM), max_samples)](
@@ -158,6 +179,8 @@ def sample(
         counts,
         sample_slots,
         params.temperature,
+        mask_lines,
+        mask_words,
         workspace.maxima,
         workspace.masses,
         vocab,
@@ -177,11 +200,14 @@ def sample(
         params.top_p,
         params.min_p,
         params.seed,
+        mask_lines,
+        mask_words,
         out_ids,
         out_failed,
         workspace.maxima,
         workspace.masses,
         workspace.candidates,
+        *_undo_arguments(edits),
         vocab,
         num_segments,
         NUM_SAMPLES=NUM_SAMPLES,
@@ -192,32 +218,27 @@ def sample(
     )
 
 
-def forbid_stops(
-    logits: Tensor, counts: Tensor, sample_slots: Tensor, sample_positions: Tensor, stop_from: Tensor, stop_ids: Tensor
-) -> None:
-    """Set the logits of a slot's stop tokens to -inf for positions before stop_from[slot].
-
-    Args:
-        logits: [max_samples, vocab], contiguous; rows from counts[NUM_SAMPLES] on are left alone.
-        sample_slots: int32 [max_samples].
-        sample_positions: int32 [max_samples].
-        stop_from: int32 [num_slots + 1].
-        stop_ids: int32 [num_slots + 1, max_stop_ids]; -1 where unused.
-    """
-    max_samples, vocab = logits.shape
-    max_stop_ids = stop_ids.shape[1]
-    _forbid_stops[(max_samples,)](
-        logits,
-        counts,
-        sample_slots,
-        sample_positions,
-        stop_from,
-        stop_ids,
-        vocab,
-        max_stop_ids,
-        NUM_SAMPLES=NUM_SAMPLES,
-        BLOCK=triton.next_power_of_2(max_stop_ids),
-        num_warps=1,
+def _undo_arguments(edits: EditTables | None) -> tuple[Tensor | int | None, ...]:
+    """Return what `_choose` passes on to `undo_and_count`."""
+    if edits is None:
+        return (None,) * 12 + (0,) * 4
+    return (
+        edits.counting,
+        edits.num_entries,
+        edits.entry_ids,
+        edits.entry_states,
+        edits.entry_biases,
+        edits.entry_logits,
+        edits.num_words,
+        edits.word_tokens,
+        edits.word_ends,
+        edits.word_logits,
+        edits.ring_masks,
+        edits.ring,
+        edits.entry_ids.shape[1],
+        edits.word_ends.shape[1],
+        edits.word_tokens.shape[1],
+        edits.ring.shape[1],
     )
 
 
@@ -246,22 +267,23 @@ def distribution_reference(logits: Tensor, temperature: float, top_k: int, top_p
     return torch.zeros_like(weights).scatter_(0, ids, weights / weights.sum())
 
 
-def forbid_stops_reference(
-    logits: Tensor, counts: Tensor, sample_slots: Tensor, sample_positions: Tensor, stop_from: Tensor, stop_ids: Tensor
-) -> None:
-    """`forbid_stops` in torch."""
-    for row in range(int(counts[NUM_SAMPLES])):
-        slot = int(sample_slots[row])
-        if sample_positions[row] < stop_from[slot]:
-            logits[row, stop_ids[slot][stop_ids[slot] >= 0].long()] = -torch.inf
-
-
 @triton.jit
 def _load_logits(pointers, mask):
     """fp32; NaN becomes inf, so that one maximum tells of both, and -0 becomes 0: equal logits have equal keys."""
     values = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
     values = tl.where(values < float("inf"), values, float("inf"))
     return tl.where(values == 0.0, 0.0, values)
+
+
+@triton.jit
+def _load_allowed(line, mask_words, ids, mask):
+    """As `_load_logits`, with -inf where a line of `TokenMasks.words`, if there is one, forbids a token; inf stays."""
+    values = _load_logits(line + ids, mask)
+    if mask_words is not None:
+        words = tl.load(mask_words + (ids >> 5), mask=mask, other=0)
+        forbidden = ((words >> (ids & 31)) & 1) == 0
+        values = tl.where(forbidden & (values < float("inf")), -float("inf"), values)
+    return values
 
 
 @triton.jit
@@ -347,6 +369,8 @@ def _summarize(
     counts,
     sample_slots,
     temperatures,
+    mask_lines,
+    mask_words,
     maxima,
     masses,
     vocab,
@@ -358,10 +382,14 @@ def _summarize(
     """Write each segment's maximum, and its mass relative to that maximum."""
     row = tl.program_id(1)
     if row < tl.load(counts + NUM_SAMPLES):
-        scale = _scale(tl.load(temperatures + tl.load(sample_slots + row)))
+        slot = tl.load(sample_slots + row)
+        scale = _scale(tl.load(temperatures + slot))
         segments = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
         ids = segments[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
-        values = _load_logits(logits + row.to(tl.int64) * vocab + ids, ids < vocab)
+        line = logits + row.to(tl.int64) * vocab
+        if mask_words is not None:
+            mask_words += tl.load(mask_lines + slot) * ((vocab + 31) // 32)
+        values = _load_allowed(line, mask_words, ids, ids < vocab)
         largest = tl.max(values, 1)
         reference = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
         mass = tl.sum(tl.exp2((values - reference[:, None]) * scale), 1)
@@ -400,19 +428,22 @@ def _bound(log_weights, masses, top_k, top_p, min_p, SEGMENT: tl.constexpr):
 
 
 @triton.jit
-def _candidate_logits(line, candidates, single, begin, size, vocab, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
+def _candidate_logits(
+    line, mask_words, candidates, single, begin, size, vocab, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
+):
     """Return the ids and logits of a block of candidates, ids rising, but meaningless from `size` on, where
     the logits are -inf."""
     entries = begin + tl.arange(0, BLOCK)
     listed = tl.where(single < 0, entries, size) < size
     segments = tl.load(candidates + entries // SEGMENT, mask=listed, other=0)
     ids = tl.where(single < 0, segments, single) * SEGMENT + entries % SEGMENT
-    return ids, _load_logits(line + ids, (entries < size) & (ids < vocab))
+    return ids, _load_allowed(line, mask_words, ids, (entries < size) & (ids < vocab))
 
 
 @triton.jit
 def _search(
     line,
+    mask_words,
     candidates,
     single,
     size,
@@ -434,7 +465,7 @@ def _search(
         sum3 = tl.zeros([BLOCK], tl.int64)
         sum4 = tl.zeros([BLOCK], tl.int64)
         for begin in range(0, size, BLOCK):
-            _, values = _candidate_logits(line, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
+            _, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
             keys = _key(values).to(tl.int64) - low
             amounts = tl.where(by_count, 1, _fixed(tl.exp2((values - reference) * scale)))
             sum1 += tl.where(keys >= step, amounts, 0)
@@ -452,6 +483,7 @@ def _search(
 @triton.jit
 def _total_above(
     line,
+    mask_words,
     candidates,
     single,
     size,
@@ -467,7 +499,7 @@ def _total_above(
     number = tl.zeros([BLOCK], tl.int64)
     mass = tl.zeros([BLOCK], tl.int64)
     for begin in range(0, size, BLOCK):
-        _, values = _candidate_logits(line, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
+        _, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
         weights = tl.exp2((values - reference) * scale)
         kept = (_key(values) > threshold) & (weights >= min_p)
         number += kept.to(tl.int64)
@@ -478,6 +510,7 @@ def _total_above(
 @triton.jit
 def _invert(
     line,
+    mask_words,
     candidates,
     single,
     size,
@@ -498,7 +531,7 @@ def _invert(
     ties = tl.zeros([], tl.int64)
     mass = tl.zeros([], tl.int64)
     while (begin < size) & (not found):
-        ids, values = _candidate_logits(line, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
+        ids, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
         weights = tl.exp2((values - reference) * scale)
         keys = _key(values)
         tied = (keys == threshold).to(tl.int64)
@@ -525,11 +558,29 @@ def _choose(
     top_ps,
     min_ps,
     seeds,
+    mask_lines,
+    mask_words,
     out_ids,
     out_failed,
     maxima,
     masses,
     candidates,
+    counting,
+    num_entries,
+    entry_ids,
+    entry_states,
+    entry_biases,
+    entry_logits,
+    num_words,
+    word_tokens,
+    word_ends,
+    word_logits,
+    ring_masks,
+    ring,
+    max_entries,
+    max_words,
+    max_word_tokens,
+    max_ring,
     vocab,
     num_segments,
     NUM_SAMPLES: tl.constexpr,
@@ -545,8 +596,12 @@ def _choose(
         reference = tl.max(largest, 0)
         failed = tl.abs(reference) == float("inf")
         chosen = 0
+        slot = tl.load(sample_slots + row)
+        position = tl.load(sample_positions + row)
+        line = logits + row.to(tl.int64) * vocab
+        if mask_words is not None:
+            mask_words += tl.load(mask_lines + slot) * ((vocab + 31) // 32)
         if not failed:
-            slot = tl.load(sample_slots + row)
             temperature = tl.load(temperatures + slot)
             top_k = tl.load(top_ks + slot)
             top_p = tl.load(top_ps + slot)
@@ -554,8 +609,7 @@ def _choose(
             scale = _scale(temperature)
             mass = tl.load(masses + summary + segments, mask=segments < num_segments, other=0.0)
             log_weights = (largest - reference) * scale
-            share = uniform(tl.load(seeds + slot), tl.load(sample_positions + row).to(tl.int64))
-            line = logits + row.to(tl.int64) * vocab
+            share = uniform(tl.load(seeds + slot), position.to(tl.int64))
             listed = candidates + summary
             greedy = (temperature == 0.0) | (top_k == 1)
             top_k = tl.where(top_k < vocab, top_k, 0)
@@ -588,10 +642,22 @@ def _choose(
                     limit = tl.ceil(top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
                     needed = tl.where(by_count, top_k.to(tl.int64), tl.maximum(limit, 1))
                     threshold = _search(
-                        line, listed, single, size, vocab, reference, scale, threshold, needed, by_count, SEGMENT, BLOCK
+                        line,
+                        mask_words,
+                        listed,
+                        single,
+                        size,
+                        vocab,
+                        reference,
+                        scale,
+                        threshold,
+                        needed,
+                        by_count,
+                        SEGMENT,
+                        BLOCK,
                     )
                     above, mass_above = _total_above(
-                        line, listed, single, size, vocab, reference, scale, threshold, 0.0, SEGMENT, BLOCK
+                        line, mask_words, listed, single, size, vocab, reference, scale, threshold, 0.0, SEGMENT, BLOCK
                     )
                     tied = _fixed(tl.exp2((_value(threshold.to(tl.int32)) - reference) * scale))
                     missing = needed - mass_above
@@ -611,13 +677,14 @@ def _choose(
                 share = tl.minimum(tl.maximum((target - before) / amount, 0.0), 1.0)
                 reference = tl.sum(tl.where(here, largest, 0.0), 0)
             _, kept = _total_above(
-                line, listed, single, size, vocab, reference, scale, threshold, min_p, SEGMENT, BLOCK
+                line, mask_words, listed, single, size, vocab, reference, scale, threshold, min_p, SEGMENT, BLOCK
             )
             tied_weight = tl.exp2((_value(threshold.to(tl.int32)) - reference) * scale)
             kept += num_ties * tl.where((num_ties > 0) & (tied_weight >= min_p), _fixed(tied_weight), 0)
             target = tl.minimum((share * kept.to(tl.float64)).to(tl.int64), kept - 1)
             chosen = _invert(
                 line,
+                mask_words,
                 listed,
                 single,
                 size,
@@ -633,25 +700,26 @@ def _choose(
             )
         tl.store(out_ids + row, chosen)
         tl.store(out_failed + row, failed.to(tl.int32))
-
-
-@triton.jit
-def _forbid_stops(
-    logits,
-    counts,
-    sample_slots,
-    sample_positions,
-    stop_from,
-    stop_ids,
-    vocab,
-    max_stop_ids,
-    NUM_SAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    if row < tl.load(counts + NUM_SAMPLES):
-        slot = tl.load(sample_slots + row)
-        if tl.load(sample_positions + row) < tl.load(stop_from + slot):
-            lanes = tl.arange(0, BLOCK)
-            ids = tl.load(stop_ids + slot * max_stop_ids + lanes, mask=lanes < max_stop_ids, other=-1)
-            tl.store(logits + row.to(tl.int64) * vocab + ids, -float("inf"), mask=(ids >= 0) & (ids < vocab))
+        if entry_ids is not None:
+            undo_and_count(
+                line,
+                slot,
+                position,
+                chosen,
+                counting,
+                num_entries,
+                entry_ids,
+                entry_states,
+                entry_biases,
+                entry_logits,
+                num_words,
+                word_tokens,
+                word_ends,
+                word_logits,
+                ring_masks,
+                ring,
+                max_entries,
+                max_words,
+                max_word_tokens,
+                max_ring,
+            )

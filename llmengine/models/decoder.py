@@ -6,11 +6,14 @@ What lies between two attentions is a segment: torch's functions here, fused ker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
+
+from llmengine.models.arch import Activation
 
 Norm = Callable[[Tensor], Tensor]
 """RMSNorm with its weight bound: [num_tokens, hidden] -> the same shape."""
@@ -31,14 +34,23 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer's weights, bound to the functions that apply them."""
+    """One layer's weights, bound to the functions that apply them.
 
-    input_norm: Norm
+    Attributes:
+        input_norm: before the attention, None without.
+        attention_out_norm: of the attention's result, None without.
+        post_attention_norm: before the MLP, None without.
+        mlp_out_norm: of the MLP's result, None without.
+    """
+
     qkv: Linear
     o: Linear
-    post_attention_norm: Norm
     gate_up: Linear
     down: Linear
+    input_norm: Norm | None
+    attention_out_norm: Norm | None
+    post_attention_norm: Norm | None
+    mlp_out_norm: Norm | None
 
 
 class Segments(Protocol):
@@ -90,33 +102,71 @@ class TorchSegments:
     """`Segments` of functions that return new tensors.
 
     Attributes:
-        silu_and_mul: [num_tokens, 2 * intermediate], gate then up -> silu(gate) * up.
-        lm_head: gives fp32 logits.
+        act_and_mul: [num_tokens, 2 * intermediate], gate then up -> activation(gate) * up.
+        lm_head: gives fp32 logits, which may be overwritten.
+        logit_scale: see `ModelArch`.
+        logit_soft_cap: see `ModelArch`.
     """
 
     layers: Sequence[DecoderLayer]
     final_norm: Norm
     lm_head: Linear
-    silu_and_mul: Callable[[Tensor], Tensor]
+    act_and_mul: Callable[[Tensor], Tensor]
+    logit_scale: float
+    logit_soft_cap: float | None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     def first(self, x: Tensor) -> Tensor:
-        layer = self.layers[0]
-        return layer.qkv(layer.input_norm(x))
+        return _project(self.layers[0].qkv, self.layers[0].input_norm, x)
 
     def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self._after_attention(self.layers[layer], attended, x)
         following = self.layers[layer + 1]
-        return x, following.qkv(following.input_norm(x))
+        return x, _project(following.qkv, following.input_norm, x)
 
     def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
         if sample_tokens is not None:
             attended, x = attended[sample_tokens], x[sample_tokens]
-        return self.lm_head(self.final_norm(self._after_attention(self.layers[-1], attended, x)))
+        logits = self.lm_head(self.final_norm(self._after_attention(self.layers[-1], attended, x)))
+        finish_logits(logits, self.logit_scale, self.logit_soft_cap)
+        return logits
 
     def _after_attention(self, layer: DecoderLayer, attended: Tensor, x: Tensor) -> Tensor:
-        x = layer.o(attended, x)
-        return layer.down(self.silu_and_mul(layer.gate_up(layer.post_attention_norm(x))), x)
+        x = _add(layer.o, layer.attention_out_norm, attended, x)
+        gate_up = _project(layer.gate_up, layer.post_attention_norm, x)
+        return _add(layer.down, layer.mlp_out_norm, self.act_and_mul(gate_up), x)
+
+
+def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> None:
+    """Scale and cap `logits` in place, see `ModelArch`."""
+    if soft_cap is not None:
+        logits.mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+    elif scale != 1.0:
+        logits.mul_(scale)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up for [num_tokens, 2 * intermediate], gate then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
+    """Return gelu(gate) * up, GELU in its tanh approximation, for [num_tokens, 2 * intermediate], gate then up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+ACT_AND_MUL: Mapping[Activation, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
+def _project(linear: Linear, norm: Norm | None, x: Tensor) -> Tensor:
+    return linear(x if norm is None else norm(x))
+
+
+def _add(linear: Linear, norm: Norm | None, inputs: Tensor, x: Tensor) -> Tensor:
+    """Return x plus the linear's result, normalized if there is a norm; `x` may be overwritten."""
+    return linear(inputs, x) if norm is None else norm(linear(inputs)).add_(x)

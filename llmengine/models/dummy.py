@@ -6,8 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.models.fused import ModelSource, WeightStream
+from llmengine.models.arch import ModelArch
+from llmengine.models.fused import ModelSource, WeightStream, weight_layout
 from llmengine.models.hf_checkpoint import read_hf_metadata
 
 if TYPE_CHECKING:
@@ -42,15 +42,17 @@ def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
     """
     import torch
 
-    shapes = canonical_shapes(arch)
-    length = min(_NOISE_LENGTH, max(prod(shape) for shape in shapes.values()))
+    layout = weight_layout(arch, str(dtype).removeprefix("torch."), {})
+    length = min(_NOISE_LENGTH, max(prod(shape) for _, shape in layout.values()))
     noise = torch.empty(length).normal_(0.0, _STD, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
-    for index, (name, shape) in enumerate(shapes.items()):
-        tensor = torch.empty(shape, dtype=dtype)
+    for index, (name, (stored_dtype, shape)) in enumerate(layout.items()):
+        tensor = torch.empty(shape, dtype=getattr(torch, stored_dtype))
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         else:
             shifted = noise.roll(index * 8191)
-            for piece in torch.split(tensor.view(-1), length):
-                piece.copy_(shifted[: piece.numel()])
+            flat, whole = tensor.view(-1), tensor.numel() // length
+            # One copy: thousands of small ones would wait for the interpreter beside threads that compile.
+            flat[: whole * length].view(whole, length).copy_(shifted.expand(whole, length))
+            flat[whole * length :].copy_(shifted[: flat.numel() - whole * length])
         yield name, tensor

@@ -4,33 +4,42 @@
 
     engine.json                    manifest: versions, dtype, architecture, size and sha256 of every other file
     weights.rank0.safetensors      canonical fused weights
+    plans/*                        what a backend built for the model, where it built anything
     tokenizer/**                   the tokenizer's files
 
 A directory appears under its name complete or not at all: it is written beside it, synced and renamed. engine.json
 carries its own sha256 and is read only in the exact bytes that are written here, so that an altered one is found out
-like any other file.
+like any other file. Damaged weights, tokenizer files and manifests are refused; plans are only checked by the backend
+that uses them, which can build them again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
-from llmengine.models.arch import ModelArch, arch_from_dict, arch_to_dict
+from llmengine.models.arch import ModelArch, RopeConfig
+from llmengine.models.arch_json import arch_from_dict, arch_to_dict
 from llmengine.models.fields import Fields, read_json_object
 from llmengine.models.fused import ModelSource, WeightStream, check_tensors, weight_layout
 from llmengine.models.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
+from llmengine.models.saved_plans import SavedFile, SavedPlans
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +47,10 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "engine.json"
 WEIGHTS_NAME = "weights.rank0.safetensors"
 TOKENIZER_DIR = "tokenizer"
-FORMAT_VERSION = 1
+PLANS_DIR = "plans"
+FORMAT_VERSION = 2
+"""2 added `plans`; 1 is still read."""
+
 _SEAL = "manifest_sha256"
 
 TOKENIZER_FILES = (
@@ -54,13 +66,22 @@ TOKENIZER_FILES = (
 )
 """What is taken from a source directory, where present."""
 
-_BACKENDS = ("torch",)
+_BACKENDS = ("torch", "tensorrt")
+_COPY_BYTES = 1 << 22
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_STALE_S = 24 * 3600.0
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class _Manifest:
-    """The keys of engine.json."""
+    """The keys of engine.json.
+
+    Attributes:
+        backend: what saved it; every backend loads it.
+        plans: `SavedPlans.facts`, None where there are no plans.
+    """
 
     format_version: int
     backend: str
@@ -74,6 +95,7 @@ class _Manifest:
     generation_config: dict[str, Any]
     eos_token_ids: list[int]
     bos_token_id: int | None
+    plans: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
 
 
@@ -88,41 +110,49 @@ def save_engine(
     eos_token_ids: Sequence[int],
     bos_token_id: int | None,
     tokenizer_files: Mapping[str, bytes] | Path,
-    backend: str = "torch",
+    plans: SavedPlans | None = None,
 ) -> None:
     """Write an engine directory; `weights` come one at a time, as `weight_layout(arch, dtype, quantization)` orders.
 
     `tokenizer_files` maps file names to contents, or is a directory from which `TOKENIZER_FILES` are taken. An existing
-    engine directory is replaced once the new one is complete (a kill between two renames leaves it beside, named
-    `.NAME.*.old`); any other non-empty path is refused with `ConfigError`. A failed write raises `EngineError` and
-    leaves nothing behind.
+    engine directory is replaced in one step once the new one is complete (where the file system cannot swap two
+    directories, a kill between two renames leaves it beside, named `.NAME.*.old`); any other non-empty path is refused
+    with `ConfigError`. A failed write raises `EngineError` and leaves nothing behind; what a killed one leaves beside
+    the directory is removed by the next one, a day later.
     """
     import torch
 
-    if dtype not in _DTYPES or backend not in _BACKENDS:
-        raise ConfigError(f"dtype={dtype!r}, backend={backend!r}: expected one of {_DTYPES} and one of {_BACKENDS}")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {_DTYPES}")
     layout = weight_layout(arch, dtype, quantization)
     manifest = _Manifest(
         format_version=FORMAT_VERSION,
-        backend=backend,
+        backend="torch" if plans is None else "tensorrt",
         llmengine_version=_package_version(),
         torch_version=str(torch.__version__),
         dtype=dtype,
         quantization=dict(quantization),
         parallel={"tp_size": 1, "pp_size": 1},
         arch=arch_to_dict(arch),
-        model_config_hash=model_config_hash(arch, dtype, quantization),
+        model_config_hash=model_config_hash(arch_to_dict(arch), dtype, quantization),
         generation_config=dict(generation_config),
         eos_token_ids=list(eos_token_ids),
         bos_token_id=bos_token_id,
+        plans=None if plans is None else dict(plans.facts),
         files={},
     )
     target = Path(os.path.realpath(directory))
-    _require_replaceable(target)
+    require_replaceable(target)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_files(staging, manifest, _tokenizer_contents(tokenizer_files), layout, weights)
+        _remove_stale(target)
+        (staging / TOKENIZER_DIR).mkdir(parents=True)
+        _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
+        if plans is not None:
+            _write_plans(staging, manifest, plans.files)
+        _write_weights(staging, manifest, layout, weights)
+        _write_manifest(staging, manifest)
         _move_into_place(staging, target)
     except OSError as error:
         raise EngineError(
@@ -140,37 +170,49 @@ def save_model(
     dtype: str,
     quantization: Mapping[str, Any],
     tokenizer: object,
+    plans: SavedPlans | None = None,
 ) -> None:
     """Write a loaded model as an engine directory; raises as `save_engine` does.
 
     `weights` are the canonical weights as a backend uses them; those in float are stored in `dtype`. A `tokenizer`
-    with a method save(directory) writes its files; without one those beside the source are copied.
+    with a method save(directory) writes its files; without one those of the source are copied.
     """
     import torch
 
-    stored: torch.dtype = getattr(torch, dtype)
+    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(source.arch, dtype, quantization).items()}
 
     def save(tokenizer_files: Mapping[str, bytes] | Path) -> None:
         save_engine(
             directory,
             arch=source.arch,
-            weights=((name, _as_stored(name, tensor, stored)) for name, tensor in weights),
+            weights=((name, _as_stored(name, tensor, stored[name])) for name, tensor in weights),
             dtype=dtype,
             quantization=quantization,
             generation_config=source.generation_config,
             eos_token_ids=source.eos_token_ids,
             bos_token_id=source.bos_token_id,
             tokenizer_files=tokenizer_files,
+            plans=plans,
         )
 
     write_tokenizer = getattr(tokenizer, "save", None)
     if write_tokenizer is None:
-        save(source.tokenizer_path if source.tokenizer_path.is_dir() else {})
+        save(_source_tokenizer(source))
         return
     with tempfile.TemporaryDirectory(prefix="llmengine-") as scratch:
         write_tokenizer(Path(scratch))
-        written = (path for path in Path(scratch).rglob("*") if path.is_file())
-        save({path.relative_to(scratch).as_posix(): path.read_bytes() for path in written})
+        save(_read_tree(Path(scratch)))
+
+
+def _source_tokenizer(source: ModelSource) -> Mapping[str, bytes] | Path:
+    if source.kind == "engine":
+        return _read_tree(source.tokenizer_path)
+    return source.tokenizer_path if source.tokenizer_path.is_dir() else {}
+
+
+def _read_tree(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def _as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -179,33 +221,35 @@ def _as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return tensor.to(dtype)
 
 
-def model_config_hash(arch: ModelArch, dtype: str, quantization: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of what decides whether a built engine fits a model."""
-    key = {"arch": arch_to_dict(arch), "dtype": dtype, "quantization": dict(quantization)}
+def model_config_hash(arch: Mapping[str, Any], dtype: str, quantization: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of what decides whether a built engine fits a model; `arch` as the manifest has it."""
+    key = {"arch": dict(arch), "dtype": dtype, "quantization": dict(quantization)}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def open_engine(directory: Path) -> ModelSource:
     """Return the source of a saved engine directory.
 
-    Checks here: manifest, presence and size of every file, contents of the tokenizer's. `weights` checks the
-    contents of the weights file before it yields the first tensor. Raises `CorruptFileError` naming file, found and
-    expected; `UnsupportedModelError` for another format version, backend or parallel size.
+    Checks here: manifest, presence and size of every file but the plans, contents of the tokenizer's. `weights` checks
+    the contents of the weights file before it yields the first tensor, and who uses a plan checks that. Raises
+    `CorruptFileError` naming file, found and expected; `UnsupportedModelError` for another format version, backend or
+    parallel size.
     """
-    fields = _read_manifest(directory / MANIFEST_NAME)
-    arch = arch_from_dict(fields.fields("arch").values, f"{fields.where}: arch")
+    fields = read_manifest(directory)
+    arch = arch_from_dict(_arch_values(fields), f"{fields.where}: arch")
     dtype = fields.string("dtype")
     quantization = dict(fields.fields("quantization").values)
     layout = weight_layout(arch, dtype, quantization)
-    expected_hash = model_config_hash(arch, dtype, quantization)
+    expected_hash = model_config_hash(fields.fields("arch").values, dtype, quantization)
     if fields.string("model_config_hash") != expected_hash:
         raise fields.error("model_config_hash", f"{expected_hash} for its arch, dtype and quantization")
-    files = _read_file_table(fields.fields("files"))
-    for name, (size_bytes, _) in files.items():
-        _check_size(directory / name, size_bytes)
-    for name, (_, sha256) in files.items():
-        if name != WEIGHTS_NAME:
-            _check_contents(directory / name, sha256)
+    files = read_files(directory, fields)
+    plans = {name.removeprefix(f"{PLANS_DIR}/"): file for name, file in files.items() if _is_plan(name)}
+    for name, file in files.items():
+        if name == WEIGHTS_NAME:
+            file.check_size()
+        elif not _is_plan(name):
+            file.check()
     bos = fields.token_ids("bos_token_id")
     return ModelSource(
         kind="engine",
@@ -216,8 +260,14 @@ def open_engine(directory: Path) -> ModelSource:
         eos_token_ids=fields.token_ids("eos_token_ids"),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=directory / TOKENIZER_DIR,
-        stream=lambda wanted: _stream(directory / WEIGHTS_NAME, files[WEIGHTS_NAME][1], layout, wanted),
+        stream=lambda wanted: _stream(
+            directory / WEIGHTS_NAME,
+            files[WEIGHTS_NAME],
+            layout,
+            weight_layout(arch, str(wanted).removeprefix("torch."), quantization),
+        ),
         quantization=quantization,
+        plans=SavedPlans(dict(fields.fields("plans").values), plans) if fields.has("plans") else None,
     )
 
 
@@ -253,7 +303,7 @@ def _is_inside(name: str) -> bool:
     return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and name != "."
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
     """Raise `ConfigError` unless `target` is absent, an empty directory, or an engine directory with nothing else."""
     if not target.exists():
         return
@@ -273,35 +323,65 @@ def _require_replaceable(target: Path) -> None:
         raise ConfigError(f"{target}: holds files that are not the saved engine's: {', '.join(foreign[:4])}")
 
 
-def _write_files(
+def _write_tokenizer(staging: Path, manifest: _Manifest, tokenizer: Mapping[str, bytes]) -> None:
+    for name, contents in tokenizer.items():
+        _write_file(staging, manifest, f"{TOKENIZER_DIR}/{name}", SavedFile.of(contents))
+
+
+def _write_plans(staging: Path, manifest: _Manifest, files: Mapping[str, SavedFile]) -> None:
+    for name, file in files.items():
+        _write_file(staging, manifest, f"{PLANS_DIR}/{name}", file)
+
+
+def _write_weights(
     staging: Path,
     manifest: _Manifest,
-    tokenizer: Mapping[str, bytes],
     layout: Mapping[str, tuple[str, tuple[int, ...]]],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
-    """Write and sync the whole directory; the manifest last."""
-    (staging / TOKENIZER_DIR).mkdir(parents=True)
-    for name, contents in tokenizer.items():
-        (staging / TOKENIZER_DIR / name).parent.mkdir(parents=True, exist_ok=True)
-        sha256 = _write_file(staging / TOKENIZER_DIR / name, contents)
-        manifest.files[f"{TOKENIZER_DIR}/{name}"] = {"size_bytes": len(contents), "sha256": sha256}
     with (staging / WEIGHTS_NAME).open("wb") as file:
         sha256 = write_tensors(file, layout, weights)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
         manifest.files[WEIGHTS_NAME] = {"size_bytes": file.tell(), "sha256": sha256}
-    _write_file(staging / MANIFEST_NAME, _sealed(dataclasses.asdict(manifest)))
+
+
+def _write_manifest(staging: Path, manifest: _Manifest) -> None:
+    """Write the manifest, the last of the files, and sync the directories."""
+    with (staging / MANIFEST_NAME).open("wb") as file:
+        file.write(_sealed(dataclasses.asdict(manifest)))
+        _sync(file)
     for folder in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
         _sync_directory(folder)
 
 
-def _write_file(path: Path, contents: bytes) -> str:
-    with path.open("wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(contents).hexdigest()
+def _write_file(staging: Path, manifest: _Manifest, name: str, source: SavedFile) -> None:
+    """Write and sync a copy of `source`, and enter it in the manifest; raises `CorruptFileError` for an altered one."""
+    target = staging / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        for piece in _pieces(source):
+            digest.update(piece)
+            file.write(piece)
+        _sync(file)
+        written = (file.tell(), digest.hexdigest())
+    if written != (source.size_bytes, source.sha256):
+        raise CorruptFileError(f"{source.content!r}: was altered since it was built or loaded; it is not saved")
+    manifest.files[name] = {"size_bytes": written[0], "sha256": written[1]}
+
+
+def _pieces(source: SavedFile) -> Iterator[bytes]:
+    if isinstance(source.content, bytes):
+        yield source.content
+        return
+    with source.content.open("rb") as file:
+        while piece := file.read(_COPY_BYTES):
+            yield piece
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
@@ -313,10 +393,10 @@ def _sync_directory(path: Path) -> None:
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; a replaced engine is put back if that fails."""
+    """Rename `staging` to `target`; a replaced engine is then at `staging`, or put back if that fails."""
     if not (target / MANIFEST_NAME).exists():
         staging.rename(target)
-    else:
+    elif not _exchange(staging, target):
         replaced = staging.with_suffix(".old")
         target.rename(replaced)
         try:
@@ -324,20 +404,41 @@ def _move_into_place(staging: Path, target: Path) -> None:
         except OSError:
             replaced.rename(target)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced.rename(staging)
     _sync_directory(target.parent)
 
 
-def _read_manifest(path: Path) -> Fields:
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; returns False where this cannot be done, which is anywhere but on Linux."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    status: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return status == 0
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what saves to `target` left when they were killed, once none can be under way any more."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left)
+
+
+def read_manifest(directory: Path) -> Fields:
+    """Return the checked manifest of an engine directory; raises as `open_engine` does."""
+    path = directory / MANIFEST_NAME
     fields = read_json_object(path)
     version = fields.integer("format_version")
-    if version != FORMAT_VERSION:
-        age = "a newer" if version > FORMAT_VERSION else "an older"
+    if not 1 <= version <= FORMAT_VERSION:
+        age, remedy = ("a newer", "update llmengine, or") if version > FORMAT_VERSION else ("an older", "please")
         raise UnsupportedModelError(
-            f"{path}: format_version {version} is of {age} llmengine, this one reads {FORMAT_VERSION}: save the "
-            "engine again from its checkpoint"
+            f"{path}: format_version {version} is of {age} llmengine, this one reads 1 to {FORMAT_VERSION}: {remedy} "
+            "save the engine again from its checkpoint"
         )
-    fields.require_only({item.name for item in dataclasses.fields(_Manifest)} | {_SEAL})
+    fields.require_only(_keys(version) | {_SEAL})
     content = {key: value for key, value in fields.values.items() if key != _SEAL}
     if path.read_bytes() != _sealed(content):
         raise CorruptFileError(f"{path}: its contents are not those expected by its {_SEAL}: altered after saving")
@@ -356,45 +457,56 @@ def _read_manifest(path: Path) -> Fields:
     return fields
 
 
-def _read_file_table(table: Fields) -> dict[str, tuple[int, str]]:
-    """Return file name -> (size, sha256); every name is checked to stay inside the directory."""
-    files: dict[str, tuple[int, str]] = {}
+def _keys(version: int) -> set[str]:
+    """Return the keys of a manifest, without its seal."""
+    keys = {item.name for item in dataclasses.fields(_Manifest)}
+    return keys if version == FORMAT_VERSION else keys - {"plans"}
+
+
+def read_files(directory: Path, manifest: Fields) -> dict[str, SavedFile]:
+    """Return name -> file, as the manifest lists them; every name is checked to stay inside the directory."""
+    table = manifest.fields("files")
+    files: dict[str, SavedFile] = {}
     for name in table.values:
-        if name != WEIGHTS_NAME and not (name.startswith(f"{TOKENIZER_DIR}/") and _is_inside(name)):
+        if name != WEIGHTS_NAME and not (_is_inside(name) and (name.startswith(f"{TOKENIZER_DIR}/") or _is_plan(name))):
             raise CorruptFileError(f"{table.where}: {name!r} is not a file of an engine directory")
         entry = table.fields(name)
         entry.require_only({"size_bytes", "sha256"})
-        files[name] = (entry.integer("size_bytes"), entry.string("sha256"))
+        files[name] = SavedFile(directory / name, entry.integer("size_bytes"), entry.string("sha256"))
     if WEIGHTS_NAME not in files:
         raise table.error(WEIGHTS_NAME, "size and sha256 of the weights")
     return files
 
 
-def _check_size(path: Path, size_bytes: int) -> None:
-    if not path.is_file():
-        raise CorruptFileError(f"{path}: is missing, expected {size_bytes} bytes")
-    found = path.stat().st_size
-    if found != size_bytes:
-        raise CorruptFileError(f"{path}: has {found} bytes, expected {size_bytes}")
+def _arch_values(manifest: Fields) -> dict[str, Any]:
+    """Return the architecture; an engine of format 1 has the defaults for what was added since."""
+    values = dict(manifest.fields("arch").values)
+    if manifest.integer("format_version") > 1:
+        return values
+    rope = {**_defaults(RopeConfig), **manifest.fields("arch").fields("rope").values}
+    return {**_defaults(ModelArch), **values, "rope": rope}
 
 
-def _check_contents(path: Path, sha256: str) -> None:
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if found != sha256:
-        raise CorruptFileError(f"{path}: has sha256 {found}, expected {sha256}")
+def _defaults(kind: type[ModelArch] | type[RopeConfig]) -> dict[str, Any]:
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    known = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+
+
+def _is_plan(name: str) -> bool:
+    return name.startswith(f"{PLANS_DIR}/")
 
 
 def _stream(
-    path: Path, sha256: str, layout: Mapping[str, tuple[str, tuple[int, ...]]], wanted: torch.dtype
+    path: Path,
+    saved: SavedFile,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> WeightStream:
-    """Yield the saved tensors, floating-point ones converted to `wanted`, integers and scales as they are."""
+    """Yield the saved tensors, which are in `layout`, as `wanted`; only floating-point dtypes may differ."""
     import torch
 
-    _check_contents(path, sha256)
+    saved.check()
     entries = read_entries(path)
     shapes = {name: shape for name, (_, shape) in layout.items()}
     check_tensors(shapes, {name: entry.shape for name, entry in entries.items()}, str(path))
@@ -402,8 +514,7 @@ def _stream(
         if (found := DTYPE_NAMES[entries[name].dtype]) != dtype:
             raise CorruptFileError(f"{path}: tensor {name!r} is {found}, expected {dtype}")
     with path.open("rb") as file:
-        for name, (dtype, shape) in layout.items():
-            keeps = dtype == "int8" or name.endswith("_scale")
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype) if keeps else wanted)
+        for name, (dtype, shape) in wanted.items():
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             read_tensor(file, entries[name], tensor)
             yield name, tensor

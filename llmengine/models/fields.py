@@ -6,12 +6,17 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmengine.errors import CorruptFileError, ModelLoadError
 
 _MAX_JSON_BYTES = 1 << 28
 _MAX_INTEGER = (1 << 53) - 1
+
+MAX_SIZE = (1 << 31) - 1
+"""Largest size of a model's dimension that is believed."""
+
+_Choice = TypeVar("_Choice", bound=str)
 
 
 class Fields:
@@ -44,6 +49,10 @@ class Fields:
             raise self.error(key, f"an integer in [{low}, {high}]")
         return value
 
+    def optional_integer(self, key: str, *, low: int = 0, high: int = _MAX_INTEGER) -> int | None:
+        """Return an integer in [low, high], or None for an absent key."""
+        return self.integer(key, low=low, high=high) if self.has(key) else None
+
     def number(self, key: str, default: float | None = None, *, above: float = -math.inf) -> float:
         """Return a finite number > `above` as a float."""
         value = self._value(key, default)
@@ -61,6 +70,15 @@ class Fields:
         """Return a finite number > `above`, or None for an absent key."""
         return self.number(key, above=above) if self.has(key) else None
 
+    def numbers(self, key: str, *, above: float = -math.inf) -> tuple[float, ...]:
+        """Return a list of finite numbers > `above`, as a tuple."""
+        value = self.values.get(key)
+        if not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
+            raise self.error(key, "a list of numbers")
+        if not all(above < item < math.inf for item in value):
+            raise self.error(key, f"a list of finite numbers > {above:g}")
+        return tuple(float(item) for item in value)
+
     def boolean(self, key: str, default: bool | None = None) -> bool:
         """Return true or false."""
         value = self._value(key, default)
@@ -74,6 +92,14 @@ class Fields:
         if not isinstance(value, str):
             raise self.error(key, "a string")
         return value
+
+    def choice(self, key: str, choices: tuple[_Choice, ...]) -> _Choice:
+        """Return the one of `choices` that is there."""
+        value = self.string(key)
+        for choice in choices:
+            if value == choice:
+                return choice
+        raise self.error(key, f"one of {', '.join(choices)}")
 
     def strings(self, key: str) -> list[str]:
         """Return a list of strings."""
@@ -105,6 +131,13 @@ class Fields:
         if not isinstance(value, Mapping):
             raise self.error(key, "an object")
         return Fields(value, f"{self.where}: {key}")
+
+    def objects(self, key: str) -> list[Fields]:
+        """Return the list of nested objects under `key`."""
+        value = self.values.get(key)
+        if not isinstance(value, (list, tuple)):
+            raise self.error(key, "a list of objects")
+        return [Fields(item, f"{self.where}: {key}[{index}]") for index, item in enumerate(value)]
 
     def require_only(self, keys: frozenset[str] | set[str]) -> None:
         """Raise unless exactly `keys` are there."""

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from llmengine.errors import CorruptFileError, UnsupportedModelError
-from llmengine.models.arch import ModelArch, canonical_shapes, fused_parts
+from llmengine.models.arch import ModelArch, canonical_shapes, fused_parts, head_order
 
 if TYPE_CHECKING:
     import torch
 
     from llmengine.models.gguf_checkpoint import GgufFile
+    from llmengine.models.saved_plans import SavedPlans
 
 SourceKind = Literal["huggingface", "gguf", "engine", "dummy"]
 WeightStream = Iterator[tuple[str, "torch.Tensor"]]
@@ -36,6 +37,7 @@ class ModelSource:
         stream: makes the unchecked weight stream; use `weights`.
         quantization: how an engine directory's weights are quantized; empty: not at all.
         gguf: the parsed GGUF file, for its tokenizer.
+        plans: what an engine directory keeps beside the weights.
     """
 
     kind: SourceKind
@@ -49,6 +51,7 @@ class ModelSource:
     stream: Callable[[torch.dtype], WeightStream]
     quantization: dict[str, Any] = field(default_factory=dict)
     gguf: GgufFile | None = None
+    plans: SavedPlans | None = None
 
     def weights(self, dtype: torch.dtype) -> WeightStream:
         """Yield every canonical weight once, on the CPU, in `dtype`, in the order of `arch.canonical_shapes`.
@@ -72,8 +75,9 @@ def weight_layout(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of every streamed tensor, in order, for `canonical_shapes` in `dtype`.
 
-    With quantization["weights"] == "int8" the layers' matrices and lm_head are int8, each followed by a
-    `weight_scale`, float32 [rows]. Raises `UnsupportedModelError` for a quantization other than "none" and "int8".
+    Norms are float32 where `arch.float32_norms`. With quantization["weights"] == "int8" the layers' matrices and
+    lm_head are int8, each followed by a `weight_scale`, float32 [rows]. Raises `UnsupportedModelError` for a
+    quantization other than "none" and "int8".
     """
     weights = quantization.get("weights", "none")
     if weights not in ("none", "int8"):
@@ -81,28 +85,67 @@ def weight_layout(
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in canonical_shapes(arch).items():
         is_int8 = weights == "int8" and len(shape) == 2 and name != "embed_tokens.weight"
-        layout[name] = ("int8" if is_int8 else dtype, shape)
+        is_float32 = arch.float32_norms and name.endswith("norm.weight")
+        layout[name] = ("int8" if is_int8 else "float32" if is_float32 else dtype, shape)
         if is_int8:
             layout[f"{name}_scale"] = ("float32", shape[:1])
     return layout
 
 
 def stream_fused(arch: ModelArch, dtype: torch.dtype, read_part: Callable[[str, torch.Tensor], None]) -> WeightStream:
-    """Yield the canonical weights of `arch`; `read_part(name, out)` fills each part's rows, in `fused_parts` order."""
+    """Yield the canonical weights of `arch`; `read_part(name, out)` fills each part's rows, in `fused_parts` order.
+
+    Heads of q and k are brought from the checkpoint's order of rows into `head_order`.
+    """
     import torch
 
+    layout, order = weight_layout(arch, _dtype_name(dtype), {}), head_order(arch)
     for name, parts in fused_parts(arch).items():
-        fused = torch.empty((sum(shape[0] for _, shape in parts), *parts[0][1][1:]), dtype=dtype)
+        stored_dtype, whole = layout[name]
+        fused = torch.empty(whole, dtype=getattr(torch, stored_dtype))
         row = 0
         for part, shape in parts:
-            read_part(part, fused[row : row + shape[0]])
+            rows = fused[row : row + shape[0]]
+            read_part(part, rows)
+            if order is not None and part.split(".")[-2] in ("q", "k", "q_norm", "k_norm"):
+                for head in rows.split(arch.head_dim):
+                    head.copy_(head[list(order)])
             row += shape[0]
         yield name, fused
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Where a checkpoint has a part: rows [first_row, first_row + num_rows) of a tensor with `total_rows`."""
+
+    tensor: str
+    first_row: int
+    num_rows: int
+    total_rows: int
+
+
+def stored_parts(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, StoredPart]:
+    """Return where every part of `arch` is stored; parts with one stored name are stacked there in order."""
+    first_rows: dict[str, int] = {}
+    totals = {name: shape[0] for name, shape in stored_shapes(arch, stored_name).items()}
+    places = {}
+    for parts in fused_parts(arch).values():
+        for part, shape in parts:
+            name = stored_name(part)
+            first = first_rows.get(name, 0)
+            places[part] = StoredPart(name, first, shape[0], totals[name])
+            first_rows[name] = first + shape[0]
+    return places
+
+
 def stored_shapes(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
     """Return name in the files -> shape, for every part of `arch`."""
-    return {stored_name(part): shape for parts in fused_parts(arch).values() for part, shape in parts}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parts in fused_parts(arch).values():
+        for part, shape in parts:
+            name = stored_name(part)
+            shapes[name] = (shapes.get(name, (0,))[0] + shape[0], *shape[1:])
+    return shapes
 
 
 def check_tensors(

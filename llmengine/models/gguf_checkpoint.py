@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from llmengine.errors import CorruptFileError, UnsupportedModelError
-from llmengine.models.arch import FAMILIES, ModelArch, RopeConfig, check_arch, family_of, unsupported_architecture
+from llmengine.errors import UnsupportedModelError
+from llmengine.models.arch import ModelArch
+from llmengine.models.families import family_of
 from llmengine.models.fields import Fields
 from llmengine.models.fused import (
     COPY_ELEMENTS,
@@ -17,10 +16,12 @@ from llmengine.models.fused import (
     WeightStream,
     check_tensors,
     read_exactly,
+    stored_parts,
     stored_shapes,
     stream_fused,
     unique_ids,
 )
+from llmengine.models.gguf_arch import ROPE_TENSORS, arch_from_gguf
 from llmengine.models.gguf_file import GgufFile, GgufTensor, read_gguf
 
 if TYPE_CHECKING:
@@ -37,12 +38,16 @@ _STORED_NAMES = {
     "k": "attn_k",
     "v": "attn_v",
     "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attention_out_norm": "post_attention_norm",
     "post_attention_norm": "ffn_norm",
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
+    "mlp_out_norm": "post_ffw_norm",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
+_FUSED_NAMES = {**dict.fromkeys("qkv", "attn_qkv"), **dict.fromkeys(("gate", "up"), "ffn_up")}
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -50,7 +55,8 @@ def open_gguf(path: Path) -> ModelSource:
     """Return the checkpoint of a GGUF file; reads everything but the tensors."""
     gguf = read_gguf(path)
     metadata = Fields(gguf.metadata, str(path))
-    arch = _arch_from_gguf(gguf, metadata)
+    arch = arch_from_gguf(gguf, metadata)
+    stored_name = stored_names(arch)
     shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
     check_tensors(stored_shapes(arch, stored_name), shapes, str(path), _is_harmless)
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
@@ -69,24 +75,30 @@ def open_gguf(path: Path) -> ModelSource:
     )
 
 
-def stored_name(part: str) -> str:
-    """Return a part's name in GGUF: `layers.0.q.weight` is `blk.0.attn_q.weight`."""
-    *layer, module, kind = part.split(".")
-    prefix = f"blk.{layer[1]}." if layer else ""
-    return f"{prefix}{_STORED_NAMES[module]}.{kind}"
+def stored_names(arch: ModelArch) -> Callable[[str], str]:
+    """Return what gives a part's name in GGUF: `layers.0.q.weight` is `blk.0.attn_q.weight`."""
+    names = _STORED_NAMES | (_FUSED_NAMES if family_of(arch).stored_fused else {})
+
+    def stored_name(part: str) -> str:
+        *layer, module, kind = part.split(".")
+        prefix = f"blk.{layer[1]}." if layer else ""
+        return f"{prefix}{names[module]}.{kind}"
+
+    return stored_name
 
 
 def _is_harmless(name: str) -> bool:
-    return name == _ROPE_FACTORS or name.endswith(".attn_rot_embd.weight")
+    return name in ROPE_TENSORS or name.endswith(".attn_rot_embd.weight")
 
 
 def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream:
-    interleaved = family_of(arch).gguf_interleaves_qk
+    interleaved, places = family_of(arch).gguf_interleaves_qk, stored_parts(arch, stored_names(arch))
     with gguf.path.open("rb") as file:
 
         def read_part(part: str, out: torch.Tensor) -> None:
             is_rotated = interleaved and part.split(".")[-2] in ("q", "k")
-            tensor = gguf.tensors[stored_name(part)]
+            place = places[part]
+            tensor = gguf.tensors[place.tensor].rows(place.first_row, place.num_rows)
             _read_tensor(gguf.path, file, tensor, out, arch.head_dim if is_rotated else 1)
 
         yield from stream_fused(arch, dtype, read_part)
@@ -119,131 +131,3 @@ def _read_tensor(path: Path, file: BinaryIO, tensor: GgufTensor, out: torch.Tens
         dequantize(data, tensor.type, converted.numpy())
         if converted is not piece:
             piece.copy_(converted)
-
-
-def _arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
-    where = metadata.where
-    name = metadata.string("general.architecture")
-    family = next((family for family in FAMILIES if family.gguf_architecture == name), None)
-    if family is None:
-        raise unsupported_architecture(where, f"{name!r} (GGUF)")
-    num_files = metadata.integer("split.count", 1)
-    if num_files > 1:
-        raise UnsupportedModelError(
-            f"{where}: is one of {num_files} split files; merge them (llama-gguf-split --merge)"
-        )
-    if metadata.integer(f"{name}.expert_count", 0):
-        raise UnsupportedModelError(f"{where}: mixture of experts ({name}.expert_count) is not supported")
-    hidden_size = metadata.integer(f"{name}.embedding_length", low=1)
-    num_heads = metadata.integer(f"{name}.attention.head_count", low=1, high=hidden_size)
-    head_dim = metadata.integer(f"{name}.attention.key_length", hidden_size // num_heads, low=2)
-    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
-        if metadata.integer(key, head_dim) != head_dim:
-            raise UnsupportedModelError(f"{where}: {key}={metadata.integer(key)} differs from the head size {head_dim}")
-    embedding = gguf.tensors.get("token_embd.weight")
-    max_positions = metadata.integer(f"{name}.context_length", low=1)
-    arch = ModelArch(
-        architecture=family.architecture,
-        vocab_size=metadata.integer(f"{name}.vocab_size", embedding.shape[0] if embedding else None, low=1),
-        hidden_size=hidden_size,
-        intermediate_size=metadata.integer(f"{name}.feed_forward_length", low=1),
-        num_layers=metadata.integer(f"{name}.block_count", low=1, high=len(gguf.tensors)),
-        num_heads=num_heads,
-        num_kv_heads=metadata.integer(f"{name}.attention.head_count_kv", num_heads, low=1, high=num_heads),
-        head_dim=head_dim,
-        max_position_embeddings=max_positions,
-        rms_norm_eps=metadata.number(f"{name}.attention.layer_norm_rms_epsilon", above=0.0),
-        hidden_act="silu",
-        tie_word_embeddings="output.weight" not in gguf.tensors,
-        attention_bias="blk.0.attn_q.bias" in gguf.tensors,
-        attention_out_bias="blk.0.attn_output.bias" in gguf.tensors,
-        mlp_bias="blk.0.ffn_down.bias" in gguf.tensors,
-        rope=_rope_from_gguf(gguf, metadata, name, max_positions, head_dim),
-    )
-    check_arch(arch, where)
-    return arch
-
-
-def _rope_from_gguf(gguf: GgufFile, metadata: Fields, name: str, max_positions: int, head_dim: int) -> RopeConfig:
-    """Return the rotary encoding; raises `UnsupportedModelError` for a scaling that `RopeConfig` cannot express."""
-    rope = RopeConfig(
-        theta=metadata.number(f"{name}.rope.freq_base", 10000.0, above=1.0),
-        original_max_position_embeddings=max_positions,
-    )
-    scaling = f"{name}.rope.scaling"
-    scaling_type = metadata.string(f"{scaling}.type", "none")
-    factor = metadata.number(f"{scaling}.factor", metadata.number(f"{name}.rope.scale_linear", 1.0, above=0.0))
-    if f"{name}.rope.scale_linear" in metadata.values and scaling_type == "none" and factor != 1.0:
-        scaling_type = "linear"
-    if scaling_type not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(f"{metadata.where}: {scaling}.type={scaling_type!r} is not none, linear or yarn")
-    if _ROPE_FACTORS in gguf.tensors:
-        if scaling_type != "none":
-            raise UnsupportedModelError(f"{metadata.where}: both {_ROPE_FACTORS} and {scaling}.type={scaling_type!r}")
-        return _llama3_rope(gguf, rope, head_dim)
-    if scaling_type == "none":
-        return rope
-    if factor <= 0.0:
-        raise metadata.error(f"{scaling}.factor", "a number > 0")
-    if scaling_type == "linear":
-        return dataclasses.replace(rope, type="linear", factor=factor)
-    for key, neutral in (("attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if metadata.number(f"{scaling}.{key}", neutral) != neutral:
-            raise UnsupportedModelError(f"{metadata.where}: {scaling}.{key} other than {neutral:g} is not supported")
-    return dataclasses.replace(
-        rope,
-        type="yarn",
-        factor=factor,
-        original_max_position_embeddings=metadata.integer(f"{scaling}.original_context_length", max_positions, low=1),
-        beta_fast=metadata.number(f"{scaling}.yarn_beta_fast", 32.0, above=0.0),
-        beta_slow=metadata.number(f"{scaling}.yarn_beta_slow", 1.0, above=0.0),
-    )
-
-
-def _llama3_rope(gguf: GgufFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
-    """Return the llama3 scaling whose frequency divisors the file stores.
-
-    The converter stores the divisors but not what they come from. The low-frequency divisor is the factor; the rest
-    is tried with the one set of values that Llama 3.1, 3.2 and 3.3 share, and rejected if it gives other divisors.
-    """
-    tensor = gguf.tensors[_ROPE_FACTORS]
-    if tensor.shape != (head_dim // 2,) or tensor.type != "F32":
-        raise CorruptFileError(
-            f"{gguf.path}: tensor {_ROPE_FACTORS!r} is {tensor.type} {tensor.shape}, expected F32 ({head_dim // 2},)"
-        )
-    with gguf.path.open("rb") as file:
-        file.seek(tensor.offset)
-        raw = file.read(tensor.size_bytes)
-    if len(raw) != tensor.size_bytes:
-        raise CorruptFileError(f"{gguf.path}: tensor {_ROPE_FACTORS!r} is truncated")
-    divisors = struct.unpack(f"<{head_dim // 2}f", raw)
-    if not all(math.isfinite(value) and value > 0.0 for value in divisors):
-        raise CorruptFileError(f"{gguf.path}: tensor {_ROPE_FACTORS!r} holds values that are no finite number > 0")
-    llama3 = dataclasses.replace(
-        rope,
-        type="llama3",
-        factor=max(divisors),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
-    if any(
-        not math.isclose(value, _llama3_divisor(llama3, 2 * index / head_dim), rel_tol=1e-4)
-        for index, value in enumerate(divisors)
-    ):
-        raise UnsupportedModelError(
-            f"{gguf.path}: tensor {_ROPE_FACTORS!r} is not Llama 3's scaling (low 1, high 4, original context 8192)"
-        )
-    return llama3
-
-
-def _llama3_divisor(rope: RopeConfig, exponent: float) -> float:
-    """Return what llama3 scaling divides the frequency theta ** -exponent by."""
-    wavelength = 2 * math.pi * rope.theta**exponent
-    context = rope.original_max_position_embeddings
-    if wavelength < context / rope.high_freq_factor:
-        return 1.0
-    if wavelength > context / rope.low_freq_factor:
-        return rope.factor
-    smooth = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    return float(1.0 / ((1.0 - smooth) / rope.factor + smooth))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from llmengine.errors import UnsupportedModelError
 from llmengine.models.gguf_file import BLOCK_SIZES
 
 Bytes = npt.NDArray[np.uint8]
@@ -91,4 +92,6 @@ def _dequantize_with_gguf(raw: Bytes, type_name: str, out: Floats) -> None:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as reference
 
+    if type_name not in GGMLQuantizationType.__members__:
+        raise UnsupportedModelError(f"tensors of type {type_name} need a newer gguf package: pip install -U gguf")
     out[...] = reference(raw, GGMLQuantizationType[type_name])

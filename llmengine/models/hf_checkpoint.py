@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
-from llmengine.models.arch import ModelArch, arch_from_hf_config
+from llmengine.models.arch import ModelArch
+from llmengine.models.families import family_of
 from llmengine.models.fields import Fields, read_json_object
-from llmengine.models.fused import ModelSource, WeightStream, check_tensors, stored_shapes, stream_fused, unique_ids
+from llmengine.models.fused import (
+    ModelSource,
+    WeightStream,
+    check_tensors,
+    stored_parts,
+    stored_shapes,
+    stream_fused,
+    unique_ids,
+)
+from llmengine.models.hf_config import arch_from_hf_config
 from llmengine.models.safetensors_file import DTYPE_NAMES, TensorEntry, read_entries, read_tensor
 
 if TYPE_CHECKING:
@@ -34,11 +44,20 @@ _STORED_NAMES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj",
+    "attention_out_norm": "post_attention_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_SANDWICH_NAMES = {"post_attention_norm": "pre_feedforward_layernorm"}
+_FUSED_NAMES = {
+    **dict.fromkeys("qkv", "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
 }
 
 _UNPICKLING_ERRORS = (
@@ -57,11 +76,23 @@ _UNPICKLING_ERRORS = (
 """What torch.load raises for damaged files; it has no error of its own."""
 
 
-def stored_name(part: str) -> str:
-    """Return a part's name in Hugging Face's files: `layers.0.q.weight` is `model.layers.0.self_attn.q_proj.weight`."""
-    *layer, module, kind = part.split(".")
-    prefix = f"model.{'.'.join(layer)}." if layer else ""
-    return f"{prefix}{_STORED_NAMES[module]}.{kind}"
+def stored_names(arch: ModelArch) -> Callable[[str], str]:
+    """Return what gives a part's name in Hugging Face's files.
+
+    `layers.0.q.weight` is `model.layers.0.self_attn.q_proj.weight`; all parts of a tensor have its name.
+    """
+    names = dict(_STORED_NAMES)
+    if arch.norm_placement == "both":
+        names |= _SANDWICH_NAMES
+    if family_of(arch).stored_fused:
+        names |= _FUSED_NAMES
+
+    def stored_name(part: str) -> str:
+        *layer, module, kind = part.split(".")
+        prefix = f"model.{'.'.join(layer)}." if layer else ""
+        return f"{prefix}{names[module]}.{kind}"
+
+    return stored_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +134,7 @@ def open_hf(directory: Path) -> ModelSource:
     shards = _shards(directory, file_name)
     if "safetensors" in file_name:
         entries = _safetensors_entries(directory, arch, shards)
-        first = entries[stored_name("embed_tokens.weight")].dtype
+        first = entries[stored_names(arch)("embed_tokens.weight")].dtype
         dtype = metadata.dtype or _supported_dtype(DTYPE_NAMES[first], str(directory))
     else:
         dtype = metadata.dtype or _bin_dtype(directory, arch, shards)
@@ -172,7 +203,7 @@ def _check_all(
     def is_harmless(name: str) -> bool:
         return name.endswith(_HARMLESS_SUFFIXES) or (name == "lm_head.weight" and arch.tie_word_embeddings)
 
-    expected = stored_shapes(arch, stored_name)
+    expected = stored_shapes(arch, stored_names(arch))
     check_tensors(expected, shapes, str(directory), is_harmless, lambda name: str(files[name]))
 
 
@@ -193,15 +224,29 @@ def _safetensors_entries(
 
 
 def _stream_safetensors(arch: ModelArch, entries: Mapping[str, TensorEntry], dtype: torch.dtype) -> WeightStream:
+    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
     with ExitStack() as stack:
         paths = sorted({entry.path for entry in entries.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
 
         def read_part(part: str, out: torch.Tensor) -> None:
-            entry = entries[stored_name(part)]
+            place = places[part]
+            entry = entries[place.tensor].rows(place.first_row, place.num_rows)
             read_tensor(files[entry.path], entry, out)
+            read_norm(part, out)
 
         yield from stream_fused(arch, dtype, read_part)
+
+
+def _plus_one(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
+    """Return what makes a norm's stored weights those that x is multiplied by."""
+    adds = family_of(arch).norms_plus_one
+
+    def add(part: str, out: torch.Tensor) -> None:
+        if adds and part.endswith("norm.weight"):
+            out.add_(1.0)
+
+    return add
 
 
 def _load_bin(directory: Path, arch: ModelArch, shards: Mapping[str, set[str] | None]) -> dict[str, torch.Tensor]:
@@ -236,7 +281,7 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _bin_dtype(directory: Path, arch: ModelArch, shards: Mapping[str, set[str] | None]) -> str:
-    tensor = _load_bin(directory, arch, shards)[stored_name("embed_tokens.weight")]
+    tensor = _load_bin(directory, arch, shards)[stored_names(arch)("embed_tokens.weight")]
     return _supported_dtype(str(tensor.dtype).removeprefix("torch."), str(directory))
 
 
@@ -244,8 +289,11 @@ def _stream_bin(
     directory: Path, arch: ModelArch, shards: Mapping[str, set[str] | None], dtype: torch.dtype
 ) -> WeightStream:
     tensors = _load_bin(directory, arch, shards)
+    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
 
     def read_part(part: str, out: torch.Tensor) -> None:
-        out.copy_(tensors[stored_name(part)])
+        place = places[part]
+        out.copy_(tensors[place.tensor][place.first_row : place.first_row + place.num_rows])
+        read_norm(part, out)
 
     yield from stream_fused(arch, dtype, read_part)

@@ -5,6 +5,11 @@ For "dynamic" (NTK) that is a choice. transformers recomputes the base from the 
 has cached rotated with older bases; here position p has the frequencies of a context of p + 1 tokens, which is what
 transformers gives a token that it decodes with a cache, and equals it in full up to the original context length.
 (The alternative, one base for factor times the original length, differs from transformers at every length.)
+
+For "longrope" it is one too. transformers takes the short factors until a context outgrows the original length, and
+then the long ones, for which Phi-3's generation computes all keys again. Here the longest context that the table is
+for decides for all: short factors up to the original length, as in transformers, else long ones, which transformers
+uses for the contexts that need them. (llama.cpp and vLLM choose in the same way.)
 """
 
 from __future__ import annotations
@@ -14,43 +19,69 @@ import math
 import torch
 from torch import Tensor
 
-from llmengine.models.arch import RopeConfig
+from llmengine.models.arch import ModelArch, RopeConfig
 
 
-def rope_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+def layer_tables(arch: ModelArch, num_positions: int) -> list[Tensor]:
+    """Return each layer's `rope_table`; layers with the same encoding share one."""
+    tables: dict[RopeConfig | None, Tensor] = {}
+    for index in range(arch.num_layers):
+        rope = arch.layer_rope(index)
+        if rope not in tables:
+            tables[rope] = rope_table(rope, arch.head_dim, num_positions)
+    return [tables[arch.layer_rope(index)] for index in range(arch.num_layers)]
+
+
+def rope_table(rope: RopeConfig | None, head_dim: int, num_positions: int) -> Tensor:
     """Return fp32 [num_positions, head_dim]: cos of the head_dim / 2 angles, then their sin.
 
     Both are multiplied by the attention factor. Dimension j of a head rotates together with j + head_dim / 2 (the two
-    halves, not interleaved).
+    halves, not interleaved). Pairs that do not rotate (the last of each half; without `rope` all) have cos 1, sin 0.
     """
-    positions = torch.arange(num_positions, dtype=torch.float32)
-    if rope.type == "dynamic":
-        angles = positions[:, None] * _dynamic_frequencies(rope, head_dim, num_positions)
-    else:
-        angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    factor = attention_factor(rope)
-    return table if factor == 1.0 else table.mul_(factor)
+    half = head_dim // 2
+    cos, sin = torch.ones(num_positions, half), torch.zeros(num_positions, half)
+    if rope is not None:
+        rotary_dim, positions = rope.rotary_dim or head_dim, torch.arange(num_positions, dtype=torch.float32)
+        if rope.type == "dynamic":
+            angles = positions[:, None] * _dynamic_frequencies(rope, rotary_dim, num_positions)
+        else:
+            angles = torch.outer(positions, inverse_frequencies(rope, rotary_dim, num_positions))
+        factor = attention_factor(rope)
+        cos[:, : rotary_dim // 2] = angles.cos() * factor
+        sin[:, : rotary_dim // 2] = angles.sin() * factor
+    return torch.cat((cos, sin), dim=-1)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Return fp32 [head_dim / 2]: radians a position; for "dynamic" those within the original context length."""
-    frequencies = 1.0 / (rope.theta ** _exponents(head_dim))
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context: int) -> Tensor:
+    """Return fp32 [rotary_dim / 2]: radians a position, for contexts of up to `context` tokens.
+
+    For "dynamic" those within the original context length.
+    """
+    frequencies = 1.0 / (rope.theta ** _exponents(rotary_dim))
     if rope.type == "linear":
         return frequencies / rope.factor
     if rope.type == "llama3":
         return _llama3(rope, frequencies)
     if rope.type == "yarn":
-        return _yarn(rope, head_dim)
+        return _yarn(rope, rotary_dim)
+    if rope.type == "longrope":
+        is_long = context > rope.original_max_position_embeddings
+        return frequencies / torch.tensor(rope.long_factor if is_long else rope.short_factor)
     return frequencies
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Return what cos and sin are multiplied by: 1 for every type but yarn (Peng et al., arXiv 2309.00071)."""
-    if rope.type != "yarn":
+    """Return what cos and sin are multiplied by: 1 for every type but yarn and longrope.
+
+    Sources: Peng et al., arXiv 2309.00071; Ding et al., arXiv 2402.13753.
+    """
+    if rope.type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.type == "longrope":
+        original = rope.original_max_position_embeddings
+        return math.sqrt(1 + math.log(rope.factor) / math.log(original)) if rope.factor > 1 else 1.0
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_mscale(rope.factor, rope.mscale) / _yarn_mscale(rope.factor, rope.mscale_all_dim)
     return _yarn_mscale(rope.factor, 1.0)
@@ -63,7 +94,7 @@ def _exponents(head_dim: int) -> Tensor:
 def _dynamic_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
     """Return fp32 [num_positions, head_dim / 2]; row p is NTK-scaled for a context of p + 1 tokens."""
     if head_dim <= 2:
-        return inverse_frequencies(rope, head_dim).expand(num_positions, -1)
+        return inverse_frequencies(rope, head_dim, num_positions).expand(num_positions, -1)
     original = rope.original_max_position_embeddings
     lengths = torch.arange(1, num_positions + 1, dtype=torch.float64).clamp_(min=original)
     bases = rope.theta * (rope.factor * lengths / original - (rope.factor - 1)) ** (head_dim / (head_dim - 2))

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -41,6 +41,16 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
+
+    def rows(self, first: int, count: int) -> TensorEntry:
+        """Return the entry of rows [first, first + count)."""
+        row_bytes = self.size_bytes // self.shape[0]
+        return replace(
+            self,
+            shape=(count, *self.shape[1:]),
+            offset=self.offset + first * row_bytes,
+            size_bytes=count * row_bytes,
+        )
 
 
 def read_entries(path: Path) -> dict[str, TensorEntry]:

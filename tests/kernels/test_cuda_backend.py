@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backend_helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
+from sampling_helpers import SlotHistory
 
 from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
@@ -122,6 +123,40 @@ def test_sampling_and_forbidden_stops_depend_on_the_request_alone(tmp_path: Path
     held = driver.add(3, prompt, forbidding, stop_token_ids=[likeliest, *range(60, 90)])
     driver.generate([held], 2)
     assert held.output_ids[0] not in {likeliest, *range(60, 90)}
+    backend.close()
+
+
+def test_penalties_count_tokens_that_only_the_device_knows(tmp_path: Path, device: str) -> None:
+    """In chunks, with two steps in flight, and after the request was preempted; logprobs are the model's."""
+    model = save_tiny(tmp_path, **SMALL)
+    backend = load(tmp_path, device)
+    driver = BackendDriver(backend)
+    plain = make_prompt(14, 6)
+    params = SamplingParams(
+        repetition_penalty=1.8,
+        frequency_penalty=0.6,
+        logit_bias={plain[3]: 2.5},
+        bad_words=[(token_id,) for token_id in reference_greedy(model, plain, 3)],
+        logprobs=1,
+    )
+    history = SlotHistory(0, plain, params)
+    expected = history.expect_greedy(lambda token_ids: model(torch.tensor([token_ids])).logits[0, -1].detach(), 10)
+    assert expected != reference_greedy(model, plain, 10)
+    held, other = driver.add(0, plain, params), driver.add(1, make_prompt(3, 7))
+    driver.step((held, 9), (other, 3))
+    driver.step((held, 5), (other, 1))
+    launch_ahead(driver, (held, other), 4)
+    assert held.output_ids == expected[:5]
+    driver.release(held)
+    held.num_computed_tokens, held.started = 0, False
+    driver.step((held, 12), (other, 1))
+    result = driver.step((held, 7), (other, 1))
+    driver.generate([held], 10)
+    assert held.output_ids == expected
+    assert other.output_ids == reference_greedy(model, other.token_ids[:3], len(other.output_ids))
+    reference = reference_logprobs(model, held.token_ids[:19])[-1]
+    assert result.logprobs[0].logprob == pytest.approx(float(reference[expected[5]]), abs=1e-4)
+    assert result.logprobs[0].top_logprobs[0] == pytest.approx(float(reference.max()), abs=1e-4)
     backend.close()
 
 

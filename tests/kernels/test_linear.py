@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmengine.kernels.linear import GemmShape, LinearKernels, LinearOps, Operation, SkinnyConfig, linear_reference
+from llmengine.kernels.linear import (
+    CublasConfig,
+    GemmShape,
+    LinearConfig,
+    LinearKernels,
+    LinearOps,
+    Operation,
+    SkinnyConfig,
+    linear_reference,
+)
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()
@@ -16,8 +25,8 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 GEMV = SkinnyConfig(block_m=1, block_n=8, block_k=32, num_warps=4, num_stages=1)
 DOT = SkinnyConfig(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=3)
-CONFIGS = [None, GEMV, DOT, replace(DOT, block_m=32, fuse_norm=False)]
-SPLIT_CONFIGS = [None, GEMV, DOT, replace(DOT, split_k=3), replace(GEMV, split_k=2)]
+CONFIGS = [CublasConfig(), GEMV, DOT, replace(DOT, block_m=32, fuse_norm=False)]
+SPLIT_CONFIGS = [CublasConfig(), GEMV, DOT, replace(DOT, split_k=3), replace(GEMV, split_k=2)]
 SIZES = [(40, 64), (21, 104), (16, 8)]
 """(N, K): whole blocks of K, the last partial blocks of both, and less than one block of K."""
 
@@ -40,7 +49,7 @@ class Case:
         self.residual = draw(num_rows, n)
 
     def run(
-        self, operation: Operation, config: SkinnyConfig | None, x: Tensor, norm: bool, bias: Tensor | None, out: Tensor
+        self, operation: Operation, config: LinearConfig, x: Tensor, norm: bool, bias: Tensor | None, out: Tensor
     ) -> Tensor:
         if operation == "linear_add":
             self.kernels.linear_add(x, self.weight, bias, out, config)
@@ -51,7 +60,7 @@ class Case:
             self.kernels.norm_linear_silu(x, self.norm_weight, EPS, self.weight, bias, out, config)
         return out
 
-    def check(self, operation: Operation, config: SkinnyConfig | None, norm: bool, bias: bool, out: Tensor) -> None:
+    def check(self, operation: Operation, config: LinearConfig, norm: bool, bias: bool, out: Tensor) -> None:
         """Run and compare; `out` is where to write, of an operation that adds its residual."""
         used_bias = self.bias if bias else None
         expected = linear_reference(
@@ -68,9 +77,9 @@ class Case:
         torch.testing.assert_close(actual.float(), expected, rtol=0.0, atol=TOLERANCE[self.x.dtype] * scale)
 
 
-def rows_of(config: SkinnyConfig | None) -> int:
+def rows_of(config: LinearConfig) -> int:
     """A number of rows for `config` that is not its block's."""
-    return 1 if config is not None and config.block_m == 1 else 5
+    return 1 if isinstance(config, SkinnyConfig) and config.block_m == 1 else 5
 
 
 def names(config: object) -> str:
@@ -80,7 +89,7 @@ def names(config: object) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 @pytest.mark.parametrize("config", CONFIGS, ids=names)
-def test_norm_linear(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+def test_norm_linear(device: str, config: LinearConfig, n: int, k: int, dtype: torch.dtype) -> None:
     case = Case(device, rows_of(config), n, k, dtype)
     for norm, bias, out_dtype in ((True, False, dtype), (True, True, torch.float32), (False, True, dtype)):
         out = torch.full_like(case.residual, torch.nan, dtype=out_dtype)
@@ -90,7 +99,7 @@ def test_norm_linear(device: str, config: SkinnyConfig | None, n: int, k: int, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 @pytest.mark.parametrize("config", SPLIT_CONFIGS, ids=names)
-def test_linear_add(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+def test_linear_add(device: str, config: LinearConfig, n: int, k: int, dtype: torch.dtype) -> None:
     case = Case(device, rows_of(config), n, k, dtype)
     # Twice: a split must leave its counters as it found them.
     for bias in (False, True):
@@ -100,7 +109,7 @@ def test_linear_add(device: str, config: SkinnyConfig | None, n: int, k: int, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 @pytest.mark.parametrize("config", CONFIGS, ids=names)
-def test_norm_linear_silu(device: str, config: SkinnyConfig | None, n: int, k: int, dtype: torch.dtype) -> None:
+def test_norm_linear_silu(device: str, config: LinearConfig, n: int, k: int, dtype: torch.dtype) -> None:
     case = Case(device, rows_of(config), n, k, dtype, gated=True)
     for bias in (False, True):
         case.check("norm_linear_silu", config, True, bias, torch.full_like(case.residual, torch.nan))
@@ -121,9 +130,9 @@ def test_a_row_does_not_depend_on_the_others(device: str, operation: Operation) 
 def test_ops_ask_for_each_number_of_rows(device: str) -> None:
     asked: list[GemmShape] = []
 
-    def choose(shape: GemmShape) -> SkinnyConfig | None:
+    def choose(shape: GemmShape) -> LinearConfig:
         asked.append(shape)
-        return GEMV if shape.num_rows == 1 else None
+        return GEMV if shape.num_rows == 1 else CublasConfig()
 
     dtype = torch.float16
     case = Case(device, 3, 8, 16, dtype, gated=True)

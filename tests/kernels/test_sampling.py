@@ -14,9 +14,8 @@ from torch import Tensor
 from llmengine.backends import sampler
 from llmengine.kernels.sampling import (
     SlotParams,
+    TokenMasks,
     distribution_reference,
-    forbid_stops,
-    forbid_stops_reference,
     sample,
     sample_greedy,
     sample_greedy_reference,
@@ -49,7 +48,12 @@ KINDS: list[Params] = [
 
 
 def draw(
-    logits: Tensor, kinds: list[Params], slots: list[int], positions: list[int], num_rows: int | None = None
+    logits: Tensor,
+    kinds: list[Params],
+    slots: list[int],
+    positions: list[int],
+    num_rows: int | None = None,
+    masks: TokenMasks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample the first `num_rows` rows; slot s has the parameters kinds[s] and the seed 1000 + s."""
     device = logits.device
@@ -73,6 +77,7 @@ def draw(
         ids,
         failed,
         sampling_workspace(max_samples, vocab, device),
+        masks=masks,
     )
     return ids.cpu(), failed.cpu()
 
@@ -202,17 +207,23 @@ def test_rows_without_a_distribution_fail_alone(device: str) -> None:
         assert int(drawn[3]) >= 50
 
 
-def test_stops_are_forbidden_before_their_position(device: str) -> None:
-    logits = random_logits(4, 40, device)
-    expected = logits.clone()
-    arguments = [
-        torch.tensor(values, dtype=torch.int32, device=device)
-        for values in ([2, 0, 1, 2], [9, 10, 9, 9], [5, 10, 10], [[1, 2, 3], [4, -1, -1], [39, -1, 0]])
-    ]
-    forbid_stops(logits, counts_of(3, logits.device), *arguments)
-    forbid_stops_reference(expected, counts_of(3, logits.device), *arguments)
-    assert torch.equal(logits, expected)
-    assert torch.isinf(logits).sum(1).tolist() == [2, 0, 1, 0]
+def test_masks_leave_only_what_they_allow(device: str) -> None:
+    vocab, rows = 70, 6
+    logits = random_logits(rows, vocab, device)
+    allowed = torch.rand(rows, vocab, generator=torch.Generator().manual_seed(1)) < 0.3
+    allowed[4] = False
+    logits[5, 7] = math.nan
+    allowed[5, 7] = False
+    words = np.packbits(np.pad(allowed.numpy(), ((0, 0), (0, 26))), axis=1, bitorder="little").view(np.int32)
+    lines = torch.arange(rows, dtype=torch.int32, device=device)
+    masks = TokenMasks(lines.flip(0), torch.from_numpy(words).to(device).flip(0))
+    kinds = [KINDS[0], KINDS[1], KINDS[2], KINDS[4], KINDS[0], KINDS[0]]
+    slots = list(range(rows))
+    ids, failed = draw(logits, kinds, slots, slots, masks=masks)
+    assert failed.tolist() == [0, 0, 0, 0, 1, 1]
+    for row, number in enumerate(uniforms(slots, slots)[:4]):
+        line = logits[row].cpu().masked_fill(~allowed[row], -math.inf)
+        assert_drawn_from(line, kinds[row], number, int(ids[row]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")

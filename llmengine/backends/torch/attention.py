@@ -8,12 +8,15 @@ a step and serve all layers.
 
 Prefill. One request after another through SDPA, causal on its own fresh k and v, or over its gathered context.
 
+A sliding window reads only the blocks that it touches. Layers with the same window share what is planned for it.
+
 Rows that were never written, or whose block a former request left behind, are never multiplied, not even by zero
 (0 * NaN is NaN): scores are overwritten beyond the context, values are taken from `NULL_BLOCK`, which stays zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from llmengine.backends.inputs import StepInputs
 from llmengine.batch import NULL_BLOCK
+from llmengine.models.decoder import Norm
 
 _MAX_PADDING = 1.5
 """Decodes share one group while the longest context has at most this many times the blocks of the shortest."""
@@ -31,7 +35,12 @@ _MAX_PADDING = 1.5
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Sizes that every layer shares."""
+    """Sizes and factors that every layer shares.
+
+    Attributes:
+        score_scale: what scores are multiplied by.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
+    """
 
     num_layers: int
     num_heads: int
@@ -39,6 +48,8 @@ class AttentionShape:
     head_dim: int
     num_blocks: int
     block_size: int
+    score_scale: float
+    soft_cap: float | None = None
 
     @property
     def bytes_per_block(self) -> int:
@@ -47,8 +58,25 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What a layer's attention has of its own.
+
+    Attributes:
+        rope_table: see `models.rope`.
+        sliding_window: a token attends to this many tokens, itself included; None for all before it.
+        q_norm: of q [num_tokens, num_heads, head_dim] before the rotation; None without, and then k_norm is too.
+        k_norm: likewise of k.
+    """
+
+    rope_table: Tensor
+    sliding_window: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Rows [begin, end) of one token each, padded to `num_blocks` blocks.
+    """Rows [begin, end) of one token each; `num_blocks` blocks of each are read.
 
     Attributes:
         key_rows: [rows * num_heads * num_blocks * head_dim], rows of the keys [.., block_size].
@@ -70,13 +98,27 @@ class _DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Prefill:
-    """Tokens [begin, end) of one request; `blocks` and `mask` only if it has earlier context."""
+    """Tokens [begin, end) of one request; they attend to the keys of positions [first_key, context_len).
+
+    Attributes:
+        blocks: of these positions, None if they are all in the step.
+        mask: what is added to the scores, None for a causal mask over the step's own tokens.
+    """
 
     begin: int
     end: int
+    first_key: int
     context_len: int
     blocks: Tensor | None
     mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a step's rows read, for all layers with the same window."""
+
+    groups: list[_DecodeGroup]
+    prefills: list[_Prefill]
 
 
 class PagedAttention:
@@ -85,9 +127,10 @@ class PagedAttention:
     `plan` once a step, then `attend` once a layer.
     """
 
-    def __init__(self, shape: AttentionShape, rope_table: Tensor) -> None:
+    def __init__(self, shape: AttentionShape, layers: Sequence[LayerAttention]) -> None:
+        assert len(layers) == shape.num_layers
         self.shape = shape
-        self.rope_table = rope_table
+        self.layers = layers
         blocks, heads, dim, size = shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
         self.keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
         self.values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
@@ -100,43 +143,52 @@ class PagedAttention:
         self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
         num_rotated = shape.num_heads + heads
         self._head_scales = torch.ones(num_rotated, 1)
-        self._head_scales[: shape.num_heads] = dim**-0.5
+        self._head_scales[: shape.num_heads] = shape.score_scale
+        self._tables = {id(layer.rope_table): layer.rope_table for layer in layers}
+        self._windows = {layer.sliding_window for layer in layers}
+
+    @property
+    def rope_table(self) -> Tensor:
+        """The first layer's, where all have the same."""
+        return self.layers[0].rope_table
 
     def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
         """Prepare for one step: rotations, where keys and values go, and what each row reads."""
         size = self.shape.block_size
         positions = torch.from_numpy(inputs.positions)
-        half = self.rope_table[positions][:, None, :]
-        cos, sin = half.chunk(2, dim=-1)
-        # q comes out of its rotation scaled for the scores.
-        self._cos = torch.cat((cos, cos), dim=-1) * self._head_scales
-        self._sin = torch.cat((-sin, sin), dim=-1) * self._head_scales
+        self._rotations = {key: self._rotation(table[positions]) for key, table in self._tables.items()}
         blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
         offsets = inputs.positions % size
         self._blocks, self._offsets = torch.from_numpy(blocks), torch.from_numpy(offsets)
         self._token_rows = torch.from_numpy(blocks * size + offsets)
-        self._groups = self._plan_decodes(inputs, block_tables)
-        self._prefills = [
-            self._plan_prefill(inputs, block_tables, row) for row in range(inputs.num_decodes, len(inputs.row_slots))
-        ]
+        self._plans = {window: self._plan_window(inputs, block_tables, window) for window in self._windows}
+
+    def _rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what q and k, and their partners, are multiplied by; q comes out scaled for the scores."""
+        cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1) * self._head_scales, torch.cat((-sin, sin), dim=-1) * self._head_scales
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """`models.decoder.Attend`: rotate, write keys and values, attend."""
         shape = self.shape
         num_tokens, num_heads, num_kv = qkv.shape[0], shape.num_heads, shape.num_kv_heads
         heads = qkv.view(num_tokens, num_heads + 2 * num_kv, shape.head_dim)
-        unrotated = heads[:, : num_heads + num_kv]
-        rotated = torch.addcmul(unrotated * self._cos, unrotated.roll(shape.head_dim // 2, -1), self._sin)
+        unrotated, own = heads[:, : num_heads + num_kv], self.layers[layer]
+        if own.q_norm is not None and own.k_norm is not None:
+            unrotated = torch.cat((own.q_norm(unrotated[:, :num_heads]), own.k_norm(unrotated[:, num_heads:])), dim=1)
+        cos, sin = self._rotations[id(own.rope_table)]
+        rotated = torch.addcmul(unrotated * cos, unrotated.roll(shape.head_dim // 2, -1), sin)
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_heads + num_kv :]
         written_keys, key_rows, written_values, value_rows = self._views[layer]
         written_keys.index_put_((self._blocks, self._offsets), k)
         written_values.index_copy_(0, self._token_rows, v)
-        if len(self._groups) == 1 and not self._prefills:
-            return self._decode(q, key_rows, value_rows, self._groups[0])
+        plan = self._plans[own.sliding_window]
+        if len(plan.groups) == 1 and not plan.prefills:
+            return self._decode(q, key_rows, value_rows, plan.groups[0])
         result = qkv.new_empty(num_tokens, num_heads * shape.head_dim)
-        for group in self._groups:
+        for group in plan.groups:
             result[group.begin : group.end] = self._decode(q[group.begin : group.end], key_rows, value_rows, group)
-        for prefill in self._prefills:
+        for prefill in plan.prefills:
             part = slice(prefill.begin, prefill.end)
             result[part] = self._prefill(q[part], k[part], v[part], layer, prefill)
         return result
@@ -145,6 +197,8 @@ class PagedAttention:
         num_rows, num_heads = q.shape[:2]
         weights = q[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
         scores = _bag(key_rows, group.key_rows, group.key_bags, weights).view(num_rows, num_heads, -1)
+        if self.shape.soft_cap is not None:
+            _cap(scores, self.shape.soft_cap)
         probabilities = torch.softmax(scores.masked_fill_(group.beyond, -torch.inf), dim=-1)
         return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
 
@@ -153,7 +207,11 @@ class PagedAttention:
         if prefill.blocks is not None:
             k = self.keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
             v = self.values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
-            k, v = k[: prefill.context_len], v[: prefill.context_len]
+            num_keys = prefill.context_len - prefill.first_key
+            k, v = k[:num_keys], v[:num_keys]
+        if shape.soft_cap is not None:
+            assert prefill.mask is not None
+            return _capped_attention(q, k, v, prefill.mask, shape.soft_cap)
         attended = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
@@ -165,20 +223,36 @@ class PagedAttention:
         )
         return attended[0].transpose(0, 1).reshape(q.shape[0], -1)
 
-    def _plan_decodes(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> list[_DecodeGroup]:
-        """Cut the decodes, which come by growing context, into groups of similar length."""
-        num_blocks = -(-inputs.context_lens[: inputs.num_decodes] // self.shape.block_size)
+    def _plan_window(self, inputs: StepInputs, block_tables: NDArray[np.int32], window: int | None) -> _Plan:
+        rows = range(inputs.num_decodes, len(inputs.row_slots))
+        prefills = [self._plan_prefill(inputs, block_tables, row, window) for row in rows]
+        return _Plan(self._plan_decodes(inputs, block_tables, window), prefills)
+
+    def _plan_decodes(
+        self, inputs: StepInputs, block_tables: NDArray[np.int32], window: int | None
+    ) -> list[_DecodeGroup]:
+        """Cut the decodes, which come by growing context, into groups that read a similar number of blocks."""
+        size, context_lens = self.shape.block_size, inputs.context_lens[: inputs.num_decodes]
+        ends = -(-context_lens // size)
+        # A window touches at most so many blocks, however it lies.
+        num_blocks = ends if window is None else np.minimum(ends, (window + 2 * size - 2) // size)
         groups, begin = [], 0
         while begin < inputs.num_decodes:
             end = int(np.searchsorted(num_blocks, max(num_blocks[begin] * _MAX_PADDING, 4), side="right"))
-            table = block_tables[inputs.row_slots[begin:end], : num_blocks[end - 1]]
-            groups.append(self._plan_group(begin, end, table, inputs.context_lens[begin:end]))
+            first = (ends - num_blocks)[begin:end, None]
+            columns = first + np.arange(num_blocks[end - 1])
+            slots = inputs.row_slots[begin:end, None]
+            table = block_tables[slots, np.minimum(columns, block_tables.shape[1] - 1)]
+            positions = (columns[:, :, None] * size + np.arange(size)).reshape(len(table), -1)
+            beyond = positions >= context_lens[begin:end, None]
+            if window is not None:
+                beyond |= positions < context_lens[begin:end, None] - window
+            groups.append(self._plan_group(begin, end, table, beyond))
             begin = end
         return groups
 
-    def _plan_group(
-        self, begin: int, end: int, table: NDArray[np.int32], context_lens: NDArray[np.int64]
-    ) -> _DecodeGroup:
+    def _plan_group(self, begin: int, end: int, table: NDArray[np.int32], beyond: NDArray[np.bool_]) -> _DecodeGroup:
+        """Return the group that reads the blocks `table` [rows, num_blocks], less the positions `beyond`."""
         shape, index = self.shape, self._index_type
         heads, dim, size, repeat = (
             shape.num_kv_heads,
@@ -192,7 +266,6 @@ class PagedAttention:
             dim, dtype=index
         )
         key_rows = np.broadcast_to(key_rows, (rows, heads, repeat, num_blocks, dim)).flatten()
-        beyond = np.arange(num_blocks * size) >= context_lens[:, None]
         slots = (table[:, :, None] * size + np.arange(size, dtype=index)).reshape(rows, -1)
         slots[beyond] = NULL_BLOCK * size
         value_rows = slots[:, None, None, :] * heads + head[:, None, None]
@@ -208,15 +281,50 @@ class PagedAttention:
             beyond=torch.from_numpy(beyond)[:, None, :],
         )
 
-    def _plan_prefill(self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int) -> _Prefill:
+    def _plan_prefill(
+        self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int, window: int | None
+    ) -> _Prefill:
+        size = self.shape.block_size
         begin, end = int(inputs.row_starts[row]), int(inputs.row_starts[row + 1])
         context_len = int(inputs.context_lens[row])
-        if context_len == end - begin:
-            return _Prefill(begin, end, context_len, None, None)
-        num_blocks = -(-context_len // self.shape.block_size)
-        blocks = torch.from_numpy(block_tables[inputs.row_slots[row], :num_blocks].astype(np.int64))
-        mask = torch.full((end - begin, context_len), -torch.inf).triu_(context_len - (end - begin) + 1)
-        return _Prefill(begin, end, context_len, blocks, mask)
+        start = context_len - (end - begin)
+        if start == 0:
+            needs_mask = self.shape.soft_cap is not None or (window is not None and window < context_len)
+            mask = _mask(0, context_len, 0, window) if needs_mask else None
+            return _Prefill(begin, end, 0, context_len, None, mask)
+        first_block = 0 if window is None else max(0, start - window + 1) // size
+        table = block_tables[inputs.row_slots[row], first_block : -(-context_len // size)]
+        mask = _mask(start, context_len, first_block * size, window)
+        return _Prefill(begin, end, first_block * size, context_len, torch.from_numpy(table.astype(np.int64)), mask)
+
+
+def _mask(start: int, end: int, first_key: int, window: int | None) -> Tensor:
+    """Return fp32 [end - start, end - first_key]: -inf where a query at [start, end) does not attend to a key."""
+    mask = torch.full((end - start, end - first_key), -torch.inf).triu_(start - first_key + 1)
+    if window is not None:
+        before = torch.ones(mask.shape, dtype=torch.bool).tril_(start - first_key - window)
+        mask.masked_fill_(before, -torch.inf)
+    return mask
+
+
+def _cap(scores: Tensor, soft_cap: float) -> Tensor:
+    """Return `scores`, soft-capped in place."""
+    return scores.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
+    """Return [num_queries, heads * dim] for scaled q [num_queries, heads, dim], KV head after KV head.
+
+    `scaled_dot_product_attention` has no soft cap.
+    """
+    result = q.new_empty(q.shape)
+    group = q.shape[1] // k.shape[1]
+    for head in range(k.shape[1]):
+        heads = slice(head * group, (head + 1) * group)
+        scores = torch.matmul(q[:, heads].transpose(0, 1), k[:, head].t())
+        probabilities = torch.softmax(_cap(scores, soft_cap).add_(mask), dim=-1)
+        result[:, heads] = torch.matmul(probabilities, v[:, head]).transpose(0, 1)
+    return result.flatten(1)
 
 
 def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor:

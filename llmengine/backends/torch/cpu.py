@@ -14,24 +14,23 @@ import psutil
 import torch
 
 from llmengine.backends.inputs import SlotTable, StepInputs
-from llmengine.backends.sampler import Sampler, Samples
-from llmengine.backends.torch.attention import AttentionShape, PagedAttention
+from llmengine.backends.sampler import Sampler, Samples, no_token_message
+from llmengine.backends.torch.attention import AttentionShape, LayerAttention, PagedAttention
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
     MAX_NATIVE_TOKENS,
     NATIVE_DIRECTORY,
-    NativeAttention,
     NativeDecoder,
     NativeLibrary,
     NativeUnavailableError,
     load_native_library,
 )
-from llmengine.backends.torch.weights import CpuModel, load_cpu_model, wants_int8
+from llmengine.backends.torch.weights import CpuModel, load_cpu_model
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import forward
-from llmengine.models.rope import rope_table
+from llmengine.models.rope import layer_tables
 from llmengine.models.source import ModelSource
 
 _logger = logging.getLogger("llmengine.backends.torch.cpu")
@@ -54,21 +53,20 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        quantized = wants_int8(config, source)
-        native_library, native_text = _find_native(quantized, native_directory)
+        native_library, native_text = _find_native(arch, limit, native_directory)
+        runs_native = native_library is not None and arch.is_llama(limit)
         with torch.inference_mode():
-            model = load_cpu_model(config, source, row_major=native_library is not None and not quantized)
+            model = load_cpu_model(config, source, native_library, row_major=runs_native)
             shape = _size_kv_cache(config, arch, limit)
             max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
-            table = rope_table(arch.rope, arch.head_dim, max_model_len)
-            self._attention: PagedAttention | None = PagedAttention(shape, table)
+            self._attention: PagedAttention | None = PagedAttention(
+                shape, _attention_layers(arch, model, max_model_len)
+            )
             self._native: NativeDecoder | None = None
-            self._native_attention: NativeAttention | None = None
-            if native_library is not None and quantized:
-                self._native_attention = NativeAttention(native_library, arch, self._attention, max_model_len)
-            elif native_library is not None:
-                weights = dict(model.canonical())
-                self._native = NativeDecoder(native_library, arch, weights, self._attention, max_model_len)
+            if native_library is not None and runs_native:
+                self._native = NativeDecoder(
+                    native_library, arch, model.parts, model.lm_head, self._attention, max_model_len
+                )
         self._model: CpuModel | None = model
         num_slots = config.scheduler_config.max_batch_size
         self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
@@ -115,15 +113,12 @@ class CpuBackend:
         if self._native is not None and len(inputs.token_ids) <= self._native.max_tokens:
             return self._native.forward(inputs, self._slots.block_tables)
         assert self._model is not None
-        native = self._native_attention
-        is_small = native is not None and len(inputs.token_ids) <= native.max_tokens
-        attention = native if is_small else self._attention
-        assert attention is not None
-        attention.plan(inputs, self._slots.block_tables)
+        assert self._attention is not None
+        self._attention.plan(inputs, self._slots.block_tables)
         every = len(inputs.sample_tokens) == len(inputs.token_ids)
         sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
         x = self._model.embed(torch.from_numpy(inputs.token_ids))
-        return forward(self._model.segments, x, attention.attend, sample_tokens)
+        return forward(self._model.segments, x, self._attention.attend, sample_tokens)
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""
@@ -146,19 +141,31 @@ class CpuBackend:
         self._model = None
         self._attention = None
         self._native = None
-        self._native_attention = None
         self._result = None
         _trim_heap()
 
 
-def _find_native(quantized: bool, directory: Path) -> tuple[NativeLibrary | None, str]:
-    """Return the native library if it is there, and what the description says of it."""
+def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> list[LayerAttention]:
+    tables = layer_tables(arch, max_model_len)
+    return [
+        LayerAttention(tables[index], arch.layer(index).sliding_window, *model.qk_norms[index])
+        for index in range(arch.num_layers)
+    ]
+
+
+def _find_native(arch: ModelArch, limit: int, directory: Path) -> tuple[NativeLibrary | None, str]:
+    """Return the native library if it is there, and what the description says of it.
+
+    Args:
+        limit: most tokens of a request.
+    """
     try:
         library = load_native_library(directory)
     except NativeUnavailableError as error:
         return None, f"no native decoder: {error}"
-    part = "native attention" if quantized else "the native decoder"
-    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in {part} ({library.variant})"
+    if not arch.is_llama(limit):
+        return library, f"no native decoder: it does not compute {arch.architecture} with contexts of {limit} tokens"
+    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder ({library.variant})"
 
 
 def _trim_heap() -> None:
@@ -175,7 +182,7 @@ def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: flo
     if any(samples.failed):
         for slot, position, failed in zip(slots, inputs.sample_positions.tolist(), samples.failed, strict=True):
             if failed:
-                errors[slot] = f"the model's logits for the token at position {position} are not finite"
+                errors[slot] = no_token_message(position)
                 del token_ids[slot]
                 logprobs.pop(slot, None)
     return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
@@ -190,6 +197,8 @@ def _size_kv_cache(config: ModelConfig, arch: ModelArch, limit: int) -> Attentio
         head_dim=arch.head_dim,
         num_blocks=1,
         block_size=config.kv_cache_config.block_size,
+        score_scale=arch.score_scale,
+        soft_cap=arch.attention_soft_cap,
     )
     free_bytes = psutil.virtual_memory().available
     num_blocks = num_kv_blocks(config, limit, shape.bytes_per_block, free_bytes, _DEFAULT_FRACTION)

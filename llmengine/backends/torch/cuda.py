@@ -23,9 +23,12 @@ from functools import partial
 import psutil
 import torch
 
+from llmengine.backends.sampler import no_token_message
+from llmengine.backends.torch.cuda_generic import make_cuda_segments
 from llmengine.backends.torch.cuda_graphs import GraphCache
-from llmengine.backends.torch.cuda_model import CudaModel, allocate_weights, load_weights
+from llmengine.backends.torch.cuda_model import CudaModel, CudaWeights, allocate_weights, load_weights
 from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs
+from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments
 from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits
 from llmengine.backends.torch.cuda_stream import CudaStream, HostStream, StepStream
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
@@ -59,9 +62,18 @@ class CudaBackend:
     """Implements `batch.Backend` on one CUDA device; made, used and closed by one thread.
 
     On a CPU device (with Triton's interpreter) the same code runs without graphs, for tests.
+
+    Args:
+        make_segments: makes what computes between the attentions.
     """
 
-    def __init__(self, config: ModelConfig, source: ModelSource, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: ModelSource,
+        device: torch.device,
+        make_segments: MakeSegments = make_cuda_segments,
+    ) -> None:
         self._device = device
         if device.type == "cuda":
             # Both belong to this thread alone.
@@ -75,7 +87,7 @@ class CudaBackend:
         block_size, num_slots = config.kv_cache_config.block_size, scheduler.max_batch_size
         with torch.inference_mode():
             weights = allocate_weights(config, source, device)
-            model = CudaModel(arch, weights, config, limit)
+            model = CudaModel(arch, weights, config, limit, make_segments)
             self._model: CudaModel | None = model
             dtype = model.embedding.dtype
             block_shape = (2, arch.num_kv_heads, block_size, arch.head_dim)
@@ -95,21 +107,17 @@ class CudaBackend:
                 mixed: StepBuffer(limits, self._state, model.query_block, depth)
                 for mixed, limits in _limits(scheduler, max_blocks, model.query_block).items()
             }
-            # The kernels are compiled while the weights arrive.
-            with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
-                stream = _stream_after_current(device)
-                compiled = [threads.submit(self._compile, bucket, stream) for bucket in self._first_buckets()]
-                load_weights(weights, source)
-                for future in compiled:
-                    future.result()
+            self._load(weights, source)
+            _tune(model.made, config.tuning_budget_s)
         self._tables = SlotTables(num_slots, max_blocks)
         self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
-        self._graphs = GraphCache(device, self._stream)
+        self._graphs: GraphCache[Bucket] = GraphCache(device, self._stream)
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
         self._capture_decodes()
         self._info = BackendInfo(
-            description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, Triton",
+            description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
+            f"{model.made.description}",
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
             num_blocks=num_blocks,
@@ -129,10 +137,8 @@ class CudaBackend:
         assert self._model is not None, "the backend is closed"
         assert len(self._pending) < _STEPS_IN_FLIGHT
         with torch.inference_mode():
-            replaced = [self._sampler.init_slot(init) for init in batch.slot_inits]
-            if any(replaced):
-                self._forget_graphs()
-            self._sampler.send_changes()
+            if self._sampler.prepare(batch):
+                self._forget_draws()
             bucket = self._bucket(batch)
             ring_index = self._next_ring_index
             self._next_ring_index = (ring_index + 1) % len(self._ring)
@@ -157,7 +163,7 @@ class CudaBackend:
         errors = {}
         if min(ids, default=0) < 0:
             errors = {
-                row.slot: f"the model's logits for the token at position {row.start + row.num_tokens} are not finite"
+                row.slot: no_token_message(row.start + row.num_tokens)
                 for row in pending.batch.rows
                 if chosen.get(row.slot, 0) < 0
             }
@@ -224,6 +230,19 @@ class CudaBackend:
         mixed = Bucket(self._mixed_sizes[0], self._sample_sizes[0], mixed=True)
         return [mixed, *decodes, replace(decodes[0], draws=True)]
 
+    def _load(self, weights: CudaWeights, source: ModelSource) -> None:
+        """Fill the weights; kernels are compiled meanwhile."""
+        assert self._model is not None
+        began = time.monotonic()
+        with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
+            stream = _stream_after_current(self._device)
+            steps = [threads.submit(self._compile, bucket, stream) for bucket in self._first_buckets()]
+            load_weights(weights, source)
+            loaded = time.monotonic()
+            for future in steps:
+                future.result()
+        _logger.info("weights were there after %.1f s, kernels after %.1f s", loaded - began, time.monotonic() - began)
+
     def _compile(self, bucket: Bucket, stream: torch.cuda.Stream | None) -> None:
         """Run a step without rows on `stream`, one for all threads: kernels share scratch. Results go nowhere."""
         if stream is None:
@@ -243,10 +262,16 @@ class CudaBackend:
                 bucket = Bucket(size, size, mixed=False)
                 self._graphs.run(bucket, partial(self._step, bucket))
 
-    def _forget_graphs(self) -> None:
+    def _forget_draws(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._graphs.clear()
+        self._graphs.drop(lambda bucket: bucket.draws)
+
+
+def _tune(made: MadeSegments, budget_s: float) -> None:
+    began = time.monotonic()
+    made.tune(budget_s)
+    _logger.info("choosing matrix products took %.1f s", time.monotonic() - began)
 
 
 def _limits(scheduler: SchedulerConfig, max_blocks: int, query_block: int) -> dict[bool, StepLimits]:

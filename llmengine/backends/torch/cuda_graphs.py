@@ -6,10 +6,13 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 
 from llmengine.backends.torch.cuda_stream import StepStream
+
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 _logger = logging.getLogger("llmengine.backends.torch.cuda")
 
@@ -20,7 +23,7 @@ CAPTURE_BUDGET_BYTES = 1 << 30
 """Most device memory that all captures may take."""
 
 
-class GraphCache:
+class GraphCache(Generic[KeyT]):
     """Runs functions of fixed device addresses: eagerly the first time, as a graph from then on.
 
     A function must not synchronise, must launch the same work whenever it is called with the same key, and must keep
@@ -31,7 +34,7 @@ class GraphCache:
         self._stream = stream
         self._enabled = device.type == "cuda"
         self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[KeyT, torch.cuda.CUDAGraph] = {}
         # One pool for all: they never run at once, and none reads what another left in it.
         self._pool = torch.cuda.graph_pool_handle() if self._enabled else None
         self._spent_s = 0.0
@@ -50,7 +53,7 @@ class GraphCache:
         """Device memory that the captures took."""
         return self._spent_bytes
 
-    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+    def run(self, key: KeyT, function: Callable[[], None]) -> None:
         """Queue the work of `function` in the current stream."""
         graph = self._graphs.get(key)
         if graph is not None:
@@ -60,11 +63,15 @@ class GraphCache:
         if self._enabled:
             self._capture(key, function)
 
+    def drop(self, stale: Callable[[KeyT], bool]) -> None:
+        """Drop the graphs of such keys; nothing may be running."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if not stale(key)}
+
     def clear(self) -> None:
         """Drop all graphs; nothing may be running."""
         self._graphs.clear()
 
-    def _capture(self, key: Hashable, function: Callable[[], None]) -> None:
+    def _capture(self, key: KeyT, function: Callable[[], None]) -> None:
         began, free = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from llmengine.backends.logit_edits import INT_TABLES, NO_MASKS, Int32Array, SlotEdits, slot_edits
 from llmengine.backends.torch.cuda_step import Bucket
-from llmengine.batch import BatchRow, SlotInit, TokenLogprobs
-from llmengine.kernels.sampling import (
-    SlotParams,
-    forbid_stops,
-    sample,
-    sample_greedy,
-    sampling_workspace,
-)
+from llmengine.batch import Batch, BatchRow, SlotInit, TokenLogprobs
+from llmengine.kernels.logit_edits import EditTables
+from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
 from llmengine.kernels.step import DeviceStep
 
-_STOP_IDS = 16
-"""Stop tokens that a slot has room for at first."""
+_ENTRIES = 1024
+_WORDS = 16
+_RING = 8
+"""Entries, words and latest tokens that a slot has room for at first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,65 +55,137 @@ class DeviceSampler:
         self._device = device
         self._num_logprobs: dict[int, int] = {}
         self._special: set[int] = set()
-        self._changed: dict[int, SlotInit] = {}
-        self._params = SlotParams(
-            temperature=torch.zeros(num_slots + 1, device=device),
-            top_k=torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
-            top_p=torch.ones(num_slots + 1, device=device),
-            min_p=torch.zeros(num_slots + 1, device=device),
-            seed=torch.zeros(num_slots + 1, dtype=torch.int64, device=device),
+        self._changed: dict[int, tuple[SlotInit, SlotEdits | None]] = {}
+        # For slots whose chosen tokens become entries: entries less tokens, when the slot was taken.
+        self._counted: dict[int, int] = {}
+        self._floats = torch.zeros((6, num_slots + 1), device=device)
+        self._ints = torch.zeros((5, num_slots + 1), dtype=torch.int32, device=device)
+        temperature, top_p, min_p = self._floats[:3]
+        top_k, counting, num_entries, num_words, ring_masks = self._ints
+        seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self._params = SlotParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        self._tables = replace(
+            EditTables.empty(num_slots, min(_ENTRIES, vocab_size), _WORDS, _WORDS, _RING, device),
+            penalties=self._floats[3:],
+            counting=counting,
+            num_entries=num_entries,
+            num_words=num_words,
+            ring_masks=ring_masks,
         )
-        self._stop_from = torch.zeros(num_slots + 1, dtype=torch.int32, device=device)
-        self._stop_ids = torch.full((num_slots + 1, _STOP_IDS), -1, dtype=torch.int32, device=device)
+        self._masks: TokenMasks | None = None
+        self._masked: set[int] = set()
         self._workspace = sampling_workspace(max_rows, vocab_size, device)
         self.ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.failed = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
-    def init_slot(self, init: SlotInit) -> bool:
-        """Take over a slot's parameters; True if tensors were replaced, so that graphs that hold them are void."""
+    def prepare(self, batch: Batch, masks: Mapping[int, Int32Array] = NO_MASKS) -> bool:
+        """Take over the slots that a step initialises, copying what changes in the current stream.
+
+        Args:
+            masks: slot -> int32 [ceil(vocab / 32)], the tokens that it may choose in this step, see `TokenMasks`.
+
+        Returns True if tensors were replaced, so that graphs of steps that draw are void.
+        """
+        for init in batch.slot_inits:
+            self._init_slot(init)
+        replaced = self._make_room(batch.rows)
+        self._send_changes()
+        if masks or self._masked:
+            replaced |= self._send_masks(masks)
+        return replaced
+
+    def draws(self, rows: Sequence[BatchRow]) -> bool:
+        """True if some row is not simply greedy."""
+        special = self._special | self._masked if self._masked else self._special
+        return bool(special) and any(row.slot in special for row in rows)
+
+    def _init_slot(self, init: SlotInit) -> None:
         params, slot = init.sampling_params, init.slot
         if params.logprobs is None:
             self._num_logprobs.pop(slot, None)
         else:
             self._num_logprobs[slot] = min(params.logprobs, self._vocab_size)
-        special = not params.greedy or params.min_new_tokens > 0
+        edits = slot_edits(init, self._vocab_size)
+        special = edits is not None or not params.greedy
         if special or slot in self._special:
-            self._changed[slot] = init
+            self._changed[slot] = init, edits
         (self._special.add if special else self._special.discard)(slot)
-        if not special or len(init.stop_token_ids) <= self._stop_ids.shape[1]:
+        self._counted.pop(slot, None)
+        if edits is not None and edits.counting:
+            self._counted[slot] = len(edits.entry_ids) - len(init.token_ids)
+
+    def _make_room(self, rows: Sequence[BatchRow]) -> bool:
+        """Widen tables that the step could fill; True if there were any."""
+        if not self._changed and not self._counted:
             return False
-        wider = torch.full((len(self._stop_ids), 2 * len(init.stop_token_ids)), -1, dtype=torch.int32)
-        wider[:, : self._stop_ids.shape[1]] = self._stop_ids.cpu()
-        self._stop_ids = wider.to(self._device)
-        return True
+        changed = [edits for _, edits in self._changed.values() if edits is not None]
+        widths = {name: max((len(getattr(edits, name)) for edits in changed), default=0) for name in INT_TABLES}
+        if self._counted:
+            counted = (row for row in rows if row.slot in self._counted)
+            most = max((self._counted[row.slot] + row.start + row.num_tokens + 1 for row in counted), default=0)
+            widths["entry_ids"] = max(widths["entry_ids"], min(self._vocab_size, most))
+        widths["entry_states"] = widths["entry_biases"] = widths["entry_logits"] = widths["entry_ids"]
+        widths["word_logits"] = widths["word_ends"]
+        wider = {}
+        for name, width in widths.items():
+            table: Tensor = getattr(self._tables, name)
+            if width > table.shape[1]:
+                more = (1 << (width - 1).bit_length()) - table.shape[1]
+                wider[name] = torch.nn.functional.pad(table, (0, more))
+        self._tables = replace(self._tables, **wider)
+        return bool(wider)
 
-    def draws(self, rows: Sequence[BatchRow]) -> bool:
-        """True if some row is not simply greedy."""
-        return bool(self._special) and any(row.slot in self._special for row in rows)
-
-    def send_changes(self) -> None:
-        """Copy the parameters of slots that changed to the device, in the current stream."""
+    def _send_changes(self) -> None:
         if not self._changed:
             return
-        inits = list(self._changed.values())
-        self._changed.clear()
-        params = [init.sampling_params for init in inits]
+        inits, edits = zip(*self._changed.values(), strict=True)
         slots = self._tensor([init.slot for init in inits], torch.int64)
+        self._changed.clear()
+        floats, ints = zip(*(self._scalars(*change) for change in zip(inits, edits, strict=True)), strict=True)
+        self._floats.index_copy_(1, slots, self._tensor(floats, torch.float32).T)
+        self._ints.index_copy_(1, slots, self._tensor(ints, torch.int32).T)
+        self._params.seed.index_copy_(0, slots, self._tensor([init.seed for init in inits], torch.int64))
+        edited = {init.slot: item for init, item in zip(inits, edits, strict=True) if item is not None}
+        if edited:
+            self._send_edits(list(edited.values()), self._tensor(list(edited), torch.int64))
 
-        def put(target: Tensor, values: Sequence[float]) -> None:
-            target.index_copy_(0, slots, self._tensor(values, target.dtype))
+    def _scalars(self, init: SlotInit, edits: SlotEdits | None) -> tuple[Sequence[float], Sequence[int]]:
+        """Return a slot's part of `_floats` and of `_ints`."""
+        params = init.sampling_params
+        floats = (params.temperature, params.top_p, params.min_p)
+        top_k = params.top_k if params.top_k < self._vocab_size else 0
+        if edits is None:
+            return (*floats, 1.0, 0.0, 0.0), (top_k, 0, 0, 0, 0)
+        sizes = len(edits.entry_ids), len(edits.word_ends), len(edits.ring) - 1
+        return (*floats, *edits.penalties), (top_k, edits.counting, *sizes)
 
-        put(self._params.temperature, [p.temperature for p in params])
-        put(self._params.top_k, [p.top_k if p.top_k < self._vocab_size else 0 for p in params])
-        put(self._params.top_p, [p.top_p for p in params])
-        put(self._params.seed, [init.seed for init in inits])
-        put(self._stop_from, [init.num_prompt_tokens + init.sampling_params.min_new_tokens for init in inits])
-        stop_ids = torch.full((len(inits), self._stop_ids.shape[1]), -1, dtype=torch.int32)
-        for line, init in zip(stop_ids, inits, strict=True):
-            if init.sampling_params.min_new_tokens:
-                known = [token_id for token_id in init.stop_token_ids if token_id < self._vocab_size]
-                line[: len(known)] = torch.tensor(known, dtype=torch.int32)
-        self._stop_ids.index_copy_(0, slots, stop_ids.to(self._device))
+    def _send_edits(self, edits: Sequence[SlotEdits], slots: Tensor) -> None:
+        for name in (*INT_TABLES, "entry_biases"):
+            lines: list[NDArray[np.generic]] = [getattr(item, name) for item in edits]
+            padded = np.zeros((len(lines), max(map(len, lines))), dtype=lines[0].dtype)
+            if padded.size:
+                for place, line in zip(padded, lines, strict=True):
+                    place[: len(line)] = line
+                table: Tensor = getattr(self._tables, name)
+                table[:, : padded.shape[1]].index_copy_(0, slots, self._to_device(torch.from_numpy(padded)))
+
+    def _send_masks(self, masks: Mapping[int, Int32Array]) -> bool:
+        """Give these slots masks, and no others; True if that took new tensors."""
+        is_first = self._masks is None
+        if self._masks is None:
+            # Slots without a mask share the last line, of ones.
+            lines = torch.full_like(self._ints[0], self._ints.shape[1] - 1)
+            words = torch.full((len(lines), -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
+            self._masks = TokenMasks(lines, words)
+        cleared = self._masked - masks.keys()
+        if cleared:
+            self._masks.lines.index_fill_(0, self._tensor(list(cleared), torch.int64), len(self._masks.lines) - 1)
+        if masks:
+            slots = self._tensor(list(masks), torch.int64)
+            self._masks.words.index_copy_(0, slots, self._to_device(torch.from_numpy(np.stack(list(masks.values())))))
+            self._masks.lines.index_copy_(0, slots, slots.int())
+        self._masked = set(masks)
+        return is_first
 
     def choose(self, logits: Tensor, step: DeviceStep, bucket: Bucket) -> None:
         """Queue the choice of `ids` and `failed` from logits [bucket.num_samples, vocab]; allocates nothing."""
@@ -121,8 +194,8 @@ class DeviceSampler:
             sample_greedy(logits, step.counts, ids, failed, self._workspace)
             return
         slots, positions = step.sample_slots, step.sample_positions
-        forbid_stops(logits, step.counts, slots, positions, self._stop_from, self._stop_ids)
-        sample(logits, step.counts, slots, positions, self._params, ids, failed, self._workspace)
+        tables, masks = self._tables, self._masks
+        sample(logits, step.counts, slots, positions, self._params, ids, failed, self._workspace, tables, masks)
 
     def logprobs(self, logits: Tensor, sampled: Sequence[int]) -> PendingLogprobs | None:
         """Queue the log-probabilities that the sampled slots want, from the logits that `choose` has just used."""
@@ -137,8 +210,11 @@ class DeviceSampler:
         top = values.topk(max(count for _, _, count in rows), dim=-1)
         return PendingLogprobs(rows, self._to_host(torch.cat((chosen, top.values), dim=1)), self._to_host(top.indices))
 
-    def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        pinned = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return self._to_device(torch.tensor(values, dtype=dtype))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if self._device.type == "cuda" else tensor
         return pinned.to(self._device, non_blocking=True)
 
     def _to_host(self, tensor: Tensor) -> Tensor:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
-from llmengine.config import SchedulerConfig
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, CudaTimer, cuda_choices
-from llmengine.kernels.linear import BoundLinear, GemmShape, LinearKernels, LinearOps, Operation
+from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, candidates, cuda_choices
+from llmengine.kernels.linear import (
+    BoundLinear,
+    CublasConfig,
+    GemmShape,
+    LinearKernels,
+    LinearOps,
+    Operation,
+    SkinnyConfig,
+)
+from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
+from llmengine.models.decoder import Segments, finish_logits
 
 _OPERATIONS: dict[str, Operation] = {
     "qkv": "norm_linear",
@@ -19,6 +33,11 @@ _OPERATIONS: dict[str, Operation] = {
     "down": "linear_add",
 }
 """A layer's matrices, and what each is used in."""
+
+_COLD_BYTES = 160 << 20
+"""Weights that a measurement goes through before it meets one again; three times an H100's L2."""
+
+_COMPILE_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +48,52 @@ class _Layer:
     o: BoundLinear
     gate_up: BoundLinear
     down: BoundLinear
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentsContext:
+    """What segments are made from.
+
+    Attributes:
+        tensors: canonical weights on the device, in their places but perhaps not filled yet.
+        logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
+        pdl: kernels may start before those ahead of them have ended.
+    """
+
+    arch: ModelArch
+    tensors: dict[str, Tensor]
+    config: ModelConfig
+    logits: Tensor
+    pdl: bool
+
+
+def _no_tuning(_: float) -> None:
+    """Leave everything as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeSegments:
+    """What runs between attentions.
+
+    Attributes:
+        description: what it is, for people.
+        tune: takes seconds; chooses the fastest of what it has, on the weights in their places, and needs no graph to
+            exist. Called once.
+    """
+
+    segments: Segments
+    description: str
+    tune: Callable[[float], None] = _no_tuning
+
+
+MakeSegments = Callable[[SegmentsContext], MadeSegments]
+
+
+def fused_segments(context: SegmentsContext) -> MadeSegments:
+    """Return Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
+    assert context.arch.has_llama_segments, context.arch.architecture
+    fused = FusedSegments(context.arch, context.tensors, context.config.scheduler_config, context.logits, context.pdl)
+    return MadeSegments(fused, "Triton", fused.tune)
 
 
 class FusedSegments:
@@ -56,15 +121,16 @@ class FusedSegments:
         self._sampled_attended = buffer(max_rows, q_size)
         self._sampled_x = buffer(max_rows, arch.hidden_size)
         self._logits = logits
+        self._logit_scale, self._logit_soft_cap = arch.logit_scale, arch.logit_soft_cap
         self._kernels = LinearKernels(self._device, pdl=pdl)
-        self._choices = cuda_choices(self._kernels, self._device) if self._device.type == "cuda" else None
+        self._choices = _choices_of(self._kernels, self._device)
         ops = LinearOps(self._kernels, self._choices.choose if self._choices is not None else _plain)
         self._layers = [
             _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
         head = embedding if arch.tie_word_embeddings else tensors["lm_head.weight"]
         self._lm_head = ops.norm_linear(tensors["final_norm.weight"], arch.rms_norm_eps, head)
-        self._shapes = [
+        self._layer_shapes = [
             (operation, *tensors[f"layers.0.{name}.weight"].shape) for name, operation in _OPERATIONS.items()
         ]
         self._head_shape, self._dtype = head.shape, dtype
@@ -74,21 +140,65 @@ class FusedSegments:
         return len(self._layers)
 
     def tune(self, budget_s: float) -> None:
-        """Measure which products are fastest for the model's shapes, those of the smallest steps first.
+        """Measure which products are fastest for the model's shapes, those of the smallest steps first."""
+        deadline = time.monotonic() + budget_s
+        for rows in [rows for rows in ROW_BUCKETS if rows <= len(self._qkv)]:
+            if self._choices is None or time.monotonic() >= deadline:
+                return
+            shapes = self._choices.missing(self._shapes(rows))
+            self._compile(shapes, deadline)
+            if self._choices.measure(shapes, deadline - time.monotonic(), self._time_us):
+                return
 
-        Takes device memory for a copy of the largest matrix; gives it back.
-        """
-        if self._choices is None or not budget_s:
-            return
+    def _shapes(self, num_rows: int) -> list[GemmShape]:
+        """Return the products of a step of `num_rows` tokens in the order of their use."""
         shapes: list[GemmShape] = []
-        for rows in ROW_BUCKETS:
-            for operation, n, k in self._shapes:
-                outputs = n // 2 if operation == "norm_linear_silu" else n
-                shapes.append(GemmShape(operation, rows, outputs, k, self._dtype, self._dtype))
+        for operation, n, k in self._layer_shapes:
+            outputs = n // 2 if operation == "norm_linear_silu" else n
+            shapes.append(GemmShape(operation, num_rows, outputs, k, self._dtype, self._dtype))
+        if num_rows <= len(self._logits):
             vocab, hidden = self._head_shape
-            shapes.append(GemmShape("norm_linear", rows, vocab, hidden, self._dtype, torch.float32))
-        self._choices.measure(shapes, budget_s, CudaTimer(self._kernels, self._device))
-        torch.cuda.empty_cache()
+            shapes.append(GemmShape("norm_linear", num_rows, vocab, hidden, self._dtype, torch.float32))
+        return shapes
+
+    def _compile(self, shapes: Sequence[GemmShape], deadline: float) -> None:
+        """Compile what will be timed, on threads; what is not begun at the deadline is left."""
+
+        def compile_one(shape: GemmShape, config: SkinnyConfig) -> None:
+            if time.monotonic() < deadline:
+                with torch.cuda.device(self._device):
+                    self._kernels.compile(shape, config)
+
+        with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
+            jobs = [
+                threads.submit(compile_one, shape, config)
+                for shape in shapes
+                for config in candidates(shape)
+                if isinstance(config, SkinnyConfig)
+            ]
+        for job in jobs:
+            job.result()
+
+    def _time_us(self, num_rows: int) -> float:
+        """Return the microseconds of the products of a few layers, of all of a small model, and of the LM head."""
+        layer_bytes = sum(n * k for _, n, k in self._layer_shapes) * self._dtype.itemsize
+        num_layers = min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
+        x, attended = (
+            torch.randn((num_rows, columns), dtype=self._dtype, device=self._device)
+            for columns in (self._sampled_x.shape[1], self._sampled_attended.shape[1])
+        )
+
+        def run() -> None:
+            for layer in range(num_layers):
+                self._layers[layer].qkv(x, self._qkv[:num_rows])
+                self._finish(layer, attended, x)
+            if num_rows <= len(self._logits):
+                self._lm_head(x, self._logits[:num_rows])
+
+        try:
+            return time_graph([run])
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
 
     def first(self, x: Tensor) -> Tensor:
         qkv = self._qkv[: len(x)]
@@ -109,6 +219,7 @@ class FusedSegments:
         self._finish(len(self._layers) - 1, attended, x)
         logits = self._logits[: len(x)]
         self._lm_head(x, logits)
+        finish_logits(logits, self._logit_scale, self._logit_soft_cap)
         return logits
 
     def _finish(self, layer: int, attended: Tensor, x: Tensor) -> None:
@@ -136,5 +247,10 @@ def _bind_layer(ops: LinearOps, tensors: dict[str, Tensor], prefix: str, eps: fl
     )
 
 
-def _plain(_: GemmShape) -> None:
+def _choices_of(kernels: LinearKernels, device: torch.device) -> GemmChoices | None:
+    return cuda_choices(kernels, device) if device.type == "cuda" else None
+
+
+def _plain(_: GemmShape) -> CublasConfig:
     """Choose torch's product: there is no device to measure on."""
+    return CublasConfig()

@@ -29,8 +29,8 @@ from llmengine.kernels.step import (
     SlotState,
 )
 
-_ALIGNMENT = 32
-"""Parts begin at multiples of 128 bytes, so that kernels may load them in wide words."""
+_ALIGNMENT = 64
+"""Parts begin at multiples of 256 bytes, so that kernels load them in wide words and TensorRT takes their addresses."""
 
 Int32Array = NDArray[np.int32]
 

@@ -8,7 +8,8 @@ format      what is stored                                      when
 torch       [out, in] as it came                                always there
 onednn      oneDNN's own blocked layout                         where torch has oneDNN; float32, and bf16
                                                                 on processors with bf16 units
-int8        FBGEMM-packed int8, one scale for each output row   quant_config.weights == "int8"
+int8        int8 [out, in], one scale for each output row       quant_config.weights == "int8" (slow; the native
+                                                                library has a fast one, `native.NativeInt8Linear`)
 ==========  ==================================================  ==========================================
 """
 
@@ -16,9 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,8 +44,7 @@ _TOLERANCE = 0.2
 
 _TINY = 1e-30
 
-_SAFE_WEIGHT = 63
-"""255 * 63 + 255 * 63 is the largest sum of two products with 8-bit activations that 16 bits hold."""
+_LARGEST_INT8 = 127
 
 
 class CpuLinear(Protocol):
@@ -84,15 +82,10 @@ class TorchLinear:
         elif self._has_units or x.shape[0] < _WIDENED_TOKENS:
             y = F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
         else:
-            y = self._widened(x)
+            y = _widened_product(x, self._weight)
+            if self._bias is not None:
+                y.add_(self._bias)
         return y if residual is None else y.add_(residual)
-
-    def _widened(self, x: Tensor) -> Tensor:
-        y = x.new_empty(x.shape[0], self._weight.shape[0])
-        rows = max(1, _WIDENED_WEIGHTS // self._weight.shape[1])
-        for part, out in zip(self._weight.split(rows), y.split(rows, dim=1), strict=True):
-            torch.mm(x, part.float().t(), out=out)
-        return y if self._bias is None else y.add_(self._bias)
 
     @property
     def size_bytes(self) -> int:
@@ -153,29 +146,8 @@ class OneDnnLinear:
             yield "bias", self._bias
 
 
-class Int8Workspace:
-    """Where `Int8Linear` of one input width put their scaled activations; one serves all layers, they run in turn."""
-
-    def __init__(self, max_tokens: int, in_features: int) -> None:
-        self._rows = torch.zeros(max_tokens + 1, in_features)
-        # The row that pins FBGEMM's range comes last: its minimum and maximum forget what they saw before a NaN.
-        self._rows[-1, 0] = -1.0
-        self._rows[-1, -1] = 1.0
-
-    def rows(self, num_tokens: int) -> Tensor:
-        """Return fp32 [num_tokens + 1, in_features]: the first `num_tokens` to be written, the last left alone."""
-        return self._rows[-num_tokens - 1 :]
-
-
 class Int8Linear:
-    """int8 weights with one scale for each output row; activations become 8-bit with one scale for each token.
-
-    FBGEMM takes one range for all tokens of a call. Each token is therefore divided by its own largest magnitude and an
-    extra row holding -1 and 1 pins the range, so that a token's result does not depend on what else is in the batch.
-    (It is also far nearer to fp32: over 400 tokens of SmolLM2-135M the KL divergence is 0.08, with one range 1.2.)
-
-    Without VNNI, products are added in pairs in 16 bits: 8-bit activations need weights within `_SAFE_WEIGHT`, and
-    activations lose a bit where a weight is larger.
+    """int8 weights with one scale for each output row, on torch's operators: made fp32 part by part on each call.
 
     Args:
         weight: int8 [out_features, in_features].
@@ -183,49 +155,41 @@ class Int8Linear:
         bias: fp32 [out_features] or None.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, workspace: Int8Workspace) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight
+        self._scale = scale
         self._bias = bias
-        self._workspace = workspace
-        self._size_bytes = weight.nbytes + scale.nbytes
-        self._reduce_range = not _has_vnni() and int(weight.abs().amax()) > _SAFE_WEIGHT
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        with _quantized_tensors_allowed():
-            packable = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-            self._packed = torch.ops.quantized.linear_prepack(packable, None)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = self._workspace.rows(x.shape[0])
-        magnitude = x.abs().amax(-1, True).clamp_(min=_TINY)
-        torch.div(x, magnitude, out=rows[:-1])
-        y: Tensor = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduce_range)[:-1]
-        y.mul_(magnitude)
+        y = _widened_product(x, self._weight).mul_(self._scale)
         if self._bias is not None:
             y.add_(self._bias)
         return y if residual is None else y.add_(residual)
 
     @property
     def size_bytes(self) -> int:
-        return self._size_bytes
+        return self._weight.nbytes + self._scale.nbytes
 
     def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        with _quantized_tensors_allowed():
-            weight, _ = torch.ops.quantized.linear_unpack(self._packed)
-            values, scales = weight.int_repr(), weight.q_per_channel_scales().float()
-        yield "weight", values
-        yield "weight_scale", scales
+        yield "weight", self._weight
+        yield "weight_scale", self._scale
         if self._bias is not None:
             yield "bias", self._bias
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 [out_features, in_features] and fp32 scales [out_features].
+def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x @ weight.T in fp32."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    rows = max(1, _WIDENED_WEIGHTS // weight.shape[1])
+    for part, out in zip(weight.split(rows), y.split(rows, dim=1), strict=True):
+        torch.mm(x, part.float().t(), out=out)
+    return y
 
-    The largest of each row becomes 127 where the processor has VNNI, else `_SAFE_WEIGHT`: a bit of the weights costs
-    less than a bit of the activations (KL 0.08 against 0.20, measured as above).
-    """
-    largest = 127 if _has_vnni() else _SAFE_WEIGHT
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 [out_features, in_features] and fp32 scales [out_features]; the largest of each row becomes 127."""
     weight = weight.float()
-    scale = (weight.abs().amax(dim=1) / largest).clamp_(min=_TINY)
+    scale = (weight.abs().amax(dim=1) / _LARGEST_INT8).clamp_(min=_TINY)
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
@@ -244,11 +208,6 @@ def dense_formats(dtype: torch.dtype) -> list[LinearFormat]:
     if fast and _works(_try_onednn, dtype):
         formats.append(LinearFormat("onednn", OneDnnLinear))
     return formats
-
-
-def has_int8() -> bool:
-    """True if this torch has FBGEMM's dynamic int8 matrix product."""
-    return _works(_try_int8, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,10 +280,6 @@ def _measure(
     return seconds
 
 
-def _has_vnni() -> bool:
-    return torch.cpu._is_vnni_supported()
-
-
 def _cut(size: int, share: float) -> int:
     return max(32, int(size * share) // 32 * 32)
 
@@ -346,16 +301,3 @@ def _try_onednn(dtype: torch.dtype) -> Tensor:
     if not torch.equal(next(linear.canonical())[1], torch.full((32, 64), 0.5, dtype=dtype)):
         raise RuntimeError("the packed weight cannot be read back")
     return linear(torch.full((3, 64), 0.5))
-
-
-def _try_int8(_: torch.dtype) -> Tensor:
-    values, scale = quantize_int8(torch.full((32, 64), 0.5))
-    return Int8Linear(values, scale, None, Int8Workspace(3, 64))(torch.full((3, 64), 0.5))
-
-
-@contextmanager
-def _quantized_tensors_allowed() -> Iterator[None]:
-    """Silence the one deprecation of quantized tensors (torch 2.13): FBGEMM's packing takes its weight as such."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
-        yield

@@ -2,23 +2,28 @@
 // called as on computing there. `native.py` describes the model once and passes each step's arrays.
 //
 // Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
-// Weights are fp32, bf16 or fp16, row-major [out, in], everything else is fp32. The threads are those of torch's own
-// OpenMP pool, entered through functions that the caller found in it: a second pool would fight the first for the cores.
+// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; everything else is fp32. The threads are those
+// of torch's own OpenMP pool, entered through functions that the caller found in it: a second pool would fight the first
+// for the cores.
 // Nothing is allocated here; the structures belong to the caller and mirror those of `native.py`.
 
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+enum Format : int64_t { kFp32, kBf16, kFp16, kInt8 };
+
 struct Matrix {
-  const void* weight;  // [rows, columns]
-  const float* bias;   // [rows] or null
+  int64_t format;
+  const void* weight;  // [rows, columns]; int8: panels, see `kPanelRows`
+  const float* scale;  // int8 only: [rows], then zeros to the end of the last panel
+  const float* bias;   // [rows] or null; int8: as long as `scale`
   int64_t rows, columns;
 };
 
@@ -29,18 +34,23 @@ struct Layer {
   float* values;  // [blocks, block_size, kv_heads, head_dim]
 };
 
+struct Pool {
+  int64_t num_threads;
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  void (*barrier)();
+  int (*thread_index)();
+  int (*team_size)();
+};
+
 struct Model {
-  int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size, num_threads;
+  Pool pool;
+  int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
   int64_t max_context;  // tokens, a multiple of block_size
   const Layer* layers;
   Matrix embedding, lm_head;
   const float* final_norm;
   float norm_eps;
   const float* rope;  // [positions, head_dim], cos then sin
-  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
-  void (*barrier)();
-  int (*thread_index)();
-  int (*team_size)();
 };
 
 struct Step {
@@ -52,11 +62,13 @@ struct Step {
   float* logits;  // [num_logits, vocab]
 };
 
-// One layer's attention alone, for matrices that the caller multiplies.
-struct Attention {
-  int64_t layer;
-  float* qkv;       // [num_tokens, (heads + 2 * kv_heads) * head_dim]; q and k are rotated in place
-  float* attended;  // [num_tokens, heads * head_dim]
+// An int8 matrix alone, for steps of many tokens.
+struct Product {
+  Matrix matrix;
+  int64_t num_tokens, accumulate;
+  const float* x;  // [num_tokens, columns]
+  float* out;      // [num_tokens, rows]
+  float* workspace;
 };
 
 #if defined(__AVX512F__)
@@ -70,6 +82,9 @@ constexpr int kWidth = 4;
 typedef float Floats __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kWidth * 4)));
+typedef int8_t Bytes __attribute__((vector_size(kWidth * 2)));
 
 struct Bf16 {
   uint16_t bits;
@@ -146,6 +161,55 @@ inline float sum(Floats values) {
     for (int i = 0; i < width; i++) part[i] += part[i + width];
   return part[0];
 #endif
+}
+
+// Says that a sum changes here, and so belongs into a register: GCC else leaves some of a tile's on the stack.
+inline void keep(Ints& value) {
+#if defined(__SSE2__)
+  asm("" : "+v"(value));
+#else
+  (void)value;
+#endif
+}
+
+// sums[i] += x[2 * i] * w[2 * i] + x[2 * i + 1] * w[2 * i + 1]
+template <bool kManySums>
+inline void add_products(Ints& sums, Shorts x, Shorts w) {
+#if defined(__AVX512BW__)
+  const __m512i a = bit_cast<__m512i>(x), b = bit_cast<__m512i>(w);
+#if defined(__AVX512VNNI__)
+  // One instruction for both, but the next one for the same sum waits five cycles for it.
+  sums = kManySums ? bit_cast<Ints>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sums), a, b))
+                   : sums + bit_cast<Ints>(_mm512_madd_epi16(a, b));
+#else
+  sums += bit_cast<Ints>(_mm512_madd_epi16(a, b));
+#endif
+#elif defined(__AVX2__)
+  sums += bit_cast<Ints>(_mm256_madd_epi16(bit_cast<__m256i>(x), bit_cast<__m256i>(w)));
+#elif defined(__SSE2__)
+  sums += bit_cast<Ints>(_mm_madd_epi16(bit_cast<__m128i>(x), bit_cast<__m128i>(w)));
+#else
+  for (int i = 0; i < kWidth; i++) sums[i] += int32_t{x[2 * i]} * w[2 * i] + int32_t{x[2 * i + 1]} * w[2 * i + 1];
+#endif
+  keep(sums);
+}
+
+inline Shorts load_widened(const int8_t* from) {
+#if defined(__AVX512BW__)
+  return bit_cast<Shorts>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return bit_cast<Shorts>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, Shorts);
+#endif
+}
+
+inline Shorts repeat_pair(const int16_t* from) {
+  int32_t pair;
+  std::memcpy(&pair, from, sizeof(pair));
+  return bit_cast<Shorts>(Ints{} + pair);
 }
 
 // e^x within 2 ulp for x <= 0 (Cephes' polynomial); NaN stays NaN.
@@ -266,6 +330,129 @@ void multiply(const float* x, int64_t num_tokens, const Matrix& matrix, int64_t 
   }
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
+// What falls to one thread of a team.
+struct Share {
+  int64_t thread, team;
+
+  Range of(int64_t count) const { return {count * thread / team, count * (thread + 1) / team}; }
+};
+
+// Products with int8 weights. Activations become 16-bit integers with one scale for each token: two neighbouring columns
+// are multiplied and added in 32 bits by one instruction on every x86, and the result differs from that with fp32
+// activations by far less than the weights' rounding. 8-bit activations are a fifth faster with AVX2 alone and lose ten
+// times as much.
+constexpr int kPanelRows = 16;  // a panel's weights are [columns / 2, kPanelRows, 2], with a zero after an odd column
+constexpr int kPanelVectors = kPanelRows / kWidth;
+constexpr int kPanelTokens = 12 / kPanelVectors;  // as many sums as registers hold
+constexpr int64_t kChunkBytes = 128 << 10;  // of activations that stay in the second-level cache
+constexpr int64_t kMinChunkTokens = 48;
+constexpr int64_t kUnitsPerThread = 4;
+
+struct Quantized {
+  int16_t* values;  // [tokens, stride]
+  float* scales;    // [tokens]
+  int64_t stride;
+};
+
+inline int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
+
+inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t columns) {
+  return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns)};
+}
+
+// NaN and infinity make the scale so, and with it the token's results.
+void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
+  uint32_t largest_bits = 0;  // floats without a sign order as integers, NaN last
+#pragma omp simd reduction(max : largest_bits)
+  for (int64_t k = 0; k < columns; k++) {
+    const uint32_t bits = bit_cast<uint32_t>(x[k]) & 0x7fffffff;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  float largest = bit_cast<float>(largest_bits);
+  largest = largest < 1e-30f ? 1e-30f : largest;
+  const int64_t safe = INT32_MAX / (128 * columns);  // so that no sum leaves 32 bits
+  const float limit = static_cast<float>(safe < INT16_MAX ? safe : INT16_MAX), factor = limit / largest;
+  int16_t* values = to.values + token * to.stride;
+#pragma omp simd
+  for (int64_t k = 0; k < columns; k++)
+    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(x[k] * factor + 12582912.0f));  // rounded, see exp_negative
+  if (columns < to.stride) values[columns] = 0;
+  to.scales[token] = largest / limit;
+}
+
+// out[m] (+)= x[m] . w + bias for `kTokens` tokens and one panel.
+template <int kTokens>
+void multiply_panel(const Quantized& x, int64_t m, const Matrix& matrix, int64_t panel, Prefetch prefetch, float* out,
+                    bool accumulate) {
+  const int16_t* values = x.values + m * x.stride;
+  const int8_t* weights = static_cast<const int8_t*>(matrix.weight) + panel * kPanelRows * x.stride;
+  Ints sums[kTokens][kPanelVectors] = {};
+  for (int64_t k = 0; k < x.stride; k += 2) {
+    __builtin_prefetch(prefetch.next);
+    prefetch.next += prefetch.step;
+    Shorts w[kPanelVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; v++) w[v] = load_widened(weights + k * kPanelRows + 2 * v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTokens; i++) {
+      const Shorts pair = repeat_pair(values + i * x.stride + k);
+#pragma GCC unroll 16
+      for (int v = 0; v < kPanelVectors; v++) add_products<(kTokens > 4)>(sums[i][v], pair, w[v]);
+    }
+  }
+  const int64_t n = panel * kPanelRows, rest = matrix.rows - n;
+#pragma GCC unroll 16
+  for (int i = 0; i < kTokens; i++) {
+    float *row = out + (m + i) * matrix.rows + n, edge[kPanelRows] = {};
+    float* to = rest < kPanelRows ? edge : row;
+    if (rest < kPanelRows && accumulate) std::memcpy(edge, row, rest * sizeof(float));
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; v++) {
+      Floats result = __builtin_convertvector(sums[i][v], Floats) * (load(matrix.scale + n + v * kWidth) * x.scales[m + i]);
+      if (matrix.bias) result += load(matrix.bias + n + v * kWidth);
+      if (accumulate) result += load(to + v * kWidth);
+      store(to + v * kWidth, result);
+    }
+    if (rest < kPanelRows) std::memcpy(row, edge, rest * sizeof(float));
+  }
+}
+
+template <int kTokens, typename... Arguments>
+inline void multiply_panel_for(int64_t num_tokens, const Arguments&... arguments) {
+  if constexpr (kTokens > 1)
+    if (num_tokens < kTokens) return multiply_panel_for<kTokens - 1>(num_tokens, arguments...);
+  multiply_panel<kTokens>(arguments...);
+}
+
+// One thread's share of out (+)= x . w + bias: some panels for some chunks of tokens.
+void multiply_panels(const Quantized& x, int64_t num_tokens, const Matrix& matrix, Share share, float* out,
+                     bool accumulate) {
+  const int64_t panels = (matrix.rows + kPanelRows - 1) / kPanelRows, panel_bytes = kPanelRows * x.stride;
+  int64_t chunk = kChunkBytes / (2 * x.stride), chunks;
+  chunk = chunk < kMinChunkTokens ? kMinChunkTokens : chunk;
+  for (chunk = chunk < num_tokens ? chunk : num_tokens;; chunk /= 2) {
+    chunk = (chunk + kPanelTokens - 1) / kPanelTokens * kPanelTokens;
+    chunks = (num_tokens + chunk - 1) / chunk;
+    if (chunk == kPanelTokens || chunks * panels >= kUnitsPerThread * share.team) break;
+  }
+  const Range units = share.of(chunks * panels);
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    const int64_t panel = unit % panels, begin = unit / panels * chunk;
+    const int64_t end = begin + chunk < num_tokens ? begin + chunk : num_tokens;
+    const int64_t tiles = (end - begin + kPanelTokens - 1) / kPanelTokens;
+    // While the tokens pass over this panel, each tile of them fetches its share of the next.
+    const char* next = static_cast<const char*>(matrix.weight) + (panel + 1) * panel_bytes;
+    for (int64_t m = begin; m < end; m += kPanelTokens) {
+      multiply_panel_for<kPanelTokens>(end - m, x, m, matrix, panel, Prefetch{next, (2 * kPanelRows + tiles - 1) / tiles}, out, accumulate);
+      next += panel_bytes / tiles;
+    }
+  }
+}
+
 // Rows of a KV block and their factors; strides in floats.
 struct WeightedRows {
   const float* factors;  // [heads, count]
@@ -322,7 +509,6 @@ class Counter {
 };
 
 // One step, shared by the threads of a team; each runs `run` and meets the others at barriers.
-template <typename T>
 class Runner {
  public:
   Runner(const Model& model, const Step& step) : model_(model), step_(step) {
@@ -331,6 +517,7 @@ class Runner {
     kv_size_ = model.num_kv_heads * model.head_dim;
     qkv_size_ = query_size_ + 2 * kv_size_;
     inner_ = model.layers[0].down.columns;
+    const int64_t widest = inner_ > query_size_ ? inner_ : query_size_;
     float* next = step.workspace;
     const auto take = [&](int64_t columns) {
       float* taken = next;
@@ -343,73 +530,55 @@ class Runner {
     attended_ = take(query_size_);
     gate_up_ = take(2 * inner_);
     gated_ = take(inner_);
+    quantized_ = take(1 + even(widest) / 2);
     scores_ = next;
   }
 
-  // Attends over a layer's KV for the `qkv` of the caller; the model's matrices may be empty.
-  Runner(const Model& model, const Step& step, const Attention& attention) : Runner(model, step) {
-    layer_ = attention.layer;
-    qkv_ = attention.qkv;
-    attended_ = attention.attended;
-    scores_ = step.workspace;
-  }
-
-  static void enter(void* runner) { static_cast<Runner*>(runner)->run(); }
-
-  static void enter_attention(void* runner) { static_cast<Runner*>(runner)->run_attention(); }
-
- private:
-  struct Range {
-    int64_t begin, end;
-  };
-
-  void run() {
-    const int64_t thread = model_.thread_index(), team = model_.team_size();
-    const auto share = [&](int64_t count) { return Range{count * thread / team, count * (thread + 1) / team}; };
-    float* scores = scores_ + thread * kMaxSharedHeads * model_.max_context;
+  // What one thread of the team does.
+  void run(Share share) {
+    float* scores = scores_ + share.thread * kMaxSharedHeads * model_.max_context;
     int64_t num_tokens = step_.num_tokens;
-    embed(share(num_tokens));
+    embed(share.of(num_tokens));
     for (int64_t index = 0; index < model_.num_layers; index++) {
       const Layer& layer = model_.layers[index];
-      norm(layer.input_norm, share(num_tokens));
-      model_.barrier();
-      project(layer.qkv, normed_, num_tokens, share(qkv_size_), qkv_, false);
-      if (thread == 0) units_.reset();
-      model_.barrier();
-      rotate_and_write(layer, share(num_tokens * (model_.num_heads + 2 * model_.num_kv_heads)));
-      model_.barrier();
-      attend_all(layer, num_tokens, team, scores);
-      model_.barrier();
+      norm(layer.input_norm, share.of(num_tokens));
+      project(layer.qkv, normed_, num_tokens, share, qkv_, false);
+      if (share.thread == 0) units_.reset();
+      model_.pool.barrier();
+      rotate_and_write(layer, share.of(num_tokens * (model_.num_heads + 2 * model_.num_kv_heads)));
+      model_.pool.barrier();
+      attend_all(layer, num_tokens, share.team, scores);
+      model_.pool.barrier();
       if (index + 1 == model_.num_layers && step_.num_logits < num_tokens) {
         num_tokens = step_.num_logits;
         if (num_tokens == 0) return;
-        if (thread == 0) keep_logit_tokens();
-        model_.barrier();
+        if (share.thread == 0) keep_logit_tokens();
+        model_.pool.barrier();
       }
-      project(layer.o, attended_, num_tokens, share(hidden_), x_, true);
-      model_.barrier();
-      norm(layer.post_attention_norm, share(num_tokens));
-      model_.barrier();
-      gate_and_up(layer.gate_up, num_tokens, share(inner_));
-      model_.barrier();
-      project(layer.down, gated_, num_tokens, share(hidden_), x_, true);
-      model_.barrier();
+      project(layer.o, attended_, num_tokens, share, x_, true);
+      model_.pool.barrier();
+      norm(layer.post_attention_norm, share.of(num_tokens));
+      project(layer.gate_up, normed_, num_tokens, share, gate_up_, false);
+      model_.pool.barrier();
+      gate(share.of(num_tokens));
+      project(layer.down, gated_, num_tokens, share, x_, true);
+      model_.pool.barrier();
     }
-    norm(model_.final_norm, share(num_tokens));
-    model_.barrier();
-    project(model_.lm_head, normed_, num_tokens, share(model_.lm_head.rows), step_.logits, false);
+    norm(model_.final_norm, share.of(num_tokens));
+    project(model_.lm_head, normed_, num_tokens, share, step_.logits, false);
   }
 
-  void run_attention() {
-    const int64_t thread = model_.thread_index(), team = model_.team_size();
-    const int64_t num_units = step_.num_tokens * (model_.num_heads + 2 * model_.num_kv_heads);
-    const Layer& layer = model_.layers[layer_];
-    rotate_and_write(layer, Range{num_units * thread / team, num_units * (thread + 1) / team});
-    model_.barrier();
-    attend_all(layer, step_.num_tokens, team, scores_ + thread * kMaxSharedHeads * model_.max_context);
-  }
-
+ private:
   void embed(Range tokens) {
+    switch (model_.embedding.format) {
+      case kBf16: return embed_as<Bf16>(tokens);
+      case kFp16: return embed_as<Fp16>(tokens);
+      default: embed_as<float>(tokens);
+    }
+  }
+
+  template <typename T>
+  void embed_as(Range tokens) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const T* row = static_cast<const T*>(model_.embedding.weight) + step_.token_ids[m] * hidden_;
       for (int64_t k = 0; k < hidden_; k++) x_[m * hidden_ + k] = to_float(row[k]);
@@ -428,25 +597,37 @@ class Runner {
     }
   }
 
-  void project(const Matrix& matrix, const float* x, int64_t num_tokens, Range rows, float* out, bool accumulate) {
+  // Begins with a barrier: a thread may have written its share of the tokens in `x` just before.
+  void project(const Matrix& matrix, const float* x, int64_t num_tokens, Share share, float* out, bool accumulate) {
+    if (matrix.format == kInt8) {
+      const Quantized quantized = quantized_at(quantized_, num_tokens, matrix.columns);
+      const Range tokens = share.of(num_tokens);
+      for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(x + m * matrix.columns, matrix.columns, m, quantized);
+      model_.pool.barrier();
+      return multiply_panels(quantized, num_tokens, matrix, share, out, accumulate);
+    }
+    model_.pool.barrier();
     const float* bias = matrix.bias;
     const int64_t stride = matrix.rows;
-    multiply<T>(x, num_tokens, matrix, rows.begin, rows.end, [=](int64_t m, int64_t n, float value) {
+    const Range rows = share.of(stride);
+    const auto emit = [=](int64_t m, int64_t n, float value) {
       if (bias) value += bias[n];
       if (accumulate) value += out[m * stride + n];
       out[m * stride + n] = value;
-    });
+    };
+    switch (matrix.format) {
+      case kBf16: return multiply<Bf16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+      case kFp16: return multiply<Fp16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+      default: multiply<float>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+    }
   }
 
-  // A thread computes the same rows of gate and up, so it can go on to their product by itself.
-  void gate_and_up(const Matrix& matrix, int64_t num_tokens, Range rows) {
-    project(matrix, normed_, num_tokens, rows, gate_up_, false);
-    project(matrix, normed_, num_tokens, Range{inner_ + rows.begin, inner_ + rows.end}, gate_up_, false);
-    for (int64_t m = 0; m < num_tokens; m++) {
+  void gate(Range tokens) {
+    for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float *gate = gate_up_ + m * 2 * inner_, *up = gate + inner_;
       float* out = gated_ + m * inner_;
 #pragma omp simd
-      for (int64_t k = rows.begin; k < rows.end; k++) {
+      for (int64_t k = 0; k < inner_; k++) {
         const float e = exp_negative(gate[k] < 0.0f ? gate[k] : -gate[k]);
         out[k] = gate[k] * (gate[k] < 0.0f ? e : 1.0f) / (1.0f + e) * up[k];
       }
@@ -549,15 +730,23 @@ class Runner {
 
   const Model& model_;
   const Step& step_;
-  int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_, layer_ = 0;
-  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *scores_;
+  int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
+  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *quantized_, *scores_;
   Counter units_;
 };
 
-template <typename T>
-void run_team(const Model& model, const Step& step) {
-  Runner<T> runner(model, step);
-  model.parallel(Runner<T>::enter, &runner, static_cast<unsigned>(model.num_threads), 0);
+// Calls `work` with its share on each thread of the pool.
+template <typename Work>
+void run_team(const Pool& pool, const Work& work) {
+  struct Call {
+    const Pool& pool;
+    const Work& work;
+  } call{pool, work};
+  const auto enter = [](void* argument) {
+    const Call& called = *static_cast<Call*>(argument);
+    called.work(Share{called.pool.thread_index(), called.pool.team_size()});
+  };
+  pool.parallel(enter, &call, static_cast<unsigned>(pool.num_threads), 0);
 }
 
 }  // namespace
@@ -565,16 +754,22 @@ void run_team(const Model& model, const Step& step) {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 2; }
+int llmengine_native_version() { return 3; }
 
-void llmengine_forward_fp32(const Model* model, const Step* step) { run_team<float>(*model, *step); }
+void llmengine_forward(const Model* model, const Step* step) {
+  Runner runner(*model, *step);
+  run_team(model->pool, [&](Share share) { runner.run(share); });
+}
 
-void llmengine_forward_bf16(const Model* model, const Step* step) { run_team<Bf16>(*model, *step); }
-
-void llmengine_forward_fp16(const Model* model, const Step* step) { run_team<Fp16>(*model, *step); }
-
-void llmengine_attend(const Model* model, const Step* step, const Attention* attention) {
-  Runner<float> runner(*model, *step, *attention);
-  model->parallel(Runner<float>::enter_attention, &runner, static_cast<unsigned>(model->num_threads), 0);
+void llmengine_multiply_int8(const Pool* pool, const Product* product) {
+  const Matrix& matrix = product->matrix;
+  const int64_t num_tokens = product->num_tokens, columns = matrix.columns;
+  const Quantized quantized = quantized_at(product->workspace, num_tokens, columns);
+  run_team(*pool, [&](Share share) {
+    const Range tokens = share.of(num_tokens);
+    for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(product->x + m * columns, columns, m, quantized);
+    pool->barrier();
+    multiply_panels(quantized, num_tokens, matrix, share, product->out, product->accumulate != 0);
+  });
 }
 }

@@ -1,6 +1,6 @@
 """The native decoder: a step of few tokens as one call into a compiled library, if the installation has it.
 
-Where the library does not know the weights' format, it still computes the attention.
+Of larger steps the library computes the products with int8 weights, and torch the rest.
 
 The library computes on the same weights and KV blocks as the torch path, on the threads of torch's own OpenMP pool.
 `native.cpp` is its source; the structures here mirror those there.
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,11 +31,14 @@ MAX_NATIVE_TOKENS = 128
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
 
-_VERSION = 2
+_VERSION = 3
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_PANEL_ROWS = 16
+"""Rows of an int8 matrix that lie together."""
+
 _POOL_FUNCTIONS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 
 _MAX_SHARED_HEADS = 3
@@ -48,7 +53,14 @@ class NativeUnavailableError(Exception):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (("weight", _Pointer), ("bias", _Pointer), ("rows", _Int), ("columns", _Int))
+    _fields_ = (
+        ("format", _Int),
+        ("weight", _Pointer),
+        ("scale", _Pointer),
+        ("bias", _Pointer),
+        ("rows", _Int),
+        ("columns", _Int),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -64,14 +76,24 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Pool(ctypes.Structure):
+    _fields_ = (
+        ("num_threads", _Int),
+        ("parallel", _Pointer),
+        ("barrier", _Pointer),
+        ("thread_index", _Pointer),
+        ("team_size", _Pointer),
+    )
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
+        ("pool", _Pool),
         ("num_layers", _Int),
         ("num_heads", _Int),
         ("num_kv_heads", _Int),
         ("head_dim", _Int),
         ("block_size", _Int),
-        ("num_threads", _Int),
         ("max_context", _Int),
         ("layers", _Pointer),
         ("embedding", _Matrix),
@@ -79,10 +101,6 @@ class _Model(ctypes.Structure):
         ("final_norm", _Pointer),
         ("norm_eps", ctypes.c_float),
         ("rope", _Pointer),
-        ("parallel", _Pointer),
-        ("barrier", _Pointer),
-        ("thread_index", _Pointer),
-        ("team_size", _Pointer),
     )
 
 
@@ -101,8 +119,15 @@ class _Step(ctypes.Structure):
     )
 
 
-class _Attention(ctypes.Structure):
-    _fields_ = (("layer", _Int), ("qkv", _Pointer), ("attended", _Pointer))
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("matrix", _Matrix),
+        ("num_tokens", _Int),
+        ("accumulate", _Int),
+        ("x", _Pointer),
+        ("out", _Pointer),
+        ("workspace", _Pointer),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +136,18 @@ class NativeLibrary:
 
     variant: str
     library: ctypes.CDLL
-    pool: tuple[int, ...]
+    pool_functions: tuple[int, ...]
+
+    def pool(self) -> _Pool:
+        """Return the pool with as many threads as torch uses."""
+        return _Pool(torch.get_num_threads(), *self.pool_functions)
 
 
 def load_native_library(directory: Path) -> NativeLibrary:
     """Load the variant for this processor from `directory`. Raises `NativeUnavailableError`."""
     variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "generic")
+    if variant == "avx512" and torch.cpu._is_vnni_supported():
+        variant = "avx512vnni"
     path = directory / f"_native_{variant}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         raise NativeUnavailableError("it was not built when this package was installed")
@@ -139,94 +170,87 @@ def _openmp_pool() -> tuple[int, ...]:
         raise NativeUnavailableError("this build of torch does not use GNU OpenMP") from error
 
 
-class NativeAttention:
-    """`PagedAttention` in the native library, on its KV pools, for steps of at most `max_tokens` tokens.
+class Part(Protocol):
+    """A norm, an embedding or a matrix that can give its canonical tensors."""
 
-    For matrices that the library does not know: `plan` once a step, then `attend` once a layer.
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", ...), and ("bias", ...) where there is one."""
+
+
+class NativeInt8Linear:
+    """`linear.CpuLinear` of int8 weights with one scale for each output row; activations are rounded to 16 bits.
+
+    A token's result does not depend on the tokens beside it.
 
     Args:
-        max_context: tokens, of any request.
+        weight: int8 [out_features, in_features].
+        scale: fp32 [out_features].
+        bias: fp32 [out_features] or None.
     """
 
-    def __init__(
-        self,
-        library: NativeLibrary,
-        arch: ModelArch,
-        attention: PagedAttention,
-        max_context: int,
-        max_tokens: int = MAX_NATIVE_TOKENS,
-    ) -> None:
-        self.max_tokens = max_tokens
-        self._function = library.library.llmengine_attend
+    def __init__(self, library: NativeLibrary, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self._library = library
+        self._function = library.library.llmengine_multiply_int8
         self._function.restype = None
-        self._columns = arch.num_heads * arch.head_dim
-        layers = (_Layer * arch.num_layers)(
-            *(
-                _Layer(keys=keys.data_ptr(), values=values.data_ptr())
-                for keys, values in zip(attention.keys, attention.values, strict=True)
-            )
-        )
-        rope = attention.rope_table.contiguous()
-        self._model = _describe(library, arch, attention, max_context)
-        self._model.layers, self._model.rope = ctypes.addressof(layers), rope.data_ptr()
-        self._workspace = torch.empty(_scores_size(self._model))
-        self._step = _Step()
-        self._inputs: tuple[StepInputs, NDArray[np.int32]] | None = None
-        self._kept = (attention, layers, rope, library)
-
-    def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
-        """Take over a step's rows; both must stay as they are until its last `attend`."""
-        assert len(inputs.token_ids) <= self.max_tokens
-        self._inputs = inputs, block_tables
-        self._step = _Step(
-            num_tokens=len(inputs.token_ids),
-            table_stride=block_tables.shape[1],
-            positions=inputs.positions.ctypes.data,
-            token_slots=inputs.token_slots.ctypes.data,
-            block_tables=block_tables.ctypes.data,
-            workspace=self._workspace.data_ptr(),
+        rows, columns = weight.shape
+        missing = -rows % _PANEL_ROWS
+        self._packed = F.pad(weight, (0, columns % 2, 0, missing)).view(-1, _PANEL_ROWS, (columns + 1) // 2, 2)
+        self._packed = self._packed.transpose(1, 2).contiguous()
+        self._scale = F.pad(scale.float(), (0, missing))
+        self._bias = None if bias is None else F.pad(bias.float(), (0, missing))
+        self.matrix = _Matrix(
+            format=_FORMATS[torch.int8],
+            weight=self._packed.data_ptr(),
+            scale=self._scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            rows=rows,
+            columns=columns,
         )
 
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """`models.decoder.Attend`: rotate in place, write keys and values, attend."""
-        qkv = qkv.contiguous()
-        attended = torch.empty(len(qkv), self._columns)
-        attention = _Attention(layer, qkv.data_ptr(), attended.data_ptr())
-        self._function(ctypes.byref(self._model), ctypes.byref(self._step), ctypes.byref(attention))
-        return attended
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return fp32 x @ weight.T + bias + residual; `residual` is overwritten by it."""
+        x = x.contiguous()
+        num_tokens = len(x)
+        out = x.new_empty(num_tokens, self.matrix.rows) if residual is None else residual.contiguous()
+        workspace = torch.empty(num_tokens * _quantized_size(self.matrix.columns))
+        product = _Product(
+            matrix=self.matrix,
+            num_tokens=num_tokens,
+            accumulate=residual is not None,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            workspace=workspace.data_ptr(),
+        )
+        self._function(ctypes.byref(self._library.pool()), ctypes.byref(product))
+        return out
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return self._packed.nbytes + self._scale.nbytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", a row-major copy), ("weight_scale", ...), and ("bias", ...) if there is one."""
+        rows, columns = self.matrix.rows, self.matrix.columns
+        weight = self._packed.transpose(1, 2).reshape(self._packed.shape[0] * _PANEL_ROWS, -1)
+        yield "weight", weight[:rows, :columns].contiguous()
+        yield "weight_scale", self._scale[:rows]
+        if self._bias is not None:
+            yield "bias", self._bias[:rows]
 
 
-def _describe(library: NativeLibrary, arch: ModelArch, attention: PagedAttention, max_context: int) -> _Model:
-    """Return the model without weights and tables."""
-    block_size = attention.shape.block_size
-    parallel, barrier, thread_index, team_size = library.pool
-    return _Model(
-        num_layers=arch.num_layers,
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        block_size=block_size,
-        num_threads=torch.get_num_threads(),
-        max_context=-(-max_context // block_size) * block_size,
-        norm_eps=arch.rms_norm_eps,
-        parallel=parallel,
-        barrier=barrier,
-        thread_index=thread_index,
-        team_size=team_size,
-    )
-
-
-def _scores_size(model: _Model) -> int:
-    """Return the floats that the threads' scores take."""
-    return int(model.num_threads * _MAX_SHARED_HEADS * model.max_context)
+def _quantized_size(columns: int) -> int:
+    """Return the floats that a token's 16-bit activations and their scale take."""
+    return 1 + (columns + 1) // 2
 
 
 class NativeDecoder:
-    """`models.decoder.forward` with its attention, for steps of at most `max_tokens` tokens.
+    """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
 
     Args:
-        weights: canonical weights (`canonical_shapes`), matrices of one dtype: float32, bfloat16 or float16. They are
-            used where they are, as are the attention's KV pools.
+        parts: by canonical name (less ".weight"); matrices are `NativeInt8Linear` or row-major float32, bfloat16 or
+            float16. They are used where they are, as are the attention's KV pools.
+        lm_head: the output matrix, which may be none of `parts`.
         max_context: tokens, of any request.
     """
 
@@ -234,7 +258,8 @@ class NativeDecoder:
         self,
         library: NativeLibrary,
         arch: ModelArch,
-        weights: Mapping[str, Tensor],
+        parts: Mapping[str, Part],
+        lm_head: Part,
         attention: PagedAttention,
         max_context: int,
         max_tokens: int = MAX_NATIVE_TOKENS,
@@ -242,21 +267,33 @@ class NativeDecoder:
         self.max_tokens = max_tokens
         self._kept: list[object] = [attention]
         self._vocab_size = arch.vocab_size
-        dtype = weights["layers.0.qkv.weight"].dtype
-        self._forward = getattr(library.library, f"llmengine_forward_{_DTYPES[dtype]}")
+        self._forward = library.library.llmengine_forward
         self._forward.restype = None
         layers = (_Layer * arch.num_layers)(
-            *(self._layer(f"layers.{index}.", weights, attention, index) for index in range(arch.num_layers))
+            *(self._layer(f"layers.{index}.", parts, attention, index) for index in range(arch.num_layers))
         )
-        self._model = _describe(library, arch, attention, max_context)
-        self._model.layers = ctypes.addressof(layers)
-        self._model.embedding = self._matrix("embed_tokens", weights)
-        self._model.lm_head = self._matrix("embed_tokens" if arch.tie_word_embeddings else "lm_head", weights)
-        self._model.final_norm = self._vector(weights["final_norm.weight"])
-        self._model.rope = self._vector(attention.rope_table)
-        qkv_size = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-        per_token = 2 * arch.hidden_size + qkv_size + arch.num_heads * arch.head_dim + 3 * arch.intermediate_size
-        self._workspace = torch.empty(max_tokens * per_token + _scores_size(self._model))
+        block_size = attention.shape.block_size
+        self._model = _Model(
+            pool=library.pool(),
+            num_layers=arch.num_layers,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            block_size=block_size,
+            max_context=-(-max_context // block_size) * block_size,
+            layers=ctypes.addressof(layers),
+            embedding=self._matrix(parts["embed_tokens"]),
+            lm_head=self._matrix(lm_head),
+            final_norm=self._norm(parts["final_norm"]),
+            norm_eps=arch.rms_norm_eps,
+            rope=self._vector(attention.rope_table),
+        )
+        query_size, inner = arch.num_heads * arch.head_dim, arch.intermediate_size
+        qkv_size = query_size + 2 * arch.num_kv_heads * arch.head_dim
+        quantized_size = _quantized_size(max(arch.hidden_size, query_size, inner))
+        per_token = 2 * arch.hidden_size + qkv_size + query_size + 3 * inner + quantized_size
+        scores_size = self._model.pool.num_threads * _MAX_SHARED_HEADS * self._model.max_context
+        self._workspace = torch.empty(max_tokens * per_token + scores_size)
         self._kept += [layers, library]
 
     def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
@@ -279,24 +316,31 @@ class NativeDecoder:
         self._forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits if num_logits else None
 
-    def _layer(self, prefix: str, weights: Mapping[str, Tensor], attention: PagedAttention, index: int) -> _Layer:
+    def _layer(self, prefix: str, parts: Mapping[str, Part], attention: PagedAttention, index: int) -> _Layer:
         return _Layer(
-            input_norm=self._vector(weights[prefix + "input_norm.weight"]),
-            post_attention_norm=self._vector(weights[prefix + "post_attention_norm.weight"]),
-            qkv=self._matrix(prefix + "qkv", weights),
-            o=self._matrix(prefix + "o", weights),
-            gate_up=self._matrix(prefix + "gate_up", weights),
-            down=self._matrix(prefix + "down", weights),
+            input_norm=self._norm(parts[prefix + "input_norm"]),
+            post_attention_norm=self._norm(parts[prefix + "post_attention_norm"]),
+            qkv=self._matrix(parts[prefix + "qkv"]),
+            o=self._matrix(parts[prefix + "o"]),
+            gate_up=self._matrix(parts[prefix + "gate_up"]),
+            down=self._matrix(parts[prefix + "down"]),
             keys=attention.keys[index].data_ptr(),
             values=attention.values[index].data_ptr(),
         )
 
-    def _matrix(self, name: str, weights: Mapping[str, Tensor]) -> _Matrix:
-        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    def _norm(self, part: Part) -> int:
+        return self._vector(dict(part.canonical())["weight"])
+
+    def _matrix(self, part: Part) -> _Matrix:
+        self._kept.append(part)
+        if isinstance(part, NativeInt8Linear):
+            return part.matrix
+        tensors = dict(part.canonical())
+        weight, bias = tensors["weight"], tensors.get("bias")
         assert weight.is_contiguous()
-        self._kept.append(weight)
         rows, columns = weight.shape
-        return _Matrix(weight.data_ptr(), None if bias is None else self._vector(bias), rows, columns)
+        bias_address = None if bias is None else self._vector(bias)
+        return _Matrix(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
 
     def _vector(self, tensor: Tensor) -> int:
         """Return the address of `tensor` as contiguous fp32."""

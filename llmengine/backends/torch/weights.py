@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.backends.torch.linear import (
@@ -17,16 +16,14 @@ from llmengine.backends.torch.linear import (
     Choice,
     CpuLinear,
     Int8Linear,
-    Int8Workspace,
     dense_formats,
     fastest_format,
-    has_int8,
     quantize_int8,
 )
+from llmengine.backends.torch.native import NativeInt8Linear, NativeLibrary
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.models.decoder import DecoderLayer, TorchSegments
+from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 from llmengine.models.source import ModelSource
 
 _logger = logging.getLogger("llmengine.backends.torch.cpu")
@@ -59,14 +56,16 @@ class CpuNorm:
 
 
 class CpuEmbedding:
-    """Rows of the embedding, as fp32."""
+    """Rows of the embedding times `scale`, as fp32."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, scale: float) -> None:
         self.weight = weight
+        self._scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Return a new fp32 tensor [num_tokens, hidden]."""
-        return self.weight.index_select(0, token_ids).float()
+        rows = self.weight.index_select(0, token_ids).float()
+        return rows if self._scale == 1.0 else rows.mul_(self._scale)
 
     @property
     def size_bytes(self) -> int:
@@ -87,10 +86,16 @@ class _Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CpuModel:
-    """A decoder, and its parts by canonical name (less ".weight"), in canonical order."""
+    """A decoder, and its parts by canonical name (less ".weight"), in canonical order.
+
+    Attributes:
+        qk_norms: each layer's norms of q and k, of [num_tokens, heads, head_dim], for its attention.
+    """
 
     embed: CpuEmbedding
     segments: TorchSegments
+    lm_head: CpuLinear
+    qk_norms: Sequence[tuple[Norm | None, Norm | None]]
     parts: Mapping[str, _Part]
     size_bytes: int
     description: str
@@ -107,16 +112,18 @@ def wants_int8(config: ModelConfig, source: ModelSource) -> bool:
     return "int8" in (config.quant_config.weights, source.quantization.get("weights"))
 
 
-def load_cpu_model(config: ModelConfig, source: ModelSource, *, row_major: bool) -> CpuModel:
+def load_cpu_model(
+    config: ModelConfig, source: ModelSource, library: NativeLibrary | None, *, row_major: bool
+) -> CpuModel:
     """Stream the weights of `source` into the format that measures fastest; peak memory is the model and one matrix.
 
-    With `row_major`, unquantized matrices stay [out, in] as they came, for the native decoder.
+    With the native library int8 matrices are packed for it. With `row_major` others stay [out, in] as they came, as
+    the native decoder takes them.
 
     Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
-    embedding is never quantized, the output matrix is, also where an int8 engine ties the two. Raises `ConfigError` if
-    this torch has no int8 product.
+    embedding is never quantized, the output matrix is, also where an int8 engine ties the two.
     """
-    loader = _Loader(config, source.arch, wants_int8(config, source), row_major)
+    loader = _Loader(config, source.arch, wants_int8(config, source), library, row_major)
     for name, tensor in source.weights(_DTYPES[config.dtype]):
         loader.add(name, tensor)
     return loader.finish()
@@ -127,12 +134,12 @@ class _Loader:
     config: ModelConfig
     arch: ModelArch
     wants_int8: bool
+    library: NativeLibrary | None
     row_major: bool
     norms: dict[str, CpuNorm] = field(default_factory=dict)
     linears: dict[str, CpuLinear] = field(default_factory=dict)
     embeddings: dict[str, CpuEmbedding] = field(default_factory=dict)
     arrived: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    workspaces: dict[int, Int8Workspace] = field(default_factory=dict)
     num_int8: int = 0
     choice: Choice | None = None
 
@@ -140,7 +147,7 @@ class _Loader:
         """Take over one canonical tensor; a matrix is packed as soon as its scale and bias are there."""
         prefix, _, suffix = name.rpartition(".")
         if prefix == "embed_tokens":
-            self.embeddings[prefix] = CpuEmbedding(tensor)
+            self.embeddings[prefix] = CpuEmbedding(tensor, self.arch.embedding_scale)
         elif prefix.endswith("norm"):
             self.norms[prefix] = CpuNorm(tensor, self.arch.rms_norm_eps)
         else:
@@ -154,28 +161,44 @@ class _Loader:
         assert not self.arrived, f"incomplete: {sorted(self.arrived)}"
         arch, embedding = self.arch, self.embeddings["embed_tokens"]
         tied = self._pack({"weight": embedding.weight}) if arch.tie_word_embeddings else None
+        lm_head = tied or self.linears["lm_head"]
         segments = TorchSegments(
             layers=[self._layer(f"layers.{index}.") for index in range(arch.num_layers)],
             final_norm=self.norms["final_norm"],
-            lm_head=tied or self.linears["lm_head"],
-            silu_and_mul=_silu_and_mul,
+            lm_head=lm_head,
+            act_and_mul=ACT_AND_MUL[arch.hidden_act],
+            logit_scale=arch.logit_scale,
+            logit_soft_cap=arch.logit_soft_cap,
         )
         unordered: dict[str, _Part] = {**self.embeddings, **self.norms, **self.linears}
         names = dict.fromkeys(name.rpartition(".")[0] for name in canonical_shapes(arch))
         parts = {name: unordered[name] for name in names}
         size_bytes = sum(part.size_bytes for part in parts.values())
-        if tied is not None and not self.row_major:
+        if tied is not None and self.choice is not ROW_MAJOR:
             size_bytes += tied.size_bytes
-        return CpuModel(embedding, segments, parts, size_bytes, self._describe())
+        qk_norms = [
+            (self._head_norm(f"layers.{index}.q_norm"), self._head_norm(f"layers.{index}.k_norm"))
+            for index in range(arch.num_layers)
+        ]
+        return CpuModel(embedding, segments, lm_head, qk_norms, parts, size_bytes, self._describe())
+
+    def _head_norm(self, name: str) -> Norm | None:
+        """Return the norm of [num_tokens, heads, head_dim], None if there is none."""
+        norm = self.norms.get(name)
+        if norm is None or self.arch.qk_norm == "head":
+            return norm
+        return lambda heads: norm(heads.flatten(1)).view(heads.shape)
 
     def _layer(self, prefix: str) -> DecoderLayer:
         return DecoderLayer(
-            input_norm=self.norms[prefix + "input_norm"],
             qkv=self.linears[prefix + "qkv"],
             o=self.linears[prefix + "o"],
-            post_attention_norm=self.norms[prefix + "post_attention_norm"],
             gate_up=self.linears[prefix + "gate_up"],
             down=self.linears[prefix + "down"],
+            input_norm=self.norms.get(prefix + "input_norm"),
+            attention_out_norm=self.norms.get(prefix + "attention_out_norm"),
+            post_attention_norm=self.norms.get(prefix + "post_attention_norm"),
+            mlp_out_norm=self.norms.get(prefix + "mlp_out_norm"),
         )
 
     def _complete(self, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
@@ -194,18 +217,17 @@ class _Loader:
         return self.choice.format.pack(weight, bias)
 
     def _pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> CpuLinear:
-        if not self.num_int8 and not has_int8():
-            raise ConfigError("int8 weights: this build of torch has no FBGEMM int8 product; use float weights")
         self.num_int8 += 1
-        width = weight.shape[1]
-        if width not in self.workspaces:
-            self.workspaces[width] = Int8Workspace(self.config.scheduler_config.max_tokens_per_step, width)
-        return Int8Linear(weight, scale, None if bias is None else bias.float(), self.workspaces[width])
+        if self.library is None:
+            return Int8Linear(weight, scale, bias)
+        return NativeInt8Linear(self.library, weight, scale, bias)
 
     def _describe(self) -> str:
         texts = []
         if self.num_int8:
-            texts.append("int8 weights (FBGEMM, activations quantized for each token)")
+            texts.append(
+                "int8 weights" if self.library is not None else "int8 weights (made float32 on each use: slow)"
+            )
         if self.choice is not None:
             texts.append(f"{self.config.dtype} weights in format {self.choice}".replace("auto", "float32"))
         return ", ".join(texts)
@@ -222,8 +244,3 @@ def _choose_format(arch: ModelArch, dtype: torch.dtype) -> Choice:
         listed = ", ".join(f"{value * 1e3:.2f}" for value in seconds)
         _logger.info("format %s: %s ms a layer at %s tokens", name, listed, MEASURED_TOKENS)
     return choice
-
-
-def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

@@ -1,0 +1,78 @@
+"""Milliseconds that the CPU's sampler takes for a step.
+
+python -m benchmarks.sampling [--rows 1 16 64 256] [--vocab 128256]
+
+Logits are normal with deviation 4; every slot has a prompt of 1000 tokens. "everything" is penalties, a bias for 300
+tokens, 200 bad words of two tokens, log-probabilities of 2 alternatives, top_k, top_p, min_p and a mask of allowed
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmengine.backends.sampler import Sampler
+from llmengine.batch import SlotInit
+from llmengine.sampling_params import SamplingParams
+
+REPEATS = 7
+DRAWN = SamplingParams(temperature=0.8)
+PENALIZED = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.2)
+KINDS = {
+    "greedy": SamplingParams(),
+    "temperature": DRAWN,
+    "min_p": DRAWN.replace(min_p=0.05),
+    "top_k top_p": DRAWN.replace(top_k=50, top_p=0.9),
+    "top_p": DRAWN.replace(top_p=0.9),
+    "penalties": PENALIZED,
+    "everything": PENALIZED.replace(
+        temperature=0.8,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.02,
+        logprobs=2,
+        logit_bias=dict.fromkeys(range(0, 3000, 10), 0.5),
+        bad_words=[(token_id, token_id + 1) for token_id in range(200)],
+    ),
+}
+
+
+def measure(params: SamplingParams, num_rows: int, vocab: int, masks: dict[int, NDArray[np.int32]]) -> float:
+    """Return the median milliseconds of a step."""
+    random = np.random.default_rng(0)
+    sampler = Sampler(num_rows, vocab)
+    for slot in range(num_rows):
+        sampler.init_slot(SlotInit(slot, random.integers(0, vocab, 1000).tolist(), 1000, params, slot, frozenset()))
+    logits = torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(0)) * 4.0
+    times = []
+    for position in range(1000, 1000 + REPEATS):
+        began = time.perf_counter()
+        sampler.sample(logits, np.arange(num_rows), np.full(num_rows, position), masks)
+        times.append(time.perf_counter() - began)
+    return 1e3 * float(np.median(times))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--vocab", type=int, default=128256)
+    arguments = parser.parse_args()
+    print(f"CPU, {torch.get_num_threads()} threads, vocabulary of {arguments.vocab}; milliseconds")
+    print(*(f"{name:>12}" for name in ["rows", *KINDS]))
+    for num_rows in arguments.rows:
+        masks = dict.fromkeys(range(num_rows), np.full(-(-arguments.vocab // 32), -2, dtype=np.int32))
+        cells = [
+            f"{measure(params, num_rows, arguments.vocab, masks if name == 'everything' else {}):.2f}"
+            for name, params in KINDS.items()
+        ]
+        print(*(f"{cell:>12}" for cell in [num_rows, *cells]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

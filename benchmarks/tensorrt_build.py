@@ -1,0 +1,162 @@
+"""What building TensorRT plans costs: seconds, size and host memory. Plans are built, none is executed.
+
+    python -m benchmarks.tensorrt_build                          SmolLM2 and the 1b, 8b and 70b shapes, for SM 8.9
+    python -m benchmarks.tensorrt_build --shapes 8b --modes constants --sm 86 120
+
+SmolLM2 has its real weights and is built whole; the others have random ones, and one `mid` with constants stands for
+all of them. One plan is built at a time; "seconds each" is the median of its kind. "peak" is the building process's
+largest resident memory, "more" what it needed beyond an idle one with the library loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import format_table
+from benchmarks.shapes import SHAPES, write_shape
+from llmengine.backends.tensorrt.plans import BuiltPlan, PlanJob, build_plans, spool_weights
+from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, plans_of, segments_of
+from llmengine.demo import find_demo_model
+from llmengine.errors import EngineError
+from llmengine.models.arch import ModelArch, canonical_shapes
+from llmengine.models.source import open_model
+
+SMOLLM2 = "SmolLM2"
+SHAPE_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+MIB = 1 << 20
+HEADER = (
+    "shape",
+    "weights as",
+    "plan",
+    "plans",
+    "weights MiB",
+    "plan MiB",
+    "seconds each",
+    "seconds all",
+    "peak MiB",
+    "more MiB",
+)
+
+
+def main() -> None:
+    """Build and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[SMOLLM2, "1b", "8b", "70b"])
+    parser.add_argument("--modes", nargs="+", default=["inputs", "constants", "refit"])
+    parser.add_argument("--kinds", nargs="+", default=["first", "mid", "last"])
+    parser.add_argument("--sm", nargs="+", type=int, default=[89])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--max-batch-size", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--scratch", type=Path, help="where weights and plans lie meanwhile")
+    options = parser.parse_args()
+    rows = [row for shape in options.shapes for mode in options.modes for row in measure(shape, mode, options)]
+    print(format_table(HEADER, rows))
+
+
+def measure(shape: str, mode: str, options: argparse.Namespace) -> list[list[str]]:
+    """Return the table's rows for one shape and weight mode; a failure is a row as well."""
+    arch = architecture(shape)
+    chosen = [item for item in segments(arch, mode, options) if item.spec.kind in options.kinds]
+    if shape != SMOLLM2:
+        chosen = list({item.spec.kind: item for item in chosen}.values())
+    stream = smollm2_weights(options.dtype) if shape == SMOLLM2 else random_weights(arch, chosen, options.dtype)
+    target = BuildTarget(tuple(options.sm))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        scratch = Path(folder)
+        idle = PlanJob("idle", segments(arch, "inputs", options)[0].spec, target, scratch / "idle")
+        try:
+            built = list(build_plans(jobs(idle, chosen, stream, target, scratch), 1))
+        except EngineError as error:
+            return [[shape, mode, str(error)[:40], *["-"] * (len(HEADER) - 3)]]
+    return table(shape, mode, arch, chosen, built)
+
+
+def jobs(
+    idle: PlanJob,
+    chosen: Sequence[PlacedSegment],
+    stream: Iterator[tuple[str, torch.Tensor]],
+    target: BuildTarget,
+    scratch: Path,
+) -> Iterator[PlanJob]:
+    """Yield the jobs, `idle` first: its peak is what the library itself needs."""
+    yield idle
+    if chosen[0].spec.weight_mode == "constants":
+        for segment, path in spool_weights(chosen, stream, scratch):
+            yield PlanJob(segment.plan_name, segment.spec, target, scratch / "plan", path)
+    else:
+        for segment in chosen:
+            yield PlanJob(segment.plan_name, segment.spec, target, scratch / "plan")
+
+
+def table(
+    shape: str, mode: str, arch: ModelArch, chosen: Sequence[PlacedSegment], built: Sequence[BuiltPlan]
+) -> list[list[str]]:
+    """Return a row for each kind, of its largest figures, and for constants the seconds of the whole model."""
+    idle = built[0].peak_host_bytes or 0
+    rows = []
+    for kind in dict.fromkeys(segment.spec.kind for segment in chosen):
+        names = {segment.plan_name: segment for segment in chosen if segment.spec.kind == kind}
+        plans = [plan for plan in built if plan.name in names]
+        weights = max(sum(weight.size_bytes for weight in names[plan.name].spec.weights) for plan in plans)
+        num_plans = arch.num_layers - 1 if kind == "mid" and mode == "constants" else 1
+        seconds = sorted(plan.seconds for plan in plans)[len(plans) // 2]
+        peak = max(plan.peak_host_bytes or 0 for plan in plans)
+        size = max(plan.size_bytes for plan in plans)
+        figures = [
+            num_plans,
+            f"{weights / MIB:.1f}",
+            f"{size / MIB:.2f}",
+            f"{seconds:.2f}",
+            f"{seconds * num_plans:.1f}",
+        ]
+        rows.append([shape, mode, kind, *map(str, figures), f"{peak / MIB:.0f}", f"{(peak - idle) / MIB:.0f}"])
+    return rows
+
+
+def segments(arch: ModelArch, mode: str, options: argparse.Namespace) -> list[PlacedSegment]:
+    """Return one segment for each plan of a model."""
+    profiles = make_profiles(options.max_batch_size, options.max_tokens)
+    return list(plans_of(segments_of(arch, options.dtype, profiles, mode)).values())  # type: ignore[arg-type]
+
+
+def architecture(shape: str) -> ModelArch:
+    """Return SmolLM2's architecture, or that of a shape."""
+    if shape == SMOLLM2:
+        return open_model(find_demo_model()).arch
+    with tempfile.TemporaryDirectory() as folder:
+        SHAPES.setdefault("70b", SHAPE_70B)
+        return open_model(write_shape(shape, Path(folder)), load_format="dummy").arch
+
+
+def smollm2_weights(dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream the real ones."""
+    return open_model(find_demo_model()).weights(getattr(torch, dtype))
+
+
+def random_weights(arch: ModelArch, chosen: Sequence[PlacedSegment], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream noise for what the chosen segments read."""
+    read = {name for segment in chosen for name in segment.weight_names().values()}
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(getattr(torch, dtype))
+    for name, shape in canonical_shapes(arch).items():
+        if name in read:
+            size = prod(shape)
+            yield name, noise.repeat(-(-size // len(noise)))[:size].view(shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""What a TensorRT plan computes, as data: segments, their tensors and weights, profiles and targets.
+
+A model is cut at its attentions; what lies between two of them is one segment::
+
+    begin_step: x = embedding rows            (ours)
+    first                       x                       -> qkv
+      attention 0: q/k norm, RoPE, KV write, attend     (ours)
+    mid     of layer 0          attended, x             -> x_out, qkv     layer 0's o and MLP, layer 1's norm and qkv
+      attention 1
+    mid     of layer 1          ...
+      attention L-1
+    last    of layer L-1        attended, x, sample_tokens -> logits      rows are gathered first
+
+Nothing here imports a TensorRT library. Specs of equal `fingerprint()` define the same network; with weights as inputs
+that holds for the `mid` of all layers, which are then one plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmengine.errors import CorruptFileError
+from llmengine.models.arch import Activation, ModelArch, canonical_shapes
+
+SegmentKind = Literal["first", "mid", "last"]
+WeightMode = Literal["inputs", "constants", "refit"]
+WeightSource = Literal["input", "constant", "refit"]
+PlanDType = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["none"]
+Dim = int | Literal["T", "S"]
+"""A size, or the name of one that changes from step to step: T tokens, S sampled rows."""
+
+NETWORK_VERSION = 1
+"""Part of every fingerprint; raised when the same spec is defined as another network."""
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a plan.
+
+    Attributes:
+        name: as in the plan; unique within a segment.
+        dtype: "float32", "float16", "bfloat16" or "int32".
+        shape: sizes and names of dynamic dimensions. Equal names have equal sizes in one execution.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def resolve(self, **sizes: int) -> tuple[int, ...]:
+        """Return the shape with `sizes` (T=, S=) in place of the names."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One weight that a segment reads, in the layout of `canonical_shapes` ([out, in], row-major).
+
+    Attributes:
+        name: in the plan: the input's name, or the constant's for refitting. The canonical name less its layer
+            ("o.weight", "next.qkv.weight", "lm_head.weight").
+        role: canonical name less "layers.{i}." ("qkv.weight"), or the whole one of a weight outside the layers.
+        layer_offset: added to the segment's layer for the weight's own; None for a weight outside the layers.
+        dtype: as stored and as the plan takes it.
+        shape: as in `canonical_shapes`.
+        source: network input, constant in the plan, or constant that is refitted after loading.
+    """
+
+    name: str
+    role: str
+    layer_offset: int | None
+    dtype: str
+    shape: tuple[int, ...]
+    source: WeightSource
+
+    def canonical(self, layer: int) -> str:
+        """Return the canonical weight's name for a segment placed at `layer`."""
+        return self.role if self.layer_offset is None else f"layers.{layer + self.layer_offset}.{self.role}"
+
+    @property
+    def plan_shape(self) -> tuple[int, ...]:
+        """The shape in the plan: that of a vector is [1, size], which saves a kernel; its bytes are the same."""
+        return self.shape if len(self.shape) == 2 else (1, *self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the contiguous tensor."""
+        size = DTYPE_BYTES[self.dtype]
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A dynamic dimension in a profile: TensorRT tunes for `opt` and accepts `min` to `max`, all inclusive."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSpec:
+    """One optimisation profile; its place in `SegmentSpec.profiles` is its index in the plan.
+
+    Attributes:
+        tokens: range of T.
+        samples: range of S.
+    """
+
+    name: Literal["decode", "prefill"]
+    tokens: Range
+    samples: Range
+
+    def range_of(self, dim: Literal["T", "S"]) -> Range:
+        """Return the range of a named dimension."""
+        return self.tokens if dim == "T" else self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What the formulas of a segment depend on beside shapes; see `ModelArch`.
+
+    A norm or a bias is part of the segment exactly if its weight is.
+
+    Attributes:
+        activation: of the gate; "none" in a segment without an MLP.
+        logit_scale: 1 in a segment without logits.
+        logit_soft_cap: None in a segment without logits.
+    """
+
+    rms_norm_eps: float
+    activation: Activation | Literal["none"]
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSpec:
+    """One network: everything that its plan depends on, save the values of constant weights and the target.
+
+    Attributes:
+        dtype: of activations, weights and residual (norms' weights may be fp32); norms compute in fp32, logits are
+            fp32.
+        weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan. "refit": matrices
+            are refittable, vectors (norms, biases) are inputs.
+        inputs: activations only, in binding order; the weights of source "input" follow them in the network.
+        weights: in canonical order.
+        quantization: of the matrices; only "none" so far.
+    """
+
+    kind: SegmentKind
+    dtype: PlanDType
+    weight_mode: WeightMode
+    profiles: tuple[ProfileSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[WeightSpec, ...]
+    numerics: Numerics
+    quantization: Quantization = "none"
+
+    @property
+    def weight_inputs(self) -> tuple[WeightSpec, ...]:
+        """The weights that are bound as network inputs."""
+        return tuple(weight for weight in self.weights if weight.source == "input")
+
+    @property
+    def refit_weights(self) -> tuple[WeightSpec, ...]:
+        """The weights that must be refitted after the plan is loaded."""
+        return tuple(weight for weight in self.weights if weight.source == "refit")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready form that `spec_from_dict` reads back equal."""
+        return dataclasses.asdict(self)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 (hex) of the network's canonical JSON; the same on every machine and Python."""
+        content = {"network_version": NETWORK_VERSION, **self.to_dict()}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> SegmentSpec:
+    """Return the spec that `SegmentSpec.to_dict` gave, also after a way through JSON.
+
+    Raises `CorruptFileError` for anything else.
+    """
+    try:
+        spec = _spec_from_dict(values)
+    except (KeyError, TypeError, ValueError) as failure:
+        raise CorruptFileError(f"not a segment's description: {failure!r}") from failure
+    if json.loads(json.dumps(spec.to_dict())) != json.loads(json.dumps(values)):
+        raise CorruptFileError("not a segment's description: unknown keys or values")
+    return spec
+
+
+def _spec_from_dict(values: Mapping[str, Any]) -> SegmentSpec:
+    def tensors(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in values[key])
+
+    return SegmentSpec(
+        **{
+            **values,
+            "profiles": tuple(
+                ProfileSpec(item["name"], Range(**item["tokens"]), Range(**item["samples"]))
+                for item in values["profiles"]
+            ),
+            "inputs": tensors("inputs"),
+            "outputs": tensors("outputs"),
+            "weights": tuple(WeightSpec(**{**item, "shape": tuple(item["shape"])}) for item in values["weights"]),
+            "numerics": Numerics(**values["numerics"]),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedSegment:
+    """A segment at its place in the model.
+
+    Attributes:
+        layer: whose attention comes before it (`mid`, `last`); 0 for `first`.
+    """
+
+    spec: SegmentSpec
+    layer: int
+
+    @property
+    def plan_name(self) -> str:
+        """Name of the plan that runs it, unique in a model: "first", "mid", "last"; "mid.7" if it holds constants."""
+        own_plan = self.spec.kind == "mid" and self.spec.weight_mode == "constants"
+        return f"mid.{self.layer}" if own_plan else self.spec.kind
+
+    def weight_names(self) -> dict[str, str]:
+        """Return the name in the plan -> canonical name, of every weight."""
+        return {weight.name: weight.canonical(self.layer) for weight in self.spec.weights}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTarget:
+    """What a plan is built for.
+
+    Attributes:
+        compute_capabilities: e.g. (80, 89) for SM 8.0 and 8.9; empty for the device of the building process.
+    """
+
+    compute_capabilities: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(f"SM{value}" for value in self.compute_capabilities) or "the current device"
+
+
+def make_profiles(max_batch_size: int, max_tokens_per_step: int) -> tuple[ProfileSpec, ...]:
+    """Return the decode profile (T to `max_batch_size`) and the prefill profile (T to `max_tokens_per_step`).
+
+    Both begin at T = S = 1, so that the prefill profile takes any step; S never exceeds the requests in a batch.
+    """
+    samples = Range(1, max_batch_size, max_batch_size)
+    most = max(max_batch_size, max_tokens_per_step)
+    return (
+        ProfileSpec("decode", Range(1, max_batch_size, max_batch_size), samples),
+        ProfileSpec("prefill", Range(1, most, most), samples),
+    )
+
+
+def segments_of(
+    arch: ModelArch,
+    dtype: PlanDType,
+    profiles: Sequence[ProfileSpec],
+    weight_mode: WeightMode = "inputs",
+    quantization: Quantization = "none",
+) -> list[PlacedSegment]:
+    """Return the segments of a model in the order in which they run: first, mid 0 .. mid L-2, last."""
+    last = arch.num_layers - 1
+    make = _Maker(arch, dtype, tuple(profiles), weight_mode, quantization)
+    mid = [PlacedSegment(make.mid(), layer) for layer in range(last)]
+    return [PlacedSegment(make.first(), 0), *mid, PlacedSegment(make.last(), last)]
+
+
+def plans_of(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
+    """Return plan name -> the first segment that the plan runs: what has to be built for a model."""
+    plans: dict[str, PlacedSegment] = {}
+    for segment in segments:
+        plans.setdefault(segment.plan_name, segment)
+    return plans
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    arch: ModelArch
+    dtype: PlanDType
+    profiles: tuple[ProfileSpec, ...]
+    weight_mode: WeightMode
+    quantization: Quantization
+
+    def first(self) -> SegmentSpec:
+        return self._segment("first", (self._x(),), (self._qkv(),), self._qkv_weights(0, ""))
+
+    def mid(self) -> SegmentSpec:
+        inputs = (self._attended(), self._x())
+        weights = (*self._mlp_weights(), *self._qkv_weights(1, "next."))
+        return self._segment("mid", inputs, (self._x("x_out"), self._qkv()), weights)
+
+    def last(self) -> SegmentSpec:
+        inputs = (self._attended(), self._x(), TensorSpec("sample_tokens", "int32", ("S",)))
+        head = "embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight"
+        shapes = canonical_shapes(self.arch)
+        weights = (
+            *self._mlp_weights(),
+            self._weight("final_norm.weight", "final_norm.weight", None, shapes["final_norm.weight"]),
+            self._weight("lm_head.weight", head, None, shapes[head]),
+        )
+        return self._segment("last", inputs, (TensorSpec("logits", "float32", ("S", self.arch.vocab_size)),), weights)
+
+    def _segment(
+        self,
+        kind: SegmentKind,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        weights: tuple[WeightSpec, ...],
+    ) -> SegmentSpec:
+        return SegmentSpec(
+            kind=kind,
+            dtype=self.dtype,
+            weight_mode=self.weight_mode,
+            profiles=self.profiles,
+            inputs=inputs,
+            outputs=outputs,
+            weights=weights,
+            numerics=self._numerics(kind),
+            quantization=self.quantization,
+        )
+
+    def _numerics(self, kind: SegmentKind) -> Numerics:
+        arch = self.arch
+        return Numerics(
+            rms_norm_eps=arch.rms_norm_eps,
+            activation="none" if kind == "first" else arch.hidden_act,
+            logit_scale=arch.logit_scale if kind == "last" else 1.0,
+            logit_soft_cap=arch.logit_soft_cap if kind == "last" else None,
+        )
+
+    def _x(self, name: str = "x") -> TensorSpec:
+        return TensorSpec(name, self.dtype, ("T", self.arch.hidden_size))
+
+    def _attended(self) -> TensorSpec:
+        return TensorSpec("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))
+
+    def _qkv(self) -> TensorSpec:
+        heads = self.arch.num_heads + 2 * self.arch.num_kv_heads
+        return TensorSpec("qkv", self.dtype, ("T", heads * self.arch.head_dim))
+
+    def _qkv_weights(self, offset: int, prefix: str) -> tuple[WeightSpec, ...]:
+        return self._layer_weights(offset, prefix, ("input_norm.", "qkv."))
+
+    def _mlp_weights(self) -> tuple[WeightSpec, ...]:
+        norms = ("attention_out_norm.", "post_attention_norm.", "mlp_out_norm.")
+        return self._layer_weights(0, "", ("o.", "gate_up.", "down.", *norms))
+
+    def _layer_weights(self, offset: int, prefix: str, parts: tuple[str, ...]) -> tuple[WeightSpec, ...]:
+        """Return the specs of one layer's canonical weights that begin with one of `parts`."""
+        layer = {
+            name.removeprefix("layers.0."): shape
+            for name, shape in canonical_shapes(self.arch).items()
+            if name.startswith("layers.0.")
+        }
+        return tuple(
+            self._weight(prefix + role, role, offset, shape) for role, shape in layer.items() if role.startswith(parts)
+        )
+
+    def _weight(self, name: str, role: str, offset: int | None, shape: tuple[int, ...]) -> WeightSpec:
+        source: WeightSource = "constant" if self.weight_mode == "constants" else "input"
+        if self.weight_mode == "refit" and len(shape) == 2:
+            source = "refit"
+        is_exact = self.arch.float32_norms and role.endswith("norm.weight")
+        return WeightSpec(name, role, offset, "float32" if is_exact else self.dtype, shape, source)

@@ -1,0 +1,241 @@
+"""Verification: each plan against torch on the device that it will run on, before it is trusted.
+
+A plan's error is compared with torch's own. Both are distances from the same formulas in a wider type, for random
+input; so a plan may round elsewhere and sum in another order, but not be wrong, nor accumulate in fewer bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmengine.backends.tensorrt.reference import reference
+from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
+from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, plans_of
+
+RMS_FACTOR = 3.0
+MAX_FACTOR = 5.0
+"""How many times torch's own error a plan's may be, root mean square and largest; one rounding of the result is added:
+a relative error of at most eps / 2, and less on average."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SENTINEL = 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentCheck:
+    """How one output of a plan compared, at the sizes where it came closest to a limit.
+
+    Attributes:
+        finite: every element was written, with a finite value; if not, the errors are infinite.
+    """
+
+    plan: str
+    output: str
+    tokens: int
+    samples: int
+    rms_error: float
+    rms_limit: float
+    max_error: float
+    max_limit: float
+    finite: bool
+
+    @property
+    def ratio(self) -> float:
+        """The larger share of a limit that is used; above 1 the check has failed."""
+        if not self.finite:
+            return math.inf
+        return max(self.rms_error / self.rms_limit, self.max_error / self.max_limit)
+
+    def __str__(self) -> str:
+        where = f"{self.plan}: {self.output} at T={self.tokens}, S={self.samples}"
+        if not self.finite:
+            return f"{where} is not finite"
+        return (
+            f"{where}: rms error {self.rms_error:.3g} (limit {self.rms_limit:.3g}), "
+            f"largest {self.max_error:.3g} (limit {self.max_limit:.3g})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What verifying a model's plans on a device found.
+
+    Attributes:
+        library: name and version of what ran the plans.
+        device: name of the GPU.
+        date: UTC, ISO 8601.
+        checks: the worst of each output of each plan.
+        step_us: tokens -> microseconds that the dense part of a step of decodes took (TensorRT's, torch's); empty
+            where it was not measured.
+    """
+
+    library: str
+    device: str
+    date: str
+    checks: tuple[SegmentCheck, ...]
+    step_us: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[SegmentCheck]:
+        """The checks that failed, worst first."""
+        return sorted((check for check in self.checks if not check.ratio <= 1.0), key=lambda check: -check.ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready form that `from_dict` reads back equal."""
+        values = dataclasses.asdict(self)
+        for check in values["checks"]:
+            if not check["finite"]:
+                check["rms_error"] = check["max_error"] = None
+        values["checks"] = list(values["checks"])
+        values["step_us"] = {str(tokens): list(times) for tokens, times in self.step_us.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Verification | None:
+        """Return what `to_dict` gave, None for anything else: then it has to be done again."""
+        try:
+            checks = tuple(_read_check(check) for check in values["checks"])
+            steps = {int(tokens): (float(ours), float(theirs)) for tokens, (ours, theirs) in values["step_us"].items()}
+            return cls(**{**values, "checks": checks, "step_us": steps})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def holds_for(self, library: str, device: torch.device) -> bool:
+        """Say whether it was made with this library, on such a GPU."""
+        return (self.library, self.device) == (library, device_name(device))
+
+
+def verify_plans(
+    segments: Sequence[PlacedSegment],
+    plans: Mapping[str, LoadedPlan],
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Verification:
+    """Run every plan at the edges of its profiles and compare it with torch.
+
+    Takes device memory for one layer's weights, the LM head's, and activations of the largest step; gives it back.
+
+    Args:
+        weights: canonical weights on the device, needed for plans that hold some. None: random ones.
+
+    Raises `EngineError` if a plan cannot run. One that computes something else raises nothing: see `failures`.
+    """
+    memory = scratch_memory(list(plans.values()), device)
+    checks: list[SegmentCheck] = []
+    for name, segment in plans_of(segments).items():
+        values = _weights(segment, weights, device)
+        worst: dict[str, SegmentCheck] = {}
+        for sizes in cases_of(segment.spec):
+            for check in _check(plans[name], values, sizes, memory):
+                worst[check.output] = max(worst.get(check.output, check), check, key=lambda one: one.ratio)
+        checks += worst.values()
+    library = str(next(iter(plans.values())).runtime.library)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Verification(library, device_name(device), date, tuple(checks))
+
+
+def cases_of(spec: SegmentSpec) -> Iterator[Sizes]:
+    """Yield the least, a middle and the largest size for which each profile is used."""
+    least = 1
+    for profile in spec.profiles:
+        tokens, samples = profile.tokens, profile.samples
+        least = max(least, tokens.min)
+        if least <= tokens.max:
+            yield from dict.fromkeys(
+                (
+                    Sizes(least, samples.min),
+                    Sizes((least + tokens.max) // 2, (samples.min + samples.max) // 2),
+                    Sizes(tokens.max, samples.max),
+                )
+            )
+        least = tokens.max + 1
+
+
+def _read_check(values: Mapping[str, Any]) -> SegmentCheck:
+    filled: dict[str, Any] = {key: math.inf if value is None else value for key, value in values.items()}
+    return SegmentCheck(**filled)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _check(plan: LoadedPlan, weights: Mapping[str, Tensor], sizes: Sizes, memory: Tensor) -> Iterator[SegmentCheck]:
+    """Yield the check of each output of one execution."""
+    spec = plan.spec
+    tensors = {**weights, **{tensor.name: _random_input(tensor, sizes, memory.device) for tensor in spec.inputs}}
+    outputs = {tensor.name: _empty_output(tensor, sizes, memory.device) for tensor in spec.outputs}
+    bound = {weight.name for weight in spec.weight_inputs} | {tensor.name for tensor in spec.inputs}
+    addresses = {
+        name: tensor.data_ptr() for name, tensor in {**tensors, **outputs}.items() if name in {*bound, *outputs}
+    }
+    stream = current_stream(memory.device)
+    plan.context(sizes, memory, stream).run(addresses, stream)
+    dtype = _DTYPES[spec.dtype]
+    exact = reference(spec, tensors, torch.float64 if dtype == torch.float32 else torch.float32)
+    noisy = reference(spec, tensors, dtype)
+    for name, output in outputs.items():
+        yield _compare(plan.name, name, sizes, output, exact[name], noisy[name], torch.finfo(dtype).eps)
+
+
+def _compare(
+    plan: str, name: str, sizes: Sizes, output: Tensor, exact: Tensor, noisy: Tensor, eps: float
+) -> SegmentCheck:
+    written, beyond = output[:-1], output[-1]
+    finite = bool(written.isfinite().all()) and bool((beyond == _SENTINEL).all())
+    errors, noise = written.to(exact.dtype) - exact, noisy.to(exact.dtype) - exact
+    return SegmentCheck(
+        plan=plan,
+        output=name,
+        tokens=sizes.tokens,
+        samples=sizes.samples,
+        rms_error=_rms(errors) if finite else math.inf,
+        rms_limit=RMS_FACTOR * _rms(noise) + eps / 4 * _rms(exact),
+        max_error=float(errors.abs().max()) if finite else math.inf,
+        max_limit=MAX_FACTOR * float(noise.abs().max()) + eps / 2 * float(exact.abs().max()),
+        finite=finite,
+    )
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _weights(segment: PlacedSegment, given: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
+    """Return a segment's weights by their names in the plan."""
+    if given is not None:
+        return {name: given[canonical] for name, canonical in segment.weight_names().items()}
+    assert len(segment.spec.weight_inputs) == len(segment.spec.weights), "what a plan holds cannot be random"
+    return {weight.name: _random_weight(weight, device) for weight in segment.spec.weights}
+
+
+def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:
+    """Return values that keep activations near 1."""
+    tensor = torch.empty(weight.shape, dtype=_DTYPES[weight.dtype], device=device)
+    if len(weight.shape) == 2:
+        return tensor.normal_(std=weight.shape[1] ** -0.5)
+    return tensor.uniform_(0.5, 1.5) if "norm" in weight.role else tensor.normal_(std=0.2)
+
+
+def _random_input(tensor: TensorSpec, sizes: Sizes, device: torch.device) -> Tensor:
+    shape = tensor.resolve(T=sizes.tokens, S=sizes.samples)
+    if tensor.dtype == "int32":
+        return torch.randint(sizes.tokens, shape, dtype=torch.int32, device=device)
+    return torch.randn(shape, device=device).to(_DTYPES[tensor.dtype])
+
+
+def _empty_output(tensor: TensorSpec, sizes: Sizes, device: torch.device) -> Tensor:
+    """Return NaN, which a plan must overwrite, and a row beyond, which it must not touch."""
+    rows, columns = tensor.resolve(T=sizes.tokens, S=sizes.samples)
+    output = torch.full((rows + 1, columns), math.nan, dtype=_DTYPES[tensor.dtype], device=device)
+    output[-1] = _SENTINEL
+    return output

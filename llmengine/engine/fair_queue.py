@@ -1,0 +1,179 @@
+"""FairQueue: who of several tenants is next, by what each was served (start-time fair queueing).
+
+Each tenant has a counter, its service: what it was charged, divided by its weight. The next item comes from the
+waiting tenant with the least service, and is that tenant's item of the lowest rank. A rank never changes while its
+item waits, so each operation costs O(log n), however many wait.
+
+A tenant that did not wait for a while has no claim to what it did not use: when it comes back, its service is raised
+to the *floor*, which is the service at which the latest item was taken, or more (`raise_floor`). Goyal, Vin and Cheng,
+"Start-time Fair Queueing" (1996); Sheng et al., "Fairness in Serving Large Language Models" (2024), where the charges
+are tokens, as they are here.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+_MAX_REMEMBERED = 1024
+"""Most tenants without items whose service is remembered."""
+
+
+class TenantShare(Generic[T]):
+    """One tenant's items and what it was served.
+
+    Attributes:
+        name: None is the tenant of all that name none.
+        weight: of two tenants that wait, one with twice the weight is served twice as much.
+        service: what it was charged, divided by its weight, and at least the floor when it began to wait.
+        num_waiting: its items in the queue.
+        num_running: its items that were taken and may still be charged for; counted by the queue's owner.
+        queued: it has a place in the order of tenants.
+    """
+
+    __slots__ = ("heap", "name", "num_running", "num_waiting", "queued", "service", "weight")
+
+    def __init__(self, name: str | None, weight: float, service: float) -> None:
+        self.name = name
+        self.weight = weight
+        self.service = service
+        self.num_waiting = 0
+        self.num_running = 0
+        self.queued = False
+        self.heap: list[tuple[float, int, T]] = []
+
+    def charge(self, amount: float) -> None:
+        """Count something that the tenant was served."""
+        self.service += amount / self.weight
+
+
+class FairQueue(Generic[T]):
+    """Items in a fair order. `is_waiting(item)` is False of one that left without having been taken.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, weights: Mapping[str, float], is_waiting: Callable[[T], bool]) -> None:
+        self._weights = weights
+        self._is_waiting = is_waiting
+        self._shares: dict[str | None, TenantShare[T]] = {}
+        # (service when it was put here, which may have grown since, a number, share): the order of waiting tenants.
+        self._order: list[tuple[float, int, TenantShare[T]]] = []
+        self._numbers = itertools.count()
+        self._num_waiting = 0
+        self._prune_at = _MAX_REMEMBERED
+        self.floor = 0.0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield the waiting items, in no order."""
+        for share in self._shares.values():
+            for _, _, item in share.heap:
+                if self._is_waiting(item):
+                    yield item
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that are remembered; with one there is nothing to share."""
+        return len(self._shares)
+
+    def share(self, tenant: str | None) -> TenantShare[T]:
+        """Return the tenant's share."""
+        share = self._shares.get(tenant)
+        if share is None:
+            if len(self._shares) >= self._prune_at:
+                self._prune()
+            weight = 1.0 if tenant is None else self._weights.get(tenant, 1.0)
+            share = self._shares[tenant] = TenantShare(tenant, weight, self.floor)
+        return share
+
+    def push(self, share: TenantShare[T], rank: float, number: int, item: T) -> None:
+        """Let an item wait; of two with equal rank the lower number, which is unique, is next."""
+        if share.num_waiting == 0:
+            share.service = max(share.service, self.floor)
+        heapq.heappush(share.heap, (rank, number, item))
+        share.num_waiting += 1
+        self._num_waiting += 1
+        if not share.queued:
+            share.queued = True
+            heapq.heappush(self._order, (share.service, next(self._numbers), share))
+
+    def raise_floor(self, running: Iterable[TenantShare[T]]) -> None:
+        """Let who begins to wait now start level with the waiting tenant that was served least, or else with `running`.
+
+        For where tenants are charged between two items that are taken.
+        """
+        first = self._next_share()
+        services = [share.service for share in running] if first is None else [first.service]
+        self.floor = max(self.floor, min(services, default=0.0))
+
+    def peek(self) -> T | None:
+        """Return the next item; None when nothing waits."""
+        share = self._next_share()
+        if share is None:
+            return None
+        while not self._is_waiting(share.heap[0][2]):
+            heapq.heappop(share.heap)
+        return share.heap[0][2]
+
+    def pop(self) -> T:
+        """Take the item that `peek()` returns."""
+        item = self.peek()
+        assert item is not None
+        share = self._order[0][2]
+        heapq.heappop(share.heap)
+        share.num_waiting -= 1
+        self._num_waiting -= 1
+        self.floor = max(self.floor, share.service)
+        return item
+
+    def left(self, share: TenantShare[T]) -> None:
+        """Note that one of the tenant's items is not waiting any more."""
+        share.num_waiting -= 1
+        self._num_waiting -= 1
+        if share.num_waiting == 0:
+            share.heap.clear()
+        elif len(share.heap) > 2 * share.num_waiting + 64:
+            share.heap = [entry for entry in share.heap if self._is_waiting(entry[2])]
+            heapq.heapify(share.heap)
+
+    def forget(self) -> None:
+        """Start afresh, since nobody waits and nothing runs: there is no contention to be fair about."""
+        assert self._num_waiting == 0
+        self._shares.clear()
+        self._order.clear()
+        self._prune_at = _MAX_REMEMBERED
+        self.floor = 0.0
+
+    def _next_share(self) -> TenantShare[T] | None:
+        """Return the waiting tenant with the least service, which is then the first in `_order`."""
+        order = self._order
+        while order:
+            service, number, share = order[0]
+            if share.num_waiting == 0:
+                heapq.heappop(order)
+                share.queued = False
+            elif share.service > service:
+                heapq.heapreplace(order, (share.service, number, share))
+            else:
+                return share
+        return None
+
+    def _prune(self) -> None:
+        """Forget tenants without items: those below the floor, which lose nothing, and of the others the least served.
+
+        Called when their number has doubled, so it costs each tenant O(log n).
+        """
+        idle = [share for share in self._shares.values() if not (share.num_waiting or share.num_running)]
+        indebted = sorted((share for share in idle if share.service > self.floor), key=lambda share: -share.service)
+        kept = {share.name for share in indebted[:_MAX_REMEMBERED]}
+        for share in idle:
+            if share.name not in kept:
+                del self._shares[share.name]
+        self._prune_at = 2 * len(self._shares) + _MAX_REMEMBERED

@@ -1,0 +1,102 @@
+"""What a backend built for its model, as a saved engine keeps it beside the weights: files, and facts about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
+
+from llmengine.errors import CorruptFileError
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """A file's contents, in memory or on disk, and what they must be.
+
+    Attributes:
+        sha256: hex.
+    """
+
+    content: bytes | Path
+    size_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Self:
+        """Return the file with these contents."""
+        return cls(content, len(content), hashlib.sha256(content).hexdigest())
+
+    def check_size(self) -> None:
+        """Raise `CorruptFileError` unless the file is there and has its size."""
+        if isinstance(self.content, bytes):
+            return
+        try:
+            found = self.content.stat().st_size if self.content.is_file() else None
+        except OSError as error:
+            raise CorruptFileError(f"{self.content}: cannot be read: {error.strerror or error}") from error
+        if found is None:
+            raise CorruptFileError(f"{self.content}: is missing, expected {self.size_bytes} bytes")
+        if found != self.size_bytes:
+            raise CorruptFileError(f"{self.content}: has {found} bytes, expected {self.size_bytes}")
+
+    def check(self) -> None:
+        """Raise `CorruptFileError` naming the file, what was found and what was expected; reads it in pieces."""
+        if isinstance(self.content, bytes):
+            return
+        self.check_size()
+        try:
+            with self.content.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CorruptFileError(f"{self.content}: cannot be read: {error.strerror or error}") from error
+        self._compare(self.content, found)
+
+    def read(self) -> bytes:
+        """Return the contents; raises as `check` does."""
+        if isinstance(self.content, bytes):
+            return self.content
+        self.check_size()
+        try:
+            content = self.content.read_bytes()
+        except OSError as error:
+            raise CorruptFileError(f"{self.content}: cannot be read: {error.strerror or error}") from error
+        self._compare(self.content, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _compare(self, path: Path, found: str) -> None:
+        if found != self.sha256:
+            raise CorruptFileError(f"{path}: has sha256 {found}, expected {self.sha256}")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPlans:
+    """The plans of a model.
+
+    Attributes:
+        facts: JSON-ready; what the files are and where they can be used. Only the backend that wrote it reads it.
+        files: name in the engine directory's plans/ -> file. They are checked when they are used: weights that are
+            sound make up for plans that are not.
+    """
+
+    facts: Mapping[str, Any]
+    files: Mapping[str, SavedFile]
+
+
+@runtime_checkable
+class PlanHolder(Protocol):
+    """A backend whose plans are saved with its weights."""
+
+    def saved_plans(self) -> SavedPlans:
+        """Return what `save` writes; the files must stay as they are until it has."""
+
+
+def size_text(size_bytes: int) -> str:
+    """Return a size for people: "512 B", "1.21 MB"."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"

@@ -1,0 +1,156 @@
+"""Work on engine directories that needs no running engine: build one with TensorRT plans, look into it, check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.errors import LLMEngineError, ModelLoadError
+from llmengine.models.engine_dir import MANIFEST_NAME, open_engine, read_files, read_manifest
+from llmengine.models.fields import Fields
+from llmengine.models.source import ModelSource, open_model
+
+if TYPE_CHECKING:
+    from llmengine.backends.tensorrt.build import EngineBuild
+    from llmengine.backends.tensorrt.spec import WeightMode
+
+DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
+FlavourName = Literal["auto", "tensorrt", "tensorrt_rtx"]
+
+
+def build(
+    model: Path,
+    directory: Path,
+    write: Callable[[str], None],
+    *,
+    compute_capabilities: tuple[int, ...] = (),
+    flavour: FlavourName = "auto",
+    dtype: DTypeName = "auto",
+    weight_mode: WeightMode | None = None,
+    scheduler_config: SchedulerConfig | None = None,
+    load_format: Literal["auto", "dummy"] = "auto",
+) -> EngineBuild:
+    """Build a model's TensorRT plans and save them with its weights in `directory`.
+
+    Args:
+        write: gets lines about the progress, unless stderr is a terminal, which gets a bar.
+        scheduler_config: the limits that the plans are built for; what it leaves open is an accelerator's.
+
+    See `backends.tensorrt.build.BuildOptions` for the rest, and `build_engine` for what is raised.
+    """
+    limits = ModelConfig(model, scheduler_config=scheduler_config or SchedulerConfig()).resolve(accelerator=True)
+    source = open_model(model, load_format)
+    from llmengine.backends.tensorrt.build import BuildOptions, build_engine
+    from llmengine.backends.tensorrt.build_progress import BuildProgress
+
+    options = BuildOptions(
+        max_batch_size=limits.scheduler_config.max_batch_size,
+        max_tokens_per_step=limits.scheduler_config.max_tokens_per_step,
+        compute_capabilities=compute_capabilities,
+        flavour=flavour,
+        dtype=dtype,
+        weight_mode=weight_mode,
+    )
+    return build_engine(source, directory, options, _tokenizer(source), BuildProgress(write))
+
+
+def inspect(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a saved engine, its path and its size in bytes; reads no other file.
+
+    Raises `ModelLoadError`, `CorruptFileError`, `UnsupportedModelError`.
+    """
+    manifest = _manifest(directory)
+    size_bytes = sum(file.size_bytes for file in read_files(directory, manifest).values())
+    return {"directory": str(directory), "size_bytes": size_bytes, **manifest.values}
+
+
+def verified(verification: Mapping[str, Any] | None) -> str:
+    """Return one line on what a manifest says of its plans' verification."""
+    if verification is None:
+        return "no: not run on any GPU yet"
+    from llmengine.backends.tensorrt.verify import Verification
+
+    found = Verification.from_dict(verification)
+    if found is None:
+        return "no: what is kept of it is of another version of llmengine"
+    where = f"on {found.device} with {found.library}, {found.date}"
+    if found.failures:
+        return f"FAILED {where}: {'; '.join(map(str, found.failures))}"
+    text = f"{where}: {len(found.checks)} outputs agree with torch"
+    if not found.step_us:
+        return text
+    steps = ", ".join(f"{n}: {ours:.0f} / {theirs:.0f}" for n, (ours, theirs) in found.step_us.items())
+    return f"{text}; dense part of a decode step in us by requests, TensorRT / torch: {steps}"
+
+
+@dataclass(slots=True)
+class Findings:
+    """What `verify` found.
+
+    Attributes:
+        files: name -> what is wrong with it, None for a sound one.
+        problems: what is wrong beside the files' contents; what the plans fail on this machine's GPU.
+        device: what was run on a GPU, or why nothing was.
+    """
+
+    files: dict[str, str | None] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    device: str = ""
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems and not any(self.files.values())
+
+
+def verify(directory: Path) -> Findings:
+    """Check sizes and hashes of every file of a saved engine and what its manifest says; run its plans if possible.
+
+    Raises for a manifest that cannot be used, as `inspect` does.
+    """
+    findings = Findings()
+    findings.files[MANIFEST_NAME] = None
+    for name, file in read_files(directory, _manifest(directory)).items():
+        findings.files[name] = _problem(file.check)
+    source: ModelSource | None = None
+    if findings.sound:
+        try:
+            source = open_engine(directory)
+        except LLMEngineError as error:
+            findings.problems.append(str(error))
+    if source is None:
+        findings.device = "not run on a GPU: the files are not sound"
+    elif source.plans is None:
+        findings.device = "not run on a GPU: there are no plans"
+    else:
+        from llmengine.backends.tensorrt.check import check_plans
+
+        problems, findings.device = check_plans(source)
+        findings.problems += problems
+    return findings
+
+
+def _manifest(directory: Path) -> Fields:
+    if not (directory / MANIFEST_NAME).is_file():
+        raise ModelLoadError(f"{directory}: is no saved engine: there is no {MANIFEST_NAME}")
+    return read_manifest(directory)
+
+
+def _problem(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except LLMEngineError as error:
+        return str(error)
+    return None
+
+
+def _tokenizer(source: ModelSource) -> object:
+    """Return what writes the tokenizer's files, None if they are copied."""
+    if source.gguf is None:
+        return None
+    from llmengine.tokenizer_loading import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))

@@ -1,0 +1,88 @@
+"""Choosing matrix products on a model's own weights: what is timed, and what follows from the times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from backend_helpers import save_tiny
+
+from llmengine.backends.torch import cuda_segments
+from llmengine.backends.torch.cuda_segments import FusedSegments
+from llmengine.config import SchedulerConfig
+from llmengine.kernels.gemm_choice import GemmChoices
+from llmengine.kernels.linear import CublasConfig, GemmShape, LinearConfig, SkinnyConfig
+from llmengine.models.arch import canonical_shapes
+from llmengine.models.source import open_model
+
+SKINNY = SkinnyConfig(block_m=1, block_n=8, block_k=256, num_warps=1, num_stages=1)
+LIMITS = SchedulerConfig(max_batch_size=4, max_tokens_per_step=16, max_tokens_per_mixed_step=16)
+
+
+@pytest.fixture
+def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two candidates for every shape of one row."""
+
+    def of(shape: GemmShape) -> list[LinearConfig]:
+        return [CublasConfig(0, shape.num_rows), SKINNY] if shape.num_rows == 1 else [CublasConfig()]
+
+    monkeypatch.setattr("llmengine.kernels.gemm_choice.candidates", of)
+    monkeypatch.setattr(cuda_segments, "candidates", of)
+
+
+def make_segments(directory: Path, device: str, choices: GemmChoices, monkeypatch: pytest.MonkeyPatch) -> FusedSegments:
+    """Return segments of a tiny model that ask `choices`, on any device."""
+    save_tiny(directory)
+    arch = open_model(directory).arch
+    tensors = {
+        name: torch.randn(shape, device=device).mul_(0.1).half() for name, shape in canonical_shapes(arch).items()
+    }
+    monkeypatch.setattr(cuda_segments, "_choices_of", lambda *_: choices)
+    if device == "cpu":  # the interpreter compiles nothing
+        monkeypatch.setattr(FusedSegments, "_compile", lambda *_: None)
+    logits = torch.zeros(4, arch.vocab_size, device=device)
+    return FusedSegments(arch, tensors, LIMITS, logits, pdl=False)
+
+
+@pytest.mark.usefixtures("candidates")
+def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = GemmChoices(tmp_path / "choices.json")
+    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    used: list[set[LinearConfig]] = []
+    kernels = segments._kernels
+    real = kernels.linear_add
+
+    def linear_add(*arguments: object) -> None:
+        used[-1].add(arguments[-1])  # type: ignore[arg-type]
+        real(*arguments)  # type: ignore[arg-type]
+
+    def time_graph(functions: Sequence[Callable[[], None]]) -> float:
+        used.append(set())
+        for function in functions:
+            function()
+        return 1.0 if SKINNY in used[-1] else 2.0
+
+    monkeypatch.setattr(kernels, "linear_add", linear_add)
+    monkeypatch.setattr(cuda_segments, "time_graph", time_graph)
+    segments.tune(60.0)
+    assert len(used) == 5 * 2, "qkv, o, gate_up, down and the LM head, two candidates each, of one row"
+    for shape in segments._shapes(1):
+        # The first that was fastest stays: with SKINNY in o, whatever the others do costs the same.
+        expected = SKINNY if shape.operation == "linear_add" and shape.k == 64 else CublasConfig(0, 1)
+        assert choices.choose(shape) == expected, shape
+    used.clear()
+    segments.tune(60.0)
+    assert not used, "what is known is not timed again"
+
+
+@pytest.mark.usefixtures("candidates")
+def test_without_time_nothing_is_timed(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = GemmChoices(tmp_path / "choices.json")
+    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    monkeypatch.setattr(cuda_segments, "time_graph", lambda functions: pytest.fail("there is no time"))
+    segments.tune(0.0)
+    assert choices.missing(segments._shapes(1))
