@@ -1,9 +1,9 @@
 """The tasks that most programs begin with, one function each; every function can be copied by itself.
 
-    python llm_examples.py --task run_llm_from_huggingface_model --hf_model_dir MODEL --prompt "The capital of France is"
+    python llm_examples.py --task run_llm_from_huggingface_model --hf_model_dir MODEL --prompt "Water boils at"
 
 MODEL is a Hugging Face directory, a `.gguf` file or a directory with one. `--task` and `--prompt` may be given several
-times. Exit codes: 0 done, 2 wrong arguments, 3 the task needs something that this version or this machine does not have.
+times. Exit codes: 0 done, 2 wrong arguments, 3 the task needs what this version or this machine does not have.
 """
 
 from __future__ import annotations

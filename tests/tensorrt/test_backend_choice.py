@@ -236,7 +236,7 @@ def test_without_a_library_auto_takes_torch_at_once_and_by_name_it_is_an_error(
     caplog.set_level(logging.INFO)
     made: list[Any] = []
     monkeypatch.setattr(backends, "choose_device", lambda name: "cuda:0")
-    monkeypatch.setattr(cuda, "CudaBackend", lambda *arguments: made.append(arguments[-1]))
+    monkeypatch.setattr(cuda, "CudaBackend", lambda *arguments: made.append(arguments[3:]))
     folder = ModuleSpec("tensorrt", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder if name == "tensorrt" else None)
     for name in [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]:
@@ -245,9 +245,9 @@ def test_without_a_library_auto_takes_torch_at_once_and_by_name_it_is_an_error(
     assert not [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]
     assert "torch, since TensorRT is not installed (pip install llmengine[tensorrt])" in caplog.text
     context = make_context(fake, source)
-    assert made[0](context).description == "Triton (TensorRT is not installed)"
+    assert made[0][0](context).description == "Triton (TensorRT is not installed)"
     load_backend(make_config(source, backend="torch"), source)
-    assert made[1](context).description == "Triton"
+    assert made[1] == ()
 
 
 def test_by_name_a_missing_library_is_an_error_that_says_how_to_get_it(

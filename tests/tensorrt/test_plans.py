@@ -253,7 +253,7 @@ def test_messages_of_a_build_reach_logging_with_the_plans_name(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = placed(tiny_arch(), "float16", "inputs", "first").spec
-    with caplog.at_level(logging.INFO, "llmengine.tensorrt"):
+    with caplog.at_level(logging.DEBUG, "llmengine.tensorrt"):
         build_plan(PlanJob("first", spec, BuildTarget((89,)), tmp_path / "plan"))
     assert any(record.getMessage().startswith("first: ") for record in caplog.records)
     assert {record.name for record in caplog.records} == {"llmengine.tensorrt"}

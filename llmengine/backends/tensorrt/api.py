@@ -146,7 +146,7 @@ class LibraryLog:
             severity.INTERNAL_ERROR: logging.ERROR,
             severity.ERROR: logging.ERROR,
             severity.WARNING: logging.WARNING,
-            severity.INFO: logging.INFO,
+            severity.INFO: logging.DEBUG,
             severity.VERBOSE: logging.DEBUG,
         }
         self._captures: dict[int, list[str]] = {}
