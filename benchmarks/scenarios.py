@@ -38,6 +38,17 @@ def prompts_of(lengths: Sequence[int], seed: int) -> list[list[int]]:
     return [[rng.randrange(_VOCAB) for _ in range(length)] for length in lengths]
 
 
+def gaps_while_all_run(arrivals: Sequence[Arrivals]) -> list[float]:
+    """Return the seconds between outputs from the last request's first output on: then no prompt of theirs is left."""
+    all_run = max(request.times[0] for request in arrivals)
+    return [
+        later - earlier
+        for request in arrivals
+        for earlier, later in itertools.pairwise(request.times)
+        if earlier >= all_run
+    ]
+
+
 def run_mixed(llm: LLM, arguments: argparse.Namespace) -> Figures:
     """Generate from prompts of 32 to 1,024 tokens, 16 to 512 tokens each, in one call."""
     rng = random.Random(0)
@@ -78,20 +89,12 @@ def run_long(llm: LLM, arguments: argparse.Namespace) -> Figures:
     arrivals = anyio.run(serve)
     wall_s = time.perf_counter() - began
     first = [request.times[0] - request.sent for request in arrivals]
-    # The last prompt has been computed when the last first token comes; from then on all decode.
-    all_run = max(request.times[0] for request in arrivals)
-    steady = [
-        later - earlier
-        for request in arrivals
-        for earlier, later in itertools.pairwise(request.times)
-        if earlier >= all_run
-    ]
     return {
         "streams": len(prompts),
         "ttft_p50_ms": 1e3 * median(first),
         "ttft_max_ms": 1e3 * max(first),
         "prompt_tokens_per_s": sum(map(len, prompts)) / max(first),
-        "decode_itl_p50_ms": 1e3 * median(steady),
+        "decode_itl_p50_ms": 1e3 * median(gaps_while_all_run(arrivals)),
         "wall_s": wall_s,
     }
 
@@ -119,14 +122,7 @@ def run_arriving(llm: LLM, arguments: argparse.Namespace) -> Figures:
                 for _ in range(num_clients):
                     clients.start_soon(send)
             clients.cancel_scope.cancel()
-        all_run = max(request.times[0] for request in arrivals)
-        gaps = [
-            later - earlier
-            for request in arrivals
-            for earlier, later in itertools.pairwise(request.times)
-            if earlier >= all_run
-        ]
-        return gaps, num_prompts
+        return gaps_while_all_run(arrivals), num_prompts
 
     anyio.run(serve, _ARRIVING_CLIENTS)
     alone, _ = anyio.run(serve, 0)

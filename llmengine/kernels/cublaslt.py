@@ -8,6 +8,7 @@ few microseconds long.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +82,7 @@ class CublasLt:
         self._one = ctypes.c_float(1.0)
         self._plans: dict[Product, _Plan] = {}
         self._check(self._library.cublasLtCreate(ctypes.byref(self._handle)), "cublasLtCreate")
+        weakref.finalize(self, self._library.cublasLtDestroy, self._handle)
 
     def num_algorithms(self, product: Product) -> int:
         """Return how many algorithms the library proposes, at most 8."""

@@ -1,0 +1,174 @@
+"""cuBLASLt's binding: against a stand-in that takes the arguments apart, and on a GPU against torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmengine.kernels import cublaslt
+from llmengine.kernels.cublaslt import CublasLt, Product
+
+PRODUCT = Product(3, 8, 16, torch.float32, torch.float32, accumulate=False, bias=False)
+
+
+class StandIn:
+    """The library's calls on host memory: it keeps what descriptors say and computes with torch what they ask for.
+
+    Attributes:
+        refused: algorithms that `cublasLtMatmulAlgoCheck` refuses.
+        used: the algorithm of each product.
+    """
+
+    def __init__(self, num_proposals: int = 3) -> None:
+        self.num_proposals = num_proposals
+        self.refused: set[int] = set()
+        self.used: list[int] = []
+        self.num_destroyed = 0
+        self._descs: dict[int, dict[int, bytes]] = {}
+        self._layouts: dict[int, tuple[int, int, int, int]] = {}
+
+    def cublasLtCreate(self, handle: Any) -> int:
+        handle._obj.value = 1
+        return 0
+
+    def cublasLtDestroy(self, handle: Any) -> int:
+        self.num_destroyed += 1
+        return 0
+
+    def cublasLtMatmulDescCreate(self, desc: Any, compute: Any, scale: Any) -> int:
+        assert (compute.value, scale.value) == (68, 0), "products accumulate in fp32"
+        desc._obj.value = 100 + len(self._descs)
+        self._descs[desc._obj.value] = {}
+        return 0
+
+    def cublasLtMatmulDescSetAttribute(self, desc: Any, name: Any, value: Any, size: Any) -> int:
+        assert size.value == ctypes.sizeof(value._obj)
+        self._descs[desc.value][name.value] = bytes(value._obj)
+        return 0
+
+    def cublasLtMatrixLayoutCreate(self, layout: Any, kind: Any, rows: Any, columns: Any, leading: Any) -> int:
+        layout._obj.value = 200 + len(self._layouts)
+        self._layouts[layout._obj.value] = (kind.value, rows.value, columns.value, leading.value)
+        return 0
+
+    def cublasLtMatmulPreferenceCreate(self, preference: Any) -> int:
+        preference._obj.value = 7
+        return 0
+
+    def cublasLtMatmulPreferenceSetAttribute(self, preference: Any, name: Any, value: Any, size: Any) -> int:
+        assert (preference.value, name.value, size.value) == (7, 1, 8)
+        return 0
+
+    def cublasLtMatmulPreferenceDestroy(self, preference: Any) -> int:
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, handle: Any, *rest: Any) -> int:
+        wanted, found, count = rest[-3:]
+        num_rows = self._layouts[rest[2].value][2]
+        for index in range(min(wanted.value, self.num_proposals)):
+            found[index].algo[0] = num_rows * 10 + index
+        count._obj.value = min(wanted.value, self.num_proposals)
+        return 0
+
+    def cublasLtMatmulAlgoCheck(self, *arguments: Any) -> int:
+        return 15 if arguments[6]._obj[0] in self.refused else 0
+
+    def cublasLtMatmul(self, handle: Any, desc: Any, *rest: Any) -> int:
+        _, weight, weight_layout, x, x_layout, beta, out, out_layout, same, same_layout, algorithm, *_ = rest
+        assert (out.value, out_layout.value) == (same.value, same_layout.value)
+        assert int.from_bytes(self._descs[desc.value][3], "little") == 1, "the weight is transposed"
+
+        def matrix(address: Any, layout: Any) -> torch.Tensor:
+            kind, rows, columns, leading = self._layouts[layout.value]
+            assert (kind, leading) == (0, rows), "fp32, contiguous"
+            data = (ctypes.c_float * (rows * columns)).from_address(address.value)
+            return torch.frombuffer(data, dtype=torch.float32).view(columns, rows)
+
+        result = matrix(out, out_layout)
+        product = matrix(x, x_layout) @ matrix(weight, weight_layout).T
+        if int.from_bytes(self._descs[desc.value][7], "little") == 4:
+            address = int.from_bytes(self._descs[desc.value][8], "little")
+            data = (ctypes.c_float * result.shape[1]).from_address(address)
+            product += torch.frombuffer(data, dtype=torch.float32)
+        result.copy_(product + beta._obj.value * result)
+        self.used.append(algorithm._obj[0])
+        return 0
+
+
+@pytest.fixture
+def make_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[StandIn], CublasLt]:
+    def make(stand_in: StandIn) -> CublasLt:
+        monkeypatch.setattr(cublaslt.ctypes, "PyDLL", lambda name: stand_in)
+
+        class NoStream:
+            cuda_stream = 0
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: NoStream)
+        return CublasLt("cpu")
+
+    return make
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_descriptors_say_what_the_product_is(
+    make_library: Callable[[StandIn], CublasLt], accumulate: bool, with_bias: bool
+) -> None:
+    library = make_library(StandIn())
+    product = Product(3, 8, 16, torch.float32, torch.float32, accumulate, with_bias)
+    for _ in range(2):  # the second finds its descriptors, and has another bias
+        x, weight, bias, out = (torch.randn(*shape) for shape in ((3, 16), (8, 16), (8,), (3, 8)))
+        expected = x @ weight.T + (bias if with_bias else 0) + (out if accumulate else 0)
+        library.run(product, x, weight, bias if with_bias else None, out)
+        torch.testing.assert_close(out, expected)
+
+
+def test_proposals_for_another_number_of_rows_are_taken_where_they_can_compute_this_one(
+    make_library: Callable[[StandIn], CublasLt],
+) -> None:
+    stand_in = StandIn()
+    library = make_library(stand_in)
+    x, weight, out = torch.randn(3, 16), torch.randn(8, 16), torch.empty(3, 8)
+    assert library.num_algorithms(PRODUCT) == 3
+    for index, num_rows in ((0, 0), (2, 0), (9, 0), (1, 64)):
+        library.run(PRODUCT, x, weight, None, out, index, num_rows)
+    stand_in.refused = {642}
+    library.run(PRODUCT, x, weight, None, out, 2, 64)
+    assert stand_in.used == [30, 32, 30, 641, 30]
+
+
+def test_failures_name_the_call_and_the_product(make_library: Callable[[StandIn], CublasLt]) -> None:
+    with pytest.raises(RuntimeError, match=r"no algorithm for Product\(m=3, n=8"):
+        make_library(StandIn(num_proposals=0)).num_algorithms(PRODUCT)
+    stand_in = StandIn()
+    library = make_library(stand_in)
+    stand_in.cublasLtMatmul = lambda *_: 13  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"cublasLtMatmul of Product.*: cuBLAS status 13"):
+        library.run(PRODUCT, torch.randn(3, 16), torch.randn(8, 16), None, torch.empty(3, 8))
+
+
+def test_the_handle_goes_with_its_owner(make_library: Callable[[StandIn], CublasLt]) -> None:
+    stand_in = StandIn()
+    library = make_library(stand_in)
+    assert stand_in.num_destroyed == 0
+    del library
+    assert stand_in.num_destroyed == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="calls the library")
+@pytest.mark.parametrize("num_rows", [1, 5, 64, 300])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_proposal_computes_the_product(num_rows: int, out_dtype: torch.dtype) -> None:
+    library = CublasLt("cuda")
+    x, weight = (torch.randn(rows, 512, device="cuda").bfloat16() for rows in (num_rows, 384))
+    start = torch.randn(num_rows, 384, device="cuda").to(out_dtype)
+    expected = x.float() @ weight.float().T + start.float()
+    product = Product(num_rows, 384, 512, torch.bfloat16, out_dtype, accumulate=True, bias=False)
+    for index in range(library.num_algorithms(product)):
+        out = start.clone()
+        library.run(product, x, weight, None, out, index, num_rows=64)
+        torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.3)
