@@ -25,6 +25,7 @@ import psutil
 from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
 from llmengine import (
     LLM,
+    GenerationOutput,
     InvalidRequestError,
     KvCacheConfig,
     ModelConfig,
@@ -67,7 +68,9 @@ class Soak:
 
 
 class Client:
-    """One random client; which behaviour it picks depends on the seed alone."""
+    """One random client; which behaviour it picks depends on the seed alone. It waits for up to `patience_s` a time."""
+
+    patience_s = 0.5
 
     def __init__(self, soak: Soak, seed: int) -> None:
         self._soak = soak
@@ -99,7 +102,10 @@ class Client:
                 self._soak.faults.append(repr(error))
             self._soak.endings[f"{behave.__name__.strip('_').replace('_', ' ')}: {ending}"] += 1
             if self._rng.random() < 0.2:
-                await anyio.sleep(self._rng.uniform(0.0, 0.5))
+                await anyio.sleep(self._some_time())
+
+    def _some_time(self) -> float:
+        return self._rng.uniform(0.0, self.patience_s)
 
     def _submit(self, *, deadline_s: float | None = None) -> RequestHandle:
         rng, soak = self._rng, self._soak
@@ -128,10 +134,14 @@ class Client:
             token_ids += output.token_ids_delta
         if token_ids != output.token_ids:
             self._soak.faults.append(f"request {output.request_id}: the deltas are not the output")
-        return str(output.finish_reason)
+        return self._ending(output)
 
     async def _await_result(self) -> str:
-        return str((await self._submit()).finish_reason)
+        return self._ending(await self._submit())
+
+    def _ending(self, output: GenerationOutput) -> str:
+        """Return how a final output ended; for more checks of it."""
+        return str(output.finish_reason)
 
     async def _break_early(self) -> str:
         ending, num_left = "left", self._rng.randint(1, 8)
@@ -151,19 +161,19 @@ class Client:
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(read)
-            await anyio.sleep(self._rng.uniform(0.0, 0.5))
+            await anyio.sleep(self._some_time())
             tasks.cancel_scope.cancel()
         return endings[0]
 
     async def _time_out(self) -> str:
-        with anyio.move_on_after(self._rng.uniform(0.0, 0.5)):
+        with anyio.move_on_after(self._some_time()):
             return await self._await_result()
         return "timed out"
 
     async def _drop_handle(self) -> str:
         handle = self._submit()
         if self._rng.random() < 0.5:
-            await anyio.sleep(self._rng.uniform(0.0, 0.3))
+            await anyio.sleep(self._some_time())
         del handle
         return "dropped"
 
@@ -172,17 +182,17 @@ class Client:
         ending = ""
         async for output in self._submit():
             ending = str(output.finish_reason)
-            await anyio.sleep(self._rng.uniform(0.0, 0.3))
+            await anyio.sleep(self._some_time())
         return ending
 
     async def _expire(self) -> str:
-        return str((await self._submit(deadline_s=self._rng.uniform(0.001, 1.0))).finish_reason)
+        return self._ending(await self._submit(deadline_s=self._rng.uniform(0.001, 2 * self.patience_s)))
 
     async def _abort(self) -> str:
         handle = self._submit()
-        await anyio.sleep(self._rng.uniform(0.0, 0.3))
+        await anyio.sleep(self._some_time())
         handle.abort()
-        return str((await handle).finish_reason)
+        return self._ending(await handle)
 
 
 async def watch(soak: Soak, period_s: float, scope: anyio.CancelScope) -> None:
@@ -228,7 +238,7 @@ async def wait_until_idle(llm: LLM) -> None:
     """Return when no request is left; gives up after a while, which `violations` then tells."""
     for _ in range(int(_IDLE_LIMIT_S / _IDLE_CHECK_S)):
         stats = llm.stats()
-        if not (stats.num_running or stats.num_waiting or stats.num_queued):
+        if not (stats.num_running or stats.num_waiting or stats.num_paused or stats.num_queued):
             return
         await anyio.sleep(_IDLE_CHECK_S)
 

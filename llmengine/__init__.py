@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmengine.batch import BackendInfo, TokenLogprobs
+    from llmengine.beam_search import BeamOutput, BeamSearchOutput
     from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
     from llmengine.engine.handle import RequestHandle
     from llmengine.engine.stats import EngineHealth, EngineStats
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from llmengine.llm import LLM
-    from llmengine.outputs import FinishReason, GenerationOutput, RequestTimeline
+    from llmengine.outputs import FinishReason, GenerationOutput, Logprob, RequestTimeline
     from llmengine.sampling_params import SamplingParams
+    from llmengine.structured_output import StructuredOutput
 
 _HOMES = {
     "llmengine.batch": ("BackendInfo", "TokenLogprobs"),
+    "llmengine.beam_search": ("BeamOutput", "BeamSearchOutput"),
     "llmengine.config": ("KvCacheConfig", "ModelConfig", "ParallelConfig", "QuantConfig", "SchedulerConfig"),
     "llmengine.engine.handle": ("RequestHandle",),
     "llmengine.engine.stats": ("EngineHealth", "EngineStats"),
@@ -55,8 +58,9 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "llmengine.llm": ("LLM",),
-    "llmengine.outputs": ("FinishReason", "GenerationOutput", "RequestTimeline"),
+    "llmengine.outputs": ("FinishReason", "GenerationOutput", "Logprob", "RequestTimeline"),
     "llmengine.sampling_params": ("SamplingParams",),
+    "llmengine.structured_output": ("StructuredOutput",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -64,6 +68,8 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BackendInfo",
+    "BeamOutput",
+    "BeamSearchOutput",
     "ConfigError",
     "CorruptFileError",
     "EngineClosedError",
@@ -76,6 +82,7 @@ __all__ = [
     "InvalidRequestError",
     "KvCacheConfig",
     "LLMEngineError",
+    "Logprob",
     "ModelConfig",
     "ModelLoadError",
     "OutOfMemoryError",
@@ -89,6 +96,7 @@ __all__ = [
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenLogprobs",
     "UnsupportedModelError",
 ]

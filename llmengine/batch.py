@@ -67,11 +67,16 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `rows` hold each slot at most once; `slot_inits` come before them."""
+    """One step. `rows` hold each slot at most once; `slot_inits` come before them.
+
+    `masks`: slot -> the tokens that it may choose in this step, for rows with a grammar. 4 * ceil(vocab / 32) bytes, id
+    t if bit t % 8 of byte t // 8 is set.
+    """
 
     step: int
     rows: Sequence[BatchRow]
     slot_inits: Sequence[SlotInit] = ()
+    masks: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +86,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one generated position: the chosen token's, and the likeliest (ids, values), best first."""
+    """Log-probabilities at one position: that of the token there, and the likeliest (ids, values), best first."""
 
     logprob: float
     top_ids: Sequence[int] = ()
@@ -96,6 +101,8 @@ class StepResult:
         step: the batch's step number.
         token_ids: slot -> sampled token id, for each row with `sample` that did not fail.
         logprobs: slot -> log-probabilities, for rows whose parameters ask for them.
+        prompt_logprobs: slot -> log-probabilities of the row's prompt tokens at positions start + 1 to
+            min(start + num_tokens, num_prompt_tokens - 1), for rows whose parameters ask for them.
         errors: slot -> cause, for rows that failed alone (non-finite logits); the others are sound.
         forward_s: seconds that the model's forward pass took, without sampling and input preparation.
         idle_s: seconds that the device waited for this step, after the one before that was in flight with it.
@@ -104,6 +111,7 @@ class StepResult:
     step: int
     token_ids: Mapping[int, int]
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
     forward_s: float = 0.0
     idle_s: float = 0.0
@@ -122,6 +130,7 @@ class BackendInfo:
         kv_bytes_per_block: bytes of one block over all layers.
         weight_bytes: bytes of the resident weights.
         max_steps_in_flight: how many steps may be launched and not yet collected, >= 1.
+        has_prompt_logprobs: it computes `SamplingParams.prompt_logprobs`.
     """
 
     description: str
@@ -132,6 +141,7 @@ class BackendInfo:
     kv_bytes_per_block: int
     weight_bytes: int
     max_steps_in_flight: int = 1
+    has_prompt_logprobs: bool = False
 
 
 class Backend(Protocol):

@@ -7,8 +7,13 @@ variables; `raise_exception`, `strftime_now` and a `tojson` that does not escape
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +22,10 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from llmengine.errors import InvalidRequestError, ModelLoadError
 
@@ -27,6 +35,14 @@ MAX_PROMPT_CHARS = 16_000_000
 MAX_RANGE_ITEMS = 1_000_000
 """Most items of all `range()` calls of one rendering together."""
 
+MAX_STEPS = 1_000_000
+"""Most turns of loops and calls of one rendering together."""
+
+MAX_RENDER_S = 5.0
+"""Most seconds of one rendering, looked at in each step."""
+
+_MAX_MADE_CHARS = 16 * MAX_PROMPT_CHARS
+_MAX_INT_BITS = 1 << 16
 _MAX_REPEATED = 1_000_000
 _MAX_DEPTH = 64
 _RESERVED = ("messages", "documents", "continue_final_message", "tokenize", "chat_template", "return_dict")
@@ -35,20 +51,21 @@ _RESERVED = ("messages", "documents", "continue_final_message", "tokenize", "cha
 class ChatTemplate:
     """A compiled template; `render` may run in several threads at once.
 
-    The template is sandboxed: it sees plain JSON data only, cannot change it, and reaches no Python internals. What
-    the caller's messages can make large is bounded: the text (`MAX_PROMPT_CHARS`), loops over `range`
-    (`MAX_RANGE_ITEMS`), and what `*` and `**` make. Not bounded is what a hostile template does by itself, such as
-    doubling a string in a loop: templates are trusted as much as the weights they come with.
+    The template is sandboxed: it sees plain JSON data only, cannot change it, and reaches no Python internals. Bounded
+    are the text and every value that operators, filters, calls and blocks make (`MAX_PROMPT_CHARS` each, 16 times that
+    together), turns of loops and calls (`MAX_STEPS`, `MAX_RANGE_ITEMS`), and the time (`MAX_RENDER_S`).
 
     Raises `ModelLoadError` when `source` is no template.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: str, variables: Mapping[str, str] | None = None, where: str = "tokenizer") -> None:
         self._variables = dict(variables or {})
         try:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise ModelLoadError(f"the chat template does not compile: {error}; template: {source:.200}") from error
+            raise ModelLoadError(
+                f"{where}: the chat template does not compile: {error}; template: {source:.200}"
+            ) from error
 
     def render(
         self,
@@ -72,6 +89,7 @@ class ChatTemplate:
         context["tools"] = None if tools is None else _plain(tools, "tools")
         context["add_generation_prompt"] = add_generation_prompt
         context["range"] = _range_with_budget()
+        token = _BUDGET.set(_Budget())
         try:
             return self._write(context)
         except InvalidRequestError:
@@ -80,6 +98,8 @@ class ChatTemplate:
             raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         except RecursionError as error:
             raise InvalidRequestError("the chat template recurses without end on these messages") from error
+        finally:
+            _BUDGET.reset(token)
 
     def _write(self, context: Mapping[str, Any]) -> str:
         pieces = []
@@ -143,26 +163,225 @@ def _range_with_budget() -> Callable[..., range]:
     return bounded_range
 
 
+class _Budget:
+    """What a rendering has used."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._chars = 0
+        self._deadline = time.monotonic() + MAX_RENDER_S
+
+    def step(self) -> None:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise InvalidRequestError(f"the chat template takes more than {MAX_STEPS} turns of loops and calls")
+        if time.monotonic() > self._deadline:
+            raise InvalidRequestError(f"the chat template takes more than {MAX_RENDER_S:g} s")
+
+    def made(self, value: Any) -> Any:
+        """Return `value`, a new one, once its size is counted."""
+        self.step()
+        size = _size(value)
+        _require_room(size)
+        self._chars += size
+        if self._chars > _MAX_MADE_CHARS:
+            raise InvalidRequestError(f"the chat template makes values of more than {_MAX_MADE_CHARS} characters")
+        return value
+
+
+_BUDGET: ContextVar[_Budget] = ContextVar("llmengine_chat_template_budget")
+
+
+def _made(value: Any) -> Any:
+    budget = _BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
+    return (_Budget() if budget is None else budget).made(value)
+
+
+def _require_room(num_chars: int) -> None:
+    if num_chars > MAX_PROMPT_CHARS:
+        raise InvalidRequestError(f"the chat template makes a value of more than {MAX_PROMPT_CHARS} characters")
+
+
+def _size(value: Any) -> int:
+    """Return about how many characters and items `value` has when it is written out."""
+    return _nested_size(value, {})
+
+
+def _nested_size(value: Any, known: dict[int, int]) -> int:
+    """`known` holds the sizes by id: what is in there twice is counted twice and walked once."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+        raise InvalidRequestError(f"the chat template makes an integer of more than {_MAX_INT_BITS} bits")
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    if id(value) not in known:
+        items: Iterable[Any] = value
+        if isinstance(value, dict):
+            items = itertools.chain(value.keys(), value.values())
+        known[id(value)] = 1 + sum(_nested_size(item, known) for item in items)
+    return known[id(value)]
+
+
+class _Counted:
+    """Iterates over `items`; each turn is a step."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        budget = _BUDGET.get()
+        for item in self._items:
+            budget.step()
+            yield item
+
+
+class _CountedSized(_Counted):
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _counted(items: Any) -> _Counted:
+    return (_CountedSized if isinstance(items, Sized) else _Counted)(items)
+
+
+class _Namespace(Namespace):
+    """One whose text does not repeat what is in it, which may be other namespaces."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
+_SPREADING = ("expandtabs", "indent", "tojson")
+
+
+def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
+    """Raise `InvalidRequestError` if the filter or string method `name` would make too large a value of `value`."""
+    number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
+    longest = max((len(item) for item in arguments if isinstance(item, str)), default=0)
+    if name in _PADDING:
+        _require_room(number)
+    elif name in _SPREADING:
+        _require_room(_size(value) * (1 + number + longest))
+    elif name == "replace" and len(arguments) >= 2 and isinstance(value, str):
+        _require_room(len(value) + value.count(str(arguments[0])) * longest)
+    elif name == "join" and isinstance(value, list | tuple | str):
+        _require_room(_size(value) + len(value) * longest)
+    elif name == "format" and isinstance(value, str):
+        _check_widths(_WIDE_PERCENT, value)
+    elif name == "sum" and any(isinstance(item, list | tuple) for item in arguments):
+        raise InvalidRequestError("the chat template adds up lists, which takes too long")
+
+
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*[0-9]*\.?([0-9]{5}|\*)")
+_WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*([0-9]{5}|\{)")
+
+
+def _check_widths(wide: re.Pattern[str], pattern: str) -> None:
+    if wide.search(pattern):
+        raise InvalidRequestError(f"the chat template formats with a width that may be too large: {pattern!r:.100}")
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment comes first
+
+    @functools.wraps(function)
+    def bounded(*arguments: Any, **keywords: Any) -> Any:
+        value, *given = arguments[skipped:]
+        _check_growth(name, value, [*given, *keywords.values()])
+        return _made(function(*arguments, **keywords))
+
+    return bounded
+
+
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControls])
         self.filters["tojson"] = _tojson
+        for name in ("urlize", "xmlattr", "wordwrap"):  # they write more than can be told from what they are given
+            del self.filters[name]
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {_COUNTED: _counted, _CONCAT: _concat, _MADE: _made}
+        del self.globals["lipsum"]
+        self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Have what loops and what makes values without a filter, call or operator pass through filters that count."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = _filtered(loop.iter, _COUNTED)
+        for block in tree.find_all(nodes.AssignBlock):
+            block.filter = _filtered(block.filter, _MADE)
+        return _ValuesCounted().visit(tree)  # type: ignore[no-any-return]
+
+    def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        """Call a function, macro or method: one step, and a value of bounded size."""
+        if isinstance(called, LoopContext) and arguments:
+            arguments = (_counted(arguments[0]), *arguments[1:])
+        value = getattr(called, "__self__", None)
+        if isinstance(value, str):
+            _check_growth(called.__name__, value, [*arguments, *keywords.values()])
+            if called.__name__ == "join" and arguments:
+                _check_growth("join", arguments[0], [value])
+        return _made(super().call(context, called, *arguments, **keywords))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return what `str.format` is replaced by, None for anything else."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(_WIDE_BRACES, value.__self__)
+        return wrapped
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Repeat and raise within limits; both are the cheap ways to make an enormous value."""
+        """Repeat, raise and format within limits, which are the cheap ways to make an enormous value."""
         if operator == "**":
             if not (isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 64):
                 raise InvalidRequestError("the chat template raises to a power above 64")
-        else:
+        elif operator == "*":
             for items, count in ((left, right), (right, left)):
                 is_repeat = isinstance(items, str | list | tuple) and isinstance(count, int)
                 if is_repeat and len(items) * count > _MAX_REPEATED:
                     raise InvalidRequestError(f"the chat template repeats a value to above {_MAX_REPEATED} items")
-        return super().call_binop(context, operator, left, right)
+        elif operator == "%" and isinstance(left, str):
+            _check_widths(_WIDE_PERCENT, left)
+        return _made(super().call_binop(context, operator, left, right))
+
+
+_COUNTED, _CONCAT, _MADE = "llmengine_counted", "llmengine_concat", "llmengine_made"
+
+
+def _concat(items: Sequence[Any]) -> str:
+    _require_room(_size(items))
+    return "".join(map(str, items))
+
+
+def _filtered(node: nodes.Node | None, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+class _ValuesCounted(NodeTransformer):
+    """Passes what `~` and literals make through filters."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(_filtered(nodes.List(node.nodes), _CONCAT), _MADE)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE) if node.ctx == "load" else node
 
 
 class _GenerationBlock(Extension):

@@ -156,8 +156,13 @@ class SchedulerConfig(_Settings):
         max_tokens_per_mixed_step: the same for a step that also decodes, lower so that a prompt delays the tokens
             of running requests by a bounded time. `BY_DEVICE`: 256 on a CPU, 1024 on an accelerator.
         max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`.
+            Also the most that are paused (`slow_consumer="pause"`); of more, the one paused the longest is aborted.
         max_queued_tokens: most prompt tokens of waiting requests; a request that finds the queue empty always fits.
         max_preemptions: a request preempted this often is not chosen again while another can be.
+        max_unread_tokens: a request with `slow_consumer` "pause" or "abort" is held back when so many of its tokens are
+            unread; steps that are in flight then may add a few.
+        step_timeout_s: the engine is declared dead, for a `TimeoutError`, when a call into the backend takes more than
+            these seconds; far more than the slowest step, which may compile something. None: wait for ever.
         max_decode_latency_ms: a step that decodes takes only as many prompt tokens as let it end within this time, as
             far as it can be told from the steps before, but at least a sixteenth of `max_tokens_per_mixed_step`. None:
             always up to `max_tokens_per_mixed_step`.
@@ -175,6 +180,8 @@ class SchedulerConfig(_Settings):
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
     max_preemptions: int = 3
+    max_unread_tokens: int = 256
+    step_timeout_s: float | None = None
     max_decode_latency_ms: float | None = None
     priority_ageing_s: float = 10.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
@@ -204,10 +211,11 @@ class SchedulerConfig(_Settings):
         )
 
     def _check(self) -> None:
-        for name in (*_LIMITS, "max_queued_requests", "max_queued_tokens", "max_preemptions"):
+        for name in (*_LIMITS, "max_queued_requests", "max_queued_tokens", "max_preemptions", "max_unread_tokens"):
             _require_int(f"scheduler_config.{name}", getattr(self, name), 1)
-        if self.max_decode_latency_ms is not None:
-            _require_positive("scheduler_config.max_decode_latency_ms", self.max_decode_latency_ms)
+        for name in ("step_timeout_s", "max_decode_latency_ms"):
+            if getattr(self, name) is not None:
+                _require_positive(f"scheduler_config.{name}", getattr(self, name))
         _require_positive("scheduler_config.priority_ageing_s", self.priority_ageing_s)
         for tenant, weight in self.tenant_weights.items():
             if not isinstance(tenant, str):
@@ -243,6 +251,9 @@ class ModelConfig(_Settings):
         num_threads: CPU threads of the forward pass; None: torch's default.
         tuning_budget_s: most seconds that loading may spend on measuring which matrix products are fastest on this
             GPU for the model's shapes; what was measured is kept on disk for the next time. 0: rules of thumb.
+        deterministic: the same prompt and parameters give bit-equal tokens and log-probabilities on this machine,
+            whatever else is in the batch, and however the prompt is cut, cached or computed again. On a CPU only,
+            without `prompt_logprobs`, and slower, by far without the native decoder.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
     """
 
@@ -257,6 +268,7 @@ class ModelConfig(_Settings):
     max_model_len: int | None = None
     num_threads: int | None = None
     tuning_budget_s: float = 4.0
+    deterministic: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
 
     def resolve(self, accelerator: bool = False) -> Self:
@@ -285,6 +297,8 @@ class ModelConfig(_Settings):
             raise ConfigError(f"tuning_budget_s={budget!r} is not a number >= 0")
         if self.num_threads is not None:
             _require_int("num_threads", self.num_threads, 1)
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError(f"deterministic={self.deterministic!r} is not a bool")
 
 
 def _require_int(name: str, value: Any, low: int) -> None:

@@ -11,16 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import anyio.to_thread
 
+from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
+from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake, Messages, Prompt, RequestOptions, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats
+from llmengine.engine.stream import SlowConsumer
 from llmengine.errors import ConfigError, InvalidRequestError
 from llmengine.outputs import GenerationOutput
 from llmengine.sampling_params import SamplingParams
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENIZER_THREADS = 4
+_NUM_GRAMMAR_THREADS = 2
 _EXIT_TIMEOUT_S = 10.0
 
 
@@ -123,9 +127,12 @@ class LLM:
         self, backend_factory: Callable[[], Backend], scheduler: SchedulerConfig, kv_cache: KvCacheConfig
     ) -> None:
         self._engine = Engine(backend_factory, scheduler, kv_cache)
+        self._grammar_threads = ThreadPoolExecutor(_NUM_GRAMMAR_THREADS, "llmengine-grammar")
         self._share_prefixes = scheduler.share_prefixes_across_tenants
         # Runs when the LLM is collected or the interpreter exits: an engine thread must not outlive either.
-        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._tokenizer_threads)
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._engine, (self._tokenizer_threads, self._grammar_threads)
+        )
         try:
             self._info: BackendInfo = self._engine.start()
         except BaseException:
@@ -143,6 +150,7 @@ class LLM:
             tokenizer,
             eos_token_ids,
             self._tokenizer_threads,
+            self._grammar_threads,
             share_prefixes_across_tenants=self._share_prefixes,
         )
 
@@ -170,6 +178,9 @@ class LLM:
         progress: bool = False,
     ) -> list[GenerationOutput]:
         """Generate for all prompts at once, block until all are finished, and return their outputs in order.
+
+        There is one `GenerationOutput` for each prompt. With `SamplingParams.n` above 1 it has all of the prompt's
+        outputs in `outputs`, and is itself the first of them.
 
         Args:
             prompts: a string, a list of token ids, or an iterable of either. More than fit the queue are submitted
@@ -205,6 +216,7 @@ class LLM:
         first_token_deadline_s: float | None = None,
         cache_salt: Hashable = None,
         wait_for_admission: bool = False,
+        slow_consumer: SlowConsumer = "coalesce",
     ) -> RequestHandle:
         """Submit one request and return its handle at once: ``async for`` it, or ``await`` it.
 
@@ -213,7 +225,9 @@ class LLM:
         Args:
             prompt: text or token ids.
             sampling_params: None: `get_default_sampling_params()`.
-            streaming: the handle yields whenever tokens arrive; otherwise the final output only.
+            streaming: the handle yields whenever tokens arrive; otherwise the final output only. With
+                `SamplingParams.n` above 1, what it yields is of one output at a time: `index` says which, and each has
+                a last one that is `finished`.
             priority: higher is scheduled first and preempted last, among the requests of its tenant; in [-1e6, 1e6].
             tenant: on whose behalf. Tenants share the engine by `SchedulerConfig.tenant_weights`, whatever their
                 priorities, and no prefix blocks unless `share_prefixes_across_tenants`.
@@ -223,6 +237,11 @@ class LLM:
             wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
                 raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work
                 as ever.
+            slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": nothing,
+                they come as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
+                others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end
+                the request with finish reason "abort"; the output's `error` says why. Who waits for the final output
+                has read all.
 
         Raises:
             InvalidRequestError: a parameter or token id is out of range.
@@ -240,6 +259,7 @@ class LLM:
             first_token_deadline_s,
             cache_salt,
             wait_for_admission,
+            slow_consumer,
         )
         return self._intake.submit(prompt, options, self)
 
@@ -269,6 +289,7 @@ class LLM:
         first_token_deadline_s: float | None = None,
         cache_salt: Hashable = None,
         wait_for_admission: bool = False,
+        slow_consumer: SlowConsumer = "coalesce",
         **template_kwargs: Any,
     ) -> RequestHandle:
         """`generate_async` for a conversation; `template_kwargs` reach the chat template."""
@@ -282,10 +303,73 @@ class LLM:
             first_token_deadline_s,
             cache_salt,
             wait_for_admission,
+            slow_consumer,
         )
         # A copy: the caller may go on with its list while a thread renders it.
         copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
         return self._intake.submit_chat(copied, template_kwargs, options, self)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        num_beams: int = 4,
+        *,
+        max_new_tokens: int = 128,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        priority: int = 0,
+        tenant: str | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Return the `num_beams` likeliest continuations of each prompt that beam search finds, best first. Blocks.
+
+        Args:
+            prompts: as for `generate`.
+            num_beams, max_new_tokens, length_penalty, early_stopping: see `BeamSearchParams`.
+            priority, tenant: see `generate_async`.
+
+        Raises what `generate_async` raises, and the error of a beam's request that fails.
+        """
+        params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
+        searches = self._beam_searches(as_prompts(prompts), params)
+
+        def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
+            options = RequestOptions(sampling_params, priority=priority, tenant=tenant)
+            return self._intake.submit_blocking(token_ids, options, self)
+
+        beam_search.run(searches, submit)
+        return [search.output(self._intake.decode) for search in searches]
+
+    async def beam_search_async(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        num_beams: int = 4,
+        *,
+        max_new_tokens: int = 128,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        priority: int = 0,
+        tenant: str | None = None,
+    ) -> list[BeamSearchOutput]:
+        """`beam_search` without blocking the event loop. When cancelled, its requests are aborted."""
+        params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
+        searches = await anyio.to_thread.run_sync(self._beam_searches, list(as_prompts(prompts)), params)
+
+        def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
+            return self.generate_async(
+                token_ids, sampling_params, priority=priority, tenant=tenant, wait_for_admission=True
+            )
+
+        await beam_search.run_async(searches, submit)
+        return [search.output(self._intake.decode) for search in searches]
+
+    def _beam_searches(self, prompts: Iterable[Prompt], params: BeamSearchParams) -> list[BeamSearch]:
+        self._engine.check_open()
+        eos, limit = self._intake.eos_token_ids, self._info.max_model_len
+        encoded = [self._intake.encode(prompt) for prompt in prompts]
+        return [
+            BeamSearch(one.text, one.token_ids, params, eos, min(params.max_new_tokens, limit - len(one.token_ids)))
+            for one in encoded
+        ]
 
     def save(self, directory: str | Path) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
@@ -400,7 +484,10 @@ def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable
     return track(handles, "generating", console=Console(stderr=True))
 
 
-def _shut_down(engine: Engine, tokenizer_threads: ThreadPoolExecutor) -> None:
+def _shut_down(engine: Engine, threads: Sequence[ThreadPoolExecutor]) -> None:
+    if engine.is_forked:
+        return  # the threads are the other process's, and so are the locks that they may have held
     engine.stop()
-    tokenizer_threads.shutdown(wait=False, cancel_futures=False)
+    for executor in threads:
+        executor.shutdown(wait=False, cancel_futures=False)
     engine.join(_EXIT_TIMEOUT_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,12 +42,29 @@ class RequestTimeline:
         return None if self.finished is None else self.finished - self.queued
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token that could have been at a position.
+
+    Attributes:
+        logprob: of the model's distribution there.
+        rank: 1 for the likeliest; None: beyond the alternatives that were asked for.
+        decoded_token: its text by itself; U+FFFD for a part of a character, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
 @dataclass(slots=True, eq=False)
 class OutputLog:
     """Everything one request has put out so far. The engine thread appends; nothing is ever changed or removed.
 
     `pieces` holds the text that each token released ("" while it is held back), and at the end one more for what
     was held back; their concatenation is the text. Only a token that ends the request may have no piece.
+    `prompt_logprobs` has None for the first token, and is complete when there is a generated one. The outputs of one
+    prompt share it, and have the `family_id` of the first.
     """
 
     request_id: int
@@ -57,6 +74,10 @@ class OutputLog:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    index: int = 0
+    family_id: int | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
     num_cached_tokens: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -68,16 +89,24 @@ class OutputLog:
 
 
 class GenerationOutput:
-    """One request's output up to some moment; `*_delta` is what came since the output before it.
+    """One output of a request, up to some moment; `*_delta` is what came since the output before it.
 
     Concatenating the deltas of a stream gives the final `text` and `token_ids`. Slices are made when asked for, so a
     stream of n tokens does not cost n copies of the text.
     """
 
-    __slots__ = ("_begin", "_end", "_log", "_num_preemptions", "finish_reason")
+    __slots__ = ("_begin", "_end", "_log", "_num_preemptions", "_outputs", "finish_reason")
 
-    def __init__(self, log: OutputLog, begin: int, end: int, finish_reason: FinishReason | None = None) -> None:
+    def __init__(
+        self,
+        log: OutputLog,
+        begin: int,
+        end: int,
+        finish_reason: FinishReason | None = None,
+        outputs: Sequence[GenerationOutput] = (),
+    ) -> None:
         """View tokens [begin, end) as the delta."""
+        self._outputs = outputs
         self._log = log
         self._begin = begin
         self._end = end
@@ -99,8 +128,22 @@ class GenerationOutput:
 
     @property
     def request_id(self) -> int:
-        """Unique within the `LLM`, increasing."""
-        return self._log.request_id
+        """Unique within the `LLM`, increasing; the same for all outputs of one prompt."""
+        log = self._log
+        return log.request_id if log.family_id is None else log.family_id
+
+    @property
+    def index(self) -> int:
+        """Which of the prompt's `SamplingParams.num_outputs` outputs this is, from 0."""
+        return self._log.index
+
+    @property
+    def outputs(self) -> list[GenerationOutput]:
+        """All `SamplingParams.n` outputs of the prompt: by index, or best first where `best_of` chose them.
+
+        This output's own fields are those of the first. A streamed output, and a request's only one, has itself.
+        """
+        return list(self._outputs) or [self]
 
     @property
     def prompt(self) -> str | None:
@@ -153,6 +196,34 @@ class GenerationOutput:
         return None if self._log.logprobs is None else self._log.logprobs[: self._end]
 
     @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum of the generated tokens' log-probabilities so far; None unless `logprobs` are there."""
+        logprobs = self.logprobs
+        return None if logprobs is None else sum(entry.logprob for entry in logprobs)
+
+    @property
+    def decoded_logprobs(self) -> list[dict[int, Logprob]] | None:
+        """`logprobs` as one dictionary for each token, by token id: the chosen one first, then the alternatives."""
+        logprobs = self.logprobs
+        return (
+            None if logprobs is None else [self._decoded(*pair) for pair in zip(self.token_ids, logprobs, strict=True)]
+        )
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Log-probabilities of each token of the prompt, None for the first; None unless asked for."""
+        return None if self._log.prompt_logprobs is None else list(self._log.prompt_logprobs)
+
+    @property
+    def decoded_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """`prompt_logprobs` as `decoded_logprobs`."""
+        logprobs = self.prompt_logprobs
+        if logprobs is None:
+            return None
+        pairs = zip(self._log.prompt_token_ids, logprobs, strict=False)
+        return [None if entry is None else self._decoded(token_id, entry) for token_id, entry in pairs]
+
+    @property
     def finished(self) -> bool:
         """True for the last output of a request."""
         return self.finish_reason is not None
@@ -164,8 +235,19 @@ class GenerationOutput:
 
     @property
     def error(self) -> LLMEngineError | None:
-        """What went wrong, when `finish_reason` is "error"."""
+        """What went wrong, when `finish_reason` is "error", or "abort" for a consumer that did not read."""
         return self._log.error if self.finished else None
+
+    def _decoded(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
+        decode = self._log.decode
+
+        def describe(token_id: int, logprob: float, rank: int | None) -> Logprob:
+            return Logprob(logprob, rank, None if decode is None else decode([token_id]))
+
+        result = {token_id: describe(token_id, entry.logprob, None)}
+        for rank, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1):
+            result[other] = describe(other, logprob, rank)
+        return result
 
     @property
     def _end_piece(self) -> int | None:
@@ -174,7 +256,10 @@ class GenerationOutput:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        parts = [f"request_id={self.request_id}", f"text={text!r}", f"num_tokens={self.num_tokens}"]
+        parts = [f"request_id={self.request_id}"]
+        if self._log.family_id is not None:
+            parts.append(f"index={self.index}")
+        parts += [f"text={text!r}", f"num_tokens={self.num_tokens}"]
         parts.append(f"num_prompt_tokens={self.num_prompt_tokens}")
         if self.num_cached_tokens:
             parts.append(f"num_cached_tokens={self.num_cached_tokens}")

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmengine.errors import InvalidRequestError
+from llmengine.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
 """Most alternatives per token that `SamplingParams.logprobs` may ask for."""
+
+MAX_OUTPUTS = 128
+"""Most outputs of one prompt that `SamplingParams.n` or `best_of` may ask for."""
 
 MAX_LISTED_TOKENS = 16384
 """Most tokens in `SamplingParams.logit_bias` or `stop_token_ids`, most characters and token ids in `bad_words`: the
@@ -44,6 +48,11 @@ class SamplingParams:
     top_k. A request fails where nothing is left to choose from.
 
     Attributes:
+        n: how many outputs to generate for the prompt, in [1, 128]; more than one need a temperature above 0. The
+            prompt is computed once. `GenerationOutput.outputs` has them. Output i draws with a seed derived from
+            `seed` and i alone, the first with `seed` itself.
+        best_of: generate this many, in [n, 128], and return the n of the highest `cumulative_logprob`, best first;
+            None: n. Above n nothing can be streamed, and `logprobs` is 0 if it is None.
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
         min_new_tokens: EOS and stop tokens cannot be chosen, and stop strings do not end the request, before
             this many tokens.
@@ -66,9 +75,16 @@ class SamplingParams:
         ignore_eos: do not end at the model's EOS (stop and stop_token_ids still apply).
         logprobs: None: none; k >= 0: for each token its own log-probability and those of the k likeliest, k <= 20.
             They are of the model's distribution, before anything that these parameters do to it.
+        prompt_logprobs: the same for each token of the prompt but the first; not on every backend. The prompt is then
+            computed without reading the prefix cache.
         skip_special_tokens: leave special tokens (BOS, EOS, chat markers) out of the text.
+        structured: the form that the text must have. Stop tokens can be chosen only where it may end, and the request
+            ends by itself, with "stop", where nothing can follow; other limits and stop strings may cut it off. Needs
+            a tokenizer, and the package llguidance.
     """
 
+    n: int = 1
+    best_of: int | None = None
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
     temperature: float = 0.0
@@ -85,7 +101,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         stop = _as_tuple("stop", self.stop, str)
@@ -94,11 +112,14 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", ids)
         object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         object.__setattr__(self, "bad_words", _as_bad_words(self.bad_words))
+        _check_int("n", self.n, 1, MAX_OUTPUTS)
+        _check_int("best_of", self.best_of, self.n, MAX_OUTPUTS, optional=True)
         _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, 0, None)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("seed", self.seed, 0, 2**63 - 1, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
@@ -109,12 +130,19 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
             )
+        if self.num_outputs > 1 and self.greedy:
+            raise InvalidRequestError(
+                f"{self.num_outputs} outputs of a prompt (n, best_of) would all be the same with "
+                f"temperature={self.temperature} and top_k={self.top_k}"
+            )
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError(f"stop holds {text!r}; each stop must be a non-empty string")
         _check_size("stop_token_ids", len(ids), "tokens")
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InvalidRequestError(f"structured={self.structured!r:.200} is not a StructuredOutput")
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name}={getattr(self, name)!r} is not a bool")
@@ -123,6 +151,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when the likeliest token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs are generated, of which `n` are returned."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def penalizes(self) -> bool:
@@ -137,11 +170,15 @@ class SamplingParams:
     def from_sampling_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """Translate the names of TensorRT-LLM's first `SamplingConfig` (`end_id`, `random_seed`, `min_length`, ...).
 
-        `pad_id` has no meaning here and is ignored; any other unknown name raises `InvalidRequestError`.
+        `pad_id` has no meaning here and is ignored, as are `length_penalty` and `early_stopping`, which mean something
+        to beam search alone; `num_beams` above 1 (see `LLM.beam_search`) and any unknown name raise
+        `InvalidRequestError`.
         """
         fields: dict[str, Any] = {}
         for name, value in config.items():
-            if name == "pad_id":
+            if name == "num_beams" and value != 1:
+                raise InvalidRequestError(f"num_beams={value!r}: beam search is LLM.beam_search(prompts, num_beams)")
+            if name in ("pad_id", "num_beams", "length_penalty", "early_stopping"):
                 continue
             if name not in _SEED_NAMES:
                 raise InvalidRequestError(f"unknown SamplingConfig name {name!r}; known: {sorted(_SEED_NAMES)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from llmengine.batch import Backend, BackendInfo, Batch, SlotInit, StepResult, TokenLogprobs
+from llmengine.batch import Backend, BackendInfo, Batch, BatchRow, SlotInit, StepResult, TokenLogprobs
 
 NextToken = Callable[[Sequence[int]], int | None]
 """Maps a context's token ids to the next one; None: this row's logits are not finite."""
@@ -55,6 +55,7 @@ class FakeBackend:
             kv_bytes_per_block=8 * block_size,
             weight_bytes=0,
             max_steps_in_flight=max_steps_in_flight,
+            has_prompt_logprobs=True,
         )
         self._next_token = next_token or mixing_model(vocab_size)
         self._on_step = on_step
@@ -80,6 +81,7 @@ class FakeBackend:
             self._tables[init.slot] = []
         token_ids: dict[int, int] = {}
         logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
         assert len({row.slot for row in batch.rows}) == len(batch.rows), "a slot has two rows"
         for row in batch.rows:
@@ -89,9 +91,13 @@ class FakeBackend:
                 ids.append(self._sampled[row.slot])
             assert len(ids) == row.num_tokens
             self._write(row.slot, row.start, ids)
+            if self._slots[row.slot].sampling_params.prompt_logprobs is not None:
+                prompt_logprobs[row.slot] = self._score_prompt(row)
             if not row.sample:
                 continue
             sampled = self._next_token(self._read(row.slot, row.start + row.num_tokens))
+            if sampled is not None and row.slot in batch.masks:
+                sampled = _allowed_token(sampled, batch.masks[row.slot])
             if sampled is None:
                 errors[row.slot] = "logits are not finite"
                 continue
@@ -99,7 +105,7 @@ class FakeBackend:
             if self._slots[row.slot].sampling_params.logprobs is not None:
                 logprobs[row.slot] = TokenLogprobs(0.0, (sampled,), (0.0,))
         # A device that computes in no time always waits for the next step.
-        self._results.append((batch, StepResult(batch.step, token_ids, logprobs, errors, idle_s=1.0)))
+        self._results.append((batch, StepResult(batch.step, token_ids, logprobs, prompt_logprobs, errors, idle_s=1.0)))
 
     def collect(self) -> StepResult:
         """Return the oldest step's result, after `on_step`."""
@@ -118,9 +124,29 @@ class FakeBackend:
         for position, token_id in enumerate(token_ids, start):
             self._pool[table[position // size]][position % size] = token_id
 
+    def _score_prompt(self, row: BatchRow) -> list[TokenLogprobs]:
+        """Return the row's part of the prompt's log-probabilities: 0 for what the model says comes next, else -1."""
+        init = self._slots[row.slot]
+        entries = []
+        for position in range(row.start + 1, min(row.start + row.num_tokens + 1, init.num_prompt_tokens)):
+            expected = self._next_token(self._read(row.slot, position))
+            top_ids = () if expected is None else (expected,)
+            entries.append(
+                TokenLogprobs(float(init.token_ids[position] == expected) - 1.0, top_ids, (0.0,) * len(top_ids))
+            )
+        return entries
+
     def _read(self, slot: int, num_tokens: int) -> list[int]:
         size, table = self._info.block_size, self._tables[slot]
         return [self._pool[table[position // size]][position % size] for position in range(num_tokens)]
+
+
+def _allowed_token(token_id: int, mask: bytes) -> int | None:
+    """Return the token if the mask allows it, else one that it allows and the token chooses; None: it allows none."""
+    if mask[token_id // 8] >> token_id % 8 & 1:
+        return token_id
+    allowed = [8 * index + bit for index, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1]
+    return allowed[token_id % len(allowed)] if allowed else None
 
 
 def _check_protocol(backend: FakeBackend) -> Backend:

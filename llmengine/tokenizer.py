@@ -22,7 +22,8 @@ class Tokenizer(Protocol):
     """The two methods that `LLM(tokenizer=...)` needs; `adapt_tokenizer` makes other known kinds fit.
 
     Optional attributes are used where present: `special_ids` (ids left out of the text when
-    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer), `eos_token_id`.
+    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer), `eos_token_id`; for
+    structured output `tokenizer_json()`, the text of a tokenizer.json, or `token_bytes()`, the bytes of each id.
     """
 
     def encode(self, text: str) -> list[int]:
@@ -71,6 +72,10 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the bytes; each maximal invalid sequence becomes one U+FFFD."""
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes of each id."""
+        return [*(bytes((value,)) for value in range(256)), b"<bos>", b"<eos>"]
 
 
 def check_text(text: str) -> None:
@@ -349,6 +354,11 @@ class TransformersTokenizer:
             raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         return text
 
+    def tokenizer_json(self) -> str:
+        """Return the text of its tokenizer.json; raises `AttributeError` where it has no such form."""
+        text: str = self._wrapped.backend_tokenizer.to_str()
+        return text
+
     def save(self, directory: str | Path) -> list[Path]:
         """Write the files that transformers writes for it, and return their paths."""
         return [Path(path) for path in self._wrapped.save_pretrained(str(directory))]
@@ -370,6 +380,11 @@ class _EncodingTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""
         text: str = self._wrapped.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def tokenizer_json(self) -> str:
+        """Return the text of its tokenizer.json."""
+        text: str = self._wrapped.to_str()
         return text
 
     def save(self, directory: str | Path) -> list[Path]:

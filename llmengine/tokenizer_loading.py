@@ -45,6 +45,7 @@ class LoadedTokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         end_token_ids: frozenset[int] = frozenset(),
+        source: str = "tokenizer",
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -53,7 +54,8 @@ class LoadedTokenizer:
         self._sources = dict(chat_templates or {})
         for name in self._sources:
             if not name.replace("-", "_").isidentifier():  # it becomes a file name in save()
-                raise ModelLoadError(f"chat template name {name!r} is none of letters, digits, '_' and '-'")
+                raise ModelLoadError(f"{source}: chat template name {name!r} is none of letters, digits, '_' and '-'")
+        self._source = source
         self._templates: dict[str, ChatTemplate] = {}
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -68,15 +70,26 @@ class LoadedTokenizer:
         """Return the ids of `text`; special tokens written out in it are recognised.
 
         With `add_special_tokens`, BOS and the like are added as the model's own tokenizer does; text from
-        `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot hold.
+        `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot hold,
+        `CorruptFileError` for a tokenizer that contradicts itself.
         """
         check_text(text)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except BaseException as error:
+            if not _is_from_library(error):
+                raise
+            raise CorruptFileError(f"{self._source}: the tokenizer cannot encode {text!r:.80}: {error}") from error
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included; ids outside the vocabulary have none."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        try:
+            text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        except BaseException as error:
+            if not _is_from_library(error):
+                raise
+            raise CorruptFileError(f"{self._source}: the tokenizer cannot decode {token_ids!r:.80}: {error}") from error
         return text
 
     def apply_chat_template(
@@ -100,15 +113,21 @@ class LoadedTokenizer:
             name = next(iter(self._sources))
         template = self._templates.get(name)
         if template is None:
-            template = self._templates[name] = ChatTemplate(self._sources[name], self._special_tokens)
+            template = ChatTemplate(self._sources[name], self._special_tokens, self._source)
+            self._templates[name] = template
         return template.render(messages, add_generation_prompt, tools, variables)
+
+    def tokenizer_json(self) -> str:
+        """Return the text of its tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write the files that `load_tokenizer` and transformers read, and return their paths."""
         directory = Path(directory)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         files = {
-            "tokenizer.json": self._backend.to_str(),
+            "tokenizer.json": self.tokenizer_json(),
             "tokenizer_config.json": json.dumps({**config, **self._special_tokens}, indent=2, ensure_ascii=False),
         }
         for name, source in self._sources.items():
@@ -173,14 +192,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedToken
         elif key.startswith("tokenizer.chat_template."):
             templates[key.removeprefix("tokenizer.chat_template.")] = value
     ends = frozenset(ids[key] for key in ("eot", "eom") if key in ids)
-    return LoadedTokenizer(backend, special, templates, ends)
+    return LoadedTokenizer(backend, special, templates, ends, source)
 
 
 def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
     path = directory / "tokenizer.json"
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_from_library(error):
+            raise
         raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
     config = _read_json(directory / "tokenizer_config.json")
     special = _special_tokens(directory, config)
@@ -189,7 +210,12 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
         templates = _chat_templates(directory, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: malformed entry: {error!r}") from error
-    return LoadedTokenizer(backend, special, templates)
+    return LoadedTokenizer(backend, special, templates, source=str(directory))
+
+
+def _is_from_library(error: BaseException) -> bool:
+    """Say whether the tokenizers library failed: it raises bare Exception, and what is no Exception for its panics."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -229,6 +255,8 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
         templates[_DEFAULT] = value
     elif isinstance(value, list):
         templates.update({entry["name"]: entry["template"] for entry in value})
+    if not all(isinstance(text, str) for item in templates.items() for text in item):
+        raise TypeError("chat_template must be a string or a list of objects with name and template, both strings")
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     files[_DEFAULT] = directory / "chat_template.jinja"
     for name, path in files.items():
@@ -253,7 +281,8 @@ def _read_with_transformers(directory: Path) -> LoadedTokenizer:
         )
     special = {name: str(value) for name in _NAMED_TOKENS if (value := getattr(wrapped, name, None)) is not None}
     template = wrapped.chat_template
-    return LoadedTokenizer(backend, special, {_DEFAULT: template} if isinstance(template, str) else template)
+    templates = {_DEFAULT: template} if isinstance(template, str) else template
+    return LoadedTokenizer(backend, special, templates, source=str(directory))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.kv_cache import KVCacheManager
-from llmengine.engine.request import Request, RequestStatus
+from llmengine.engine.request import Family, Request, RequestStatus
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters
-from llmengine.engine.stream import OutputStream
+from llmengine.engine.stream import OutputStream, SlowConsumer
 from llmengine.llm import LLM
 from llmengine.outputs import GenerationOutput, OutputLog
 from llmengine.sampling_params import SamplingParams
@@ -86,6 +86,24 @@ def in_loop(main: Callable[[], Any], loop_factory: Callable[[], asyncio.Abstract
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(limited())
+
+
+def close_loop_under(handle: RequestHandle) -> None:
+    """Let a task wait for the handle, close its event loop, and destroy the task then."""
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: None)  # of the task that is destroyed while pending
+
+    async def read() -> None:
+        await anext(handle, None)
+
+    async def begin() -> asyncio.Task[None]:
+        task = loop.create_task(read())
+        await asyncio.sleep(0)
+        return task
+
+    task = loop.run_until_complete(begin())
+    loop.close()
+    task.get_coro().close()  # type: ignore[union-attr]
 
 
 class StepGate:
@@ -253,13 +271,19 @@ class Steps:
         self._ids = itertools.count()
         self._slots: dict[int, SlotInit] = {}
 
-    def submit(self, prompt: Sequence[int], num_tokens: int = 8, *, priority: int = 0, **options: Any) -> Request:
-        """Queue a request for `num_tokens` tokens."""
+    def submit(
+        self, prompt: Sequence[int], num_tokens: int = 8, *, num_outputs: int = 1, priority: int = 0, **options: Any
+    ) -> Request:
+        """Queue a request for `num_tokens` tokens, or a family of such and return the first."""
         options.setdefault("params", tokens(num_tokens))
-        request = request_of(next(self._ids), prompt, limit=self.limit, priority=priority, queued=self.now, **options)
-        self.requests.append(request)
-        self.scheduler.add(request)
-        return request
+        options.update(limit=self.limit, priority=priority, queued=self.now)
+        members = [request_of(next(self._ids), prompt, **options) for _ in range(num_outputs)]
+        family = Family(members) if num_outputs > 1 else None
+        for member in members:
+            member.family = family
+        self.requests += members
+        self.scheduler.add(members[0])
+        return members[0]
 
     def launch(self) -> Batch | None:
         """Schedule and launch one step."""
@@ -333,16 +357,31 @@ class Steps:
 class EngineHarness:
     """An Engine without an LLM, to look at its invariants while requests come and go."""
 
-    def __init__(self, scheduler: SchedulerConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        scheduler: SchedulerConfig | None = None,
+        *,
+        backend: Callable[..., FakeBackend] = FakeBackend,
+        **options: Any,
+    ) -> None:
         self._ids = itertools.count()
         self.engine = Engine(
-            lambda: FakeBackend(**options), (scheduler or SchedulerConfig()).resolve(), KvCacheConfig().resolve()
+            lambda: backend(**options), (scheduler or SchedulerConfig()).resolve(), KvCacheConfig().resolve()
         )
         self.info = self.engine.start()
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, streaming: bool = True) -> RequestHandle:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        streaming: bool = True,
+        slow_consumer: SlowConsumer = "coalesce",
+    ) -> RequestHandle:
         """Submit token ids and return the handle."""
         request = request_of(next(self._ids), prompt, params=params, limit=self.info.max_model_len)
+        request.stream.slow_consumer = slow_consumer
+        request.stream.max_unread = self.engine.scheduler_config.max_unread_tokens
         handle = RequestHandle(request.stream, self.engine.abort, streaming=streaming)
         self.engine.submit(request)
         return handle

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import gc
+import itertools
 import json
 import mmap
 import os
@@ -40,8 +42,14 @@ MAX_EXTRA_BYTES = 24 << 20
 ADDRESS_SPACE_BYTES = 1 << 30
 """What a worker may reserve beyond what it starts with."""
 
+TARGETS = (
+    *("safetensors", "shards", "index", "bin", "gguf", "gguf_metadata", "config", "generation_config", "engine"),
+    *("sealed_engine", "tokenizer", "tokenizer_config", "chat_template", "chat_messages"),
+)
+"""The kinds of input; `fuzz_targets.py` makes them."""
+
 _READY_SECONDS = 120.0
-_EXTREMES = (0, 1, -1, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
+_EXTREMES = (0, 1, -1, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63)
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "x", "\ud800", "../../etc/passwd", "/dev/zero", [], {}, [[]], {"a": {}}, [1, "x"]),
     *(0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**53, 2**63, 10**30, 10**400, 0.0, 0.5, -0.5, 1e-300, 1e300, 1e-45),
@@ -151,7 +159,7 @@ def _mutate_tree(rng: random.Random, tree: list[Any], other: Any) -> None:
         key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
     match rng.randrange(8):
         case 0 | 1 | 2:
-            place[key] = rng.choice(_VALUES)
+            place[key] = copy.deepcopy(rng.choice(_VALUES))
         case 3:
             del place[key]
         case 4 if isinstance(place[key], int | float):
@@ -251,7 +259,7 @@ def run_inputs(num_inputs: int, seed: int, num_workers: int = 1, names: Sequence
     report = Report()
     bounds = [num_inputs * worker // num_workers for worker in range(num_workers + 1)]
     with ThreadPoolExecutor(num_workers) as pool:
-        ranges = zip(bounds, bounds[1:], strict=False)
+        ranges = itertools.pairwise(bounds)
         for lines in pool.map(lambda part: _run_range(*part, seed, names), ranges):
             for line in lines:
                 report.add(line)
@@ -265,42 +273,37 @@ def _run_range(begin: int, end: int, seed: int, names: Sequence[str]) -> list[di
         progress = Path(scratch) / "progress"
         while begin < end:
             progress.write_bytes(b"")
-            command = [sys.executable, "-m", "tests.fuzz", "--seed", str(seed), "--targets", ",".join(names)]
+            command = [sys.executable, __file__, "--seed", str(seed), "--targets", ",".join(names)]
             command += ["--range", str(begin), str(end), scratch]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            quiet = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=quiet)
             printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             lines += printed
             if done.returncode == 0:
                 return lines
             reached = progress.read_bytes()
-            if not reached:
-                raise RuntimeError(f"a worker did not start:\n{done.stderr}")
+            if not reached or (done.returncode == 1 and "Timeout (" not in done.stderr):
+                raise RuntimeError(f"a worker failed by itself:\n{done.stderr}")
             index = int.from_bytes(reached, "little")
-            problem = f"the worker ended with status {done.returncode}: {done.stderr[-1500:]}"
-            finding = Finding(_target_name(index, names), index, problem)
+            problem = f"the worker ended with status {done.returncode}: {done.stderr[:1500]}"
+            chosen = names or TARGETS
+            finding = Finding(chosen[index % len(chosen)], index, problem)
             empty: dict[str, Any] = {"outcomes": {}, "seconds": {}, "memory_bytes": {}}
             lines.append({**empty, "findings": [asdict(finding)]})
             begin = index + 1
     return lines
 
 
-def _target_name(index: int, names: Sequence[str]) -> str:
-    from tests.fuzz_targets import TARGETS
-
-    chosen = [name for name in TARGETS if not names or name in names]
-    return chosen[index % len(chosen)]
-
-
-_FLUSH = 500
+_FLUSH = 100
 
 
 def _work(begin: int, end: int, seed: int, names: Sequence[str], scratch: Path) -> None:
     """Be a worker: print a JSON line of counts every so often, and note in `progress` the input that is being run."""
-    from tests.fuzz_targets import make_targets
+    from fuzz_targets import make_targets
 
     faulthandler.enable()
     faulthandler.dump_traceback_later(_READY_SECONDS, exit=True)
-    worker = Worker(make_targets(scratch, names), seed)
+    worker = Worker(make_targets(Path(tempfile.mkdtemp(dir=scratch)), names), seed)
     gc.freeze()
     limit = _status("VmSize") + ADDRESS_SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -311,7 +314,8 @@ def _work(begin: int, end: int, seed: int, names: Sequence[str], scratch: Path) 
             reached[:] = index.to_bytes(8, "little")
             worker.run(index)
             if (index + 1) % _FLUSH == 0 or index + 1 == end:
-                print(json.dumps(asdict(worker.report)), flush=True)
+                findings = [asdict(finding) for finding in worker.report.findings]
+                print(json.dumps({**vars(worker.report), "findings": findings}), flush=True)
                 worker.report = Report()
 
 
@@ -334,13 +338,13 @@ def main() -> int:
     begin_s = time.perf_counter()
     report = run_inputs(options.inputs, options.seed, options.workers, names)
     print(f"{report}\n\nseed {options.seed}, {time.perf_counter() - begin_s:.0f} s")
-    for finding in report.findings[:50]:
+    for finding in {finding.problem[:60]: finding for finding in report.findings}.values():
         print(f"\n{finding.target} --only {finding.index}: {finding.problem}")
     return 1 if report.findings else 0
 
 
 def _show(index: int, seed: int, names: Sequence[str]) -> int:
-    from tests.fuzz_targets import make_targets
+    from fuzz_targets import make_targets
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         worker = Worker(make_targets(Path(scratch), names), seed)
@@ -355,5 +359,5 @@ def _show(index: int, seed: int, names: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.path.insert(0, str(Path(__file__).parent))  # for `python -m tests.fuzz`
     sys.exit(main())

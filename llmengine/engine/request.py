@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from llmengine.batch import TokenLogprobs
@@ -13,18 +13,34 @@ from llmengine.engine.fair_queue import TenantShare
 from llmengine.engine.kv_cache import BlockTable
 from llmengine.engine.stream import OutputStream
 from llmengine.errors import RequestFailedError
+from llmengine.grammar import Grammar
 from llmengine.outputs import FinishReason
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is: queued (new or preempted), in the running batch, held back for its consumer, or ended."""
+    """Where a request is: held until its family's prompt is computed, queued (new or preempted), in the running batch,
+    paused for its consumer, or ended."""
 
+    HELD = "held"
     WAITING = "waiting"
     RUNNING = "running"
     PAUSED = "paused"
     FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """Requests that generate several outputs from one prompt, whose full blocks they share.
+
+    Attributes:
+        members: all of them. The first, the leader, computes the prompt.
+        held: those that the scheduler does not queue before that.
+    """
+
+    members: Sequence[Request]
+    held: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -47,12 +63,15 @@ class Request:
         first_token_deadline: the same, unless it has a token by then.
         cache_salt: it shares prefix blocks only with requests of an equal salt.
         detokenizer: None when there is no tokenizer.
+        grammar: what its output may be; None: anything.
         ticket: its place among those that wait for their first step.
         token_ids: prompt and output ids that the host knows.
         num_tokens: how many those are, and will be once the launched steps are collected.
         slot: its row in the backend while it runs.
         rank: its place among its tenant's requests, the lowest first; set by the scheduler and never changed.
         share: its tenant's, set by the scheduler.
+        family: those that generate from the same prompt, if there are others; `add` the first of them only.
+        awaits_grammar: a token of it is being sampled, or its grammar is on its way behind it; it cannot be scheduled.
         num_charged_tokens: its first tokens that its tenant was charged for, or that others had computed before.
     """
 
@@ -68,7 +87,9 @@ class Request:
     first_token_deadline: float | None = None
     cache_salt: Hashable = None
     detokenizer: IncrementalDetokenizer | None = None
+    grammar: Grammar | None = None
     ticket: AdmissionTicket | None = None
+    family: Family | None = None
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
     num_tokens: int = field(init=False)
@@ -79,11 +100,23 @@ class Request:
     rank: float = field(init=False)
     share: TenantShare[Request] = field(init=False)
     num_charged_tokens: int = 0
+    awaits_grammar: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.num_tokens = len(self.token_ids)
         self.blocks = BlockTable(self.cache_salt)
+
+    @property
+    def relatives(self) -> Sequence[Request]:
+        """All requests of its prompt, itself included."""
+        return (self,) if self.family is None else self.family.members
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """True while logits of its prompt are wanted that no collected step had."""
+        known = self.stream.log.prompt_logprobs
+        return self.params.prompt_logprobs is not None and known is not None and len(known) < len(self.prompt_token_ids)
 
     @property
     def request_id(self) -> int:
@@ -118,6 +151,11 @@ class Request:
         if self.detokenizer is not None and (reason := self._detokenize(self.detokenizer, token_id)) is not None:
             return reason
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def add_prompt_logprobs(self, position: int, values: Sequence[TokenLogprobs]) -> None:
+        """Keep those of the prompt's tokens from `position` on, where they are not known from before a preemption."""
+        if (known := self.stream.log.prompt_logprobs) is not None:
+            known += values[len(known) - position :]
 
     def _detokenize(self, detokenizer: IncrementalDetokenizer, token_id: int) -> FinishReason | None:
         log = self.stream.log

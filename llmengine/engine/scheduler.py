@@ -15,12 +15,18 @@ from dataclasses import dataclass, field
 from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
 from llmengine.config import SchedulerConfig
 from llmengine.engine.fair_queue import FairQueue
+from llmengine.engine.grammar_steps import GrammarSteps
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.pace import PromptPace
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.stats import EngineCounters
 from llmengine.errors import RequestFailedError
+from llmengine.grammar import Grammar
 from llmengine.outputs import FinishReason
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
 
 
 @dataclass(slots=True)
@@ -31,6 +37,20 @@ class _StepPlan:
     rows: list[BatchRow] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     slot_inits: list[SlotInit] = field(default_factory=list)
+    masks: dict[int, bytes] = field(default_factory=dict)
+
+    def num_launched_tokens(self, request: Request) -> int:
+        """Return how many of the request's tokens are computed by the steps before this one."""
+        if request in self.requests:
+            return self.rows[self.requests.index(request)].start
+        return request.num_computed_tokens
+
+    def mask(self, request: Request, grammar: Grammar) -> None:
+        """Have the step sample a token of the request that its grammar allows."""
+        assert request.slot is not None
+        assert not request.awaits_grammar
+        self.masks[request.slot] = grammar.mask
+        request.awaits_grammar = True
 
 
 @dataclass(slots=True)
@@ -58,6 +78,9 @@ class Scheduler:
     preempts; a request that was preempted comes back only when there is more room, and when it was preempted
     `max_preemptions` times it is spared while another can be chosen. So requests do not evict each other for ever.
 
+    A request with a grammar is scheduled only when its last token is known and its grammar has moved on behind it; the
+    others run ahead of it.
+
     A paused request takes part in none of this. It keeps its slot and blocks until others need them, and then loses
     them as if preempted, before any running request does.
     """
@@ -68,12 +91,16 @@ class Scheduler:
         kv_cache: KVCacheManager,
         counters: EngineCounters,
         clock: Callable[[], float] = time.monotonic,
+        notify: Callable[[], None] = _nothing,
     ) -> None:
+        """`notify` is called, on other threads, when `take_grammars` has something to do."""
         self.config = config
         self.kv_cache = kv_cache
         self.counters = counters
         self.running: list[Request] = []
         """In the order of admission."""
+        # Running members of families that the others wait for, and some that these do not wait for any more.
+        self._leaders: list[Request] = []
         self._paused: dict[int, Request] = {}
         # Those of them that have a slot and blocks, the longest paused first.
         self._resident: dict[int, Request] = {}
@@ -83,6 +110,7 @@ class Scheduler:
         self._in_flight: deque[_LaunchedStep] = deque()
         self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
         self._updated = 0.0
+        self._grammars = GrammarSteps(notify)
 
     @property
     def num_waiting(self) -> int:
@@ -93,6 +121,11 @@ class Scheduler:
     def num_paused(self) -> int:
         """Requests that wait for `resume()`."""
         return len(self._paused)
+
+    @property
+    def longest_paused(self) -> Request:
+        """The one of them that has waited for the longest."""
+        return next(iter(self._paused.values()))
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -109,14 +142,26 @@ class Scheduler:
         """True while any request is unfinished and not paused."""
         return bool(self.running or self._waiting)
 
+    @property
+    def awaits_grammars(self) -> bool:
+        """True while there will be something for `take_grammars`."""
+        return self._grammars.num_pending > 0
+
     def add(self, request: Request) -> None:
-        """Queue a new request."""
-        request.rank = request.stream.log.queued - request.priority * self.config.priority_ageing_s
-        request.share = self._waiting.share(request.tenant)
+        """Queue a new request, and its relatives once its prompt is computed."""
+        for relative in request.relatives:
+            relative.rank = request.stream.log.queued - request.priority * self.config.priority_ageing_s
+            relative.share = self._waiting.share(request.tenant)
+        if request.family is not None:
+            request.family.held = list(request.relatives[1:])
+            for relative in request.family.held:
+                relative.status = RequestStatus.HELD
         self._enqueue(request)
 
     def schedule(self) -> Batch | None:
         """Return the next step, or None when there is nothing to compute now."""
+        if self._leaders:
+            self._leaders = [leader for leader in self._leaders if self._holds_family(leader)]
         preempted = self._make_room()
         plan = _StepPlan()
         chunks = self._schedule_decodes(plan)
@@ -129,7 +174,7 @@ class Scheduler:
         self.counters.num_steps += 1
         self.counters.num_rows += len(plan.rows)
         self.counters.num_computed_tokens += num_decodes + num_prompt_tokens
-        batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits)
+        batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits, plan.masks)
         preemptions = [request.num_preemptions for request in plan.requests]
         scheduled = 0.0 if self._pace is None else self._clock()
         self._in_flight.append(_LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, scheduled))
@@ -156,6 +201,8 @@ class Scheduler:
                 continue
             slot, end = row.slot, row.start + row.num_tokens
             reason: FinishReason | None = None
+            if result.prompt_logprobs and slot in result.prompt_logprobs:
+                request.add_prompt_logprobs(row.start + 1, result.prompt_logprobs[slot])
             if errors and slot in errors:
                 self.finish(request, "error", RequestFailedError(errors[slot]))
                 changed.append(request)
@@ -164,6 +211,10 @@ class Scheduler:
                 num_sampled += 1
                 changed.append(request)
                 reason = request.append(token_ids[slot], logprobs.get(slot) if logprobs else None)
+                if request.grammar is not None and reason in (None, "length"):
+                    # The grammar says whether the text is whole with this token.
+                    self._grammars.push(request, request.grammar, token_ids[slot])
+                    reason = None
             # A decode fills a block only with its last token.
             if (row.num_tokens > 1 or end % block_size == 0) and request.num_preemptions == num_preemptions:
                 self.kv_cache.register(request.blocks, request.token_ids, end)
@@ -172,11 +223,41 @@ class Scheduler:
         self.counters.num_generated_tokens += num_sampled
         return changed
 
+    def take_grammars(self) -> list[Request]:
+        """Let requests be scheduled whose grammars have moved on; return those that end: whole, cut off, or failed.
+
+        Waits for quick grammars, for a millisecond at most.
+        """
+        if not self._grammars.num_pending:
+            return []
+        ended = []
+        for request in self._grammars.take():
+            assert request.grammar is not None
+            request.awaits_grammar = False
+            if request.grammar.error is not None:
+                error = RequestFailedError(f"the grammar of the structured output failed: {request.grammar.error}")
+                self.finish(request, "error", error)
+            elif request.grammar.is_complete:
+                self.finish(request, "stop")
+            elif len(request.token_ids) >= request.max_total_tokens:
+                self.finish(request, "length")
+            else:
+                continue
+            ended.append(request)
+        return ended
+
+    def close(self) -> None:
+        """Start nothing more on other threads."""
+        self._grammars.close()
+
     def pause(self, request: Request) -> None:
         """Schedule a running request no more until `resume()`; what launched steps sample of it is still appended."""
+        self._settle(request)  # so that its eviction charges nobody while the next in the fair order is admitted
         self.running.remove(request)
         request.status = RequestStatus.PAUSED
         self._paused[request.request_id] = self._resident[request.request_id] = request
+        if request is request.relatives[0]:
+            self._let_family_go(request)
 
     def resume(self, request: Request) -> None:
         """Let a paused request go on; it waits again, at its old rank, if others needed its blocks."""
@@ -214,16 +295,21 @@ class Scheduler:
             del self._paused[request.request_id]
             if self._resident.pop(request.request_id, None) is not None:
                 self._release(request)
+        elif request.family is not None and request in request.family.held:
+            request.family.held.remove(request)
         request.finish(reason, error)
+        if request is request.relatives[0]:
+            self._let_family_go(request)
         self.counters.num_finished_requests += 1
         if not self.has_requests:
             self._waiting.forget()
 
     def requests(self) -> Iterator[Request]:
         """Yield every unfinished request."""
-        yield from self.running
-        yield from self._waiting
-        yield from self._paused.values()
+        for request in (*self.running, *self._waiting, *self._paused.values()):
+            yield request
+            if request.family is not None and request is request.relatives[0]:
+                yield from request.family.held
 
     def check_integrity(self) -> None:
         """Assert that slots, queue and blocks are consistent; cheap enough for tests only."""
@@ -258,6 +344,23 @@ class Scheduler:
             self._waiting.raise_floor(running.share for running in self.running if running.share is not share)
         self._waiting.push(share, request.rank, request.request_id, request)
 
+    def _holds_family(self, leader: Request) -> bool:
+        """Return whether a running leader's prompt is not computed by launched steps yet; else let its family go."""
+        if leader.status is not RequestStatus.RUNNING:
+            return False
+        if leader.num_computed_tokens < len(leader.prompt_token_ids):
+            return True
+        self._let_family_go(leader)
+        return False
+
+    def _let_family_go(self, leader: Request) -> None:
+        """Queue those that waited for the leader's prompt."""
+        if leader.family is not None:
+            held, leader.family.held = leader.family.held, []
+            for request in held:
+                request.share = self._waiting.share(request.tenant)  # that of before may have been forgotten
+                self._enqueue(request)
+
     def _settle(self, request: Request) -> None:
         """Charge the request's tenant for what was computed, or planned, since the last time."""
         if request.num_computed_tokens > request.num_charged_tokens:
@@ -288,6 +391,10 @@ class Scheduler:
             if end - start > 1:
                 chunks.append(request)
                 continue
+            if request.grammar is not None:
+                if request.awaits_grammar:
+                    continue
+                plan.mask(request, request.grammar)
             # As in `_add_row`, for what nearly all rows of nearly all steps are.
             new_block_ids = self._grow(request, end) if start % block_size == 0 else ()
             slot = request.slot
@@ -380,7 +487,7 @@ class Scheduler:
         """Make the blocks unfindable that were computed for this request and that no other one refers to."""
         if request.num_preemptions and not request.blocks.block_ids:
             self.kv_cache.match_prefix(request.blocks, request.token_ids)
-        num_kept = request.stream.log.num_cached_tokens // self.kv_cache.block_size
+        num_kept = request.relatives[0].stream.log.num_cached_tokens // self.kv_cache.block_size
         self.kv_cache.forget(request.blocks, num_kept)
         if request.slot is None:
             self.kv_cache.free(request.blocks)
@@ -409,15 +516,16 @@ class Scheduler:
 
     def _admit(self, plan: _StepPlan, request: Request) -> bool:
         """Let the first waiting request run; False when it has to wait on, and all others with it."""
-        if request.num_in_flight or not self._take_blocks(request):
+        if request.num_in_flight or request.awaits_grammar or not self._take_blocks(plan, request):
             return False
-        self._waiting.pop()
+        popped = self._waiting.pop()
+        assert popped is request, "taking its blocks has changed the fair order"
         num_tokens = min(request.num_uncomputed_tokens, plan.budget)
         plan.slot_inits.append(self._take_slot(request))
         self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
         return True
 
-    def _take_blocks(self, request: Request) -> bool:
+    def _take_blocks(self, plan: _StepPlan, request: Request) -> bool:
         """Take blocks for all tokens of the request, leaving one for each running request to grow into.
 
         One more of those for each time that it was preempted (within reason: paused requests may be preempted without
@@ -427,7 +535,7 @@ class Scheduler:
         while self.kv_cache.num_available_blocks <= reserve:
             if not self._evict_paused():
                 return False  # without looking for its prefix in each step: its last token needs a block of its own
-        num_cached_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
+        num_cached_tokens = self._find_blocks(plan, request)
         missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
         while self.kv_cache.num_available_blocks < missing + reserve and self._evict_paused():
             pass
@@ -441,11 +549,32 @@ class Scheduler:
         if log.first_scheduled is None:
             log.first_scheduled = self._clock()
             log.num_cached_tokens = request.num_charged_tokens = num_cached_tokens
-            self.kv_cache.count_lookup(len(request.token_ids), num_cached_tokens)
-            self.counters.num_prompt_tokens += len(request.token_ids)
+            if request is request.relatives[0]:
+                self.kv_cache.count_lookup(len(request.token_ids), num_cached_tokens)
+                self.counters.num_prompt_tokens += len(request.token_ids)
             if request.ticket is not None:
                 request.ticket.release()
         return True
+
+    def _find_blocks(self, plan: _StepPlan, request: Request) -> int:
+        """Fill the request's table with blocks that hold its first tokens; return how many tokens.
+
+        They come from the prefix cache or, where that has less, from a relative of which launched steps computed the
+        prompt. A relative's last, partly filled block is not shared: at most a block's tokens are computed again.
+        """
+        if request.lacks_prompt_logprobs:
+            return 0
+        num_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
+        num_blocks = (len(request.prompt_token_ids) - 1) // self.kv_cache.block_size
+        num_shared = num_blocks * self.kv_cache.block_size
+        if request.family is None or num_tokens >= num_shared:
+            return num_tokens
+        for relative in request.relatives:
+            if relative.slot is not None and plan.num_launched_tokens(relative) >= num_shared:
+                self.kv_cache.free(request.blocks)
+                self.kv_cache.fork(relative.blocks, request.blocks, num_blocks)
+                return num_shared
+        return num_tokens
 
     def _take_slot(self, request: Request) -> SlotInit:
         if not self._free_slots:
@@ -454,6 +583,8 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.share.num_running += 1
         self.running.append(request)
+        if request.family is not None and request.family.held:
+            self._leaders.append(request)
         return SlotInit(
             slot=request.slot,
             token_ids=tuple(request.token_ids),
@@ -476,6 +607,8 @@ class Scheduler:
         request.num_computed_tokens = end
         if sample:
             request.num_tokens += 1
+            if request.grammar is not None:
+                plan.mask(request, request.grammar)
         self._settle(request)
 
 

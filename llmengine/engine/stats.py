@@ -42,6 +42,7 @@ class EngineStats:
     Attributes:
         num_running: requests in the running batch.
         num_waiting: requests in the scheduler's queue, new and preempted.
+        num_paused: requests that wait for their consumers to read (`slow_consumer="pause"`).
         num_queued: requests that count against `max_queued_requests` (those being tokenized included).
         num_used_blocks: KV blocks that requests refer to.
         num_cached_blocks: unreferenced KV blocks whose content can be reused.
@@ -55,6 +56,7 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    num_paused: int
     num_queued: int
     num_used_blocks: int
     num_cached_blocks: int

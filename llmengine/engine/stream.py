@@ -158,6 +158,11 @@ class OutputStream:
         self._pid = os.getpid()
 
     @property
+    def members(self) -> tuple[OutputStream, ...]:
+        """The stream of each of the prompt's outputs: there is one."""
+        return (self,)
+
+    @property
     def is_behind(self) -> bool:
         """True when `max_unread` tokens are unread and nobody waits for the end."""
         return self.num_published - self.num_read >= self.max_unread and not self._final_waiters
@@ -172,6 +177,7 @@ class OutputStream:
         """Publish the last output; return the waiters to be woken. Engine thread only."""
         self.num_published = len(self.log.token_ids)
         self.ended = True
+        self.resume = None
         return self._all_waiters()
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
@@ -179,12 +185,18 @@ class OutputStream:
         if not self.ended:
             self.failure = failure
             self.ended = True
+            self.resume = None
         return self._all_waiters()
 
     def attach(self, *, final_only: bool) -> LoopWaiter:
         """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
-        check_process(self._pid)
         waiter = LoopWaiter(self, asyncio.get_running_loop())
+        self.add_waiter(waiter, final_only=final_only)
+        return waiter
+
+    def add_waiter(self, waiter: LoopWaiter, *, final_only: bool) -> None:
+        """Let a waiter hear of what is published from now on (or of the end)."""
+        self._check_process()
         with self._lock:
             if final_only:
                 self._final_waiters = (*self._final_waiters, waiter)
@@ -192,7 +204,6 @@ class OutputStream:
                 self.waiters = (*self.waiters, waiter)
         if final_only:
             self.mark_read(self.num_published)
-        return waiter
 
     def detach(self, waiter: Waiter) -> None:
         """Wake this waiter no more; idempotent."""
@@ -206,7 +217,7 @@ class OutputStream:
 
     def wait_blocking(self, timeout_s: float | None) -> bool:
         """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
-        check_process(self._pid)
+        self._check_process()
         waiter = ThreadWaiter()
         with self._lock:
             self._final_waiters = (*self._final_waiters, waiter)
@@ -215,6 +226,10 @@ class OutputStream:
             return self.ended or waiter.event.wait(timeout_s)
         finally:
             self.detach(waiter)
+
+    def _check_process(self) -> None:
+        if not self.ended:
+            check_process(self._pid)
 
     def _all_waiters(self) -> list[Waiter]:
         waiters = [waiter for waiter in (*self.waiters, *self._final_waiters) if not waiter.posted]

@@ -87,14 +87,19 @@ def forward(segments: Segments, x: Tensor, attend: Attend, sample_tokens: Tensor
         sample_tokens: integer indices of the tokens whose logits are wanted, None for all. After the last attention
             only these are computed; with none of them the result is None.
     """
+    attended, x = forward_to_last(segments, x, attend)
+    if sample_tokens is not None and not len(sample_tokens):
+        return None
+    return segments.last(attended, x, sample_tokens)
+
+
+def forward_to_last(segments: Segments, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+    """Return what `Segments.last` takes of all tokens, and write their KV; see `forward`."""
     qkv = segments.first(x)
     last = segments.num_layers - 1
     for layer in range(last):
         x, qkv = segments.mid(layer, attend(layer, qkv), x)
-    attended = attend(last, qkv)
-    if sample_tokens is not None and not len(sample_tokens):
-        return None
-    return segments.last(attended, x, sample_tokens)
+    return attend(last, qkv), x
 
 
 @dataclass(frozen=True, slots=True)

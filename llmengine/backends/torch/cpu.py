@@ -8,14 +8,17 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
 from llmengine.backends.inputs import SlotTable, StepInputs
+from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.sampler import Sampler, Samples, no_token_message
 from llmengine.backends.torch.attention import AttentionShape, LayerAttention, PagedAttention
+from llmengine.backends.torch.deterministic import native_pieces, token_pieces
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
     MAX_NATIVE_TOKENS,
@@ -25,11 +28,12 @@ from llmengine.backends.torch.native import (
     NativeUnavailableError,
     load_native_library,
 )
+from llmengine.backends.torch.prompt_logprobs import PromptLogprobs
 from llmengine.backends.torch.weights import CpuModel, load_cpu_model
-from llmengine.batch import BackendInfo, Batch, StepResult
+from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
-from llmengine.models.decoder import forward
+from llmengine.models.decoder import forward, forward_to_last
 from llmengine.models.rope import layer_tables
 from llmengine.models.source import ModelSource
 
@@ -56,7 +60,9 @@ class CpuBackend:
         native_library, native_text = _find_native(arch, limit, native_directory)
         runs_native = native_library is not None and arch.is_llama(limit)
         with torch.inference_mode():
-            model = load_cpu_model(config, source, native_library, row_major=runs_native)
+            # The fastest format is measured, so it need not be the same the next time.
+            row_major = runs_native or config.deterministic
+            model = load_cpu_model(config, source, native_library, row_major=row_major)
             shape = _size_kv_cache(config, arch, limit)
             max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
             self._attention: PagedAttention | None = PagedAttention(
@@ -68,13 +74,16 @@ class CpuBackend:
                     native_library, arch, model.parts, model.lm_head, self._attention, max_model_len
                 )
         self._model: CpuModel | None = model
+        self._deterministic = config.deterministic
         num_slots = config.scheduler_config.max_batch_size
         self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
         self._sampler = Sampler(num_slots, arch.vocab_size)
+        self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
         self._result: StepResult | None = None
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
-            + native_text,
+            + native_text
+            + (", deterministic" if config.deterministic else ""),
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
             num_blocks=shape.num_blocks,
@@ -82,6 +91,7 @@ class CpuBackend:
             kv_bytes_per_block=shape.bytes_per_block,
             weight_bytes=model.size_bytes,
             max_steps_in_flight=1,
+            has_prompt_logprobs=not config.deterministic,
         )
         _logger.info("%s; KV cache of %d tokens", self._info.description, (shape.num_blocks - 1) * shape.block_size)
 
@@ -96,20 +106,37 @@ class CpuBackend:
         for init in batch.slot_inits:
             self._slots.init_slot(init)
             self._sampler.init_slot(init)
+            self._prompt_logprobs.init_slot(init)
         with torch.inference_mode():
             inputs = self._slots.flatten(batch)
             begin = time.perf_counter()
-            logits = self._forward(inputs)
+            prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+            if wanted := self._prompt_logprobs.wanted(inputs):
+                logits, prompt_logprobs = self._forward_with_prompt_logprobs(inputs, wanted)
+            else:
+                logits = self._forward(inputs)
             forward_s = time.perf_counter() - begin
             if logits is None:
-                self._result = StepResult(step=batch.step, token_ids={}, forward_s=forward_s)
+                self._result = StepResult(
+                    step=batch.step, token_ids={}, prompt_logprobs=prompt_logprobs, forward_s=forward_s
+                )
                 return
-            samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
+            masks = mask_words(batch.masks)
+            samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, masks)
         self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
-        self._result = _step_result(batch.step, inputs, samples, forward_s)
+        self._result = replace(_step_result(batch.step, inputs, samples, forward_s), prompt_logprobs=prompt_logprobs)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
         """Return the logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        if not self._deterministic:
+            return self._forward_at_once(inputs)
+        native = self._native
+        pieces = token_pieces(inputs) if native is None else native_pieces(inputs, native.max_tokens)
+        found = [(self._forward_at_once(piece), num_samples) for piece, num_samples in pieces]
+        logits = [some[:num_samples] for some, num_samples in found if some is not None]
+        return torch.cat(logits) if logits else None
+
+    def _forward_at_once(self, inputs: StepInputs) -> torch.Tensor | None:
         if self._native is not None and len(inputs.token_ids) <= self._native.max_tokens:
             return self._native.forward(inputs, self._slots.block_tables)
         assert self._model is not None
@@ -119,6 +146,21 @@ class CpuBackend:
         sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
         x = self._model.embed(torch.from_numpy(inputs.token_ids))
         return forward(self._model.segments, x, self._attention.attend, sample_tokens)
+
+    def _forward_with_prompt_logprobs(
+        self, inputs: StepInputs, wanted: dict[int, range]
+    ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
+        """Return what `_forward` does, and log-probabilities of prompt tokens. Always in torch."""
+        model, attention = self._model, self._attention
+        assert model is not None
+        assert attention is not None
+        attention.plan(inputs, self._slots.block_tables)
+        x = model.embed(torch.from_numpy(inputs.token_ids))
+        attended, x = forward_to_last(model.segments, x, attention.attend)
+        last = partial(model.segments.last, attended, x)
+        prompt_logprobs = self._prompt_logprobs.compute(wanted, inputs, last)
+        samples = torch.from_numpy(inputs.sample_tokens)
+        return last(samples) if len(samples) else None, prompt_logprobs
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""

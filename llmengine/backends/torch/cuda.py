@@ -23,6 +23,7 @@ from functools import partial
 import psutil
 import torch
 
+from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.sampler import no_token_message
 from llmengine.backends.torch.cuda_generic import make_cuda_segments
 from llmengine.backends.torch.cuda_graphs import GraphCache
@@ -137,7 +138,7 @@ class CudaBackend:
         assert self._model is not None, "the backend is closed"
         assert len(self._pending) < _STEPS_IN_FLIGHT
         with torch.inference_mode():
-            if self._sampler.prepare(batch):
+            if self._sampler.prepare(batch, mask_words(batch.masks)):
                 self._forget_draws()
             bucket = self._bucket(batch)
             ring_index = self._next_ring_index

@@ -1,0 +1,248 @@
+"""Beam search on top of ordinary requests: each step asks for one token of each beam, with its likeliest alternatives.
+
+A beam's request finds the full blocks of its tokens in the prefix cache, so a step computes at most a block for each
+beam; all beams of all prompts are in flight together. Without the prefix cache each step computes the beams anew.
+
+The search is that of transformers' `generate(num_beams=...)`. `BeamSearch` is one prompt's, and knows no engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmengine.batch import TokenLogprobs
+from llmengine.engine.handle import RequestHandle
+from llmengine.errors import InvalidRequestError, RequestFailedError
+from llmengine.outputs import GenerationOutput
+from llmengine.sampling_params import MAX_LOGPROBS, SamplingParams
+
+Submit = Callable[[Sequence[int], SamplingParams], RequestHandle]
+"""Submits token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """How to search; raises `InvalidRequestError` for a value out of range.
+
+    Attributes:
+        num_beams: beams that are followed, and outputs, in [1, 20 - number of EOS ids].
+        max_new_tokens: most tokens of an output, >= 1; less where the context ends before.
+        length_penalty: outputs are ranked by cumulative log-probability / length ** length_penalty, in [-10, 10]. Above
+            0 favours long ones, below 0 short ones.
+        early_stopping: when to end although beams could go on. True: as soon as there are `num_beams` outputs. False:
+            when the best beam, ended now, would not be among them. "never": when no beam can get among them.
+    """
+
+    num_beams: int = 4
+    max_new_tokens: int = 128
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_beams", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidRequestError(f"{name}={value!r} is not an integer above 0")
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not -10 <= penalty <= 10:
+            raise InvalidRequestError(f"length_penalty={penalty!r} is outside [-10, 10]")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidRequestError(f"early_stopping={self.early_stopping!r} is none of True, False, 'never'")
+
+
+@dataclass(frozen=True, slots=True)
+class BeamOutput:
+    """One of the best continuations of a prompt.
+
+    Attributes:
+        index: 0 for the best.
+        text: without special tokens; "" without a tokenizer.
+        token_ids: an EOS that ended it included.
+        cumulative_logprob: sum of the tokens' log-probabilities.
+        score: what it is ranked by, see `BeamSearchParams.length_penalty`.
+        finish_reason: "stop" at an EOS, "length" at the limit.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    score: float
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchOutput:
+    """The outputs of one prompt, best first.
+
+    Attributes:
+        prompt: None where the caller gave token ids.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[BeamOutput]
+
+    @property
+    def text(self) -> str:
+        """Text of the best output."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids of the best output."""
+        return self.outputs[0].token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Beam:
+    token_ids: tuple[int, ...] = ()
+    logprob: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hypothesis:
+    beam: _Beam
+    score: float
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(slots=True)
+class BeamSearch:
+    """The search for one prompt: give `advance()` what comes after each of `prefixes` until it is `finished`.
+
+    Attributes:
+        max_new_tokens: as the context allows.
+    """
+
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    params: BeamSearchParams
+    eos_token_ids: frozenset[int]
+    max_new_tokens: int
+    finished: bool = False
+    _beams: list[_Beam] = field(default_factory=lambda: [_Beam()])
+    _hypotheses: list[_Hypothesis] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.num_alternatives > MAX_LOGPROBS:
+            raise InvalidRequestError(
+                f"num_beams={self.params.num_beams} with {len(self.eos_token_ids)} EOS ids is outside "
+                f"[1, {MAX_LOGPROBS - len(self.eos_token_ids)}]"
+            )
+
+    @property
+    def num_alternatives(self) -> int:
+        """How many of the likeliest tokens after each beam count: among them, as many as there are beams go on."""
+        return self.params.num_beams + len(self.eos_token_ids)
+
+    @property
+    def prefixes(self) -> list[list[int]]:
+        """Token ids of the beams, prompt first."""
+        return [[*self.prompt_token_ids, *beam.token_ids] for beam in self._beams]
+
+    def advance(self, following: Sequence[TokenLogprobs]) -> None:
+        """Go on by one token, given the likeliest `num_alternatives` tokens after each of `prefixes`."""
+        num_beams = self.params.num_beams
+        candidates = [
+            _Beam((*beam.token_ids, token_id), beam.logprob + logprob)
+            for beam, entry in zip(self._beams, following, strict=True)
+            for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+        ]
+        candidates.sort(key=lambda beam: -beam.logprob)
+        length = len(candidates[0].token_ids)
+        at_limit = length >= self.max_new_tokens
+        going_on: list[_Beam] = []
+        for rank, beam in enumerate(candidates):
+            if at_limit or beam.token_ids[-1] in self.eos_token_ids:
+                if rank < num_beams:
+                    self._add(beam)
+            elif len(going_on) < num_beams:
+                going_on.append(beam)
+        self._beams = going_on
+        self.finished = at_limit or not going_on or self._may_stop(length)
+
+    def output(self, decode: Callable[[Sequence[int]], str]) -> BeamSearchOutput:
+        """Return what was found."""
+        outputs = [
+            BeamOutput(
+                index,
+                decode(found.beam.token_ids[:-1] if found.finish_reason == "stop" else found.beam.token_ids),
+                list(found.beam.token_ids),
+                found.beam.logprob,
+                found.score,
+                found.finish_reason,
+            )
+            for index, found in enumerate(self._hypotheses)
+        ]
+        return BeamSearchOutput(self.prompt, list(self.prompt_token_ids), outputs)
+
+    def _add(self, beam: _Beam) -> None:
+        """Keep a finished beam if it is among the best."""
+        reason: Literal["stop", "length"] = "stop" if beam.token_ids[-1] in self.eos_token_ids else "length"
+        self._hypotheses.append(_Hypothesis(beam, self._score(beam.logprob, len(beam.token_ids)), reason))
+        self._hypotheses.sort(key=lambda found: -found.score)
+        del self._hypotheses[self.params.num_beams :]
+
+    def _may_stop(self, length: int) -> bool:
+        if len(self._hypotheses) < self.params.num_beams:
+            return False
+        if self.params.early_stopping is True:
+            return True
+        if self.params.early_stopping == "never" and self.params.length_penalty > 0:
+            length = self.max_new_tokens
+        return self._score(self._beams[0].logprob, length) <= self._hypotheses[-1].score
+
+    def _score(self, logprob: float, length: int) -> float:
+        return logprob / math.pow(length, self.params.length_penalty)
+
+
+def run(searches: Sequence[BeamSearch], submit: Submit) -> None:
+    """Finish all searches, blocking this thread."""
+    while active := [search for search in searches if not search.finished]:
+        handles: list[RequestHandle] = []
+        try:
+            _submit_all(active, submit, handles)
+            outputs = [handle.result() for handle in handles]
+        finally:
+            _abort_all(handles)
+        _advance_all(active, outputs)
+
+
+async def run_async(searches: Sequence[BeamSearch], submit: Submit) -> None:
+    """Finish all searches; `submit` must not block. When cancelled, nothing goes on."""
+    while active := [search for search in searches if not search.finished]:
+        handles: list[RequestHandle] = []
+        try:
+            _submit_all(active, submit, handles)
+            outputs = [await handle for handle in handles]
+        finally:
+            _abort_all(handles)
+        _advance_all(active, outputs)
+
+
+def _submit_all(active: Iterable[BeamSearch], submit: Submit, handles: list[RequestHandle]) -> None:
+    for search in active:
+        params = SamplingParams(max_new_tokens=1, logprobs=search.num_alternatives, ignore_eos=True)
+        handles.extend(submit(prefix, params) for prefix in search.prefixes)
+
+
+def _abort_all(handles: Iterable[RequestHandle]) -> None:
+    for handle in handles:
+        handle.abort()
+
+
+def _advance_all(active: Iterable[BeamSearch], outputs: Iterable[GenerationOutput]) -> None:
+    remaining = iter(outputs)
+    for search in active:
+        search.advance([_following(next(remaining)) for _ in search.prefixes])
+
+
+def _following(output: GenerationOutput) -> TokenLogprobs:
+    """Return what may come after a beam; raises what kept its request from generating a token."""
+    if not output.logprobs:
+        raise output.error or RequestFailedError(f"a beam's request ended with {output.finish_reason!r}")
+    return output.logprobs[0]

@@ -1,0 +1,60 @@
+"""GrammarSteps: moves the grammars of requests on, beside the engine thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from llmengine.engine.request import Request, RequestStatus
+from llmengine.grammar import Grammar
+
+_NUM_THREADS = 4
+_GRACE_S = 0.001
+"""How long a step may wait for the masks of its rows."""
+
+
+class GrammarSteps:
+    """What a request's grammar allows next is computed on a thread, from the moment that its last token is known.
+
+    The request is not scheduled meanwhile (`Request.awaits_grammar`), and others do not wait: for masks that are
+    usually quick, a step is held up by a millisecond at most, so that a device which computes one step at a time finds
+    the row in the next one.
+
+    Args:
+        notify: called on a thread of its own whenever a grammar has moved on.
+    """
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "llmengine-grammar-step")
+        self._pending: list[tuple[Request, Future[None]]] = []
+
+    @property
+    def num_pending(self) -> int:
+        """Grammars on their way that were not taken yet."""
+        return len(self._pending)
+
+    def push(self, request: Request, grammar: Grammar, token_id: int) -> None:
+        """Have the grammar move on behind a token of the request."""
+        future = self._threads.submit(grammar.advance, token_id)
+        self._pending.append((request, future))
+        future.add_done_callback(lambda _: self._notify())
+
+    def take(self) -> list[Request]:
+        """Return the unfinished requests whose grammars have moved on since the last time."""
+        quick = [future for request, future in self._pending if _is_quick(request)]
+        if not all(future.done() for future in quick):
+            wait(quick, timeout=_GRACE_S)
+        # Looked at once: one that is done a moment later is for the next time.
+        done = [future.done() for _, future in self._pending]
+        moved = [request for (request, _), is_done in zip(self._pending, done, strict=True) if is_done]
+        self._pending = [item for item, is_done in zip(self._pending, done, strict=True) if not is_done]
+        return [request for request in moved if request.status is not RequestStatus.FINISHED]
+
+    def close(self) -> None:
+        """Start no more; does not wait for those that run."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_quick(request: Request) -> bool:
+    return request.grammar is not None and request.grammar.step_s < _GRACE_S

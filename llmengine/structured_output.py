@@ -1,0 +1,77 @@
+"""StructuredOutput: the form that a request's output must have, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmengine.errors import InvalidRequestError
+
+MAX_GRAMMAR_CHARS = 262_144
+"""Most characters of a schema (as JSON), a regex, a grammar, or all choices together."""
+
+_KINDS = ("json_schema", "regex", "choice", "grammar")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """Exactly one of the four; whatever is generated satisfies it when the request ends with "stop".
+
+    Raises `InvalidRequestError` for what is none of these, or longer than `MAX_GRAMMAR_CHARS`. Whether a schema, regex
+    or grammar can be used is found when a request is submitted.
+
+    Attributes:
+        json_schema: a JSON Schema: a mapping (a Pydantic model's `model_json_schema()`, say) or JSON text, kept as JSON
+            text; True: any JSON. Between tokens of JSON is at most one space. Keywords that cannot be enforced are
+            refused.
+        regex: what the whole text must match, in the syntax of Rust's `regex` crate: no look-around, no references.
+        choice: strings, of which the text is one.
+        grammar: a context-free grammar in EBNF: Lark's syntax with a rule `start`, or llama.cpp's GBNF with `root ::=`.
+    """
+
+    json_schema: Mapping[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequestError(f"StructuredOutput takes one of {', '.join(_KINDS)}; given: {given or 'none'}")
+        if self.json_schema is not None:
+            object.__setattr__(self, "json_schema", _as_json_text(self.json_schema))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _as_choices(self.choice))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise InvalidRequestError(f"{name}={value!r:.200} is not a string, or empty")
+        size = sum(map(len, self.choice)) if self.choice is not None else len(getattr(self, given[0]))
+        if size > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(f"{given[0]} has {size} characters; the limit is {MAX_GRAMMAR_CHARS}")
+
+
+def _as_json_text(schema: Any) -> str:
+    if isinstance(schema, str) and len(schema) > MAX_GRAMMAR_CHARS:
+        return schema  # too long to be read; refused for that
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        if value is True:
+            return "{}"
+        if isinstance(value, Mapping):
+            # Property order is the order of the output, so keys are not sorted.
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"json_schema={schema!r:.200} is not JSON: {error}") from error
+    raise InvalidRequestError(f"json_schema={schema!r:.200} is neither an object nor True")
+
+
+def _as_choices(choices: Any) -> tuple[str, ...]:
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
+        raise InvalidRequestError(f"choice={choices!r:.200} is not a list of strings, or empty")
+    for text in choices:
+        if not isinstance(text, str) or not text:
+            raise InvalidRequestError(f"choice holds {text!r:.200}; each must be a string, and not empty")
+    return tuple(choices)
