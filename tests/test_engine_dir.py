@@ -17,33 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from arch_helpers import SMALL_ARCH
 from safetensors.torch import load_file
 
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, UnsupportedModelError
-from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.models.dummy import stream_dummy
 from llmengine.models.engine_dir import model_config_hash, save_engine, save_model
 from llmengine.models.fused import weight_layout
 from llmengine.models.source import ModelSource, open_model
 
-ARCH = ModelArch(
-    architecture="LlamaForCausalLM",
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    hidden_act="silu",
-    tie_word_embeddings=False,
-    attention_bias=True,
-    attention_out_bias=False,
-    mlp_bias=False,
-    rope=RopeConfig(theta=1e4, original_max_position_embeddings=64),
-)
+ARCH = SMALL_ARCH
 TOKENIZER = {"tokenizer.json": b'{"a": 1}', "chat_template.jinja": b"{{ x }}!", "additional/tool.jinja": b"tool"}
 FILES = ["engine.json", "weights.rank0.safetensors", *(f"tokenizer/{name}" for name in TOKENIZER)]
 

@@ -6,37 +6,22 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from arch_helpers import SMALL_ARCH
 
 from llmengine.backends.tensorrt.plan_cache import PlanCache
 from llmengine.backends.tensorrt.plan_set import PlanSet, Producer
 from llmengine.backends.tensorrt.plan_store import PlanRequest, get_plans
 from llmengine.backends.tensorrt.plans import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.spec import BuildTarget
-from llmengine.models.arch import ModelArch, RopeConfig
+from llmengine.models.arch import ModelArch
 from llmengine.models.dummy import stream_dummy
 from llmengine.models.fused import ModelSource
 
-ARCH = ModelArch(
-    architecture="LlamaForCausalLM",
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    hidden_act="silu",
-    tie_word_embeddings=True,
-    attention_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    rope=RopeConfig(theta=1e4, original_max_position_embeddings=64),
-)
+ARCH = replace(SMALL_ARCH, num_layers=4, tie_word_embeddings=True, attention_bias=False)
 RTX_89 = Producer("tensorrt_rtx", "1.7.1", BuildTarget((89,)))
 
 

@@ -176,7 +176,7 @@ def builder_process(cache: Path, limits: str) -> subprocess.Popen[bytes]:
     """Start a process that says "ready" and builds for one limit after the other."""
     code = f"""
 import sys, itertools
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from pathlib import Path
 import plan_fakes as fakes
 print("ready", flush=True)
