@@ -1,40 +1,131 @@
-"""How many steps are kept in flight."""
+"""How many steps are kept in flight, and how late the next is launched."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from engine_helpers import VOCAB_SIZE, oracle, tokens
 
-from llmengine.batch import StepResult
+from llmengine import LLM
+from llmengine.batch import Batch, BatchRow, StepResult
+from llmengine.engine import engine
+from llmengine.engine.handle import RequestHandle
 from llmengine.engine.run_ahead import RunAhead
+from llmengine.testing import FakeBackend
 
+DECODE = Batch(1, [BatchRow(slot, 5, 1, (), (), sample=True) for slot in range(8)])
+PROMPT = Batch(1, [BatchRow(0, 0, 512, range(512), (), sample=True)])
 BUSY = StepResult(1, {}, forward_s=0.010, idle_s=0.0001)
 IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
+
+
+def run(run_ahead: RunAhead, result: StepResult, batch: Batch = DECODE) -> int:
+    """Launch a step and see it end; return the depth."""
+    run_ahead.launched(batch, 0.0)
+    run_ahead.observe(result, 0.0)
+    return run_ahead.depth
+
+
+def launches_late(run_ahead: RunAhead) -> bool:
+    """Return whether the next step may wait beside one in flight whose kind is known."""
+    run_ahead.launched(DECODE, 7.0)
+    spare_s = run_ahead.spare_s(7.0)
+    run_ahead.observe(BUSY, 7.01)
+    return spare_s > 0
 
 
 @pytest.mark.parametrize(("limit", "least"), [(1, 1), (2, 2), (8, 2)])
 def test_starts_with_two_steps_where_the_backend_takes_them(limit: int, least: int) -> None:
     run_ahead = RunAhead(limit)
-    for _ in range(2000):
-        run_ahead.observe(BUSY)
-        assert run_ahead.depth == least
+    assert {run(run_ahead, BUSY) for _ in range(2000)} == {least}
+    assert launches_late(run_ahead) == (limit > 1)
 
 
-def test_grows_while_the_device_runs_dry_up_to_the_backends_limit() -> None:
+def test_launches_early_and_then_grows_while_the_device_runs_dry_up_to_the_backends_limit() -> None:
     run_ahead = RunAhead(4)
-    depths = []
-    for result in (IDLE, BUSY, IDLE, IDLE, IDLE):
-        run_ahead.observe(result)
-        depths.append(run_ahead.depth)
-    assert depths == [3, 3, 4, 4, 4]
+    assert [run(run_ahead, result) for result in (BUSY, BUSY, IDLE)] == [2, 2, 2]
+    assert not launches_late(run_ahead)
+    assert [run(run_ahead, result) for result in (IDLE, BUSY, IDLE, IDLE, IDLE)] == [3, 3, 4, 4, 4]
 
 
-def test_gives_steps_up_again_one_after_the_other() -> None:
+def test_gives_steps_up_again_one_after_the_other_and_then_launches_late_again() -> None:
     run_ahead = RunAhead(4)
-    for _ in range(2):
-        run_ahead.observe(IDLE)
-    depths = []
-    for _ in range(2000):
-        run_ahead.observe(BUSY)
-        depths.append(run_ahead.depth)
+    for _ in range(3):
+        run(run_ahead, IDLE)
+    depths = [run(run_ahead, BUSY) for _ in range(1030)]
     assert sorted(set(depths)) == [2, 3, 4]
     assert depths == sorted(depths, reverse=True)
+    assert not launches_late(run_ahead)
+    for _ in range(64):
+        run(run_ahead, BUSY)
+    assert launches_late(run_ahead)
+
+
+def test_the_next_launch_waits_for_most_of_the_time_that_steps_of_the_kind_took() -> None:
+    run_ahead = RunAhead(2)
+    for seconds in (0.1, 0.2, 0.05, 0.04):
+        run_ahead.launched(PROMPT, 0.0)
+        run_ahead.launched(DECODE, 0.0)
+        assert run_ahead.spare_s(0.0) == 0.0  # both in flight
+        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0)
+        run_ahead.observe(StepResult(2, {}, forward_s=0.010), 1.0)
+    assert run_ahead.spare_s(1.0) == 0.0  # none in flight
+    run_ahead.launched(PROMPT, 2.0)
+    assert run_ahead.spare_s(2.0) == pytest.approx(0.8 * 0.04 - 0.001)
+    assert run_ahead.spare_s(2.025) == pytest.approx(0.8 * 0.04 - 0.001 - 0.025)
+    assert run_ahead.spare_s(2.032) == 0.0
+    run_ahead.launched(DECODE, 2.032)
+    run_ahead.observe(StepResult(3, {}, forward_s=0.04), 2.045)  # the decodes begin now
+    assert run_ahead.spare_s(2.046) == pytest.approx(0.8 * 0.010 - 0.001 - 0.001)
+
+
+def test_a_kind_that_was_met_less_than_twice_is_not_waited_for() -> None:
+    run_ahead = RunAhead(2)
+    run(run_ahead, BUSY)
+    run_ahead.launched(DECODE, 3.0)
+    assert run_ahead.spare_s(3.0) == 0.0
+    run_ahead.observe(BUSY, 3.0)
+    run_ahead.launched(PROMPT, 4.0)
+    assert run_ahead.spare_s(4.0) == 0.0
+
+
+class SlowBackend(FakeBackend):
+    """Says that each step took ten seconds; remembers the rows of each."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(max_steps_in_flight=2, **options)
+        self.num_rows: list[int] = []
+
+    def launch(self, batch: Batch) -> None:
+        self.num_rows.append(len(batch.rows))
+        super().launch(batch)
+
+    def collect(self) -> StepResult:
+        return replace(super().collect(), forward_s=10.0, idle_s=0.0)
+
+
+async def test_a_request_that_arrives_during_a_step_is_part_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SlowBackend(vocab_size=VOCAB_SIZE)
+    waits: list[tuple[float, int]] = []
+    arrived: list[RequestHandle] = []
+
+    def wait(seconds: float) -> None:
+        waits.append((seconds, len(backend.num_rows)))
+        if len(waits) == 3:
+            arrived.append(llm.generate_async([7, 8, 9], tokens(4)))
+
+    monkeypatch.setattr(
+        engine, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=wait)
+    )
+    with LLM.from_backend(lambda: backend) as llm:
+        output = await llm.generate_async([1, 2, 3], tokens(12))
+        late = await arrived[0]
+    assert output.token_ids == oracle([1, 2, 3], 12)
+    assert late.token_ids == oracle([7, 8, 9], 4)
+    assert all(6.0 < seconds <= 8.0 - 0.001 for seconds, _ in waits)
+    _, num_launched = waits[2]
+    assert backend.num_rows[num_launched - 1 : num_launched + 1] == [1, 2]

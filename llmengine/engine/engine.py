@@ -28,13 +28,12 @@ import anyio
 from llmengine.batch import Backend, BackendInfo
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
-from llmengine.engine.family import Stream
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
-from llmengine.engine.stream import Waiter, check_process, publish, wake
+from llmengine.engine.stream import Stream, Waiter, check_process, publish, wake
 from llmengine.engine.watchdog import Watchdog
 from llmengine.errors import EngineClosedError, EngineDeadError, EngineError, LLMEngineError, RequestError
 from llmengine.outputs import FinishReason
@@ -348,26 +347,30 @@ class Engine:
 
         ::
 
-            two in flight    host    schedule N+1, launch | update N, wake | schedule N+2, launch | ...
-                             device  ... step N           | step N+1                              | ...
+            two in flight    host    schedule N+1, launch | update N, wake | (late) schedule N+2, launch | ...
+                             device  ... step N           | step N+1                                     | ...
         """
         began = time.perf_counter()
         scheduler, backend = self._scheduler, self._backend
         if ended := scheduler.take_grammars():
             self._hand_out(ended)
         while scheduler.num_steps_in_flight < self._run_ahead.depth:
+            if spare_s := self._run_ahead.spare_s(time.monotonic()):
+                time.sleep(spare_s)
+                self._run_commands()
             batch = scheduler.schedule()
             if batch is None:
                 break
             self._call_backend(backend.launch, batch)
+            self._run_ahead.launched(batch, time.monotonic())
         if not scheduler.num_steps_in_flight:
             is_waiting = scheduler.awaits_grammars
             assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"
             return not is_waiting
         result = self._call_backend(backend.collect)
-        self._run_ahead.observe(result)
-        self._hand_out(scheduler.update(result))
         self._last_step_at = time.monotonic()
+        self._run_ahead.observe(result, self._last_step_at)
+        self._hand_out(scheduler.update(result))
         self._last_step_s = time.perf_counter() - began
         self._counters.step_s += self._last_step_s
         self._counters.forward_s += result.forward_s
