@@ -150,6 +150,7 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
         device=arguments.device,
         num_threads=arguments.threads,
         tuning_budget_s=arguments.tuning_budget,
+        deterministic=arguments.deterministic,
     )
     return LLM(config, enable_tokenizer=False)
 
@@ -254,6 +255,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-step", type=int, metavar="N", help="most tokens in a step, prompts included")
     parser.add_argument("--tuning-budget", type=float, default=ModelConfig(".").tuning_budget_s, metavar="SECONDS")
     parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--busy-ms", type=float, default=0.0, metavar="MS", help="a task that blocks the loop as long")

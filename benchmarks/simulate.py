@@ -418,7 +418,7 @@ def plot(outcomes: dict[str, Outcome], weights: dict[str, float], path: Path) ->
     fairness.set(title="Fairness where too much is asked for", xlabel="seconds", ylabel="Jain's index", ylim=(0, 1.05))
     hits.set(title="Prompt tokens found in the cache", xlabel="seconds", ylabel="%")
     for panel in (delays, fairness, hits):
-        panel.legend(fontsize=6)
+        panel.legend(fontsize=6, loc="lower right")
     save_plot(figure, path)
 
 

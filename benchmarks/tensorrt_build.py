@@ -56,7 +56,7 @@ def main() -> None:
     """Build and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[SMOLLM2, "1b", "8b", "70b"])
-    parser.add_argument("--modes", nargs="+", default=["inputs", "constants", "refit"])
+    parser.add_argument("--modes", nargs="+", default=["inputs", "constants"])
     parser.add_argument("--kinds", nargs="+", default=["first", "mid", "last"])
     parser.add_argument("--sm", nargs="+", type=int, default=[89])
     parser.add_argument("--dtype", default="bfloat16")

@@ -24,6 +24,7 @@ from benchmarks.report import format_table, machine
 from benchmarks.serving import Load, run_once
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine import LLM, KvCacheConfig, LLMEngineError, ModelConfig, SamplingParams, SchedulerConfig
+from llmengine.saved_engines import measure_layer
 
 _NUM_COMPARED = 32
 """Greedy tokens of each prompt that are compared between the backends."""
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace, model: Path, report: Report) -> None:
             report.note(f"auto chooses: {llm.info.description}")
             llm.save(engine)
         _add_step_times(report, json.loads((engine / "engine.json").read_text())["plans"])
+        _add_layer_times(report, engine, SchedulerConfig(max_batch_size=max(arguments.concurrency)))
 
 
 def _open(
@@ -163,6 +165,17 @@ def _add_step_times(report: Report, plans: dict[str, Any]) -> None:
     report.tables["Dense part of a decode step, us"] = format_table(
         ["requests", "TensorRT", "torch"],
         [[size, f"{ours:.0f}", f"{theirs:.0f}"] for size, (ours, theirs) in steps.items()],
+    )
+
+
+def _add_layer_times(report: Report, engine: Path, scheduler: SchedulerConfig) -> None:
+    times = measure_layer(engine, scheduler)
+    if times is None:
+        return
+    report.note(f"llmengine build --weights fastest takes {times.fastest}")
+    report.tables["One layer of a decode step, us"] = format_table(
+        ["requests", "weights as inputs", "as constants"],
+        [[str(size), f"{inputs:.1f}", f"{constants:.1f}"] for size, (constants, inputs) in times.us.items()],
     )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS_HELP = (
     "what plans do with weights: 'inputs' leaves them out, so that one plan serves all layers (default); 'constants' "
-    "builds them in"
+    "builds them in; 'fastest' times a layer both ways on this machine's GPU"
 )
 
 
@@ -36,7 +36,7 @@ def add_engine_commands(commands: Any) -> None:
     build.add_argument(
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: the checkpoint's"
     )
-    build.add_argument("--weights", choices=("inputs", "constants"), help=_WEIGHTS_HELP)
+    build.add_argument("--weights", choices=("inputs", "constants", "fastest"), help=_WEIGHTS_HELP)
     build.add_argument("--max-batch-size", type=_positive, default=BY_DEVICE, metavar="N", help="requests in a step")
     build.add_argument("--max-tokens-per-step", type=_positive, default=BY_DEVICE, metavar="N")
     build.add_argument("--dummy", action="store_true", help="random weights, from the directory's config.json alone")
@@ -92,7 +92,10 @@ def _build(arguments: argparse.Namespace) -> int:
         f"{arguments.output}: {size_text(facts['size_bytes'])}, of this {size_text(built.plans.size_bytes)} in "
         f"{len(built.plans.plans)} plans; plans took {built.plans_s:.1f} s, saving {built.save_s:.1f} s"
     )
-    print(f"built with {built.plans.producer}; nothing was run: `LLM` verifies the plans on the GPU that loads them")
+    if built.layer_times is not None:
+        print(f"{built.layer_times}; the plans have them as {built.layer_times.fastest}")
+    ran = "no plan was run" if built.layer_times is None else "no other plan was run"
+    print(f"built with {built.plans.producer}; {ran}: `LLM` verifies all on the GPU that loads them")
     return 0
 
 
@@ -111,7 +114,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print()
         # Not wrapped in a pipe: whoever reads it there has no width.
         width = None if sys.stdout.isatty() else 200
-        Console(width=width, force_terminal=sys.stdout.isatty(), highlight=False, emoji=False).print(_plans(facts))
+        Console(width=width, force_terminal=sys.stdout.isatty(), highlight=False, emoji=False, markup=False).print(
+            _plans(facts)
+        )
     return 0
 
 
@@ -191,4 +196,4 @@ def _plans(facts: dict[str, Any]) -> Table:
 
 
 def _tensors(tensors: list[dict[str, Any]]) -> str:
-    return "\n".join(f"{item['name']} {item['dtype']} \\[{', '.join(map(str, item['shape']))}]" for item in tensors)
+    return "\n".join(f"{item['name']} {item['dtype']} [{', '.join(map(str, item['shape']))}]" for item in tensors)

@@ -18,6 +18,7 @@ from llmengine.errors import ConfigError
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 BackendName = Literal["auto", "torch", "tensorrt"]
+AttentionBackendName = Literal["auto", "flashinfer", "measure"]
 WeightFormat = Literal["none", "int8", "int4"]
 
 
@@ -46,9 +47,18 @@ class _Settings:
         """Raise `ConfigError` for a value that is out of range."""
 
 
+_ONE_GPU = (
+    "Set it to 1, with a model that fits one device; to use several GPUs, run a process with an LLM for each "
+    "(device='cuda:N') and share the requests out among them"
+)
+
+
 @dataclass(slots=True)
 class ParallelConfig(_Settings):
-    """How many ranks share the model. Only 1 x 1 runs so far; more raises at `LLM()`."""
+    """How many GPUs share the model, each layer's matrices (`tp_size`) or the layers (`pp_size`).
+
+    Only 1 x 1 runs so far; more raises at `LLM()`.
+    """
 
     tp_size: int = 1
     pp_size: int = 1
@@ -56,10 +66,15 @@ class ParallelConfig(_Settings):
     def _check(self) -> None:
         _require_int("parallel_config.tp_size", self.tp_size, 1)
         _require_int("parallel_config.pp_size", self.pp_size, 1)
-        if self.tp_size * self.pp_size > 1:
+        if self.tp_size > 1:
             raise ConfigError(
-                f"parallel_config.tp_size={self.tp_size}, pp_size={self.pp_size}: this version runs on one rank only; "
-                "set both to 1"
+                f"parallel_config.tp_size={self.tp_size}: only 1 runs in this version, which has no tensor "
+                f"parallelism: neither weights nor KV heads are split over GPUs. {_ONE_GPU}"
+            )
+        if self.pp_size > 1:
+            raise ConfigError(
+                f"parallel_config.pp_size={self.pp_size}: only 1 runs in this version, which has no pipeline "
+                f"parallelism: layers are not spread over GPUs. {_ONE_GPU}"
             )
 
 
@@ -247,13 +262,17 @@ class ModelConfig(_Settings):
         dtype: of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "torch" or "tensorrt".
+        attention_backend: who attends for decodes on CUDA. "auto": Triton kernels of ours. "flashinfer": FlashInfer's
+            kernel (`pip install llmengine[flashinfer]`), which is compiled when a machine first needs it: half a
+            minute. "measure": of the two the one that is faster on this GPU for the model's shapes, for each number of
+            rows, kept on disk; ours where FlashInfer is not installed or cannot attend for the model.
         max_model_len: most tokens of one request, prompt and output; None: the model's context length.
         num_threads: CPU threads of the forward pass; None: torch's default.
         tuning_budget_s: most seconds that loading may spend on measuring which matrix products are fastest on this
             GPU for the model's shapes; what was measured is kept on disk for the next time. 0: rules of thumb.
         deterministic: the same prompt and parameters give bit-equal tokens and log-probabilities on this machine,
-            whatever else is in the batch, and however the prompt is cut, cached or computed again. On a CPU only,
-            without `prompt_logprobs`, and slower, by far without the native decoder.
+            whatever else is in the batch, and however the prompt is cut, cached or computed again. Slower; on a CPU
+            without `prompt_logprobs`, and slower by far without the native decoder; on CUDA with the torch backend.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
     """
 
@@ -265,6 +284,7 @@ class ModelConfig(_Settings):
     dtype: DType = "auto"
     device: str = "auto"
     backend: BackendName = "auto"
+    attention_backend: AttentionBackendName = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
     tuning_budget_s: float = 4.0
@@ -287,6 +307,7 @@ class ModelConfig(_Settings):
                 raise ConfigError(f"{item.name}={value!r} is not a {kind.__name__}")
         _require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
+        _require_choice("attention_backend", self.attention_backend, ("auto", "flashinfer", "measure"))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ConfigError(f"device={self.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")

@@ -19,7 +19,13 @@ MAX_OUTPUTS = 128
 
 MAX_LISTED_TOKENS = 16384
 """Most tokens in `SamplingParams.logit_bias` or `stop_token_ids`, most characters and token ids in `bad_words`: the
-device has room for every slot to hold as many as one of them."""
+device has room for every slot to hold as many as one of them. Also most characters in `stop`."""
+
+MIN_TEMPERATURE = 1e-6
+"""Least `SamplingParams.temperature` beside 0; logits divided by it stay finite in 32 bits."""
+
+MAX_MIN_NEW_TOKENS = 2**30
+"""Most of `SamplingParams.min_new_tokens`; positions are 32-bit integers on the device."""
 
 _SEED_NAMES = {
     "end_id": "stop_token_ids",
@@ -55,8 +61,8 @@ class SamplingParams:
             None: n. Above n nothing can be streamed, and `logprobs` is 0 if it is None.
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
         min_new_tokens: EOS and stop tokens cannot be chosen, and stop strings do not end the request, before
-            this many tokens.
-        temperature: 0 is greedy (argmax); else logits are divided by it, in (0, 100].
+            this many tokens; in [0, 2**30].
+        temperature: 0 is greedy (argmax); else logits are divided by it, in [1e-6, 100].
         top_k: sample among the k likeliest tokens; 0: all.
         top_p: sample among the smallest set of likeliest tokens whose probabilities reach top_p, in (0, 1].
         min_p: sample among the tokens that are at least min_p times as likely as the likeliest, in [0, 1]; 0: all.
@@ -70,7 +76,7 @@ class SamplingParams:
             the tokens that it has at the start of a text and, where that makes a difference, after a space.
         seed: the same seed, prompt and parameters draw with the same random numbers whatever else is in the
             batch; None: a fresh seed for each request. In [0, 2**63).
-        stop: strings that end the request; the text is cut just before the match.
+        stop: strings that end the request; the text is cut just before the match. At most 16,384 characters.
         stop_token_ids: token ids that end the request, beside the model's EOS.
         ignore_eos: do not end at the model's EOS (stop and stop_token_ids still apply).
         logprobs: None: none; k >= 0: for each token its own log-probability and those of the k likeliest, k <= 20.
@@ -115,12 +121,16 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_OUTPUTS)
         _check_int("best_of", self.best_of, self.n, MAX_OUTPUTS, optional=True)
         _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
-        _check_int("min_new_tokens", self.min_new_tokens, 0, None)
+        _check_int("min_new_tokens", self.min_new_tokens, 0, MAX_MIN_NEW_TOKENS)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("seed", self.seed, 0, 2**63 - 1, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_float("temperature", self.temperature, 0.0, 100.0)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidRequestError(
+                f"temperature={self.temperature} is outside [{MIN_TEMPERATURE:g}, 100]; 0 takes the likeliest token"
+            )
         _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
@@ -138,6 +148,7 @@ class SamplingParams:
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequestError(f"stop holds {text!r}; each stop must be a non-empty string")
+        _check_size("stop", sum(map(len, stop)), "characters")
         _check_size("stop_token_ids", len(ids), "tokens")
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, None)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.errors import LLMEngineError, ModelLoadError
-from llmengine.models.engine_dir import MANIFEST_NAME, open_engine, read_files, read_manifest
+from llmengine.models.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
 from llmengine.models.fields import Fields
 from llmengine.models.source import ModelSource, open_model
 
 if TYPE_CHECKING:
-    from llmengine.backends.tensorrt.build import EngineBuild
+    from llmengine.backends.tensorrt.build import BuildOptions, EngineBuild
     from llmengine.backends.tensorrt.spec import WeightMode
+    from llmengine.backends.tensorrt.weight_choice import LayerTimes
 
 DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
 FlavourName = Literal["auto", "tensorrt", "tensorrt_rtx"]
@@ -29,7 +30,7 @@ def build(
     compute_capabilities: tuple[int, ...] = (),
     flavour: FlavourName = "auto",
     dtype: DTypeName = "auto",
-    weight_mode: WeightMode | None = None,
+    weight_mode: Literal["fastest"] | WeightMode | None = None,
     scheduler_config: SchedulerConfig | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
 ) -> EngineBuild:
@@ -41,29 +42,57 @@ def build(
 
     See `backends.tensorrt.build.BuildOptions` for the rest, and `build_engine` for what is raised.
     """
-    limits = ModelConfig(model, scheduler_config=scheduler_config or SchedulerConfig()).resolve(accelerator=True)
-    source = open_model(model, load_format)
-    from llmengine.backends.tensorrt.build import BuildOptions, build_engine
-    from llmengine.backends.tensorrt.build_progress import BuildProgress
-
-    options = BuildOptions(
-        max_batch_size=limits.scheduler_config.max_batch_size,
-        max_tokens_per_step=limits.scheduler_config.max_tokens_per_step,
+    options = _options(
+        model,
+        scheduler_config,
         compute_capabilities=compute_capabilities,
         flavour=flavour,
         dtype=dtype,
         weight_mode=weight_mode,
     )
+    source = open_model(model, load_format)
+    from llmengine.backends.tensorrt.build import build_engine
+    from llmengine.backends.tensorrt.build_progress import BuildProgress
+
     return build_engine(source, directory, options, _tokenizer(source), BuildProgress(write))
 
 
+def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) -> LayerTimes | None:
+    """Return how long a layer takes on this machine's GPU with its weights as inputs and built in.
+
+    None for a model of one layer. Limits are as in `build`, which raises the same with `weight_mode="fastest"`.
+    """
+    options = _options(model, scheduler_config)
+    source = open_model(model)
+    from llmengine.backends.tensorrt.build import measure_layer as measure
+
+    return measure(source, options)
+
+
+def _options(model: Path, scheduler_config: SchedulerConfig | None, **chosen: Any) -> BuildOptions:
+    limits = ModelConfig(model, scheduler_config=scheduler_config or SchedulerConfig()).resolve(accelerator=True)
+    from llmengine.backends.tensorrt.build import BuildOptions
+
+    return BuildOptions(
+        max_batch_size=limits.scheduler_config.max_batch_size,
+        max_tokens_per_step=limits.scheduler_config.max_tokens_per_step,
+        **chosen,
+    )
+
+
 def inspect(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a saved engine, its path and its size in bytes; reads no other file.
+    """Return the checked manifest of a saved engine, its path and its size in bytes; reads no other file.
 
     Raises `ModelLoadError`, `CorruptFileError`, `UnsupportedModelError`.
     """
     manifest = _manifest(directory)
-    size_bytes = sum(file.size_bytes for file in read_files(directory, manifest).values())
+    files = read_files(directory, manifest)
+    source = described_engine(directory, manifest, files)
+    if source.plans is not None:
+        from llmengine.backends.tensorrt.plan_set import SavedSet
+
+        SavedSet.read(source.plans, f"{manifest.where}: plans")
+    size_bytes = sum(file.size_bytes for file in files.values())
     return {"directory": str(directory), "size_bytes": size_bytes, **manifest.values}
 
 

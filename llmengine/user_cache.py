@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+
+_logger = logging.getLogger("llmengine.user_cache")
 
 
 def cache_dir() -> Path:
@@ -12,3 +18,29 @@ def cache_dir() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmengine"
+
+
+def read_choices(file: Path, version: int) -> dict[str, str]:
+    """Return what `write_choices` kept, nothing of another version; an unreadable file is reported in the log."""
+    try:
+        stored = json.loads(file.read_text())
+        if stored["version"] != version:
+            return {}
+        return {str(key): str(name) for key, name in dict(stored["choices"]).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _logger.warning("measured choices in %s are ignored: %r", file, error)
+        return {}
+
+
+def write_choices(file: Path, version: int, choices: Mapping[str, str]) -> None:
+    """Keep measured choices, in place of those in the file; a failure is reported in the log."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place, so that another process never reads half a file.
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
+            json.dump({"version": version, "choices": dict(choices)}, temporary, indent=1)
+        os.replace(temporary.name, file)
+    except OSError as error:
+        _logger.warning("measured choices could not be kept in %s: %r", file, error)

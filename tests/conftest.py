@@ -1,6 +1,40 @@
-"""Settings of the whole test suite: hypothesis examples are the same in every run."""
+"""Settings of the whole test suite: hypothesis examples are the same in every run, and files run side by side."""
 
+import os
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+MAX_PROCESSES = 4
+"""More would need memory for as many models, and gain little: the longest file is about a quarter of the whole."""
 
 settings.register_profile("llmengine", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("llmengine")
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:  # both are read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Where pytest-xdist is installed, spread directories' files over processes, unless `-n` says otherwise (`-n 0`).
+
+    Single files, debugging (`--pdb`) and a GPU, whose memory the tests measure, are left to one process.
+    """
+    option = config.option
+    if IS_WORKER or not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.usepdb:
+        return
+    if all(argument.split("::")[0].endswith(".py") for argument in config.args):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    option.numprocesses = 0 if Path("/dev/nvidiactl").exists() else min(cores, MAX_PROCESSES)
+    option.dist = "loadfile"  # fixtures of a module are made once
+    option.loadscopereorder = False  # that would leave files of few, long tests for the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest, lest it run alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

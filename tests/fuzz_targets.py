@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import logging
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -15,13 +18,20 @@ import torch
 from fuzz import TARGETS, Target, mutate_bytes, mutate_json, mutate_text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from llmengine import cli, saved_engines
+from llmengine.backends.tensorrt.plan_cache import PlanCache
+from llmengine.backends.tensorrt.plan_set import Producer
+from llmengine.backends.tensorrt.plan_store import PlanRequest, get_plans
+from llmengine.backends.tensorrt.plans import BuiltPlan, PlanJob
+from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
+from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError
 from llmengine.models import engine_dir, gguf_checkpoint, hf_checkpoint
 from llmengine.models.arch import ModelArch
 from llmengine.models.dummy import stream_dummy
 from llmengine.models.families import FAMILIES
-from llmengine.models.fused import stored_shapes
+from llmengine.models.fused import ModelSource, stored_shapes
 from llmengine.models.hf_config import arch_from_hf_config
 from llmengine.models.rope import layer_tables
 from llmengine.models.safetensors_file import write_tensors
@@ -356,11 +366,10 @@ def _sealed_engine(place: Path) -> Target:
         damaged = mutate_json(rng, seed, others)
         try:
             content = json.loads(damaged)
-            content.pop("manifest_sha256", None)
             if rng.random() < 0.9:
                 key = content["arch"], content["dtype"], content["quantization"]
                 content["model_config_hash"] = engine_dir.model_config_hash(*key)
-            return engine_dir._sealed(content)
+            return sealed(content)
         except (ValueError, TypeError, KeyError, AttributeError):
             return damaged
 
@@ -369,6 +378,124 @@ def _sealed_engine(place: Path) -> Target:
         read_model(directories[number])
 
     return Target("sealed_engine", seeds, mutate, read, str(place))
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """Return a manifest of these values, with the hash that belongs to them."""
+    return engine_dir._sealed({key: value for key, value in content.items() if key != "manifest_sha256"})
+
+
+_PLAN_ARCH = _arch(CONFIGS[0])
+_PLAN_REQUEST = PlanRequest(_PLAN_ARCH, "float32", 4, 16, Producer("tensorrt_rtx", "1.7", BuildTarget((89,))))
+
+
+def _build_plans(jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+    """Stand for the library: a plan names its network, and is the same in each run."""
+    for job in jobs:
+        job.output.write_bytes(json.dumps({"fingerprint": job.spec.fingerprint()}).encode())
+        yield BuiltPlan(job.name, job.output, 0.25, job.output.stat().st_size, 1 << 20, "fake 1")
+
+
+def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
+    """Return an engine with plans, and a cache that has the same plans."""
+    cache = PlanCache(place / f"{mode}-cache")
+    source = ModelSource(
+        kind="dummy",
+        path=place,
+        arch=_PLAN_ARCH,
+        checkpoint_dtype="float32",
+        generation_config={},
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        tokenizer_path=place,
+        stream=lambda dtype: stream_dummy(_PLAN_ARCH, dtype),
+    )
+    request = dataclasses.replace(_PLAN_REQUEST, weight_mode=mode)
+    check = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, finite=True)
+    verified = Verification("tensorrt_rtx 1.7", "NVIDIA L4", "2026-11-22", (check,), {1: (10.0, 12.0)})
+    plans = get_plans(request, source, 1, cache=cache, build=_build_plans)
+    plans = plans.replace(verification=verified.to_dict(), library_cache=b'{"kernels": [1, 2]}')
+    cache.remember(plans)
+    engine_dir.save_model(
+        place / mode,
+        source,
+        source.weights(torch.float32),
+        dtype="float32",
+        quantization={},
+        tokenizer=None,
+        plans=plans.to_saved(),
+    )
+    _use_plans(place / mode, cache)  # with what this imports measured here, and not as the first input's
+    return place / mode, cache
+
+
+def _use_plans(directory: Path, cache: PlanCache) -> None:
+    """Show and check an engine and take its plans, which are those of its networks or were built again."""
+    logging.getLogger("llmengine.tensorrt").setLevel(logging.ERROR)
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        cli.main(["inspect", str(directory)])
+    source = open_model(directory)
+    plans = get_plans(_PLAN_REQUEST, source, 1, cache=cache, build=_build_plans)
+    for segment in plans.segments:
+        assert json.loads(plans.plan_of(segment).read())["fingerprint"] == segment.spec.fingerprint()
+        assert all(profile.tokens.max <= 4096 for profile in segment.spec.profiles), "an absurd size is built for"
+    problems = [problem for problem in saved_engines.verify(directory).files.values() if problem]
+    if problems:
+        raise CorruptFileError(problems[0])
+
+
+def _sealed_plans(place: Path) -> Target:
+    """Manifests with plans that carry the right hash of what is wrong with the plans or the list of files."""
+    saved = [_save_plans(place, mode) for mode in get_args(WeightMode)]
+    seeds = [(directory / "engine.json").read_bytes() for directory, _ in saved]
+
+    def mutate(rng: Any, seed: bytes, others: Sequence[bytes]) -> bytes:
+        content = json.loads(seed)
+        part = rng.choice(("plans", "plans", "plans", "files"))
+        damaged = mutate_json(rng, json.dumps(content[part]).encode(), [json.dumps(content[part]).encode()])
+        try:
+            return sealed({**content, part: json.loads(damaged)})
+        except (ValueError, RecursionError):
+            return seed.replace(b'"plans"', damaged[:1] + b'"plans"')
+
+    def read(number: int, data: bytes) -> None:
+        directory, cache = saved[number]
+        (directory / "engine.json").write_bytes(data)
+        saved_engines.inspect(directory)
+        _use_plans(directory, cache)
+
+    return Target("sealed_plans", seeds, mutate, read, str(place))
+
+
+def _plan_files(place: Path) -> Target:
+    """What lies beside a sound manifest, and the files of the cache: plans that are not whole are built again."""
+    saved = [_save_plans(place, mode) for mode in get_args(WeightMode)]
+    files = [
+        (path, *one)
+        for one in saved
+        for path in sorted((*(one[0] / "plans").iterdir(), *(place / f"{one[0].name}-cache").iterdir()))
+    ]
+    seeds = [path.read_bytes() for path, _, _ in files]
+
+    def read(number: int, data: bytes) -> None:
+        path, directory, cache = files[number]
+        in_cache = path.parent != directory / "plans"
+        path.write_bytes(data)
+        lost = directory / "plans" / "first.plan"
+        kept = lost.read_bytes()
+        try:
+            if in_cache:
+                lost.unlink()
+            _use_plans(directory, cache)
+        except CorruptFileError:
+            if not in_cache:
+                raise
+        finally:
+            lost.write_bytes(kept if path != lost else seeds[number])
+            path.write_bytes(seeds[number])
+
+    return Target("plan_files", seeds, mutate_json, read, str(place))
 
 
 _TOKENIZER_CONFIG = {

@@ -28,8 +28,8 @@ GOOD: list[tuple[Any, dict[str, Any]]] = [
 ]
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     (ParallelConfig, {"tp_size": 0}, "tp_size=0"),
-    (ParallelConfig, {"tp_size": 2}, "tp_size=2.*one rank"),
-    (ParallelConfig, {"pp_size": 2}, "pp_size=2"),
+    (ParallelConfig, {"tp_size": 2}, r"tp_size=2: only 1 runs .* no tensor parallelism.*device='cuda:N'"),
+    (ParallelConfig, {"pp_size": 2}, r"pp_size=2: only 1 runs .* no pipeline parallelism.*device='cuda:N'"),
     (ParallelConfig, {"pp_size": True}, "pp_size=True"),
     (QuantConfig, {"weights": "fp3"}, "weights='fp3'"),
     (QuantConfig, {"weights": None}, "weights=None"),
@@ -55,6 +55,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (ModelConfig, {"model_dir": None}, "model_dir=None"),
     (ModelConfig, {"model_dir": "d", "dtype": "float8"}, "dtype='float8'"),
     (ModelConfig, {"model_dir": "d", "backend": "vllm"}, "backend='vllm'"),
+    (ModelConfig, {"model_dir": "d", "attention_backend": "fa4"}, "attention_backend='fa4'"),
     (ModelConfig, {"model_dir": "d", "load_format": "fast"}, "load_format='fast'"),
     (ModelConfig, {"model_dir": "d", "device": "tpu"}, "device='tpu'"),
     (ModelConfig, {"model_dir": "d", "device": "cuda:"}, "device='cuda:'"),

@@ -1,13 +1,15 @@
-"""`ModelConfig(deterministic=True)`: tokens and log-probabilities do not depend on the schedule, to the last bit."""
+"""`ModelConfig(deterministic=True)` on CPUs: nothing depends on the schedule, to the last bit."""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backend_helpers import NO_NATIVE, save_tiny
+from determinism_helpers import check_schedules
 from family_helpers import make_family
 
 from llmengine import (
@@ -39,31 +41,6 @@ PROMPTS = [
 ]
 
 
-def params_of(index: int) -> SamplingParams:
-    """Half of the prompts are sampled, with a seed of their own."""
-    drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": index} if index % 2 else {}
-    return SamplingParams(max_new_tokens=8 + 2 * index, ignore_eos=True, logprobs=3, **drawn)
-
-
-Result = tuple[list[int], list[Any]]
-
-
-def run(llm: LLM, picks: list[int], second_wave: int) -> tuple[list[Result], int, int]:
-    """Return what the prompts `picks` gave, and how many tokens were cached and requests preempted.
-
-    Those from `second_wave` on are sent when the first has ended.
-    """
-    handles = []
-    for place, index in enumerate(picks):
-        if place == second_wave and handles:
-            handles[0].result(60.0)
-        handles.append(llm.generate_async(PROMPTS[index], params_of(index)))
-    outputs = [handle.result(60.0) for handle in handles]
-    results = [(output.token_ids, list(output.logprobs or [])) for output in outputs]
-    preemptions = sum(output.timeline.num_preemptions for output in outputs)
-    return results, sum(output.num_cached_tokens for output in outputs), preemptions
-
-
 def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIVE_DIRECTORY, **settings: Any) -> LLM:
     """Return an LLM with limits drawn from `rng`; None: one request at a time, in one chunk, nothing reused."""
     batch_size = rng.choice((2, 3, 8)) if rng else 1
@@ -89,22 +66,11 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
     )
 
 
-def check_schedules(directory: Path, num_engines: int, num_waves: int, **settings: Any) -> bool:
-    """Compare random schedules with each request alone; returns whether all were equal, after an exact comparison.
-
-    Asserts that preemptions and prefix hits were among them.
-    """
-    with open_llm(directory, None, **settings) as llm:
-        alone = [run(llm, [index], 0)[0][0] for index in range(len(PROMPTS))]
-    cached, preemptions, equal = 0, 0, True
-    for seed in range(num_engines):
-        rng = random.Random(seed)
-        with open_llm(directory, rng, **settings) as llm:
-            for _ in range(num_waves):
-                picks = rng.choices(range(len(PROMPTS)), k=rng.randrange(2, 9))
-                results, hits, losses = run(llm, picks, rng.randrange(len(picks)))
-                cached, preemptions = cached + hits, preemptions + losses
-                equal = equal and results == [alone[index] for index in picks]
+def check(directory: Path, num_engines: int, num_waves: int, **settings: Any) -> bool:
+    """Return whether all schedules gave the same; asserts that preemptions and prefix hits were among them."""
+    equal, cached, preemptions = check_schedules(
+        partial(open_llm, directory, **settings), PROMPTS, num_engines, num_waves
+    )
     assert cached > 0
     assert preemptions > 0
     return equal
@@ -117,23 +83,23 @@ def check_schedules(directory: Path, num_engines: int, num_waves: int, **setting
 )
 def test_200_schedules_in_the_native_decoder(tmp_path: Path, settings: dict[str, Any]) -> None:
     save_tiny(tmp_path)
-    assert check_schedules(tmp_path, 20 if not settings else 3, 10, **settings)
+    assert check(tmp_path, 20 if not settings else 3, 10, **settings)
 
 
 def test_schedules_without_the_native_decoder(tmp_path: Path) -> None:
     save_tiny(tmp_path)
-    assert check_schedules(tmp_path, 3, 5, native=NO_NATIVE)
+    assert check(tmp_path, 3, 5, native=NO_NATIVE)
 
 
 def test_schedules_of_another_family(tmp_path: Path) -> None:
     make_family("gemma3").save_pretrained(tmp_path)
-    assert check_schedules(tmp_path, 3, 4)
+    assert check(tmp_path, 3, 4)
 
 
 def test_without_it_schedules_differ(tmp_path: Path) -> None:
     """Else the tests above would show nothing."""
     save_tiny(tmp_path)
-    assert not check_schedules(tmp_path, 5, 4, deterministic=False)
+    assert not check(tmp_path, 5, 4, deterministic=False)
 
 
 def test_what_it_excludes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +107,7 @@ def test_what_it_excludes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="deterministic='yes' is not a bool"):
         ModelConfig(tmp_path, deterministic="yes").resolve()  # type: ignore[arg-type]
     monkeypatch.setattr("llmengine.backends.choose_device", lambda name: "cuda:0")
-    with pytest.raises(ConfigError, match="device='cpu' only"):
-        load_backend(ModelConfig(tmp_path, deterministic=True).resolve(), open_model(tmp_path))
+    with pytest.raises(ConfigError, match="deterministic=True excludes backend='tensorrt'"):
+        load_backend(ModelConfig(tmp_path, backend="tensorrt", deterministic=True).resolve(), open_model(tmp_path))
     with open_llm(tmp_path, None) as llm, pytest.raises(InvalidRequestError, match="prompt_logprobs"):
         llm.generate([1, 2], SamplingParams(prompt_logprobs=1))

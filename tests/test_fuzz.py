@@ -12,10 +12,12 @@ import jinja2
 import pytest
 from engine_helpers import make_llm, tokens
 from fuzz import TARGETS, run_inputs
-from fuzz_targets import CONFIGS, make_targets
+from fuzz_targets import CONFIGS, make_targets, sealed
 
 import llmengine
+from llmengine.backends.tensorrt.plan_cache import PlanCache
 from llmengine.chat_template import MAX_PROMPT_CHARS, MAX_RENDER_S, MAX_STEPS, ChatTemplate
+from llmengine.cli import main
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, RequestFailedError
 from llmengine.tokenizer_loading import load_tokenizer
 
@@ -23,16 +25,48 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def test_a_short_run_finds_nothing() -> None:
-    report = run_inputs(2100, seed=0)
+    report = run_inputs(100 * len(TARGETS), seed=0)
     assert not report.findings
     assert set(report.outcomes) == set(TARGETS)
-    assert all(counts.total() == 150 for counts in report.outcomes.values())
+    assert all(counts.total() == 100 for counts in report.outcomes.values())
 
 
 def test_undamaged_inputs_are_accepted(tmp_path: Path) -> None:
     for target in make_targets(tmp_path):
         for number, seed in enumerate(target.seeds):
             target.read(number, seed)
+
+
+def segment_of(plans: dict[str, Any]) -> Any:
+    return plans["plans"]["mid"]["segment"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda plans: plans.pop("version"), "missing keys ['version']"),
+        (lambda plans: plans.update(compute_capabilities=["8.9"]), "compute_capabilities: expected a list of integers"),
+        (lambda plans: plans.update(plans=[]), "plans: expected an object, found list of 0 items"),
+        (lambda plans: segment_of(plans).update(profiles=5), "profiles: expected a list of objects, found 5"),
+        (lambda plans: segment_of(plans)["inputs"][0].update(shape=[10**30]), "shape: expected a list of sizes in [1"),
+        (lambda plans: segment_of(plans)["inputs"][0].update(dtype="[/red]"), "dtype: expected one of float32"),
+        (lambda plans: segment_of(plans)["profiles"][0]["tokens"].update(max=2**40), "max: expected an integer in [1"),
+        (lambda plans: segment_of(plans)["profiles"][0]["tokens"].update(min=4, opt=1), "expected min <= opt <= max"),
+    ],
+)
+def test_what_a_manifest_says_of_plans_is_checked_before_it_is_shown(
+    tmp_path: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = make_targets(tmp_path, ["sealed_plans"])[0]
+    content = json.loads(target.seeds[0])
+    damage(content["plans"])
+    manifest = tmp_path / "sealed_plans" / "inputs" / "engine.json"
+    manifest.write_bytes(sealed(content))
+    assert main(["inspect", str(manifest.parent)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"llmengine: {manifest}: plans: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def tokenizer_directory(tmp_path: Path, config: dict[str, Any], **changes: Any) -> Path:
@@ -42,6 +76,40 @@ def tokenizer_directory(tmp_path: Path, config: dict[str, Any], **changes: Any) 
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps({**values, **changes}))
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found["step_us"].update({"1": [10**400, 1.0]}),
+        lambda found: found["step_us"].update({"1": [1.0]}),
+        lambda found: found["checks"][0].update(rms_error="0.5"),
+        lambda found: found["checks"][0].update(rms_limit=0),
+    ],
+)
+def test_a_verification_that_none_wrote_counts_as_none(
+    tmp_path: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(make_targets(tmp_path, ["sealed_plans"])[0].seeds[0])
+    damage(content["plans"]["verification"])
+    manifest = tmp_path / "sealed_plans" / "inputs" / "engine.json"
+    manifest.write_bytes(sealed(content))
+    assert main(["inspect", str(manifest.parent)]) == 0
+    assert "verified    no: what is kept of it is of another version" in capsys.readouterr().out
+
+
+def test_an_entry_of_the_cache_that_names_another_plan_is_not_used(tmp_path: Path) -> None:
+    """The other plan is whole, so its own hash does not tell."""
+    make_targets(tmp_path, ["plan_files"])
+    cache = PlanCache(tmp_path / "plan_files" / "inputs-cache")
+    entries = sorted((tmp_path / "plan_files" / "inputs-cache").glob("*[0-9a-f].json"))
+    plans = [cache.find(entry.stem) for entry in entries]
+    assert None not in plans
+    values, other = (json.loads(entry.read_text()) for entry in entries[:2])
+    entries[0].write_text(json.dumps({**values, "sha256": other["sha256"], "size_bytes": other["size_bytes"]}))
+    assert cache.find(entries[0].stem) is None
+    entries[0].write_text(entries[1].read_text())
+    assert cache.find(entries[0].stem) is None
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import soak
+from backend_helpers import save_tiny
 from engine_helpers import (
     WAIT_S,
     EngineHarness,
@@ -25,12 +28,14 @@ from engine_helpers import (
 )
 from faults import CAUSES, FaultKind, Faults, FaultyBackend
 
-from llmengine.config import SchedulerConfig
-from llmengine.engine.stream import SlowConsumer
+from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.engine.stream import FamilyStream, OutputStream, SlowConsumer, publish, wait_blocking, wake
 from llmengine.errors import EngineDeadError, InvalidRequestError, RequestError
 from llmengine.llm import LLM
-from llmengine.outputs import GenerationOutput
+from llmengine.outputs import GenerationOutput, OutputLog
+from llmengine.sampling_params import SamplingParams
 from llmengine.testing import FakeBackend
+from llmengine.tokenizer import ByteTokenizer
 
 MAX_UNREAD = 5
 LONG = 60
@@ -168,6 +173,32 @@ async def test_who_waits_for_the_end_is_not_slow(policy: SlowConsumer) -> None:
         assert blocking.result(WAIT_S).token_ids == oracle([3], LONG)
 
 
+def test_a_thread_that_waits_for_several_outputs_is_slow_for_none() -> None:
+    """It once waited for one output after another, and what the others had put out counted as unread meanwhile."""
+    logs = [OutputLog(request_id=1, queued=0.0, index=index) for index in range(3)]
+    streams = [OutputStream(log, "abort", 1) for log in logs]
+    family = FamilyStream(streams)
+    for log in logs:
+        log.token_ids.append(5)
+    assert not publish(streams)
+    assert all(stream.is_behind for stream in streams)
+    assert not wait_blocking(family, 0.0)
+    for log in logs:
+        log.token_ids.append(6)
+    publish(streams)
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(wait_blocking(family, WAIT_S)))
+    thread.start()
+    deadline = time.monotonic() + WAIT_S
+    while any(stream.is_behind for stream in streams):
+        assert time.monotonic() < deadline
+    for log in reversed(logs):
+        log.finish_reason = "length"
+        wake(publish([streams[log.index]]))
+    bounded(thread.join)
+    assert ended == [True]
+
+
 async def test_waiting_for_the_end_lets_a_paused_request_go_on() -> None:
     with make_llm(scheduler=impatient()) as llm:
         handles = [llm.generate_async([n], tokens(LONG), streaming=True, slow_consumer="pause") for n in range(2)]
@@ -181,6 +212,34 @@ async def test_waiting_for_the_end_lets_a_paused_request_go_on() -> None:
 def test_unknown_policy_is_refused() -> None:
     with make_llm() as llm, pytest.raises(InvalidRequestError, match="slow_consumer='drop' is none of"):
         llm.generate_async([1], slow_consumer="drop")  # type: ignore[arg-type]
+
+
+EXTREMES: list[dict[str, Any]] = [
+    {"min_new_tokens": 2**30, "max_new_tokens": None, "stop_token_ids": [5]},
+    {"max_new_tokens": 10**400},
+    {"temperature": 1.0, "top_k": 2**70},
+    {"temperature": 1e-6},
+    {"temperature": 1e-6, "top_p": 5e-324, "min_p": 1.0},
+    {"temperature": 100.0, "top_p": 5e-324},
+    {"temperature": 1e-6, "repetition_penalty": 100, "frequency_penalty": 2, "presence_penalty": -2},
+    {"temperature": 1e-6, "repetition_penalty": 0.01, "logit_bias": {3: 100, 4: -100}},
+    {"temperature": 1.0, "seed": 2**63 - 1, "logprobs": 20, "n": 128},
+    {"stop": "x" * 16384, "bad_words": [[token_id] for token_id in range(300)]},
+]
+
+
+def test_parameters_at_their_limits_end_no_engine(tmp_path: Path) -> None:
+    """One that exceeded 32 bits once ended the engine for everybody; another chose tokens that there are not."""
+    save_tiny(tmp_path)
+    small = KvCacheConfig(max_bytes=8 << 20)
+    with LLM(ModelConfig(tmp_path, device="cpu", kv_cache_config=small), tokenizer=ByteTokenizer()) as llm:
+        for changes in EXTREMES:
+            params = SamplingParams(**{"max_new_tokens": 4, **changes})
+            for output in llm.generate([1, 2, 3], params)[0].outputs:
+                assert output.finish_reason in ("length", "stop"), changes
+                assert all(0 <= token_id < llm.info.vocab_size for token_id in output.token_ids), changes
+        for options in ({"priority": -(10**6)}, {"deadline_s": 1e308}, {"first_token_deadline_s": float("inf")}):
+            assert llm.generate_async([1], SamplingParams(max_new_tokens=2), **options).result(WAIT_S).num_tokens == 2
 
 
 @pytest.mark.parametrize("ending", ["abort", "dropped", "deadline", "close", "drain", "death"])

@@ -47,7 +47,7 @@ def test_equal_transformers(
     directory_of_native: Path,
 ) -> None:
     directory, model = tiny
-    monkeypatch.setattr(prompt_logprobs, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(prompt_logprobs, "MAX_LOGITS", max_logits)
     backend = load_tiny(directory, native_directory=directory_of_native)
     driver = BackendDriver(backend)
     prompt, other = list(range(30, 71)), list(range(200, 230))
@@ -129,5 +129,8 @@ class WithoutScores(FakeBackend):
 
 
 def test_a_backend_without_them_refuses() -> None:
-    with make_llm(backend=WithoutScores) as llm, pytest.raises(InvalidRequestError, match=r"a GPU.*CPU backend does"):
+    with (
+        make_llm(backend=WithoutScores) as llm,
+        pytest.raises(InvalidRequestError, match=r"a GPU.*torch does, on a CPU without deterministic=True"),
+    ):
         llm.generate([1, 2], tokens(1, prompt_logprobs=0))

@@ -16,7 +16,7 @@ from llmengine.sampling_params import MAX_LOGPROBS, SamplingParams
 GOOD: list[tuple[str, list[Any]]] = [
     ("max_new_tokens", [1, 10**9, None]),
     ("min_new_tokens", [0, 128]),
-    ("temperature", [0, 0.0, 0.1, 1, 100]),
+    ("temperature", [0, 0.0, 1e-6, 0.1, 1, 100]),
     ("top_k", [0, 1, 10**6]),
     ("top_p", [1e-9, 0.5, 1, 1.0]),
     ("min_p", [0, 0.05, 1]),
@@ -35,7 +35,7 @@ GOOD: list[tuple[str, list[Any]]] = [
 BAD: list[tuple[str, list[Any]]] = [
     ("max_new_tokens", [0, -1, 1.0, "5", True]),
     ("min_new_tokens", [-1, 129, 1.5, None, False]),
-    ("temperature", [-0.1, 100.1, float("nan"), float("inf"), "1", None, True]),
+    ("temperature", [-0.1, 1e-7, 5e-324, 100.1, float("nan"), float("inf"), "1", None, True]),
     ("top_k", [-1, 1.0, None, True]),
     ("top_p", [0, 0.0, -0.5, 1.01, float("nan"), "0.5", None]),
     ("min_p", [-0.1, 1.1, float("nan"), "0.5", None, True]),
@@ -51,7 +51,7 @@ BAD: list[tuple[str, list[Any]]] = [
     ("logprobs", [-1, MAX_LOGPROBS + 1, 1.0, True]),
     ("ignore_eos", [0, 1, None, "no"]),
     ("skip_special_tokens", [0, None]),
-    ("stop", [("",), (1,), [b"a"], 5, None, ("a", None)]),
+    ("stop", [("",), (1,), [b"a"], 5, None, ("a", None), "a" * 16385]),
     ("stop_token_ids", [(-1,), (1.0,), ("a",), True, (True,), None, 1.5]),
 ]
 
@@ -80,6 +80,10 @@ def test_message_names_value_and_range() -> None:
         SamplingParams(top_p=1.5)
     with pytest.raises(InvalidRequestError, match=r"top_k=-1 is outside \[0, inf\]"):
         SamplingParams(top_k=-1)
+    with pytest.raises(InvalidRequestError, match=r"min_new_tokens=2147483648 is outside \[0, 1073741824\]"):
+        SamplingParams(min_new_tokens=2**31, max_new_tokens=None)
+    with pytest.raises(InvalidRequestError, match=r"temperature=1e-30 is outside \[1e-06, 100\]"):
+        SamplingParams(temperature=1e-30)
 
 
 def test_bias_and_bad_words_are_kept_as_tuples() -> None:

@@ -1,9 +1,10 @@
 """Times of attention on the GPU with cold KV in a CUDA graph, every variant checked against the reference first.
 
-python -m benchmarks.kernels.bench_attention [135m 1b 7b 8b] [--launch v64x256w4s1 ...] [--pdl]
+python -m benchmarks.kernels.bench_attention [135m 1b 7b 8b] [--launch v64x256w4s1 ...] [--decodes 64x200 ...] [--pdl]
 
-A decode launch is named v (vector) or d (dot), tile x least tokens of a split, w warps, s stages. TB/s counts the KV
-of the contexts, TFLOP/s the causal half of the products.
+A decode launch is named v (vector) or d (dot), tile x least tokens of a split, w warps, s stages; where FlashInfer is
+installed, its kernel with the rotation and KV write that it needs ahead is a column as well. TB/s counts the KV of the
+contexts, TFLOP/s the causal half of the products.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmengine.kernels.attention import (
     rope_and_write,
 )
 from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
+from llmengine.kernels.flashinfer_attention import FlashInferDecode, is_installed
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
 from llmengine.kernels.timing import time_graph
 
@@ -38,9 +40,10 @@ MODELS = {
     "8b": AttentionConfig(32, 8, 128),
 }
 DECODES = [(rows, context) for context in (192, 1024) for rows in (1, 8, 64, 256)]
+FLASHINFER = "flashinfer"
 PREFILLS = [(16, 128), (1, 2048)]
-MHA_LAUNCHES = ["v64x256w4s1", "v64x256w8s1", "v32x256w4s1", "v64x128w4s1", "d64x256w4s3", "d32x256w4s5", "d64x256w4s5"]
-GQA_LAUNCHES = ["d32x256w4s5", "d64x256w4s5", "d64x256w4s3", "d128x256w4s3", "d64x128w4s3", "d64x256w2s3"]
+MHA_LAUNCHES = ["v16x64w2s1", "v16x256w1s1", "v32x256w2s1", "v64x256w4s1", "d64x256w4s5"]
+GQA_LAUNCHES = ["d32x64w1s3", "d64x64w4s3", "d32x256w4s5", "d64x256w4s5", "d16x256w2s5"]
 DTYPE = torch.bfloat16
 MAX_POSITIONS = 8192
 COLD_BYTES = 120e6
@@ -54,6 +57,14 @@ def parse_launch(name: str) -> DecodeLaunch:
         raise argparse.ArgumentTypeError(f"{name!r} is not like v64x256w4s1")
     tile, split, warps, stages = map(int, match.groups()[1:])
     return DecodeLaunch(tile, split, warps, stages, vector=match[1] == "v")
+
+
+def parse_decodes(name: str) -> tuple[int, int]:
+    """Return rows and context of a name like 64x200."""
+    match = re.fullmatch(r"(\d+)x(\d+)", name)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{name!r} is not like 64x200")
+    return int(match[1]), int(match[2])
 
 
 def name_of(launch: DecodeLaunch) -> str:
@@ -114,8 +125,18 @@ class Layers:
         self.rope = torch.cat((angles.cos(), angles.sin()), dim=1).cuda()
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.workspace = attention_workspace(config, num_sms, "cuda")
+        self.flashinfer: FlashInferDecode | None = None
+        if is_installed():
+            max_blocks = self.step.block_tables.shape[1]
+            self.flashinfer = FlashInferDecode(config, DTYPE, len(rows), max_blocks, num_sms, "cuda")
+            self.flashinfer.begin(self.step, len(rows))
 
-    def decode(self, layer: int, launch: DecodeLaunch, pdl: bool) -> None:
+    def decode(self, layer: int, launch: DecodeLaunch | None, pdl: bool) -> None:
+        """Attend in a layer; None stands for FlashInfer."""
+        if launch is None:
+            assert self.flashinfer is not None
+            self.flashinfer.attend(self.step, self.qkv, self.kv[layer], self.rope, self.config, self.out, pdl=pdl)
+            return
         decode_attention(
             self.step,
             self.qkv,
@@ -146,7 +167,7 @@ def check(found: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"error {error:.3g}")
 
 
-def check_decode(config: AttentionConfig, launch: DecodeLaunch, pdl: bool) -> None:
+def check_decode(config: AttentionConfig, launch: DecodeLaunch | None, pdl: bool) -> None:
     layers = Layers(config, [(length, 1) for length in (1, 2, 17, 64, 65, 193, 700, 3000)])
     expected, kv = torch.empty_like(layers.out), layers.kv[0].clone()
     decode_attention_reference(layers.step, layers.qkv, kv, layers.rope, config, expected)
@@ -175,19 +196,24 @@ def attempt(run: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {str(error)[:40]}"
 
 
-def bench_decode(model: str, launches: Sequence[DecodeLaunch], pdl: bool) -> None:
-    config = MODELS[model]
-
-    def checked(launch: DecodeLaunch) -> str:
+def bench_decode(
+    model: str,
+    config: AttentionConfig,
+    launches: Sequence[DecodeLaunch | None],
+    decodes: Sequence[tuple[int, int]],
+    pdl: bool,
+) -> None:
+    def checked(launch: DecodeLaunch | None) -> str:
         check_decode(config, launch, pdl)
         return ""
 
     failures = {launch: attempt(lambda launch=launch: checked(launch)) for launch in launches}
-    print(f"{model} decode: us, TB/s".ljust(26), *(f"{name_of(launch):>17}" for launch in launches), flush=True)
-    for rows, context in [*DECODES, *([(16, 8192)] if model == "8b" else [])]:
+    names = [name_of(launch) if launch else FLASHINFER for launch in launches]
+    print(f"{model} decode: us, TB/s".ljust(26), *(f"{name:>17}" for name in names), flush=True)
+    for rows, context in decodes:
         layers = Layers(config, [(context, 1)] * rows)
 
-        def measured(launch: DecodeLaunch, layers: Layers = layers) -> str:
+        def measured(launch: DecodeLaunch | None, layers: Layers = layers) -> str:
             time_us = layers.time(lambda layer: layers.decode(layer, launch, pdl))
             return f"{time_us:.1f}, {layers.kv_bytes / time_us * 1e-6:.2f}"
 
@@ -195,8 +221,7 @@ def bench_decode(model: str, launches: Sequence[DecodeLaunch], pdl: bool) -> Non
         print(f"{rows:4} rows x {context:<5} tokens".ljust(26), *(f"{cell:>17}" for cell in cells), flush=True)
 
 
-def bench_prefill(model: str, pdl: bool) -> None:
-    config = MODELS[model]
+def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
     usual = prefill_launch(config, DTYPE)
     launches = [
         usual,
@@ -233,15 +258,22 @@ def main() -> None:
     parser.add_argument(
         "--launch", nargs="+", type=parse_launch, default=[], help="decode launches instead of the usual"
     )
+    parser.add_argument(
+        "--decodes", nargs="+", type=parse_decodes, default=[], help="rows x tokens of context, and nothing else"
+    )
+    parser.add_argument("--block-size", type=int, default=16, help="tokens a KV block")
     parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
     args = parser.parse_args()
     torch.manual_seed(0)
     for model in args.models:
-        config = MODELS[model]
+        config = replace(MODELS[model], block_size=args.block_size)
         usual = map(parse_launch, MHA_LAUNCHES if config.group == 1 else GQA_LAUNCHES)
         launches = args.launch or list(dict.fromkeys([decode_launch(config, DTYPE), *usual]))
-        bench_decode(model, launches, args.pdl)
-        bench_prefill(model, args.pdl)
+        launches = [*launches, None] if is_installed() else launches
+        decodes = args.decodes or [*DECODES, *([(16, 8192)] if model == "8b" else [])]
+        bench_decode(model, config, launches, decodes, args.pdl)
+        if not args.decodes:
+            bench_prefill(model, config, args.pdl)
 
 
 if __name__ == "__main__":

@@ -53,14 +53,20 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     if device == "cpu":
         if config.backend == "tensorrt":
             raise ConfigError("backend='tensorrt' needs a CUDA device, and device is 'cpu'; use 'auto' or 'torch'")
+        if config.attention_backend == "flashinfer":
+            raise ConfigError("attention_backend='flashinfer' needs a CUDA device, and device is 'cpu'; use 'auto'")
         from llmengine.backends.torch.cpu import CpuBackend
 
         return CpuBackend(config, source)
-    if config.deterministic:
-        raise ConfigError(f"deterministic=True works with device='cpu' only in this version, and device is {device!r}")
+    if config.deterministic and config.backend == "tensorrt":
+        raise ConfigError(
+            "deterministic=True excludes backend='tensorrt', whose plans add up in an order that depends on the number "
+            "of tokens; use 'auto' or 'torch'"
+        )
     import torch
 
-    if config.backend == "tensorrt" or (config.backend == "auto" and _has_tensorrt()):
+    has_tensorrt = not config.deterministic and _has_tensorrt()
+    if config.backend == "tensorrt" or (config.backend == "auto" and has_tensorrt):
         from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
@@ -69,6 +75,8 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
 
     if config.backend == "torch":
         return CudaBackend(config, source, torch.device(device))
+    if config.deterministic:
+        return CudaBackend(config, source, torch.device(device), torch_because("TensorRT is not deterministic"))
     _logger.info("backend='auto': torch, since TensorRT is not installed (pip install llmengine[tensorrt])")
     return CudaBackend(config, source, torch.device(device), torch_because("TensorRT is not installed"))
 

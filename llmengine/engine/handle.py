@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any
 
-from llmengine.engine.stream import LoopWaiter, OutputStream
+from llmengine.engine.stream import LoopWaiter, OutputStream, attach, wait_blocking
 from llmengine.outputs import GenerationOutput
 
 
@@ -71,7 +71,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
         Raises `TimeoutError` after `timeout` seconds; the request goes on.
         """
-        if not self._stream.wait_blocking(timeout):
+        if not wait_blocking(self._stream, timeout):
             raise TimeoutError(f"request {self.request_id} did not finish within {timeout} s")
         return self._final()
 
@@ -79,7 +79,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return self._wait_final().__await__()
 
     async def _wait_final(self) -> GenerationOutput:
-        waiter = self._stream.attach(final_only=True)
+        waiter = attach(self._stream, final_only=True)
         try:
             while not self._stream.ended:
                 await waiter
@@ -98,21 +98,15 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
     async def __anext__(self) -> GenerationOutput:
         # One coroutine for each token, and few calls: this is what streaming costs the consumer's event loop.
-        stream = self._stream
         while not self._exhausted:
-            ended, begin, end = stream.ended, self._seen, stream.num_published
-            if ended:
-                return self._take_last()
-            if begin != end and self._streaming:
-                self._seen = stream.num_read = end
-                if stream.resume is not None:
-                    stream.mark_read(end)
-                return GenerationOutput(stream.log, begin, end)
+            output = self._take()
+            if output is not None:
+                return output
             waiter = self._waiter
             if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
-                self._waiter = stream.attach(final_only=not self._streaming)
+                self._waiter = attach(self._stream, final_only=not self._streaming)
                 continue  # something may have been published before
-            waiter.seen = begin
+            waiter.seen = self._seen
             try:
                 await waiter
             except BaseException:
@@ -121,6 +115,19 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
                 self.abort()
                 raise
         raise StopAsyncIteration
+
+    def _take(self) -> GenerationOutput | None:
+        """Return what is new, None if nothing is; the last output sets `_exhausted`."""
+        stream = self._stream
+        ended, begin, end = stream.ended, self._seen, stream.num_published
+        if ended:
+            return self._take_last()
+        if begin == end or not self._streaming:
+            return None
+        self._seen = stream.num_read = end
+        if stream.resume is not None:
+            stream.mark_read(end)
+        return GenerationOutput(stream.log, begin, end)
 
     def _take_last(self) -> GenerationOutput:
         """Return what is left of an ended stream; raises the failure of a failed one when everything was read."""

@@ -20,10 +20,10 @@ from llmengine.batch import BackendInfo
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import bad_word_ids
 from llmengine.engine.engine import Engine
-from llmengine.engine.family import FamilyHandle, FamilyStream, Stream, child_seed
+from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Family, Request
-from llmengine.engine.stream import OutputStream, SlowConsumer, wake
+from llmengine.engine.stream import FamilyStream, OutputStream, SlowConsumer, Stream, wake
 from llmengine.errors import (
     EngineClosedError,
     InvalidRequestError,
@@ -266,7 +266,7 @@ class Intake:
         if params.prompt_logprobs is not None and not self._info.has_prompt_logprobs:
             raise InvalidRequestError(
                 f"prompt_logprobs={params.prompt_logprobs}: this backend computes no logits of prompt tokens but the "
-                f"last ({self._info.description}); the CPU backend does"
+                f"last ({self._info.description}); torch does, on a CPU without deterministic=True"
             )
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", dict(params.logit_bias))

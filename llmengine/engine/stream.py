@@ -20,8 +20,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class LoopWaiter:
 
     __slots__ = ("_asyncio_future_blocking", "attached", "context", "loop", "posted", "resume", "seen", "stream")
 
-    def __init__(self, stream: OutputStream, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop) -> None:
         self.stream = stream
         self.loop = loop
         self.attached = True
@@ -93,7 +94,7 @@ class LoopWaiter:
 
 
 class ThreadWaiter:
-    """A thread that waits for the end of its stream."""
+    """A thread that waits for the end of its stream, or of each of several."""
 
     __slots__ = ("event", "loop", "posted")
 
@@ -188,22 +189,15 @@ class OutputStream:
             self.resume = None
         return self._all_waiters()
 
-    def attach(self, *, final_only: bool) -> LoopWaiter:
-        """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
-        waiter = LoopWaiter(self, asyncio.get_running_loop())
-        self.add_waiter(waiter, final_only=final_only)
-        return waiter
-
-    def add_waiter(self, waiter: LoopWaiter, *, final_only: bool) -> None:
-        """Let a waiter hear of what is published from now on (or of the end)."""
+    def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
+        """Let a waiter hear of what is published from now on (or of the end, as a thread always does)."""
         self._check_process()
         with self._lock:
-            if final_only:
-                self._final_waiters = (*self._final_waiters, waiter)
-            else:
+            if isinstance(waiter, LoopWaiter) and not final_only:
                 self.waiters = (*self.waiters, waiter)
-        if final_only:
-            self.mark_read(self.num_published)
+                return
+            self._final_waiters = (*self._final_waiters, waiter)
+        self.mark_read(self.num_published)
 
     def detach(self, waiter: Waiter) -> None:
         """Wake this waiter no more; idempotent."""
@@ -215,18 +209,6 @@ class OutputStream:
                 self.num_read = self.num_published
                 self._final_waiters = tuple(other for other in self._final_waiters if other is not waiter)
 
-    def wait_blocking(self, timeout_s: float | None) -> bool:
-        """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
-        self._check_process()
-        waiter = ThreadWaiter()
-        with self._lock:
-            self._final_waiters = (*self._final_waiters, waiter)
-        self.mark_read(self.num_published)
-        try:
-            return self.ended or waiter.event.wait(timeout_s)
-        finally:
-            self.detach(waiter)
-
     def _check_process(self) -> None:
         if not self.ended:
             check_process(self._pid)
@@ -236,6 +218,90 @@ class OutputStream:
         for waiter in waiters:
             waiter.posted = True
         return waiters
+
+
+class FamilyStream:
+    """The streams of all outputs of one prompt, seen as one: it has ended when all have. Any thread."""
+
+    def __init__(self, members: Sequence[OutputStream]) -> None:
+        self.members = tuple(members)
+        self.log = members[0].log
+
+    @property
+    def num_published(self) -> int:
+        """Tokens that may be read, of all members."""
+        return sum(member.num_published for member in self.members)
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more will come from any member."""
+        return all(member.ended for member in self.members)
+
+    @property
+    def failure(self) -> LLMEngineError | None:
+        """What the first failed member's reads raise; None where all are sound."""
+        return next((member.failure for member in self.members if member.failure is not None), None)
+
+    @property
+    def abort_requested(self) -> bool:
+        """As of a single stream; set for all members at once."""
+        return self.members[0].abort_requested
+
+    @abort_requested.setter
+    def abort_requested(self, value: bool) -> None:
+        for member in self.members:
+            member.abort_requested = value
+
+    @property
+    def consumer(self) -> Any:
+        """Kept by each member, of which the engine keeps those that run."""
+        return self.members[0].consumer
+
+    @consumer.setter
+    def consumer(self, reference: Any) -> None:
+        for member in self.members:
+            member.consumer = reference
+
+    def fail(self, failure: LLMEngineError) -> list[Waiter]:
+        """End all members that have not ended; return the waiters to be woken."""
+        return [waiter for member in self.members for waiter in member.fail(failure)]
+
+    def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
+        """Let a waiter hear of what any member publishes from now on (or of the end of each)."""
+        for member in self.members:
+            member.add_waiter(waiter, final_only=final_only)
+
+    def detach(self, waiter: Waiter) -> None:
+        """Wake this waiter no more; idempotent."""
+        for member in self.members:
+            member.detach(waiter)
+
+
+Stream = OutputStream | FamilyStream
+"""What one call of `generate_async` reads from."""
+
+
+def attach(stream: Stream, *, final_only: bool) -> LoopWaiter:
+    """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
+    waiter = LoopWaiter(stream, asyncio.get_running_loop())
+    stream.add_waiter(waiter, final_only=final_only)
+    return waiter
+
+
+def wait_blocking(stream: Stream, timeout_s: float | None) -> bool:
+    """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    waiter = ThreadWaiter()
+    stream.add_waiter(waiter, final_only=True)
+    try:
+        while not stream.ended:
+            if not waiter.event.wait(None if deadline is None else deadline - time.monotonic()):
+                return stream.ended
+            waiter.event.clear()
+            waiter.posted = False  # from here on the end of another member is heard of, and one before is seen above
+        return True
+    finally:
+        stream.detach(waiter)
 
 
 def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
@@ -257,7 +323,7 @@ def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
     return waiters
 
 
-def wake(waiters: Iterable[Waiter]) -> list[OutputStream]:
+def wake(waiters: Iterable[Waiter]) -> list[Stream]:
     """Wake each consumer, one call per event loop; return the streams that a task of a closed event loop waits for."""
     by_loop: dict[asyncio.AbstractEventLoop, list[LoopWaiter]] = {}
     for waiter in waiters:
@@ -265,7 +331,7 @@ def wake(waiters: Iterable[Waiter]) -> list[OutputStream]:
             waiter.event.set()
         else:
             by_loop.setdefault(waiter.loop, []).append(waiter)
-    orphans: list[OutputStream] = []
+    orphans: list[Stream] = []
     for loop, group in by_loop.items():
         try:
             loop.call_soon_threadsafe(_deliver, group)

@@ -72,7 +72,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLaunch:
-    """How the decode kernel is compiled, one way for each model.
+    """How the decode kernel is compiled.
 
     Attributes:
         tile: cached tokens that a program loads at once.
@@ -101,13 +101,14 @@ class PrefillLaunch:
 
 
 def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
-    """Return the parameters that serve `config` on an H100."""
+    """Return the parameters that serve `config` on an H100: small programs, of which an SM holds many."""
     row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
     if config.group == 1:
-        tile = max(16, min(128, 16384 // row_bytes))
-        return DecodeLaunch(tile=tile, min_split_tokens=256, num_warps=4, num_stages=1, vector=True)
-    tile = max(16, min(64, 8192 // row_bytes))
-    return DecodeLaunch(tile=tile, min_split_tokens=256, num_warps=4, num_stages=5, vector=False)
+        tile = max(16, min(128, 4096 // row_bytes))
+        return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=2, num_stages=1, vector=True)
+    tile = max(16, min(32, 8192 // row_bytes))
+    warps = 1 if row_bytes <= 256 else 2
+    return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=warps, num_stages=3, vector=False)
 
 
 def prefill_launch(config: AttentionConfig, dtype: torch.dtype) -> PrefillLaunch:
@@ -178,12 +179,12 @@ def decode_attention(
         pdl: see `linear.LinearKernels`.
         launch: other parameters than those of `decode_launch`.
     """
+    max_rows = min(qkv.shape[0], step.row_slots.shape[0])
     launch = launch or decode_launch(config, qkv.dtype)
     assert config.group == 1 or not launch.vector, config.group
-    max_rows = min(qkv.shape[0], step.row_slots.shape[0])
     programs = max_rows * config.num_kv_heads
     splits = min(_MAX_SPLITS, max(1, workspace.arrivals.shape[0] // programs))
-    _decode_kernel[(max_rows, config.num_kv_heads, splits)](
+    _decode_kernel[(config.num_kv_heads, max_rows, splits)](
         step.counts,
         step.row_slots,
         step.context_lens,
@@ -229,10 +230,12 @@ def rope_and_write(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     pdl: bool = False,
+    decode_q: Tensor | None = None,
 ) -> None:
     """Rotate q of the tokens [NUM_DECODES, NUM_TOKENS) in `qkv`; write their rotated k, and v, to `kv`.
 
-    The arguments are those of `decode_attention`. k in `qkv` is left as it was.
+    The arguments are those of `decode_attention`. k in `qkv` is left as it was. With `decode_q`, contiguous
+    [max_rows, num_heads * head_dim], the decodes' k and v are written as well, and their rotated q goes there.
     """
     _rope_and_write_kernel[(qkv.shape[0],)](
         step.counts,
@@ -244,6 +247,7 @@ def rope_and_write(
         rope_table,
         q_norm,
         k_norm,
+        decode_q,
         MAX_BLOCKS=step.block_tables.shape[1],
         NUM_HEADS=config.num_heads,
         NUM_KV_HEADS=config.num_kv_heads,
@@ -343,10 +347,13 @@ def _decode_kernel(
     VECTOR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (row, KV head, split): the split's part of the row's context for the heads of one group."""
+    """Program (KV head, row, split): the split's part of the row's context for the heads of one group.
+
+    Heads come first, so that programs that run at once read whole blocks: their pages are more than the TLBs hold.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # The head of a chain of dependent loads: all three before the first is looked at (a slot is never negative, but
     # its load would else sink below the branch).
     num_decodes = tl.load(counts_ptr + _NUM_DECODES)
@@ -400,8 +407,9 @@ def _decode_kernel(
         valid = tokens < end
         if not VECTOR:  # the compiler loads these ahead, since it pipelines
             cells = _cells(table_ptr, tokens, valid, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        k = tl.load(keys_ptr + (cells[:, None] + dims[None, :]), mask=valid[:, None] & in_head[None, :], other=0.0)
-        v = tl.load(values_ptr + (cells[:, None] + dims[None, :]), mask=valid[:, None] & in_head[None, :], other=0.0)
+        offsets, loaded = cells[:, None] + dims[None, :], valid[:, None] & in_head[None, :]
+        k = tl.load(keys_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
+        v = tl.load(values_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
         if VECTOR:
             tl.debug_barrier()  # or else the compiler spreads the loads over the arithmetic, and few are in flight
             tokens += TILE
@@ -449,6 +457,7 @@ def _rope_and_write_kernel(
     rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
+    decode_q_ptr,
     MAX_BLOCKS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -469,7 +478,8 @@ def _rope_and_write_kernel(
     num_tokens = tl.load(counts_ptr + _NUM_TOKENS)
     position = tl.load(positions_ptr + token)
     slot = tl.load(token_slots_ptr + token)
-    if (token < num_decodes) | (token >= num_tokens):
+    first = num_decodes if decode_q_ptr is None else 0
+    if (token < first) | (token >= num_tokens):
         return
     dims, in_head = _dims(HEAD_DIM, HALF_PAD)
     token_ptr = qkv_ptr + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
@@ -491,8 +501,12 @@ def _rope_and_write_kernel(
     heads = tl.arange(0, HEADS_PAD)
     q = _rotated(token_ptr, heads, heads < NUM_HEADS, position, rope_ptr, q_norm_ptr, HEAD_DIM, HALF_PAD, EPS)
     tl.debug_barrier()  # in place: every element is also read by the thread of its partner
-    q_ptrs = token_ptr + heads[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(q_ptrs, q, mask=(heads < NUM_HEADS)[:, None] & in_head[None, :])
+    q_offsets = heads[:, None] * HEAD_DIM + dims[None, :]
+    stored = (heads < NUM_HEADS)[:, None] & in_head[None, :]
+    if token >= num_decodes:
+        tl.store(token_ptr + q_offsets, q, mask=stored)
+    elif decode_q_ptr is not None:
+        tl.store(decode_q_ptr + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + q_offsets, q, mask=stored)
 
 
 @triton.jit
@@ -549,7 +563,8 @@ def _prefill_kernel(
     q = tl.load(qkv_ptr + q_offsets, mask=is_query, other=0.0)
 
     first_position = context_len - row_end + first_token
-    begin = tl.maximum(first_position - WINDOW + 1, 0) if WINDOW else 0
+    # Tiles begin at multiples of TILE, so that a token's keys are added up in the same order however its row is cut.
+    begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE if WINDOW else 0
     end = tl.minimum(first_position + ROWS // GROUP_PAD, context_len)
     keys_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
     values_ptr = keys_ptr + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM

@@ -38,13 +38,22 @@ def rope_and_write_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    decode_q: Tensor | None = None,
 ) -> None:
-    """Rotate q of tokens [NUM_DECODES, NUM_TOKENS) in place; write their k and v to `kv`."""
-    for token in range(int(step.counts[NUM_DECODES]), int(step.counts[NUM_TOKENS])):
+    """Rotate q of tokens [NUM_DECODES, NUM_TOKENS) in place; write their k and v to `kv`.
+
+    With `decode_q`, the same for the decodes, whose q goes there.
+    """
+    num_decodes = int(step.counts[NUM_DECODES])
+    for token in range(num_decodes if decode_q is None else 0, int(step.counts[NUM_TOKENS])):
         position, slot = int(step.positions[token]), int(step.token_slots[token])
         q, k, v = _heads(qkv[token], config)
         _write(step, kv, slot, position, _rotate(k, rope_table[position], k_norm, eps), v)
-        q.copy_(_rotate(q, rope_table[position], q_norm, eps))
+        rotated = _rotate(q, rope_table[position], q_norm, eps)
+        if decode_q is not None and token < num_decodes:
+            decode_q[token] = rotated.flatten()
+        else:
+            q.copy_(rotated)
 
 
 def prefill_attention_reference(

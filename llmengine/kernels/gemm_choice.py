@@ -9,11 +9,8 @@ counts as well. So the whole chain of a step's products is timed with each.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -24,11 +21,11 @@ import torch
 import triton
 
 from llmengine.kernels.linear import CublasConfig, GemmShape, LinearConfig, LinearKernels, parse_config
-from llmengine.user_cache import cache_dir
+from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
-ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _FILE_VERSION = 3
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
@@ -138,7 +135,7 @@ class GemmChoices:
                 times[config] = time_us(shape.num_rows)
             return times
         finally:
-            del self._chosen[_key(shape)]
+            self._chosen.pop(_key(shape), None)
 
 
 def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
@@ -192,24 +189,11 @@ def _key(shape: GemmShape) -> str:
 
 def _read(file: Path) -> dict[str, LinearConfig]:
     try:
-        stored = json.loads(file.read_text())
-        if stored["version"] != _FILE_VERSION:
-            return {}
-        return {str(key): parse_config(name) for key, name in dict(stored["choices"]).items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {key: parse_config(name) for key, name in read_choices(file, _FILE_VERSION).items()}
+    except (ValueError, KeyError) as error:
         _logger.warning("measured choices in %s are ignored: %r", file, error)
         return {}
 
 
 def _write(file: Path, chosen: Mapping[str, LinearConfig]) -> None:
-    choices = {key: str(config) for key, config in chosen.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that another process never reads half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-            json.dump({"version": _FILE_VERSION, "choices": choices}, temporary, indent=1)
-        os.replace(temporary.name, file)
-    except OSError as error:
-        _logger.warning("measured choices could not be kept in %s: %r", file, error)
+    write_choices(file, _FILE_VERSION, {key: str(config) for key, config in chosen.items()})

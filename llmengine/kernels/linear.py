@@ -50,6 +50,7 @@ class SkinnyConfig:
         num_stages: turns whose loads are in flight at once, through shared memory; 1 loads into registers.
         split_k: programs that share the K of one tile; only for `linear_add`.
         fuse_norm: normalize on the way, else by a kernel before; only where there is a norm.
+        any_rows: programs for each block_m rows, as many as there are; else x has at most block_m rows.
     """
 
     block_m: int
@@ -59,11 +60,13 @@ class SkinnyConfig:
     num_stages: int
     split_k: int = 1
     fuse_norm: bool = True
+    any_rows: bool = False
 
     def __str__(self) -> str:
-        """A short name: m16n32k128w4s4, then x2 for split_k and -norm for a norm of its own."""
+        """A short name: m16n32k128w4s4, then x2 for split_k, -norm for a norm of its own, -any for any_rows."""
         name = f"m{self.block_m}n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}"
-        return name + (f"x{self.split_k}" if self.split_k > 1 else "") + ("" if self.fuse_norm else "-norm")
+        name += (f"x{self.split_k}" if self.split_k > 1 else "") + ("" if self.fuse_norm else "-norm")
+        return name + ("-any" if self.any_rows else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,14 @@ def parse_config(name: str) -> LinearConfig:
     match = re.fullmatch(r"cublas(\d+)m(\d+)", name)
     if match is not None:
         return CublasConfig(int(match[1]), int(match[2]))
-    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?", name)
+    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
         raise ValueError(f"{name!r} is neither like m16n32k128w4s4x2-norm nor like cublas3m64")
-    *sizes, split_k, own_norm = match.groups()
+    *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
-    return SkinnyConfig(block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None)
+    return SkinnyConfig(
+        block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None, any_rows is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,13 @@ class GemmShape:
 
 
 Choose = Callable[[GemmShape], LinearConfig]
+
+
+def fixed_config(shape: GemmShape) -> SkinnyConfig:
+    """Return a configuration that adds every row up in the same order, whatever the number of rows and the device."""
+    if shape.dtype == torch.float32:
+        return SkinnyConfig(32, 32, 32, num_warps=4, num_stages=3, fuse_norm=False, any_rows=True)
+    return SkinnyConfig(64, 64, 128, num_warps=4, num_stages=4, fuse_norm=False, any_rows=True)
 
 
 class LinearKernels:
@@ -217,8 +229,13 @@ class LinearKernels:
         if self._cublas is None:
             _torch_mm(x, weight, bias, out, accumulate)
             return
-        product = Product(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, bias is not None)
-        self._cublas.run(product, x, weight, bias, out, config.index, config.num_rows)
+        # The library adds no bias of another type than the result's.
+        fused_bias = bias if out.dtype == x.dtype else None
+        has_bias = fused_bias is not None
+        product = Product(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, has_bias)
+        self._cublas.run(product, x, weight, fused_bias, out, config.index, config.num_rows)
+        if bias is not None and not has_bias:
+            out += bias
 
     def _normed(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
         normed = torch.empty_like(x)
@@ -240,7 +257,7 @@ class LinearKernels:
     ) -> None:
         num_rows, k = x.shape
         n = out.shape[1]
-        assert num_rows <= config.block_m, f"{num_rows} rows, {config} takes {config.block_m}"
+        assert config.any_rows or num_rows <= config.block_m, f"{num_rows} rows, {config} takes {config.block_m}"
         assert out.shape[0] == num_rows
         assert weight.shape == (2 * n if gated else n, k)
         assert k % 8 == 0
@@ -251,9 +268,10 @@ class LinearKernels:
         partials = x
         if config.split_k > 1:
             assert add, "only linear_add splits K"
+            assert not config.any_rows, "a tile's programs meet at one counter"
             assert num_tiles <= MAX_SPLIT_TILES
             partials = x.new_empty(config.split_k * num_tiles * config.block_m * config.block_n, dtype=torch.float32)
-        grid = (num_tiles, config.split_k)
+        grid = (triton.cdiv(num_rows, config.block_m), num_tiles) if config.any_rows else (num_tiles, config.split_k)
         launch = partial(_skinny_kernel.warmup, grid=grid) if compile_only else _skinny_kernel[grid]
         launch(
             x,
@@ -277,6 +295,7 @@ class LinearKernels:
             BIAS=bias is not None,
             GATED=gated,
             ADD=add,
+            ANY_ROWS=config.any_rows,
             num_warps=config.num_warps,
             launch_pdl=self.pdl,
         )
@@ -382,10 +401,15 @@ def _skinny_kernel(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     ADD: tl.constexpr,
+    ANY_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
+    if ANY_ROWS:  # programs that follow each other read the same weights
+        rows += tile * BLOCK_M
+        tile = split
+        split = 0
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_offsets = tl.arange(0, BLOCK_K)
     # Columns beyond N read the last one's weights, so the loop needs no mask for them.

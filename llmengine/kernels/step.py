@@ -83,7 +83,7 @@ class SlotState:
         return SlotState(values, values[:size].view(num_slots + 1, max_blocks), values[size:])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def _begin_step(
     counts,
     token_ids,

@@ -236,6 +236,18 @@ def open_engine(directory: Path) -> ModelSource:
     parallel size.
     """
     fields = read_manifest(directory)
+    files = read_files(directory, fields)
+    source = described_engine(directory, fields, files)
+    for name, file in files.items():
+        if name == WEIGHTS_NAME:
+            file.check_size()
+        elif not _is_plan(name):
+            file.check()
+    return source
+
+
+def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedFile]) -> ModelSource:
+    """Return the source that a manifest, read as `fields` and `files`, describes; looks at no file."""
     arch = arch_from_dict(_arch_values(fields), f"{fields.where}: arch")
     dtype = fields.string("dtype")
     quantization = dict(fields.fields("quantization").values)
@@ -243,13 +255,7 @@ def open_engine(directory: Path) -> ModelSource:
     expected_hash = model_config_hash(fields.fields("arch").values, dtype, quantization)
     if fields.string("model_config_hash") != expected_hash:
         raise fields.error("model_config_hash", f"{expected_hash} for its arch, dtype and quantization")
-    files = read_files(directory, fields)
     plans = {name.removeprefix(f"{PLANS_DIR}/"): file for name, file in files.items() if _is_plan(name)}
-    for name, file in files.items():
-        if name == WEIGHTS_NAME:
-            file.check_size()
-        elif not _is_plan(name):
-            file.check()
     bos = fields.token_ids("bos_token_id")
     return ModelSource(
         kind="engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ class Fields:
         value = self.values.get(key)
         if not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
             raise self.error(key, "a list of numbers")
-        if not all(above < item < math.inf for item in value):
+        if not all(above < item <= sys.float_info.max for item in value):
             raise self.error(key, f"a list of finite numbers > {above:g}")
         return tuple(float(item) for item in value)
 

@@ -66,6 +66,14 @@ def test_the_budget_ends_measuring_between_configurations(file: Path) -> None:
     assert timer.choices.choose(OTHER) == FASTEST
 
 
+@pytest.mark.parametrize("budget_s", [0.0, -0.4])
+def test_a_budget_that_is_spent_already_leaves_the_heuristics(file: Path, budget_s: float) -> None:
+    timer = FakeTimer(file)
+    assert timer.measure([SHAPE], budget_s) == 1
+    assert timer.num_calls == 0
+    assert timer.choices.choose(SHAPE) == heuristic(SHAPE)
+
+
 def test_processes_keep_what_the_other_measured(file: Path) -> None:
     one, other = FakeTimer(file), FakeTimer(file)
     one.measure([SHAPE])

@@ -106,11 +106,8 @@ def fake_library(fake: FakeTensorRt, rtx: bool = False) -> Library:
         strongly_typed_flag=True,
         user_allocation_flag=rtx,
         timing_cache=not rtx,
-        placeholder_weights=rtx,
         runtime_cache=rtx,
         cuda_graph_strategy=rtx,
-        weight_streaming=True,
-        refit_individual=True,
     )
     return Library("tensorrt_rtx" if rtx else "tensorrt", "0.fake", fake, features, LibraryLog(fake))
 

@@ -50,18 +50,12 @@ class Interpreter:
             trt.int64: torch.int64,
         }
         self._bytes = segment.constants
-        self._refitted: dict[str, Tensor] = {}
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         network = segment.network
         self._inputs = {t.name: t for t in (network.get_input(i) for i in range(network.num_inputs))}
         self._outputs = [network.get_output(i).name for i in range(network.num_outputs)]
         self._device = torch.device("cpu")
         self._steps = self._sort([self._step(network.get_layer(i)) for i in range(network.num_layers)])
-
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Give refittable constants their values, by the weights' names in the plan."""
-        self._refitted.update(weights)
-        self._on_device.clear()
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the outputs by name; the inputs must be all there, of the declared types and shapes, on one device."""
@@ -129,10 +123,7 @@ class Interpreter:
         def value() -> Tensor:
             key = (name, torch.device("cpu") if dtype == torch.int64 else self._device)
             if key not in self._on_device:
-                if name in self._bytes:
-                    host = torch.from_numpy(self._bytes[name].copy()).view(dtype)
-                else:
-                    host = self._refitted[layer.name]
+                host = torch.from_numpy(self._bytes[name].copy()).view(dtype)
                 self._on_device[key] = host.reshape(shape).to(key[1])
             return self._on_device[key]
 

@@ -98,9 +98,7 @@ def interpreted(library: Library, segment: PlacedSegment, weights: Mapping[str, 
     constants = {
         weight.name: raw(weights[names[weight.name]]) for weight in segment.spec.weights if weight.source == "constant"
     }
-    interpreter = Interpreter(library, define_segment(library, library.create_builder(), segment.spec, constants))
-    interpreter.refit({weight.name: weights[names[weight.name]] for weight in segment.spec.refit_weights})
-    return interpreter
+    return Interpreter(library, define_segment(library, library.create_builder(), segment.spec, constants))
 
 
 def weight_feeds(segment: PlacedSegment, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -104,6 +105,14 @@ def test_hopper_needs_the_full_library(library: Library) -> None:
         library.check_device(9, 0)
     library.check_device(8, 9)
     library.check_target(BuildTarget((80, 120)))
+
+
+def test_a_library_that_builds_for_the_device_at_hand_is_told_no_other(library: Library) -> None:
+    features = dataclasses.replace(library.features, target_capabilities=())
+    config = library.create_builder().create_builder_config()
+    before = getattr(config, "num_compute_capabilities", None)
+    dataclasses.replace(library, features=features).set_target(config, BuildTarget((90,)))
+    assert getattr(config, "num_compute_capabilities", None) == before
 
 
 def test_messages_arrive_at_the_thread_that_caused_them(library: Library, caplog: pytest.LogCaptureFixture) -> None:

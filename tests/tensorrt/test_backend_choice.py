@@ -29,7 +29,7 @@ from llmengine.backends.tensorrt.verify import Verification
 from llmengine.backends.torch import cuda
 from llmengine.backends.torch.cuda_segments import FusedSegments, SegmentsContext
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
-from llmengine.errors import ConfigError
+from llmengine.errors import ConfigError, EngineError
 from llmengine.models.saved_plans import PlanHolder
 from llmengine.models.source import ModelSource, open_model
 
@@ -68,7 +68,8 @@ def make_choice(
     fake: FakeTensorRt, source: ModelSource, *, by_name: bool = False, mode: Any = "inputs", rtx: bool = False
 ) -> SegmentsChoice:
     segments = segments_of(source.arch, "float32", make_profiles(MAX_ROWS, MAX_TOKENS), mode)
-    plan_set = fake_plan_set(segments, dict(source.weights(torch.float32)), rtx)
+    weights = {name: tensor.to(fake.device) for name, tensor in source.weights(torch.float32)}
+    plan_set = fake_plan_set(segments, weights, rtx)
     cache = PlanCache()
     return SegmentsChoice(fake_library(fake, rtx), cache.recall(plan_set), source, cache, by_name=by_name)
 
@@ -228,6 +229,22 @@ def test_a_device_that_the_library_does_not_run_on_is_refused_before_a_build(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ConfigError, match="plans of quantized weights are not in this version"):
         prepare(make_config(source, quant_config=QuantConfig("int8")), source, torch.device("cuda"))
+
+
+def test_saved_plans_that_cannot_be_built_again_are_named(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        failure = EngineError("no space left")
+        failure.add_note("the saved plans are not used: built for SM89, needed is SM120")
+        raise failure
+
+    monkeypatch.setattr(choosing, "prepare", fail)
+    monkeypatch.setattr(choosing, "CudaBackend", lambda config, source, device, make: make)
+    monkeypatch.setattr(choosing, "torch_because", lambda reason: reason)
+    device = torch.device("cuda")
+    said = "no space left; the saved plans are not used: built for SM89, needed is SM120"
+    assert load_tensorrt_or_torch(make_config(source), source, device) == f"TensorRT cannot be used: {said}"  # type: ignore[comparison-overlap]
+    with pytest.raises(ConfigError, match=f"cannot be used: {said}; backend='auto'"):
+        load_tensorrt_or_torch(make_config(source, backend="tensorrt"), source, device)
 
 
 def test_without_a_library_auto_takes_torch_at_once_and_by_name_it_is_an_error(

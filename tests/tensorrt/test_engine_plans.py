@@ -9,10 +9,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from fake_runtime import FakeTensorRt, fake_library, fake_plan_set
@@ -21,7 +23,10 @@ from segment_helpers import library_or_skip
 
 from llmengine import LLM, ModelConfig, SamplingParams
 from llmengine.backends.tensorrt.check import run_plans
+from llmengine.backends.tensorrt.plan_cache import PlanCache
 from llmengine.backends.tensorrt.plan_set import PlanSet
+from llmengine.backends.tensorrt.plan_store import get_plans
+from llmengine.backends.tensorrt.plans import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
@@ -114,6 +119,11 @@ def test_plans_for_more_than_is_needed_fit(tmp_path: Path) -> None:
             "the plans take up to 4 tokens (decode) and 16 tokens (prefill), wanted is 5 tokens (decode) and 16 tokens "
             "(prefill)",
         ),
+        (
+            {"producer": dataclasses.replace(RTX_89, version="1.8", target=BuildTarget((120,))), "dtype": "bfloat16"},
+            "built by tensorrt_rtx 1.7.1, here is 1.8; built for SM89, needed is SM120; the plans are of float16, "
+            "wanted is bfloat16",
+        ),
     ],
 )
 def test_plans_that_do_not_fit_are_built_again(
@@ -151,6 +161,23 @@ def test_a_damaged_library_cache_is_only_lost(tmp_path: Path, saved: PlanSet, ca
     assert (build.built, loaded.library_cache) == ([], None)
     assert loaded.verification == saved.verification
     assert "the library's cache is not used" in caplog.text
+
+
+def test_measurements_of_a_saved_engine_are_where_a_build_looks_for_them(tmp_path: Path) -> None:
+    producer = dataclasses.replace(RTX_89, flavour="tensorrt", device_name="NVIDIA L4")
+    plans = get(tmp_path / "first", FakeBuild(), make_request(producer=producer))
+    save_with(tmp_path / "e", plans.replace(library_cache=b"timings"))
+    found: list[bytes] = []
+
+    def build(jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+        for job in jobs:
+            assert job.timing_cache is not None
+            found.append(job.timing_cache.read_bytes())
+            yield from FakeBuild()([job], num_workers)
+
+    request = make_request(producer=producer, max_batch_size=5)
+    get_plans(request, open_model(tmp_path / "e"), 1, cache=PlanCache(tmp_path / "new"), build=build)
+    assert found == [b"timings"] * 3
 
 
 def test_facts_that_this_version_cannot_read_are_no_obstacle(
@@ -324,7 +351,7 @@ def test_build_for_another_machine(
     assert main([*command, *limits, "--sm", "8.9,120"]) == 0
     printed = capsys.readouterr()
     assert f"built with {library} for SM89, SM120" in printed.out
-    assert "nothing was run" in printed.out
+    assert "no plan was run" in printed.out
     assert "[3/3] " in printed.err
     assert main(["verify", str(engine)]) == 0
     assert "not run on a GPU" in capsys.readouterr().out
@@ -350,6 +377,7 @@ def test_build_for_another_machine(
     [
         (["--sm", "77"], 2, "does not support compute capability 7.7"),
         (["--sm", "89", "--flavour", "tensorrt"], 2, "install tensorrt instead"),
+        (["--sm", "89", "--weights", "fastest"], 2, "weight_mode='fastest' is measured on this machine's GPU"),
         (["--sm", "89", "--max-batch-size", "9", "--max-tokens-per-step", "8"], 2, "max_tokens_per_step=8 is below"),
     ],
 )
@@ -411,9 +439,12 @@ def test_an_interrupted_build_goes_on_where_it_was(
         assert process.stderr is not None
         while "[1/4]" not in process.stderr.readline():
             pass
+        workers = psutil.Process(process.pid).children()
+        assert any("llmengine.backends.tensorrt.worker" in worker.cmdline() for worker in workers)
         process.send_signal(how)
         _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert not psutil.wait_procs(workers, timeout=30)[1], "they end with their process, however that ends"
     assert not output.exists()
     if how == signal.SIGINT:
         assert err.splitlines()[-1] == "Interrupted."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -61,7 +60,7 @@ def expected_outputs(reference: ReferenceSegments, kind: str, layer: int, feeds:
     return [reference.last(feeds["attended"], feeds["x"], feeds["sample_tokens"])]
 
 
-@pytest.mark.parametrize("mode", ["inputs", "constants", "refit"])
+@pytest.mark.parametrize("mode", ["inputs", "constants"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_segment_computes_the_models_formulas(family: str, dtype: str, mode: str) -> None:
@@ -102,20 +101,6 @@ def test_products_accumulate_in_fp32() -> None:
     assert len(products) == 4
     for layer in products:
         assert [layer.get_input(i).dtype for i in range(2)] == [library.trt.float32] * 2
-
-
-@pytest.mark.parametrize("placeholders", [True, False])
-def test_matrices_are_refittable_and_hold_no_values(placeholders: bool) -> None:
-    library = library_or_skip()
-    features = dataclasses.replace(library.features, placeholder_weights=placeholders)
-    library = dataclasses.replace(library, features=features)
-    spec = placed(tiny_arch(mlp_bias=True), "float16", "refit", "mid").spec
-    segment = define_segment(library, library.create_builder(), spec)
-    names = [weight.name for weight in spec.refit_weights]
-    assert names == ["o.weight", "gate_up.weight", "down.weight", "next.qkv.weight"]
-    assert all(segment.network.are_weights_marked_refittable(name) for name in names)
-    assert not any(array.any() for array in segment.kept)
-    assert len(segment.kept) == (0 if placeholders else len(names))
 
 
 def test_a_networks_inputs_and_outputs_are_the_specs() -> None:
@@ -167,7 +152,8 @@ def test_a_fingerprint_changes_with_what_the_plan_depends_on_and_nothing_else() 
         dtype: Any = "float16", profiles: Any = PROFILES, mode: Any = "inputs", **changes: Any
     ) -> list[str]:
         segments = segments_of(tiny_arch(**changes), dtype, profiles, mode)
-        return [plans_of(segments)[name].spec.fingerprint() for name in ("first", "mid", "last")]
+        specs = {segment.spec.kind: segment.spec for segment in segments}
+        return [spec.fingerprint() for spec in specs.values()]
 
     plain = fingerprints()
     rope = RopeConfig(theta=5e5, original_max_position_embeddings=64)
@@ -184,7 +170,7 @@ def test_a_fingerprint_changes_with_what_the_plan_depends_on_and_nothing_else() 
     for other in (
         fingerprints(dtype="bfloat16"),
         fingerprints(profiles=make_profiles(8, 16)),
-        fingerprints(mode="refit"),
+        fingerprints(mode="constants"),
         fingerprints(rms_norm_eps=1e-6),
         fingerprints(hidden_size=64),
     ):
@@ -192,7 +178,7 @@ def test_a_fingerprint_changes_with_what_the_plan_depends_on_and_nothing_else() 
 
 
 def test_a_spec_survives_json_and_nothing_else_is_taken_for_one() -> None:
-    spec = placed(tiny_arch(attention_bias=True), "float16", "refit", "mid").spec
+    spec = placed(tiny_arch(attention_bias=True), "float16", "constants", "mid").spec
     values = json.loads(json.dumps(spec.to_dict()))
     assert spec_from_dict(values) == spec
     assert spec_from_dict(values).fingerprint() == spec.fingerprint()

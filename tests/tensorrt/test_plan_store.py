@@ -48,18 +48,17 @@ def check_whole(directory: Path) -> None:
             assert path.name.startswith("build-")
 
 
-@pytest.mark.parametrize(("mode", "plans"), [("inputs", INPUT_PLANS), ("refit", INPUT_PLANS)])
-def test_what_was_built_is_found_without_reading_weights(tmp_path: Path, mode: Any, plans: list[str]) -> None:
+def test_what_was_built_is_found_without_reading_weights(tmp_path: Path) -> None:
     def unread(dtype: Any) -> Any:
         raise AssertionError("weights were read")
 
-    build, request = FakeBuild(), make_request(weight_mode=mode)
+    build, request = FakeBuild(), make_request()
     made = get(tmp_path, build, request, make_source(stream=unread))
-    assert build.built == plans
-    assert list(made.plans) == plans
+    assert build.built == INPUT_PLANS
+    assert list(made.plans) == INPUT_PLANS
     assert [segment.layer for segment in made.segments] == [0, 0, 1, 2, 3]
     again = get(tmp_path, build, request, make_source(stream=unread))
-    assert build.built == plans
+    assert build.built == INPUT_PLANS
     assert content_of(again) == content_of(made)
     assert names(tmp_path) == [".json"] * 3 + [".plan"] * 3
 
@@ -88,7 +87,6 @@ def test_constants_make_a_plan_of_each_layer_found_by_their_values(tmp_path: Pat
         {"dtype": "bfloat16"},
         {"max_batch_size": 5},
         {"max_tokens_per_step": 17},
-        {"weight_mode": "refit"},
         {"arch": dataclasses.replace(ARCH, rms_norm_eps=1e-6)},
         {"producer": dataclasses.replace(RTX_89, flavour="tensorrt")},
         {"producer": dataclasses.replace(RTX_89, version="1.7.2")},

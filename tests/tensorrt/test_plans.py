@@ -6,20 +6,20 @@ import dataclasses
 import logging
 import os
 import re
-import signal
-import subprocess
 import sys
-import textwrap
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from plan_fakes import make_request, make_source
 from segment_helpers import DTYPES, FAMILIES, PROFILES, library_or_skip, placed, random_weights, raw, tiny_arch
 
+from llmengine.backends.tensorrt import worker
 from llmengine.backends.tensorrt.api import Library
+from llmengine.backends.tensorrt.plan_cache import PlanCache
+from llmengine.backends.tensorrt.plan_store import get_plans
 from llmengine.backends.tensorrt.plans import (
     BuiltPlan,
     PlanJob,
@@ -76,35 +76,21 @@ def check(built: Sequence[BuiltPlan], library: Library) -> None:
 
 
 @pytest.mark.parametrize("mode", ["inputs", "constants"])
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_builds_for_every_device(library: Library, tmp_path: Path, family: str, mode: WeightMode) -> None:
-    arch = tiny_arch(**FAMILIES[family], num_layers=2)
-    built = list(build_plans(jobs(arch, "bfloat16", mode, tmp_path), WORKERS))
+def test_builds_for_every_device(library: Library, tmp_path: Path, mode: WeightMode) -> None:
+    wanted = [(family, "bfloat16") for family in FAMILIES]
+    wanted += [("all_biases", "float16"), ("all_biases", "float32")]
+
+    def every_job() -> Iterator[PlanJob]:
+        for family, dtype in wanted:
+            directory = tmp_path / f"{family} {dtype}"
+            directory.mkdir()
+            for job in jobs(tiny_arch(**FAMILIES[family], num_layers=2), dtype, mode, directory):
+                yield dataclasses.replace(job, name=f"{family}: {job.name}")
+
+    built = list(build_plans(every_job(), WORKERS))
     check(built, library)
-    assert len(built) == 3
-    assert sorted(tmp_path.iterdir()) == sorted(plan.path for plan in built), "weights are gone once a plan is built"
-
-
-def test_builds_refittable(library: Library, tmp_path: Path) -> None:
-    # A plan of its own for each device, and each takes a second or two: so not every family for every device.
-    def chosen() -> Iterator[PlanJob]:
-        for index, family in enumerate(FAMILIES):
-            device = BuildTarget((ALL.compute_capabilities[index % 4],))
-            arch = tiny_arch(**FAMILIES[family], num_layers=2)
-            for job in jobs(arch, "bfloat16", "refit", tmp_path, [device]):
-                if job.spec.kind == "mid" or family == "llama":
-                    name = f"{family} {job.name}"
-                    yield dataclasses.replace(job, name=name, output=tmp_path / name)
-
-    check(list(build_plans(chosen(), WORKERS)), library)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_builds_in_every_type(library: Library, tmp_path: Path, dtype: str) -> None:
-    arch = tiny_arch(attention_bias=True, num_layers=2)
-    check(list(build_plans(jobs(arch, dtype, "inputs", tmp_path), WORKERS)), library)
-    refit = placed(arch, dtype, "refit", "mid").spec
-    check([build_plan(PlanJob("refit", refit, BuildTarget((89,)), tmp_path / "refit"))], library)
+    assert len(built) == 3 * len(wanted)
+    assert sorted(tmp_path.glob("*/*")) == sorted(plan.path for plan in built), "weights are gone once a plan is built"
 
 
 def test_no_weight_is_converted_or_copied_when_a_plan_runs(
@@ -112,16 +98,20 @@ def test_no_weight_is_converted_or_copied_when_a_plan_runs(
 ) -> None:
     # Casts around a product choose its accumulator; where TensorRT does not see that, it converts the weight each time.
     arch = tiny_arch(hidden_size=2048, intermediate_size=8192, num_heads=16, head_dim=128, vocab_size=32000)
+    largest = {}
+    wanted = []
     for dtype in ("float16", "bfloat16"):
         for kind in ("first", "mid", "last"):
-            segment = placed(arch, dtype, "inputs", kind)
-            caplog.clear()
-            with caplog.at_level(logging.DEBUG, "llmengine.tensorrt"):
-                build_plan(PlanJob(kind, segment.spec, BuildTarget((89,)), tmp_path / kind))
-            scratch = [int(size) for size in re.findall(r"Total Activation Memory: (\d+)", caplog.text)]
-            assert scratch
-            largest = max(weight.size_bytes for weight in segment.spec.weights)
-            assert max(scratch) < 1.5 * largest, f"{kind}: {max(scratch) >> 20} MiB; in fp32 {2 * largest >> 20}"
+            spec = placed(arch, dtype, "inputs", kind).spec
+            name = f"{kind} in {dtype}"
+            largest[name] = max(weight.size_bytes for weight in spec.weights)
+            wanted.append(PlanJob(name, spec, BuildTarget((89,)), tmp_path / name))
+    with caplog.at_level(logging.DEBUG, "llmengine.tensorrt"):
+        list(build_plans(wanted, WORKERS))
+    found = re.findall(r"(\w+ in \w+): .*Total Activation Memory: (\d+)", caplog.text)
+    assert {name for name, _ in found} == largest.keys()
+    for name, size in found:
+        assert int(size) < 1.5 * largest[name], f"{name}: {int(size) >> 20} MiB; in fp32 {2 * largest[name] >> 20}"
 
 
 def test_host_memory_is_bounded_by_a_layer(library: Library, tmp_path: Path) -> None:
@@ -183,9 +173,6 @@ def test_a_plan_for_an_unsupported_device_says_what_is(library: Library, tmp_pat
     spec = placed(tiny_arch(), "float16", "inputs", "first").spec
     with pytest.raises(ConfigError, match=r"compute capability 9\.0, only .*8\.9.*llmengine\[tensorrt\]"):
         build_plan(PlanJob("first", spec, BuildTarget((90,)), tmp_path / "plan"))
-    refit = placed(tiny_arch(), "float16", "refit", "first").spec
-    with pytest.raises(ConfigError, match="one compute capability at a time, not for SM80, SM89"):
-        build_plan(PlanJob("first", refit, BuildTarget((80, 89)), tmp_path / "plan"))
     assert not (tmp_path / "plan").exists()
 
 
@@ -213,42 +200,6 @@ def test_an_abandoned_build_leaves_no_worker(library: Library, tmp_path: Path) -
     assert not worker_processes(psutil.Process())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-def test_ctrl_c_ends_a_build_and_its_workers(library: Library, tmp_path: Path) -> None:
-    script = f"""
-        import itertools, sys
-        from pathlib import Path
-        from llmengine.backends.tensorrt.plans import PlanJob, build_plans
-        from llmengine.backends.tensorrt.spec import BuildTarget
-        from segment_helpers import placed, tiny_arch
-        spec = placed(tiny_arch(), "float16", "inputs", "mid").spec
-        jobs = (PlanJob("mid", spec, BuildTarget((89,)), Path({str(tmp_path)!r}) / str(i)) for i in itertools.count())
-        for plan in build_plans(jobs, 2):
-            print(plan.name, flush=True)
-    """
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"mid\n"
-        workers = worker_processes(psutil.Process(process.pid))
-        assert workers
-        begin = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert b"KeyboardInterrupt" in errors
-    assert time.monotonic() - begin < 10
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_messages_of_a_build_reach_logging_with_the_plans_name(
     library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,6 +208,28 @@ def test_messages_of_a_build_reach_logging_with_the_plans_name(
         build_plan(PlanJob("first", spec, BuildTarget((89,)), tmp_path / "plan"))
     assert any(record.getMessage().startswith("first: ") for record in caplog.records)
     assert {record.name for record in caplog.records} == {"llmengine.tensorrt"}
+
+
+def test_a_worker_measures_on_the_gpu_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[PlanJob] = []
+
+    def record(given: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+        jobs.extend(given)
+        raise EngineError("enough")
+        yield
+
+    with pytest.raises(EngineError, match="enough"):
+        get_plans(make_request(device_uuid="GPU-7"), make_source(), 1, cache=PlanCache(tmp_path), build=record)
+    assert {job.device_uuid for job in jobs} == {"GPU-7"}
+
+    def load() -> Library:
+        raise ConfigError(f"sees {os.environ['CUDA_VISIBLE_DEVICES']}")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(worker, "load_library", load)
+    for device_uuid, seen in ((None, "0,1"), ("GPU-7", "GPU-7")):
+        with pytest.raises(ConfigError, match=f"sees {seen}"):
+            worker._build({"device_uuid": device_uuid})
 
 
 def measuring(library: Library) -> Library:

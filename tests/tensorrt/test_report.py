@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import tensorrt_report
 from llmengine import backends
+from llmengine.backends import load_backend
 from llmengine.backends.tensorrt.backend import SegmentsChoice, TensorRtBackend
 from llmengine.backends.tensorrt.plan_cache import PlanCache
 from llmengine.backends.tensorrt.plan_set import SavedSet
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
-from llmengine.backends.torch.cuda import CudaBackend
+from llmengine.backends.tensorrt.weight_choice import LayerTimes
+from llmengine.batch import Backend
 from llmengine.config import ModelConfig
 from llmengine.models.source import ModelSource
 
@@ -34,9 +36,9 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
     monkeypatch.setattr(backends, "choose_device", lambda name: device)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def load(config: ModelConfig, source: ModelSource) -> CudaBackend:
+    def load(config: ModelConfig, source: ModelSource) -> Backend:
         if config.backend == "torch":
-            return CudaBackend(config, source, fake.device)
+            return load_backend(config, source)
         scheduler = config.scheduler_config
         profiles = make_profiles(scheduler.max_batch_size, scheduler.max_tokens_per_step)
         plan_set = fake_plan_set(segments_of(source.arch, "float32", profiles))
@@ -47,6 +49,10 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
         return TensorRtBackend(config, source, fake.device, choice)
 
     monkeypatch.setattr(backends, "load_backend", load)
+    # The load itself is tested with the other benchmarks; Triton's interpreter takes seconds for a token.
+    figures = {"output_tokens_per_s": 100.0, "ttft_p50_ms": 5.0, "tpot_p50_ms": 2.0}
+    monkeypatch.setattr(tensorrt_report, "run_once", lambda llm, load, seed: figures)
+    monkeypatch.setattr(tensorrt_report, "measure_layer", lambda model, scheduler: LayerTimes({1: (8.0, 10.0)}))
     return fake
 
 
@@ -59,11 +65,12 @@ def report(tmp_path: Path, *more: str) -> tuple[int, str]:
 def test_the_report_has_plans_errors_figures_and_the_choice(fake: FakeTensorRt, tmp_path: Path) -> None:
     code, text = report(tmp_path)
     assert code == 0
-    for title in ("## Plans", "## Errors against torch", "## Streaming, 3 prompt", "## Dense part of a decode step"):
-        assert title in text
+    for title in ("Plans", "Errors against torch", "Streaming, 3 prompt", "Dense part of a decode step", "One layer"):
+        assert f"## {title}" in text
     assert "greedy tokens before the first difference between TensorRT and torch: 8 of 8" in text
     assert "plans of tensorrt 0.fake for SM [80]" in text
     assert "auto chooses: " in text
+    assert "llmengine build --weights fastest takes constants" in text
 
 
 def test_a_failure_is_part_of_the_report(fake: FakeTensorRt, tmp_path: Path) -> None:

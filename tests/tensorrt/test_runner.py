@@ -15,11 +15,12 @@ from fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from segment_helpers import FAMILIES, ReferenceSegments, random_weights, tiny_arch
 from torch import Tensor
 
+from llmengine.backends import load_backend
 from llmengine.backends.tensorrt.runner import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_of
 from llmengine.backends.torch.cuda import CudaBackend
-from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
+from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.errors import EngineError
 from llmengine.llm import LLM
@@ -170,11 +171,13 @@ async def test_requests_that_join_while_others_stream_get_the_torch_backends_tok
     tmp_path: Path, fake: FakeTensorRt
 ) -> None:
     save_tiny(tmp_path, **SMALL)
-    config = make_config(tmp_path, dtype="float32")
+    config, source = make_config(tmp_path, dtype="float32", backend="torch"), open_model(tmp_path)
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     outputs = []
-    for make in (on_fake(fake), fused_segments):
-        factory = partial(CudaBackend, config, open_model(tmp_path), fake.device, make)
+    for factory in (
+        partial(CudaBackend, config, source, fake.device, on_fake(fake)),
+        partial(load_backend, config, source),
+    ):
         kv_cache = config.kv_cache_config
         async with LLM.from_backend(factory, scheduler_config=config.scheduler_config, kv_cache_config=kv_cache) as llm:
             first = llm.generate_async(make_prompt(20), params, streaming=True)

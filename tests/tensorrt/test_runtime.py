@@ -158,12 +158,6 @@ def test_the_real_library_says_why_it_does_not_load_a_plan() -> None:
         PlanRuntime(library).load("mid", b"no plan", spec)
 
 
-def test_a_plan_with_weights_to_be_refitted_is_refused(fake: FakeTensorRt) -> None:
-    spec = placed(tiny_arch(), "float32", "refit", "mid").spec
-    with pytest.raises(EngineError, match="plan 'mid' has weights to be refitted, which this version does not do"):
-        PlanRuntime(fake_library(fake)).load("mid", fake_plan(spec), spec)
-
-
 def test_every_family_has_a_plan_that_loads(fake: FakeTensorRt) -> None:
     runtime = PlanRuntime(fake_library(fake))
     for changes in FAMILIES.values():

@@ -52,7 +52,7 @@ def recorded_calls(library: Library, directory: Path) -> Calls:
     calls: Calls = defaultdict(set)
     features = dataclasses.replace(library.features, timing_cache=True)
     recording = dataclasses.replace(library, trt=Proxy(library.trt, calls), features=features)
-    for mode in ("inputs", "constants", "refit"):
+    for mode in ("inputs", "constants"):
         for kind in ("first", "mid", "last"):
             arch = tiny_arch(**FAMILIES["gemma2"], **{"mlp_bias": True, "attention_bias": True})
             segment, weights = placed(arch, "float16", mode, kind), random_weights(arch, torch.float16)

@@ -53,23 +53,16 @@ class Features:
             are always strongly typed.
         user_allocation_flag: `BuilderFlag.REQUIRE_USER_ALLOCATION`.
         timing_cache: measurements are kept between builds. False for a library that measures when the plan is run.
-        placeholder_weights: refittable constants are defined without values. Seen in the library that builds for other
-            devices; not known of the other one, which gets zeros.
         runtime_cache: `IRuntimeCache`: kernels that are compiled when a plan is loaded can be kept.
         cuda_graph_strategy: `CudaGraphStrategy`: the runtime can capture graphs of its own, which must be off.
-        weight_streaming: `BuilderFlag.WEIGHT_STREAMING`.
-        refit_individual: `BuilderFlag.REFIT_INDIVIDUAL`.
     """
 
     target_capabilities: tuple[int, ...]
     strongly_typed_flag: bool
     user_allocation_flag: bool
     timing_cache: bool
-    placeholder_weights: bool
     runtime_cache: bool
     cuda_graph_strategy: bool
-    weight_streaming: bool
-    refit_individual: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +99,10 @@ class Library:
         return not_none(builder.create_network(flags), "create_network")
 
     def set_target(self, config: Any, target: BuildTarget) -> None:
-        """Choose what `config` (an `IBuilderConfig`) builds for; raises `ConfigError` for what it cannot build for."""
+        """Choose what `config` (an `IBuilderConfig`) builds for; raises `ConfigError` for what it cannot build for.
+
+        A library without a choice builds for the device of this process, which `target` then is.
+        """
         self.check_target(target)
         if not self.features.target_capabilities or not target.compute_capabilities:
             return
@@ -116,12 +112,9 @@ class Library:
             accepted(config.set_compute_capability(value, index), f"set_compute_capability({value}, {index})")
 
     def check_target(self, target: BuildTarget) -> None:
-        """Raise `ConfigError` if the library cannot build for `target`, naming what it can."""
-        if self.features.target_capabilities:
-            for value in target.compute_capabilities:
-                self.check_device(value // 10, value % 10)
-        elif target.compute_capabilities:
-            raise ConfigError(f"{self} builds for the device of this machine only, not for {target}")
+        """Raise `ConfigError` if the library has no plans for a part of `target`, naming what it has."""
+        for value in target.compute_capabilities:
+            self.check_device(value // 10, value % 10)
 
     def check_device(self, major: int, minor: int) -> None:
         """Raise `ConfigError` if the library has no plans for a device of this compute capability."""
@@ -264,10 +257,7 @@ def _describe(name: LibraryName, trt: Any) -> Library:
         strongly_typed_flag=_has(trt, "NetworkDefinitionCreationFlag.STRONGLY_TYPED"),
         user_allocation_flag=_has(trt, "BuilderFlag.REQUIRE_USER_ALLOCATION"),
         timing_cache=_has(trt, "IBuilderConfig.set_timing_cache") and not capabilities,
-        placeholder_weights=bool(capabilities),
         runtime_cache=_has(trt, "IRuntimeCache"),
         cuda_graph_strategy=_has(trt, "CudaGraphStrategy"),
-        weight_streaming=_has(trt, "BuilderFlag.WEIGHT_STREAMING"),
-        refit_individual=_has(trt, "BuilderFlag.REFIT_INDIVIDUAL"),
     )
     return Library(name, str(trt.__version__), trt, features, LibraryLog(trt))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-import time
 from collections.abc import Mapping
 from typing import cast
 
@@ -25,6 +23,7 @@ from llmengine.backends.tensorrt.plans import default_workers
 from llmengine.backends.tensorrt.runner import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
 from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType
+from llmengine.backends.tensorrt.step_times import speedup, time_us, timed_sizes
 from llmengine.backends.tensorrt.verify import Verification, verify_plans
 from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.backends.torch.cuda_generic import make_cuda_segments, torch_because
@@ -32,15 +31,11 @@ from llmengine.backends.torch.cuda_model import CudaWeights, load_weights
 from llmengine.backends.torch.cuda_segments import MadeSegments, SegmentsContext
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, EngineError, ModelLoadError
-from llmengine.kernels.timing import time_graph
 from llmengine.models.decoder import Segments, forward
 from llmengine.models.saved_plans import SavedPlans
 from llmengine.models.source import ModelSource
 
 _logger = logging.getLogger("llmengine.tensorrt")
-
-_TIMED_BATCHES = (1, 8, 64)
-"""Requests of the decode steps that are timed, beside the largest batch."""
 
 
 def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaBackend:
@@ -55,8 +50,8 @@ def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: tor
         if config.backend == "tensorrt":
             raise _unusable(failure) from failure
         level = logging.INFO if isinstance(failure, ConfigError) else logging.WARNING
-        _logger.log(level, "backend='auto': torch, since TensorRT cannot be used: %s", failure)
-        return CudaBackend(config, source, device, torch_because(f"TensorRT cannot be used: {failure}"))
+        _logger.log(level, "backend='auto': torch, since TensorRT cannot be used: %s", _said(failure))
+        return CudaBackend(config, source, device, torch_because(f"TensorRT cannot be used: {_said(failure)}"))
     return TensorRtBackend(config, source, device, choice)
 
 
@@ -75,6 +70,7 @@ def prepare(config: ModelConfig, source: ModelSource, device: torch.device) -> S
         max_batch_size=limits.max_batch_size,
         max_tokens_per_step=limits.max_tokens_per_step,
         producer=producer_of(library, target, torch.cuda.get_device_name(device)),
+        device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.index else None,
     )
     cache = PlanCache()
     plan_set = get_plans(request, source, default_workers(library), cache=cache, progress=BuildProgress())
@@ -177,15 +173,16 @@ class SegmentsChoice:
                     dense_step_us(made.segments, context, num_tokens),
                     dense_step_us(torchs.segments, context, num_tokens),
                 )
-                for num_tokens in _timed_sizes(context.config.scheduler_config.max_batch_size)
+                for num_tokens in timed_sizes(context.config.scheduler_config.max_batch_size)
             }
             verification = dataclasses.replace(verification, step_us=times)
             self._remember(verification)
         listed = ", ".join(f"{n}: {ours:.0f} and {theirs:.0f}" for n, (ours, theirs) in verification.step_us.items())
         _logger.info("dense part of a decode step with TensorRT and with torch, us by requests: %s", listed)
-        if speedup(verification) >= 1.0:
+        gain = speedup(verification.step_us)
+        if gain >= 1.0:
             return made
-        reason = f"torch is {1 / speedup(verification):.2f} times as fast as {self._library}"
+        reason = f"torch is {1 / gain:.2f} times as fast as {self._library}"
         _logger.info("backend='auto': torch, since %s", reason)
         if torchs is None:
             return torch_because(reason)(context)
@@ -208,25 +205,18 @@ def dense_step_us(segments: Segments, context: SegmentsContext, num_tokens: int)
     def step() -> None:
         forward(segments, x, lambda layer, qkv: attended, None)
 
-    if device.type == "cuda":
-        return time_graph([step])
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) * 1e6
-
-
-def speedup(verification: Verification) -> float:
-    """Return torch's time over TensorRT's, the geometric mean over the steps that were timed."""
-    logs = [math.log(theirs / ours) for ours, theirs in verification.step_us.values()]
-    return math.exp(sum(logs) / len(logs))
-
-
-def _timed_sizes(max_batch_size: int) -> list[int]:
-    return [*(size for size in _TIMED_BATCHES if size < max_batch_size), max_batch_size]
+    return time_us([step], device)
 
 
 def _unusable(failure: Exception) -> EngineError:
     """Return what is raised where TensorRT was asked for by name; damaged model files stay what they are."""
     if isinstance(failure, ModelLoadError):
         return failure
-    return ConfigError(f"backend='tensorrt' cannot be used: {failure}; backend='auto' takes torch where that is so")
+    return ConfigError(
+        f"backend='tensorrt' cannot be used: {_said(failure)}; backend='auto' takes torch where that is so"
+    )
+
+
+def _said(failure: Exception) -> str:
+    """Return the failure's message with its notes, such as why plans had to be built again."""
+    return "; ".join([str(failure), *getattr(failure, "__notes__", ())])

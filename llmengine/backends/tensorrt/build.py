@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmengine.backends.tensorrt.plan_set import Flavour, PlanSet
 from llmengine.backends.tensorrt.plan_store import PlanRequest, get_plans, producer_of
 from llmengine.backends.tensorrt.plans import default_workers
 from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType, WeightMode
+from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.models.engine_dir import require_replaceable, save_model
 from llmengine.models.fused import ModelSource
@@ -29,7 +31,8 @@ class BuildOptions:
         compute_capabilities: 89 for SM 8.9; empty for the first GPU of this machine.
         flavour: "auto": whichever library is installed.
         dtype: "auto": the checkpoint's.
-        weight_mode: None: as in the saved engine that is built again, else "inputs".
+        weight_mode: None: as in the saved engine that is built again, else "inputs". "fastest": a layer is timed both
+            ways on this machine's GPU, which must be what is built for.
         max_batch_size: most requests in one step.
         max_tokens_per_step: most tokens in one step.
     """
@@ -39,16 +42,21 @@ class BuildOptions:
     compute_capabilities: tuple[int, ...] = ()
     flavour: Literal["auto"] | Flavour = "auto"
     dtype: Literal["auto"] | PlanDType = "auto"
-    weight_mode: WeightMode | None = None
+    weight_mode: Literal["fastest"] | WeightMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineBuild:
-    """What was built, and the seconds that it took."""
+    """What was built, and the seconds that it took.
+
+    Attributes:
+        layer_times: what decided how the plans have their weights; None where nothing was measured.
+    """
 
     plans: PlanSet
     plans_s: float
     save_s: float
+    layer_times: LayerTimes | None = None
 
 
 def build_engine(
@@ -62,9 +70,35 @@ def build_engine(
     """Build the plans of a model and write them with its weights as an engine directory.
 
     Raises what `get_plans` and `save_model` raise; `ConfigError` also if no compute capability is given and there is no
-    GPU.
+    GPU, or if another is to be measured.
     """
     require_replaceable(directory)
+    library, request = _prepare(source, options)
+    begin = time.perf_counter()
+    times = None
+    if options.weight_mode == "fastest":
+        times = _measure(library, request, source, cache)
+        request = dataclasses.replace(request, weight_mode="inputs" if times is None else times.fastest)
+    plans = get_plans(request, source, default_workers(library), cache=cache, progress=progress)
+    built = time.perf_counter()
+    save_model(
+        directory,
+        source,
+        source.weights(getattr(torch, request.dtype)),
+        dtype=request.dtype,
+        quantization={},
+        tokenizer=tokenizer,
+        plans=plans.to_saved(),
+    )
+    return EngineBuild(plans, built - begin, time.perf_counter() - built, times)
+
+
+def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache | None = None) -> LayerTimes | None:
+    """Return what `weight_mode="fastest"` would decide by, for this machine's GPU; None for a model of one layer."""
+    return _measure(*_prepare(source, options), source, cache)
+
+
+def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
     if source.quantization.get("weights", "none") != "none":
         raise UnsupportedModelError(
             f"{source.path}: its weights are {source.quantization['weights']}; plans are built from a checkpoint that "
@@ -80,14 +114,21 @@ def build_engine(
         max_batch_size=options.max_batch_size,
         max_tokens_per_step=options.max_tokens_per_step,
         producer=producer_of(library, target, device_name),
-        weight_mode=options.weight_mode,
+        weight_mode=None if options.weight_mode == "fastest" else options.weight_mode,
     )
-    begin = time.perf_counter()
-    plans = get_plans(request, source, default_workers(library), cache=cache, progress=progress)
-    built = time.perf_counter()
-    weights = source.weights(getattr(torch, dtype))
-    save_model(directory, source, weights, dtype=dtype, quantization={}, tokenizer=tokenizer, plans=plans.to_saved())
-    return EngineBuild(plans, built - begin, time.perf_counter() - built)
+    return library, request
+
+
+def _measure(library: Library, request: PlanRequest, source: ModelSource, cache: PlanCache | None) -> LayerTimes | None:
+    """Time a layer on this machine's GPU; raises `ConfigError` if it is not the only target."""
+    (here, _), target = _device(), request.producer.target
+    if target.compute_capabilities != here:
+        found = BuildTarget(here) if here else "there is none"
+        raise ConfigError(
+            f"weight_mode='fastest' is measured on this machine's GPU ({found}), not for {target}; choose 'inputs' or "
+            "'constants'"
+        )
+    return time_layer(request, source, library, torch.device("cuda", 0), cache)
 
 
 def _find_library(flavour: Literal["auto"] | Flavour) -> Library:

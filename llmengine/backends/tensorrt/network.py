@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmengine.backends.tensorrt.api import Library, accepted, not_none
+from llmengine.backends.tensorrt.api import Library, not_none
 from llmengine.backends.tensorrt.spec import SegmentSpec, TensorSpec, WeightSpec
 
 RawArray = npt.NDArray[np.uint8]
@@ -24,13 +24,12 @@ class DefinedSegment:
         builder: the `Builder` that owns the network.
         network: the `INetworkDefinition`.
         constants: output tensor name of a constant layer -> its bytes: TensorRT takes no copy of them and does not
-            give every type back. Placeholders of refittable weights are missing.
+            give every type back.
     """
 
     builder: Any
     network: Any
     constants: dict[str, RawArray]
-    kept: list[RawArray]
 
 
 def define_segment(
@@ -50,7 +49,7 @@ def define_segment(
     for tensor, output in zip(outputs, spec.outputs, strict=True):
         tensor.name = output.name
         network.mark_output(tensor)
-    return DefinedSegment(builder, network, graph.constants, graph.kept)
+    return DefinedSegment(builder, network, graph.constants)
 
 
 def _first(graph: _Graph) -> list[Any]:
@@ -128,7 +127,6 @@ class _Graph:
     Attributes:
         inputs: the segment's activations by name.
         constants: see `DefinedSegment`.
-        kept: what else the network points to.
     """
 
     def __init__(self, library: Library, network: Any, spec: SegmentSpec, values: dict[str, RawArray]) -> None:
@@ -136,7 +134,6 @@ class _Graph:
         self.constants: dict[str, RawArray] = {}
         self._library = library
         self._trt = library.trt
-        self.kept: list[RawArray] = []
         self._network = network
         self._dtypes = {
             "float32": self._trt.float32,
@@ -225,9 +222,7 @@ class _Graph:
         if weight.source == "input":
             dtype = self._dtypes[weight.dtype]
             return not_none(self._network.add_input(weight.name, dtype, weight.plan_shape), f"input {weight.name}")
-        if weight.source == "constant":
-            return self._constant(weight.plan_shape, weight.dtype, values[weight.name], weight.name)
-        return self._refittable(weight)
+        return self._constant(weight.plan_shape, weight.dtype, values[weight.name], weight.name)
 
     def _constant(self, shape: tuple[int, ...], dtype: str, value: RawArray, name: str = "") -> Any:
         held = self._trt.Weights(self._dtypes[dtype], value.ctypes.data, int(np.prod(shape)))
@@ -237,20 +232,3 @@ class _Graph:
         output = layer.get_output(0)
         self.constants[output.name] = value
         return output
-
-    def _refittable(self, weight: WeightSpec) -> Any:
-        """Return a constant whose values come after loading; until then it has none, or zeros."""
-        count = int(np.prod(weight.shape))
-        address = 0
-        if not self._library.features.placeholder_weights:
-            # Its own: weights are told apart by their addresses. Pages that nobody touches take no memory.
-            self.kept.append(np.zeros(weight.size_bytes, np.uint8))
-            address = self.kept[-1].ctypes.data
-        layer = self._layer(
-            "add_constant", weight.plan_shape, self._trt.Weights(self._dtypes[weight.dtype], address, count)
-        )
-        layer.name = weight.name
-        accepted(self._network.set_weights_name(layer.weights, weight.name), f"set_weights_name({weight.name!r})")
-        if self._library.features.refit_individual:
-            accepted(self._network.mark_weights_refittable(weight.name), f"mark_weights_refittable({weight.name!r})")
-        return layer.get_output(0)

@@ -21,14 +21,15 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer
 from llmengine.backends.tensorrt.plans import BuiltPlan
 from llmengine.backends.tensorrt.spec import SegmentSpec
-from llmengine.errors import EngineError
+from llmengine.errors import CorruptFileError, EngineError
 from llmengine.models.fields import read_json_object
 from llmengine.models.saved_plans import SavedFile
 from llmengine.user_cache import cache_dir
@@ -38,7 +39,8 @@ _logger = logging.getLogger("llmengine.tensorrt")
 LIMIT_BYTES = 32 << 30
 """When a build has made the cache larger, the least recently used files go."""
 
-_KEY_VERSION = 1
+_KEY_VERSION = 2
+_SEAL = "entry_sha256"
 _STALE_BUILD_S = 24 * 3600.0
 
 
@@ -75,6 +77,8 @@ class PlanCache:
             return None
         try:
             fields = read_json_object(entry)
+            if fields.values.get(_SEAL) != _seal(key, fields.values):
+                raise CorruptFileError(f"{entry}: is not what was written for this key")
             peak = fields.integer("peak_host_bytes") if fields.has("peak_host_bytes") else None
             sha256 = fields.string("sha256")
             path = self._directory / f"{sha256}.plan"
@@ -105,7 +109,7 @@ class PlanCache:
             self._warn(f"plan {built.name!r}", error)
             kept = SavedFile.of(built.path.read_bytes())
         else:
-            self._write(f"{key}.json", json.dumps(facts).encode())
+            self._write(f"{key}.json", json.dumps({**facts, _SEAL: _seal(key, facts)}).encode())
         return Plan(kept, built.seconds, built.peak_host_bytes)
 
     def remember(self, plan_set: PlanSet) -> None:
@@ -134,10 +138,12 @@ class PlanCache:
         name = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{producer.flavour}-{producer.version}-{producer.device_name}")
         return self._directory / f"timing-{name}.cache"
 
-    def seed_timings(self, producer: Producer, content: bytes) -> None:
+    def seed_timings(self, producer: Producer, content: bytes | None) -> None:
         """Keep the measurements that came with a saved engine, if there are none yet."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
         file = self.timing_file(producer)
-        if file is not None and not file.exists():
+        if content is not None and file is not None and not file.exists():
             self._write(file.name, content)
 
     @contextmanager
@@ -188,6 +194,12 @@ class PlanCache:
 
     def _warn(self, what: str, error: OSError) -> None:
         _logger.warning("%s could not be kept in %s: %s", what, self._directory, error.strerror or error)
+
+
+def _seal(key: str, facts: Mapping[str, Any]) -> str:
+    """Return the hash (hex) that ties an entry to its key: an altered one may name another plan that is whole."""
+    content = [key, {name: value for name, value in facts.items() if name != _SEAL}]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _set_name(plan_set: PlanSet) -> str:

@@ -41,6 +41,7 @@ class PlanRequest:
     Attributes:
         producer: of the library and the device at hand; plans for more compute capabilities than its target fit.
         weight_mode: None: as a saved engine has it, else "inputs".
+        device_uuid: of the GPU at hand, None for the first; see `PlanJob`.
     """
 
     arch: ModelArch
@@ -49,6 +50,7 @@ class PlanRequest:
     max_tokens_per_step: int
     producer: Producer
     weight_mode: WeightMode | None = None
+    device_uuid: str | None = None
 
 
 def producer_of(library: Library, target: BuildTarget, device_name: str | None) -> Producer:
@@ -91,18 +93,21 @@ def get_plans(
     needed = plans_of(segments)
     found: dict[str, Plan] = {}
     if saved is not None:
-        reasons = saved.producer.mismatches(request.producer) or _take(saved, needed, found)
+        wanted = next(iter(needed.values())).spec
+        reasons = [*saved.producer.mismatches(request.producer), *_differences(saved, wanted)]
+        if not reasons:
+            reasons = _take(saved, needed, found)
     if reasons:
         _logger.warning("%s: %s; built again from the weights", source.path, "; ".join(reasons))
     if len(found) < len(needed):
-        if saved is not None and (timings := saved.read_library_cache()) is not None:
-            cache.seed_timings(request.producer, timings)
-        builder = _Builder(request.producer, source, cache, progress or BuildProgress(), build, found)
+        if saved is not None and not saved.producer.mismatches(request.producer):
+            cache.seed_timings(request.producer, saved.read_library_cache())
+        builder = _Builder(request, source, cache, progress or BuildProgress(), build, found)
         try:
             builder.complete(needed, num_workers)
         except EngineError as error:
             if reasons:
-                error.add_note(f"The saved plans are not used: {'; '.join(reasons)}")
+                error.add_note(f"the saved plans are not used: {'; '.join(reasons)}")
             raise
         found = {name: found[name] for name in needed}
     if saved is None or reasons:
@@ -111,6 +116,18 @@ def get_plans(
     else:
         plan_set = PlanSet(saved.producer, segments, found, saved.verification, saved.read_library_cache())
     return cache.recall(plan_set)
+
+
+def get_layer_plan(
+    request: PlanRequest, source: ModelSource, cache: PlanCache | None = None, build: BuildPlans = build_plans
+) -> PlanSet:
+    """Return the plan of the first `mid` segment alone, from the cache or built; raises as `get_plans` does."""
+    profiles = make_profiles(request.max_batch_size, request.max_tokens_per_step)
+    segment = segments_of(request.arch, request.dtype, profiles, request.weight_mode or "inputs")[1]
+    found: dict[str, Plan] = {}
+    builder = _Builder(request, source, cache or PlanCache(), BuildProgress(), build, found)
+    builder.complete({segment.plan_name: segment}, 1)
+    return PlanSet(request.producer, (segment,), found)
 
 
 def _read_saved(source: ModelSource) -> tuple[SavedSet | None, list[str]]:
@@ -133,9 +150,6 @@ def _cover(offered: tuple[ProfileSpec, ...], wanted: tuple[ProfileSpec, ...]) ->
 
 def _take(saved: SavedSet, needed: Mapping[str, PlacedSegment], found: dict[str, Plan]) -> list[str]:
     """Move the saved plans that are needed and whole to `found`; return what is wrong with the others."""
-    wanted = next(iter(needed.values())).spec
-    if difference := _difference(saved, wanted):
-        return [difference]
     reasons = []
     for name, segment in needed.items():
         if name not in saved.plans:
@@ -151,15 +165,16 @@ def _take(saved: SavedSet, needed: Mapping[str, PlacedSegment], found: dict[str,
     return reasons
 
 
-def _difference(saved: SavedSet, wanted: SegmentSpec) -> str:
-    """Say why none of the saved plans can be what is wanted; empty if they may be."""
+def _differences(saved: SavedSet, wanted: SegmentSpec) -> list[str]:
+    """Return why none of the saved plans can be what is wanted; empty if they may be."""
+    found = []
     if saved.dtype != wanted.dtype:
-        return f"the plans are of {saved.dtype}, wanted is {wanted.dtype}"
+        found.append(f"the plans are of {saved.dtype}, wanted is {wanted.dtype}")
     if saved.weight_mode != wanted.weight_mode:
-        return f"the plans have their weights as {saved.weight_mode}, wanted is {wanted.weight_mode}"
+        found.append(f"the plans have their weights as {saved.weight_mode}, wanted is {wanted.weight_mode}")
     if saved.profiles != wanted.profiles:
-        return f"the plans take up to {_limits(saved.profiles)}, wanted is {_limits(wanted.profiles)}"
-    return ""
+        found.append(f"the plans take up to {_limits(saved.profiles)}, wanted is {_limits(wanted.profiles)}")
+    return found
 
 
 def _limits(profiles: tuple[ProfileSpec, ...]) -> str:
@@ -174,7 +189,7 @@ class _Builder:
         keys: plan name -> key in the cache, of the plans being built.
     """
 
-    producer: Producer
+    request: PlanRequest
     source: ModelSource
     cache: PlanCache
     progress: BuildProgress
@@ -190,7 +205,9 @@ class _Builder:
         if not left:
             return
         with self.cache.build_directory() as directory, self.progress:
-            self.progress.begin({name: _work(segment.spec) for name, segment in left.items()}, str(self.producer))
+            self.progress.begin(
+                {name: _work(segment.spec) for name, segment in left.items()}, str(self.request.producer)
+            )
             try:
                 self._build_all(self._jobs(left, directory), num_workers)
             except OSError as error:
@@ -215,8 +232,9 @@ class _Builder:
                 self.progress.finished(name, self.found[name], from_cache=True)
                 continue
             self.progress.started(name)
-            timings = self.cache.timing_file(self.producer)
-            yield PlanJob(name, segment.spec, self.producer.target, directory / f"{name}.plan", weights, timings)
+            producer, device_uuid = self.request.producer, self.request.device_uuid
+            timings, output = self.cache.timing_file(producer), directory / f"{name}.plan"
+            yield PlanJob(name, segment.spec, producer.target, output, weights, timings, device_uuid)
 
     def _with_weights(
         self, left: Mapping[str, PlacedSegment], directory: Path
@@ -230,7 +248,7 @@ class _Builder:
 
     def _in_cache(self, name: str, spec: SegmentSpec, constants_sha256: str | None) -> bool:
         """Take a plan from the cache, if it is there."""
-        self.keys[name] = plan_key(spec, self.producer, constants_sha256)
+        self.keys[name] = plan_key(spec, self.request.producer, constants_sha256)
         plan = self.cache.find(self.keys[name])
         if plan is not None:
             self.found[name] = plan

@@ -53,6 +53,7 @@ class PlanJob:
         output: where the plan goes; its directory exists.
         weights: file of `spool_weights`, exactly if the spec has constant weights; deleted when the plan is built.
         timing_cache: file of measurements, read and extended where the library keeps any.
+        device_uuid: of the GPU to measure on, as CUDA_VISIBLE_DEVICES takes it, the same in all jobs; None: the first.
     """
 
     name: str
@@ -61,6 +62,7 @@ class PlanJob:
     output: Path
     weights: Path | None = None
     timing_cache: Path | None = None
+    device_uuid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,6 @@ def serialize_segment(
 
     Raises `EngineError` quoting the library's messages; build nothing more in a process where it did.
     """
-    if spec.refit_weights and (len(target.compute_capabilities) > 1 or not library.features.refit_individual):
-        raise ConfigError(f"{library} builds refittable plans for one compute capability at a time, not for {target}")
     builder = library.create_builder()
     with library.log.capture() as messages:
         try:
@@ -212,9 +212,6 @@ def _configure(library: Library, segment: DefinedSegment, spec: SegmentSpec, tar
     config.max_aux_streams = 0
     if library.features.user_allocation_flag:
         config.set_flag(flag.REQUIRE_USER_ALLOCATION)
-    if spec.refit_weights:
-        config.set_flag(flag.REFIT_INDIVIDUAL)
-        config.set_flag(flag.STRIP_PLAN)
     for profile in spec.profiles:
         _add_profile(segment.builder, config, spec, profile)
     return config
@@ -332,6 +329,7 @@ class _Worker:
             "output": str(job.output),
             "weights": job.weights and str(job.weights),
             "timing_cache": job.timing_cache and str(job.timing_cache),
+            "device_uuid": job.device_uuid,
         }
         stdin, stdout = self._pipes()
         with contextlib.suppress(BrokenPipeError):

@@ -147,8 +147,6 @@ class PlanRuntime:
 
         Raises `EngineError` if it cannot be used on this device, or is not a plan of `spec`.
         """
-        if spec.refit_weights:
-            raise EngineError(f"plan {name!r} has weights to be refitted, which this version does not do")
         with reporting(self.library, f"plan {name!r} does not load"):
             engine: TrtEngine = not_none(self._runtime.deserialize_cuda_engine(content), "deserialize_cuda_engine")
         return LoadedPlan(self, name, engine, spec)

@@ -22,14 +22,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import Activation, ModelArch, canonical_shapes
+from llmengine.models.fields import MAX_SIZE, Fields
 
 SegmentKind = Literal["first", "mid", "last"]
-WeightMode = Literal["inputs", "constants", "refit"]
-WeightSource = Literal["input", "constant", "refit"]
+WeightMode = Literal["inputs", "constants"]
+WeightSource = Literal["input", "constant"]
 PlanDType = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none"]
 Dim = int | Literal["T", "S"]
@@ -65,13 +66,12 @@ class WeightSpec:
     """One weight that a segment reads, in the layout of `canonical_shapes` ([out, in], row-major).
 
     Attributes:
-        name: in the plan: the input's name, or the constant's for refitting. The canonical name less its layer
-            ("o.weight", "next.qkv.weight", "lm_head.weight").
+        name: in the plan; the canonical name less its layer ("o.weight", "next.qkv.weight", "lm_head.weight").
         role: canonical name less "layers.{i}." ("qkv.weight"), or the whole one of a weight outside the layers.
         layer_offset: added to the segment's layer for the weight's own; None for a weight outside the layers.
         dtype: as stored and as the plan takes it.
         shape: as in `canonical_shapes`.
-        source: network input, constant in the plan, or constant that is refitted after loading.
+        source: network input, or constant in the plan.
     """
 
     name: str
@@ -151,8 +151,7 @@ class SegmentSpec:
     Attributes:
         dtype: of activations, weights and residual (norms' weights may be fp32); norms compute in fp32, logits are
             fp32.
-        weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan. "refit": matrices
-            are refittable, vectors (norms, biases) are inputs.
+        weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan.
         inputs: activations only, in binding order; the weights of source "input" follow them in the network.
         weights: in canonical order.
         quantization: of the matrices; only "none" so far.
@@ -173,11 +172,6 @@ class SegmentSpec:
         """The weights that are bound as network inputs."""
         return tuple(weight for weight in self.weights if weight.source == "input")
 
-    @property
-    def refit_weights(self) -> tuple[WeightSpec, ...]:
-        """The weights that must be refitted after the plan is loaded."""
-        return tuple(weight for weight in self.weights if weight.source == "refit")
-
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready form that `spec_from_dict` reads back equal."""
         return dataclasses.asdict(self)
@@ -194,32 +188,69 @@ def spec_from_dict(values: Mapping[str, Any]) -> SegmentSpec:
 
     Raises `CorruptFileError` for anything else.
     """
-    try:
-        spec = _spec_from_dict(values)
-    except (KeyError, TypeError, ValueError) as failure:
-        raise CorruptFileError(f"not a segment's description: {failure!r}") from failure
-    if json.loads(json.dumps(spec.to_dict())) != json.loads(json.dumps(values)):
+    plain = json.loads(json.dumps(values))
+    spec = _read_spec(Fields(plain, "not a segment's description"))
+    if json.loads(json.dumps(spec.to_dict())) != plain:
         raise CorruptFileError("not a segment's description: unknown keys or values")
     return spec
 
 
-def _spec_from_dict(values: Mapping[str, Any]) -> SegmentSpec:
-    def tensors(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in values[key])
-
+def _read_spec(fields: Fields) -> SegmentSpec:
+    numerics = fields.fields("numerics")
     return SegmentSpec(
-        **{
-            **values,
-            "profiles": tuple(
-                ProfileSpec(item["name"], Range(**item["tokens"]), Range(**item["samples"]))
-                for item in values["profiles"]
-            ),
-            "inputs": tensors("inputs"),
-            "outputs": tensors("outputs"),
-            "weights": tuple(WeightSpec(**{**item, "shape": tuple(item["shape"])}) for item in values["weights"]),
-            "numerics": Numerics(**values["numerics"]),
-        }
+        kind=fields.choice("kind", get_args(SegmentKind)),
+        dtype=fields.choice("dtype", get_args(PlanDType)),
+        weight_mode=fields.choice("weight_mode", get_args(WeightMode)),
+        profiles=tuple(
+            ProfileSpec(
+                item.choice("name", ("decode", "prefill")), _read_range(item, "tokens"), _read_range(item, "samples")
+            )
+            for item in fields.objects("profiles")
+        ),
+        inputs=tuple(_read_tensor(item) for item in fields.objects("inputs")),
+        outputs=tuple(_read_tensor(item) for item in fields.objects("outputs")),
+        weights=tuple(_read_weight(item) for item in fields.objects("weights")),
+        numerics=Numerics(
+            rms_norm_eps=numerics.number("rms_norm_eps"),
+            activation=numerics.choice("activation", (*get_args(Activation), "none")),
+            logit_scale=numerics.number("logit_scale"),
+            logit_soft_cap=numerics.optional_number("logit_soft_cap"),
+        ),
+        quantization=fields.choice("quantization", get_args(Quantization)),
     )
+
+
+def _read_range(profile: Fields, key: str) -> Range:
+    fields = profile.fields(key)
+    found = Range(*(fields.integer(name, low=1, high=MAX_SIZE) for name in ("min", "opt", "max")))
+    if not found.min <= found.opt <= found.max:
+        raise profile.error(key, "min <= opt <= max")
+    return found
+
+
+def _read_tensor(fields: Fields) -> TensorSpec:
+    dtype = fields.choice("dtype", tuple(DTYPE_BYTES))
+    return TensorSpec(fields.string("name"), dtype, _read_shape(fields, get_args(get_args(Dim)[1])))
+
+
+def _read_weight(fields: Fields) -> WeightSpec:
+    return WeightSpec(
+        name=fields.string("name"),
+        role=fields.string("role"),
+        layer_offset=fields.optional_integer("layer_offset"),
+        dtype=fields.choice("dtype", tuple(DTYPE_BYTES)),
+        shape=_read_shape(fields),
+        source=fields.choice("source", get_args(WeightSource)),
+    )
+
+
+def _read_shape(fields: Fields, names: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    shape = fields.values.get("shape")
+    if not isinstance(shape, list) or not all(
+        dim in names if isinstance(dim, str) else type(dim) is int and 0 < dim <= MAX_SIZE for dim in shape
+    ):
+        raise fields.error("shape", f"a list of sizes in [1, {MAX_SIZE}]{''.join(f' or {name!r}' for name in names)}")
+    return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +409,5 @@ class _Maker:
 
     def _weight(self, name: str, role: str, offset: int | None, shape: tuple[int, ...]) -> WeightSpec:
         source: WeightSource = "constant" if self.weight_mode == "constants" else "input"
-        if self.weight_mode == "refit" and len(shape) == 2:
-            source = "refit"
         is_exact = self.arch.float32_norms and role.endswith("norm.weight")
         return WeightSpec(name, role, offset, "float32" if is_exact else self.dtype, shape, source)

@@ -19,6 +19,8 @@ from torch import Tensor
 from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
 from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, plans_of
+from llmengine.errors import CorruptFileError
+from llmengine.models.fields import Fields
 
 RMS_FACTOR = 3.0
 MAX_FACTOR = 5.0
@@ -101,11 +103,19 @@ class Verification:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Verification | None:
         """Return what `to_dict` gave, None for anything else: then it has to be done again."""
+        fields = Fields(values, "verification")
         try:
-            checks = tuple(_read_check(check) for check in values["checks"])
-            steps = {int(tokens): (float(ours), float(theirs)) for tokens, (ours, theirs) in values["step_us"].items()}
-            return cls(**{**values, "checks": checks, "step_us": steps})
-        except (AttributeError, KeyError, TypeError, ValueError):
+            fields.require_only({item.name for item in dataclasses.fields(cls)})
+            steps = fields.fields("step_us")
+            times = {int(tokens): steps.numbers(tokens) for tokens in steps.values}
+            return cls(
+                library=fields.string("library"),
+                device=fields.string("device"),
+                date=fields.string("date"),
+                checks=tuple(_read_check(check) for check in fields.objects("checks")),
+                step_us={tokens: (ours, theirs) for tokens, (ours, theirs) in times.items()},
+            )
+        except (CorruptFileError, ValueError):
             return None
 
     def holds_for(self, library: str, device: torch.device) -> bool:
@@ -159,9 +169,20 @@ def cases_of(spec: SegmentSpec) -> Iterator[Sizes]:
         least = tokens.max + 1
 
 
-def _read_check(values: Mapping[str, Any]) -> SegmentCheck:
-    filled: dict[str, Any] = {key: math.inf if value is None else value for key, value in values.items()}
-    return SegmentCheck(**filled)
+def _read_check(fields: Fields) -> SegmentCheck:
+    fields.require_only({item.name for item in dataclasses.fields(SegmentCheck)})
+    finite = fields.boolean("finite")
+    return SegmentCheck(
+        plan=fields.string("plan"),
+        output=fields.string("output"),
+        tokens=fields.integer("tokens"),
+        samples=fields.integer("samples"),
+        rms_error=fields.number("rms_error") if finite else math.inf,
+        rms_limit=fields.number("rms_limit", above=0.0),
+        max_error=fields.number("max_error") if finite else math.inf,
+        max_limit=fields.number("max_limit", above=0.0),
+        finite=finite,
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -216,6 +237,13 @@ def _weights(segment: PlacedSegment, given: Mapping[str, Tensor] | None, device:
         return {name: given[canonical] for name, canonical in segment.weight_names().items()}
     assert len(segment.spec.weight_inputs) == len(segment.spec.weights), "what a plan holds cannot be random"
     return {weight.name: _random_weight(weight, device) for weight in segment.spec.weights}
+
+
+def bound_tensors(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """Return new tensors for all that an execution is given addresses of, with random values."""
+    tensors = {weight.name: _random_weight(weight, device) for weight in spec.weight_inputs}
+    tensors |= {tensor.name: _random_input(tensor, sizes, device) for tensor in spec.inputs}
+    return tensors | {tensor.name: _empty_output(tensor, sizes, device) for tensor in spec.outputs}
 
 
 def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:

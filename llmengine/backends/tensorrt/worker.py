@@ -51,6 +51,8 @@ def main() -> None:
 def _build(job: dict[str, Any]) -> dict[str, Any]:
     _reset_peak()
     begin = time.perf_counter()
+    if job["device_uuid"] is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = job["device_uuid"]  # read when the library first looks for a device
     library = load_library()
     spec = spec_from_dict(job["spec"])
     weights = map_constants(spec, job["weights"] and Path(job["weights"]))

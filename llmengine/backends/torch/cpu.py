@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from llmengine.backends.torch.native import (
     NativeUnavailableError,
     load_native_library,
 )
-from llmengine.backends.torch.prompt_logprobs import PromptLogprobs
+from llmengine.backends.torch.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.torch.weights import CpuModel, load_cpu_model
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
 from llmengine.config import ModelConfig
@@ -148,7 +148,7 @@ class CpuBackend:
         return forward(self._model.segments, x, self._attention.attend, sample_tokens)
 
     def _forward_with_prompt_logprobs(
-        self, inputs: StepInputs, wanted: dict[int, range]
+        self, inputs: StepInputs, wanted: Sequence[WantedLogprobs]
     ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
         """Return what `_forward` does, and log-probabilities of prompt tokens. Always in torch."""
         model, attention = self._model, self._attention
@@ -158,7 +158,7 @@ class CpuBackend:
         x = model.embed(torch.from_numpy(inputs.token_ids))
         attended, x = forward_to_last(model.segments, x, attention.attend)
         last = partial(model.segments.last, attended, x)
-        prompt_logprobs = self._prompt_logprobs.compute(wanted, inputs, last)
+        prompt_logprobs = self._prompt_logprobs.compute(wanted, last)
         samples = torch.from_numpy(inputs.sample_tokens)
         return last(samples) if len(samples) else None, prompt_logprobs
 

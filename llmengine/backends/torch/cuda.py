@@ -15,7 +15,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +28,12 @@ from llmengine.backends.sampler import no_token_message
 from llmengine.backends.torch.cuda_generic import make_cuda_segments
 from llmengine.backends.torch.cuda_graphs import GraphCache
 from llmengine.backends.torch.cuda_model import CudaModel, CudaWeights, allocate_weights, load_weights
-from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs
-from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments
-from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits
+from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
+from llmengine.backends.torch.cuda_segments import COMPILE_THREADS, MadeSegments, MakeSegments
+from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
 from llmengine.backends.torch.cuda_stream import CudaStream, HostStream, StepStream
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
+from llmengine.backends.torch.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS
@@ -43,7 +44,6 @@ _logger = logging.getLogger("llmengine.backends.torch.cuda")
 
 _DEFAULT_FRACTION = 0.9
 _STEPS_IN_FLIGHT = 8
-_COMPILE_THREADS = 8
 _FIRST_CAPTURES_S = 2.0
 """Most seconds that loading spends on captures; the other buckets follow when they are first seen."""
 
@@ -56,6 +56,7 @@ class _Pending:
     ring_index: int
     sampled: Sequence[int]
     logprobs: PendingLogprobs | None
+    prompt_logprobs: PendingPromptLogprobs | None
     before: int | None
 
 
@@ -84,6 +85,8 @@ class CudaBackend:
         self._decode_sizes = _decode_sizes(scheduler.max_batch_size)
         self._mixed_sizes = _mixed_sizes(scheduler.max_tokens_per_step)
         self._sample_sizes = _sample_sizes(scheduler.max_batch_size)
+        self._deterministic = config.deterministic
+        self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
         limit = context_limit(config, arch)
         block_size, num_slots = config.kv_cache_config.block_size, scheduler.max_batch_size
         with torch.inference_mode():
@@ -101,15 +104,16 @@ class CudaBackend:
             max_model_len = min(limit, (num_blocks - 1) * block_size)
             max_blocks = -(-max_model_len // block_size)
             self._state = SlotState.empty(num_slots, max_blocks, device)
-            self._sampler = DeviceSampler(num_slots, num_slots, arch.vocab_size, device)
+            self._sampler = DeviceSampler(num_slots, num_slots, arch.vocab_size, device, config.deterministic)
             depth = _STEPS_IN_FLIGHT + 1
             self._ring = torch.zeros((depth, num_slots), dtype=torch.int32, pin_memory=device.type == "cuda")
             self._buffers = {
-                mixed: StepBuffer(limits, self._state, model.query_block, depth)
+                mixed: StepBuffer(limits, self._state, model.query_block, depth, decodes=not config.deterministic)
                 for mixed, limits in _limits(scheduler, max_blocks, model.query_block).items()
             }
             self._load(weights, source)
             _tune(model.made, config.tuning_budget_s)
+            model.tune_attention(self._state, self._kv)
         self._tables = SlotTables(num_slots, max_blocks)
         self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
         self._graphs: GraphCache[Bucket] = GraphCache(device, self._stream)
@@ -118,7 +122,7 @@ class CudaBackend:
         self._capture_decodes()
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
-            f"{model.made.description}",
+            f"{model.description}" + (", deterministic" if config.deterministic else ""),
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
             num_blocks=num_blocks,
@@ -126,6 +130,7 @@ class CudaBackend:
             kv_bytes_per_block=bytes_per_block,
             weight_bytes=weights.size_bytes,
             max_steps_in_flight=_STEPS_IN_FLIGHT,
+            has_prompt_logprobs=True,
         )
         _logger.info("%s; KV cache of %d tokens", self._info.description, (num_blocks - 1) * block_size)
 
@@ -140,7 +145,8 @@ class CudaBackend:
         with torch.inference_mode():
             if self._sampler.prepare(batch, mask_words(batch.masks)):
                 self._forget_draws()
-            bucket = self._bucket(batch)
+            wanted = self._wanted(batch)
+            bucket = self._bucket(batch, decodes=not wanted)
             ring_index = self._next_ring_index
             self._next_ring_index = (ring_index + 1) % len(self._ring)
             buffer = self._buffers[bucket.mixed]
@@ -149,10 +155,14 @@ class CudaBackend:
             before = self._pending[-1].ring_index if self._pending else None
             self._stream.mark_begin(ring_index)
             buffer.send(ring_index, self._stream)
-            self._graphs.run(bucket, partial(self._step, bucket))
+            prompt_logprobs = None
+            if wanted:
+                prompt_logprobs = self._step_with_prompt_logprobs(bucket, wanted)
+            else:
+                self._graphs.run(bucket, partial(self._step, bucket))
             logprobs = self._sampler.logprobs(self._model.logits, sampled)
             self._stream.mark_end(ring_index)
-            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, before))
+            self._pending.append(_Pending(batch, ring_index, sampled, logprobs, prompt_logprobs, before))
 
     def collect(self) -> StepResult:
         """Wait for the oldest step, without the GIL, and return what it sampled."""
@@ -176,6 +186,7 @@ class CudaBackend:
             step=pending.batch.step,
             token_ids=chosen,
             logprobs=logprobs,
+            prompt_logprobs={} if pending.prompt_logprobs is None else pending.prompt_logprobs.collect(),
             errors=errors,
             forward_s=forward_s,
             idle_s=idle_s,
@@ -203,19 +214,55 @@ class CudaBackend:
 
     def _step(self, bucket: Bucket) -> None:
         """Queue all device work of a step; the function that graphs are captured from."""
+        self._end_step(bucket, *self._forward_to_last(bucket))
+
+    def _step_with_prompt_logprobs(self, bucket: Bucket, wanted: Sequence[WantedLogprobs]) -> PendingPromptLogprobs:
+        """Queue a mixed step and the logits of prompt tokens; never from a graph, since these are any number."""
+        assert self._model is not None
+        attended, x = self._forward_to_last(bucket)
+        logits_after = partial(self._model.last, attended, x)
+        prompt_logprobs = self._sampler.prompt_logprobs(wanted, logits_after, self._sample_sizes)
+        self._end_step(bucket, attended, x)  # comes last: the sampled tokens' logits are looked at again
+        return prompt_logprobs
+
+    def _forward_to_last(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._model is not None
         assert self._kv is not None
+        return self._model.forward_to_last(self._buffers[bucket.mixed].step, self._state, self._kv, bucket)
+
+    def _end_step(self, bucket: Bucket, attended: torch.Tensor, x: torch.Tensor) -> None:
+        """Queue what comes after the last attention, for the tokens that sample."""
+        assert self._model is not None
         step = self._buffers[bucket.mixed].step
-        logits = self._model.forward(step, self._state, self._kv, bucket)
-        self._sampler.choose(logits, step, bucket)
+        self._model.last(attended, x, step.sample_tokens[: bucket.num_samples] if bucket.mixed else None)
+        self._choose(bucket)
+
+    def _choose(self, bucket: Bucket) -> None:
+        """Queue what comes after the logits."""
+        assert self._model is not None
+        step = self._buffers[bucket.mixed].step
+        self._sampler.choose(self._model.logits[: bucket.num_samples], step, bucket)
         end_step(step, self._state, self._sampler.ids, self._sampler.failed, self._ring, bucket.num_samples)
 
-    def _bucket(self, batch: Batch) -> Bucket:
+    def _wanted(self, batch: Batch) -> list[WantedLogprobs]:
+        """Return the prompt tokens whose log-probabilities the step gives; tokens as in a mixed step."""
+        for init in batch.slot_inits:
+            self._prompt_logprobs.init_slot(init)
+        if not self._prompt_logprobs:
+            return []
+        rows = in_mixed_order(batch.rows)
+        return self._prompt_logprobs.wanted_of((row.slot, row.start, row.num_tokens) for row in rows)
+
+    def _bucket(self, batch: Batch, decodes: bool = True) -> Bucket:
+        """Return the padded sizes of a step.
+
+        Args:
+            decodes: a step that only decodes need not be a mixed one.
+        """
         rows = batch.rows
         draws = self._sampler.draws(rows)
-        if not batch.slot_inits and batch.num_tokens == len(rows):
-            size = _round_up(self._decode_sizes, len(rows))
-            return Bucket(size, size, mixed=False, draws=draws)
+        if decodes and not batch.slot_inits and batch.num_tokens == len(rows):
+            return replace(self._decode_bucket(len(rows)), draws=draws)
         num_samples = sum(row.sample for row in rows)
         return Bucket(
             _round_up(self._mixed_sizes, batch.num_tokens),
@@ -224,43 +271,64 @@ class CudaBackend:
             draws=draws,
         )
 
-    def _first_buckets(self) -> list[Bucket]:
-        """Return buckets that together use every kernel in every form that depends on the number of rows."""
-        sizes = sorted({_round_up(self._decode_sizes, min(rows, self._decode_sizes[-1])) for rows in ROW_BUCKETS})
-        decodes = [Bucket(size, size, mixed=False) for size in sizes]
-        mixed = Bucket(self._mixed_sizes[0], self._sample_sizes[0], mixed=True)
-        return [mixed, *decodes, replace(decodes[0], draws=True)]
+    def _decode_bucket(self, num_rows: int) -> Bucket:
+        """Return the padded sizes of a step that decodes; all steps are mixed where these are deterministic."""
+        if self._deterministic:
+            num_tokens = _round_up(self._mixed_sizes, num_rows)
+            return Bucket(num_tokens, _round_up(self._sample_sizes, num_rows), mixed=True)
+        size = _round_up(self._decode_sizes, num_rows)
+        return Bucket(size, size, mixed=False)
 
     def _load(self, weights: CudaWeights, source: ModelSource) -> None:
         """Fill the weights; kernels are compiled meanwhile."""
-        assert self._model is not None
         began = time.monotonic()
-        with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
-            stream = _stream_after_current(self._device)
-            steps = [threads.submit(self._compile, bucket, stream) for bucket in self._first_buckets()]
+        with ThreadPoolExecutor(1, "llmengine-compile") as thread:
+            compiled = thread.submit(self._compile_first, _stream_after_current(self._device))
             load_weights(weights, source)
             loaded = time.monotonic()
-            for future in steps:
-                future.result()
+            compiled.result()
         _logger.info("weights were there after %.1f s, kernels after %.1f s", loaded - began, time.monotonic() - began)
 
-    def _compile(self, bucket: Bucket, stream: torch.cuda.Stream | None) -> None:
-        """Run a step without rows on `stream`, one for all threads: kernels share scratch. Results go nowhere."""
+    def _compile_first(self, stream: torch.cuda.Stream | None) -> None:
+        """Compile every kernel in every form that depends on the number of rows, on threads.
+
+        Kernel by kernel, since a step would compile one after the other, and two steps what they have in common
+        twice. Then steps without rows run, one of each kind, for what is left. Everything is queued on `stream`, as
+        scratch is shared, and leaves junk.
+        """
         if stream is None:
             return
-        torch.cuda.set_device(self._device)
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            self._step(bucket)
+        assert self._model is not None
+        assert self._kv is not None
+        most = self._decode_sizes[-1]
+        decodes = list(dict.fromkeys(self._decode_bucket(min(rows, most)) for rows in ROW_BUCKETS))
+        mixed = Bucket(self._mixed_sizes[0], self._sample_sizes[0], mixed=True)
+        draws = replace(decodes[-1], draws=True)
+        calls: list[Callable[[], object]] = [partial(self._choose, bucket) for bucket in (draws, decodes[-1])]
+        for bucket in (mixed, decodes[-1]):
+            step = self._buffers[bucket.mixed].step
+            calls += self._model.compilations(step, self._state, self._kv, bucket)
+
+        def run(call: Callable[[], object]) -> None:
+            torch.cuda.set_device(self._device)
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                call()
+
+        with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
+            for job in [threads.submit(run, call) for call in (*calls, *self._model.made.compilations)]:
+                job.result()
+        for bucket in (mixed, *decodes, draws):
+            run(partial(self._step, bucket))
         stream.synchronize()
 
     def _capture_decodes(self) -> None:
         """Capture steps of decodes, small ones first, so that serving does not begin with captures."""
         deadline = time.monotonic() + _FIRST_CAPTURES_S
         with torch.inference_mode():
-            for size in self._decode_sizes if self._device.type == "cuda" else ():
+            sizes = self._decode_sizes if self._device.type == "cuda" else ()
+            for bucket in dict.fromkeys(map(self._decode_bucket, sizes)):
                 if time.monotonic() >= deadline:
                     break
-                bucket = Bucket(size, size, mixed=False)
                 self._graphs.run(bucket, partial(self._step, bucket))
 
     def _forget_draws(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
-from llmengine.kernels.linear import BoundLinear, CublasConfig, LinearKernels, LinearOps
+from llmengine.kernels.linear import BoundLinear, CublasConfig, GemmShape, LinearKernels, LinearOps, fixed_config
 from llmengine.kernels.norm import rms_norm
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
@@ -33,7 +33,8 @@ def generic_segments(context: SegmentsContext) -> MadeSegments:
     """Return segments of any architecture. They allocate their results, which a graph capture keeps in its pool."""
     arch, tensors = context.arch, context.tensors
     # Without programmatic launch, since the torch functions between do not know of it.
-    ops = LinearOps(LinearKernels(context.logits.device), lambda _: CublasConfig())
+    choose = fixed_config if context.config.deterministic else _cublas
+    ops = LinearOps(LinearKernels(context.logits.device), choose)
 
     def norm(name: str) -> Norm | None:
         weight = tensors.get(f"{name}.weight")
@@ -64,7 +65,12 @@ def generic_segments(context: SegmentsContext) -> MadeSegments:
         logit_scale=arch.logit_scale,
         logit_soft_cap=arch.logit_soft_cap,
     )
-    return MadeSegments(segments, "cuBLASLt and torch functions")
+    products = "Triton products of a fixed order" if context.config.deterministic else "cuBLASLt"
+    return MadeSegments(segments, f"{products} and torch functions")
+
+
+def _cublas(_: GemmShape) -> CublasConfig:
+    return CublasConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,8 @@ def head_norm(weight: Tensor, eps: float) -> Callable[[Tensor], None]:
     """Return what normalises q or k of all heads, [num_tokens, len(weight)], in place."""
 
     def apply(x: Tensor) -> None:
-        wide = x.float()
-        x.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight)
+        normed = x.contiguous()
+        rms_norm(normed, weight, eps, normed)
+        x.copy_(normed)
 
     return apply

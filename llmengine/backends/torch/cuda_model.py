@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmengine.backends.torch.cuda_attention import choose_decode, decode_step
 from llmengine.backends.torch.cuda_generic import head_norm
 from llmengine.backends.torch.cuda_segments import MakeSegments, SegmentsContext
 from llmengine.backends.torch.cuda_step import Bucket
+from llmengine.backends.torch.upload import Uploads
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.kernels.attention import (
@@ -21,9 +24,11 @@ from llmengine.kernels.attention import (
     query_block_size,
     rope_and_write,
 )
+from llmengine.kernels.flashinfer_attention import FlashInferDecode
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
+from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
-from llmengine.models.decoder import Attend, forward
+from llmengine.models.decoder import Attend, forward_to_last
 from llmengine.models.fused import weight_layout
 from llmengine.models.rope import layer_tables
 from llmengine.models.source import ModelSource
@@ -74,9 +79,14 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
 
 
 def load_weights(weights: CudaWeights, source: ModelSource) -> None:
-    """Stream the weights of `source` into their places; host memory peaks at one fused tensor."""
-    for name, tensor in source.weights(weights.by_name["embed_tokens.weight"].dtype):
-        weights.by_name[name].copy_(tensor)
+    """Stream the weights of `source` into their places; host memory peaks at one fused tensor and what `Uploads` has.
+
+    The last copies may still be on their way, in the current stream.
+    """
+    embedding = weights.by_name["embed_tokens.weight"]
+    uploads = Uploads(embedding.device)
+    for name, tensor in source.weights(embedding.dtype):
+        uploads.copy(weights.by_name[name], tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +128,18 @@ class CudaModel:
         self._attended = torch.zeros((max_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device)
         self._workspace = attention_workspace(attention, _num_sms(device), device)
         self._pdl = _has_pdl(device)
+        self._has_decodes = not config.deterministic
         max_rows = config.scheduler_config.max_batch_size
         self.logits = torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device)
         context = SegmentsContext(arch, weights.by_name, config, self.logits, self._pdl)
         self.made = make_segments(context)
+        attentions = [layer.config for layer in self._layers]
+        self._decode = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
 
-    def forward(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> Tensor:
-        """Return fp32 logits [bucket.num_samples, vocab] of the step's sampled tokens; write the KV of all tokens.
+    def forward_to_last(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Return what `last` takes of all tokens, [bucket.num_tokens, ...] each, and write their KV.
 
-        Nothing in it looks at a value, and what some segments allocate is torch's, so that a CUDA graph can hold it.
+        Nothing in both looks at a value, and what some segments allocate is torch's, so that a CUDA graph can hold it.
 
         Args:
             kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
@@ -135,12 +148,58 @@ class CudaModel:
         begin_step(step, state, self.embedding, x)
         if self._arch.embedding_scale != 1.0:
             x.mul_(self._arch.embedding_scale)
-        sample_tokens = step.sample_tokens[: bucket.num_samples] if bucket.mixed else None
-        logits = forward(self.made.segments, x, self._attend(step, kv, bucket), sample_tokens)
-        assert logits is not None, "a bucket has samples"
-        return logits
+        num_rows = min(bucket.num_tokens, len(step.row_slots))
+        flashinfer = self._decode.of(num_rows)
+        if flashinfer is not None:
+            flashinfer.begin(step, num_rows)
+        return forward_to_last(self.made.segments, x, self._attend(step, kv, bucket, flashinfer))
 
-    def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket) -> Attend:
+    def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Return fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
+
+        Args:
+            attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
+            tokens: int32, at most max_batch_size; None: all in their order.
+        """
+        return self.made.segments.last(attended, x, tokens)
+
+    def compilations(
+        self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket
+    ) -> list[Callable[[], object]]:
+        """Return calls that compile what computes around the segments, a few kernels each; results are junk."""
+        x = self._hidden[: bucket.num_tokens]
+        width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+        qkv = torch.zeros((bucket.num_tokens, width), dtype=kv.dtype, device=kv.device)
+        attend = self._attend(step, kv, bucket, None)
+        kinds = {layer.config: index for index, layer in enumerate(self._layers)}
+        attends = [partial(attend, layer, qkv) for layer in kinds.values()]
+        return [*attends, partial(begin_step, step, state, self.embedding, x)]
+
+    @property
+    def description(self) -> str:
+        """What computes, for people."""
+        return ", ".join(filter(None, (self.made.description, self._decode.description)))
+
+    def tune_attention(self, state: SlotState, kv: Tensor) -> None:
+        """Measure who attends for decodes if that was asked for; before any graph exists. Writes junk to `kv`."""
+
+        def time_us(num_rows: int, flashinfer: FlashInferDecode | None) -> float:
+            step = decode_step(num_rows, state.block_tables, kv.shape[1], self._layers[0].config.block_size)
+            attend = self._attend(step, kv, Bucket(num_rows, num_rows, mixed=False), flashinfer)
+            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+            qkv = torch.randn((num_rows, width), device=kv.device).to(kv.dtype)
+
+            def run() -> None:
+                if flashinfer is not None:
+                    flashinfer.begin(step, num_rows)
+                for layer in range(len(self._layers)):
+                    attend(layer, qkv)
+
+            return time_graph([run])
+
+        self._decode.measure(time_us)
+
+    def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
         arch, attended, pdl = self._arch, self._attended[: bucket.num_tokens], self._pdl
         sizes = (arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim)
 
@@ -149,12 +208,15 @@ class CudaModel:
             for norm, part in zip(own.projection_norms, qkv.split((*sizes, sizes[1]), dim=1), strict=False):
                 norm(part)
             norms, eps = (own.q_norm, own.k_norm), arch.rms_norm_eps
+            shared = (own.rope_table, own.config)
+            if flashinfer is not None:
+                flashinfer.attend(step, qkv, kv[layer], *shared, attended, *norms, eps, pdl=pdl)
+            elif bucket.mixed:
+                rope_and_write(step, qkv, kv[layer], *shared, *norms, eps, pdl=pdl)
             if bucket.mixed:
-                rope_and_write(step, qkv, kv[layer], own.rope_table, own.config, *norms, eps, pdl=pdl)
                 prefill_attention(step, qkv, kv[layer], own.config, attended, pdl=pdl)
-            decode_attention(
-                step, qkv, kv[layer], own.rope_table, own.config, attended, self._workspace, *norms, eps, pdl=pdl
-            )
+            if flashinfer is None and self._has_decodes:
+                decode_attention(step, qkv, kv[layer], *shared, attended, self._workspace, *norms, eps, pdl=pdl)
             return attended
 
         return attend

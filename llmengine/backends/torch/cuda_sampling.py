@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.logit_edits import INT_TABLES, NO_MASKS, Int32Array, SlotEdits, slot_edits
 from llmengine.backends.torch.cuda_step import Bucket
+from llmengine.backends.torch.prompt_logprobs import MAX_LOGITS, WantedLogprobs
 from llmengine.batch import Batch, BatchRow, SlotInit, TokenLogprobs
 from llmengine.kernels.logit_edits import EditTables
 from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
 from llmengine.kernels.step import DeviceStep
+from llmengine.sampling_params import MAX_LOGPROBS
 
 _ENTRIES = 1024
 _WORDS = 16
@@ -40,18 +45,65 @@ class PendingLogprobs:
 
     def collect(self) -> dict[int, TokenLogprobs]:
         """Return slot -> log-probabilities."""
-        values, ids = self.values.tolist(), self.ids.tolist()
+        lines = zip(self.rows, self.values.tolist(), self.ids.tolist(), strict=True)
+        return {slot: _entry(values, ids, count) for (_, slot, count), values, ids in lines}
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPromptLogprobs:
+    """Log-probabilities of prompt tokens on their way to the host, valid when the step's event has passed.
+
+    Attributes:
+        wanted: one after another, whose tokens they are.
+        parts: fp32 [n, 1 + alternatives] and int64 [n, alternatives] as in `PendingLogprobs`, with rows of padding.
+        sizes: how many rows of each part are used.
+    """
+
+    wanted: Sequence[WantedLogprobs]
+    parts: Sequence[tuple[Tensor, Tensor]]
+    sizes: Sequence[int]
+
+    def collect(self) -> dict[int, list[TokenLogprobs]]:
+        """Return slot -> log-probabilities."""
+        lines = (
+            line
+            for (values, ids), size in zip(self.parts, self.sizes, strict=True)
+            for line in zip(values[:size].tolist(), ids[:size].tolist(), strict=True)
+        )
         return {
-            slot: TokenLogprobs(line[0], tuple(top[:count]), tuple(line[1 : count + 1]))
-            for (_, slot, count), line, top in zip(self.rows, values, ids, strict=True)
+            item.slot: [_entry(values, ids, item.count) for values, ids in itertools.islice(lines, len(item.tokens))]
+            for item in self.wanted
         }
 
 
-class DeviceSampler:
-    """Chooses tokens inside a step. Greedy steps read no parameters; `draws` says which steps are not."""
+def _ordered_top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest values and their columns, among equal values in the order of the columns.
 
-    def __init__(self, num_slots: int, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    torch's order among them depends on the number of rows, and so does which of those that equal the last it returns:
+    it is asked for some more.
+    """
+    top = values.topk(min(2 * count, values.shape[1]), dim=-1)
+    columns, order = top.indices.sort(dim=-1)
+    ordered, order = top.values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return ordered[:, :count], columns.gather(1, order)[:, :count]
+
+
+def _entry(values: list[float], ids: list[int], count: int) -> TokenLogprobs:
+    return TokenLogprobs(values[0], tuple(ids[:count]), tuple(values[1 : count + 1]))
+
+
+class DeviceSampler:
+    """Chooses tokens inside a step. Greedy steps read no parameters; `draws` says which steps are not.
+
+    Args:
+        deterministic: log-probabilities do not depend on those beside them, ties among the likeliest included.
+    """
+
+    def __init__(
+        self, num_slots: int, max_rows: int, vocab_size: int, device: torch.device, deterministic: bool = False
+    ) -> None:
         self._vocab_size = vocab_size
+        self._deterministic = deterministic
         self._device = device
         self._num_logprobs: dict[int, int] = {}
         self._special: set[int] = set()
@@ -205,10 +257,39 @@ class DeviceSampler:
         if not rows:
             return None
         index = self._tensor([row for row, _, _ in rows], torch.int64)
-        values = torch.log_softmax(logits.index_select(0, index), dim=-1)
-        chosen = values.gather(1, self.ids[index].long()[:, None])
-        top = values.topk(max(count for _, _, count in rows), dim=-1)
-        return PendingLogprobs(rows, self._to_host(torch.cat((chosen, top.values), dim=1)), self._to_host(top.indices))
+        count = max(count for _, _, count in rows)
+        return PendingLogprobs(rows, *self._send_logprobs(logits.index_select(0, index), self.ids[index].long(), count))
+
+    def prompt_logprobs(
+        self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
+    ) -> PendingPromptLogprobs:
+        """Queue the log-probabilities of prompt tokens, a bounded number of logits at a time.
+
+        Args:
+            logits_after: indices of the step's tokens, int32 [n] -> logits fp32 [n, vocab].
+            sizes: values of n, ascending from 1.
+        """
+        sizes = [size for size in sizes if size == 1 or size * self._vocab_size <= MAX_LOGITS]
+        tokens = [token for item in wanted for token in item.tokens]
+        token_ids = torch.cat([item.token_ids for item in wanted])
+        count = max(item.count for item in wanted)
+        parts, used = [], []
+        for begin in range(0, len(tokens), sizes[-1]):
+            used.append(min(sizes[-1], len(tokens) - begin))
+            padding = [0] * (sizes[bisect_left(sizes, used[-1])] - used[-1])
+            logits = logits_after(self._tensor(tokens[begin : begin + used[-1]] + padding, torch.int32))
+            chosen = self._tensor(token_ids[begin : begin + used[-1]].tolist() + padding, torch.int64)
+            parts.append(self._send_logprobs(logits, chosen, count))
+        return PendingPromptLogprobs(wanted, parts, used)
+
+    def _send_logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Queue the copy of the log-probabilities of token_ids [n] and of the `count` likeliest, and of those' ids."""
+        # Rows that begin at a multiple of 16 bytes are all added up in the same order.
+        padded = F.pad(logits, (0, -self._vocab_size % 4), value=float("-inf")) if self._vocab_size % 4 else logits
+        values = torch.log_softmax(padded, dim=-1)
+        top, ids = _ordered_top(values, MAX_LOGPROBS) if self._deterministic else values.topk(count, dim=-1)
+        chosen = values.gather(1, token_ids[:, None])
+        return self._to_host(torch.cat((chosen, top), dim=1)), self._to_host(ids)
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return self._to_device(torch.tensor(values, dtype=dtype))

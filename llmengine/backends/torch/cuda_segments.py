@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -21,6 +23,7 @@ from llmengine.kernels.linear import (
     LinearOps,
     Operation,
     SkinnyConfig,
+    fixed_config,
 )
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
@@ -37,7 +40,7 @@ _OPERATIONS: dict[str, Operation] = {
 _COLD_BYTES = 160 << 20
 """Weights that a measurement goes through before it meets one again; three times an H100's L2."""
 
-_COMPILE_THREADS = 8
+COMPILE_THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,13 @@ class MadeSegments:
         description: what it is, for people.
         tune: takes seconds; chooses the fastest of what it has, on the weights in their places, and needs no graph to
             exist. Called once.
+        compilations: of what the first steps run; each on any thread. They may launch kernels, whose results are junk.
     """
 
     segments: Segments
     description: str
     tune: Callable[[float], None] = _no_tuning
+    compilations: Sequence[Callable[[], None]] = ()
 
 
 MakeSegments = Callable[[SegmentsContext], MadeSegments]
@@ -92,8 +97,11 @@ MakeSegments = Callable[[SegmentsContext], MadeSegments]
 def fused_segments(context: SegmentsContext) -> MadeSegments:
     """Return Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
     assert context.arch.has_llama_segments, context.arch.architecture
-    fused = FusedSegments(context.arch, context.tensors, context.config.scheduler_config, context.logits, context.pdl)
-    return MadeSegments(fused, "Triton", fused.tune)
+    config = context.config
+    fused = FusedSegments(
+        context.arch, context.tensors, config.scheduler_config, context.logits, context.pdl, config.deterministic
+    )
+    return MadeSegments(fused, "Triton", fused.tune, fused.compilations())
 
 
 class FusedSegments:
@@ -103,10 +111,17 @@ class FusedSegments:
         tensors: canonical weights on the device.
         logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
         pdl: kernels may start before those ahead of them have ended.
+        deterministic: a token's result does not depend on the tokens beside it, to the last bit.
     """
 
     def __init__(
-        self, arch: ModelArch, tensors: dict[str, Tensor], scheduler: SchedulerConfig, logits: Tensor, pdl: bool
+        self,
+        arch: ModelArch,
+        tensors: dict[str, Tensor],
+        scheduler: SchedulerConfig,
+        logits: Tensor,
+        pdl: bool,
+        deterministic: bool = False,
     ) -> None:
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
         embedding = tensors["embed_tokens.weight"]
@@ -123,8 +138,10 @@ class FusedSegments:
         self._logits = logits
         self._logit_scale, self._logit_soft_cap = arch.logit_scale, arch.logit_soft_cap
         self._kernels = LinearKernels(self._device, pdl=pdl)
-        self._choices = _choices_of(self._kernels, self._device)
-        ops = LinearOps(self._kernels, self._choices.choose if self._choices is not None else _plain)
+        self._choices = None if deterministic else _choices_of(self._kernels, self._device)
+        untuned = fixed_config if deterministic else _plain
+        self._choose = untuned if self._choices is None else self._choices.choose
+        ops = LinearOps(self._kernels, self._choose)
         self._layers = [
             _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
@@ -139,14 +156,32 @@ class FusedSegments:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    def compilations(self) -> list[Callable[[], None]]:
+        """Return calls that compile what steps of decodes begin with, about a kernel each."""
+        if self._device.type != "cuda":
+            return []
+        rows = len(self._logits)
+        x, qkv, inner = self._sampled_x, self._qkv[:rows], self._inner[:rows]
+        calls: list[Callable[[], None]] = [
+            partial(self._layers[0].qkv, x, qkv),
+            partial(self._layers[0].gate_up, x, inner),
+        ]
+        products: dict[tuple[GemmShape, SkinnyConfig], Callable[[], None]] = {}
+        for rows in [rows for rows in ROW_BUCKETS if rows <= len(self._logits)]:
+            for shape in self._shapes(rows):
+                config = self._choose(shape)
+                if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
+                    products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
+        return [*calls, *products.values()]
+
     def tune(self, budget_s: float) -> None:
         """Measure which products are fastest for the model's shapes, those of the smallest steps first."""
         deadline = time.monotonic() + budget_s
-        for rows in [rows for rows in ROW_BUCKETS if rows <= len(self._qkv)]:
+        for rows in [rows for rows in ROW_BUCKETS if rows < 2 * len(self._qkv)]:
             if self._choices is None or time.monotonic() >= deadline:
                 return
             shapes = self._choices.missing(self._shapes(rows))
-            self._compile(shapes, deadline)
+            self._compile_candidates(shapes, deadline)
             if self._choices.measure(shapes, deadline - time.monotonic(), self._time_us):
                 return
 
@@ -161,17 +196,16 @@ class FusedSegments:
             shapes.append(GemmShape("norm_linear", num_rows, vocab, hidden, self._dtype, torch.float32))
         return shapes
 
-    def _compile(self, shapes: Sequence[GemmShape], deadline: float) -> None:
+    def _compile_candidates(self, shapes: Sequence[GemmShape], deadline: float) -> None:
         """Compile what will be timed, on threads; what is not begun at the deadline is left."""
 
-        def compile_one(shape: GemmShape, config: SkinnyConfig) -> None:
+        def compile_in_time(shape: GemmShape, config: SkinnyConfig) -> None:
             if time.monotonic() < deadline:
-                with torch.cuda.device(self._device):
-                    self._kernels.compile(shape, config)
+                self._compile(shape, config)
 
-        with ThreadPoolExecutor(_COMPILE_THREADS, "llmengine-compile") as threads:
+        with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
             jobs = [
-                threads.submit(compile_one, shape, config)
+                threads.submit(compile_in_time, shape, config)
                 for shape in shapes
                 for config in candidates(shape)
                 if isinstance(config, SkinnyConfig)
@@ -179,8 +213,16 @@ class FusedSegments:
         for job in jobs:
             job.result()
 
+    def _compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
+        with torch.cuda.device(self._device):
+            self._kernels.compile(shape, config)
+
     def _time_us(self, num_rows: int) -> float:
-        """Return the microseconds of the products of a few layers, of all of a small model, and of the LM head."""
+        """Return the microseconds of the products of a few layers, of all of a small model, and of the LM head.
+
+        For the largest steps if `num_rows` are more than those have.
+        """
+        num_rows = min(num_rows, len(self._qkv))
         layer_bytes = sum(n * k for _, n, k in self._layer_shapes) * self._dtype.itemsize
         num_layers = min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
         x, attended = (

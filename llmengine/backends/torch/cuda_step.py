@@ -88,9 +88,17 @@ class Bucket:
 
 
 class StepBuffer:
-    """The device's arrays of a step and their pinned mirrors; written by `fill`, sent by `send`."""
+    """The device's arrays of a step and their pinned mirrors; written by `fill`, sent by `send`.
 
-    def __init__(self, limits: StepLimits, state: SlotState, query_block: int, depth: int) -> None:
+    Args:
+        query_block: tokens of a query block.
+        depth: mirrors.
+        decodes: rows of one token are decodes; else they have query blocks like all, in mixed steps.
+    """
+
+    def __init__(
+        self, limits: StepLimits, state: SlotState, query_block: int, depth: int, decodes: bool = True
+    ) -> None:
         sections = limits.sections()
         offsets, end = {}, 0
         for name, size in sections.items():
@@ -110,6 +118,7 @@ class StepBuffer:
         self._updates_offset = offsets["updates"]
         self._dummy_slot = state.block_tables.shape[0] - 1
         self._query_block = query_block
+        self._decodes = decodes
         self._num_update_words = 0
 
     def fill(self, batch: Batch, updates: Sequence[int], bucket: Bucket, ring_index: int) -> list[int]:
@@ -118,7 +127,7 @@ class StepBuffer:
         Args:
             updates: place and value in turn, see `DeviceStep.updates`.
         """
-        rows = sorted(batch.rows, key=_is_chunk) if bucket.mixed else batch.rows
+        rows = in_mixed_order(batch.rows) if bucket.mixed else batch.rows
         host = self._host[ring_index]
         slots = [row.slot for row in rows]
         host["row_slots"][: len(rows)] = slots
@@ -178,7 +187,7 @@ class StepBuffer:
         return num_tokens, host["row_slots"][sampled].tolist()
 
     def _fill_query_blocks(self, host: dict[str, Int32Array], lengths: Int32Array) -> None:
-        num_decodes = int(np.count_nonzero(lengths == 1))
+        num_decodes = int(np.count_nonzero(lengths == 1)) if self._decodes else 0
         counts = -(-lengths[num_decodes:] // self._query_block)
         num_blocks = int(counts.sum())
         host["counts"][NUM_DECODES], host["counts"][NUM_QUERY_BLOCKS] = num_decodes, num_blocks
@@ -186,6 +195,11 @@ class StepBuffer:
         inner = np.arange(num_blocks) - np.repeat(np.cumsum(counts) - counts, counts)
         host["query_block_rows"][:num_blocks] = rows
         host["query_block_starts"][:num_blocks] = host["row_starts"][rows] + inner * self._query_block
+
+
+def in_mixed_order(rows: Sequence[BatchRow]) -> list[BatchRow]:
+    """Return rows in the order that their tokens have in a mixed step: those of one token first."""
+    return sorted(rows, key=_is_chunk)
 
 
 def _is_chunk(row: BatchRow) -> bool:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmengine.backends.inputs import StepInputs
 from llmengine.batch import SlotInit, TokenLogprobs
 
-_MAX_LOGITS = 1 << 24
+MAX_LOGITS = 1 << 24
 """Logits that are held at once: 64 MiB."""
 
 
+@dataclass(frozen=True, slots=True)
+class WantedLogprobs:
+    """Prompt tokens of a slot whose log-probabilities a step gives.
+
+    Attributes:
+        tokens: the step's tokens after which they come.
+        token_ids: int64 [len(tokens)], what they are.
+        count: alternatives of each.
+    """
+
+    slot: int
+    tokens: range
+    token_ids: Tensor
+    count: int
+
+
 class PromptLogprobs:
-    """Which slots want them, and how many alternatives; knows their prompts."""
+    """Which slots want them, and how many alternatives; knows their prompts until they are computed."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -29,38 +47,51 @@ class PromptLogprobs:
             prompt = torch.tensor(init.token_ids[: init.num_prompt_tokens], dtype=torch.int64)
             self._prompts[init.slot] = prompt, min(count, self._vocab_size)
 
-    def wanted(self, inputs: StepInputs) -> dict[int, range]:
-        """Return slot -> the step's tokens after which comes a prompt token whose log-probabilities are wanted."""
+    def __bool__(self) -> bool:
+        return bool(self._prompts)
+
+    def wanted(self, inputs: StepInputs) -> list[WantedLogprobs]:
+        """Return what a step gives; see `wanted_of`."""
         if not self._prompts:
-            return {}
-        result = {}
-        for row, slot in enumerate(inputs.row_slots.tolist()):
-            if slot not in self._prompts:
-                continue
-            begin, end = inputs.row_starts[row : row + 2].tolist()
-            num_after = len(self._prompts[slot][0]) - 1 - int(inputs.positions[begin])
-            if num_after > 0:
-                result[slot] = range(begin, min(end, begin + num_after))
+            return []
+        starts = inputs.positions[inputs.row_starts[:-1]].tolist()
+        return self.wanted_of(zip(inputs.row_slots.tolist(), starts, np.diff(inputs.row_starts).tolist(), strict=True))
+
+    def wanted_of(self, rows: Iterable[tuple[int, int, int]]) -> list[WantedLogprobs]:
+        """Return what a step gives, and forget the prompts that it ends.
+
+        Args:
+            rows: slot, position of the first token, number of tokens, in the order of the step's tokens.
+        """
+        result = []
+        begin = 0
+        for slot, start, num_tokens in rows:
+            if slot in self._prompts:
+                prompt, count = self._prompts[slot]
+                token_ids = prompt[start + 1 : start + 1 + num_tokens]
+                if len(token_ids):
+                    result.append(WantedLogprobs(slot, range(begin, begin + len(token_ids)), token_ids, count))
+                if start + num_tokens >= len(prompt):
+                    del self._prompts[slot]
+            begin += num_tokens
         return result
 
     def compute(
-        self, wanted: dict[int, range], inputs: StepInputs, logits_after: Callable[[Tensor], Tensor]
+        self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Tensor], Tensor]
     ) -> dict[int, list[TokenLogprobs]]:
         """Return what `StepResult.prompt_logprobs` holds, a bounded number of logits at a time.
 
         Args:
             logits_after: indices of the step's tokens, int64 [n] -> logits fp32 [n, vocab].
         """
-        size = max(1, _MAX_LOGITS // self._vocab_size)
+        size = max(1, MAX_LOGITS // self._vocab_size)
         result: dict[int, list[TokenLogprobs]] = {}
-        for slot, tokens in wanted.items():
-            prompt, count = self._prompts[slot]
-            entries = result[slot] = []
-            for begin in range(tokens.start, tokens.stop, size):
-                part = range(begin, min(begin + size, tokens.stop))
-                following = int(inputs.positions[begin]) + 1
-                token_ids = prompt[following : following + len(part)]
-                entries += _entries(logits_after(torch.arange(part.start, part.stop)), token_ids, count)
+        for item in wanted:
+            entries = result[item.slot] = []
+            for begin in range(0, len(item.tokens), size):
+                tokens = item.tokens[begin : begin + size]
+                logits = logits_after(torch.arange(tokens.start, tokens.stop))
+                entries += _entries(logits, item.token_ids[begin : begin + size], item.count)
         return result
 
 
