@@ -23,6 +23,9 @@ _TRUSTED_SHARE = 0.8
 _LEAD_S = 1e-3
 """A step is scheduled and launched at least so much earlier than it must be."""
 
+_LEAST_WAIT_S = 2e-3
+"""Waiting for less is not worth a wake-up."""
+
 
 class RunAhead:
     """Two steps, so that the device has one to run while the host looks at the other; more while that is not enough.
@@ -50,7 +53,8 @@ class RunAhead:
         if not self._launches_late or len(self._in_flight) != 1:
             return 0.0
         expected_s = min(self._seconds.get(self._in_flight[0], (0.0, 0.0)))
-        return max(0.0, self._began + _TRUSTED_SHARE * expected_s - _LEAD_S - now)
+        spare_s = self._began + _TRUSTED_SHARE * expected_s - _LEAD_S - now
+        return spare_s if spare_s >= _LEAST_WAIT_S else 0.0
 
     def launched(self, batch: Batch, now: float) -> None:
         """Take note of a step that was launched."""

@@ -33,7 +33,7 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
     """Let `LLM` load the CUDA backend, with the fake library where it is to use TensorRT."""
     fake = FakeTensorRt(torch.device(device, 0))
     monkeypatch.setenv("LLMENGINE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(backends, "choose_device", lambda name: device)
+    monkeypatch.setattr(backends, "choose_device", lambda name: device if device == "cpu" else f"{device}:0")
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
     def load(config: ModelConfig, source: ModelSource) -> Backend:

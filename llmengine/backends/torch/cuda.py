@@ -314,6 +314,7 @@ class CudaBackend:
             with torch.inference_mode(), torch.cuda.stream(stream):
                 call()
 
+        run(calls.pop())  # alone: with its first kernel Triton hashes itself, which each thread would do for seconds
         with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
             for job in [threads.submit(run, call) for call in (*calls, *self._model.made.compilations)]:
                 job.result()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 32 << 20
-_NUM_CHUNKS = 4
+_CHUNK_BYTES = 128 << 20
+_NUM_CHUNKS = 2
 
 
 class Uploads:
     """Copies in the current stream, chunk by chunk: while some travel, the next ones are read.
 
-    A plain copy of pageable memory waits for the device, at a fraction of the link's speed. Holds 128 MiB of pinned
-    memory; on a CPU nothing, since there copies are plain.
+    A plain copy of pageable memory waits for the device, at a fraction of the link's speed. Holds 256 MiB of pinned
+    memory in large chunks, since threads that compile take the interpreter between two copies; on a CPU nothing, since
+    there copies are plain.
     """
 
     def __init__(self, device: torch.device) -> None:
