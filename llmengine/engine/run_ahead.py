@@ -14,8 +14,8 @@ _IDLE_SHARE = 0.05
 _CALM_STEPS = 512
 """Steps without running dry after which one step less is kept in flight."""
 
-_CALM_EARLY_STEPS = 64
-"""Steps without running dry after which launches are late again: running dry once then costs part of a step."""
+_EARLY_STEPS = 64
+"""Steps that are launched early after one came too late."""
 
 _TRUSTED_SHARE = 0.8
 """Share of the time that a step like it took, which a step in flight is trusted to take as well."""
@@ -31,57 +31,61 @@ class RunAhead:
     """Two steps, so that the device has one to run while the host looks at the other; more while that is not enough.
 
     The second is launched late: a request that arrives while the first runs is then part of it, and waits for one step
-    less. How long the first will run is told from steps like it.
+    less. How long the first will run is told from steps like it. Where that was too late, launches are early for a
+    while.
 
     A thread that computes in Python holds the interpreter for milliseconds at a time, and the device runs out of steps
-    meanwhile. Then launches come early, and if that is not enough, each step in flight beyond the second bridges one
-    step's time more. Both let new requests wait, so they are given up again when they are not needed.
+    meanwhile. Each step in flight beyond the second bridges one step's time more; it also lets a new request wait for
+    one step more, so it is given up again when it is not needed.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._least = min(_LEAST, limit)
         self.depth = self._least
-        self._launches_late = limit >= _LEAST
         self._num_calm = 0
-        self._in_flight: deque[_Kind] = deque()
+        self._num_early = 0
+        self._in_flight: deque[tuple[_Kind, bool]] = deque()
         self._began = 0.0
+        self._is_late = False
         self._seconds: dict[_Kind, tuple[float, float]] = {}
 
     def spare_s(self, now: float) -> float:
         """Return for how many seconds from `now` on (monotonic clock) the next launch may wait for requests."""
-        if not self._launches_late or len(self._in_flight) != 1:
+        if self._num_early > 0 or len(self._in_flight) != 1 or self._limit < _LEAST:
             return 0.0
-        expected_s = min(self._seconds.get(self._in_flight[0], (0.0, 0.0)))
+        kind, _ = self._in_flight[0]
+        expected_s = min(self._seconds.get(kind, (0.0, 0.0)))
         spare_s = self._began + _TRUSTED_SHARE * expected_s - _LEAD_S - now
-        return spare_s if spare_s >= _LEAST_WAIT_S else 0.0
+        if spare_s < _LEAST_WAIT_S:
+            return 0.0
+        self._is_late = True
+        return spare_s
 
     def launched(self, batch: Batch, now: float) -> None:
-        """Take note of a step that was launched."""
+        """Take note of a step that was launched, after the wait if there was one."""
         if not self._in_flight:
             self._began = now
-        self._in_flight.append(_kind(batch))
+        self._in_flight.append((_kind(batch), self._is_late))
+        self._is_late = False
 
     def observe(self, result: StepResult, now: float) -> None:
         """Take note of the end of the oldest step: how long it took, and whether the device had waited for it."""
-        kind = self._in_flight.popleft()
+        kind, was_late = self._in_flight.popleft()
         _, latest_s = self._seconds.get(kind, (0.0, 0.0))
         self._seconds[kind] = (latest_s, result.forward_s)
         self._began = now
+        self._num_early = max(0, self._num_early - 1)
+        self._num_calm += 1
         if result.idle_s > _IDLE_SHARE * result.forward_s:
-            if self._launches_late:
-                self._launches_late = False
+            if was_late:
+                self._num_early = _EARLY_STEPS
             else:
                 self.depth = min(self.depth + 1, self._limit)
             self._num_calm = 0
-            return
-        self._num_calm += 1
-        if self.depth > self._least:
-            if self._num_calm >= _CALM_STEPS:
-                self.depth -= 1
-                self._num_calm = 0
-        elif self._num_calm >= _CALM_EARLY_STEPS:
-            self._launches_late = self._limit >= _LEAST
+        elif self._num_calm >= _CALM_STEPS:
+            self.depth = max(self.depth - 1, self._least)
+            self._num_calm = 0
 
 
 _Kind = tuple[bool, int]
