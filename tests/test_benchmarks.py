@@ -177,5 +177,5 @@ def test_soak_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_soak_finds_growing_memory() -> None:
     samples = [soak.Sample(float(second), 0, 0, 0, second * 2**20) for second in range(31)]
-    middle, last = soak.memory_growth(samples)
-    assert (middle, last) == (14.5 * 2**20, 25.0 * 2**20)
+    of_rss, _ = soak.MEMORY["RSS"]
+    assert soak.memory_growth(samples, of_rss) == (14.5 * 2**20, 25.0 * 2**20)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import scenarios
+from benchmarks import scenarios, startup, step_profile
 from benchmarks.serving import Arrivals
 
 
@@ -34,3 +35,27 @@ def test_a_scenario_runs(arguments: list[str], figure: str, tmp_path: Path, caps
     record = json.loads(lines.read_text())
     assert record["results"][figure] > 0
     assert figure in capsys.readouterr().out
+
+
+def test_startup_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "out.jsonl"
+    startup.main(["--shape", "tiny", "--device", "cpu", "--json", str(lines)])
+    figures = json.loads(lines.read_text())["results"]
+    assert 0 < figures["ready_s"] <= figures["first_token_s"]
+    assert "first_token_s" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_to_start_is_no_figure(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="printed '' instead of 'ready'"):
+        startup.measure({"model_dir": str(tmp_path / "nothing"), "device": "cpu"}, tmp_path)
+
+
+def test_kernels_of_a_profile_are_summed_by_name() -> None:
+    kernels = [("product", 5.0), ("norm", 1.0), ("product", 7.0), ("norm", 2.0)]
+    assert step_profile.kernel_rows(kernels, num_steps=2) == [("product", 1.0, 6.0, 6.0), ("norm", 1.0, 1.5, 1.5)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_profile_needs_a_gpu() -> None:
+    with pytest.raises(SystemExit, match="a GPU is needed"):
+        step_profile.main(["--shape", "tiny"])
