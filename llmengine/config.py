@@ -272,7 +272,7 @@ class ModelConfig(_Settings):
             GPU for the model's shapes; what was measured is kept on disk for the next time. 0: rules of thumb.
         deterministic: the same prompt and parameters give bit-equal tokens and log-probabilities on this machine,
             whatever else is in the batch, and however the prompt is cut, cached or computed again. Slower; on a CPU
-            without `prompt_logprobs`, and slower by far without the native decoder; on CUDA with the torch backend.
+            by far without the native decoder; on CUDA with the torch backend.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
     """
 

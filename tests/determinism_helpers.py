@@ -15,9 +15,10 @@ OpenLLM = Callable[[random.Random | None], LLM]
 
 
 def params_of(index: int) -> SamplingParams:
-    """Half of the prompts are sampled, with a seed of their own."""
+    """Half of the prompts are sampled, with a seed of their own; every third is scored."""
     drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": index} if index % 2 else {}
-    return SamplingParams(max_new_tokens=8 + 2 * index, ignore_eos=True, logprobs=3, **drawn)
+    scored = 2 if index % 3 == 0 else None
+    return SamplingParams(max_new_tokens=8 + 2 * index, ignore_eos=True, logprobs=3, prompt_logprobs=scored, **drawn)
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
             handles[0].result(60.0)
         handles.append(llm.generate_async(list(prompts[index]), params_of(index)))
     outputs = [handle.result(60.0) for handle in handles]
-    results = [(output.token_ids, list(output.logprobs or [])) for output in outputs]
+    results = [(output.token_ids, [*(output.logprobs or []), *(output.prompt_logprobs or [])]) for output in outputs]
     preemptions = sum(output.timeline.num_preemptions for output in outputs)
     return results, sum(output.num_cached_tokens for output in outputs), preemptions
 

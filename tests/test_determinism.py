@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from backend_helpers import NO_NATIVE, save_tiny
 from determinism_helpers import check_schedules
 from family_helpers import make_family
@@ -15,14 +16,13 @@ from family_helpers import make_family
 from llmengine import (
     LLM,
     ConfigError,
-    InvalidRequestError,
     KvCacheConfig,
     ModelConfig,
     QuantConfig,
-    SamplingParams,
     SchedulerConfig,
 )
 from llmengine.backends import load_backend
+from llmengine.backends.sampler import log_sum_exp
 from llmengine.backends.torch.cpu import CpuBackend
 from llmengine.backends.torch.native import NATIVE_DIRECTORY
 from llmengine.models.source import open_model
@@ -109,5 +109,18 @@ def test_what_it_excludes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("llmengine.backends.choose_device", lambda name: "cuda:0")
     with pytest.raises(ConfigError, match="deterministic=True excludes backend='tensorrt'"):
         load_backend(ModelConfig(tmp_path, backend="tensorrt", deterministic=True).resolve(), open_model(tmp_path))
-    with open_llm(tmp_path, None) as llm, pytest.raises(InvalidRequestError, match="prompt_logprobs"):
-        llm.generate([1, 2], SamplingParams(prompt_logprobs=1))
+
+
+@pytest.mark.parametrize("vocab_size", [311, 49152, 262145])
+def test_log_sums_of_a_row_do_not_depend_on_the_others(vocab_size: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(5):
+            logits = 5 * torch.randn((9, vocab_size), generator=torch.Generator().manual_seed(seed))
+            sums = log_sum_exp(logits)
+            torch.testing.assert_close(sums, torch.logsumexp(logits.double(), dim=-1).float(), rtol=1e-6, atol=0)
+            for rows in (slice(0, 1), slice(4, 5), slice(3, 5)):
+                assert torch.equal(log_sum_exp(logits[rows].clone()), sums[rows])
+    finally:
+        torch.set_num_threads(threads)

@@ -89,7 +89,7 @@ class Sampler:
         wanted = self._num_logprobs[slots]
         log_totals, top = None, None
         if (wanted >= 0).any():
-            log_totals = torch.logsumexp(logits, dim=-1)
+            log_totals = log_sum_exp(logits)
             if wanted.max() > 0:
                 top = torch.topk(logits, int(wanted.max()), dim=-1)
         if masks or self._editor.edits(slots):
@@ -153,6 +153,17 @@ class Sampler:
 
     def _tensor(self, values: NDArray[np.generic], slots: IntArray, like: Tensor) -> Tensor:
         return torch.from_numpy(values[slots]).to(like.device)
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """Return [num_rows], the logarithms of the rows' sums of exponentials.
+
+    By segments: torch would cut the sum of a single long row among its threads, and add it up in another order.
+    """
+    maxima = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - maxima).exp_()
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SEGMENT))
+    return maxima[:, 0] + padded.view(len(logits), -1, _SEGMENT).sum(dim=-1).sum(dim=-1).log()
 
 
 def no_token_message(position: int) -> str:

@@ -266,7 +266,7 @@ class Intake:
         if params.prompt_logprobs is not None and not self._info.has_prompt_logprobs:
             raise InvalidRequestError(
                 f"prompt_logprobs={params.prompt_logprobs}: this backend computes no logits of prompt tokens but the "
-                f"last ({self._info.description}); torch does, on a CPU without deterministic=True"
+                f"last ({self._info.description})"
             )
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", dict(params.logit_bias))

@@ -18,7 +18,7 @@ from llmengine.backends.inputs import SlotTable, StepInputs
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.sampler import Sampler, Samples, no_token_message
 from llmengine.backends.torch.attention import AttentionShape, LayerAttention, PagedAttention
-from llmengine.backends.torch.deterministic import native_pieces, token_pieces
+from llmengine.backends.torch.deterministic import native_pieces, sampling_all, token_pieces
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
     MAX_NATIVE_TOKENS,
@@ -91,7 +91,7 @@ class CpuBackend:
             kv_bytes_per_block=shape.bytes_per_block,
             weight_bytes=model.size_bytes,
             max_steps_in_flight=1,
-            has_prompt_logprobs=not config.deterministic,
+            has_prompt_logprobs=True,
         )
         _logger.info("%s; KV cache of %d tokens", self._info.description, (shape.num_blocks - 1) * shape.block_size)
 
@@ -150,7 +150,11 @@ class CpuBackend:
     def _forward_with_prompt_logprobs(
         self, inputs: StepInputs, wanted: Sequence[WantedLogprobs]
     ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
-        """Return what `_forward` does, and log-probabilities of prompt tokens. Always in torch."""
+        """Return what `_forward` does, and log-probabilities of prompt tokens."""
+        if self._deterministic:
+            # These tokens are computed again, which writes the same keys and values.
+            logits = self._forward(inputs)
+            return logits, self._prompt_logprobs.compute(wanted, partial(self._logits_after, inputs))
         model, attention = self._model, self._attention
         assert model is not None
         assert attention is not None
@@ -161,6 +165,12 @@ class CpuBackend:
         prompt_logprobs = self._prompt_logprobs.compute(wanted, last)
         samples = torch.from_numpy(inputs.sample_tokens)
         return last(samples) if len(samples) else None, prompt_logprobs
+
+    def _logits_after(self, inputs: StepInputs, tokens: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits [n, vocab] of the step's tokens int64 [n], which follow each other."""
+        logits = self._forward(sampling_all(inputs, slice(int(tokens[0]), int(tokens[-1]) + 1)))
+        assert logits is not None
+        return logits
 
     def collect(self) -> StepResult:
         """Return the result of the step that was launched."""

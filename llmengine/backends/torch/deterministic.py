@@ -60,6 +60,18 @@ def token_pieces(inputs: StepInputs) -> Iterator[tuple[StepInputs, int]]:
         yield piece, len(samples)
 
 
+def sampling_all(inputs: StepInputs, tokens: slice) -> StepInputs:
+    """Return these tokens of a step, of which each samples; only fit to be cut into pieces."""
+    token_ids = inputs.token_ids[tokens]
+    return replace(
+        inputs,
+        token_ids=token_ids,
+        positions=inputs.positions[tokens],
+        token_slots=inputs.token_slots[tokens],
+        sample_tokens=np.arange(len(token_ids)),
+    )
+
+
 def _samples_within(inputs: StepInputs, begin: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Return the tokens [begin, end) that sample, counted from `begin`."""
     first, last = np.searchsorted(inputs.sample_tokens, (begin, end))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.inputs import StepInputs
+from llmengine.backends.sampler import log_sum_exp
 from llmengine.batch import SlotInit, TokenLogprobs
 
 MAX_LOGITS = 1 << 24
@@ -97,7 +98,7 @@ class PromptLogprobs:
 
 def _entries(logits: Tensor, token_ids: Tensor, count: int) -> list[TokenLogprobs]:
     """Return one entry for each row of `logits` [n, vocab], of the token in `token_ids` [n]."""
-    log_totals = torch.logsumexp(logits, dim=-1, keepdim=True)
+    log_totals = log_sum_exp(logits)[:, None]
     chosen = (logits.gather(1, token_ids[:, None]) - log_totals)[:, 0].tolist()
     values, ids = torch.topk(logits, count, dim=-1)
     tops = zip(ids.tolist(), (values - log_totals).tolist(), strict=True)
