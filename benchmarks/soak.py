@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,8 @@ def memory_growth(samples: Sequence[Sample], of: Callable[[Sample], int]) -> tup
 
 
 MEMORY: dict[str, tuple[Callable[[Sample], int], float]] = {
-    "RSS": (lambda sample: sample.rss_bytes, _MAX_GROWTH_SHARE),
-    "GPU memory": (lambda sample: sample.device_bytes, 0.0),
+    "RSS": (attrgetter("rss_bytes"), _MAX_GROWTH_SHARE),
+    "GPU memory": (attrgetter("device_bytes"), 0.0),
 }
 """What must not grow, and by how much of itself it may."""
 

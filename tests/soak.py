@@ -23,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -314,7 +315,7 @@ def check_end(life: Life, faults: Faults) -> None:
 def violations(totals: Totals) -> list[str]:
     """Return what is wrong after the run; empty if all is well."""
     found = sorted(set(totals.violations))
-    middle, last = memory_growth(totals.samples)
+    middle, last = memory_growth(totals.samples, attrgetter("rss_bytes"))
     if last - middle > _MAX_GROWTH_BYTES:
         found.append(f"RSS grew from {middle / 2**20:.0f} MiB to {last / 2**20:.0f} MiB in the last third")
     return found
@@ -329,7 +330,7 @@ def report(totals: Totals, found: Sequence[str]) -> None:
     print(format_table(["clients", "times", "how it ended"], operations))
     shown = [[name, str(totals.shown[name])] for name in dict.fromkeys((*_ENDINGS, *FAULT_KINDS))]
     print("\n" + format_table(["engine's ending or fault", "times"], shown))
-    middle, last = memory_growth(totals.samples)
+    middle, last = memory_growth(totals.samples, attrgetter("rss_bytes"))
     print(
         f"\n{len(totals.samples)} engines, {sum(count.total() for count in totals.operations.values())} operations; "
         f"{threading.active_count()} thread is left; RSS {middle / 2**20:.1f} MiB in the middle third, "
