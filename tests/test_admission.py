@@ -418,14 +418,14 @@ async def test_a_request_that_waits_for_admission_can_be_cancelled_in_every_way(
             aborted.abort()
             await closed.aclose()
             del dropped
+            for task in (awaiting, reading):
+                with pytest.raises(asyncio.CancelledError):
+                    await task
             gate.open()
             for handle in (running, queued, last):
                 assert (await handle).finish_reason == "length"
             output = await aborted
             assert (output.finish_reason, output.token_ids) == ("abort", [])
-            for task in (awaiting, reading):
-                with pytest.raises(asyncio.CancelledError):
-                    await task
         assert_idle(llm)
         assert llm.stats().counters.num_prompt_tokens == 4, "and those that left were never begun"
 
