@@ -355,14 +355,15 @@ class Engine:
         if ended := scheduler.take_grammars():
             self._hand_out(ended)
         while scheduler.num_steps_in_flight < self._run_ahead.depth:
-            if spare_s := self._run_ahead.spare_s(time.monotonic()):
+            spare_s = self._run_ahead.spare_s(time.monotonic())
+            if spare_s > 0:
                 time.sleep(spare_s)
                 self._run_commands()
             batch = scheduler.schedule()
             if batch is None:
                 break
             self._call_backend(backend.launch, batch)
-            self._run_ahead.launched(batch, time.monotonic())
+            self._run_ahead.launched(batch, time.monotonic(), is_late=spare_s > 0)
         if not scheduler.num_steps_in_flight:
             is_waiting = scheduler.awaits_grammars
             assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"

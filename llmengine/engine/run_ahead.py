@@ -47,7 +47,6 @@ class RunAhead:
         self._num_early = 0
         self._in_flight: deque[tuple[_Kind, bool]] = deque()
         self._began = 0.0
-        self._is_late = False
         self._seconds: dict[_Kind, tuple[float, float]] = {}
 
     def spare_s(self, now: float) -> float:
@@ -57,17 +56,13 @@ class RunAhead:
         kind, _ = self._in_flight[0]
         expected_s = min(self._seconds.get(kind, (0.0, 0.0)))
         spare_s = self._began + _TRUSTED_SHARE * expected_s - _LEAD_S - now
-        if spare_s < _LEAST_WAIT_S:
-            return 0.0
-        self._is_late = True
-        return spare_s
+        return spare_s if spare_s >= _LEAST_WAIT_S else 0.0
 
-    def launched(self, batch: Batch, now: float) -> None:
-        """Take note of a step that was launched, after the wait if there was one."""
+    def launched(self, batch: Batch, now: float, *, is_late: bool) -> None:
+        """Take note of a step that was launched, and whether after a wait of `spare_s`."""
         if not self._in_flight:
             self._began = now
-        self._in_flight.append((_kind(batch), self._is_late))
-        self._is_late = False
+        self._in_flight.append((_kind(batch), is_late))
 
     def observe(self, result: StepResult, now: float) -> None:
         """Take note of the end of the oldest step: how long it took, and whether the device had waited for it."""

@@ -7,7 +7,7 @@ tables and lengths of the rows of the step and not of slots, and q packed, rotat
 with one small kernel that gathers tables and lengths, and each layer with `rope_and_write`.
 
 FlashInfer compiles the kernel with nvcc when a machine first needs it, once for each combination of dtype, block size,
-head size, group and whether there is a window. It takes about half a minute and is kept in FlashInfer's own cache
+head size, group and whether there is a window. That takes ten seconds or more and is kept in FlashInfer's own cache
 directory.
 """
 

@@ -160,14 +160,14 @@ class FusedSegments:
         """Return calls that compile what steps of decodes begin with, about a kernel each."""
         if self._device.type != "cuda":
             return []
-        rows = len(self._logits)
-        x, qkv, inner = self._sampled_x, self._qkv[:rows], self._inner[:rows]
+        max_rows = len(self._logits)
+        x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
         calls: list[Callable[[], None]] = [
             partial(self._layers[0].qkv, x, qkv),
             partial(self._layers[0].gate_up, x, inner),
         ]
         products: dict[tuple[GemmShape, SkinnyConfig], Callable[[], None]] = {}
-        for rows in [rows for rows in ROW_BUCKETS if rows <= len(self._logits)]:
+        for rows in [rows for rows in ROW_BUCKETS if rows <= max_rows]:
             for shape in self._shapes(rows):
                 config = self._choose(shape)
                 if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
