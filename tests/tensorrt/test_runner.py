@@ -180,10 +180,12 @@ async def test_requests_that_join_while_others_stream_get_the_torch_backends_tok
     ):
         kv_cache = config.kv_cache_config
         async with LLM.from_backend(factory, scheduler_config=config.scheduler_config, kv_cache_config=kv_cache) as llm:
-            first = llm.generate_async(make_prompt(20), params, streaming=True)
-            joined = [llm.generate_async(make_prompt(3), params) async for _ in first]
-            outputs.append([(await handle).token_ids for handle in (first, *joined[:2])])
-    assert list(map(list, outputs[0])) == list(map(list, outputs[1]))
+            handles = []
+            for num_tokens in (20, 3, 5):  # each joins when the one before has begun to stream
+                handles.append(llm.generate_async(make_prompt(num_tokens), params, streaming=True))
+                await anext(handles[-1])
+            outputs.append([list((await handle).token_ids) for handle in handles])
+    assert outputs[0] == outputs[1]
 
 
 def test_a_plan_that_fails_in_a_step_ends_the_backend_with_the_librarys_words(
