@@ -41,12 +41,15 @@ def prompts_of(lengths: Sequence[int], seed: int) -> list[list[int]]:
 def gaps_while_all_run(arrivals: Sequence[Arrivals]) -> list[float]:
     """Return the seconds between outputs from the last request's first output on: then no prompt of theirs is left."""
     all_run = max(request.times[0] for request in arrivals)
-    return [
+    gaps = [
         later - earlier
         for request in arrivals
         for earlier, later in itertools.pairwise(request.times)
         if earlier >= all_run
     ]
+    if not gaps:
+        raise SystemExit("the first streams ended before the last one began: nothing to measure; use a smaller --scale")
+    return gaps
 
 
 def run_mixed(llm: LLM, arguments: argparse.Namespace) -> Figures:

@@ -20,18 +20,24 @@ def test_gaps_count_from_the_last_first_output_on() -> None:
     assert scenarios.gaps_while_all_run(arrivals) == [3.0, 0.5]
 
 
+def test_streams_that_never_ran_together_are_no_figure() -> None:
+    arrivals = [Arrivals(0.0, [1.0, 2.0], 2), Arrivals(0.0, [2.5], 1)]
+    with pytest.raises(SystemExit, match="smaller --scale"):
+        scenarios.gaps_while_all_run(arrivals)
+
+
 @pytest.mark.parametrize(
     ("arguments", "figure"),
     [
-        (["mixed", "--requests", "6"], "output_tokens_per_s"),
-        (["long", "--streams", "2"], "prompt_tokens_per_s"),
-        (["arriving", "--streams", "2"], "itl_p99_ms"),
+        (["mixed", "--requests", "6", "--scale", "64"], "output_tokens_per_s"),
+        (["long", "--streams", "2", "--scale", "2"], "prompt_tokens_per_s"),
+        (["arriving", "--streams", "2", "--scale", "2"], "itl_p99_ms"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_scenario_runs(arguments: list[str], figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = tmp_path / "out.jsonl"
-    scenarios.main([*arguments, "--shape", "tiny", "--device", "cpu", "--scale", "64", "--json", str(lines)])
+    scenarios.main([*arguments, "--shape", "tiny", "--device", "cpu", "--json", str(lines)])
     record = json.loads(lines.read_text())
     assert record["results"][figure] > 0
     assert figure in capsys.readouterr().out
