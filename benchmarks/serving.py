@@ -164,6 +164,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
         load_s = time.perf_counter() - began
     with llm:
         print(f"{llm.info.description}\nloaded in {load_s:.1f} s")
+        time.sleep(arguments.quiet)
         for run, concurrency in itertools.product(range(-1, arguments.runs), arguments.concurrency):
             warm_up = run < 0
             load = Load(
@@ -258,6 +259,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--quiet", type=float, default=0.0, metavar="SECONDS", help="before the first run; steps are captured then"
+    )
     parser.add_argument("--busy-ms", type=float, default=0.0, metavar="MS", help="a task that blocks the loop as long")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llmengine.sampling_params import SamplingParams
 
@@ -163,6 +163,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release device memory; idempotent."""
+
+
+@runtime_checkable
+class PreparingBackend(Backend, Protocol):
+    """A backend that can use quiet moments to make later steps start faster."""
+
+    def prepare(self) -> bool:
+        """Do one piece of that, in a fraction of a second, while no step is in flight; False: there was none left."""
 
 
 class SavableBackend(Backend, Protocol):

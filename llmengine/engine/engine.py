@@ -16,16 +16,17 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 
-from llmengine.batch import Backend, BackendInfo
+from llmengine.batch import Backend, BackendInfo, PreparingBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
 from llmengine.engine.kv_cache import KVCacheManager
@@ -41,6 +42,9 @@ from llmengine.outputs import FinishReason
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_QUIET_S = 0.1
+"""An engine that had nothing to do for so long uses the time for what makes later steps start faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class Engine:
         self._description = ""
         self._scheduler: Scheduler
         self._run_ahead: RunAhead
+        self._can_prepare = self._may_prepare = False
+        """Whether the backend can use quiet moments, and whether there may be something for it to do in one."""
         self._backend: Backend
         self._thread = threading.Thread(target=self._run, name="llmengine", daemon=True)
 
@@ -252,6 +258,7 @@ class Engine:
         except BaseException as failure:
             self._end(failure)
             if not self._ready.done():
+                _clear_frames(failure)
                 self._ready.set_exception(failure)
         finally:
             if self._watchdog is not None:
@@ -305,6 +312,8 @@ class Engine:
             self._scheduler = Scheduler(self.scheduler_config, kv_cache, self._counters, notify=self.nudge)
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
+            self._can_prepare = self._may_prepare = isinstance(self._backend, PreparingBackend)
+            self._last_step_at = time.monotonic()
             if self.scheduler_config.step_timeout_s is not None:
                 self._watchdog = Watchdog(self.scheduler_config.step_timeout_s, self._give_up)
             if self.state == "loading":
@@ -371,6 +380,7 @@ class Engine:
         result = self._call_backend(backend.collect)
         self._last_step_at = time.monotonic()
         self._run_ahead.observe(result, self._last_step_at)
+        self._may_prepare = self._can_prepare
         self._hand_out(scheduler.update(result))
         self._last_step_s = time.perf_counter() - began
         self._counters.step_s += self._last_step_s
@@ -391,16 +401,21 @@ class Engine:
                 self._hold_back(request)
 
     async def _sleep(self) -> None:
-        """Wait for a command, the next deadline, or the end of draining."""
+        """Wait for a command, the next deadline, or the end of draining; prepare the backend when that takes long."""
         event = anyio.Event()
         self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
         if not self._commands:  # one that came before `_wake_up` was set did not wake us
             moments = [moment for moment, _ in self._deadlines[:1]]
             if self._stop_at is not None:
                 moments.append(self._stop_at)
+            if self._may_prepare:
+                moments.append(self._last_step_at + _QUIET_S)
             with anyio.move_on_after(min(moments) - time.monotonic() if moments else None):
                 await event.wait()
         self._wake_up = None
+        is_quiet = not self._commands and time.monotonic() >= self._last_step_at + _QUIET_S
+        if is_quiet and self._may_prepare:
+            self._may_prepare = self._call_backend(cast(PreparingBackend, self._backend).prepare)
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -534,6 +549,13 @@ class Engine:
         """Wake consumers; a request whose consumer's loop is closed has nobody left to read it."""
         for stream in wake(waiters):
             self.abort(stream)
+
+
+def _clear_frames(failure: BaseException | None) -> None:
+    """Let go of what had been loaded: who catches the failure may try again, with less, while it holds that."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
 
 
 def _refuse_request(request: Request, failure: EngineError) -> None:

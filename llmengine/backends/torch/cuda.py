@@ -27,7 +27,7 @@ from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.sampler import no_token_message
 from llmengine.backends.torch.cuda_generic import make_cuda_segments
 from llmengine.backends.torch.cuda_graphs import GraphCache
-from llmengine.backends.torch.cuda_model import CudaModel, CudaWeights, allocate_weights, load_weights
+from llmengine.backends.torch.cuda_model import CudaModel, CudaWeights, allocate_weights, fitting, load_weights
 from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
 from llmengine.backends.torch.cuda_segments import COMPILE_THREADS, MadeSegments, MakeSegments
 from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
@@ -45,7 +45,10 @@ _logger = logging.getLogger("llmengine.backends.torch.cuda")
 _DEFAULT_FRACTION = 0.9
 _STEPS_IN_FLIGHT = 8
 _FIRST_CAPTURES_S = 2.0
-"""Most seconds that loading spends on captures; the other buckets follow when they are first seen."""
+"""Most seconds that loading spends on captures; the other buckets follow in quiet moments, or when they are needed."""
+
+_NOTHING = Batch(-1, ())
+"""A step without rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +94,40 @@ class CudaBackend:
         block_size, num_slots = config.kv_cache_config.block_size, scheduler.max_batch_size
         with torch.inference_mode():
             weights = allocate_weights(config, source, device)
-            model = CudaModel(arch, weights, config, limit, make_segments)
+            sizes = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={num_slots}"
+            with fitting(f"activations: buffers for {sizes}", device, "lower these of scheduler_config"):
+                model = CudaModel(arch, weights, config, limit, make_segments)
             self._model: CudaModel | None = model
             dtype = model.embedding.dtype
             block_shape = (2, arch.num_kv_heads, block_size, arch.head_dim)
             bytes_per_block = arch.num_layers * torch.Size(block_shape).numel() * dtype.itemsize
             num_blocks = num_kv_blocks(config, limit, bytes_per_block, _free_bytes(device), _DEFAULT_FRACTION)
-            # Zeros: what is masked out of an attention must still be finite.
-            self._kv: torch.Tensor | None = torch.zeros(
-                (arch.num_layers, num_blocks, *block_shape), dtype=dtype, device=device
-            )
             max_model_len = min(limit, (num_blocks - 1) * block_size)
             max_blocks = -(-max_model_len // block_size)
-            self._state = SlotState.empty(num_slots, max_blocks, device)
-            self._sampler = DeviceSampler(num_slots, num_slots, arch.vocab_size, device, config.deterministic)
             depth = _STEPS_IN_FLIGHT + 1
-            self._ring = torch.zeros((depth, num_slots), dtype=torch.int32, pin_memory=device.type == "cuda")
-            self._buffers = {
-                mixed: StepBuffer(limits, self._state, model.query_block, depth, decodes=not config.deterministic)
-                for mixed, limits in _limits(scheduler, max_blocks, model.query_block).items()
-            }
-            self._load(weights, source)
-            _tune(model.made, config.tuning_budget_s)
-            model.tune_attention(self._state, self._kv)
+            component = f"KV cache: {num_blocks * bytes_per_block / 2**20:.0f} MiB, and what steps need beside it,"
+            with fitting(component, device, "lower kv_cache_config.free_memory_fraction"):
+                # Zeros: what is masked out of an attention must still be finite.
+                self._kv: torch.Tensor | None = torch.zeros(
+                    (arch.num_layers, num_blocks, *block_shape), dtype=dtype, device=device
+                )
+                self._state = SlotState.empty(num_slots, max_blocks, device)
+                self._sampler = DeviceSampler(num_slots, num_slots, arch.vocab_size, device, config.deterministic)
+                self._ring = torch.zeros((depth, num_slots), dtype=torch.int32, pin_memory=device.type == "cuda")
+                self._buffers = {
+                    mixed: StepBuffer(limits, self._state, model.query_block, depth, decodes=not config.deterministic)
+                    for mixed, limits in _limits(scheduler, max_blocks, model.query_block).items()
+                }
+                self._load(weights, source)
+                _tune(model.made, config.tuning_budget_s)
+                model.tune_attention(self._state, self._kv)
         self._tables = SlotTables(num_slots, max_blocks)
         self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
         self._graphs: GraphCache[Bucket] = GraphCache(device, self._stream)
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
-        self._capture_decodes()
+        self._likely = iter(_likely_buckets(self._mixed_sizes, self._sample_sizes, self._decode_buckets()))
+        self._capture_first()
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
             f"{model.description}" + (", deterministic" if config.deterministic else ""),
@@ -191,6 +199,27 @@ class CudaBackend:
             forward_s=forward_s,
             idle_s=idle_s,
         )
+
+    def prepare(self) -> bool:
+        """Capture one kind of step that has no graph yet: one that was needed, else the likeliest."""
+        assert self._model is not None, "the backend is closed"
+        assert not self._pending
+        bucket = next(self._graphs.seen(), None)
+        if bucket is None:
+            bucket = next((bucket for bucket in self._likely if bucket not in self._graphs), None)
+        if bucket is None or not self._graphs.may_capture_ahead:
+            return False
+        with torch.inference_mode():
+            buffer = self._buffers[bucket.mixed]
+            buffer.fill(_NOTHING, (), bucket, self._next_ring_index)
+            buffer.send(self._next_ring_index, self._stream)
+            try:
+                self._graphs.capture(bucket, partial(self._step, bucket))
+            except torch.OutOfMemoryError as failure:
+                _logger.warning("no more steps are captured ahead: %s", failure)
+                return False
+        self._stream.synchronize()  # the next step is written where this one was
+        return True
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the canonical weights, on the CPU, one at a time."""
@@ -298,39 +327,55 @@ class CudaBackend:
         """
         if stream is None:
             return
-        assert self._model is not None
-        assert self._kv is not None
-        most = self._decode_sizes[-1]
-        decodes = list(dict.fromkeys(self._decode_bucket(min(rows, most)) for rows in ROW_BUCKETS))
-        mixed = Bucket(self._mixed_sizes[0], self._sample_sizes[0], mixed=True)
-        draws = replace(decodes[-1], draws=True)
-        calls: list[Callable[[], object]] = [partial(self._choose, bucket) for bucket in (draws, decodes[-1])]
-        for bucket in (mixed, decodes[-1]):
-            step = self._buffers[bucket.mixed].step
-            calls += self._model.compilations(step, self._state, self._kv, bucket)
 
         def run(call: Callable[[], object]) -> None:
             torch.cuda.set_device(self._device)
             with torch.inference_mode(), torch.cuda.stream(stream):
                 call()
 
-        run(calls.pop())  # alone: with its first kernel Triton hashes itself, which each thread would do for seconds
+        first, *others = self._compilations()
+        run(first)  # alone: with its first kernel Triton hashes itself, which each thread would do for seconds
         with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
-            for job in [threads.submit(run, call) for call in (*calls, *self._model.made.compilations)]:
+            for job in [threads.submit(run, call) for call in others]:
                 job.result()
-        for bucket in (mixed, *decodes, draws):
+        for bucket in self._first_buckets():
             run(partial(self._step, bucket))
         stream.synchronize()
 
-    def _capture_decodes(self) -> None:
-        """Capture steps of decodes, small ones first, so that serving does not begin with captures."""
+    def _compilations(self) -> list[Callable[[], object]]:
+        """Return calls that compile what steps launch, a few kernels each, on any thread; the first is a quick one."""
+        assert self._model is not None
+        assert self._kv is not None
+        mixed, *decodes, draws = self._first_buckets()
+        calls: list[Callable[[], object]] = [partial(self._choose, bucket) for bucket in (draws, decodes[-1])]
+        for bucket in (mixed, decodes[-1]):
+            step = self._buffers[bucket.mixed].step
+            calls += self._model.compilations(step, self._state, self._kv, bucket)
+        return [calls.pop(), *calls, *self._model.made.compilations]
+
+    def _first_buckets(self) -> list[Bucket]:
+        """Return buckets whose steps launch every kernel in every form: mixed, of decodes, the last one with draws."""
+        most = self._decode_sizes[-1]
+        decodes = list(dict.fromkeys(self._decode_bucket(min(rows, most)) for rows in ROW_BUCKETS))
+        mixed = Bucket(self._mixed_sizes[0], self._sample_sizes[0], mixed=True)
+        return [mixed, *decodes, replace(decodes[-1], draws=True)]
+
+    def _decode_buckets(self) -> list[Bucket]:
+        """Return the buckets of steps that decode, small ones first."""
+        return list(dict.fromkeys(map(self._decode_bucket, self._decode_sizes)))
+
+    def _capture_first(self) -> None:
+        """Capture steps of decodes, so that serving does not begin with captures."""
+        if self._device.type != "cuda":
+            return
         deadline = time.monotonic() + _FIRST_CAPTURES_S
+        # All that a step allocates fits into what the largest one leaves behind.
+        largest = Bucket(self._mixed_sizes[-1], self._sample_sizes[-1], mixed=True)
         with torch.inference_mode():
-            sizes = self._decode_sizes if self._device.type == "cuda" else ()
-            for bucket in dict.fromkeys(map(self._decode_bucket, sizes)):
+            for bucket in dict.fromkeys((largest, *self._decode_buckets())):
                 if time.monotonic() >= deadline:
                     break
-                self._graphs.run(bucket, partial(self._step, bucket))
+                self._graphs.capture(bucket, partial(self._step, bucket))
 
     def _forget_draws(self) -> None:
         if self._device.type == "cuda":
@@ -367,6 +412,20 @@ def _mixed_sizes(max_tokens: int) -> list[int]:
 
 def _sample_sizes(max_rows: int) -> list[int]:
     return [*(size for size in (1, 8, 64) if size < max_rows), max_rows]
+
+
+def _likely_buckets(
+    mixed_sizes: Sequence[int], sample_sizes: Sequence[int], decodes: Sequence[Bucket]
+) -> Iterator[Bucket]:
+    """Yield what steps can be: of decodes, mixed ones with few samples first; then all again for rows that draw."""
+    for draws in (False, True):
+        yield from (replace(bucket, draws=draws) for bucket in decodes)
+        fewer = 0
+        for num_samples in sample_sizes:
+            for num_tokens in mixed_sizes:
+                if num_tokens > fewer:
+                    yield Bucket(num_tokens, num_samples, mixed=True, draws=draws)
+            fewer = num_samples
 
 
 def _round_up(sizes: Sequence[int], wanted: int) -> int:

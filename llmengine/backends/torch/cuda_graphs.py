@@ -1,12 +1,11 @@
-"""CUDA graphs of whole steps, captured when a bucket is first seen, within a budget of time and memory."""
+"""CUDA graphs of whole steps, captured by bucket, within a budget of time and memory."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -22,36 +21,43 @@ CAPTURE_BUDGET_S = 30.0
 CAPTURE_BUDGET_BYTES = 1 << 30
 """Most device memory that all captures may take."""
 
+_SHARE_AHEAD = 0.5
+"""Share of the budgets for what was captured before anybody asked for it."""
+
 
 class GraphCache(Generic[KeyT]):
-    """Runs functions of fixed device addresses: eagerly the first time, as a graph from then on.
+    """Runs functions of fixed device addresses: eagerly the first two times, as a graph from then on.
 
-    A function must not synchronise, must launch the same work whenever it is called with the same key, and must keep
-    no tensor that it allocated. Graphs hold raw addresses: whoever owns the tensors clears the cache before they go.
+    The second time pays for the capture as well, unless `capture` was called in a quiet moment. A function must not
+    synchronise, must launch the same work whenever it is called with the same key, and must keep no tensor that it
+    allocated. Graphs hold raw addresses: whoever owns the tensors clears the cache before they go.
     """
 
     def __init__(self, device: torch.device, stream: StepStream) -> None:
         self._stream = stream
-        self._enabled = device.type == "cuda"
         self._device = device
-        self._graphs: dict[KeyT, torch.cuda.CUDAGraph] = {}
-        # One pool for all: they never run at once, and none reads what another left in it.
-        self._pool = torch.cuda.graph_pool_handle() if self._enabled else None
+        self._graphs: dict[KeyT, Any] = {}
+        self._seen: dict[KeyT, None] = {}
+        self._may_capture = True
         self._spent_s = 0.0
         self._spent_bytes = 0
+
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._graphs
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     @property
-    def spent_s(self) -> float:
-        """Seconds that the captures took."""
-        return self._spent_s
+    def may_capture_ahead(self) -> bool:
+        """Whether `capture` may be called for what has not been needed yet."""
+        return self._may_capture and (
+            self._spent_s < _SHARE_AHEAD * CAPTURE_BUDGET_S and self._spent_bytes < _SHARE_AHEAD * CAPTURE_BUDGET_BYTES
+        )
 
-    @property
-    def spent_bytes(self) -> int:
-        """Device memory that the captures took."""
-        return self._spent_bytes
+    def seen(self) -> Iterator[KeyT]:
+        """Yield the keys that have run and have no graph yet."""
+        return (key for key in self._seen if key not in self._graphs)
 
     def run(self, key: KeyT, function: Callable[[], None]) -> None:
         """Queue the work of `function` in the current stream."""
@@ -60,8 +66,14 @@ class GraphCache(Generic[KeyT]):
             self._stream.replay(graph)
             return
         function()
-        if self._enabled:
+        if key in self._seen:
             self._capture(key, function)
+        self._seen[key] = None
+
+    def capture(self, key: KeyT, function: Callable[[], None]) -> None:
+        """Capture the function after it has run once, which loads what it needs."""
+        function()
+        self._capture(key, function)
 
     def drop(self, stale: Callable[[KeyT], bool]) -> None:
         """Drop the graphs of such keys; nothing may be running."""
@@ -72,33 +84,26 @@ class GraphCache(Generic[KeyT]):
         self._graphs.clear()
 
     def _capture(self, key: KeyT, function: Callable[[], None]) -> None:
-        began, free = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
-        graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()  # what it frees on this thread could end the capture
+        if not self._may_capture:
+            return
+        began, free = time.perf_counter(), self._free_bytes()
         try:
-            # Other threads of the program may use CUDA meanwhile; by default a capture forbids them to allocate.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
+            self._graphs[key] = self._stream.capture(function)
         except RuntimeError as failure:  # torch.cuda.OutOfMemoryError among them
-            self._enabled = False
+            self._may_capture = False
             _logger.warning("step %s runs eagerly from now on, as do new ones: capture failed: %s", key, failure)
             return
-        finally:
-            if collects:
-                gc.enable()
-        self._graphs[key] = graph
         self._spent_s += time.perf_counter() - began
-        self._spent_bytes += max(0, free - torch.cuda.mem_get_info(self._device)[0])
+        self._spent_bytes += max(0, free - self._free_bytes())
         _logger.debug("captured %s in %.3f s", key, time.perf_counter() - began)
         if self._spent_s > CAPTURE_BUDGET_S or self._spent_bytes > CAPTURE_BUDGET_BYTES:
-            self._enabled = False
+            self._may_capture = False
             _logger.warning(
                 "captured %d step sizes in %.1f s and %.0f MiB, the most allowed; further ones run eagerly",
                 len(self._graphs),
                 self._spent_s,
                 self._spent_bytes / 2**20,
             )
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0

@@ -8,8 +8,10 @@ directly; none of them waits for the device. Only `wait` does, and there the GIL
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +26,10 @@ class StepStream(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy from (pinned) host memory; both are contiguous and of one size."""
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+    def capture(self, function: Callable[[], None]) -> Any:
+        """Return what `replay` queues as `function` would; it is called, but nothing runs. Raises RuntimeError."""
+
+    def replay(self, graph: Any) -> None:
         """Queue a captured graph."""
 
     def mark_begin(self, index: int) -> None:
@@ -32,6 +37,9 @@ class StepStream(Protocol):
 
     def mark_end(self, index: int) -> None:
         """Queue the time stamp of a step's end."""
+
+    def synchronize(self) -> None:
+        """Block, without the GIL, until all that is queued is done."""
 
     def wait(self, index: int, before: int | None) -> tuple[float, float]:
         """Block until the step has ended; return the seconds it ran, and those between the end of `before` and it."""
@@ -48,6 +56,8 @@ class CudaStream:
         self._driver = ctypes.PyDLL(name)  # calls hold the GIL
         self._waiting_driver = ctypes.CDLL(name)  # calls give it up
         self._stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        # One pool for all graphs: they never run at once, and none reads what another left in it.
+        self._pool = torch.cuda.graph_pool_handle()
         self._begins = [self._new_event() for _ in range(num_steps)]
         self._ends = [self._new_event() for _ in range(num_steps)]
 
@@ -56,6 +66,23 @@ class CudaStream:
         address, size = ctypes.c_uint64(target.data_ptr()), ctypes.c_size_t(source.nbytes)
         source_address = ctypes.c_void_p(source.data_ptr())
         _check(self._driver.cuMemcpyHtoDAsync_v2(address, source_address, size, self._stream), "cuMemcpyHtoDAsync")
+
+    def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Return a graph of what `function` queues."""
+        graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # what it frees on this thread could end the capture
+        try:
+            # Other threads of the program may use CUDA meanwhile; by default a capture forbids them to allocate.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        return graph
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Queue a captured graph."""
@@ -68,6 +95,10 @@ class CudaStream:
     def mark_end(self, index: int) -> None:
         """Queue the time stamp of a step's end."""
         _check(self._driver.cuEventRecord(self._ends[index], self._stream), "cuEventRecord")
+
+    def synchronize(self) -> None:
+        """Block, without the GIL, until all that is queued is done."""
+        _check(self._waiting_driver.cuStreamSynchronize(self._stream), "the steps queued")
 
     def wait(self, index: int, before: int | None) -> tuple[float, float]:
         """Block, without the GIL, unless the step has ended; return its seconds, and those since `before` ended."""
@@ -102,15 +133,22 @@ class HostStream:
         """Copy."""
         target.copy_(source)
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """There are no graphs."""
-        raise NotImplementedError
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Return the function itself."""
+        return function
+
+    def replay(self, graph: Callable[[], None]) -> None:
+        """Call what was captured."""
+        graph()
 
     def mark_begin(self, index: int) -> None:
         """Nothing is timed."""
 
     def mark_end(self, index: int) -> None:
         """Nothing is timed."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
 
     def wait(self, index: int, before: int | None) -> tuple[float, float]:
         """Return at once."""
