@@ -17,17 +17,9 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from llmengine.kernels.attention import (
-    AttentionConfig,
-    DecodeLaunch,
-    PrefillLaunch,
-    attention_workspace,
-    decode_attention,
-    decode_launch,
-    prefill_attention,
-    prefill_launch,
-    rope_and_write,
-)
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace, decode_attention, decode_launch
+from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, prefill_launch, rope_and_write
 from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
 from llmengine.kernels.flashinfer_attention import FlashInferDecode, is_installed
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep

@@ -16,15 +16,8 @@ from collections.abc import Callable
 import torch
 
 from llmengine.kernels.logit_edits import EditTables, edit_logits_reference
-from llmengine.kernels.sampling import (
-    SlotParams,
-    TokenMasks,
-    distribution_reference,
-    sample,
-    sample_greedy,
-    sample_greedy_reference,
-    sampling_workspace,
-)
+from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
+from llmengine.kernels.sampling_reference import distribution_reference, sample_greedy_reference
 from llmengine.kernels.step import NUM_SAMPLES
 from llmengine.kernels.timing import time_graph
 

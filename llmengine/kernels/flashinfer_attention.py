@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.kernels.attention import AttentionConfig, rope_and_write
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_prefill import rope_and_write
 from llmengine.kernels.step import NUM_DECODES, DeviceStep
 
 _NUM_DECODES = tl.constexpr(NUM_DECODES)
@@ -55,8 +56,8 @@ def unsupported(config: AttentionConfig, dtype: torch.dtype, capability: tuple[i
         return f"dtype {_name(dtype)}, and there are kernels for {_listed(map(_name, DTYPES))}"
     if config.block_size not in BLOCK_SIZES:
         return f"block_size={config.block_size}, and there are kernels for {_listed(BLOCK_SIZES)}"
-    if config.head_dim > MAX_HEAD_DIM:
-        return f"head_dim={config.head_dim}, and kernels end at {MAX_HEAD_DIM}"
+    if config.head_dim > MAX_HEAD_DIM or config.head_dim % 16:
+        return f"head_dim={config.head_dim}, and there are kernels for multiples of 16 up to {MAX_HEAD_DIM}"
     if config.group > MAX_GROUP:
         return f"{config.group} query heads for each KV head, and kernels end at {MAX_GROUP}"
     if config.soft_cap:

@@ -407,7 +407,7 @@ def _skinny_kernel(
     split = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
     if ANY_ROWS:  # programs that follow each other read the same weights
-        rows += tile * BLOCK_M
+        rows = rows.to(tl.int64) + tile * BLOCK_M  # many rows of many columns are more than 32 bits count
         tile = split
         split = 0
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)

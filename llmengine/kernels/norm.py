@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_HIDDEN = 16384
+"""Columns that a program holds at once."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, pdl: bool = False) -> None:

@@ -11,9 +11,9 @@ reads only that; with top_k, top_p or min_p the summaries bound the threshold fr
 is above that bound can hold kept tokens, and the exact threshold is searched among those. Where the distribution is
 flat, these are all segments, and a row takes 12 to 17 reads of its logits (twice that with both).
 
-Masses that are compared or inverted are fixed-point integers, `_ONE` for the likeliest token: their sums
-are exact in any order, so a row's token depends on nothing but its own logits, parameters, seed and position. Tokens
-less likely than the likeliest by more than that factor are never drawn.
+Masses that are compared or inverted are fixed-point integers, 2**44 for the likeliest token: their sums are
+exact in any order, so a row's token depends on nothing but its own logits, parameters, seed and position. Tokens less
+likely than the likeliest by more than that factor are never drawn.
 
 Before all of this come masks of allowed tokens, which are applied wherever logits are read, and `EditTables`.
 """
@@ -28,10 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.logit_edits import EditTables, edit_logits, undo_and_count
+from llmengine.kernels.sampling_search import NO_ID, invert, lower_bound, search, total_above
+from llmengine.kernels.sampling_values import fixed, key_of, load_allowed, load_logits, scale_of, uniform, value_of
 from llmengine.kernels.step import NUM_SAMPLES
 
-MAX_VOCAB = 1 << 18
-"""So that a row's mass fits into 62 bits."""
+MAX_VOCAB = 400_000
+"""So that a row's mass, of 2**44 for each token at most, fits into an int64 with room for rounding."""
 
 _SEGMENT = 64
 _SEGMENTS_PER_PROGRAM = 32
@@ -39,13 +41,7 @@ _GREEDY_BLOCK = 2048
 _GREEDY_PROGRAMS = 2048
 """Programs of a greedy step that fill the device; with more rows than that, one program a row."""
 
-_ONE = tl.constexpr(float(1 << 44))
-"""The likeliest token's weight in fixed point."""
-_FLOOR = tl.constexpr(-45.0)
-"""log2 of a weight that is 0 in fixed point."""
 _ID_BITS = tl.constexpr(31)
-_NO_ID = tl.constexpr(0x7FFFFFFF)
-_BOUND_ROUNDS = tl.constexpr(12)
 _KEY_OF_MINUS_INF = tl.constexpr(-0x7F800001)
 
 
@@ -242,90 +238,6 @@ def _undo_arguments(edits: EditTables | None) -> tuple[Tensor | int | None, ...]
     )
 
 
-def sample_greedy_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int64 ids and bool failures [num_rows], as `sample_greedy` writes them."""
-    largest = logits.float().nan_to_num(nan=torch.inf, neginf=-torch.inf).amax(dim=-1, keepdim=True)
-    failed = largest[:, 0].isinf()
-    ids = (logits.float() == largest).to(torch.int32).argmax(dim=-1)
-    return ids.masked_fill(failed, 0), failed
-
-
-def distribution_reference(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Return float64 [vocab], the probabilities that `sample` draws from, for finite or -inf logits [vocab]."""
-    values, ids = logits.double().sort(descending=True, stable=True)
-    if temperature == 0.0:
-        top_k = 1
-    else:
-        values = (values - values[0]) / temperature
-    weights = (values - values[0]).exp()
-    if top_k > 0:
-        weights[top_k:] = 0.0
-    weights /= weights.sum()
-    if top_p < 1.0:
-        weights[weights.cumsum(0) - weights >= top_p] = 0.0
-    weights[weights < min_p * weights[0]] = 0.0
-    return torch.zeros_like(weights).scatter_(0, ids, weights / weights.sum())
-
-
-@triton.jit
-def _load_logits(pointers, mask):
-    """fp32; NaN becomes inf, so that one maximum tells of both, and -0 becomes 0: equal logits have equal keys."""
-    values = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
-    values = tl.where(values < float("inf"), values, float("inf"))
-    return tl.where(values == 0.0, 0.0, values)
-
-
-@triton.jit
-def _load_allowed(line, mask_words, ids, mask):
-    """As `_load_logits`, with -inf where a line of `TokenMasks.words`, if there is one, forbids a token; inf stays."""
-    values = _load_logits(line + ids, mask)
-    if mask_words is not None:
-        words = tl.load(mask_words + (ids >> 5), mask=mask, other=0)
-        forbidden = ((words >> (ids & 31)) & 1) == 0
-        values = tl.where(forbidden & (values < float("inf")), -float("inf"), values)
-    return values
-
-
-@triton.jit
-def _key(values):
-    """int32 that orders as the fp32 values do."""
-    bits = values.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _value(keys):
-    """Inverse of `_key`."""
-    return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _scale(temperature):
-    """What turns a difference of logits into log2 of the ratio of probabilities; finite, so that 0 stays 0."""
-    return tl.where(temperature > 0.0, tl.minimum(1.4426950408889634 / tl.maximum(temperature, 1e-37), 1e38), 1.0)
-
-
-@triton.jit
-def _fixed(weights):
-    return (weights * _ONE).to(tl.int64)
-
-
-@triton.jit
-def _mix(state):
-    """One step of splitmix64 on uint64."""
-    mixed = state + 0x9E3779B97F4A7C15
-    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
-    return mixed ^ (mixed >> 31)
-
-
-@triton.jit
-def uniform(seed, position):
-    """float64 in [0, 1) from int64 seed and position: bit for bit `llmengine.backends.sampler.uniform`."""
-    state = _mix(seed.to(tl.uint64)) ^ position.to(tl.uint64)
-    return (_mix(_mix(state)) >> 11).to(tl.int64).to(tl.float64) * (1.0 / 9007199254740992.0)
-
-
 @triton.jit(do_not_specialize=["blocks_per_program"])
 def _argmax(
     logits,
@@ -344,22 +256,22 @@ def _argmax(
         lanes = tl.arange(0, BLOCK)
         begin = tl.program_id(0) * blocks_per_program * BLOCK
         line = logits + row.to(tl.int64) * vocab
-        largest = _load_logits(line + begin + lanes, begin + lanes < vocab)
+        largest = load_logits(line + begin + lanes, begin + lanes < vocab)
         at = begin + lanes
         for block in range(1, blocks_per_program):
             ids = begin + block * BLOCK + lanes
-            values = _load_logits(line + ids, ids < vocab)
+            values = load_logits(line + ids, ids < vocab)
             at = tl.where(values > largest, ids, at)
             largest = tl.maximum(largest, values)
         # Key above, complement of the id below: the largest of these is the lowest id among the largest logits.
-        packed = ((_key(largest).to(tl.int64) + 0x80000000) << _ID_BITS) | (_NO_ID - at)
+        packed = ((key_of(largest).to(tl.int64) + 0x80000000) << _ID_BITS) | (NO_ID - at)
         tl.atomic_max(best + row, tl.max(packed, 0))
         if tl.atomic_add(arrived + row, 1) == tl.num_programs(0) - 1:
             winner = tl.atomic_xchg(best + row, 0)
             tl.store(arrived + row, 0)
-            value = _value(((winner >> _ID_BITS) - 0x80000000).to(tl.int32))
+            value = value_of(((winner >> _ID_BITS) - 0x80000000).to(tl.int32))
             failed = tl.abs(value) == float("inf")
-            tl.store(out_ids + row, tl.where(failed, 0, _NO_ID - (winner & _NO_ID)).to(tl.int32))
+            tl.store(out_ids + row, tl.where(failed, 0, NO_ID - (winner & NO_ID)).to(tl.int32))
             tl.store(out_failed + row, failed.to(tl.int32))
 
 
@@ -383,168 +295,19 @@ def _summarize(
     row = tl.program_id(1)
     if row < tl.load(counts + NUM_SAMPLES):
         slot = tl.load(sample_slots + row)
-        scale = _scale(tl.load(temperatures + slot))
+        scale = scale_of(tl.load(temperatures + slot))
         segments = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
         ids = segments[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
         line = logits + row.to(tl.int64) * vocab
         if mask_words is not None:
             mask_words += tl.load(mask_lines + slot) * ((vocab + 31) // 32)
-        values = _load_allowed(line, mask_words, ids, ids < vocab)
+        values = load_allowed(line, mask_words, ids, ids < vocab)
         largest = tl.max(values, 1)
         reference = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
         mass = tl.sum(tl.exp2((values - reference[:, None]) * scale), 1)
         out = row.to(tl.int64) * num_segments + segments
         tl.store(maxima + out, largest, mask=segments < num_segments)
         tl.store(masses + out, mass, mask=segments < num_segments)
-
-
-@triton.jit
-def _bound(log_weights, masses, top_k, top_p, min_p, SEGMENT: tl.constexpr):
-    """Return log2 of a weight (relative to the likeliest token) that no kept token is below.
-
-    A probed bound holds with top_k if that many segments have a maximum above it. With top_p it holds if less than
-    1 - top_p of the mass is below it; of a segment whose maximum is above, at most all but that maximum is.
-    """
-    weights = tl.exp2(log_weights)
-    rest = tl.maximum(masses - 1.0, 0.0) * weights
-    masses *= weights
-    # Cautious by more than the rounding of these sums.
-    spare = tl.sum(masses, 0) * (1.0 - top_p) * 0.999
-    low = tl.full([], _FLOOR, tl.float32)
-    high = tl.full([], 0.0, tl.float32)
-    probe = tl.maximum(tl.min(log_weights, 0), _FLOOR)
-    for _ in range(_BOUND_ROUNDS):
-        above = log_weights >= probe
-        if top_k > 0:
-            holds = tl.sum(above.to(tl.int32), 0) >= top_k
-        else:
-            below = tl.where(above, tl.minimum(rest, SEGMENT * tl.exp2(probe)), masses)
-            holds = tl.sum(below, 0) <= spare
-        low = tl.where(holds, probe, low)
-        high = tl.where(holds, high, probe)
-        probe = (low + high) * 0.5
-    low = tl.where((top_k > 0) | (top_p < 1.0), low, _FLOOR)
-    return tl.maximum(low, tl.where(min_p > 0.0, tl.log2(tl.maximum(min_p, 1e-30)) - 0.01, _FLOOR))
-
-
-@triton.jit
-def _candidate_logits(
-    line, mask_words, candidates, single, begin, size, vocab, SEGMENT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Return the ids and logits of a block of candidates, ids rising, but meaningless from `size` on, where
-    the logits are -inf."""
-    entries = begin + tl.arange(0, BLOCK)
-    listed = tl.where(single < 0, entries, size) < size
-    segments = tl.load(candidates + entries // SEGMENT, mask=listed, other=0)
-    ids = tl.where(single < 0, segments, single) * SEGMENT + entries % SEGMENT
-    return ids, _load_allowed(line, mask_words, ids, (entries < size) & (ids < vocab))
-
-
-@triton.jit
-def _search(
-    line,
-    mask_words,
-    candidates,
-    single,
-    size,
-    vocab,
-    reference,
-    scale,
-    low,
-    needed,
-    by_count,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the largest key such that the candidates from it up are `needed` or more by count or by mass, or `low`."""
-    high = _key(reference).to(tl.int64)
-    while low < high:
-        step = (high - low) // 5 + 1
-        sum1 = tl.zeros([BLOCK], tl.int64)
-        sum2 = tl.zeros([BLOCK], tl.int64)
-        sum3 = tl.zeros([BLOCK], tl.int64)
-        sum4 = tl.zeros([BLOCK], tl.int64)
-        for begin in range(0, size, BLOCK):
-            _, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
-            keys = _key(values).to(tl.int64) - low
-            amounts = tl.where(by_count, 1, _fixed(tl.exp2((values - reference) * scale)))
-            sum1 += tl.where(keys >= step, amounts, 0)
-            sum2 += tl.where(keys >= 2 * step, amounts, 0)
-            sum3 += tl.where(keys >= 3 * step, amounts, 0)
-            sum4 += tl.where(keys >= 4 * step, amounts, 0)
-        # One reduction for the four.
-        sums = tl.sum(tl.join(tl.join(sum1, sum2), tl.join(sum3, sum4)), 0)
-        reached = tl.sum(tl.sum((sums >= needed).to(tl.int64), 0), 0)
-        low += reached * step
-        high = tl.minimum(high, low + step - 1)
-    return low
-
-
-@triton.jit
-def _total_above(
-    line,
-    mask_words,
-    candidates,
-    single,
-    size,
-    vocab,
-    reference,
-    scale,
-    threshold,
-    min_p,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return count and mass of the candidates with keys above `threshold` and weights from min_p up."""
-    number = tl.zeros([BLOCK], tl.int64)
-    mass = tl.zeros([BLOCK], tl.int64)
-    for begin in range(0, size, BLOCK):
-        _, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
-        weights = tl.exp2((values - reference) * scale)
-        kept = (_key(values) > threshold) & (weights >= min_p)
-        number += kept.to(tl.int64)
-        mass += tl.where(kept, _fixed(weights), 0)
-    return tl.sum(number, 0), tl.sum(mass, 0)
-
-
-@triton.jit
-def _invert(
-    line,
-    mask_words,
-    candidates,
-    single,
-    size,
-    vocab,
-    reference,
-    scale,
-    threshold,
-    num_ties,
-    min_p,
-    target,
-    SEGMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the first kept id at which the cumulative mass exceeds `target`."""
-    chosen = 0
-    found = False
-    begin = 0
-    ties = tl.zeros([], tl.int64)
-    mass = tl.zeros([], tl.int64)
-    while (begin < size) & (not found):
-        ids, values = _candidate_logits(line, mask_words, candidates, single, begin, size, vocab, SEGMENT, BLOCK)
-        weights = tl.exp2((values - reference) * scale)
-        keys = _key(values)
-        tied = (keys == threshold).to(tl.int64)
-        kept = ((keys > threshold) | ((tied > 0) & (ties + tl.cumsum(tied, 0) <= num_ties))) & (weights >= min_p)
-        amounts = tl.where(kept, _fixed(weights), 0)
-        passed = kept & (mass + tl.cumsum(amounts, 0) > target)
-        first = tl.min(tl.where(passed, ids, _NO_ID), 0)
-        found = first < _NO_ID
-        chosen = tl.where(found, first, chosen)
-        ties += tl.sum(tied, 0)
-        mass += tl.sum(amounts, 0)
-        begin += BLOCK
-    return chosen
 
 
 @triton.jit
@@ -606,7 +369,7 @@ def _choose(
             top_k = tl.load(top_ks + slot)
             top_p = tl.load(top_ps + slot)
             min_p = tl.load(min_ps + slot)
-            scale = _scale(temperature)
+            scale = scale_of(temperature)
             mass = tl.load(masses + summary + segments, mask=segments < num_segments, other=0.0)
             log_weights = (largest - reference) * scale
             share = uniform(tl.load(seeds + slot), position.to(tl.int64))
@@ -621,12 +384,12 @@ def _choose(
             size = SEGMENT
             if greedy:
                 single = tl.min(tl.where(largest == reference, segments, ALL_SEGMENTS), 0)
-                threshold = _key(reference).to(tl.int64)
+                threshold = key_of(reference).to(tl.int64)
                 num_ties += 1
                 share = share * 0.0
                 min_p = 0.0
             elif filtered:
-                bound = _bound(log_weights, mass, top_k, top_p, min_p, SEGMENT)
+                bound = lower_bound(log_weights, mass, top_k, top_p, min_p, SEGMENT)
                 wanted = (log_weights >= bound) & (segments < num_segments)
                 places = tl.cumsum(wanted.to(tl.int32), 0) - 1
                 tl.store(listed + places, segments, mask=wanted)
@@ -635,37 +398,22 @@ def _choose(
                 # A little below what the bound stands for, since a threshold found too low would be wrong.
                 lowest = reference + bound / scale
                 lowest -= 1e-5 * (tl.abs(lowest) + tl.abs(reference))
-                threshold = _key(tl.where(lowest == 0.0, 0.0, lowest)).to(tl.int64)
-                whole = tl.sum(_fixed(mass * tl.exp2(log_weights)), 0)
+                threshold = key_of(tl.where(lowest == 0.0, 0.0, lowest)).to(tl.int64)
+                whole = tl.sum(fixed(mass * tl.exp2(log_weights)), 0)
                 for stage in range(tl.where(top_k > 0, 0, 1), tl.where(top_p < 1.0, 2, 1)):
                     by_count = stage == 0
                     limit = tl.ceil(top_p.to(tl.float64) * whole.to(tl.float64)).to(tl.int64)
                     needed = tl.where(by_count, top_k.to(tl.int64), tl.maximum(limit, 1))
-                    threshold = _search(
-                        line,
-                        mask_words,
-                        listed,
-                        single,
-                        size,
-                        vocab,
-                        reference,
-                        scale,
-                        threshold,
-                        needed,
-                        by_count,
-                        SEGMENT,
-                        BLOCK,
-                    )
-                    above, mass_above = _total_above(
-                        line, mask_words, listed, single, size, vocab, reference, scale, threshold, 0.0, SEGMENT, BLOCK
-                    )
-                    tied = _fixed(tl.exp2((_value(threshold.to(tl.int32)) - reference) * scale))
+                    searched = (line, mask_words, listed, single, size, vocab, reference, scale)
+                    threshold = search(searched, threshold, needed, by_count, SEGMENT, BLOCK)
+                    above, mass_above = total_above(searched, threshold, 0.0, SEGMENT, BLOCK)
+                    tied = fixed(tl.exp2((value_of(threshold.to(tl.int32)) - reference) * scale))
                     missing = needed - mass_above
                     by_mass = (missing + tl.maximum(tied, 1) - 1) // tl.maximum(tied, 1)
                     num_ties = tl.maximum(tl.where(by_count, needed - above, by_mass), 0)
                     whole = mass_above + num_ties * tied
             else:
-                amounts = _fixed(mass * tl.exp2(log_weights))
+                amounts = fixed(mass * tl.exp2(log_weights))
                 total = tl.sum(amounts, 0)
                 target = share * total.to(tl.float64)
                 below = tl.cumsum(amounts, 0)
@@ -676,21 +424,14 @@ def _choose(
                 before = tl.sum(tl.where(here, below - amounts, 0), 0).to(tl.float64)
                 share = tl.minimum(tl.maximum((target - before) / amount, 0.0), 1.0)
                 reference = tl.sum(tl.where(here, largest, 0.0), 0)
-            _, kept = _total_above(
-                line, mask_words, listed, single, size, vocab, reference, scale, threshold, min_p, SEGMENT, BLOCK
+            _, kept = total_above(
+                (line, mask_words, listed, single, size, vocab, reference, scale), threshold, min_p, SEGMENT, BLOCK
             )
-            tied_weight = tl.exp2((_value(threshold.to(tl.int32)) - reference) * scale)
-            kept += num_ties * tl.where((num_ties > 0) & (tied_weight >= min_p), _fixed(tied_weight), 0)
+            tied_weight = tl.exp2((value_of(threshold.to(tl.int32)) - reference) * scale)
+            kept += num_ties * tl.where((num_ties > 0) & (tied_weight >= min_p), fixed(tied_weight), 0)
             target = tl.minimum((share * kept.to(tl.float64)).to(tl.int64), kept - 1)
-            chosen = _invert(
-                line,
-                mask_words,
-                listed,
-                single,
-                size,
-                vocab,
-                reference,
-                scale,
+            chosen = invert(
+                (line, mask_words, listed, single, size, vocab, reference, scale),
                 threshold,
                 num_ties,
                 min_p,

@@ -20,7 +20,7 @@ def time_graph(functions: Sequence[Callable[[], None]], repeats: int = _REPEATS)
     functions[0]()  # compiles kernels and makes cuBLAS handles, which a capture may not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads of the program may use CUDA
         for function in functions:
             function()
     graph.replay()

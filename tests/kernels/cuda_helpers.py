@@ -16,10 +16,9 @@ def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **set
     """Return the backend for a directory's checkpoint, with steps of up to four requests; float32 unless told."""
     config = ModelConfig(
         directory,
-        kv_cache_config=KvCacheConfig(block_size=16, max_bytes=1 << 20),
         scheduler_config=SchedulerConfig(
             max_batch_size=4, max_tokens_per_step=max_tokens_per_step, max_tokens_per_mixed_step=max_tokens_per_step
         ),
-        **{"dtype": "float32", **settings},
+        **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
     ).resolve()
     return CudaBackend(config, open_model(directory), torch.device(device, 0))

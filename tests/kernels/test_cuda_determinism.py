@@ -23,7 +23,8 @@ from test_paged_attention import make_case
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.batch import TokenLogprobs
-from llmengine.kernels.attention import AttentionConfig, PrefillLaunch, prefill_attention, query_block_size
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, query_block_size
 from llmengine.kernels.linear import GemmShape, LinearKernels, fixed_config, linear_reference
 from llmengine.models.source import open_model
 

@@ -270,6 +270,7 @@ LAYER = AttentionConfig(8, 2, 64)
         (LAYER, torch.float32, HOPPER, "dtype float32, and there are kernels for float16, bfloat16"),
         (AttentionConfig(8, 2, 64, block_size=256), torch.float16, HOPPER, "block_size=256"),
         (AttentionConfig(8, 2, 288), torch.float16, HOPPER, "head_dim=288"),
+        (AttentionConfig(8, 2, 100), torch.float16, HOPPER, "head_dim=100"),
         (AttentionConfig(66, 2, 64), torch.float16, HOPPER, "33 query heads"),
         (AttentionConfig(8, 2, 64, soft_cap=50.0), torch.float16, HOPPER, "capped at 50"),
     ],

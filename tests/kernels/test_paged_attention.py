@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmengine.kernels.attention import (
-    AttentionConfig,
-    DecodeLaunch,
-    attention_workspace,
-    decode_attention,
-    decode_launch,
-    prefill_attention,
-    query_block_size,
-    rope_and_write,
-)
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace, decode_attention, decode_launch
+from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.attention_reference import (
     decode_attention_reference,
     prefill_attention_reference,
@@ -169,6 +162,15 @@ def test_a_mixed_step_equals_the_reference(
 def test_norms_windows_caps_and_larger_blocks(heads: int, dim: int, device: str) -> None:
     config = AttentionConfig(heads, 2, dim, block_size=32, scale=0.3, sliding_window=19, soft_cap=3.0)
     case = make_case(config, *MIXED, device, torch.float32)
+    assert_step_equals_reference(config, case, device, norms(config, device, torch.float32))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size"), [(2, 2, 100, 1), (3, 1, 18, 8)])
+def test_any_even_head_size_and_any_block_size(
+    heads: int, kv_heads: int, dim: int, block_size: int, device: str
+) -> None:
+    config = AttentionConfig(heads, kv_heads, dim, block_size, sliding_window=7)
+    case = make_case(config, [1, 17], [(5, 5), (33, 21)], device, torch.float32)
     assert_step_equals_reference(config, case, device, norms(config, device, torch.float32))
 
 

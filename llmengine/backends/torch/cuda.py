@@ -106,7 +106,8 @@ class CudaBackend:
             max_blocks = -(-max_model_len // block_size)
             depth = _STEPS_IN_FLIGHT + 1
             component = f"KV cache: {num_blocks * bytes_per_block / 2**20:.0f} MiB, and what steps need beside it,"
-            with fitting(component, device, "lower kv_cache_config.free_memory_fraction"):
+            room = partial(fitting, component, device, "lower kv_cache_config.free_memory_fraction")
+            with room():
                 # Zeros: what is masked out of an attention must still be finite.
                 self._kv: torch.Tensor | None = torch.zeros(
                     (arch.num_layers, num_blocks, *block_shape), dtype=dtype, device=device
@@ -127,7 +128,8 @@ class CudaBackend:
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
         self._likely = iter(_likely_buckets(self._mixed_sizes, self._sample_sizes, self._decode_buckets()))
-        self._capture_first()
+        with room():
+            self._capture_first()
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
             f"{model.description}" + (", deterministic" if config.deterministic else ""),
@@ -348,6 +350,7 @@ class CudaBackend:
         assert self._kv is not None
         mixed, *decodes, draws = self._first_buckets()
         calls: list[Callable[[], object]] = [partial(self._choose, bucket) for bucket in (draws, decodes[-1])]
+        calls.append(partial(self._sampler.choose_masked, self._model.logits, self._buffers[True].step))
         for bucket in (mixed, decodes[-1]):
             step = self._buffers[bucket.mixed].step
             calls += self._model.compilations(step, self._state, self._kv, bucket)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from llmengine.backends.torch.cuda_attention import choose_decode, decode_step
 from llmengine.backends.torch.cuda_generic import head_norm
@@ -15,16 +17,13 @@ from llmengine.backends.torch.cuda_segments import MakeSegments, SegmentsContext
 from llmengine.backends.torch.cuda_step import Bucket
 from llmengine.backends.torch.upload import Uploads
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError, OutOfMemoryError
-from llmengine.kernels.attention import (
-    AttentionConfig,
-    attention_workspace,
-    decode_attention,
-    prefill_attention,
-    query_block_size,
-    rope_and_write,
-)
+from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_decode import attention_workspace, decode_attention
+from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
+from llmengine.kernels.norm import MAX_HIDDEN
+from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
@@ -56,26 +55,52 @@ class CudaWeights:
 def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaWeights:
     """Return room for all weights of `source` on the device, not filled yet.
 
-    Raises `ConfigError` for quantized weights, `OutOfMemoryError` if they do not fit.
+    Raises `ConfigError` for quantized weights, `UnsupportedModelError` for a model that is larger than the kernels
+    take, `OutOfMemoryError` if they do not fit.
     """
+    _check_sizes(source.arch)
     if "int8" in (config.quant_config.weights, source.quantization.get("weights")):
         raise ConfigError("quant_config.weights='int8' is not available on CUDA in this version; use 'none'")
     dtype = _DTYPES[source.checkpoint_dtype if config.dtype == "auto" else config.dtype]
     layout = weight_layout(source.arch, str(dtype).removeprefix("torch."), {})
-    try:
+    needed = sum(torch.Size(shape).numel() for _, shape in layout.values()) * dtype.itemsize
+    with fitting(f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"):
         return CudaWeights(
             {
                 name: torch.empty(shape, dtype=getattr(torch, stored), device=device)
                 for name, (stored, shape) in layout.items()
             }
         )
+
+
+@contextmanager
+def fitting(component: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Have a full device raise an `OutOfMemoryError` that names the component, what was left, and what helps.
+
+    A device whose programs have less memory than the kernels need raises `ConfigError`.
+    """
+    try:
+        yield
+    except OutOfResources as failure:
+        raise ConfigError(
+            f"the CUDA kernels are made for an H100: one needs {failure.required} of {failure.name}, and {device} has "
+            f"{failure.limit}; use device='cpu'"
+        ) from failure
     except torch.OutOfMemoryError as failure:
         free, total = torch.cuda.mem_get_info(device)
-        needed = sum(torch.Size(shape).numel() for _, shape in layout.values()) * dtype.itemsize
         raise OutOfMemoryError(
-            f"weights: {needed / 2**20:.0f} MiB in {dtype} do not fit on {device}, {free / 2**20:.0f} of "
-            f"{total / 2**20:.0f} MiB were left when it was full; choose a smaller dtype or model, or free memory there"
+            f"{component} do not fit on {device}, {free / 2**20:.0f} of {total / 2**20:.0f} MiB were left when it was "
+            f"full; {advice}, or free memory there"
         ) from failure
+
+
+def _check_sizes(arch: ModelArch) -> None:
+    sizes = {"vocab_size": (arch.vocab_size, MAX_VOCAB), "hidden_size": (arch.hidden_size, MAX_HIDDEN)}
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise UnsupportedModelError(
+                f"{name}={size} is above the {most} that the CUDA kernels take; use device='cpu'"
+            )
 
 
 def load_weights(weights: CudaWeights, source: ModelSource) -> None:

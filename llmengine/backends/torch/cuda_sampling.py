@@ -225,10 +225,7 @@ class DeviceSampler:
         """Give these slots masks, and no others; True if that took new tensors."""
         is_first = self._masks is None
         if self._masks is None:
-            # Slots without a mask share the last line, of ones.
-            lines = torch.full_like(self._ints[0], self._ints.shape[1] - 1)
-            words = torch.full((len(lines), -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
-            self._masks = TokenMasks(lines, words)
+            self._masks = self._new_masks()
         cleared = self._masked - masks.keys()
         if cleared:
             self._masks.lines.index_fill_(0, self._tensor(list(cleared), torch.int64), len(self._masks.lines) - 1)
@@ -239,18 +236,34 @@ class DeviceSampler:
         self._masked = set(masks)
         return is_first
 
+    def _new_masks(self) -> TokenMasks:
+        """Return masks that allow everything: slots without a mask share the last line, of ones."""
+        lines = torch.full_like(self._ints[0], self._ints.shape[1] - 1)
+        words = torch.full((len(lines), -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
+        return TokenMasks(lines, words)
+
     def choose(self, logits: Tensor, step: DeviceStep, bucket: Bucket) -> None:
         """Queue the choice of `ids` and `failed` from logits [bucket.num_samples, vocab]; allocates nothing."""
-        ids, failed = self.ids[: bucket.num_samples], self.failed[: bucket.num_samples]
-        if not bucket.draws:
+        if bucket.draws:
+            self._draw(logits, step, self._masks)
+        else:
+            ids, failed = self.ids[: len(logits)], self.failed[: len(logits)]
             sample_greedy(logits, step.counts, ids, failed, self._workspace)
-            return
+
+    def choose_masked(self, logits: Tensor, step: DeviceStep) -> None:
+        """Queue the choice as steps do from the first mask on: it is compiled for that anew."""
+        self._draw(logits, step, self._new_masks())
+
+    def _draw(self, logits: Tensor, step: DeviceStep, masks: TokenMasks | None) -> None:
+        ids, failed = self.ids[: len(logits)], self.failed[: len(logits)]
         slots, positions = step.sample_slots, step.sample_positions
-        tables, masks = self._tables, self._masks
-        sample(logits, step.counts, slots, positions, self._params, ids, failed, self._workspace, tables, masks)
+        sample(logits, step.counts, slots, positions, self._params, ids, failed, self._workspace, self._tables, masks)
 
     def logprobs(self, logits: Tensor, sampled: Sequence[int]) -> PendingLogprobs | None:
-        """Queue the log-probabilities that the sampled slots want, from the logits that `choose` has just used."""
+        """Queue the log-probabilities that the sampled slots want, from the logits that `choose` has just used.
+
+        A bounded number of logits at a time, since the copies are not in memory that was there from the start.
+        """
         if not self._num_logprobs:
             return None
         rows = [(row, slot, self._num_logprobs[slot]) for row, slot in enumerate(sampled) if slot in self._num_logprobs]
@@ -258,7 +271,12 @@ class DeviceSampler:
             return None
         index = self._tensor([row for row, _, _ in rows], torch.int64)
         count = max(count for _, _, count in rows)
-        return PendingLogprobs(rows, *self._send_logprobs(logits.index_select(0, index), self.ids[index].long(), count))
+        parts = [
+            self._logprobs(logits.index_select(0, part), self.ids[part].long(), count)
+            for part in index.split(max(1, MAX_LOGITS // self._vocab_size))
+        ]
+        values, ids = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        return PendingLogprobs(rows, self._to_host(values), self._to_host(ids))
 
     def prompt_logprobs(
         self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
@@ -279,17 +297,18 @@ class DeviceSampler:
             padding = [0] * (sizes[bisect_left(sizes, used[-1])] - used[-1])
             logits = logits_after(self._tensor(tokens[begin : begin + used[-1]] + padding, torch.int32))
             chosen = self._tensor(token_ids[begin : begin + used[-1]].tolist() + padding, torch.int64)
-            parts.append(self._send_logprobs(logits, chosen, count))
+            values, ids = self._logprobs(logits, chosen, count)
+            parts.append((self._to_host(values), self._to_host(ids)))
         return PendingPromptLogprobs(wanted, parts, used)
 
-    def _send_logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Queue the copy of the log-probabilities of token_ids [n] and of the `count` likeliest, and of those' ids."""
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of token_ids [n] and of the `count` likeliest, and those' ids."""
         # Rows that begin at a multiple of 16 bytes are all added up in the same order.
         padded = F.pad(logits, (0, -self._vocab_size % 4), value=float("-inf")) if self._vocab_size % 4 else logits
         values = torch.log_softmax(padded, dim=-1)
         top, ids = _ordered_top(values, MAX_LOGPROBS) if self._deterministic else values.topk(count, dim=-1)
         chosen = values.gather(1, token_ids[:, None])
-        return self._to_host(torch.cat((chosen, top), dim=1)), self._to_host(ids)
+        return torch.cat((chosen, top), dim=1), ids
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return self._to_device(torch.tensor(values, dtype=dtype))

@@ -158,8 +158,6 @@ class FusedSegments:
 
     def compilations(self) -> list[Callable[[], None]]:
         """Return calls that compile what steps of decodes begin with, about a kernel each."""
-        if self._device.type != "cuda":
-            return []
         max_rows = len(self._logits)
         x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
         calls: list[Callable[[], None]] = [
