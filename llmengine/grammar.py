@@ -32,6 +32,10 @@ _MAX_STEP_S = 0.25
 """Computing time of one token's grammar step after which its request fails. Fuel usually ends it far earlier."""
 
 
+_STOP_REASONS = dict.fromkeys(("NoExtension", "NoExtensionBias"), "it has no text that could come next")
+"""In words what llguidance gives as an error by the name of a state."""
+
+
 class Grammar:
     """A request's place in its grammar. Used by one thread at a time.
 
@@ -278,7 +282,8 @@ def _source(spec: StructuredOutput) -> str:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    return matcher.get_error().replace("<non-verbose/>", "").strip()
+    reason = matcher.get_error().replace("<non-verbose/>", "").strip()
+    return _STOP_REASONS.get(reason, reason)
 
 
 def _refusal(reason: str) -> InvalidRequestError:

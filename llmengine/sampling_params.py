@@ -200,19 +200,17 @@ class SamplingParams:
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """Take a Hugging Face `generation_config.json`: sampling fields count only when `do_sample` is true.
 
-        EOS ids belong to the model, not to these parameters; keys without a meaning here are left out.
+        EOS ids belong to the model, not to these parameters; keys without a meaning here are left out. Raises
+        `InvalidRequestError` for values that are no such parameters.
         """
         fields: dict[str, Any] = {}
         if config.get("max_new_tokens"):
             fields["max_new_tokens"] = config["max_new_tokens"]
         if config.get("repetition_penalty") is not None:
-            fields["repetition_penalty"] = float(config["repetition_penalty"])
+            fields["repetition_penalty"] = config["repetition_penalty"]
         if config.get("do_sample"):
-            temperature = config.get("temperature")
-            fields["temperature"] = 1.0 if temperature is None else float(temperature)
-            fields["top_k"] = int(50 if config.get("top_k") is None else config["top_k"])
-            fields["top_p"] = float(1.0 if config.get("top_p") is None else config["top_p"])
-            fields["min_p"] = float(0.0 if config.get("min_p") is None else config["min_p"])
+            for name, default in (("temperature", 1.0), ("top_k", 50), ("top_p", 1.0), ("min_p", 0.0)):
+                fields[name] = default if config.get(name) is None else config[name]
         return cls(**fields)
 
 

@@ -49,6 +49,10 @@ _WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"
 """Words that are in the vocabulary are taken without merging, and BOS is added unless the file says otherwise."""
 
 
+_KEEPING_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""Phi-3's special tokens behind which spaces and line ends are kept; behind the others they are no part of the text."""
+
+
 class _TokenType(IntEnum):
     NORMAL = 1
     UNKNOWN = 2
@@ -156,14 +160,17 @@ def _score_merges(
 
 def _add_tokens(backend: Tokenizer, metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> None:
     types = _token_types(metadata, tokens, source)
+    # Phi-3's tokenizer.json says so. The format cannot; llama.cpp knows it by the model, too.
+    drops_space = metadata.get("general.architecture") == "phi3" and metadata.get(_PREFIX + "model") == "llama"
     special, plain = [], []
     for token, token_type in zip(tokens, types, strict=True):
         if not token:
             continue
+        rstrip = drops_space and token not in _KEEPING_SPACE
         if token_type in (_TokenType.CONTROL, _TokenType.UNKNOWN):
-            special.append(AddedToken(token, normalized=False, special=True))
+            special.append(AddedToken(token, normalized=False, special=True, rstrip=rstrip))
         elif token_type == _TokenType.USER_DEFINED:
-            plain.append(AddedToken(token, normalized=False, special=False))
+            plain.append(AddedToken(token, normalized=False, special=False, rstrip=rstrip))
     backend.add_special_tokens(special)
     backend.add_tokens(plain)
 

@@ -2,7 +2,8 @@
 
 All three end in a `tokenizers.Tokenizer`, and transformers is not imported where it need not be: `AutoTokenizer` takes
 3 s to import, tokenizers 0.07 s. `tokenizer.json` describes a tokenizer completely (normalizer, splits, merges, BOS),
-so a directory with one is read without transformers; only vocabularies in older formats go through `AutoTokenizer`.
+so a directory with one is read without transformers, and so is one with a SentencePiece model of the usual kind; only
+vocabularies in other formats go through `AutoTokenizer`.
 The two agree except where `AutoTokenizer` builds the pipeline anew from the class that tokenizer_config.json names and
 so drops parts of tokenizer.json, such as SmolLM2's split of digits: the file is what the model was trained with. Both
 ignore `add_bos_token` in tokenizer_config.json then, because tokenizer.json says what is added.
@@ -11,15 +12,16 @@ ignore `add_bos_token` in tokenizer_config.json then, because tokenizer.json say
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer import check_text
+from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
 
 TokenizerKind = Literal["huggingface", "gguf", "engine", "dummy"]
 
@@ -151,9 +153,10 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
     """Return the tokenizer of the model at `path`.
 
     Args:
-        path: "huggingface": a directory with tokenizer.json or, read by transformers from local files and without
-            running code from them, an older format; "gguf": the file; "engine": the directory that `LLM.save` wrote,
-            or the `tokenizer` directory in it; "dummy": as "huggingface", beside weights that are not read.
+        path: "huggingface": a directory with tokenizer.json, tokenizer.model or, read by transformers from local files
+            and without running code from them, another format; "gguf": the file; "engine": the directory that
+            `LLM.save` wrote, or the `tokenizer` directory in it; "dummy": as "huggingface", beside weights that are not
+            read.
         kind: which of them.
 
     Raises `ModelLoadError` naming what is missing, `CorruptFileError` naming the file that is damaged,
@@ -171,6 +174,10 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
         return _read_tokenizer_json(directory)
     if kind == "engine":
         raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file")
+    if (directory / "tokenizer.model").is_file():
+        tokenizer = _read_sentencepiece(directory)
+        if tokenizer is not None:
+            return tokenizer
     return _read_with_transformers(directory)
 
 
@@ -204,7 +211,45 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
             raise
         raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
     config = _read_json(directory / "tokenizer_config.json")
-    special = _special_tokens(directory, config)
+    return _configured(backend, _special_tokens(directory, config), config, directory)
+
+
+def _read_sentencepiece(directory: Path) -> LoadedTokenizer | None:
+    """Return the tokenizer of a tokenizer.model, None if it is not of a kind that can be read here.
+
+    Unlike a tokenizer.json it does not say whether BOS and EOS are added: tokenizer_config.json does.
+    """
+    from llmengine.tokenizer_gguf import build_backend, token_ids
+
+    path = directory / "tokenizer.model"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
+    metadata = sentencepiece_metadata(data, str(path))
+    if metadata is None:
+        return None
+    added = _read_json(directory / "added_tokens.json")  # of before there was an added_tokens_decoder
+    decoder = {str(token_id): {"content": token, "normalized": False} for token, token_id in added.items()}
+    config = {"added_tokens_decoder": decoder, **_read_json(directory / "tokenizer_config.json")}
+    tokens, ids = metadata["tokenizer.ggml.tokens"], token_ids(metadata, str(path))
+    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}
+    special |= _special_tokens(directory, config)
+    backend = build_backend(metadata, str(path))
+    tokenizer = _configured(backend, special, config, directory)
+    adds = {"bos": config.get("add_bos_token", True), "eos": config.get("add_eos_token", False)}
+    begin, end = ([special[f"{name}_token"]] if adds[name] and special.get(f"{name}_token") else [] for name in adds)
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([*begin, *end])],
+    )
+    return tokenizer
+
+
+def _configured(
+    backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any], directory: Path
+) -> LoadedTokenizer:
+    """Return the tokenizer with what tokenizer_config.json says, and the files beside it."""
     try:
         _mark_special(backend, special, config)
         templates = _chat_templates(directory, config)
@@ -242,9 +287,23 @@ def _mark_special(backend: Tokenizer, special: Mapping[str, str], config: Mappin
                 token = AddedToken(**{name: entry[name] for name in entry if not name.startswith("_")})
                 (backend.add_special_tokens if token.special else backend.add_tokens)([token])
                 added[token.content] = token
-    for content in special.values():
+    missing = [content for content in _unnamed_special_tokens(config) if content not in added]
+    for content in (*special.values(), *missing):
         if content not in added or not added[content].special:
             backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
+
+
+def _unnamed_special_tokens(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is listed under the old and the new key for special tokens beside those of `_NAMED_TOKENS`."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(key) or []
+        if not isinstance(listed, list | Mapping):
+            raise TypeError(f"{key} must be a list of tokens or an object of them")
+        for token in listed.values() if isinstance(listed, Mapping) else listed:
+            content = token.get("content") if isinstance(token, Mapping) else token
+            if not isinstance(content, str):
+                raise TypeError(f"{key} holds {token!r:.80}, which is no token")
+            yield content
 
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

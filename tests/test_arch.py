@@ -9,10 +9,12 @@ import sys
 from typing import Any
 
 import pytest
+import transformers
 
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import LayerArch, RopeConfig, canonical_shapes, head_order
 from llmengine.models.arch_json import arch_from_dict, arch_to_dict
+from llmengine.models.families import family_of
 from llmengine.models.hf_config import arch_from_hf_config
 
 CONFIG: dict[str, Any] = {
@@ -55,6 +57,22 @@ def test_both_dialects_say_the_same(rope_type: str) -> None:
     assert new.rope.theta == 5e5
     assert new.rope.factor == values["factor"]
     assert new.rope.original_max_position_embeddings == (64 if "low_freq_factor" in values else 128)
+
+
+def test_a_scaling_that_was_added_wins_over_the_parameters() -> None:
+    added = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    there = {"rope_type": "default", "rope_theta": 777.0}
+    assert arch_of(rope_theta=5e5, rope_parameters=there, rope_scaling=added) == arch_of(
+        rope_theta=5e5, rope_scaling=added
+    )
+    assert arch_of(rope_parameters=there, rope_scaling={}) == arch_of(rope_parameters=there)
+    gemma = {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"full_attention": there}}
+    rope = arch_of(**gemma, rope_scaling={"rope_type": "linear", "factor": 8.0}).rope
+    assert (rope.type, rope.factor, rope.theta) == ("linear", 8.0, 777.0)
+
+
+def test_keys_that_change_nothing_are_not_looked_at() -> None:
+    assert arch_of(pretraining_tp=2) == arch_of()
 
 
 def test_yarn_options_and_derived_factor() -> None:
@@ -106,7 +124,6 @@ def test_wrong_values_name_file_and_key(key: str, value: Any) -> None:
         ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel.*supported are: LlamaForCausalLM"),
         ("architectures", [], "supported are: LlamaForCausalLM"),
         ("hidden_act", "gelu", "gelu.*silu"),
-        ("pretraining_tp", 2, "pretraining_tp=2"),
         ("quantization_config", {"quant_method": "gptq"}, "gptq"),
         ("rope_scaling", {"type": "spiral"}, "spiral.*yarn"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
@@ -164,6 +181,13 @@ def test_families_have_the_defaults_of_transformers(architecture: str) -> None:
         assert getattr(arch, name) == value, name
     assert arch_from_dict(json.loads(json.dumps(arch_to_dict(arch))), "engine.json") == arch
     assert not arch.is_llama(8192) or architecture in ("Qwen2ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM")
+
+
+@pytest.mark.parametrize("architecture", FAMILY_DEFAULTS)
+def test_key_value_heads_that_are_not_named_are_those_of_transformers(architecture: str) -> None:
+    arch = arch_of(architectures=[architecture], num_key_value_heads="absent", num_attention_heads=64, hidden_size=128)
+    config = transformers.AutoConfig.for_model(family_of(arch).model_type, num_attention_heads=64, hidden_size=64)
+    assert arch.num_kv_heads == config.num_key_value_heads
 
 
 def test_layers_come_from_the_config() -> None:

@@ -156,6 +156,23 @@ def test_tied_without_biases_in_bfloat16(tmp_path: Path) -> None:
     assert (source.checkpoint_dtype, source.eos_token_ids) == ("bfloat16", (7,))
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_stored_head_is_the_embedding_that_it_is_tied_to(tmp_path: Path, file: str) -> None:
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save = save_file if file == "model.safetensors" else torch.save
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(state, tmp_path / file)
+    assert_streams(tmp_path, canonical({name: tensor for name, tensor in state.items() if name != "lm_head.weight"}))
+    state["lm_head.weight"][95, 63] += 1.0
+    save(state, tmp_path / file)
+    with pytest.raises(CorruptFileError, match=r"'lm_head\.weight' and 'model\.embed.* differ.*tie_word_embeddings"):
+        load_all(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert_streams(tmp_path, canonical(state))
+
+
 def test_harmless_left_overs_are_ignored(model: Any, directory: Path) -> None:
     state = load_file(directory / "model.safetensors")
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -172,6 +189,23 @@ def test_ids_come_from_generation_config_first(directory: Path) -> None:
     assert open_model(directory).eos_token_ids == (2, 5)
     (directory / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(CorruptFileError, match=r"generation_config\.json: eos_token_id"):
+        open_model(directory)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": "warm"},
+        {"temperature": -1},
+        {"top_k": [1]},
+        {"top_k": float("inf")},
+        {"repetition_penalty": {}},
+        {"max_new_tokens": "x"},
+    ],
+)
+def test_a_generation_config_is_checked_before_weights_are_read(directory: Path, values: dict[str, Any]) -> None:
+    (directory / "generation_config.json").write_text(json.dumps({"do_sample": True, **values}))
+    with pytest.raises(CorruptFileError, match=rf"generation_config\.json: {next(iter(values))}="):
         open_model(directory)
 
 
@@ -346,6 +380,14 @@ def test_gguf(model: Any, tmp_path: Path, matrix_type: str) -> None:
     assert source.gguf is not None
     assert source.gguf.metadata["tokenizer.ggml.tokens"] == ["a", "Ġé", ""]
     assert source.gguf.metadata["tokenizer.ggml.scores"] == [0.5, -1.0]
+
+
+def test_a_config_beside_a_gguf_file_is_not_its_checkpoint(model: Any, directory: Path) -> None:
+    write_gguf(directory / "tiny.gguf", model, "F32")
+    assert open_model(directory).kind == "huggingface"
+    (directory / "model.safetensors").unlink()
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    assert open_model(directory).kind == "gguf"
 
 
 def test_gguf_tied_and_in_bfloat16(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from llmengine.models.arch import LayerArch, RopeConfig
 from llmengine.models.hf_config import arch_from_hf_config
-from llmengine.models.rope import layer_tables, rope_table
+from llmengine.models.rope import inverse_frequencies, layer_tables, rope_table
 
 LENGTH = 128
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -28,6 +28,7 @@ CASES: list[dict[str, Any]] = [
     YARN,
     {**YARN, "attention_factor": 1.25},
     {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "rope_theta": 5e6},
     {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
 ]
 
@@ -58,6 +59,8 @@ def test_equals_transformers(rope: dict[str, Any], head_dim: int) -> None:
     assert table.shape == (LENGTH, head_dim)
     assert table.dtype == torch.float32
     torch.testing.assert_close(table, reference(config, torch.arange(LENGTH)), rtol=0, atol=2e-5)
+    # A difference in the last bit is one of 0.004 radians at position 131071.
+    assert torch.equal(inverse_frequencies(arch.rope, head_dim, LENGTH), LlamaRotaryEmbedding(config).inv_freq)
 
 
 def test_dynamic_beyond_the_original_length_equals_cached_decoding() -> None:
@@ -69,7 +72,7 @@ def test_dynamic_beyond_the_original_length_equals_cached_decoding() -> None:
         torch.testing.assert_close(table[position : position + 1], expected, rtol=0, atol=5e-5)
 
 
-FACTORS = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 9.0]}
+FACTORS = {"short_factor": [1.0, 1.3, 1.7, 2.1], "long_factor": [2.3, 3.0, 4.1, 9.7]}
 
 
 @pytest.mark.parametrize("original", [LENGTH, 32])
@@ -85,7 +88,9 @@ def test_longrope_takes_the_factors_of_its_longest_context(original: int, partia
     )
     arch = arch_from_hf_config(config.to_dict() | {"architectures": ["Phi3ForCausalLM"]}, "config.json")
     table = rope_table(arch.rope, head_dim, LENGTH)
-    cos, sin = (x[0, :, :4] for x in Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(LENGTH)[None]))
+    rotary = Phi3RotaryEmbedding(config)
+    cos, sin = (x[0, :, :4] for x in rotary(torch.zeros(1), torch.arange(LENGTH)[None]))
+    assert torch.equal(inverse_frequencies(arch.rope, 8, LENGTH), rotary.inv_freq)
     half = head_dim // 2
     torch.testing.assert_close(table[:, :4], cos, rtol=0, atol=2e-5)
     torch.testing.assert_close(table[:, half : half + 4], sin, rtol=0, atol=2e-5)

@@ -310,6 +310,16 @@ async def test_unusable_forms_fail_their_request_alone(form: dict[str, Any]) -> 
             assert (await llm.generate_async("a", tokens(3))).text == "bcd"
 
 
+async def test_a_grammar_without_an_end_is_said_to_be_one() -> None:
+    with make_llm(counting_model) as llm:
+        async with timeout():
+            with pytest.raises(InvalidRequestError, match="no text that could come next"):
+                await llm.generate_async("x", structured(grammar="start: start"))
+            output = await llm.generate_async("x", structured(grammar='start: "a" rest\nrest: rest'))
+            assert (output.finish_reason, output.text) == ("error", "a")
+            assert "no text that could come next" in str(output.error)
+
+
 def sentencepiece_tokenizer() -> LoadedTokenizer:
     """Return a tokenizer of letters, byte tokens and a few words that begin with a space."""
     words = ["\u2581", *map(chr, range(33, 127)), '{"', '":', '\u2581"', "\u2581[", "na", "me", "\u2581red", '",']

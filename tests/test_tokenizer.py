@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from llmengine.tokenizer import ByteTokenizer, ChatTokenizer, IncrementalDetoken
 from llmengine.tokenizer import Tokenizer as TokenizerProtocol
 from llmengine.tokenizer_gguf import build_backend
 from llmengine.tokenizer_loading import LoadedTokenizer, load_tokenizer, tokenizer_from_gguf
+from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
 
 SPECS = ("<|end|>", "<s>", "<tool>")
 TEXTS = (
@@ -328,6 +330,18 @@ def test_faulty_gguf_metadata(changes: dict[str, Any], error: type[Exception], m
     assert str(caught.value).startswith("x.gguf: ")
 
 
+def test_gguf_phi3_drops_spaces_behind_special_tokens() -> None:
+    tokens = ["<unk>", "<s>", "</s>", "<|end|>", "\u2581", "a", "\u2581a", "\n"]
+    fields = {"tokens": tokens, "scores": [0.0] * 8, "token_type": [2, 3, 3, 3, 1, 1, 1, 1], "model": "llama"}
+    fields |= {"bos_token_id": 1, "unknown_token_id": 0, "add_bos_token": False}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    text = "<|end|>\n a<s> a"
+    llama = tokenizer_from_gguf({**metadata, "general.architecture": "llama"}, "x.gguf")
+    assert llama.encode(text) == [3, 4, 7, 6, 1, 4, 6]
+    phi3 = tokenizer_from_gguf({**metadata, "general.architecture": "phi3"}, "x.gguf")
+    assert phi3.encode(text) == [3, 6, 1, 4, 6]
+
+
 @pytest.mark.parametrize("adds_space", [True, False])
 def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path, adds_space: bool) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
@@ -366,6 +380,8 @@ def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path, adds_space
         "tokenizer.ggml.unknown_token_id": reference.unk_id(),
     }
     tokenizer = tokenizer_from_gguf(metadata, "x.gguf")
+    (tmp_path / "m.model").rename(tmp_path / "tokenizer.model")
+    from_directory = load_tokenizer(tmp_path, "huggingface")
 
     @settings(max_examples=200)
     @given(st.text(st.sampled_from(list("the quickbrownfxjs  don't,12é你😀\n")), min_size=1, max_size=40))
@@ -373,8 +389,72 @@ def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path, adds_space
         ids = tokenizer.encode(text)
         assert ids == [reference.bos_id(), *reference.encode(text)]
         assert tokenizer.decode(ids[1:]) == text
+        assert from_directory.encode(text) == ids
 
     check()
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """Return a field of a protobuf message."""
+    if isinstance(value, float):
+        return bytes((number << 3 | 5,)) + struct.pack("<f", value)
+    key = varint(number << 3 | (2 if isinstance(value, bytes) else 0))
+    return key + (varint(len(value)) + value if isinstance(value, bytes) else varint(value))
+
+
+def varint(value: int) -> bytes:
+    return (bytes((value & 0x7F | 0x80,)) + varint(value >> 7)) if value > 0x7F else bytes((value,))
+
+
+def sentencepiece_model(model_type: int = 2, adds_space: bool = True, charsmap: bytes = b"") -> bytes:
+    """Return a SentencePiece model of a few pieces."""
+    pieces = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        *((f"<0x{value:02X}>", 0.0, 6) for value in range(256)),
+    ]
+    words = ["\u2581h", "\u2581hi", "\u2581", "h", "i", "o"]
+    pieces += [(word, -float(index), 1) for index, word in enumerate(words)]
+    data = b"".join(
+        field(1, field(1, text.encode()) + field(2, score) + field(3, kind)) for text, score, kind in pieces
+    )
+    data += field(2, field(3, model_type) + field(40, 0) + field(41, 1) + field(42, 2) + field(43, 2**64 - 1))
+    return data + field(3, field(1, b"identity") + field(2, charsmap) + field(3, int(adds_space)) + field(4, 0))
+
+
+def test_a_sentencepiece_model_is_read_without_its_library(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    tokenizer = load_tokenizer(tmp_path, "huggingface")
+    assert tokenizer.encode("hi ho") == [1, 260, 259, 264]
+    assert tokenizer.decode([260, 259, 264]) == "hi ho"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.special_ids) == (1, 2, {0, 1, 2})
+    (tmp_path / "added_tokens.json").write_text('{"<s>": 1, "<|im_end|>": 265}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"add_bos_token": false, "add_eos_token": true, "eos_token": "<|im_end|>"}'
+    )
+    tokenizer = load_tokenizer(tmp_path, "huggingface")
+    assert (tokenizer.encode("hi"), tokenizer.eos_token_id) == ([260, 265], 265)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (sentencepiece_model()[:-3], "bytes are missing: truncated"),
+        (sentencepiece_model() + b"\xff" * 12, "an integer before byte [0-9]+ does not end"),
+        (sentencepiece_model() + field(1, field(1, b"\xff")), "can't decode byte 0xff"),
+        (sentencepiece_model() + field(1, 7), "is no SentencePiece model"),
+    ],
+)
+def test_damaged_sentencepiece_models_are_named(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(CorruptFileError, match=rf"tokenizer\.model.*{message}"):
+        load_tokenizer(tmp_path, "huggingface")
+
+
+@pytest.mark.parametrize("data", [sentencepiece_model(1), sentencepiece_model(charsmap=b"x"), b"IQ== 0\nIg== 1\n"])
+def test_other_models_of_that_name_are_left_to_transformers(data: bytes) -> None:
+    assert sentencepiece_metadata(data, "tokenizer.model") is None
 
 
 @pytest.mark.parametrize(
@@ -387,6 +467,8 @@ def test_gguf_sentencepiece_agrees_with_sentencepiece(tmp_path: Path, adds_space
         {"pad_token": "<pad>", "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True}},
         {"added_tokens_decoder": {"265": {"content": "<new>", "special": True, "normalized": False}}},
         {"eos_token": "<tool>"},
+        {"additional_special_tokens": ["<new>", "<tool>", "<s>"]},
+        {"extra_special_tokens": {"image_token": "<new>"}},
     ],
 )
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -405,7 +487,9 @@ def test_a_directory_reads_as_in_transformers(tmp_path: Path, config: dict[str, 
         assert tokenizer.encode(text) == reference.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text, add_special_tokens=False)
     assert tokenizer.eos_token_id == reference.eos_token_id
-    assert tokenizer.special_ids >= set(reference.all_special_ids) - {None}
+    assert tokenizer.special_ids == {
+        token_id for token_id, token in reference.added_tokens_decoder.items() if token.special
+    }
 
 
 def test_the_file_wins_over_the_class(tmp_path: Path) -> None:
@@ -438,6 +522,7 @@ def test_an_older_format_goes_through_transformers(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"bos_token": 5}', "bos_token=5"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "tokenizer_config.json: malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "tokenizer_config.json: malformed"),
+        ("tokenizer_config.json", '{"additional_special_tokens": [5]}', "additional_special_tokens holds 5"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: is not UTF-8"),
     ],
 )

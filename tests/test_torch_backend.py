@@ -236,6 +236,18 @@ def test_the_kv_cache_is_sized_by_memory_and_by_use(tmp_path: Path) -> None:
         load_backend(config.resolve(), source)
 
 
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope: str) -> None:
+    """Qwen's way to long contexts: `rope_scaling` is added, `max_position_embeddings` stays."""
+    model = save_tiny(tmp_path, max_position_embeddings=64, rope_parameters=ROPES[rope])
+    assert load_tiny(tmp_path).info.max_model_len == 64
+    driver = BackendDriver(load_tiny(tmp_path, max_model_len=256))
+    prompt = make_prompt(200)
+    assert driver.generate([driver.add(0, prompt)], 6) == [reference_greedy(model, prompt, 6)]
+    with pytest.raises(ConfigError, match="max_position_embeddings=64 and above the 256"):
+        load_tiny(tmp_path, max_model_len=257)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

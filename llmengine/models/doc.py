@@ -43,6 +43,9 @@ depend on a request's length, they are a function of the model's limit or of the
 prefixes stay exact: `longrope` takes its short factors if `max_model_len` is within the original context length and the
 long ones otherwise, `dynamic` gives each position the frequencies of a context that ends there.
 
+A model's limit is its `max_position_embeddings`. `linear`, `dynamic` and `yarn` are often added to a config.json that
+keeps the original one there: `max_model_len` may then be up to `factor` times the original context length.
+
 ## GGUF
 
 Tensor types:
@@ -119,8 +122,8 @@ def _differences(family: ModelFamily) -> Iterator[str]:
 
 def _sample(family: ModelFamily) -> ModelArch:
     """Return a model of the family whose window, if it has one, is never left."""
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 8, "head_dim": 2}
-    config = {"architectures": [family.architecture], "num_hidden_layers": 12, **sizes}
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    config = {"architectures": [family.architecture], "num_hidden_layers": 12, "head_dim": 2, **dict.fromkeys(sizes, 8)}
     return arch_from_hf_config(config, family.architecture)
 
 

@@ -93,7 +93,7 @@ FAMILIES = (
         gguf_architecture="qwen2",
         qkv_bias=True,
         layer_pattern="upper_sliding",
-        config_defaults={"max_position_embeddings": 32768},
+        config_defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     ),
     ModelFamily(
         title="Qwen 3 (dense)",
@@ -102,7 +102,7 @@ FAMILIES = (
         gguf_architecture="qwen3",
         qk_norm="head",
         layer_pattern="upper_sliding",
-        config_defaults={"head_dim": 128, "max_position_embeddings": 32768},
+        config_defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     ),
     ModelFamily(
         title="Phi-3, Phi-3.5, Phi-4, Phi-4-mini (text)",
@@ -138,7 +138,12 @@ FAMILIES = (
         gguf_architecture="smollm3",
         gguf_interleaves_qk=True,
         layer_pattern="nope",
-        config_defaults={"rope_theta": 2e6, "max_position_embeddings": 32768, "tie_word_embeddings": True},
+        config_defaults={
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
     ),
     ModelFamily(
         title="Gemma 2",

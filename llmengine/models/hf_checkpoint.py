@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
+from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import family_of
 from llmengine.models.fields import Fields, read_json_object
@@ -24,18 +24,24 @@ from llmengine.models.fused import (
     unique_ids,
 )
 from llmengine.models.hf_config import arch_from_hf_config
-from llmengine.models.safetensors_file import DTYPE_NAMES, TensorEntry, read_entries, read_tensor
+from llmengine.models.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
+from llmengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-_WEIGHT_FILES = (
+_Stored = TypeVar("_Stored")
+
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+"""What a directory's weights are in, or the index that names their files; the first that is there counts."""
+
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+_HEAD = "lm_head.weight"
 _STORED_NAMES = {
     "embed_tokens": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -111,6 +117,10 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
     config = read_json_object(directory / "config.json")
     generation_path = directory / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.exists() else Fields({}, str(generation_path))
+    try:
+        SamplingParams.from_generation_config(generation.values)
+    except InvalidRequestError as error:
+        raise CorruptFileError(f"{generation_path}: {error}") from error
     bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
     return HfMetadata(
         arch=arch_from_hf_config(config.values, config.where),
@@ -125,10 +135,10 @@ def open_hf(directory: Path) -> ModelSource:
     """Return the checkpoint of a Hugging Face directory; reads JSON files and safetensors headers only."""
     metadata = read_hf_metadata(directory)
     arch = metadata.arch
-    file_name = next((name for name in _WEIGHT_FILES if (directory / name).exists()), None)
+    file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
     if file_name is None:
         raise ModelLoadError(
-            f"{directory}: has config.json but no weights; looked for {', '.join(_WEIGHT_FILES)} "
+            f"{directory}: has config.json but no weights; looked for {', '.join(WEIGHT_FILES)} "
             "(load_format='dummy' makes random ones)"
         )
     shards = _shards(directory, file_name)
@@ -201,7 +211,7 @@ def _check_all(
     directory: Path, arch: ModelArch, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, Path]
 ) -> None:
     def is_harmless(name: str) -> bool:
-        return name.endswith(_HARMLESS_SUFFIXES) or (name == "lm_head.weight" and arch.tie_word_embeddings)
+        return name.endswith(_HARMLESS_SUFFIXES) or (name == _HEAD and arch.tie_word_embeddings)
 
     expected = stored_shapes(arch, stored_names(arch))
     check_tensors(expected, shapes, str(directory), is_harmless, lambda name: str(files[name]))
@@ -228,6 +238,7 @@ def _stream_safetensors(arch: ModelArch, entries: Mapping[str, TensorEntry], dty
     with ExitStack() as stack:
         paths = sorted({entry.path for entry in entries.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
+        _check_tied(paths[0].parent, arch, entries, lambda one, other: holds_same(files, one, other))
 
         def read_part(part: str, out: torch.Tensor) -> None:
             place = places[part]
@@ -236,6 +247,18 @@ def _stream_safetensors(arch: ModelArch, entries: Mapping[str, TensorEntry], dty
             read_norm(part, out)
 
         yield from stream_fused(arch, dtype, read_part)
+
+
+def _check_tied(
+    directory: Path, arch: ModelArch, tensors: Mapping[str, _Stored], are_equal: Callable[[_Stored, _Stored], bool]
+) -> None:
+    """Raise `CorruptFileError` for a stored output projection that differs from the embedding that it is tied to."""
+    embedding = stored_names(arch)("embed_tokens.weight")
+    if arch.tie_word_embeddings and _HEAD in tensors and not are_equal(tensors[_HEAD], tensors[embedding]):
+        raise CorruptFileError(
+            f"{directory}: tensors {_HEAD!r} and {embedding!r} differ, contrary to tie_word_embeddings=true in "
+            "config.json; set that to false to use both"
+        )
 
 
 def _plus_one(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
@@ -289,6 +312,7 @@ def _stream_bin(
     directory: Path, arch: ModelArch, shards: Mapping[str, set[str] | None], dtype: torch.dtype
 ) -> WeightStream:
     tensors = _load_bin(directory, arch, shards)
+    _check_tied(directory, arch, tensors, lambda one, other: one.dtype == other.dtype and one.equal(other))
     places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
 
     def read_part(part: str, out: torch.Tensor) -> None:

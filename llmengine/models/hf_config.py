@@ -97,9 +97,6 @@ def _reject_unsupported(fields: Fields, family: ModelFamily) -> None:
     activation = fields.string(key, supported[0])
     if activation not in supported:
         raise UnsupportedModelError(f"{where}: {key}={activation!r} is not supported; supported is: {supported[0]}")
-    pretraining_tp = fields.integer("pretraining_tp", 1)
-    if pretraining_tp > 1:
-        raise UnsupportedModelError(f"{where}: pretraining_tp={pretraining_tp} is not supported; supported is: 1")
     if fields.boolean("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{where}: use_bidirectional_attention=true is not supported")
     if fields.has("quantization_config"):
@@ -171,23 +168,30 @@ def _rotating(fields: Fields, num_layers: int) -> list[bool]:
 def _ropes(
     fields: Fields, family: ModelFamily, max_positions: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Return the rotary encoding of a config.json, and that of its sliding layers if they have their own."""
-    parameters = next(
-        (fields.fields(key) for key in ("rope_parameters", "rope_scaling") if fields.has(key)),
-        Fields({}, f"{fields.where}: rope_parameters"),
-    )
-    theta = fields.number("rope_theta", 10000.0, above=1.0)
+    """Return the rotary encoding of a config.json, and that of its sliding layers if they have their own.
+
+    `rope_scaling`, which people add to a config.json, wins over `rope_parameters`, which may be there already.
+    """
+    scaling, parameters = _object(fields, "rope_scaling"), _object(fields, "rope_parameters")
+    theta = fields.number("rope_theta", family.config_defaults.get("rope_theta", 10000.0), above=1.0)
     sliding = Fields({}, parameters.where)
     if any(parameters.has(name) for name in _LAYER_TYPES):
         if family.local_theta is None:
             raise UnsupportedModelError(f"{parameters.where}: one for each layer type is not supported")
-        sliding = parameters.fields("sliding_attention")
-        parameters = parameters.fields("full_attention")
+        full, sliding = (_object(parameters, name) for name in _LAYER_TYPES)
+        parameters = Fields({**full.values, **scaling.values}, full.where)
+    elif scaling.values:
+        parameters = scaling
     rope = _rope(fields, parameters, family, theta, max_positions, head_dim)
     if family.local_theta is None:
         return rope, None
     local_theta = fields.number("rope_local_base_freq", family.local_theta, above=1.0)
     return rope, _rope(fields, sliding, family, local_theta, max_positions, head_dim)
+
+
+def _object(fields: Fields, key: str) -> Fields:
+    """Return the nested object under `key`, an empty one if it is absent."""
+    return fields.fields(key) if fields.has(key) else Fields({}, f"{fields.where}: {key}")
 
 
 def _rope(

@@ -57,6 +57,10 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context: int) -> Tens
 
     For "dynamic" those within the original context length.
     """
+    if rope.type == "longrope":
+        is_long = context > rope.original_max_position_embeddings
+        factors = torch.tensor(rope.long_factor if is_long else rope.short_factor)
+        return 1.0 / (factors * rope.theta ** _exponents(rotary_dim))
     frequencies = 1.0 / (rope.theta ** _exponents(rotary_dim))
     if rope.type == "linear":
         return frequencies / rope.factor
@@ -64,10 +68,17 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context: int) -> Tens
         return _llama3(rope, frequencies)
     if rope.type == "yarn":
         return _yarn(rope, rotary_dim)
-    if rope.type == "longrope":
-        is_long = context > rope.original_max_position_embeddings
-        return frequencies / torch.tensor(rope.long_factor if is_long else rope.short_factor)
     return frequencies
+
+
+def stretched_context(rope: RopeConfig) -> int:
+    """Return the context length that scaling extends the original one to.
+
+    Only for types with `factor` as a ratio of lengths; the original length for the others, whose configurations name
+    the extended one as `max_position_embeddings`.
+    """
+    factor = rope.factor if rope.type in ("linear", "dynamic", "yarn") else 1.0
+    return int(factor * rope.original_max_position_embeddings)
 
 
 def attention_factor(rope: RopeConfig) -> float:
@@ -123,8 +134,8 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp_(0, 1)
-    return interpolated * ramp + extrapolated * (1 - ramp)
+    fast = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp_(0, 1)
+    return interpolated * (1 - fast) + extrapolated * fast
 
 
 def _yarn_dimension(rope: RopeConfig, head_dim: int, num_rotations: float) -> float:

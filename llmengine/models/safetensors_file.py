@@ -120,6 +120,20 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, out: torch.Tensor) -> None:
         piece.copy_(buffer)
 
 
+def holds_same(files: Mapping[Path, BinaryIO], one: TensorEntry, other: TensorEntry) -> bool:
+    """Return whether two tensors of open files are of one dtype and shape and hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.size_bytes, COPY_ELEMENTS):
+        pieces = []
+        for entry in (one, other):
+            files[entry.path].seek(entry.offset + start)
+            pieces.append(files[entry.path].read(min(COPY_ELEMENTS, entry.size_bytes - start)))
+        if pieces[0] != pieces[1]:
+            return False
+    return True
+
+
 def write_tensors(
     file: BinaryIO,
     layout: Mapping[str, tuple[str, tuple[int, ...]]],

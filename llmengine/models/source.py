@@ -11,7 +11,7 @@ from llmengine.models.dummy import open_dummy
 from llmengine.models.engine_dir import MANIFEST_NAME, open_engine
 from llmengine.models.fused import ModelSource
 from llmengine.models.gguf_checkpoint import open_gguf
-from llmengine.models.hf_checkpoint import open_hf
+from llmengine.models.hf_checkpoint import WEIGHT_FILES, open_hf
 
 __all__ = ["ModelSource", "open_model"]
 
@@ -47,9 +47,11 @@ def open_model(path: str | Path, load_format: Literal["auto", "dummy"] = "auto")
 def _open_directory(directory: Path) -> ModelSource:
     if (directory / MANIFEST_NAME).is_file():
         return open_engine(directory)
-    if (directory / "config.json").is_file():
-        return open_hf(directory)
     gguf_files = sorted(entry for entry in directory.iterdir() if entry.suffix.lower() == ".gguf")
+    # Beside a GGUF file a config.json may say as little as the model's type: then it is no checkpoint's.
+    has_weights = any((directory / name).exists() for name in WEIGHT_FILES)
+    if (directory / "config.json").is_file() and (has_weights or not gguf_files):
+        return open_hf(directory)
     if len(gguf_files) > 1:
         listed = ", ".join(file.name for file in gguf_files)
         raise ModelLoadError(f"{directory}: holds several .gguf files, give the path of one: {listed}")

@@ -5,17 +5,27 @@ from __future__ import annotations
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import ModelArch
+from llmengine.models.rope import stretched_context
 
 _MIN_CONTEXT = 64
 """A KV cache for fewer tokens than this (or than the model's own limit) is refused: nothing useful would fit."""
 
 
 def context_limit(config: ModelConfig, arch: ModelArch) -> int:
-    """Return the most tokens that a request may have; raises `ConfigError` if more are asked than the model has."""
+    """Return the most tokens that a request may have.
+
+    That is the model's `max_position_embeddings` unless `max_model_len` says another number, which may be larger where
+    a rotary encoding is stretched further: scaling is often added to a configuration that names the original length.
+    Raises `ConfigError` for a number above both.
+    """
     wanted, limit = config.max_model_len, arch.max_position_embeddings
-    if wanted is not None and wanted > limit:
-        raise ConfigError(f"max_model_len={wanted} is above the model's max_position_embeddings={limit}")
-    return wanted or limit
+    if wanted is None:
+        return limit
+    most = max(limit, stretched_context(arch.rope))
+    if wanted > most:
+        stretched = f" and above the {most} that its rotary encoding is stretched to" if most > limit else ""
+        raise ConfigError(f"max_model_len={wanted} is above the model's max_position_embeddings={limit}{stretched}")
+    return wanted
 
 
 def num_kv_blocks(
