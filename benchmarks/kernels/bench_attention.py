@@ -22,6 +22,7 @@ from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, prefill_launch, rope_and_write
 from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
 from llmengine.kernels.flashinfer_attention import FlashInferDecode, is_installed
+from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
 from llmengine.kernels.timing import time_graph
 
@@ -214,7 +215,7 @@ def bench_decode(
 
 
 def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
-    usual = prefill_launch(config, DTYPE)
+    usual = prefill_launch(config, DTYPE, max_shared_bytes(torch.device("cuda")))
     launches = [
         usual,
         replace(usual, num_stages=3),

@@ -17,6 +17,7 @@ import torch
 
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import (
     CublasConfig,
     GemmShape,
@@ -109,7 +110,8 @@ def can_run(shape: GemmShape, config: LinearConfig) -> bool:
 def bench_product(kernels: LinearKernels, name: str, shape: GemmShape, extra: Sequence[LinearConfig]) -> None:
     """Print a line for each implementation, the fastest marked."""
     size_bytes = shape.n * shape.k * shape.dtype.itemsize * (2 if shape.operation == "norm_linear_silu" else 1)
-    configs = [config for config in dict.fromkeys([*candidates(shape), *extra]) if can_run(shape, config)]
+    usual = candidates(shape, max_shared_bytes(torch.device("cuda")))
+    configs = [config for config in dict.fromkeys([*usual, *extra]) if can_run(shape, config)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(partial(kernels.compile, shape), (one for one in configs if isinstance(one, SkinnyConfig))))
     times: dict[LinearConfig, float] = {}

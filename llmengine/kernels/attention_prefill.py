@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.attention import AttentionConfig, cells_of, fold_dot, head_dims, rotated
+from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_TOKENS, DeviceStep
 
 _NUM_TOKENS = tl.constexpr(NUM_TOKENS)
@@ -30,17 +31,26 @@ class PrefillLaunch:
     num_stages: int
 
 
-def prefill_launch(config: AttentionConfig, dtype: torch.dtype) -> PrefillLaunch:
-    """Return the parameters that serve `config` on an H100."""
-    row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
-    tile = max(16, min(64, 16384 // row_bytes))
-    rows = max(128 if row_bytes <= 256 else 64, triton.next_power_of_2(config.group))
-    return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=5)
+def prefill_launch(config: AttentionConfig, dtype: torch.dtype, max_shared: int) -> PrefillLaunch:
+    """Return the parameters that serve `config` well on an H100, within a program's bytes of shared memory."""
+    row_bytes = _row_bytes(config, dtype)
+    tile, rows = max(16, min(64, 16384 // row_bytes)), _query_rows(config, dtype)
+    # q, two tiles of k and of v, and what compiling for compute capability 8.9 showed beside them.
+    needed = (rows + 4 * tile) * row_bytes + (512 if row_bytes <= 256 else 4352)
+    return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=5 if needed <= max_shared else 3)
 
 
 def query_block_size(config: AttentionConfig, dtype: torch.dtype) -> int:
     """Return the tokens of a query block: block i of a row starts this many tokens after block i - 1."""
-    return prefill_launch(config, dtype).rows // int(triton.next_power_of_2(config.group))
+    return _query_rows(config, dtype) // int(triton.next_power_of_2(config.group))
+
+
+def _query_rows(config: AttentionConfig, dtype: torch.dtype) -> int:
+    return max(128 if _row_bytes(config, dtype) <= 256 else 64, int(triton.next_power_of_2(config.group)))
+
+
+def _row_bytes(config: AttentionConfig, dtype: torch.dtype) -> int:
+    return int(triton.next_power_of_2(config.head_dim)) * dtype.itemsize
 
 
 def rope_and_write(
@@ -106,7 +116,7 @@ def prefill_attention(
         pdl: see `linear.LinearKernels`.
         launch: other parameters than those of `prefill_launch`.
     """
-    launch = launch or prefill_launch(config, qkv.dtype)
+    launch = launch or prefill_launch(config, qkv.dtype, max_shared_bytes(qkv.device))
     _prefill_kernel[(config.num_kv_heads, step.query_block_rows.shape[0])](
         step.counts,
         step.query_block_rows,

@@ -20,7 +20,15 @@ from typing import Literal
 import torch
 import triton
 
-from llmengine.kernels.linear import CublasConfig, GemmShape, LinearConfig, LinearKernels, parse_config
+from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.linear import (
+    CublasConfig,
+    GemmShape,
+    LinearConfig,
+    LinearKernels,
+    parse_config,
+    shared_bytes,
+)
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
@@ -74,16 +82,18 @@ them cannot run."""
 
 
 class GemmChoices:
-    """The choice for every shape: measured where it was, else `heuristic`.
+    """The choice for every shape: measured where it was, else the likeliest.
 
     Args:
+        max_shared: bytes of shared memory that a program can have.
         file: where measurements are kept between processes. A file that is unreadable or cannot be written is
             reported in the log, and otherwise as if it were not there.
         clock: seconds, for the budget.
     """
 
-    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, file: Path, max_shared: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
+        self._max_shared = max_shared
         self._clock = clock
         self._chosen = _read(file)
 
@@ -93,12 +103,16 @@ class GemmChoices:
         if bucketed is None:
             return CublasConfig()
         chosen = self._chosen.get(_key(bucketed))
-        return heuristic(shape) if chosen is None else chosen
+        return self.candidates(shape)[0] if chosen is None else chosen
+
+    def candidates(self, shape: GemmShape) -> list[LinearConfig]:
+        """Return what is worth measuring for a shape, the likeliest first; one stands for no choice."""
+        return candidates(shape, self._max_shared)
 
     def missing(self, shapes: Iterable[GemmShape]) -> list[GemmShape]:
         """Return the shapes that are not measured and have more than one candidate, bucketed, each once."""
         bucketed = {_key(shape): shape for shape in map(_bucketed, shapes) if shape is not None}
-        return [shape for key, shape in bucketed.items() if key not in self._chosen and len(candidates(shape)) > 1]
+        return [shape for key, shape in bucketed.items() if key not in self._chosen and len(self.candidates(shape)) > 1]
 
     def measure(self, shapes: Iterable[GemmShape], budget_s: float, time_us: TimeUs) -> int:
         """Measure the shapes that are not known yet until `budget_s` is spent; return how many are left.
@@ -128,7 +142,7 @@ class GemmChoices:
         """Return the microseconds with each candidate, None if the deadline came first; the choice stays open."""
         times: dict[LinearConfig, float] = {}
         try:
-            for config in candidates(shape):
+            for config in self.candidates(shape):
                 if self._clock() >= deadline:
                     return None
                 self._chosen[_key(shape)] = config
@@ -144,16 +158,11 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
     if kernels.pdl:
         name += "-pdl"
     file = cache_dir() / f"gemm-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-    return GemmChoices(file)
+    return GemmChoices(file, max_shared_bytes(device))
 
 
-def heuristic(shape: GemmShape) -> LinearConfig:
-    """Return a sensible configuration without measuring."""
-    return candidates(shape)[0]
-
-
-def candidates(shape: GemmShape) -> list[LinearConfig]:
-    """Return what is worth measuring for a shape's bucket, the likeliest first."""
+def candidates(shape: GemmShape, max_shared: int) -> list[LinearConfig]:
+    """Return what was fast for a shape's bucket and needs at most `max_shared` bytes, the likeliest first."""
     bucketed = _bucketed(shape)
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
@@ -164,7 +173,7 @@ def candidates(shape: GemmShape) -> list[LinearConfig]:
             configs += [CublasConfig(index, bucketed.num_rows) for index in range(int(name.removeprefix("cublas:")))]
         else:
             configs.append(parse_config(name))
-    return configs
+    return [config for config in configs if shared_bytes(shape, config) <= max_shared]
 
 
 def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:

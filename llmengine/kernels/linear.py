@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -119,11 +119,25 @@ class GemmShape:
 Choose = Callable[[GemmShape], LinearConfig]
 
 
-def fixed_config(shape: GemmShape) -> SkinnyConfig:
-    """Return a configuration that adds every row up in the same order, whatever the number of rows and the device."""
+def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
+    """Return the shared memory that a program needs for the loads in flight."""
+    if isinstance(config, CublasConfig):
+        return 0
+    num_weights = 2 if shape.operation == "norm_linear_silu" else 1
+    turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
+    return (config.num_stages - 1) * turn
+
+
+def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig:
+    """Return a configuration that adds every row up in the same order, whatever the number of rows and the device.
+
+    Args:
+        max_shared: see `limits.max_shared_bytes`; less of it leaves fewer loads in flight, in the same order.
+    """
     if shape.dtype == torch.float32:
         return SkinnyConfig(32, 32, 32, num_warps=4, num_stages=3, fuse_norm=False, any_rows=True)
-    return SkinnyConfig(64, 64, 128, num_warps=4, num_stages=4, fuse_norm=False, any_rows=True)
+    config = SkinnyConfig(64, 64, 128, num_warps=4, num_stages=4, fuse_norm=False, any_rows=True)
+    return config if shared_bytes(shape, config) <= max_shared else replace(config, num_stages=3)
 
 
 class LinearKernels:

@@ -25,6 +25,7 @@ from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.batch import TokenLogprobs
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, query_block_size
+from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import GemmShape, LinearKernels, fixed_config, linear_reference
 from llmengine.models.source import open_model
 
@@ -84,7 +85,8 @@ def test_products_of_any_number_of_rows_are_those_of_each_row(device: str, opera
     norm_weight = torch.rand(k, device=device).to(dtype)
 
     def product(part: slice) -> torch.Tensor:
-        config = fixed_config(GemmShape(operation, part.stop - part.start, n, k, dtype, dtype))
+        shape = GemmShape(operation, part.stop - part.start, n, k, dtype, dtype)
+        config = fixed_config(shape, max_shared_bytes(torch.device(device)))
         if operation == "linear_add":
             out = residual[part].clone()
             kernels.linear_add(x[part], weight, None, out, config)

@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates, heuristic
-from llmengine.kernels.linear import CublasConfig, GemmShape, LinearConfig, Operation, SkinnyConfig, parse_config
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates
+from llmengine.kernels.linear import (
+    CublasConfig,
+    GemmShape,
+    LinearConfig,
+    Operation,
+    SkinnyConfig,
+    fixed_config,
+    parse_config,
+    shared_bytes,
+)
 
 OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
 SHAPE = GemmShape("norm_linear", 8, 960, 576, torch.bfloat16, torch.bfloat16)
 OTHER = replace(SHAPE, n=32000)
 FASTEST = CublasConfig(1, 16)
+MAX_SHARED = 227 << 10
+"""Of a program on an H100, in bytes; 99 KiB on a GPU of compute capability 8.6 or 8.9."""
 
 
 class FakeTimer:
@@ -27,7 +38,7 @@ class FakeTimer:
     def __init__(self, file: Path, fastest: LinearConfig = FASTEST) -> None:
         self.now = 0.0
         self.num_calls = 0
-        self.choices = GemmChoices(file, clock=lambda: self.now)
+        self.choices = GemmChoices(file, MAX_SHARED, clock=lambda: self.now)
         self._fastest = fastest
 
     def measure(self, shapes: Sequence[GemmShape], budget_s: float = 60.0) -> int:
@@ -45,11 +56,11 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "gemm.json"
 
 
-@pytest.mark.parametrize("fastest", candidates(SHAPE), ids=str)
+@pytest.mark.parametrize("fastest", candidates(SHAPE, MAX_SHARED), ids=str)
 def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: LinearConfig) -> None:
     timer = FakeTimer(file, fastest)
     assert timer.measure([replace(SHAPE, num_rows=5), SHAPE]) == 0
-    assert timer.num_calls == len(candidates(SHAPE))
+    assert timer.num_calls == len(candidates(SHAPE, MAX_SHARED))
     again = FakeTimer(file)
     assert again.measure([SHAPE]) == 0
     assert again.num_calls == 0
@@ -58,10 +69,10 @@ def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: Line
 
 def test_the_budget_ends_measuring_between_configurations(file: Path) -> None:
     timer = FakeTimer(file)
-    assert timer.measure([SHAPE, OTHER], budget_s=len(candidates(SHAPE)) + 1.5) == 1
-    assert timer.now == len(candidates(SHAPE)) + 2
+    assert timer.measure([SHAPE, OTHER], budget_s=len(candidates(SHAPE, MAX_SHARED)) + 1.5) == 1
+    assert timer.now == len(candidates(SHAPE, MAX_SHARED)) + 2
     assert timer.choices.choose(SHAPE) == FASTEST
-    assert timer.choices.choose(OTHER) == heuristic(OTHER)
+    assert timer.choices.choose(OTHER) == candidates(OTHER, MAX_SHARED)[0]
     assert timer.measure([SHAPE, OTHER]) == 0
     assert timer.choices.choose(OTHER) == FASTEST
 
@@ -71,7 +82,7 @@ def test_a_budget_that_is_spent_already_leaves_the_heuristics(file: Path, budget
     timer = FakeTimer(file)
     assert timer.measure([SHAPE], budget_s) == 1
     assert timer.num_calls == 0
-    assert timer.choices.choose(SHAPE) == heuristic(SHAPE)
+    assert timer.choices.choose(SHAPE) == candidates(SHAPE, MAX_SHARED)[0]
 
 
 def test_processes_keep_what_the_other_measured(file: Path) -> None:
@@ -100,7 +111,7 @@ def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplo
     file.write_bytes(content.encode("latin-1"))
     timer = FakeTimer(file)
     assert str(file) in caplog.text
-    assert timer.choices.choose(SHAPE) == heuristic(SHAPE)
+    assert timer.choices.choose(SHAPE) == candidates(SHAPE, MAX_SHARED)[0]
     timer.measure([SHAPE])
     assert FakeTimer(file).choices.choose(SHAPE) == FASTEST
 
@@ -108,7 +119,7 @@ def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplo
 def test_measurements_of_other_kernels_are_not_used(file: Path) -> None:
     file.parent.mkdir()
     file.write_text('{"version": 1, "choices": {}}')
-    assert FakeTimer(file).choices.choose(SHAPE) == heuristic(SHAPE)
+    assert FakeTimer(file).choices.choose(SHAPE) == candidates(SHAPE, MAX_SHARED)[0]
 
 
 def test_a_file_that_cannot_be_written_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +154,7 @@ def test_a_single_candidate_is_not_measured(file: Path) -> None:
 def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
     for rows in ROW_BUCKETS:
         shape = GemmShape(operation, rows, n, k, torch.bfloat16, torch.bfloat16)
-        configs = candidates(shape)
+        configs = candidates(shape, MAX_SHARED)
         assert CublasConfig(0, rows) in configs
         assert len(set(configs)) == len(configs)
         for config in configs:
@@ -151,6 +162,17 @@ def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
             if isinstance(config, SkinnyConfig):
                 assert config.block_m >= rows
                 assert config.split_k == 1 or operation == "linear_add"
+
+
+@pytest.mark.parametrize("max_shared", [MAX_SHARED, 99 << 10])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_chosen_without_measuring_fits_into_a_program(operation: Operation, max_shared: int) -> None:
+    for rows in ROW_BUCKETS:
+        shape = GemmShape(operation, rows, 14336, 4096, torch.bfloat16, torch.bfloat16)
+        for config in (*candidates(shape, max_shared), fixed_config(shape, max_shared)):
+            assert shared_bytes(shape, config) <= max_shared
+    # It is the loads in flight that are fewer, not the order of sums.
+    assert replace(fixed_config(shape, max_shared), num_stages=4) == fixed_config(shape, MAX_SHARED)
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,10 @@ LIMITS = SchedulerConfig(max_batch_size=4, max_tokens_per_step=16, max_tokens_pe
 def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for every shape of one row."""
 
-    def of(shape: GemmShape) -> list[LinearConfig]:
+    def of(shape: GemmShape, _: int) -> list[LinearConfig]:
         return [CublasConfig(0, shape.num_rows), SKINNY] if shape.num_rows == 1 else [CublasConfig()]
 
     monkeypatch.setattr("llmengine.kernels.gemm_choice.candidates", of)
-    monkeypatch.setattr(cuda_segments, "candidates", of)
 
 
 def make_segments(directory: Path, device: str, choices: GemmChoices, monkeypatch: pytest.MonkeyPatch) -> FusedSegments:
@@ -50,7 +49,7 @@ def make_segments(directory: Path, device: str, choices: GemmChoices, monkeypatc
 def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices = GemmChoices(tmp_path / "choices.json")
+    choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
     segments = make_segments(tmp_path, device, choices, monkeypatch)
     used: list[set[LinearConfig]] = []
     kernels = segments._kernels
@@ -81,7 +80,7 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
 
 @pytest.mark.usefixtures("candidates")
 def test_without_time_nothing_is_timed(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = GemmChoices(tmp_path / "choices.json")
+    choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
     segments = make_segments(tmp_path, device, choices, monkeypatch)
     monkeypatch.setattr(cuda_segments, "time_graph", lambda functions: pytest.fail("there is no time"))
     segments.tune(0.0)

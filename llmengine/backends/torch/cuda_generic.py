@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
-from llmengine.kernels.linear import BoundLinear, CublasConfig, GemmShape, LinearKernels, LinearOps, fixed_config
+from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.linear import (
+    BoundLinear,
+    CublasConfig,
+    GemmShape,
+    LinearKernels,
+    LinearOps,
+    fixed_config,
+)
 from llmengine.kernels.norm import rms_norm
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
@@ -33,8 +42,9 @@ def generic_segments(context: SegmentsContext) -> MadeSegments:
     """Return segments of any architecture. They allocate their results, which a graph capture keeps in its pool."""
     arch, tensors = context.arch, context.tensors
     # Without programmatic launch, since the torch functions between do not know of it.
-    choose = fixed_config if context.config.deterministic else _cublas
-    ops = LinearOps(LinearKernels(context.logits.device), choose)
+    device = context.logits.device
+    choose = partial(fixed_config, max_shared=max_shared_bytes(device)) if context.config.deterministic else _cublas
+    ops = LinearOps(LinearKernels(device), choose)
 
     def norm(name: str) -> Norm | None:
         weight = tensors.get(f"{name}.weight")

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from llmengine.config import ModelConfig, SchedulerConfig
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, candidates, cuda_choices
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
+from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import (
     BoundLinear,
     CublasConfig,
@@ -139,7 +140,7 @@ class FusedSegments:
         self._logit_scale, self._logit_soft_cap = arch.logit_scale, arch.logit_soft_cap
         self._kernels = LinearKernels(self._device, pdl=pdl)
         self._choices = None if deterministic else _choices_of(self._kernels, self._device)
-        untuned = fixed_config if deterministic else _plain
+        untuned = partial(fixed_config, max_shared=max_shared_bytes(self._device)) if deterministic else _plain
         self._choose = untuned if self._choices is None else self._choices.choose
         ops = LinearOps(self._kernels, self._choose)
         self._layers = [
@@ -179,7 +180,7 @@ class FusedSegments:
             if self._choices is None or time.monotonic() >= deadline:
                 return
             shapes = self._choices.missing(self._shapes(rows))
-            self._compile_candidates(shapes, deadline)
+            self._compile_candidates(self._choices, shapes, deadline)
             if self._choices.measure(shapes, deadline - time.monotonic(), self._time_us):
                 return
 
@@ -194,7 +195,7 @@ class FusedSegments:
             shapes.append(GemmShape("norm_linear", num_rows, vocab, hidden, self._dtype, torch.float32))
         return shapes
 
-    def _compile_candidates(self, shapes: Sequence[GemmShape], deadline: float) -> None:
+    def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
         """Compile what will be timed, on threads; what is not begun at the deadline is left."""
 
         def compile_in_time(shape: GemmShape, config: SkinnyConfig) -> None:
@@ -205,7 +206,7 @@ class FusedSegments:
             jobs = [
                 threads.submit(compile_in_time, shape, config)
                 for shape in shapes
-                for config in candidates(shape)
+                for config in choices.candidates(shape)
                 if isinstance(config, SkinnyConfig)
             ]
         for job in jobs:

@@ -1,0 +1,17 @@
+"""What a program of a kernel can have on a device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+
+@functools.cache
+def max_shared_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have; those of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
