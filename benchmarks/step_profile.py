@@ -45,6 +45,8 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    with profile(activities=[ProfilerActivity.CUDA]):
+        pass  # the first one takes long to begin, and tokens would be generated meanwhile
     params = SamplingParams(max_new_tokens=_CONTEXT - arguments.prompt_tokens, ignore_eos=True)
     prompts = [[2 + stream % 500] * arguments.prompt_tokens for stream in range(arguments.streams)]
     handles = [llm.generate_async(prompt, params, streaming=True) for prompt in prompts]
@@ -55,6 +57,8 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
         before, began = llm.stats().counters.num_steps, time.perf_counter()
         await anyio.sleep(arguments.seconds)
         num_steps, seconds = llm.stats().counters.num_steps - before, time.perf_counter() - began
+    if any(handle.done for handle in handles) or num_steps == 0:
+        raise SystemExit(f"requests ended before {arguments.seconds} s were over: use fewer --seconds")
     for handle in handles:
         handle.abort()
     device = torch.autograd.DeviceType.CUDA

@@ -446,7 +446,8 @@ def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
     kinds = set(map(type, token_ids))
     for kind in kinds:
         if not _is_integer_type(kind):
-            raise InvalidRequestError(f"the prompt holds a {kind.__name__}; token ids are integers")
+            message = f"the prompt holds a {kind.__name__}; one prompt is text or a list of integer token ids"
+            raise InvalidRequestError(message)
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
