@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from benchmarks.report import format_table
+from benchmarks.report import format_table, positive_integers
 from llmengine import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from llmengine.batch import Backend, BackendInfo, Batch, StepResult
 
@@ -241,7 +241,7 @@ def table(figures: dict[int, dict[str, float]]) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.host", description="Host cost of a step, without a model.")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 8, 64, 256], metavar="N,N,...")
+    parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64, 256], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
@@ -251,10 +251,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--switch-ms", type=float, metavar="MS", help="sys.setswitchinterval; default: Python's")
     parser.add_argument("--profile", action="store_true", help="print where each thread's CPU time goes")
     return parser.parse_args(argv)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

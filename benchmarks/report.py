@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def positive_integers(text: str) -> list[int]:
+    """Return [1, 8] for the argument "1,8"; anything else but integers >= 1 is a usage error."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ArgumentTypeError(f"{text!r} is no list of integers >= 1 such as 1,8,64")
+    return [int(part) for part in parts]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

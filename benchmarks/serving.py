@@ -32,6 +32,7 @@ from benchmarks.report import (
     median_of_runs,
     new_plot,
     percentile,
+    positive_integers,
     save_plot,
 )
 from benchmarks.shapes import SHAPES, write_shape
@@ -247,7 +248,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, help="a real model")
     model.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 8, 64], metavar="N,N,...")
+    parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--requests", type=int, metavar="N", help="in each run; default: one a consumer")
@@ -267,13 +268,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
-
-
-def _integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text} holds a number below 1")
-    return values
 
 
 def main(argv: Sequence[str] | None = None) -> None:

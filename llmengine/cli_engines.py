@@ -37,8 +37,8 @@ def add_engine_commands(commands: Any) -> None:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: the checkpoint's"
     )
     build.add_argument("--weights", choices=("inputs", "constants", "fastest"), help=_WEIGHTS_HELP)
-    build.add_argument("--max-batch-size", type=_positive, default=BY_DEVICE, metavar="N", help="requests in a step")
-    build.add_argument("--max-tokens-per-step", type=_positive, default=BY_DEVICE, metavar="N")
+    build.add_argument("--max-batch-size", type=positive_int, default=BY_DEVICE, metavar="N", help="requests in a step")
+    build.add_argument("--max-tokens-per-step", type=positive_int, default=BY_DEVICE, metavar="N")
     build.add_argument("--dummy", action="store_true", help="random weights, from the directory's config.json alone")
     build.set_defaults(run=_build)
 
@@ -53,11 +53,11 @@ def add_engine_commands(commands: Any) -> None:
     verify.set_defaults(run=_verify)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def positive_int(text: str) -> int:
+    """Return the number that an argument stands for; a usage error if it is not an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return int(text)
 
 
 def _capabilities(text: str) -> tuple[int, ...]:

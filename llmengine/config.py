@@ -210,6 +210,8 @@ class SchedulerConfig(_Settings):
         batch_size, step, mixed = (
             _LIMITS[name][accelerator] if getattr(self, name) == BY_DEVICE else getattr(self, name) for name in _LIMITS
         )
+        for name, value in zip(_LIMITS, (batch_size, step, mixed), strict=True):
+            _require_int(f"scheduler_config.{name}", value, 1)
         if self.max_tokens_per_step == BY_DEVICE:
             step = max(step, batch_size)
         if self.max_tokens_per_mixed_step == BY_DEVICE:
@@ -226,7 +228,7 @@ class SchedulerConfig(_Settings):
         )
 
     def _check(self) -> None:
-        for name in (*_LIMITS, "max_queued_requests", "max_queued_tokens", "max_preemptions", "max_unread_tokens"):
+        for name in ("max_queued_requests", "max_queued_tokens", "max_preemptions", "max_unread_tokens"):
             _require_int(f"scheduler_config.{name}", getattr(self, name), 1)
         for name in ("step_timeout_s", "max_decode_latency_ms"):
             if getattr(self, name) is not None:

@@ -111,7 +111,7 @@ class GenerationOutput:
         self._begin = begin
         self._end = end
         self._num_preemptions = log.num_preemptions
-        self.finish_reason = finish_reason
+        self.finish_reason: FinishReason | None = finish_reason
         """Why the request ended; None while it runs."""
 
     @property

@@ -326,7 +326,10 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
 
 def _read_with_transformers(directory: Path) -> LoadedTokenizer:
     if not any(directory.glob("*token*")) and not any(directory.glob("vocab*")) and not any(directory.glob("*.model")):
-        raise ModelLoadError(f"{directory}: has no tokenizer.json nor any other tokenizer file")
+        raise ModelLoadError(
+            f"{directory}: has no tokenizer.json nor any other tokenizer file; "
+            "LLM(..., tokenizer=...) takes another one, LLM(..., enable_tokenizer=False) works on token ids"
+        )
     from transformers import AutoTokenizer
 
     try:

@@ -74,6 +74,13 @@ def test_bad_arguments_are_usage_errors(argv: list[str], capsys: pytest.CaptureF
     assert "usage: llmengine" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "many", "1.5"])
+def test_a_bad_number_is_named(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", f"--prompts={number}"])
+    assert f"argument --prompts: {number!r} is not an integer >= 1" in capsys.readouterr().err
+
+
 def test_a_parameter_out_of_range_is_one_line_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "no-such-model", "Hello", "--top-p", "1.5"]) == 2
     printed = capsys.readouterr()

@@ -115,6 +115,8 @@ def test_text_needs_a_tokenizer() -> None:
     with make_llm(tokenizer=None) as llm:
         with pytest.raises(InvalidRequestError, match="no tokenizer"):
             bounded(lambda: llm.generate("ab", tokens(2)))
+        with pytest.raises(InvalidRequestError, match="a chat needs a tokenizer"):
+            bounded(lambda: llm.chat([{"role": "user", "content": "ab"}], tokens(2)))
         with pytest.raises(InvalidRequestError, match="needs a tokenizer"):
             llm.generate_async([1], tokens(2, stop=("a",)))
         assert_idle(llm)

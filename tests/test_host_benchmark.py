@@ -36,6 +36,13 @@ def test_figures_of_one_run(busy_s: float) -> None:
     assert 0 < figures["outputs_per_token"] <= 1
 
 
+@pytest.mark.parametrize("text", ["0", "1,", "1,-8", "many"])
+def test_a_bad_concurrency_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        host.main([f"--concurrency={text}"])
+    assert f"{text!r} is no list of integers >= 1" in capsys.readouterr().err
+
+
 def test_prints_a_row_for_each_concurrency_and_profiles_both_threads(capsys: pytest.CaptureFixture[str]) -> None:
     interval = sys.getswitchinterval()
     try:

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(DATA, DATA),
     "chat_template": DATA,
     "tokenizer": {*DATA, "chat_template"},
-    "tokenizer_gguf": {*DATA, "tokenizer", "chat_template", "models"},
+    "tokenizer_gguf": DATA,
     "tokenizer_sentencepiece": DATA,
     "tokenizer_loading": {
         *DATA,
@@ -32,15 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "testing": DATA,
     "user_cache": set(),
     "kernels": {"user_cache"},
-    "quantization": {*DATA, "kernels"},
-    "models": {*DATA, "kernels", "quantization", "tokenizer"},
-    "backends": {*DATA, "models", "kernels", "quantization", "user_cache"},
+    "models": DATA,
+    "backends": {*DATA, "models", "kernels", "user_cache"},
     "saved_engines": {*DATA, "backends", "models", "tokenizer_loading"},
     "beam_search": {*DATA, "engine"},
     "llm": {*DATA, "tokenizer", "tokenizer_loading", "engine", "backends", "models", "beam_search"},
-    "server": {*DATA, "__init__", "llm"},
-    "demo": {*DATA, "__init__", "llm", "tokenizer", "testing"},
-    "cli": {*DATA, "__init__", "llm", "demo", "server", "testing", "tokenizer", "cli_engines"},
+    "demo": {*DATA, "__init__", "llm", "tokenizer"},
+    "cli": {*DATA, "__init__", "llm", "demo", "cli_engines"},
     "cli_engines": {*DATA, "__init__", "models", "saved_engines"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search"},
@@ -112,7 +110,7 @@ def test_only_llm_wires_engine_and_backends() -> None:
 
 
 def test_heavy_libraries_are_below_llm_only() -> None:
-    allowed = {"models", "backends", "kernels", "quantization", "tokenizer_gguf", "tokenizer_loading", "demo", "cli"}
+    allowed = {"models", "backends", "kernels", "tokenizer_gguf", "tokenizer_loading", "demo", "cli"}
     heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers"}
     for layer, path in sources():
         assert layer in allowed or not third_party(path) & heavy, path

@@ -321,6 +321,8 @@ class Intake:
             return Encoded(prompt, self._in_vocabulary(self.tokenizer.encode(prompt)))
 
     def _encode_chat(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> Encoded:
+        if self.tokenizer is None:
+            raise InvalidRequestError("a chat needs a tokenizer, and there is none; pass token ids to generate_async()")
         if not isinstance(self.tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         with _tokenizer_faults():
