@@ -83,8 +83,8 @@ def fitting(component: str, device: torch.device, advice: str) -> Iterator[None]
         yield
     except OutOfResources as failure:
         raise ConfigError(
-            f"{device} is too small for a CUDA kernel, which needs {failure.required} of {failure.name}, of which there "
-            f"are {failure.limit}; use device='cpu'"
+            f"{device} is too small for a CUDA kernel, which needs {failure.required} of {failure.name}, of which "
+            f"there are {failure.limit}; use device='cpu'"
         ) from failure
     except torch.OutOfMemoryError as failure:
         free, total = torch.cuda.mem_get_info(device)
