@@ -15,10 +15,13 @@ OpenLLM = Callable[[random.Random | None], LLM]
 
 
 def params_of(index: int) -> SamplingParams:
-    """Half of the prompts are sampled, with a seed of their own; every third is scored."""
-    drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": index} if index % 2 else {}
+    """Half of the prompts are sampled, with their own seed; every third is scored; half have their logits edited."""
+    changes: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": index} if index % 2 else {}
+    if index % 4 > 1:
+        changes |= {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {30: 2.0, 31: -5.0}}
+        changes |= {"bad_words": [(40,), (5, 12)], "min_new_tokens": 6, "stop_token_ids": (50, 51, 52)}
     scored = 2 if index % 3 == 0 else None
-    return SamplingParams(max_new_tokens=8 + 2 * index, ignore_eos=True, logprobs=3, prompt_logprobs=scored, **drawn)
+    return SamplingParams(max_new_tokens=8 + 2 * index, ignore_eos=True, logprobs=3, prompt_logprobs=scored, **changes)
 
 
 def run(
