@@ -11,6 +11,7 @@ from backend_helpers import BackendDriver, save_tiny
 from cuda_helpers import load_cuda
 
 from llmengine.backends.torch import cuda_graphs
+from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.backends.torch.cuda_graphs import GraphCache
 from llmengine.backends.torch.cuda_stream import HostStream
 from llmengine.sampling_params import SamplingParams
@@ -63,6 +64,25 @@ def test_what_cannot_be_captured_runs_eagerly_from_then_on(caplog: pytest.LogCap
     assert stream.log == ["eager", "eager", "capture", *["eager"] * 4]
     assert not graphs.may_capture_ahead
     assert "runs eagerly from now on" in caplog.text
+
+
+def test_preparing_ends_on_a_full_device(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    backend = load_cuda(tmp_path, device)
+    driver = BackendDriver(backend)
+    driver.step((driver.add(0, [5, 6, 7]), 3))
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as full:
+        full.setattr(CudaBackend, "_step", run_out)
+        assert backend.prepare()
+        assert not backend.prepare()
+    assert caplog.text.count("no memory to capture") == 1
+    backend.close()
 
 
 @pytest.mark.parametrize(("budget_s", "may_go_on"), [(60.0, True), (1e-9, False)])

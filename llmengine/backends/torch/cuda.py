@@ -218,8 +218,9 @@ class CudaBackend:
             try:
                 self._graphs.capture(bucket, partial(self._step, bucket))
             except torch.OutOfMemoryError as failure:
-                _logger.warning("no more steps are captured ahead: %s", failure)
-                return False
+                _logger.warning(
+                    "steps that are new run eagerly from now on: no memory to capture %s: %s", bucket, failure
+                )
         self._stream.synchronize()  # the next step is written where this one was
         return True
 

@@ -71,8 +71,15 @@ class GraphCache(Generic[KeyT]):
         self._seen[key] = None
 
     def capture(self, key: KeyT, function: Callable[[], None]) -> None:
-        """Capture the function after it has run once, which loads what it needs."""
-        function()
+        """Capture the function after it has run once, which loads what it needs.
+
+        If the device is too full for that, `torch.OutOfMemoryError` is raised, and nothing is captured from then on.
+        """
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            self._may_capture = False
+            raise
         self._capture(key, function)
 
     def drop(self, stale: Callable[[KeyT], bool]) -> None:
