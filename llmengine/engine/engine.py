@@ -7,17 +7,12 @@ two steps, so scheduler state needs no locks.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import copy
-import heapq
 import importlib.util
 import logging
-import os
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,12 +24,14 @@ import anyio
 from llmengine.batch import Backend, BackendInfo, PreparingBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
+from llmengine.engine.commands import CommandQueue
+from llmengine.engine.deadlines import Deadlines
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
-from llmengine.engine.stream import Stream, Waiter, check_process, publish, wake
+from llmengine.engine.stream import Stream, Waiter, publish, wake
 from llmengine.engine.watchdog import Watchdog
 from llmengine.errors import EngineClosedError, EngineDeadError, EngineError, LLMEngineError, RequestError
 from llmengine.outputs import FinishReason
@@ -45,14 +42,6 @@ T = TypeVar("T")
 
 _QUIET_S = 0.1
 """An engine that had nothing to do for so long uses the time for what makes later steps start faster."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """Something for the engine thread to do, and what to do instead when the thread has ended."""
-
-    run: Callable[[], None]
-    refuse: Callable[[EngineError], None]
 
 
 @dataclass(slots=True)
@@ -83,9 +72,7 @@ class Engine:
         self.scheduler_config = scheduler_config
         self._kv_cache_config = kv_cache_config
         self._ready: Future[BackendInfo] = Future()
-        self._commands: deque[_Command] = deque()
-        self._wake_up: Callable[[], object] | None = None
-        self._pid = os.getpid()
+        self._commands = CommandQueue(self._refusal)
         self._ended = False
         self._end_lock = threading.Lock()
         self._over = threading.Event()
@@ -95,7 +82,7 @@ class Engine:
         self._stop_at: float | None = None
         self._requests: dict[int, Request] = {}
         self._outside: dict[int, _Outside] = {}
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines = Deadlines()
         self._counters = EngineCounters()
         self._last_step_s = 0.0
         self._last_step_at = time.monotonic()
@@ -119,7 +106,7 @@ class Engine:
         """
         if self.state in ("closed", "dead"):
             raise self._refusal()
-        self._send(partial(self._add, request), partial(_refuse_request, request))
+        self._commands.send(partial(self._add, request), partial(_refuse_request, request))
 
     def apply(
         self,
@@ -138,7 +125,7 @@ class Engine:
         def refuse(failure: EngineError) -> None:
             wake(stream.fail(failure))
 
-        self._send(partial(self._apply, _Outside(stream, begin), tenant, priority, deadline), refuse)
+        self._commands.send(partial(self._apply, _Outside(stream, begin), tenant, priority, deadline), refuse)
 
     def abort(self, stream: Stream, keep_prefix: bool = True) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
@@ -146,29 +133,29 @@ class Engine:
             stream.abort_requested = True
             # The first of a family last, since the others share its blocks.
             request_ids = [member.log.request_id for member in reversed(stream.members)]
-            self._send(partial(self._abort, request_ids, keep_prefix), _ignore)
+            self._commands.send(partial(self._abort, request_ids, keep_prefix), _ignore)
 
     def nudge(self) -> None:
         """Have the engine look again at whether it has anything to wait for. Never blocks."""
-        self._send(_nothing, _ignore)
+        self._commands.send(_nothing, _ignore)
 
     def call(self, function: Callable[[Backend], T]) -> Future[T]:
         """Run a function on the engine thread between two steps; raises like `submit()`."""
         self.check_open()
         future: Future[T] = Future()
-        self._send(partial(self._call, function, future), future.set_exception)
+        self._commands.send(partial(self._call, function, future), future.set_exception)
         return future
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks."""
         if self.state in ("loading", "ready"):
             self.state = "draining"
-        self._send(partial(self._set_stop_at, time.monotonic() + drain_s), _ignore)
+        self._commands.send(partial(self._set_stop_at, time.monotonic() + drain_s), _ignore)
 
     @property
     def is_forked(self) -> bool:
         """True in a process that was forked from the engine's: there is no engine thread here."""
-        return os.getpid() != self._pid
+        return self._commands.is_forked
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Block until the thread has ended and the backend is closed; False when `timeout_s` passed first.
@@ -183,7 +170,7 @@ class Engine:
 
     def check_open(self) -> None:
         """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless new work is accepted."""
-        check_process(self._pid)
+        self._commands.check_process()
         if self.state not in ("loading", "ready"):
             raise self._refusal()
 
@@ -214,7 +201,7 @@ class Engine:
         """Return the state, and what killed a dead engine."""
         state, failure = self.state, None if self.failure is None else repr(self.failure)
         try:
-            check_process(self._pid)
+            self._commands.check_process()
         except EngineClosedError as error:
             state, failure = "dead", repr(error)
         return EngineHealth(state, self._description, failure, time.monotonic() - self._last_step_at)
@@ -225,28 +212,6 @@ class Engine:
         error = EngineDeadError(f"the engine stopped for a fault: {self.failure!r}")
         error.__cause__ = self.failure
         return error
-
-    def _send(self, run: Callable[[], None], refuse: Callable[[EngineError], None]) -> None:
-        """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
-        try:
-            check_process(self._pid)
-        except EngineClosedError as error:
-            refuse(error)
-            return
-        self._commands.append(_Command(run, refuse))
-        if (wake_up := self._wake_up) is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
-                wake_up()
-        if self._ended:  # the thread may have emptied the deque before the append
-            self._refuse_commands()
-
-    def _refuse_commands(self) -> None:
-        while self._commands:
-            try:
-                command = self._commands.popleft()
-            except IndexError:
-                return
-            command.refuse(self._refusal())
 
     # Everything below runs on the engine thread.
 
@@ -282,7 +247,7 @@ class Engine:
                 wake(outside.stream.fail(self._refusal()))
             self._outside.clear()
             self._ended = True
-        self._refuse_commands()
+        self._commands.close()
 
     def _give_up(self) -> None:
         """End without the engine thread, which hangs in the backend. On the watchdog's thread."""
@@ -336,7 +301,7 @@ class Engine:
     async def _step_until_stopped(self) -> None:
         scheduler = self._scheduler
         while True:
-            self._run_commands()
+            self._commands.run_all()
             self._expire_requests()
             # A ticket without a request is a prompt that is being tokenized.
             if self._stop_at is not None and (
@@ -367,7 +332,7 @@ class Engine:
             spare_s = self._run_ahead.spare_s(time.monotonic())
             if spare_s > 0:
                 time.sleep(spare_s)
-                self._run_commands()
+                self._commands.run_all()
             batch = scheduler.schedule()
             if batch is None:
                 break
@@ -402,24 +367,11 @@ class Engine:
 
     async def _sleep(self) -> None:
         """Wait for a command, the next deadline, or the end of draining; prepare the backend when that takes long."""
-        event = anyio.Event()
-        self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
-        if not self._commands:  # one that came before `_wake_up` was set did not wake us
-            moments = [moment for moment, _ in self._deadlines[:1]]
-            if self._stop_at is not None:
-                moments.append(self._stop_at)
-            if self._may_prepare:
-                moments.append(self._last_step_at + _QUIET_S)
-            with anyio.move_on_after(min(moments) - time.monotonic() if moments else None):
-                await event.wait()
-        self._wake_up = None
-        is_quiet = not self._commands and time.monotonic() >= self._last_step_at + _QUIET_S
-        if is_quiet and self._may_prepare:
+        quiet_at = self._last_step_at + _QUIET_S if self._may_prepare else None
+        moments = (self._deadlines.next, self._stop_at, quiet_at)
+        await self._commands.wait(min((moment for moment in moments if moment is not None), default=None))
+        if not self._commands and quiet_at is not None and time.monotonic() >= quiet_at:
             self._may_prepare = self._call_backend(cast(PreparingBackend, self._backend).prepare)
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft().run()
 
     def _add(self, request: Request) -> None:
         self._requests.update({relative.request_id: relative for relative in request.relatives})
@@ -430,7 +382,7 @@ class Engine:
                 continue
             for deadline in (relative.deadline, relative.first_token_deadline):
                 if deadline is not None:
-                    heapq.heappush(self._deadlines, (deadline, relative.request_id))
+                    self._deadlines.add(deadline, relative.request_id)
 
     def _abort(self, request_ids: Iterable[int], keep_prefix: bool) -> None:
         for request_id in request_ids:
@@ -450,11 +402,11 @@ class Engine:
             return
         outside.applicant = self.admission.apply(partial(self._granted, request_id), tenant, priority)
         if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, request_id))
+            self._deadlines.add(deadline, request_id)
 
     def _granted(self, request_id: int, ticket: AdmissionTicket) -> None:
         """Go on with a request that there is room for. On whichever thread made the room."""
-        self._send(partial(self._begin, request_id, ticket), lambda _: ticket.release())
+        self._commands.send(partial(self._begin, request_id, ticket), lambda _: ticket.release())
 
     def _begin(self, request_id: int, ticket: AdmissionTicket) -> None:
         if (outside := self._outside.pop(request_id, None)) is None:
@@ -488,8 +440,7 @@ class Engine:
 
     def _expire_requests(self) -> None:
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request_id = heapq.heappop(self._deadlines)[1]
+        for request_id in self._deadlines.passed(now):
             request = self._requests.get(request_id)
             if request_id in self._outside:
                 self._finish_outside(request_id, "timeout")
@@ -498,11 +449,7 @@ class Engine:
             ):
                 self._finish(request, "timeout")
         num_alive = len(self._requests) + len(self._outside)
-        if len(self._deadlines) > 4 * num_alive + 64:
-            self._deadlines = [
-                entry for entry in self._deadlines if entry[1] in self._requests or entry[1] in self._outside
-            ]
-            heapq.heapify(self._deadlines)
+        self._deadlines.trim(num_alive, lambda request_id: request_id in self._requests or request_id in self._outside)
 
     def _hold_back(self, request: Request) -> None:
         """Pause or abort a request whose consumer is behind."""
@@ -515,7 +462,7 @@ class Engine:
             self._finish(request, "abort", error=error)
         elif request.status is RequestStatus.RUNNING:
             self._scheduler.pause(request)
-            stream.resume = partial(self._send, partial(self._resume, request), _ignore)
+            stream.resume = partial(self._commands.send, partial(self._resume, request), _ignore)
             self._resume(request)  # if the consumer has read before it could see that it has to ask
             # Not by letting them count as queued: callers that wait for room while they read nothing would never go on.
             if self._scheduler.num_paused > self.scheduler_config.max_queued_requests:

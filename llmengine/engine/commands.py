@@ -1,0 +1,90 @@
+"""CommandQueue: what other threads want the engine thread to do between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+
+from llmengine.engine.stream import check_process
+from llmengine.errors import EngineClosedError, EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Something for the engine thread to do, and what to do instead when the thread has ended."""
+
+    run: Callable[[], None]
+    refuse: Callable[[EngineError], None]
+
+
+class CommandQueue:
+    """Commands from any thread for the one that calls `run_all` and `wait`.
+
+    Args:
+        refusal: makes the error for commands that nobody will run.
+    """
+
+    def __init__(self, refusal: Callable[[], EngineError]) -> None:
+        self._refusal = refusal
+        self._commands: deque[_Command] = deque()
+        self._wake_up: Callable[[], object] | None = None
+        self._closed = False
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    @property
+    def is_forked(self) -> bool:
+        """True in a process that was forked from the queue's: its thread is not here."""
+        return os.getpid() != self._pid
+
+    def check_process(self) -> None:
+        """Raise `EngineClosedError` in a forked process."""
+        check_process(self._pid)
+
+    def send(self, run: Callable[[], None], refuse: Callable[[EngineError], None]) -> None:
+        """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
+        try:
+            self.check_process()
+        except EngineClosedError as error:
+            refuse(error)
+            return
+        self._commands.append(_Command(run, refuse))
+        if (wake_up := self._wake_up) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
+                wake_up()
+        if self._closed:  # the thread may have emptied the deque before the append
+            self.close()
+
+    def close(self) -> None:
+        """Refuse what is queued and what comes from now on. On any thread, and any number of times."""
+        self._closed = True
+        while self._commands:
+            try:
+                command = self._commands.popleft()
+            except IndexError:
+                return
+            command.refuse(self._refusal())
+
+    def run_all(self) -> None:
+        """Run what is queued."""
+        while self._commands:
+            self._commands.popleft().run()
+
+    async def wait(self, until: float | None) -> None:
+        """Wait for a command, or for the moment `until` (monotonic clock)."""
+        event = anyio.Event()
+        self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
+        if not self._commands:  # one that came before `_wake_up` was set did not wake us
+            with anyio.move_on_after(None if until is None else until - time.monotonic()):
+                await event.wait()
+        self._wake_up = None
