@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any
 
 
+def require_gpu() -> None:
+    """End the program with a message where torch finds no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("a GPU is needed: kernels of the CUDA backend are what is measured")
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Return the percentile by linear interpolation between the two nearest values (numpy's default); nan if empty."""
     if not 0 <= percent <= 100:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.report import append_json, format_table, machine
+from benchmarks.report import append_json, format_table, machine, require_gpu
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
 
@@ -71,8 +71,6 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile and print the table."""
-    import torch
-
     parser = argparse.ArgumentParser(
         prog="benchmarks.step_profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=14, metavar="N", help="rows of the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("a GPU is needed: kernels of the CUDA backend are what is profiled")
+    require_gpu()
     with tempfile.TemporaryDirectory() as directory:
         config = ModelConfig(
             write_shape(arguments.shape, Path(directory)),

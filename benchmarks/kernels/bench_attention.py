@@ -17,6 +17,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from benchmarks.report import require_gpu
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace, decode_attention, decode_launch
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, prefill_launch, rope_and_write
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16, help="tokens a KV block")
     parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
     args = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     for model in args.models:
         config = replace(MODELS[model], block_size=args.block_size)

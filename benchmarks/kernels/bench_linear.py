@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.report import require_gpu
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import candidates
 from llmengine.kernels.limits import max_shared_bytes
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--no-pdl", action="store_true")
     parser.add_argument("--fp16", action="store_true")
     arguments = parser.parse_args()
+    require_gpu()
     dtype = torch.float16 if arguments.fp16 else torch.bfloat16
     pdl = not arguments.no_pdl and torch.cuda.get_device_capability() >= (9, 0)
     kernels = LinearKernels("cuda", pdl)

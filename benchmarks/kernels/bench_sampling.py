@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.report import require_gpu
 from llmengine.kernels.logit_edits import EditTables, edit_logits_reference
 from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
 from llmengine.kernels.sampling_reference import distribution_reference, sample_greedy_reference
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 49152, 128256])
     arguments = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     torch_columns = ["argmax", "multinomial", "sort top_p"]
     print(f"{torch.cuda.get_device_name()}; microseconds")
