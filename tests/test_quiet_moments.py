@@ -10,17 +10,29 @@ from typing import Any
 import pytest
 from engine_helpers import WAIT_S, assert_idle, bounded, make_llm, oracle, tokens
 
-from llmengine.batch import Batch
+from llmengine.batch import Batch, StepResult
 from llmengine.errors import EngineDeadError
 from llmengine.testing import FakeBackend
 
 
 class Preparing(FakeBackend):
-    """Has `num_pieces` to prepare, and says in `calls` when it was asked and whether there was one left."""
+    """Has `num_pieces` to prepare, and says in `calls` when it was asked and whether there was one left.
 
-    def __init__(self, *, num_pieces: int, calls: queue.Queue[bool], gate: threading.Event, **options: Any) -> None:
+    With `failure`, that is raised for the first piece once the gate is open.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pieces: int,
+        calls: queue.Queue[bool],
+        gate: threading.Event,
+        failure: Exception | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self._num_pieces = num_pieces
+        self._failure = failure
         self._calls = calls
         self._gate = gate
         self._num_in_flight = 0
@@ -29,7 +41,7 @@ class Preparing(FakeBackend):
         super().launch(batch)
         self._num_in_flight += 1
 
-    def collect(self) -> Any:
+    def collect(self) -> StepResult:
         self._num_in_flight -= 1
         return super().collect()
 
@@ -39,8 +51,8 @@ class Preparing(FakeBackend):
         assert self._num_in_flight == 0
         self._calls.put(has_piece)
         assert self._gate.wait(WAIT_S)
-        if self._num_pieces == 99:
-            raise MemoryError("out of device memory")
+        if self._failure is not None:
+            raise self._failure
         return has_piece
 
 
@@ -88,11 +100,12 @@ def test_closing_does_not_wait_for_all_pieces(calls: queue.Queue[bool], gate: th
 
 def test_fault_while_preparing_ends_the_engine(calls: queue.Queue[bool], gate: threading.Event) -> None:
     gate.clear()
-    llm = make_llm(backend=Preparing, num_pieces=100, calls=calls, gate=gate)
+    failure = MemoryError("out of device memory")
+    llm = make_llm(backend=Preparing, num_pieces=1, calls=calls, gate=gate, failure=failure)
     assert asked(calls, 1) == [True]
     handle = llm.generate_async([3], tokens(5))
     gate.set()
     with pytest.raises(EngineDeadError) as caught:
         bounded(partial(handle.result, WAIT_S))
-    assert isinstance(caught.value.__cause__, MemoryError)
+    assert caught.value.__cause__ is failure
     llm.close()

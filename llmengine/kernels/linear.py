@@ -120,7 +120,10 @@ Choose = Callable[[GemmShape], LinearConfig]
 
 
 def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
-    """Return the shared memory that a program needs for the loads in flight."""
+    """Return the bytes of shared memory that a program needs for its loads in flight, as Triton's compiler takes them.
+
+    Kernels without such loads, of one row, take a few KiB besides for their sums.
+    """
     if isinstance(config, CublasConfig):
         return 0
     num_weights = 2 if shape.operation == "norm_linear_silu" else 1
