@@ -18,9 +18,8 @@ import torch
 from benchmarks.report import require_gpu
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import candidates
-from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import (
-    CublasConfig,
     GemmShape,
     LinearConfig,
     LinearKernels,
@@ -103,15 +102,17 @@ def time_us(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> f
 
 def can_run(shape: GemmShape, config: LinearConfig) -> bool:
     """Return whether the configuration takes the shape's rows and operation."""
-    if isinstance(config, CublasConfig):
+    if not isinstance(config, SkinnyConfig):
         return True
-    return config.block_m >= shape.num_rows and (config.split_k == 1 or shape.operation == "linear_add")
+    takes_rows = config.any_rows or config.block_m >= shape.num_rows
+    return takes_rows and (config.split_k == 1 or shape.operation == "linear_add")
 
 
 def bench_product(kernels: LinearKernels, name: str, shape: GemmShape, extra: Sequence[LinearConfig]) -> None:
     """Print a line for each implementation, the fastest marked."""
     size_bytes = shape.n * shape.k * shape.dtype.itemsize * (2 if shape.operation == "norm_linear_silu" else 1)
-    usual = candidates(shape, max_shared_bytes(torch.device("cuda")))
+    device = torch.device("cuda", torch.cuda.current_device())
+    usual = candidates(shape, max_shared_bytes(device), tiled_sms(device))
     configs = [config for config in dict.fromkeys([*usual, *extra]) if can_run(shape, config)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(partial(kernels.compile, shape), (one for one in configs if isinstance(one, SkinnyConfig))))

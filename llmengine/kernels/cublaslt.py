@@ -1,8 +1,8 @@
 """cuBLASLt's matrix products with the algorithm named: its ranking is good, but the first is not always the fastest.
 
 torch takes the first algorithm that the library proposes (or asks cuBLAS, which proposes another). Here the proposals
-can be tried one by one. The library is the one that torch has loaded; calls keep the interpreter lock, since each is a
-few microseconds long.
+can be tried one by one, and tiles that it does not propose. The library is the one that torch has loaded; calls keep
+the interpreter lock, since each is a few microseconds long.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ _REAL_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 _DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER, _DESC_BIAS_TYPE = 3, 7, 8, 26
 _EPILOGUE_DEFAULT, _EPILOGUE_BIAS = 1, 4
 _PREFERENCE_MAX_WORKSPACE = 1
+_CONFIG_TILE, _CONFIG_SPLIT_K, _CONFIG_REDUCTION, _CONFIG_SWIZZLE, _CONFIG_CUSTOM, _CONFIG_CLUSTER = 1, 2, 3, 4, 5, 8
+
+TILES = {
+    (16, 64): 47, (32, 64): 12, (48, 64): 92, (64, 64): 15, (80, 64): 134, (96, 64): 27, (112, 64): 164,
+    (128, 64): 18, (144, 64): 183, (160, 64): 193, (176, 64): 200, (192, 64): 208, (208, 64): 214, (224, 64): 220,
+    (240, 64): 226, (256, 64): 21, (32, 128): 14, (48, 128): 93, (64, 128): 17, (80, 128): 135, (96, 128): 28,
+    (112, 128): 165, (128, 128): 20, (144, 128): 184, (160, 128): 30, (176, 128): 201, (192, 128): 31,
+    (208, 128): 215, (224, 128): 221, (240, 128): 227, (256, 128): 24,
+}  # fmt: skip
+"""cublasLtMatmulTile_t by (outputs, rows) of a program: those with 64 and 128 rows that Hopper's kernels have."""
+
+CLUSTERS = {(1, 1): 2, (2, 1): 3, (4, 1): 4, (1, 2): 5}
+"""cublasLtClusterShape_t by (outputs, rows): programs beside each other that read what they share once."""
 
 
 class _Algorithm(ctypes.Structure):
@@ -35,6 +48,40 @@ class _Algorithm(ctypes.Structure):
         ("waves", ctypes.c_float),
         ("reserved", ctypes.c_int * 4),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CublasConfig:
+    """A proposal of cuBLASLt; where the library is not there (on a CPU) torch's product.
+
+    Attributes:
+        index: its place in the library's ranking for `num_rows` rows.
+        num_rows: 0: as many as the product has.
+    """
+
+    index: int = 0
+    num_rows: int = 0
+
+    def __str__(self) -> str:
+        """A short name: cublas3m64."""
+        return f"cublas{self.index}m{self.num_rows}"
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """A kernel of cuBLASLt's by its tile, proposed or not; where it cannot run, what the library proposes first.
+
+    Attributes:
+        tile: outputs and rows of a program, one of `TILES`.
+        cluster: one of `CLUSTERS`.
+    """
+
+    tile: tuple[int, int]
+    cluster: tuple[int, int]
+
+    def __str__(self) -> str:
+        """A short name: tile96x128c2x1."""
+        return f"tile{self.tile[0]}x{self.tile[1]}c{self.cluster[0]}x{self.cluster[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +112,7 @@ class _Plan:
     out: ctypes.c_void_p
     beta: ctypes.c_float
     algorithms: tuple[_Algorithm, ...]
-    chosen: dict[tuple[int, int], _Algorithm]
+    chosen: dict[CublasConfig | TileConfig, _Algorithm]
 
 
 class CublasLt:
@@ -95,22 +142,21 @@ class CublasLt:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        index: int = 0,
-        num_rows: int = 0,
+        config: CublasConfig | TileConfig = CublasConfig(),
     ) -> None:
         """Queue the product in torch's current stream.
 
         Args:
-            index: which of the library's proposals for a product of `num_rows` rows (0: of product.m) computes it. The
-                library's first for product.m does where there are fewer, or where that one cannot.
+            config: what computes it; where that cannot, the library's first proposal does.
         """
         plan = self._plan(product)
-        key = (index, num_rows or product.m)
-        if key not in plan.chosen:
-            plan.chosen[key] = self._choose(product, plan, *key)
+        if config not in plan.chosen:
+            wanted = self._tiled(plan, config) if isinstance(config, TileConfig) else self._proposed(product, config)
+            running = (algorithm for algorithm in wanted if self._runs(plan, algorithm))
+            plan.chosen[config] = next(running, plan.algorithms[0])
         if bias is not None:
             self._set(plan.desc, _DESC_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
-        algorithm = plan.chosen[key]
+        algorithm = plan.chosen[config]
         status = self._library.cublasLtMatmul(
             self._handle,
             plan.desc,
@@ -137,12 +183,36 @@ class CublasLt:
             plan = self._plans[product] = self._new_plan(product)
         return plan
 
-    def _choose(self, product: Product, plan: _Plan, index: int, num_rows: int) -> _Algorithm:
-        proposed = self._plan(replace(product, m=num_rows)).algorithms
-        if index >= len(proposed):
-            return plan.algorithms[0]
-        if num_rows == product.m:
-            return proposed[index]
+    def _proposed(self, product: Product, config: CublasConfig) -> list[_Algorithm]:
+        """Return the named proposal, none where the library has fewer."""
+        num_rows = config.num_rows or product.m
+        algorithms = self._plan(replace(product, m=num_rows)).algorithms
+        return list(algorithms[config.index : config.index + 1])
+
+    def _tiled(self, plan: _Plan, config: TileConfig) -> list[_Algorithm]:
+        """Return the plan's proposals with this tile, of those that can have one."""
+        settings: tuple[tuple[int, ctypes.c_uint32 | ctypes.c_uint16], ...] = (
+            (_CONFIG_TILE, ctypes.c_uint32(TILES[config.tile])),
+            (_CONFIG_CLUSTER, ctypes.c_uint16(CLUSTERS[config.cluster])),
+            (_CONFIG_SPLIT_K, ctypes.c_uint32(1)),
+            *((name, ctypes.c_uint32(0)) for name in (_CONFIG_REDUCTION, _CONFIG_SWIZZLE, _CONFIG_CUSTOM)),
+        )
+        tiled = [_Algorithm.from_buffer_copy(proposed) for proposed in plan.algorithms]
+        return [
+            algorithm for algorithm in tiled if all(self._configure(algorithm, name, value) for name, value in settings)
+        ]
+
+    def _configure(self, algorithm: _Algorithm, name: int, value: ctypes.c_uint32 | ctypes.c_uint16) -> bool:
+        """Set an attribute of the algorithm; False where it has no such attribute or value."""
+        status = self._library.cublasLtMatmulAlgoConfigSetAttribute(
+            ctypes.byref(algorithm.algo),
+            ctypes.c_int(name),
+            ctypes.byref(value),
+            ctypes.c_size_t(ctypes.sizeof(value)),
+        )
+        return not status
+
+    def _runs(self, plan: _Plan, algorithm: _Algorithm) -> bool:
         checked = _Algorithm()
         status = self._library.cublasLtMatmulAlgoCheck(
             self._handle,
@@ -151,11 +221,10 @@ class CublasLt:
             plan.x,
             plan.out,
             plan.out,
-            ctypes.byref(proposed[index].algo),
+            ctypes.byref(algorithm.algo),
             ctypes.byref(checked),
         )
-        fits = status == 0 and checked.workspace_size <= _WORKSPACE_BYTES
-        return proposed[index] if fits else plan.algorithms[0]
+        return not status and int(checked.workspace_size) <= _WORKSPACE_BYTES
 
     def _new_plan(self, product: Product) -> _Plan:
         # The library thinks in columns: there out is [n, m], and weight [k, n] is transposed.

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 import triton
 
-from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
+from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import (
-    CublasConfig,
     GemmShape,
     LinearConfig,
     LinearKernels,
@@ -35,46 +35,70 @@ _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
 ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FILE_VERSION = 3
+_FILE_VERSION = 4
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
+
+_NUM_FINALISTS = 3
 
 _CANDIDATES: dict[int, dict[str, str]] = {
     1: {
         "small norm_linear": "m1n4k512w2s1 m1n8k512w4s1 m1n4k1024w4s1 cublas:1",
-        "large norm_linear": "m1n16k512w4s1 m1n4k2048w8s1-norm m1n4k1024w4s1-norm m1n4k1024w4s1 cublas:2",
-        "wide norm_linear": "m1n4k2048w8s1-norm m1n4k1024w4s1-norm m1n16k512w4s1 m1n8k512w4s1 cublas:1",
+        "large norm_linear": "m1n4k2048w8s1-norm m1n4k1024w4s1-norm m1n16k512w4s1 cublas:2",
+        "wide norm_linear": "m1n4k2048w8s1-norm m1n4k1024w4s1-norm m1n8k512w4s1 cublas:1",
         "small norm_linear_silu": "m1n4k512w2s1 m1n4k512w4s1 m1n8k256w4s1 cublas:1",
-        "large norm_linear_silu": "m1n4k1024w4s1-norm m1n8k512w4s3 m1n16k256w4s1 m1n8k256w1s1-norm cublas:2",
+        "large norm_linear_silu": "m1n4k1024w4s1-norm m1n8k512w4s3 m1n16k256w4s1 cublas:2",
         "small linear_add": "m1n2k512w2s1 m1n4k512w2s1 m1n4k512w4s1 m1n4k1024w4s1 cublas:1",
-        "large linear_add": "m1n32k1024w8s1 m1n16k1024w4s1 m1n16k2048w8s1 m1n4k512w4s1 m1n4k2048w8s1 cublas:2",
+        "large linear_add": "m1n32k1024w8s1 m1n16k2048w8s1 m1n16k1024w4s1 cublas:2",
     },
     16: {
-        "small norm_linear": "m16n32k128w4s5 cublas:4",
-        "large norm_linear": "m16n64k256w4s4-norm m16n64k128w4s5-norm m16n32k256w4s5-norm cublas:8",
-        "wide norm_linear": "m16n64k256w4s5-norm m16n64k256w4s4-norm m16n64k128w4s4-norm m16n32k128w4s5-norm cublas:2",
-        "small norm_linear_silu": "m16n16k64w2s6 cublas:4",
-        "large norm_linear_silu": "m16n64k128w4s4-norm m16n32k128w4s5-norm m16n32k256w4s3 m16n32k64w4s5-norm cublas:4",
-        "small linear_add": "m16n64k128w4s4x2 m16n64k128w4s4x4 cublas:8",
-        "large linear_add": "m16n32k256w4s6 m16n64k256w4s4 m16n64k256w4s4x2 m16n16k128w2s6x2 cublas:8",
+        "small norm_linear": "m16n16k128w2s5 m16n16k128w2s5-norm m16n32k128w4s5-norm cublas:2",
+        "large norm_linear": "m16n64k256w4s4-norm m16n32k256w4s5-norm m16n64k128w4s5-norm cublas:8",
+        "wide norm_linear": "m16n64k256w4s4-norm m16n64k128w4s4-norm cublas:2",
+        "small norm_linear_silu": "m16n32k128w2s4 m16n32k128w4s4 m16n16k64w2s6 cublas:2",
+        "large norm_linear_silu": "m16n32k256w4s3 m16n32k128w4s5-norm m16n64k128w4s4-norm cublas:4",
+        "small linear_add": "m16n16k128w2s5 m16n16k64w2s6 m16n64k128w4s4x4 m16n64k128w4s4x2 cublas:4",
+        "large linear_add": "m16n32k256w4s6 m16n64k256w4s4x2 cublas:8",
     },
     32: {
+        "small norm_linear": "m32n32k64w4s5-norm cublas:4",
         "large norm_linear": "m32n64k128w4s4-norm cublas:8",
-        "wide norm_linear": "m32n32k128w4s5-norm m32n64k128w4s4-norm m32n64k128w4s5-norm cublas:4",
-        "large norm_linear_silu": "m32n64k128w4s4-norm m32n32k128w4s5-norm cublas:8",
-        "small linear_add": "cublas:8 m32n16k128w4s4x2 m32n16k128w4s4x4",
-        "large linear_add": "cublas:8 m32n64k256w4s3x2 m32n32k256w4s5",
+        "wide norm_linear": "m32n64k128w4s4-norm m32n64k128w4s5-norm cublas:4",
+        "small norm_linear_silu": "m32n16k128w2s4 m32n16k64w2s6-norm m32n16k128w4s4 cublas:2",
+        "large norm_linear_silu": "m32n64k128w4s4-norm cublas:8",
+        "small linear_add": "m32n16k128w4s6 m32n16k128w4s4x2 m32n16k64w2s6 cublas:4",
+        "large linear_add": "m32n32k256w4s5 m32n64k256w4s3x2 cublas:8",
     },
     64: {
-        "small norm_linear": "m64n64k64w4s5-norm cublas:4",
-        "large norm_linear": "m64n64k128w4s5-norm cublas:8",
+        "small norm_linear": "m64n32k64w4s5-norm m64n64k64w4s5-norm cublas:2",
+        "large norm_linear": "m64n64k128w4s5-norm m64n64k64w4s5-norm cublas:8 tiles:2",
         "wide norm_linear": "m64n64k128w4s3-norm m64n64k64w4s5-norm cublas:4",
-        "small norm_linear_silu": "m64n32k64w4s5-norm cublas:4",
-        "large norm_linear_silu": "m64n64k128w4s4-norm m64n64k64w4s5-norm m64n32k64w4s5-norm cublas:8",
-        "large linear_add": "cublas:8 m64n64k256w4s3x2 m64n64k128w4s6x2",
+        "small norm_linear_silu": "m64n32k64w4s5-norm m64n16k128w4s4-norm cublas:2",
+        "large norm_linear_silu": "m64n32k64w4s5-norm m64n64k128w4s4-norm cublas:8 tiles:2",
+        "small linear_add": "m64n16k64w4s6 m64n16k128w4s4x2 m64n16k128w4s4x4 cublas:4 tiles:2",
+        "large linear_add": "cublas:8 m64n64k256w4s3x2 m64n64k128w4s6x2 m64n16k128w4s4x2 tiles:2",
+    },
+    128: {
+        "small norm_linear": "m64n32k64w4s5-norm-any m64n64k64w4s5-norm-any cublas:2 tiles:1",
+        "small norm_linear_silu": "m64n32k64w4s5-norm-any m64n64k64w4s4-norm-any cublas:2",
+        "small linear_add": "m64n16k64w4s6-any m64n16k128w4s4-any cublas:3 tiles:1",
+    },
+    256: {
+        "small norm_linear": "m64n32k64w4s5-norm-any m64n64k64w4s5-norm-any cublas:2 tiles:1",
+        "small norm_linear_silu": "m64n32k64w4s5-norm-any m64n64k64w4s4-norm-any cublas:2",
+        "small linear_add": "m64n64k64w4s5-any m64n32k64w4s5-any cublas:3 tiles:2",
     },
 }
 """By bucket and kind of shape, those that were fast on an H100 with models of 135M, 1B, 7B and 8B parameters; cublas:N
-stands for the library's first N proposals, and there are 8 of them for every other shape."""
+stands for the library's first N proposals, tiles:N for N of its tiles that fill the GPU, each in three clusters."""
+
+_FEW_ROWS = "cublas:8"
+_ROWS_OF_WAVES = "cublas:3 tiles:4"
+_MANY_ROWS = "cublas:4"
+"""Of all other shapes: up to 64 rows, where reading counts; up to 1,024, where a product is one to five waves of
+programs and how full the last one is decides; beyond, where proposals differ by less than the clock does."""
+
+_TILE_EDGE = 32
+"""What loading a row of either operand costs a tile, in products of a row and an output."""
 
 TimeUs = Callable[[int], float]
 """Returns the microseconds of a step's products for a number of rows, with the present choices; infinity where one of
@@ -86,14 +110,18 @@ class GemmChoices:
 
     Args:
         max_shared: bytes of shared memory that a program can have.
+        num_sms: multiprocessors that cuBLASLt's tiles are chosen for; 0: only what it proposes is tried.
         file: where measurements are kept between processes. A file that is unreadable or cannot be written is
             reported in the log, and otherwise as if it were not there.
         clock: seconds, for the budget.
     """
 
-    def __init__(self, file: Path, max_shared: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, file: Path, max_shared: int, num_sms: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._file = file
         self._max_shared = max_shared
+        self._num_sms = num_sms
         self._clock = clock
         self._chosen = _read(file)
 
@@ -107,7 +135,7 @@ class GemmChoices:
 
     def candidates(self, shape: GemmShape) -> list[LinearConfig]:
         """Return what is worth measuring for a shape, the likeliest first; one stands for no choice."""
-        return candidates(shape, self._max_shared)
+        return candidates(shape, self._max_shared, self._num_sms)
 
     def missing(self, shapes: Iterable[GemmShape]) -> list[GemmShape]:
         """Return the shapes that are not measured and have more than one candidate, bucketed, each once."""
@@ -147,6 +175,11 @@ class GemmChoices:
                     return None
                 self._chosen[_key(shape)] = config
                 times[config] = time_us(shape.num_rows)
+            # Once more, since a clock that changes meanwhile can decide between those that are close.
+            for config in sorted(times, key=times.__getitem__)[:_NUM_FINALISTS]:
+                if self._clock() < deadline:
+                    self._chosen[_key(shape)] = config
+                    times[config] = min(times[config], time_us(shape.num_rows))
             return times
         finally:
             self._chosen.pop(_key(shape), None)
@@ -158,22 +191,45 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
     if kernels.pdl:
         name += "-pdl"
     file = cache_dir() / f"gemm-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-    return GemmChoices(file, max_shared_bytes(device))
+    return GemmChoices(file, max_shared_bytes(device), tiled_sms(device))
 
 
-def candidates(shape: GemmShape, max_shared: int) -> list[LinearConfig]:
-    """Return what was fast for a shape's bucket and needs at most `max_shared` bytes, the likeliest first."""
+def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[LinearConfig]:
+    """Return what was fast for a shape's bucket and needs at most `max_shared` bytes, the likeliest first.
+
+    Args:
+        num_sms: see `GemmChoices`.
+    """
     bucketed = _bucketed(shape)
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
-    names = _CANDIDATES.get(bucketed.num_rows, {}).get(f"{_size(shape)} {shape.operation}", "cublas:8").split()
+    num_rows = bucketed.num_rows
+    usual = _FEW_ROWS if num_rows <= 64 else _ROWS_OF_WAVES if num_rows <= 1024 else _MANY_ROWS
     configs: list[LinearConfig] = []
-    for name in names:
-        if name.startswith("cublas:"):
-            configs += [CublasConfig(index, bucketed.num_rows) for index in range(int(name.removeprefix("cublas:")))]
+    for name in _CANDIDATES.get(num_rows, {}).get(f"{_size(shape)} {shape.operation}", usual).split():
+        kind, _, number = name.partition(":")
+        if kind == "cublas":
+            configs += [CublasConfig(index, num_rows) for index in range(int(number))]
+        elif kind == "tiles":
+            configs += _tiles(bucketed, num_sms, int(number))
         else:
             configs.append(parse_config(name))
     return [config for config in configs if shared_bytes(shape, config) <= max_shared]
+
+
+def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
+    """Return the `number` tiles with which all waves of programs together take the least time, in each cluster."""
+    if num_sms == 0:
+        return []
+    num_outputs = 2 * shape.n if shape.operation == "norm_linear_silu" else shape.n
+
+    def cost(tile: tuple[int, int]) -> int:
+        outputs, rows = tile
+        waves = -(-(-(-num_outputs // outputs) * -(-shape.num_rows // rows)) // num_sms)
+        return waves * (outputs * rows + _TILE_EDGE * (outputs + rows))
+
+    clusters = ((1, 1), (2, 1), (1, 2) if shape.num_rows > 64 else (4, 1))
+    return [TileConfig(tile, cluster) for tile in sorted(TILES, key=cost)[:number] for cluster in clusters]
 
 
 def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:

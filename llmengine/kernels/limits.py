@@ -15,3 +15,11 @@ def max_shared_bytes(device: torch.device) -> int:
         return 227 << 10
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@functools.cache
+def tiled_sms(device: torch.device) -> int:
+    """Return the number of multiprocessors if they are Hopper's, whose tiles `cublaslt` knows, else 0."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

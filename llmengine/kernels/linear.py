@@ -5,7 +5,7 @@ the memory's speed and does the rest on the way: a program owns `block_n` output
 gate and up), walks K, sums the squares of x while it multiplies, and scales by the inverse RMS at the end. For many
 rows a product is bound by arithmetic: cuBLAS and small kernels around it.
 
-Each operation takes a `SkinnyConfig` or a `CublasConfig`; `gemm_choice` knows which is faster.
+Each operation takes a `SkinnyConfig`, a `CublasConfig` or a `TileConfig`; `gemm_choice` knows which is faster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.activation import silu_and_mul, silu_and_mul_reference
-from llmengine.kernels.cublaslt import CublasLt, Product
+from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, CublasLt, Product, TileConfig
 from llmengine.kernels.norm import rms_norm, rms_norm_reference
 
 Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
@@ -69,24 +69,7 @@ class SkinnyConfig:
         return name + ("-any" if self.any_rows else "")
 
 
-@dataclass(frozen=True, slots=True)
-class CublasConfig:
-    """A proposal of cuBLASLt; where the library is not there (on a CPU) torch's product.
-
-    Attributes:
-        index: its place in the library's ranking for `num_rows` rows.
-        num_rows: 0: as many as the product has.
-    """
-
-    index: int = 0
-    num_rows: int = 0
-
-    def __str__(self) -> str:
-        """A short name: cublas3m64."""
-        return f"cublas{self.index}m{self.num_rows}"
-
-
-LinearConfig = SkinnyConfig | CublasConfig
+LinearConfig = SkinnyConfig | CublasConfig | TileConfig
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -94,9 +77,16 @@ def parse_config(name: str) -> LinearConfig:
     match = re.fullmatch(r"cublas(\d+)m(\d+)", name)
     if match is not None:
         return CublasConfig(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"tile(\d+)x(\d+)c(\d+)x(\d+)", name)
+    if match is not None:
+        outputs, rows, *cluster = map(int, match.groups())
+        tiled = TileConfig((outputs, rows), (cluster[0], cluster[1]))
+        if tiled.tile not in TILES or tiled.cluster not in CLUSTERS:
+            raise ValueError(f"{name!r} is none of cuBLASLt's tiles")
+        return tiled
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
-        raise ValueError(f"{name!r} is neither like m16n32k128w4s4x2-norm nor like cublas3m64")
+        raise ValueError(f"{name!r} is not like m16n32k128w4s4x2-norm, cublas3m64 or tile96x128c2x1")
     *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
     return SkinnyConfig(
@@ -124,7 +114,7 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
 
     Kernels without such loads, of one row, take a few KiB besides for their sums.
     """
-    if isinstance(config, CublasConfig):
+    if not isinstance(config, SkinnyConfig):
         return 0
     num_weights = 2 if shape.operation == "norm_linear_silu" else 1
     turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
@@ -182,19 +172,19 @@ class LinearKernels:
         """
         if norm_weight is not None and not _fuses_norm(config):
             x, norm_weight = self._normed(x, norm_weight, eps), None
-        if isinstance(config, CublasConfig):
-            self._mm(x, weight, bias, out, config)
-        else:
+        if isinstance(config, SkinnyConfig):
             self._launch(x, norm_weight, eps, weight, bias, out, config)
+        else:
+            self._mm(x, weight, bias, out, config)
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig
     ) -> None:
         """Add x [num_rows, k] @ weight [n, k].T + bias to `residual` [num_rows, n], rounding once."""
-        if isinstance(config, CublasConfig):
-            self._mm(x, weight, bias, residual, config, accumulate=True)
-        else:
+        if isinstance(config, SkinnyConfig):
             self._launch(x, None, 0.0, weight, bias, residual, config, add=True)
+        else:
+            self._mm(x, weight, bias, residual, config, accumulate=True)
 
     def norm_linear_silu(
         self,
@@ -239,7 +229,7 @@ class LinearKernels:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        config: CublasConfig,
+        config: CublasConfig | TileConfig,
         accumulate: bool = False,
     ) -> None:
         """Write x @ weight.T + bias to `out`, or add it."""
@@ -250,7 +240,7 @@ class LinearKernels:
         fused_bias = bias if out.dtype == x.dtype else None
         has_bias = fused_bias is not None
         product = Product(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, has_bias)
-        self._cublas.run(product, x, weight, fused_bias, out, config.index, config.num_rows)
+        self._cublas.run(product, x, weight, fused_bias, out, config)
         if bias is not None and not has_bias:
             out += bias
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmengine.kernels import cublaslt
-from llmengine.kernels.cublaslt import CublasLt, Product
+from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, CublasLt, Product, TileConfig
 
 PRODUCT = Product(3, 8, 16, torch.float32, torch.float32, accumulate=False, bias=False)
 
@@ -20,13 +21,18 @@ class StandIn:
 
     Attributes:
         refused: algorithms that `cublasLtMatmulAlgoCheck` refuses.
+        rigid: algorithms that have no attributes.
         used: the algorithm of each product.
+        settings: the attributes that it had been given, of each product.
     """
 
     def __init__(self, num_proposals: int = 3) -> None:
         self.num_proposals = num_proposals
         self.refused: set[int] = set()
+        self.rigid: set[int] = set()
         self.used: list[int] = []
+        self.settings: list[dict[int, int]] = []
+        self._configs: list[dict[int, int]] = [{}]
         self.num_destroyed = 0
         self._descs: dict[int, dict[int, bytes]] = {}
         self._layouts: dict[int, tuple[int, int, int, int]] = {}
@@ -74,6 +80,13 @@ class StandIn:
         count._obj.value = min(wanted.value, self.num_proposals)
         return 0
 
+    def cublasLtMatmulAlgoConfigSetAttribute(self, algorithm: Any, name: Any, value: Any, size: Any) -> int:
+        assert size.value == (2 if name.value == 8 else 4), "a cluster's number has 16 bits"
+        number, config, *_ = algorithm._obj
+        self._configs.append({**self._configs[config], name.value: value._obj.value})
+        algorithm._obj[1] = len(self._configs) - 1
+        return 7 if number in self.rigid else 0
+
     def cublasLtMatmulAlgoCheck(self, *arguments: Any) -> int:
         return 15 if arguments[6]._obj[0] in self.refused else 0
 
@@ -96,6 +109,7 @@ class StandIn:
             product += torch.frombuffer(data, dtype=torch.float32)
         result.copy_(product + beta._obj.value * result)
         self.used.append(algorithm._obj[0])
+        self.settings.append(self._configs[algorithm._obj[1]])
         return 0
 
 
@@ -135,10 +149,25 @@ def test_proposals_for_another_number_of_rows_are_taken_where_they_can_compute_t
     x, weight, out = torch.randn(3, 16), torch.randn(8, 16), torch.empty(3, 8)
     assert library.num_algorithms(PRODUCT) == 3
     for index, num_rows in ((0, 0), (2, 0), (9, 0), (1, 64)):
-        library.run(PRODUCT, x, weight, None, out, index, num_rows)
+        library.run(PRODUCT, x, weight, None, out, CublasConfig(index, num_rows))
     stand_in.refused = {642}
-    library.run(PRODUCT, x, weight, None, out, 2, 64)
+    library.run(PRODUCT, x, weight, None, out, CublasConfig(2, 64))
     assert stand_in.used == [30, 32, 30, 641, 30]
+
+
+def test_a_tile_is_given_to_the_first_proposal_that_can_have_it(make_library: Callable[[StandIn], CublasLt]) -> None:
+    stand_in = StandIn()
+    stand_in.rigid, stand_in.refused = {30}, {31}
+    library = make_library(stand_in)
+    x, weight, out = torch.randn(3, 16), torch.randn(8, 16), torch.empty(3, 8)
+    library.run(PRODUCT, x, weight, None, out, TileConfig((96, 128), (2, 1)))
+    # cublasLt.h: attributes 1 and 8 are tile and cluster, 2 to 5 split K, its reduction, swizzling, custom option.
+    assert stand_in.settings == [{1: 28, 8: 3, 2: 1, 3: 0, 4: 0, 5: 0}]
+    library.run(PRODUCT, x, weight, None, out)
+    stand_in.refused = {31, 32}
+    library.run(PRODUCT, x, weight, None, out, TileConfig((64, 64), (1, 1)))
+    assert stand_in.used == [32, 30, 30]
+    assert stand_in.settings[1:] == [{}, {}], "proposals stay as they are"
 
 
 def test_failures_name_the_call_and_the_product(make_library: Callable[[StandIn], CublasLt]) -> None:
@@ -170,5 +199,19 @@ def test_every_proposal_computes_the_product(num_rows: int, out_dtype: torch.dty
     product = Product(num_rows, 384, 512, torch.bfloat16, out_dtype, accumulate=True, bias=False)
     for index in range(library.num_algorithms(product)):
         out = start.clone()
-        library.run(product, x, weight, None, out, index, num_rows=64)
+        library.run(product, x, weight, None, out, CublasConfig(index, num_rows=64))
+        torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="calls the library")
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_tile_computes_the_product(out_dtype: torch.dtype) -> None:
+    library = CublasLt("cuda")
+    x, weight = (torch.randn(rows, 512, device="cuda").bfloat16() for rows in (300, 1104))
+    start = torch.randn(300, 1104, device="cuda").to(out_dtype)
+    expected = x.float() @ weight.float().T + start.float()
+    product = Product(300, 1104, 512, torch.bfloat16, out_dtype, accumulate=True, bias=False)
+    for tile, cluster in itertools.product(TILES, CLUSTERS):
+        out = start.clone()
+        library.run(product, x, weight, None, out, TileConfig(tile, cluster))
         torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.3)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmengine.kernels.cublaslt import CublasConfig, TileConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates
 from llmengine.kernels.linear import (
-    CublasConfig,
     GemmShape,
     LinearConfig,
     Operation,
@@ -27,6 +27,9 @@ OTHER = replace(SHAPE, n=32000)
 FASTEST = CublasConfig(1, 16)
 MAX_SHARED = 227 << 10
 """Of a program on an H100, in bytes; 99 KiB on a GPU of compute capability 8.6 or 8.9."""
+NUM_SMS = 132
+"""Of an H100."""
+NUM_FINALISTS = 3
 
 
 class FakeTimer:
@@ -60,7 +63,7 @@ def file(tmp_path: Path) -> Path:
 def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: LinearConfig) -> None:
     timer = FakeTimer(file, fastest)
     assert timer.measure([replace(SHAPE, num_rows=5), SHAPE]) == 0
-    assert timer.num_calls == len(candidates(SHAPE, MAX_SHARED))
+    assert timer.num_calls == len(candidates(SHAPE, MAX_SHARED)) + NUM_FINALISTS
     again = FakeTimer(file)
     assert again.measure([SHAPE]) == 0
     assert again.num_calls == 0
@@ -69,8 +72,9 @@ def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: Line
 
 def test_the_budget_ends_measuring_between_configurations(file: Path) -> None:
     timer = FakeTimer(file)
-    assert timer.measure([SHAPE, OTHER], budget_s=len(candidates(SHAPE, MAX_SHARED)) + 1.5) == 1
-    assert timer.now == len(candidates(SHAPE, MAX_SHARED)) + 2
+    whole_s = len(candidates(SHAPE, MAX_SHARED)) + NUM_FINALISTS
+    assert timer.measure([SHAPE, OTHER], budget_s=whole_s + 1.5) == 1
+    assert timer.now == whole_s + 2
     assert timer.choices.choose(SHAPE) == FASTEST
     assert timer.choices.choose(OTHER) == candidates(OTHER, MAX_SHARED)[0]
     assert timer.measure([SHAPE, OTHER]) == 0
@@ -100,10 +104,12 @@ def test_processes_keep_what_the_other_measured(file: Path) -> None:
         "",
         "[]",
         "\xff",
-        '{"version": 3}',
-        '{"version": 3, "choices": 3}',
-        '{"version": 3, "choices": {"a": 7}}',
-        '{"version": 3, "choices": {"a": "m1n4"}}',
+        '{"version": 4}',
+        '{"version": 4, "choices": 3}',
+        '{"version": 4, "choices": {"a": 7}}',
+        '{"version": 4, "choices": {"a": "m1n4"}}',
+        '{"version": 4, "choices": {"a": "tile7x64c1x1"}}',
+        '{"version": 4, "choices": {"a": "tile64x64c9x1"}}',
     ],
 )
 def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,13 +160,13 @@ def test_a_single_candidate_is_not_measured(file: Path) -> None:
 def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
     for rows in ROW_BUCKETS:
         shape = GemmShape(operation, rows, n, k, torch.bfloat16, torch.bfloat16)
-        configs = candidates(shape, MAX_SHARED)
+        configs = candidates(shape, MAX_SHARED, NUM_SMS)
         assert CublasConfig(0, rows) in configs
         assert len(set(configs)) == len(configs)
         for config in configs:
             assert parse_config(str(config)) == config
             if isinstance(config, SkinnyConfig):
-                assert config.block_m >= rows
+                assert config.any_rows or config.block_m >= rows
                 assert config.split_k == 1 or operation == "linear_add"
 
 
@@ -173,6 +179,44 @@ def test_what_is_chosen_without_measuring_fits_into_a_program(operation: Operati
             assert shared_bytes(shape, config) <= max_shared
     # It is the loads in flight that are fewer, not the order of sums.
     assert replace(fixed_config(shape, max_shared), num_stages=4) == fixed_config(shape, MAX_SHARED)
+
+
+@pytest.mark.parametrize(
+    ("operation", "rows", "n", "k", "fast"),
+    [
+        ("linear_add", 256, 4096, 14336, ["tile64x128c1x2", "tile128x64c2x1"]),
+        ("linear_add", 256, 4096, 4096, ["tile64x128c1x1", "tile128x64c2x1"]),
+        ("norm_linear", 256, 6144, 4096, ["tile96x128c1x2"]),
+        ("norm_linear_silu", 256, 14336, 4096, ["tile112x128c1x2"]),
+        ("linear_add", 64, 2048, 8192, ["tile32x64c1x1"]),
+    ],
+)
+def test_tiles_that_were_fast_on_an_h100_are_tried_there(
+    operation: Operation, rows: int, n: int, k: int, fast: list[str]
+) -> None:
+    shape = GemmShape(operation, rows, n, k, torch.bfloat16, torch.bfloat16)
+    tried = [str(config) for config in candidates(shape, MAX_SHARED, NUM_SMS)]
+    assert set(fast) <= set(tried)
+    assert len(tried) <= 20
+    elsewhere = candidates(shape, MAX_SHARED, num_sms=0)
+    assert not any(isinstance(config, TileConfig) for config in elsewhere)
+
+
+def test_what_is_close_is_measured_twice(file: Path) -> None:
+    timer = FakeTimer(file)
+    times = {config: [1.0] for config in candidates(SHAPE, MAX_SHARED)}
+    slow_at_first, never_fast, *others = times
+    times[slow_at_first] = [0.5, 1.2]
+    times[never_fast] = [0.9, 0.6]
+    assert len(others) >= NUM_FINALISTS
+
+    def time_us(num_rows: int) -> float:
+        left = times[timer.choices.choose(replace(SHAPE, num_rows=num_rows))]
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    assert timer.choices.measure([SHAPE], 60.0, time_us) == 0
+    assert timer.choices.choose(SHAPE) == slow_at_first
+    assert times[never_fast] == [0.6], "it was a finalist"
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:

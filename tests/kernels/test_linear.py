@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.linear import (
-    CublasConfig,
     GemmShape,
     LinearConfig,
     LinearKernels,

@@ -12,8 +12,9 @@ from backend_helpers import save_tiny
 from llmengine.backends.torch import cuda_segments
 from llmengine.backends.torch.cuda_segments import FusedSegments
 from llmengine.config import SchedulerConfig
+from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import GemmChoices
-from llmengine.kernels.linear import CublasConfig, GemmShape, LinearConfig, SkinnyConfig
+from llmengine.kernels.linear import GemmShape, LinearConfig, SkinnyConfig
 from llmengine.models.arch import canonical_shapes
 from llmengine.models.source import open_model
 
@@ -25,7 +26,7 @@ LIMITS = SchedulerConfig(max_batch_size=4, max_tokens_per_step=16, max_tokens_pe
 def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates for every shape of one row."""
 
-    def of(shape: GemmShape, _: int) -> list[LinearConfig]:
+    def of(shape: GemmShape, *_: int) -> list[LinearConfig]:
         return [CublasConfig(0, shape.num_rows), SKINNY] if shape.num_rows == 1 else [CublasConfig()]
 
     monkeypatch.setattr("llmengine.kernels.gemm_choice.candidates", of)
@@ -68,7 +69,7 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
     monkeypatch.setattr(kernels, "linear_add", linear_add)
     monkeypatch.setattr(cuda_segments, "time_graph", time_graph)
     segments.tune(60.0)
-    assert len(used) == 5 * 2, "qkv, o, gate_up, down and the LM head, two candidates each, of one row"
+    assert len(used) == 5 * 2 * 2, "qkv, o, gate_up, down and the LM head, two candidates each, of one row, twice"
     for shape in segments._shapes(1):
         # The first that was fastest stays: with SKINNY in o, whatever the others do costs the same.
         expected = SKINNY if shape.operation == "linear_add" and shape.k == 64 else CublasConfig(0, 1)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
+from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import (
     BoundLinear,
-    CublasConfig,
     GemmShape,
     LinearKernels,
     LinearOps,

@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import (
     BoundLinear,
-    CublasConfig,
     GemmShape,
     LinearKernels,
     LinearOps,
