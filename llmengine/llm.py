@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -86,6 +88,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        _collect_garbage_once()
 
     @classmethod
     def from_backend(
@@ -461,6 +464,17 @@ class LLM:
         if index >= len(sampling_params):
             raise InvalidRequestError(f"{len(sampling_params)} sampling_params for more than {index} prompts")
         return sampling_params[index]
+
+
+@functools.cache
+def _collect_garbage_once() -> None:
+    """Do now what importing torch and transformers has made due: a full collection of garbage.
+
+    It looks at all of their 350,000 objects, for 160 to 200 ms in which no coroutine of the program runs, and would
+    come at some moment of the first few hundred thousand tokens.
+    """
+    if gc.isenabled():
+        gc.collect()
 
 
 def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:

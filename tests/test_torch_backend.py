@@ -11,6 +11,8 @@ import pytest
 import torch
 from backend_helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 
+import llmengine.llm as llm_module
+from llmengine import LLM
 from llmengine.backends import load_backend
 from llmengine.backends.torch.linear import dense_formats, padded_tokens
 from llmengine.backends.torch.native import NATIVE_DIRECTORY
@@ -271,3 +273,20 @@ def test_linears_see_few_different_numbers_of_rows() -> None:
     for linear in (item.pack(weight, None) for item in dense_formats(torch.float32)):
         x, residual = torch.randn(37, 12), torch.randn(37, 24)
         torch.testing.assert_close(linear(x, residual.clone()), x @ weight.T + residual)
+
+
+def test_the_garbage_collection_that_imports_made_due_comes_while_the_first_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path)
+    llm_module._collect_garbage_once.cache_clear()
+    collected: list[int] = []
+    monkeypatch.setattr(llm_module.gc, "collect", lambda: collected.append(1))
+    for _ in range(2):
+        LLM(tmp_path, enable_tokenizer=False).close()
+    assert len(collected) == 1
+
+    llm_module._collect_garbage_once.cache_clear()
+    monkeypatch.setattr(llm_module.gc, "isenabled", lambda: False)
+    LLM(tmp_path, enable_tokenizer=False).close()
+    assert len(collected) == 1, "a program that collects no garbage is left alone"

@@ -149,6 +149,9 @@ def decode_attention(
         PDL=pdl,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        # Threads that sum the same products must get the same sum. Products of fp32 are rounded, and fusing one with
+        # an addition leaves it unrounded in one thread and not in the others.
+        enable_fp_fusion=qkv.dtype != torch.float32,
         launch_pdl=pdl,
     )
 

@@ -93,7 +93,7 @@ stands for the library's first N proposals, tiles:N for N of its tiles that fill
 
 _FEW_ROWS = "cublas:8"
 _ROWS_OF_WAVES = "cublas:3 tiles:4"
-_MANY_ROWS = "cublas:4"
+_MANY_ROWS = "cublas:3"
 """Of all other shapes: up to 64 rows, where reading counts; up to 1,024, where a product is one to five waves of
 programs and how full the last one is decides; beyond, where proposals differ by less than the clock does."""
 

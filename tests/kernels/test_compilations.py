@@ -24,7 +24,7 @@ from llmengine.kernels.linear import GemmShape, SkinnyConfig
 from llmengine.models.source import open_model
 from llmengine.sampling_params import SamplingParams
 
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "enable_fp_fusion")
 
 Form = tuple[str, ...]
 """A kernel's name, and what is compiled for each of its arguments."""
