@@ -4,7 +4,7 @@ A choice is made for a shape whose number of rows is one of `ROW_BUCKETS`: all n
 kernel in about the same time. More rows than the last bucket's go to cuBLASLt's first proposal.
 
 A candidate is not timed alone: what starts early beside the kernel before, or leaves the caches warm for the one after,
-counts as well. So the whole chain of a step's products is timed with each.
+counts as well. So a chain of a step's products is timed with each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _FILE_VERSION = 4
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
-_NUM_FINALISTS = 3
+_NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.02
+"""Candidates that take at most `_CLOSE` times the least are measured in further rounds, and the least time of each
+counts: the GPU's clock changes meanwhile by as much."""
 
 _CANDIDATES: dict[int, dict[str, str]] = {
     1: {
@@ -100,9 +102,9 @@ programs and how full the last one is decides; beyond, where proposals differ by
 _TILE_EDGE = 32
 """What loading a row of either operand costs a tile, in products of a row and an output."""
 
-TimeUs = Callable[[int], float]
-"""Returns the microseconds of a step's products for a number of rows, with the present choices; infinity where one of
-them cannot run."""
+TimeUs = Callable[[GemmShape], float]
+"""Returns the microseconds of a chain of products that this one is part of, with the present choices; infinity where
+one of them cannot run."""
 
 
 class GemmChoices:
@@ -174,15 +176,21 @@ class GemmChoices:
                 if self._clock() >= deadline:
                     return None
                 self._chosen[_key(shape)] = config
-                times[config] = time_us(shape.num_rows)
-            # Once more, since a clock that changes meanwhile can decide between those that are close.
-            for config in sorted(times, key=times.__getitem__)[:_NUM_FINALISTS]:
+                times[config] = time_us(shape)
+            for config in _finalists(times) * _FINAL_ROUNDS:
                 if self._clock() < deadline:
                     self._chosen[_key(shape)] = config
-                    times[config] = min(times[config], time_us(shape.num_rows))
+                    times[config] = min(times[config], time_us(shape))
             return times
         finally:
             self._chosen.pop(_key(shape), None)
+
+
+def _finalists(times: Mapping[LinearConfig, float]) -> list[LinearConfig]:
+    """Return the fastest where several are close, else none."""
+    ranked = sorted(times, key=times.__getitem__)
+    close = [config for config in ranked[:_NUM_FINALISTS] if times[config] <= _CLOSE * times[ranked[0]]]
+    return close if len(close) > 1 else []
 
 
 def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:

@@ -29,7 +29,6 @@ MAX_SHARED = 227 << 10
 """Of a program on an H100, in bytes; 99 KiB on a GPU of compute capability 8.6 or 8.9."""
 NUM_SMS = 132
 """Of an H100."""
-NUM_FINALISTS = 3
 
 
 class FakeTimer:
@@ -47,10 +46,10 @@ class FakeTimer:
     def measure(self, shapes: Sequence[GemmShape], budget_s: float = 60.0) -> int:
         return self.choices.measure(shapes, budget_s, self._time_us)
 
-    def _time_us(self, num_rows: int) -> float:
+    def _time_us(self, timed: GemmShape) -> float:
         self.now += 1.0
         self.num_calls += 1
-        used = [self.choices.choose(replace(shape, num_rows=num_rows)) for shape in (SHAPE, OTHER)]
+        used = [self.choices.choose(replace(shape, num_rows=timed.num_rows)) for shape in (SHAPE, OTHER)]
         return sum(1.0 if config == self._fastest else 2.0 for config in used)
 
 
@@ -63,7 +62,7 @@ def file(tmp_path: Path) -> Path:
 def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: LinearConfig) -> None:
     timer = FakeTimer(file, fastest)
     assert timer.measure([replace(SHAPE, num_rows=5), SHAPE]) == 0
-    assert timer.num_calls == len(candidates(SHAPE, MAX_SHARED)) + NUM_FINALISTS
+    assert timer.num_calls == len(candidates(SHAPE, MAX_SHARED))
     again = FakeTimer(file)
     assert again.measure([SHAPE]) == 0
     assert again.num_calls == 0
@@ -72,7 +71,7 @@ def test_the_fastest_is_chosen_for_its_bucket_and_kept(file: Path, fastest: Line
 
 def test_the_budget_ends_measuring_between_configurations(file: Path) -> None:
     timer = FakeTimer(file)
-    whole_s = len(candidates(SHAPE, MAX_SHARED)) + NUM_FINALISTS
+    whole_s = len(candidates(SHAPE, MAX_SHARED))
     assert timer.measure([SHAPE, OTHER], budget_s=whole_s + 1.5) == 1
     assert timer.now == whole_s + 2
     assert timer.choices.choose(SHAPE) == FASTEST
@@ -202,21 +201,28 @@ def test_tiles_that_were_fast_on_an_h100_are_tried_there(
     assert not any(isinstance(config, TileConfig) for config in elsewhere)
 
 
-def test_what_is_close_is_measured_twice(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("slow_at_first", "lucky_at_first", "rounds"),
+    [
+        ([1.01, 1.0, 0.98, 1.0], [1.0, 1.0, 1.0, 0.99], 3),  # close: the least of all rounds decides
+        ([1.03, 0.9], [1.0, 1.0], 0),  # clear: no other rounds
+    ],
+)
+def test_what_is_close_is_measured_in_more_rounds(
+    file: Path, slow_at_first: list[float], lucky_at_first: list[float], rounds: int
+) -> None:
     timer = FakeTimer(file)
-    times = {config: [1.0] for config in candidates(SHAPE, MAX_SHARED)}
-    slow_at_first, never_fast, *others = times
-    times[slow_at_first] = [0.5, 1.2]
-    times[never_fast] = [0.9, 0.6]
-    assert len(others) >= NUM_FINALISTS
+    slow, lucky, *others = candidates(SHAPE, MAX_SHARED)
+    times = {slow: slow_at_first[:], lucky: lucky_at_first[:], **{config: [2.0] for config in others}}
+    timed: list[LinearConfig] = []
 
-    def time_us(num_rows: int) -> float:
-        left = times[timer.choices.choose(replace(SHAPE, num_rows=num_rows))]
-        return left.pop(0) if len(left) > 1 else left[0]
+    def time_us(shape: GemmShape) -> float:
+        timed.append(timer.choices.choose(shape))
+        return times[timed[-1]].pop(0)
 
     assert timer.choices.measure([SHAPE], 60.0, time_us) == 0
-    assert timer.choices.choose(SHAPE) == slow_at_first
-    assert times[never_fast] == [0.6], "it was a finalist"
+    assert timed[len(times) :] == [lucky, slow] * rounds, "taken in turns"
+    assert timer.choices.choose(SHAPE) == (slow if rounds else lucky)
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,23 +54,34 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
     choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
     segments = make_segments(tmp_path, device, choices, monkeypatch)
     used: list[set[LinearConfig]] = []
+    widths: list[set[int]] = []
     kernels = segments._kernels
-    real = kernels.linear_add
+    real_add, real_norm = kernels.linear_add, kernels.norm_linear
 
-    def linear_add(*arguments: object) -> None:
-        used[-1].add(arguments[-1])  # type: ignore[arg-type]
-        real(*arguments)  # type: ignore[arg-type]
+    def linear_add(*arguments: Any) -> None:
+        used[-1].add(arguments[-1])
+        real_add(*arguments)
+
+    def norm_linear(*arguments: Any) -> None:
+        widths[-1].add(arguments[-2].shape[1])
+        real_norm(*arguments)
 
     def time_graph(functions: Sequence[Callable[[], None]]) -> float:
         used.append(set())
+        widths.append(set())
         for function in functions:
             function()
         return 1.0 if SKINNY in used[-1] else 2.0
 
     monkeypatch.setattr(kernels, "linear_add", linear_add)
+    monkeypatch.setattr(kernels, "norm_linear", norm_linear)
     monkeypatch.setattr(cuda_segments, "time_graph", time_graph)
     segments.tune(60.0)
-    assert len(used) == 5 * 2 * 2, "qkv, o, gate_up, down and the LM head, two candidates each, of one row, twice"
+    # qkv, o, gate_up, down and the LM head have two candidates each, of one row. All but o's take equally long, and are
+    # measured in three more rounds.
+    assert len(used) == 2 + 4 * 2 * (1 + 3)
+    with_head = [segments._head_shape[0] in chain for chain in widths]
+    assert with_head == [False] * (len(used) - 8) + [True] * 8, "the LM head is timed behind a layer, and only itself"
     for shape in segments._shapes(1):
         # The first that was fastest stays: with SKINNY in o, whatever the others do costs the same.
         expected = SKINNY if shape.operation == "linear_add" and shape.k == 64 else CublasConfig(0, 1)

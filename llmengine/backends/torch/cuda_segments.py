@@ -216,14 +216,15 @@ class FusedSegments:
         with torch.cuda.device(self._device):
             self._kernels.compile(shape, config)
 
-    def _time_us(self, num_rows: int) -> float:
-        """Return the microseconds of the products of a few layers, of all of a small model, and of the LM head.
+    def _time_us(self, shape: GemmShape) -> float:
+        """Return the microseconds of the products of a few layers (of all of a small model), or of one and the LM head.
 
-        For the largest steps if `num_rows` are more than those have.
+        For the largest steps if the shape has more rows than those have.
         """
-        num_rows = min(num_rows, len(self._qkv))
+        num_rows = min(shape.num_rows, len(self._qkv))
+        is_head = (shape.n, shape.k) == self._head_shape
         layer_bytes = sum(n * k for _, n, k in self._layer_shapes) * self._dtype.itemsize
-        num_layers = min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
+        num_layers = 1 if is_head else min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
         x, attended = (
             torch.randn((num_rows, columns), dtype=self._dtype, device=self._device)
             for columns in (self._sampled_x.shape[1], self._sampled_attended.shape[1])
@@ -233,7 +234,7 @@ class FusedSegments:
             for layer in range(num_layers):
                 self._layers[layer].qkv(x, self._qkv[:num_rows])
                 self._finish(layer, attended, x)
-            if num_rows <= len(self._logits):
+            if is_head:
                 self._lm_head(x, self._logits[:num_rows])
 
         try:
