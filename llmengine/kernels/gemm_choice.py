@@ -38,7 +38,7 @@ ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _FILE_VERSION = 4
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
-_NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.02
+_NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.05
 """Candidates that take at most `_CLOSE` times the least are measured in further rounds, and the least time of each
 counts: the GPU's clock changes meanwhile by as much."""
 
@@ -93,11 +93,13 @@ _CANDIDATES: dict[int, dict[str, str]] = {
 """By bucket and kind of shape, those that were fast on an H100 with models of 135M, 1B, 7B and 8B parameters; cublas:N
 stands for the library's first N proposals, tiles:N for N of its tiles that fill the GPU, each in three clusters."""
 
-_FEW_ROWS = "cublas:8"
-_ROWS_OF_WAVES = "cublas:3 tiles:4"
-_MANY_ROWS = "cublas:3"
-"""Of all other shapes: up to 64 rows, where reading counts; up to 1,024, where a product is one to five waves of
-programs and how full the last one is decides; beyond, where proposals differ by less than the clock does."""
+_FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2"
+"""Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
+full the last one is decides; beyond, where one of the first two always was within 2 % of the fastest alone, and the
+clock changes by more than that from one measurement to the next."""
+
+_MANY_RESULTS = 1 << 23
+"""Results of a product that is many waves: more than two of the largest tiles on an H100."""
 
 _TILE_EDGE = 32
 """What loading a row of either operand costs a tile, in products of a row and an output."""
@@ -212,7 +214,8 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
-    usual = _FEW_ROWS if num_rows <= 64 else _ROWS_OF_WAVES if num_rows <= 1024 else _MANY_ROWS
+    few_waves = _FEW_WAVES if num_rows * _num_outputs(shape) < _MANY_RESULTS else _MANY_WAVES
+    usual = _FEW_ROWS if num_rows <= 64 else few_waves
     configs: list[LinearConfig] = []
     for name in _CANDIDATES.get(num_rows, {}).get(f"{_size(shape)} {shape.operation}", usual).split():
         kind, _, number = name.partition(":")
@@ -229,7 +232,7 @@ def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
     """Return the `number` tiles with which all waves of programs together take the least time, in each cluster."""
     if num_sms == 0:
         return []
-    num_outputs = 2 * shape.n if shape.operation == "norm_linear_silu" else shape.n
+    num_outputs = _num_outputs(shape)
 
     def cost(tile: tuple[int, int]) -> int:
         outputs, rows = tile
@@ -238,6 +241,10 @@ def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
 
     clusters = ((1, 1), (2, 1), (1, 2) if shape.num_rows > 64 else (4, 1))
     return [TileConfig(tile, cluster) for tile in sorted(TILES, key=cost)[:number] for cluster in clusters]
+
+
+def _num_outputs(shape: GemmShape) -> int:
+    return 2 * shape.n if shape.operation == "norm_linear_silu" else shape.n
 
 
 def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
