@@ -62,13 +62,13 @@ def load(directory: Path, **scheduler: Any) -> LLM:
 @pytest.mark.parametrize("caching", [True, False])
 def test_the_prompt_is_computed_once(caching: bool) -> None:
     steps = Steps(caching=caching, max_steps_in_flight=2)
-    leader = steps.submit(PROMPT, 6, num_outputs=4)
+    relatives = steps.submit(PROMPT, 6, num_outputs=4).relatives
     other = steps.submit([9, 9], 3)
     steps.drain()
     steps.check_tokens()
     # The prompt, then its last three tokens for three relatives, the other prompt, and the decodes.
     assert steps.counters.num_computed_tokens == 19 + 3 * 3 + 2 + 4 * 5 + 2
-    assert [one.stream.log.num_cached_tokens for one in leader.relatives] == [0, 16, 16, 16]
+    assert [one.stream.log.num_cached_tokens for one in relatives] == [0, 16, 16, 16]
     assert steps.counters.num_prompt_tokens == len(PROMPT) + len(other.prompt_token_ids)
 
 
@@ -87,21 +87,22 @@ def test_blocks_of_the_prompt_are_shared_while_the_family_runs(caching: bool) ->
 @pytest.mark.parametrize("caching", [True, False])
 def test_a_pool_for_little_more_than_one_output_serves_all(caching: bool) -> None:
     steps = Steps(num_blocks=9, max_model_len=32, caching=caching, max_batch_size=4)
-    first = steps.submit(PROMPT, 12, num_outputs=5)
-    second = steps.submit(PROMPT[::-1], 12, num_outputs=3)
+    first = steps.submit(PROMPT, 12, num_outputs=5).relatives
+    second = steps.submit(PROMPT[::-1], 12, num_outputs=3).relatives
     steps.drain(400)
     steps.check_tokens()
-    assert all(one.stream.log.finish_reason == "length" for one in (*first.relatives, *second.relatives))
+    assert all(one.stream.log.finish_reason == "length" for one in (*first, *second))
 
 
 def test_relatives_go_on_when_the_first_output_ends_before_its_prompt_is_computed() -> None:
     steps = Steps(max_batch_size=8, max_tokens_per_step=8, max_tokens_per_mixed_step=8)
     leader = steps.submit(PROMPT, 6, num_outputs=3)
+    relatives = leader.relatives
     steps.step()
-    assert [one.status for one in leader.relatives[1:]] == [RequestStatus.HELD] * 2
+    assert [one.status for one in relatives[1:]] == [RequestStatus.HELD] * 2
     steps.scheduler.finish(leader, "abort")
     steps.drain()
-    assert [len(one.stream.log.token_ids) for one in leader.relatives] == [0, 6, 6]
+    assert [len(one.stream.log.token_ids) for one in relatives] == [0, 6, 6]
 
 
 def test_generate_groups_the_outputs_of_a_prompt() -> None:

@@ -70,7 +70,8 @@ class Request:
         slot: its row in the backend while it runs.
         rank: its place among its tenant's requests, the lowest first; set by the scheduler and never changed.
         share: its tenant's, set by the scheduler.
-        family: those that generate from the same prompt, if there are others; `add` the first of them only.
+        family: those that generate from the same prompt, if there are others and this one has not ended; `add` the
+            first of them only.
         awaits_grammar: a token of it is being sampled, or its grammar is on its way behind it; it cannot be scheduled.
         num_charged_tokens: its first tokens that its tenant was charged for, or that others had computed before.
     """

@@ -300,6 +300,7 @@ class Scheduler:
         request.finish(reason, error)
         if request is request.relatives[0]:
             self._let_family_go(request)
+        request.family = None  # which refers to its members: only a garbage collection would free them
         self.counters.num_finished_requests += 1
         if not self.has_requests:
             self._waiting.forget()

@@ -177,22 +177,21 @@ class OutputStream:
     def finish(self) -> list[Waiter]:
         """Publish the last output; return the waiters to be woken. Engine thread only."""
         self.num_published = len(self.log.token_ids)
-        self.ended = True
-        self.resume = None
-        return self._all_waiters()
+        return self._end()
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
         """End the stream with an error, unless it has ended; return the waiters to be woken."""
-        if not self.ended:
-            self.failure = failure
-            self.ended = True
-            self.resume = None
-        return self._all_waiters()
+        if self.ended:
+            return []
+        self.failure = failure
+        return self._end()
 
     def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
         """Let a waiter hear of what is published from now on (or of the end, as a thread always does)."""
         self._check_process()
         with self._lock:
+            if self.ended:
+                return  # which whoever waits sees before
             if isinstance(waiter, LoopWaiter) and not final_only:
                 self.waiters = (*self.waiters, waiter)
                 return
@@ -213,8 +212,16 @@ class OutputStream:
         if not self.ended:
             check_process(self._pid)
 
-    def _all_waiters(self) -> list[Waiter]:
+    def _end(self) -> list[Waiter]:
+        """Return all waiters that are not on their way, and let go of all.
+
+        A waiter refers to its stream: if the stream kept it as well, only a garbage collection would free the two, with
+        the output and the waiting task's context.
+        """
+        self.ended = True
+        self.resume = None
         waiters = [waiter for waiter in (*self.waiters, *self._final_waiters) if not waiter.posted]
+        self.waiters = self._final_waiters = ()
         for waiter in waiters:
             waiter.posted = True
         return waiters
