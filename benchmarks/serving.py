@@ -13,6 +13,7 @@ the asked lengths. Latencies are taken in the consumer's event loop.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import random
 import tempfile
@@ -163,6 +164,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
         began = time.perf_counter()
         llm = load_llm(arguments, Path(directory))
         load_s = time.perf_counter() - began
+    gc.freeze()  # as docs/streaming_and_cancellation.md advises: else a full collection stops a run for 200 ms
     with llm:
         print(f"{llm.info.description}\nloaded in {load_s:.1f} s")
         time.sleep(arguments.quiet)
