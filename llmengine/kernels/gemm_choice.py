@@ -35,7 +35,7 @@ _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
 ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FILE_VERSION = 4
+_FILE_VERSION = 5
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 _NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.05
@@ -91,12 +91,12 @@ _CANDIDATES: dict[int, dict[str, str]] = {
     },
 }
 """By bucket and kind of shape, those that were fast on an H100 with models of 135M, 1B, 7B and 8B parameters; cublas:N
-stands for the library's first N proposals, tiles:N for N of its tiles that fill the GPU, each in three clusters."""
+stands for the library's first N proposals, tiles:N for N of its tiles that fill the GPU, in one or three clusters."""
 
-_FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2"
+_FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2 tiles:1"
 """Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
-full the last one is decides; beyond, where one of the first two always was within 2 % of the fastest alone, and the
-clock changes by more than that from one measurement to the next."""
+full the last one is decides; beyond, where three are enough: what is close to the fastest alone is as fast under steady
+load, when the power decides, and from one measurement to the next the clock changes by more than they differ."""
 
 _MANY_RESULTS = 1 << 23
 """Results of a product that is many waves: more than two of the largest tiles on an H100."""
@@ -214,8 +214,7 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
-    few_waves = _FEW_WAVES if num_rows * _num_outputs(shape) < _MANY_RESULTS else _MANY_WAVES
-    usual = _FEW_ROWS if num_rows <= 64 else few_waves
+    usual = _FEW_ROWS if num_rows <= 64 else _MANY_WAVES if _has_many_waves(bucketed) else _FEW_WAVES
     configs: list[LinearConfig] = []
     for name in _CANDIDATES.get(num_rows, {}).get(f"{_size(shape)} {shape.operation}", usual).split():
         kind, _, number = name.partition(":")
@@ -229,7 +228,7 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
 
 
 def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
-    """Return the `number` tiles with which all waves of programs together take the least time, in each cluster."""
+    """Return the `number` tiles with which all waves of programs together take the least time, in their clusters."""
     if num_sms == 0:
         return []
     num_outputs = _num_outputs(shape)
@@ -239,8 +238,12 @@ def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
         waves = -(-(-(-num_outputs // outputs) * -(-shape.num_rows // rows)) // num_sms)
         return waves * (outputs * rows + _TILE_EDGE * (outputs + rows))
 
-    clusters = ((1, 1), (2, 1), (1, 2) if shape.num_rows > 64 else (4, 1))
+    clusters = [(2, 1)] if _has_many_waves(shape) else [(1, 1), (2, 1), (1, 2) if shape.num_rows > 64 else (4, 1)]
     return [TileConfig(tile, cluster) for tile in sorted(TILES, key=cost)[:number] for cluster in clusters]
+
+
+def _has_many_waves(shape: GemmShape) -> bool:
+    return shape.num_rows * _num_outputs(shape) >= _MANY_RESULTS
 
 
 def _num_outputs(shape: GemmShape) -> int:

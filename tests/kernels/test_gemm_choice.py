@@ -103,12 +103,12 @@ def test_processes_keep_what_the_other_measured(file: Path) -> None:
         "",
         "[]",
         "\xff",
-        '{"version": 4}',
-        '{"version": 4, "choices": 3}',
-        '{"version": 4, "choices": {"a": 7}}',
-        '{"version": 4, "choices": {"a": "m1n4"}}',
-        '{"version": 4, "choices": {"a": "tile7x64c1x1"}}',
-        '{"version": 4, "choices": {"a": "tile64x64c9x1"}}',
+        '{"version": 5}',
+        '{"version": 5, "choices": 3}',
+        '{"version": 5, "choices": {"a": 7}}',
+        '{"version": 5, "choices": {"a": "m1n4"}}',
+        '{"version": 5, "choices": {"a": "tile7x64c1x1"}}',
+        '{"version": 5, "choices": {"a": "tile64x64c9x1"}}',
     ],
 )
 def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -188,6 +188,7 @@ def test_what_is_chosen_without_measuring_fits_into_a_program(operation: Operati
         ("norm_linear", 256, 6144, 4096, ["tile96x128c1x2"]),
         ("norm_linear_silu", 256, 14336, 4096, ["tile112x128c1x2"]),
         ("linear_add", 64, 2048, 8192, ["tile32x64c1x1"]),
+        ("linear_add", 8192, 4096, 14336, ["tile256x128c2x1"]),
     ],
 )
 def test_tiles_that_were_fast_on_an_h100_are_tried_there(
