@@ -162,11 +162,23 @@ def sample(
         out_ids: int32 [max_samples]; 0 where failed.
         out_failed: int32 [max_samples]; 1 if the row holds NaN or inf, or nothing but -inf is left of it.
     """
-    max_samples, vocab = logits.shape
-    assert logits.is_contiguous()
-    assert vocab <= MAX_VOCAB
     if edits is not None:
         edit_logits(logits, counts, sample_slots, sample_positions, edits)
+    summarize(logits, counts, sample_slots, params, workspace, masks)
+    choose(logits, counts, sample_slots, sample_positions, params, out_ids, out_failed, workspace, edits, masks)
+
+
+def summarize(
+    logits: Tensor,
+    counts: Tensor,
+    sample_slots: Tensor,
+    params: SlotParams,
+    workspace: SamplingWorkspace,
+    masks: TokenMasks | None,
+) -> None:
+    """Leave what `choose` needs in `workspace`; see `sample`, of which it is the second part."""
+    max_samples, vocab = logits.shape
+    assert logits.is_contiguous()
     mask_lines, mask_words = (None, None) if masks is None else (masks.lines, masks.words)
     num_segments = triton.cdiv(vocab, _SEGMENT)
     assert workspace.maxima.shape[1] == num_segments
@@ -186,6 +198,25 @@ def sample(
         SEGMENTS=_SEGMENTS_PER_PROGRAM,
         num_warps=4,
     )
+
+
+def choose(
+    logits: Tensor,
+    counts: Tensor,
+    sample_slots: Tensor,
+    sample_positions: Tensor,
+    params: SlotParams,
+    out_ids: Tensor,
+    out_failed: Tensor,
+    workspace: SamplingWorkspace,
+    edits: EditTables | None,
+    masks: TokenMasks | None,
+) -> None:
+    """Draw from what `summarize` has left; see `sample`, of which it is the last part."""
+    max_samples, vocab = logits.shape
+    assert vocab <= MAX_VOCAB
+    mask_lines, mask_words = (None, None) if masks is None else (masks.lines, masks.words)
+    num_segments = triton.cdiv(vocab, _SEGMENT)
     _choose[(max_samples,)](
         logits,
         counts,

@@ -345,17 +345,15 @@ class CudaBackend:
             run(partial(self._step, bucket))
         stream.synchronize()
 
-    def _compilations(self) -> list[Callable[[], object]]:
-        """Return calls that compile what steps launch, a few kernels each, on any thread; the first is a quick one."""
+    def _compilations(self) -> list[Callable[[], None]]:
+        """Return calls that compile what steps launch, about a kernel each, on any thread; the first is a quick one."""
         assert self._model is not None
         assert self._kv is not None
-        mixed, *decodes, draws = self._first_buckets()
-        calls: list[Callable[[], object]] = [partial(self._choose, bucket) for bucket in (draws, decodes[-1])]
-        calls.append(partial(self._sampler.choose_masked, self._model.logits, self._buffers[True].step))
-        for bucket in (mixed, decodes[-1]):
-            step = self._buffers[bucket.mixed].step
-            calls += self._model.compilations(step, self._state, self._kv, bucket)
-        return [calls.pop(), *calls, *self._model.made.compilations]
+        mixed, *decodes, _ = self._first_buckets()
+        steps = {bucket: self._buffers[bucket.mixed].step for bucket in (mixed, decodes[-1])}
+        model = self._model.compilations(steps, self._state, self._kv)
+        sampler = self._sampler.compilations(self._model.logits, steps[decodes[-1]])
+        return [*model, *sampler, partial(self._choose, decodes[-1]), *self._model.made.compilations]
 
     def _first_buckets(self) -> list[Bucket]:
         """Return buckets whose steps launch every kernel in every form: mixed, of decodes, the last one with draws."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -189,16 +189,25 @@ class CudaModel:
         return self.made.segments.last(attended, x, tokens)
 
     def compilations(
-        self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket
-    ) -> list[Callable[[], object]]:
-        """Return calls that compile what computes around the segments, a few kernels each; results are junk."""
-        x = self._hidden[: bucket.num_tokens]
-        width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
-        qkv = torch.zeros((bucket.num_tokens, width), dtype=kv.dtype, device=kv.device)
-        attend = self._attend(step, kv, bucket, None)
+        self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: Tensor
+    ) -> list[Callable[[], None]]:
+        """Return calls that compile what computes around the segments, about a kernel each; results are junk.
+
+        Args:
+            steps: one without rows for each kind of bucket, mixed or not.
+        """
+        calls: dict[Hashable, Callable[[], None]] = {}
         kinds = {layer.config: index for index, layer in enumerate(self._layers)}
-        attends = [partial(attend, layer, qkv) for layer in kinds.values()]
-        return [*attends, partial(begin_step, step, state, self.embedding, x)]
+        for bucket, step in steps.items():
+            x = self._hidden[: bucket.num_tokens]
+            calls[begin_step] = partial(begin_step, step, state, self.embedding, x)
+            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+            qkv = torch.zeros((bucket.num_tokens, width), dtype=kv.dtype, device=kv.device)
+            for config, layer in kinds.items():
+                for launch in self._attention(layer, qkv, step, kv, bucket, None):
+                    # Decodes attend in steps of both kinds, by one kernel.
+                    calls[config, launch.func] = launch
+        return list(calls.values())
 
     @property
     def description(self) -> str:
@@ -225,26 +234,38 @@ class CudaModel:
         self._decode.measure(time_us)
 
     def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
-        arch, attended, pdl = self._arch, self._attended[: bucket.num_tokens], self._pdl
-        sizes = (arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim)
-
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            own = self._layers[layer]
-            for norm, part in zip(own.projection_norms, qkv.split((*sizes, sizes[1]), dim=1), strict=False):
-                norm(part)
-            norms, eps = (own.q_norm, own.k_norm), arch.rms_norm_eps
-            shared = (own.rope_table, own.config)
-            if flashinfer is not None:
-                flashinfer.attend(step, qkv, kv[layer], *shared, attended, *norms, eps, pdl=pdl)
-            elif bucket.mixed:
-                rope_and_write(step, qkv, kv[layer], *shared, *norms, eps, pdl=pdl)
-            if bucket.mixed:
-                prefill_attention(step, qkv, kv[layer], own.config, attended, pdl=pdl)
-            if flashinfer is None and self._has_decodes:
-                decode_attention(step, qkv, kv[layer], *shared, attended, self._workspace, *norms, eps, pdl=pdl)
-            return attended
+            for launch in self._attention(layer, qkv, step, kv, bucket, flashinfer):
+                launch()
+            return self._attended[: bucket.num_tokens]
 
         return attend
+
+    def _attention(
+        self,
+        layer: int,
+        qkv: Tensor,
+        step: DeviceStep,
+        kv: Tensor,
+        bucket: Bucket,
+        flashinfer: FlashInferDecode | None,
+    ) -> Iterator[partial[None]]:
+        """Yield the launches of a layer's attention, whose result is in `_attended`."""
+        arch, attended, pdl = self._arch, self._attended[: bucket.num_tokens], self._pdl
+        own = self._layers[layer]
+        q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        for norm, part in zip(own.projection_norms, qkv.split((q_size, kv_size, kv_size), dim=1), strict=False):
+            yield partial(norm, part)
+        norms, eps = (own.q_norm, own.k_norm), arch.rms_norm_eps
+        shared = (step, qkv, kv[layer], own.rope_table, own.config)
+        if flashinfer is not None:
+            yield partial(flashinfer.attend, *shared, attended, *norms, eps, pdl=pdl)
+        elif bucket.mixed:
+            yield partial(rope_and_write, *shared, *norms, eps, pdl=pdl)
+        if bucket.mixed:
+            yield partial(prefill_attention, step, qkv, kv[layer], own.config, attended, pdl=pdl)
+        if flashinfer is None and self._has_decodes:
+            yield partial(decode_attention, *shared, attended, self._workspace, *norms, eps, pdl=pdl)
 
 
 def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[_LayerAttention]:

@@ -6,6 +6,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,16 @@ from llmengine.backends.logit_edits import INT_TABLES, NO_MASKS, Int32Array, Slo
 from llmengine.backends.torch.cuda_step import Bucket
 from llmengine.backends.torch.prompt_logprobs import MAX_LOGITS, WantedLogprobs
 from llmengine.batch import Batch, BatchRow, SlotInit, TokenLogprobs
-from llmengine.kernels.logit_edits import EditTables
-from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
+from llmengine.kernels.logit_edits import EditTables, edit_logits
+from llmengine.kernels.sampling import (
+    SlotParams,
+    TokenMasks,
+    choose,
+    sample,
+    sample_greedy,
+    sampling_workspace,
+    summarize,
+)
 from llmengine.kernels.step import DeviceStep
 from llmengine.sampling_params import MAX_LOGPROBS
 
@@ -245,19 +254,31 @@ class DeviceSampler:
     def choose(self, logits: Tensor, step: DeviceStep, bucket: Bucket) -> None:
         """Queue the choice of `ids` and `failed` from logits [bucket.num_samples, vocab]; allocates nothing."""
         if bucket.draws:
-            self._draw(logits, step, self._masks)
+            self._bound(sample, logits, step, self._masks)()
         else:
             ids, failed = self.ids[: len(logits)], self.failed[: len(logits)]
             sample_greedy(logits, step.counts, ids, failed, self._workspace)
 
-    def choose_masked(self, logits: Tensor, step: DeviceStep) -> None:
-        """Queue the choice as steps do from the first mask on: it is compiled for that anew."""
-        self._draw(logits, step, self._new_masks())
+    def compilations(self, logits: Tensor, step: DeviceStep) -> list[Callable[[], None]]:
+        """Return calls that compile what draws, a kernel each, also as it is from the first mask on; they do nothing.
 
-    def _draw(self, logits: Tensor, step: DeviceStep, masks: TokenMasks | None) -> None:
+        Args:
+            step: one without rows.
+        """
+        first = step.counts, step.sample_slots
+        calls: list[Callable[[], None]] = [partial(edit_logits, logits, *first, step.sample_positions, self._tables)]
+        for masks in (None, self._new_masks()):
+            calls.append(self._bound(choose, logits, step, masks))
+            calls.append(partial(summarize, logits, *first, self._params, self._workspace, masks))
+        return calls
+
+    def _bound(
+        self, function: Callable[..., None], logits: Tensor, step: DeviceStep, masks: TokenMasks | None
+    ) -> partial[None]:
+        """Return a call of `sample`, or of its part `choose`, for this step."""
         ids, failed = self.ids[: len(logits)], self.failed[: len(logits)]
-        slots, positions = step.sample_slots, step.sample_positions
-        sample(logits, step.counts, slots, positions, self._params, ids, failed, self._workspace, self._tables, masks)
+        where = step.counts, step.sample_slots, step.sample_positions
+        return partial(function, logits, *where, self._params, ids, failed, self._workspace, self._tables, masks)
 
     def logprobs(self, logits: Tensor, sampled: Sequence[int]) -> PendingLogprobs | None:
         """Queue the log-probabilities that the sampled slots want, from the logits that `choose` has just used.

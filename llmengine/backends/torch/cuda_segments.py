@@ -102,7 +102,7 @@ def fused_segments(context: SegmentsContext) -> MadeSegments:
     fused = FusedSegments(
         context.arch, context.tensors, config.scheduler_config, context.logits, context.pdl, config.deterministic
     )
-    return MadeSegments(fused, "Triton", fused.tune, fused.compilations())
+    return MadeSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
 
 
 class FusedSegments:
@@ -157,21 +157,29 @@ class FusedSegments:
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def compilations(self) -> list[Callable[[], None]]:
-        """Return calls that compile what steps of decodes begin with, about a kernel each."""
+    def compilations(self, will_tune: bool = False) -> list[Callable[[], None]]:
+        """Return calls that compile what steps of decodes begin with, about a kernel each.
+
+        Args:
+            will_tune: also what `tune` measures first; its time is better spent on measuring.
+        """
         max_rows = len(self._logits)
         x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
-        calls: list[Callable[[], None]] = [
-            partial(self._layers[0].qkv, x, qkv),
-            partial(self._layers[0].gate_up, x, inner),
-        ]
+
+        def run_first_products() -> None:  # one after the other, since they have the norm in common
+            self._layers[0].qkv(x, qkv)
+            self._layers[0].gate_up(x, inner)
+
         products: dict[tuple[GemmShape, SkinnyConfig], Callable[[], None]] = {}
         for rows in [rows for rows in ROW_BUCKETS if rows <= max_rows]:
             for shape in self._shapes(rows):
-                config = self._choose(shape)
-                if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
-                    products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
-        return [*calls, *products.values()]
+                configs = [self._choose(shape)]
+                if will_tune and rows == ROW_BUCKETS[0] and self._choices is not None:
+                    configs += self._choices.candidates(shape) if self._choices.missing([shape]) else ()
+                for config in configs:
+                    if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
+                        products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
+        return [run_first_products, *products.values()]
 
     def tune(self, budget_s: float) -> None:
         """Measure which products are fastest for the model's shapes, those of the smallest steps first."""
