@@ -6,6 +6,9 @@ Nothing runs here: launches are recorded by what Triton compiles a kernel for.
 from __future__ import annotations
 
 import inspect
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from backend_helpers import BackendDriver, save_tiny
 from family_helpers import make_family
 from triton.runtime import interpreter
 
+from llmengine.backends.torch.compile_threads import compile_threads
 from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.backends.torch.cuda_segments import FusedSegments
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
@@ -125,3 +129,21 @@ def test_steps_launch_only_what_was_compiled(
     compiled_late = sorted(launched - compiled)
     assert not compiled_late, "requests wait while kernels are compiled"
     backend.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_threads_that_compile_leave_the_processors_to_the_one_that_loads() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    own = niceness()
+    with compile_threads() as threads:
+        assert threads.submit(niceness).result() == min(19, own + 10)
+        assert niceness() == own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_threads_compile_in_a_process_that_is_as_nice_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    with compile_threads() as threads:
+        assert threads.submit(int).result() == 0

@@ -25,11 +25,12 @@ import torch
 
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.sampler import no_token_message
+from llmengine.backends.torch.compile_threads import compile_threads
 from llmengine.backends.torch.cuda_generic import make_cuda_segments
 from llmengine.backends.torch.cuda_graphs import GraphCache
 from llmengine.backends.torch.cuda_model import CudaModel, CudaWeights, allocate_weights, fitting, load_weights
 from llmengine.backends.torch.cuda_sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
-from llmengine.backends.torch.cuda_segments import COMPILE_THREADS, MadeSegments, MakeSegments
+from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments
 from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
 from llmengine.backends.torch.cuda_stream import CudaStream, HostStream, StepStream
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
@@ -338,7 +339,7 @@ class CudaBackend:
 
         first, *others = self._compilations()
         run(first)  # alone: with its first kernel Triton hashes itself, which each thread would do for seconds
-        with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
+        with compile_threads() as threads:
             for job in [threads.submit(run, call) for call in others]:
                 job.result()
         for bucket in self._first_buckets():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from llmengine.backends.torch.compile_threads import compile_threads
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
@@ -40,8 +39,6 @@ _OPERATIONS: dict[str, Operation] = {
 
 _COLD_BYTES = 160 << 20
 """Weights that a measurement goes through before it meets one again; three times an H100's L2."""
-
-COMPILE_THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +207,7 @@ class FusedSegments:
             if time.monotonic() < deadline:
                 self._compile(shape, config)
 
-        with ThreadPoolExecutor(COMPILE_THREADS, "llmengine-compile") as threads:
+        with compile_threads() as threads:
             jobs = [
                 threads.submit(compile_in_time, shape, config)
                 for shape in shapes
