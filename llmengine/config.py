@@ -289,7 +289,7 @@ class ModelConfig(_Settings):
     attention_backend: AttentionBackendName = "auto"
     max_model_len: int | None = None
     num_threads: int | None = None
-    tuning_budget_s: float = 3.0
+    tuning_budget_s: float = 1.5
     deterministic: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
 
