@@ -18,16 +18,9 @@ import torch
 from benchmarks.report import require_gpu
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig, parse_config
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
-from llmengine.kernels.linear import (
-    GemmShape,
-    LinearConfig,
-    LinearKernels,
-    Operation,
-    SkinnyConfig,
-    linear_reference,
-    parse_config,
-)
+from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.norm import rms_norm
 from llmengine.kernels.timing import time_graph
 

@@ -21,14 +21,9 @@ import torch
 import triton
 
 from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config, shared_bytes
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
-from llmengine.kernels.linear import (
-    GemmShape,
-    LinearConfig,
-    LinearKernels,
-    parse_config,
-    shared_bytes,
-)
+from llmengine.kernels.linear import LinearKernels
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")

@@ -10,11 +10,8 @@ Each operation takes a `SkinnyConfig`, a `CublasConfig` or a `TileConfig`; `gemm
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.activation import silu_and_mul, silu_and_mul_reference
-from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, CublasLt, Product, TileConfig
+from llmengine.kernels.cublaslt import CublasConfig, CublasLt, Product, TileConfig
+from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, Operation, SkinnyConfig
 from llmengine.kernels.norm import rms_norm, rms_norm_reference
-
-Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
 
 BoundLinear = Callable[[Tensor, Tensor], None]
 """(x [num_rows, in_features], where the result goes); weights are bound."""
@@ -36,101 +32,6 @@ MAX_SPLIT_TILES = 4096
 
 _PREFETCH_BYTES = tl.constexpr(128)
 """What one thread asks the L2 for while the kernel before still runs: more of it crowds out what others asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class SkinnyConfig:
-    """How `_skinny_kernel` cuts a product up.
-
-    Attributes:
-        block_m: rows of x; 1 multiplies without tensor cores, else a power of two from 16 on. With 1, let block_k be
-            256 * num_warps: then x and weights are laid out alike, and threads do not wait for each other in a turn.
-        block_n: outputs of a program, a power of two.
-        block_k: inputs of one turn, a power of two.
-        num_stages: turns whose loads are in flight at once, through shared memory; 1 loads into registers.
-        split_k: programs that share the K of one tile; only for `linear_add`.
-        fuse_norm: normalize on the way, else by a kernel before; only where there is a norm.
-        any_rows: programs for each block_m rows, as many as there are; else x has at most block_m rows.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    split_k: int = 1
-    fuse_norm: bool = True
-    any_rows: bool = False
-
-    def __str__(self) -> str:
-        """A short name: m16n32k128w4s4, then x2 for split_k, -norm for a norm of its own, -any for any_rows."""
-        name = f"m{self.block_m}n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}"
-        name += (f"x{self.split_k}" if self.split_k > 1 else "") + ("" if self.fuse_norm else "-norm")
-        return name + ("-any" if self.any_rows else "")
-
-
-LinearConfig = SkinnyConfig | CublasConfig | TileConfig
-
-
-def parse_config(name: str) -> LinearConfig:
-    """Return the configuration of this name; raises ValueError."""
-    match = re.fullmatch(r"cublas(\d+)m(\d+)", name)
-    if match is not None:
-        return CublasConfig(int(match[1]), int(match[2]))
-    match = re.fullmatch(r"tile(\d+)x(\d+)c(\d+)x(\d+)", name)
-    if match is not None:
-        outputs, rows, *cluster = map(int, match.groups())
-        tiled = TileConfig((outputs, rows), (cluster[0], cluster[1]))
-        if tiled.tile not in TILES or tiled.cluster not in CLUSTERS:
-            raise ValueError(f"{name!r} is none of cuBLASLt's tiles")
-        return tiled
-    match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
-    if match is None:
-        raise ValueError(f"{name!r} is not like m16n32k128w4s4x2-norm, cublas3m64 or tile96x128c2x1")
-    *sizes, split_k, own_norm, any_rows = match.groups()
-    block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
-    return SkinnyConfig(
-        block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None, any_rows is not None
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class GemmShape:
-    """What a choice of implementation depends on; `n` are the outputs (norm_linear_silu's weight has 2 * n rows)."""
-
-    operation: Operation
-    num_rows: int
-    n: int
-    k: int
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-
-
-Choose = Callable[[GemmShape], LinearConfig]
-
-
-def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
-    """Return the bytes of shared memory that a program needs for its loads in flight, as Triton's compiler takes them.
-
-    Kernels without such loads, of one row, take a few KiB besides for their sums.
-    """
-    if not isinstance(config, SkinnyConfig):
-        return 0
-    num_weights = 2 if shape.operation == "norm_linear_silu" else 1
-    turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
-    return (config.num_stages - 1) * turn
-
-
-def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig:
-    """Return a configuration that adds every row up in the same order, whatever the number of rows and the device.
-
-    Args:
-        max_shared: see `limits.max_shared_bytes`; less of it leaves fewer loads in flight, in the same order.
-    """
-    if shape.dtype == torch.float32:
-        return SkinnyConfig(32, 32, 32, num_warps=4, num_stages=3, fuse_norm=False, any_rows=True)
-    config = SkinnyConfig(64, 64, 128, num_warps=4, num_stages=4, fuse_norm=False, any_rows=True)
-    return config if shared_bytes(shape, config) <= max_shared else replace(config, num_stages=3)
 
 
 class LinearKernels:

@@ -24,7 +24,7 @@ from llmengine.backends.torch.compile_threads import compile_threads
 from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.backends.torch.cuda_segments import FusedSegments
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.kernels.linear import GemmShape, SkinnyConfig
+from llmengine.kernels.gemm_config import GemmShape, SkinnyConfig
 from llmengine.models.source import open_model
 from llmengine.sampling_params import SamplingParams
 

@@ -25,8 +25,9 @@ from llmengine.backends.torch.cuda import CudaBackend
 from llmengine.batch import TokenLogprobs
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, query_block_size
+from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
-from llmengine.kernels.linear import GemmShape, LinearKernels, fixed_config, linear_reference
+from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.models.source import open_model
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}

@@ -11,7 +11,7 @@ import torch
 
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates
-from llmengine.kernels.linear import (
+from llmengine.kernels.gemm_config import (
     GemmShape,
     LinearConfig,
     Operation,

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.linear import (
-    GemmShape,
-    LinearConfig,
-    LinearKernels,
-    LinearOps,
-    Operation,
-    SkinnyConfig,
-    linear_reference,
-)
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig
+from llmengine.kernels.linear import LinearKernels, LinearOps, linear_reference
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()

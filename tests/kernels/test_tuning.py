@@ -15,7 +15,7 @@ from llmengine.backends.torch.cuda_segments import FusedSegments
 from llmengine.config import SchedulerConfig
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import GemmChoices
-from llmengine.kernels.linear import GemmShape, LinearConfig, SkinnyConfig
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, SkinnyConfig
 from llmengine.models.arch import canonical_shapes
 from llmengine.models.source import open_model
 

@@ -11,14 +11,9 @@ from torch import Tensor
 
 from llmengine.backends.torch.cuda_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
 from llmengine.kernels.cublaslt import CublasConfig
+from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
-from llmengine.kernels.linear import (
-    BoundLinear,
-    GemmShape,
-    LinearKernels,
-    LinearOps,
-    fixed_config,
-)
+from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
 from llmengine.kernels.norm import rms_norm
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 

@@ -15,16 +15,9 @@ from llmengine.backends.torch.compile_threads import compile_threads
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
+from llmengine.kernels.gemm_config import GemmShape, Operation, SkinnyConfig, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
-from llmengine.kernels.linear import (
-    BoundLinear,
-    GemmShape,
-    LinearKernels,
-    LinearOps,
-    Operation,
-    SkinnyConfig,
-    fixed_config,
-)
+from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Segments, finish_logits
