@@ -278,7 +278,11 @@ class LLM:
         `messages` are mappings with "role" and "content". Raises `InvalidRequestError` where the template rejects them
         or the model has none.
         """
-        return self.chat_async(messages, sampling_params, **template_kwargs).result()
+        handle = self.chat_async(messages, sampling_params, **template_kwargs)
+        try:
+            return handle.result()
+        finally:
+            handle.abort()
 
     def chat_async(
         self,
@@ -378,7 +382,8 @@ class LLM:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
         quantized, TensorRT plans where they were used, tokenizer, and a manifest with the hash of each file.
 
-        Loading it gives the same tokens. Blocks; requests in progress wait until the weights are written.
+        Loading it gives the same tokens: with `dtype="auto"` on a CPU, weights that the checkpoint's dtype cannot hold
+        are written as float32. Blocks; requests in progress wait until the weights are written.
 
         Raises:
             ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
@@ -386,29 +391,31 @@ class LLM:
         """
         if self._loaded is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
-        from llmengine.models.engine_dir import save_model
+        from llmengine.models.engine_dir import keeps_values, save_model
         from llmengine.models.saved_plans import PlanHolder
+        from llmengine.tokenizer_loading import tokenizer_to_save
 
         config, source = self._loaded
-        dtype: str = config.dtype
-        if dtype == "auto":
-            # A float32 copy of 16-bit weights goes back to 16 bits without loss; dequantized GGUF weights do not.
-            is_dequantized = source.kind == "gguf" and config.device == "cpu"
-            dtype = "float32" if is_dequantized else source.checkpoint_dtype
         quantization: dict[str, Any] = dict(source.quantization)
         if config.quant_config.weights != "none":
             quantization["weights"] = config.quant_config.weights
 
         def write(backend: Backend) -> None:
-            weights = cast(SavableBackend, backend).weights()
+            weights = cast(SavableBackend, backend).weights
+            dtype: str = config.dtype
+            if dtype == "auto":
+                # On a CPU weights are float32, and may be more than 16 bits whatever the checkpoint's dtype.
+                stored = source.checkpoint_dtype
+                keeps = config.device != "cpu" or keeps_values(source.arch, weights(), stored, quantization)
+                dtype = stored if keeps else "float32"
             plans = backend.saved_plans() if isinstance(backend, PlanHolder) else None
             save_model(
                 directory,
                 source,
-                weights,
+                weights(),
                 dtype=dtype,
                 quantization=quantization,
-                tokenizer=self.tokenizer,
+                tokenizer=self.tokenizer if hasattr(self.tokenizer, "save") else tokenizer_to_save(source),
                 plans=plans,
             )
 
@@ -433,7 +440,7 @@ class LLM:
         When cancelled, the engine still stops by itself.
         """
         self._engine.stop(drain)
-        await anyio.to_thread.run_sync(self._engine.join, abandon_on_cancel=True)
+        await self._engine.wait_over()
         self.close()
 
     def __enter__(self) -> Self:
@@ -482,11 +489,9 @@ def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool)
         return None
     if tokenizer is not None:
         return adapt_tokenizer(tokenizer)
-    from llmengine.tokenizer_loading import load_tokenizer, tokenizer_from_gguf
+    from llmengine.tokenizer_loading import source_tokenizer
 
-    if source.gguf is not None:
-        return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
-    return load_tokenizer(source.tokenizer_path, source.kind)
+    return source_tokenizer(source)
 
 
 def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:

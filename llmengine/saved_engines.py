@@ -53,8 +53,9 @@ def build(
     source = open_model(model, load_format)
     from llmengine.backends.tensorrt.build import build_engine
     from llmengine.backends.tensorrt.build_progress import BuildProgress
+    from llmengine.tokenizer_loading import tokenizer_to_save
 
-    return build_engine(source, directory, options, _tokenizer(source), BuildProgress(write))
+    return build_engine(source, directory, options, tokenizer_to_save(source), BuildProgress(write))
 
 
 def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) -> LayerTimes | None:
@@ -163,7 +164,11 @@ def verify(directory: Path) -> Findings:
 
 
 def _manifest(directory: Path) -> Fields:
-    if not (directory / MANIFEST_NAME).is_file():
+    try:
+        is_engine = (directory / MANIFEST_NAME).is_file()
+    except OSError as error:
+        raise ModelLoadError(f"{directory}: cannot be read: {error.strerror or error}") from error
+    if not is_engine:
         raise ModelLoadError(f"{directory}: is no saved engine: there is no {MANIFEST_NAME}")
     return read_manifest(directory)
 
@@ -174,12 +179,3 @@ def _problem(check: Callable[[], None]) -> str | None:
     except LLMEngineError as error:
         return str(error)
     return None
-
-
-def _tokenizer(source: ModelSource) -> object:
-    """Return what writes the tokenizer's files, None if they are copied."""
-    if source.gguf is None:
-        return None
-    from llmengine.tokenizer_loading import tokenizer_from_gguf
-
-    return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))

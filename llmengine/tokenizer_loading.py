@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import AddedToken, Tokenizer, processors
 
@@ -22,6 +22,9 @@ from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer import check_text
 from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
+
+if TYPE_CHECKING:
+    from llmengine.models.fused import ModelSource
 
 TokenizerKind = Literal["huggingface", "gguf", "engine", "dummy"]
 
@@ -179,6 +182,26 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
         if tokenizer is not None:
             return tokenizer
     return _read_with_transformers(directory)
+
+
+def source_tokenizer(source: ModelSource) -> LoadedTokenizer:
+    """Return the tokenizer of an opened model; raises as `load_tokenizer` does."""
+    if source.gguf is not None:
+        return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
+    return load_tokenizer(source.tokenizer_path, source.kind)
+
+
+def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
+    """Return what writes a model's tokenizer into an engine directory, None if its files are copied.
+
+    They are if they come from such a directory, or if no tokenizer can be made of them.
+    """
+    if source.kind == "engine":
+        return None
+    try:
+        return source_tokenizer(source)
+    except ModelLoadError:
+        return None
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedTokenizer:

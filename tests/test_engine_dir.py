@@ -20,7 +20,8 @@ import torch
 from arch_helpers import SMALL_ARCH
 from safetensors.torch import load_file
 
-from llmengine.errors import ConfigError, CorruptFileError, EngineError, UnsupportedModelError
+from llmengine import LLM, ModelConfig
+from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.dummy import stream_dummy
 from llmengine.models.engine_dir import model_config_hash, save_engine, save_model
 from llmengine.models.fused import weight_layout
@@ -118,6 +119,29 @@ def test_save_model_copies_tokenizer_files_and_saves_again(engine: Path, tmp_pat
     save_again(engine, source, "bfloat16", Writer())
     assert tree(engine / "tokenizer") == {"sub/t.json": b"{}"}
     load(engine)
+
+
+def test_weights_of_more_than_16_bits_are_saved_as_they_are(tmp_path: Path) -> None:
+    config = {
+        **{"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_act": "silu", "rms_norm_eps": 1e-5},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128},
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    of_files, first, second = tmp_path / "model", tmp_path / "first", tmp_path / "second"
+    for directory, load_format, saved in ((of_files, "dummy", first), (first, "auto", second)):
+        settings: dict[str, Any] = {"device": "cpu", "load_format": load_format}
+        with LLM(ModelConfig(directory, **settings), enable_tokenizer=False) as llm:
+            llm.save(saved)
+        assert open_model(saved).checkpoint_dtype == "float32"
+        arch = open_model(saved).arch
+        for name, tensor in stream_dummy(arch, torch.float32):
+            assert torch.equal(load(saved, torch.float32)[name], tensor), name
+    save(tmp_path / "half")
+    with LLM(ModelConfig(tmp_path / "half", device="cpu"), enable_tokenizer=False) as llm:
+        llm.save(tmp_path / "half")
+    assert open_model(tmp_path / "half").checkpoint_dtype == "bfloat16", "16 bits, though a CPU computes in float32"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -220,6 +244,11 @@ def test_manifests_of_other_versions_and_contents(
         open_model(engine)
 
 
+def test_what_cannot_be_looked_into_is_a_model_that_cannot_be_read() -> None:
+    with pytest.raises(ModelLoadError, match=r"model_dir='x+' cannot be read: File name too long"):
+        open_model("x" * 300)
+
+
 def test_contents_are_checked_before_the_first_tensor(engine: Path) -> None:
     path = engine / "weights.rank0.safetensors"
     whole = path.read_bytes()
@@ -237,16 +266,68 @@ def test_foreign_directories_are_refused_and_kept(engine: Path, tmp_path: Path) 
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "engine.json").write_text("{")
+    (tmp_path / "folders" / "photos").mkdir(parents=True)
+    save(tmp_path / "linking")
+    (tmp_path / "linking" / "home").symlink_to(mine)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for target, message in [
         (mine, "neither empty nor a saved engine"),
         (mine / "thesis.txt", "no directory"),
         (engine, r"notes\.txt"),
         (broken, "cannot be read"),
+        (tmp_path / "folders", "neither empty nor a saved engine"),
+        (tmp_path / "linking", "files that are not the saved engine's: home"),
+        (tmp_path / "loop", "no directory"),
     ]:
         before = tree(tmp_path)
         with pytest.raises(ConfigError, match=message):
             save(target)
         assert tree(tmp_path) == before
+
+
+def test_what_is_put_there_while_saving_is_kept(engine: Path) -> None:
+    def slow() -> Iterator[tuple[str, torch.Tensor]]:
+        (engine / "notes.txt").write_text("keep me")
+        yield from stream_dummy(ARCH, torch.bfloat16)
+
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        save(engine, weights=slow(), eos_token_ids=(9,))
+    assert (engine / "notes.txt").read_text() == "keep me"
+    assert open_model(engine).eos_token_ids == (3, 4)
+    assert [path.name for path in engine.parent.iterdir()] == ["engine"]
+
+
+def test_of_two_saves_at_once_the_last_to_end_stays(tmp_path: Path) -> None:
+    def slow() -> Iterator[tuple[str, torch.Tensor]]:
+        save(tmp_path / "e", eos_token_ids=(9,))
+        yield from stream_dummy(ARCH, torch.bfloat16)
+
+    save(tmp_path / "e", weights=slow())
+    assert open_model(tmp_path / "e").eos_token_ids == (3, 4)
+    load(tmp_path / "e")
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_the_current_directory_is_not_replaced(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (engine, engine / "tokenizer"):
+        monkeypatch.chdir(place)
+        with pytest.raises(ConfigError, match="the current directory"):
+            save(engine)
+        assert Path.cwd() == place
+    monkeypatch.chdir(engine.parent)
+    save(Path("engine"), eos_token_ids=(9,))
+    assert open_model("engine").eos_token_ids == (9,)
+
+
+def test_what_a_loaded_engine_reads_when_it_is_saved(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(engine.parent)
+    source = open_model("engine")
+    monkeypatch.chdir("/")
+    save_again(engine.parent / "second", source, "bfloat16")
+    assert tree(engine.parent / "second" / "tokenizer") == TOKENIZER
+    shutil.rmtree(engine / "tokenizer")
+    with pytest.raises(ModelLoadError, match="tokenizer: has gone since the model was loaded"):
+        save_again(engine.parent / "third", source, "bfloat16")
 
 
 def test_empty_directories_and_engines_are_replaced(engine: Path, tmp_path: Path) -> None:
@@ -286,13 +367,21 @@ def test_a_failing_or_wrong_weight_stream_leaves_nothing(tmp_path: Path) -> None
         raise CorruptFileError("the source broke")
 
     with pytest.raises(CorruptFileError, match="the source broke"):
-        save(tmp_path / "e", weights=failing())
+        save(tmp_path / "new" / "e", weights=failing())
     for weights in ([], list(stream_dummy(ARCH, torch.float32)), list(stream_dummy(ARCH, torch.bfloat16))[::-1]):
         with pytest.raises(AssertionError):
             save(tmp_path / "e", weights=weights)
     with pytest.raises(ConfigError, match="relative path"):
         save(tmp_path / "e", tokenizer_files={"../x": b""})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EngineError, match=f"{tmp_path / 'file' / 'e'}: saving failed.*: {tmp_path / 'file'}$"):
+        save(tmp_path / "file" / "e")
+    with pytest.raises(EngineError, match=r"saving failed.*: File name too long: "):
+        save(tmp_path / ("x" * 300))
 
 
 def save_until(step: int, directory: Path) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import logging
+import signal
+import sys
 import threading
+import time
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +41,7 @@ from llmengine.errors import (
     EngineDeadError,
     LLMEngineError,
     PromptTooLongError,
+    RequestError,
     RequestFailedError,
 )
 from llmengine.llm import LLM
@@ -305,6 +311,26 @@ async def test_consumer_that_waits_hears_of_the_fault() -> None:
     bounded(llm.close)
 
 
+def test_log_handler_that_fails_keeps_no_consumer_from_hearing_of_the_fault() -> None:
+    class Failing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("the disk is full")
+
+    def on_step(batch: Batch) -> None:
+        raise Fault
+
+    logger, handler = logging.getLogger("llmengine"), Failing()
+    logger.addHandler(handler)
+    try:
+        llm = make_llm(on_step=on_step)
+        with pytest.raises(EngineDeadError) as caught:
+            llm.generate_async([1], tokens(9)).result(WAIT_S)
+        assert isinstance(caught.value.__cause__, Fault)
+        bounded(llm.close)
+    finally:
+        logger.removeHandler(handler)
+
+
 async def test_what_came_before_the_fault_can_be_read() -> None:
     gate = StepGate()
 
@@ -334,6 +360,19 @@ def test_fault_while_loading_is_raised_and_ends_the_thread() -> None:
         LLM.from_backend(fail)
     for thread in engine_threads() - before:
         bounded(thread.join)
+
+
+def test_llm_whose_thread_cannot_be_started_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            make_llm()
+    gc.collect()
+    assert time.monotonic() - began < 9  # of the 10 s that an engine has for ending
 
 
 def test_fault_in_reading_the_backends_facts_closes_it() -> None:
@@ -369,11 +408,16 @@ def test_failing_row_fails_its_request_alone() -> None:
         assert_idle(llm)
 
 
-async def test_tokenizer_that_fails_to_decode_fails_its_request_alone() -> None:
+class Panic(BaseException):
+    """As what a library written in Rust raises is no `Exception`."""
+
+
+@pytest.mark.parametrize("fault", [KeyError, Panic])
+async def test_tokenizer_that_fails_to_decode_fails_its_request_alone(fault: type[BaseException]) -> None:
     class Broken(ByteTokenizer):
         def decode(self, token_ids: Sequence[int]) -> str:
             if 255 in token_ids:
-                raise KeyError("255")
+                raise fault("255")
             return super().decode(token_ids)
 
     with make_llm(tokenizer=Broken(), next_token=lambda ids: 255 if ids[0] == 1 and len(ids) == 5 else 97) as llm:
@@ -385,10 +429,10 @@ async def test_tokenizer_that_fails_to_decode_fails_its_request_alone() -> None:
         assert_concatenates(outputs)
         assert outputs[-1].finish_reason == "error"
         assert isinstance(outputs[-1].error, RequestFailedError)
-        assert isinstance(outputs[-1].error.__cause__, KeyError)
+        assert isinstance(outputs[-1].error.__cause__, fault)
         assert outputs[-1].text == "aaa"
         # Also where the prompt's own ids cannot be decoded, which is found at submission.
-        with pytest.raises(LLMEngineError, match="255"):
+        with pytest.raises((LLMEngineError, Panic), match="255"):
             llm.generate_async([255], tokens(1)).result(WAIT_S)
         assert_idle(llm)
 
@@ -540,3 +584,57 @@ async def test_draining_does_not_wait_for_a_prompt_that_is_rejected() -> None:
         with pytest.raises(PromptTooLongError):
             await rejected
         await closing
+
+
+async def test_draining_does_not_wait_for_a_blocking_prompt_that_is_rejected() -> None:
+    class Broken(GatedTokenizer):
+        """Fails at bad words, which are looked at when the request has its place in the queue."""
+
+        def encode(self, text: str) -> list[int]:
+            if "bad" not in text:
+                return list(text.encode())
+            super().encode(text)
+            raise KeyError(text)
+
+    tokenizer = Broken()
+    llm = LLM.from_backend(FakeBackend, tokenizer=tokenizer)
+    async with asyncio.timeout(WAIT_S):
+        rejected = asyncio.wrap_future(start(lambda: llm.generate("good", tokens(1, bad_words=["bad"]))))
+        await asyncio.to_thread(tokenizer.wait_begun)
+        closing = asyncio.create_task(llm.aclose(drain=10 * WAIT_S))
+        await asyncio.to_thread(lambda: None)
+        tokenizer.gate.set()
+        with pytest.raises(RequestError, match="cannot be tokenized"):
+            await rejected
+        await closing
+
+
+def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
+    """As a notebook keeps the last one."""
+
+    class Chatty(ByteTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return super().encode(text)
+
+        def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **_variables: Any) -> str:
+            return str(messages[0]["content"])
+
+    gate = StepGate()
+    with make_llm(tokenizer=Chatty(), on_step=gate) as llm:
+        interrupted = start(lambda: interrupt_main_in("wait_blocking"))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.chat([{"role": "user", "content": "a"}], tokens(200))
+        interrupted.result(WAIT_S)
+        gate.open()
+        assert_idle(llm)
+        del caught
+
+
+def interrupt_main_in(function: str) -> None:
+    """Press Ctrl-C once the main thread is in a function of this name."""
+    until = time.monotonic() + WAIT_S
+    main = threading.main_thread().ident
+    assert main is not None
+    while function not in (frame.name for frame in traceback.extract_stack(sys._current_frames()[main])):
+        assert time.monotonic() < until, f"the main thread never came to {function}"
+    signal.pthread_kill(main, signal.SIGINT)

@@ -252,7 +252,7 @@ async def test_creating_does_not_block_the_loop() -> None:
 
 SCRIPT = """
 import asyncio, sys, threading
-from llmengine import LLM, SamplingParams
+from llmengine import LLM, SamplingParams, StructuredOutput
 from llmengine.testing import FakeBackend
 from llmengine.tokenizer import ByteTokenizer
 
@@ -286,6 +286,26 @@ async def main():
         print(5)
         sys.exit(0)
 asyncio.run(main())
+""",
+    "structured output in flight": """
+letters = SamplingParams(max_new_tokens=6000, structured=StructuredOutput(regex='[a-z]{5000}'))
+handles = [llm.generate_async('a', letters, streaming=True) for _ in range(8)]
+async def main():
+    await anext(handles[0])
+asyncio.run(main())
+print(5)
+""",
+    "a drain that was given up": """
+async def main():
+    paused = SamplingParams(max_new_tokens=6000)  # for ever, since nobody reads
+    handle = llm.generate_async('a', paused, streaming=True, slow_consumer='pause')
+    try:
+        async with asyncio.timeout(0.01):
+            await llm.aclose(drain=3600)
+    except TimeoutError:
+        return handle
+handle = asyncio.run(main())
+print(5)
 """,
     "never used": "print(5)",
 }

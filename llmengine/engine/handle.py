@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from asyncio import get_running_loop
+from asyncio import get_running_loop, sleep
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,8 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         self._seen = 0
         self._waiter: LoopWaiter | None = None
         self._exhausted = False
+        self._ran_on = False
+        """The last read found its output there, and let nobody else run."""
         # Not weakref.finalize, which would keep the stream in a global table and run at interpreter exit as well.
         stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream, True))
 
@@ -98,22 +100,31 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
     async def __anext__(self) -> GenerationOutput:
         # One coroutine for each token, and few calls: this is what streaming costs the consumer's event loop.
-        while not self._exhausted:
-            output = self._take()
-            if output is not None:
-                return output
-            waiter = self._waiter
-            if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
-                self._waiter = attach(self._stream, final_only=not self._streaming)
-                continue  # something may have been published before
-            waiter.seen = self._seen
-            try:
+        has_waited = False
+        try:
+            while not self._exhausted:
+                if self._ran_on:
+                    # Who is slower than the engine always finds something. Neither a timeout nor another task would get
+                    # its turn until the request has ended.
+                    self._ran_on, has_waited = False, True
+                    await sleep(0)
+                    continue
+                output = self._take()
+                if output is not None:
+                    self._ran_on = not has_waited
+                    return output
+                waiter = self._waiter
+                if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
+                    self._waiter = attach(self._stream, final_only=not self._streaming)
+                    continue  # something may have been published before
+                waiter.seen = self._seen
+                has_waited = True
                 await waiter
-            except BaseException:
-                # Cancelled, or the loop closes the coroutine: nobody will read on.
-                self._exhausted = True
-                self.abort()
-                raise
+        except BaseException:
+            # Cancelled, or the loop closes the coroutine, or the request failed: nobody will read on.
+            self._exhausted = True
+            self.abort()
+            raise
         raise StopAsyncIteration
 
     def _take(self) -> GenerationOutput | None:

@@ -174,6 +174,7 @@ class Intake:
             self._engine.submit(self._make_request(stream, encoded, options, ticket))
         except BaseException:
             ticket.release()
+            self._engine.nudge()  # it may be draining and wait for this request
             raise
         return handle
 
@@ -221,9 +222,9 @@ class Intake:
         """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream."""
         try:
             self._engine.submit(self._make_request(stream, encode(), options, ticket))
-        except LLMEngineError as failure:
+        except BaseException as fault:  # a panic of a tokenizer written in Rust is no `Exception`
             ticket.release()
-            wake(stream.fail(failure))
+            wake(stream.fail(_as_failure(fault)))
             self._engine.nudge()  # it may be draining and wait for this request
 
     def _new_handle(self, stream: Stream, options: RequestOptions, owner: object) -> RequestHandle:
@@ -459,6 +460,14 @@ def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
 def _is_integer_type(kind: type) -> bool:
     """Return whether objects of this type count as token ids; arrays have `__index__` too, but are not."""
     return kind is not bool and hasattr(kind, "__index__") and not hasattr(kind, "__len__")
+
+
+def _as_failure(fault: BaseException) -> LLMEngineError:
+    if isinstance(fault, LLMEngineError):
+        return fault
+    failure = RequestFailedError(f"the prompt could not be prepared: {fault!r}")
+    failure.__cause__ = fault
+    return failure
 
 
 @contextmanager

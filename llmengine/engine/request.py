@@ -163,7 +163,7 @@ class Request:
         may_stop = len(log.token_ids) >= self.params.min_new_tokens
         try:
             log.pieces.append(detokenizer.push(token_id, check_stop=may_stop))
-        except Exception as fault:  # of the caller's tokenizer
+        except BaseException as fault:  # of the caller's tokenizer; a panic of one in Rust is no `Exception`
             self._fail_decoding(fault)
             return "error"
         if detokenizer.stopped is None:
@@ -182,13 +182,13 @@ class Request:
                 log.pieces.append(self.detokenizer.finish())
                 if reason == "length" and self.detokenizer.stopped is not None:
                     reason, log.matched_stop = "stop", self.detokenizer.stopped
-            except Exception as fault:  # of the caller's tokenizer
+            except BaseException as fault:  # as above
                 self._fail_decoding(fault)
         if self.ticket is not None:
             self.ticket.release()
         log.finish_reason = reason if log.error is None else "error"
         log.finished = time.monotonic()
 
-    def _fail_decoding(self, fault: Exception) -> None:
+    def _fail_decoding(self, fault: BaseException) -> None:
         self.stream.log.error = RequestFailedError(f"the tokenizer failed to decode: {fault!r}")
         self.stream.log.error.__cause__ = fault

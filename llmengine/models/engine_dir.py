@@ -15,31 +15,25 @@ that uses them, which can build them again.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import glob
 import hashlib
 import importlib.metadata
 import json
 import os
-import secrets
-import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.models.arch_json import arch_from_dict, arch_to_dict
 from llmengine.models.fields import Fields, read_json_object
-from llmengine.models.fused import ModelSource, WeightStream, check_tensors, weight_layout
+from llmengine.models.fused import COPY_ELEMENTS, ModelSource, WeightStream, check_tensors, weight_layout
 from llmengine.models.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
 from llmengine.models.saved_plans import SavedFile, SavedPlans
+from llmengine.models.whole_directory import files_below, sync_file, whole_directory
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +62,6 @@ TOKENIZER_FILES = (
 
 _BACKENDS = ("torch", "tensorrt")
 _COPY_BYTES = 1 << 22
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_STALE_S = 24 * 3600.0
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -115,10 +106,8 @@ def save_engine(
     """Write an engine directory; `weights` come one at a time, as `weight_layout(arch, dtype, quantization)` orders.
 
     `tokenizer_files` maps file names to contents, or is a directory from which `TOKENIZER_FILES` are taken. An existing
-    engine directory is replaced in one step once the new one is complete (where the file system cannot swap two
-    directories, a kill between two renames leaves it beside, named `.NAME.*.old`); any other non-empty path is refused
-    with `ConfigError`. A failed write raises `EngineError` and leaves nothing behind; what a killed one leaves beside
-    the directory is removed by the next one, a day later.
+    engine directory is replaced once the new one is complete, as `whole_directory` does; a path that is not
+    replaceable is refused with `ConfigError`. A failed write raises `EngineError` and leaves nothing behind.
     """
     import torch
 
@@ -141,25 +130,18 @@ def save_engine(
         plans=None if plans is None else dict(plans.facts),
         files={},
     )
-    target = Path(os.path.realpath(directory))
-    require_replaceable(target)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target = require_replaceable(directory)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        (staging / TOKENIZER_DIR).mkdir(parents=True)
-        _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
-        if plans is not None:
-            _write_plans(staging, manifest, plans.files)
-        _write_weights(staging, manifest, layout, weights)
-        _write_manifest(staging, manifest)
-        _move_into_place(staging, target)
+        with whole_directory(target) as staging:
+            (staging / TOKENIZER_DIR).mkdir()
+            _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
+            if plans is not None:
+                _write_plans(staging, manifest, plans.files)
+            _write_weights(staging, manifest, layout, weights)
+            _write_manifest(staging, manifest)
+            require_replaceable(target)  # once more: writing took long, and what was put there meanwhile is not ours
     except OSError as error:
-        raise EngineError(
-            f"{target}: saving failed, the directory is as it was before: {error.strerror or error}"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise EngineError(f"{target}: saving failed, the directory is as it was before: {_reason(error)}") from error
 
 
 def save_model(
@@ -206,6 +188,8 @@ def save_model(
 
 def _source_tokenizer(source: ModelSource) -> Mapping[str, bytes] | Path:
     if source.kind == "engine":
+        if not source.tokenizer_path.is_dir():
+            raise ModelLoadError(f"{source.tokenizer_path}: has gone since the model was loaded, it cannot be saved")
         return _read_tree(source.tokenizer_path)
     return source.tokenizer_path if source.tokenizer_path.is_dir() else {}
 
@@ -219,6 +203,20 @@ def _as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     if name.endswith("weight_scale") or not tensor.is_floating_point():
         return tensor
     return tensor.to(dtype)
+
+
+def keeps_values(
+    arch: ModelArch, weights: Iterable[tuple[str, torch.Tensor]], dtype: str, quantization: Mapping[str, Any]
+) -> bool:
+    """Return whether weights, as a backend uses them, are the same after `save_model` in `dtype`."""
+    import torch
+
+    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(arch, dtype, quantization).items()}
+    return all(
+        torch.equal(piece, piece.to(stored[name]).to(piece.dtype))
+        for name, tensor in weights
+        for piece in tensor.reshape(-1).split(COPY_ELEMENTS)
+    )
 
 
 def model_config_hash(arch: Mapping[str, Any], dtype: str, quantization: Mapping[str, Any]) -> str:
@@ -309,24 +307,51 @@ def _is_inside(name: str) -> bool:
     return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and name != "."
 
 
-def require_replaceable(target: Path) -> None:
-    """Raise `ConfigError` unless `target` is absent, an empty directory, or an engine directory with nothing else."""
-    if not target.exists():
-        return
+def require_replaceable(directory: str | Path) -> Path:
+    """Return the path, absolute and without links, at which an engine for `directory` is written.
+
+    Raises `ConfigError` unless it is absent, an empty directory, or an engine directory with nothing else; and if the
+    current directory is there, which would be gone after that.
+    """
+    try:
+        target = Path(os.path.realpath(directory))
+        if os.path.lexists(target):
+            _check_replaceable(target)
+    except OSError as error:
+        raise ConfigError(f"{str(directory)!r}: no engine can be saved there: {_reason(error)}") from error
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise ConfigError(f"{target}: exists and is no directory; choose another name")
-    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    if not found:
+    if _current_directory().is_relative_to(target):
+        raise ConfigError(f"{target}: would be replaced while it is, or holds, the current directory; choose another")
+    if not any(target.iterdir()):
         return
-    if MANIFEST_NAME not in found:
+    if not (target / MANIFEST_NAME).exists():
         raise ConfigError(f"{target}: is neither empty nor a saved engine; choose another directory")
     try:
         known = set(read_json_object(target / MANIFEST_NAME).fields("files").values)
     except ModelLoadError as error:
         raise ConfigError(f"{target}: is not overwritten because its manifest cannot be read: {error}") from error
-    foreign = sorted(found - known - {MANIFEST_NAME})
+    foreign = sorted(files_below(target) - known - {MANIFEST_NAME})
     if foreign:
         raise ConfigError(f"{target}: holds files that are not the saved engine's: {', '.join(foreign[:4])}")
+
+
+def _current_directory() -> Path:
+    """Return the current directory, an empty path if it has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
+
+
+def _reason(error: OSError) -> str:
+    """Return why a call of the system failed, and for which file where that is known."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)}"
 
 
 def _write_tokenizer(staging: Path, manifest: _Manifest, tokenizer: Mapping[str, bytes]) -> None:
@@ -347,17 +372,15 @@ def _write_weights(
 ) -> None:
     with (staging / WEIGHTS_NAME).open("wb") as file:
         sha256 = write_tensors(file, layout, weights)
-        _sync(file)
+        sync_file(file)
         manifest.files[WEIGHTS_NAME] = {"size_bytes": file.tell(), "sha256": sha256}
 
 
 def _write_manifest(staging: Path, manifest: _Manifest) -> None:
-    """Write the manifest, the last of the files, and sync the directories."""
+    """Write the manifest, the last of the files."""
     with (staging / MANIFEST_NAME).open("wb") as file:
         file.write(_sealed(dataclasses.asdict(manifest)))
-        _sync(file)
-    for folder in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
-        _sync_directory(folder)
+        sync_file(file)
 
 
 def _write_file(staging: Path, manifest: _Manifest, name: str, source: SavedFile) -> None:
@@ -369,10 +392,10 @@ def _write_file(staging: Path, manifest: _Manifest, name: str, source: SavedFile
         for piece in _pieces(source):
             digest.update(piece)
             file.write(piece)
-        _sync(file)
+        sync_file(file)
         written = (file.tell(), digest.hexdigest())
     if written != (source.size_bytes, source.sha256):
-        raise CorruptFileError(f"{source.content!r}: was altered since it was built or loaded; it is not saved")
+        raise CorruptFileError(f"{source.content!s:.200}: was altered since it was built or loaded; it is not saved")
     manifest.files[name] = {"size_bytes": written[0], "sha256": written[1]}
 
 
@@ -383,54 +406,6 @@ def _pieces(source: SavedFile) -> Iterator[bytes]:
     with source.content.open("rb") as file:
         while piece := file.read(_COPY_BYTES):
             yield piece
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; a replaced engine is then at `staging`, or put back if that fails."""
-    if not (target / MANIFEST_NAME).exists():
-        staging.rename(target)
-    elif not _exchange(staging, target):
-        replaced = staging.with_suffix(".old")
-        target.rename(replaced)
-        try:
-            staging.rename(target)
-        except OSError:
-            replaced.rename(target)
-            raise
-        replaced.rename(staging)
-    _sync_directory(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step; returns False where this cannot be done, which is anywhere but on Linux."""
-    if sys.platform != "linux":
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
-        return False
-    status: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return status == 0
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what saves to `target` left when they were killed, once none can be under way any more."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left)
 
 
 def read_manifest(directory: Path) -> Fields:

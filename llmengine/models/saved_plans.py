@@ -88,8 +88,8 @@ class SavedPlans:
 class PlanHolder(Protocol):
     """A backend whose plans are saved with its weights."""
 
-    def saved_plans(self) -> SavedPlans:
-        """Return what `save` writes; the files must stay as they are until it has."""
+    def saved_plans(self) -> SavedPlans | None:
+        """Return what `save` writes, None for no plans; the files must stay as they are until it has."""
 
 
 def size_text(size_bytes: int) -> str:

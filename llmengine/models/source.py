@@ -27,7 +27,14 @@ def open_model(path: str | Path, load_format: Literal["auto", "dummy"] = "auto")
     """
     if load_format not in ("auto", "dummy"):
         raise ConfigError(f"load_format={load_format!r} is none of 'auto', 'dummy'")
-    place = Path(path)
+    try:
+        return _open(path, load_format)
+    except OSError as error:
+        raise ModelLoadError(f"model_dir={str(path)!r} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: str | Path, load_format: Literal["auto", "dummy"]) -> ModelSource:
+    place = Path(path).absolute()  # files are read later as well, then perhaps from another current directory
     if not place.exists():
         hint = ""
         if _HUB_ID.fullmatch(str(path)):

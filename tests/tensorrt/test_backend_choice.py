@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import subprocess
@@ -185,7 +186,9 @@ def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     choice = make_choice(fake, source, by_name=True, rtx=True)
     backend = TensorRtBackend(make_config(source), source, fake.device, choice)
     assert isinstance(backend, PlanHolder)
-    assert backend.saved_plans().facts["verification"]["library"] == "tensorrt_rtx 0.fake"
+    saved = backend.saved_plans()
+    assert saved is not None
+    assert saved.facts["verification"]["library"] == "tensorrt_rtx 0.fake"
     assert backend.info.description.endswith("tensorrt_rtx 0.fake plans")
     backend.close()
     recalled = make_choice(fake, source, rtx=True).plan_set
@@ -193,6 +196,24 @@ def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     fake.failing.add("serialize")
     choice.keep_cache()
     assert "the runtime cache cannot be saved" in caplog.text
+
+
+def test_a_model_is_saved_without_plans_whose_files_have_gone(
+    fake: FakeTensorRt, source: ModelSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    choice = make_choice(fake, source, by_name=True)
+    plan = choice.plan_set.plans["mid"]
+    (tmp_path / "mid.plan").write_bytes(plan.read())
+    in_cache = dataclasses.replace(plan.file, content=tmp_path / "mid.plan")
+    plans = {**choice.plan_set.plans, "mid": dataclasses.replace(plan, file=in_cache)}
+    choice.plan_set = choice.plan_set.replace(plans=plans)
+    backend = TensorRtBackend(make_config(source), source, fake.device, choice)
+    assert backend.saved_plans() is not None
+    (tmp_path / "mid.plan").unlink()
+    assert backend.saved_plans() is None
+    assert "saved without plans, loading will build them again: " in caplog.text
+    assert "mid.plan: is missing" in caplog.text
+    backend.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
@@ -207,7 +228,9 @@ def test_real_plans_are_built_and_without_a_driver_torch_runs_the_model(
     assert "Triton (TensorRT cannot be used: plan 'first' does not load: " in backend.info.description
     assert "install a newer NVIDIA driver" in caplog.text
     assert isinstance(backend, PlanHolder)
-    assert sorted(backend.saved_plans().files) == ["first.plan", "last.plan", "mid.plan"]
+    saved = backend.saved_plans()
+    assert saved is not None
+    assert sorted(saved.files) == ["first.plan", "last.plan", "mid.plan"]
     backend.close()
     monkeypatch.setattr(subprocess, "Popen", never)  # nothing is built: the cache has the plans
     with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: plan 'first' does not load: .*driver"):

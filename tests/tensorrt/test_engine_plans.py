@@ -222,7 +222,7 @@ def test_a_plan_that_changed_since_is_not_saved(tmp_path: Path, saved: PlanSet) 
     with pytest.raises(CorruptFileError, match=r"mid\.plan.*altered"):
         save_with(tmp_path / "e", loaded)
     damage(tmp_path / "e" / "plans" / "mid.plan", "missing")
-    with pytest.raises(EngineError, match="saving failed, the directory is as it was before"):
+    with pytest.raises(EngineError, match=r"saving failed, the directory is as it was before: .*mid\.plan"):
         save_with(tmp_path / "e", loaded)
     assert (tmp_path / "e" / "engine.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob(".e.*")) == []
@@ -316,6 +316,8 @@ def test_what_is_no_engine_is_one_line(tmp_path: Path, command: str, capsys: pyt
     (tmp_path / "engine.json").write_text('{"format_version": 99}')
     assert main([command, str(tmp_path)]) == 1
     assert "format_version 99 is of a newer llmengine" in capsys.readouterr().err
+    assert main([command, "x" * 300]) == 1
+    assert "xxx: cannot be read: File name too long" in capsys.readouterr().err
 
 
 @pytest.fixture

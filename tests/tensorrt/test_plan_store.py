@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,6 +169,24 @@ def test_without_a_writable_cache_plans_are_kept_in_memory(tmp_path: Path, caplo
     PlanCache(tmp_path / "file").remember(made.replace(verification={"device": "x"}))
     get(tmp_path / "file", build)
     assert build.built == INPUT_PLANS * 2
+
+
+def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = get(tmp_path, FakeBuild())
+    left = sorted(tmp_path.iterdir())
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for owner, name in ((os, "utime"), (os, "replace"), (Path, "unlink"), (tempfile, "mkdtemp")):
+        monkeypatch.setattr(owner, name, refuse)
+    build = FakeBuild()
+    assert content_of(get(tmp_path, build)) == content_of(made)
+    assert build.built == []
+    PlanCache(tmp_path, limit_bytes=1).trim(made)
+    assert sorted(tmp_path.iterdir()) == left
+    with pytest.raises(EngineError, match="no place to build plans: Read-only file system"):
+        get(tmp_path, build, make_request(max_batch_size=3))
 
 
 def builder_process(cache: Path, limits: str) -> subprocess.Popen[bytes]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ import torch
 from plan_fakes import make_request, make_source
 from segment_helpers import DTYPES, FAMILIES, PROFILES, library_or_skip, placed, random_weights, raw, tiny_arch
 
-from llmengine.backends.tensorrt import worker
+from llmengine.backends.tensorrt import plans, worker
 from llmengine.backends.tensorrt.api import Library
 from llmengine.backends.tensorrt.plan_cache import PlanCache
 from llmengine.backends.tensorrt.plan_store import get_plans
@@ -183,6 +184,16 @@ def test_a_failed_build_quotes_the_library(library: Library, tmp_path: Path) -> 
         build_plan(PlanJob("mid", spec, BuildTarget((75,)), tmp_path / "plan"))
     assert not (tmp_path / "plan").exists()
     check([build_plan(PlanJob("mid", spec, ALL, tmp_path / "plan"))], library)
+
+
+def test_an_error_of_the_bindings_is_a_failed_build(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no CUDA context")
+
+    monkeypatch.setattr(plans, "define_segment", fail)
+    spec = placed(tiny_arch(), "float16", "inputs", "mid").spec
+    with pytest.raises(EngineError, match="could not build 'mid' for SM89: no CUDA context"):
+        serialize_segment(library, spec, BuildTarget((89,)), {})
 
 
 def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,8 @@ def test_a_verification_survives_json_and_nothing_else_is_taken_for_one(device: 
     assert Verification.from_dict(json.loads(json.dumps(verification.to_dict(), allow_nan=False))) == verification
     assert verification.holds_for("tensorrt 0.fake", torch.device(device))
     assert not verification.holds_for("tensorrt 1.fake", torch.device(device))
-    for values in ({}, {**verification.to_dict(), "more": 1}, {**verification.to_dict(), "checks": [1]}):
+    known = verification.to_dict()
+    for values in ({}, {**known, "more": 1}, {**known, "checks": [1]}, {**known, "step_us": {"8": [10.0, 0.0]}}):
         assert Verification.from_dict(values) is None
 
 

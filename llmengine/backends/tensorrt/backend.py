@@ -30,7 +30,7 @@ from llmengine.backends.torch.cuda_generic import make_cuda_segments, torch_beca
 from llmengine.backends.torch.cuda_model import CudaWeights, load_weights
 from llmengine.backends.torch.cuda_segments import MadeSegments, SegmentsContext
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError, EngineError, ModelLoadError
+from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
 from llmengine.models.decoder import Segments, forward
 from llmengine.models.saved_plans import SavedPlans
 from llmengine.models.source import ModelSource
@@ -85,9 +85,19 @@ class TensorRtBackend(CudaBackend):
         super().__init__(config, source, device, choice.make)
         choice.keep_cache()
 
-    def saved_plans(self) -> SavedPlans:
-        """Return the plans and what is known of them."""
-        return self._choice.plan_set.to_saved()
+    def saved_plans(self) -> SavedPlans | None:
+        """Return the plans and what is known of them; None, and a warning, if their files have gone or changed since.
+
+        The weights can still be saved then, and who loads them builds the plans again.
+        """
+        saved = self._choice.plan_set.to_saved()
+        try:
+            for file in saved.files.values():
+                file.check()
+        except CorruptFileError as failure:
+            _logger.warning("saved without plans, loading will build them again: %s", failure)
+            return None
+        return saved
 
     def close(self) -> None:
         """Release all device memory; idempotent. Steps in flight are waited for."""

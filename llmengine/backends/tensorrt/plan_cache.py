@@ -84,8 +84,9 @@ class PlanCache:
             path = self._directory / f"{sha256}.plan"
             file = SavedFile(path, fields.integer("size_bytes"), sha256)
             file.check()
-            for used in (entry, path):
-                os.utime(used)
+            with contextlib.suppress(OSError):  # in a cache that cannot be written nothing has to be kept in order
+                for used in (entry, path):
+                    os.utime(used)
             return Plan(file, fields.number("build_s"), peak)
         except (EngineError, OSError) as error:
             _logger.warning("a plan in the cache is not used: %s", error)
@@ -150,7 +151,7 @@ class PlanCache:
     def build_directory(self) -> Iterator[Path]:
         """Return an empty directory for a build under way, beside the cache if that can be written; removed at the end.
 
-        What killed builds have left is removed a day later.
+        What killed builds have left is removed a day later. Raises `EngineError` if there is no room for it anywhere.
         """
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,10 @@ class PlanCache:
             made = tempfile.mkdtemp(prefix="build-", dir=self._directory)
         except OSError as error:
             self._warn("what is built now", error)
-            made = tempfile.mkdtemp(prefix="llmengine-build-")
+            try:
+                made = tempfile.mkdtemp(prefix="llmengine-build-")
+            except OSError as failure:
+                raise EngineError(f"there is no place to build plans: {failure.strerror or failure}") from failure
         try:
             yield Path(made)
         finally:
@@ -179,7 +183,8 @@ class PlanCache:
             if total <= self._limit_bytes:
                 return
             if path.name not in needed:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process has removed it, or nobody may
+                    path.unlink()
                 total -= sizes[path].st_size
 
     def _write(self, name: str, content: bytes) -> None:

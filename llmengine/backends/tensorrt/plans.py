@@ -194,9 +194,9 @@ def serialize_segment(
             config = _configure(library, segment, spec, target)
             cache = _attach_timing_cache(library, config, timing_cache)
             plan = not_none(builder.build_serialized_network(segment.network, config), "build_serialized_network")
-        except EngineError as failure:
-            if isinstance(failure, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except (EngineError, TypeError, RuntimeError) as failure:
             reason = quote(messages, str(failure))
             raise EngineError(f"{library} could not build {spec.kind!r} for {target}: {reason}") from failure
     if cache is not None and timing_cache is not None:

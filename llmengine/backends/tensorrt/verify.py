@@ -107,7 +107,7 @@ class Verification:
         try:
             fields.require_only({item.name for item in dataclasses.fields(cls)})
             steps = fields.fields("step_us")
-            times = {int(tokens): steps.numbers(tokens) for tokens in steps.values}
+            times = {int(tokens): steps.numbers(tokens, above=0.0) for tokens in steps.values}
             return cls(
                 library=fields.string("library"),
                 device=fields.string("device"),
