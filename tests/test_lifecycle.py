@@ -620,14 +620,19 @@ def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
             return str(messages[0]["content"])
 
     gate = StepGate()
-    with make_llm(tokenizer=Chatty(), on_step=gate) as llm:
-        interrupted = start(lambda: interrupt_main_in("wait_blocking"))
-        with pytest.raises(KeyboardInterrupt) as caught:
-            llm.chat([{"role": "user", "content": "a"}], tokens(200))
-        interrupted.result(WAIT_S)
-        gate.open()
-        assert_idle(llm)
-        del caught
+    # What a shell starts in the background ignores Ctrl-C.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with make_llm(tokenizer=Chatty(), on_step=gate) as llm:
+            interrupted = start(lambda: interrupt_main_in("wait_blocking"))
+            with pytest.raises(KeyboardInterrupt) as caught:
+                llm.chat([{"role": "user", "content": "a"}], tokens(200))
+            interrupted.result(WAIT_S)
+            gate.open()
+            assert_idle(llm)
+            del caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def interrupt_main_in(function: str) -> None:
