@@ -32,6 +32,10 @@ VOCAB_SIZE = 258
 T = TypeVar("T")
 
 
+class Panic(BaseException):
+    """As what a library written in Rust raises is no `Exception`."""
+
+
 def oracle(prompt: Sequence[int], num_tokens: int, next_token: NextToken | None = None) -> list[int]:
     """Return what a request generates by itself, one token after another."""
     model = next_token or mixing_model(VOCAB_SIZE)

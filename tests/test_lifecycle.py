@@ -19,6 +19,7 @@ import pytest
 from engine_helpers import (
     WAIT_S,
     GatedTokenizer,
+    Panic,
     RecordingBackend,
     StepGate,
     assert_concatenates,
@@ -406,10 +407,6 @@ def test_failing_row_fails_its_request_alone() -> None:
         assert (good.finish_reason, good.error, good.text) == ("length", None, "aaaaaa")
         assert llm.health().ok
         assert_idle(llm)
-
-
-class Panic(BaseException):
-    """As what a library written in Rust raises is no `Exception`."""
 
 
 @pytest.mark.parametrize("fault", [KeyError, Panic])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from engine_helpers import (
     WAIT_S,
+    Panic,
     StepGate,
     assert_concatenates,
     assert_idle,
@@ -446,9 +447,6 @@ def test_failure_of_tokenization_is_raised_by_each_read(read: Callable[[Any], An
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_panic_of_tokenization_is_raised_by_each_read(waits: bool) -> None:
-    class Panic(BaseException):
-        """As what a library written in Rust raises is no `Exception`."""
-
     class Broken(ByteTokenizer):
         def encode(self, text: str) -> list[int]:
             raise Panic(text)

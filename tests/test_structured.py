@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from llmengine import (
     StructuredOutput,
 )
 from llmengine.batch import Batch
+from llmengine.engine.grammar_steps import GrammarSteps
 from llmengine.grammar import GrammarCompiler
 from llmengine.testing import NextToken
 from llmengine.tokenizer import ByteTokenizer
@@ -443,3 +445,23 @@ async def test_hostile_grammars_end_and_stall_nobody() -> None:
             for result in await hostile:
                 assert isinstance(result, (GenerationOutput, InvalidRequestError, RequestFailedError)), result
     assert slowest < 2.0, "50 tokens beside hostile grammars"
+
+
+def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool has queued the call then."""
+    moved: list[int] = []
+
+    class Moving:
+        def advance(self, token_id: int) -> None:
+            moved.append(token_id)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    steps, request, grammar = GrammarSteps(lambda: None), object(), Moving()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            steps.push(request, grammar, 5)  # type: ignore[arg-type]
+    assert not moved
+    steps.close()

@@ -12,6 +12,9 @@ _NUM_THREADS = 4
 _GRACE_S = 0.001
 """How long a step may wait for the masks of its rows."""
 
+_POOL_HAS_ENDED = "cannot schedule new futures"
+"""What `ThreadPoolExecutor.submit` says then; it raises RuntimeError for other reasons as well."""
+
 
 class GrammarSteps:
     """What a request's grammar allows next is computed on a thread, from the moment that its last token is known.
@@ -38,7 +41,10 @@ class GrammarSteps:
         """Have the grammar move on behind a token of the request."""
         try:
             future = self._threads.submit(grammar.advance, token_id)
-        except RuntimeError:  # the interpreter exits, and pools take nothing more; the engine is stopped in a moment
+        except RuntimeError as refusal:
+            if _POOL_HAS_ENDED not in str(refusal):
+                raise  # the call is queued, though no thread could be started for it
+            # The interpreter exits, and pools take nothing more; the engine is stopped in a moment.
             grammar.advance(token_id)
             future = Future()
             future.set_result(None)

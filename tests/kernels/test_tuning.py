@@ -98,3 +98,24 @@ def test_without_time_nothing_is_timed(tmp_path: Path, device: str, monkeypatch:
     monkeypatch.setattr(cuda_segments, "time_graph", lambda functions: pytest.fail("there is no time"))
     segments.tune(0.0)
     assert choices.missing(segments._shapes(1))
+
+
+@pytest.mark.usefixtures("candidates")
+@pytest.mark.parametrize("will_tune", [False, True])
+def test_what_is_measured_first_is_compiled_with_the_rest(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, will_tune: bool
+) -> None:
+    choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
+    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    compiled: list[LinearConfig] = []
+    monkeypatch.setattr(FusedSegments, "_compile", lambda _, shape, config: compiled.append(config))
+    for call in segments.compilations(will_tune=will_tune):
+        call()
+    num_products = 5  # qkv, o, gate_up, down and the LM head, of one row
+    assert compiled == [SKINNY] * (num_products if will_tune else 0)
+    monkeypatch.setattr(cuda_segments, "time_graph", lambda functions: 1.0)
+    segments.tune(60.0)
+    compiled.clear()
+    for call in segments.compilations(will_tune=True):
+        call()
+    assert not compiled, "what is known needs no candidates"

@@ -164,8 +164,9 @@ class FusedSegments:
         for rows in [rows for rows in ROW_BUCKETS if rows <= max_rows]:
             for shape in self._shapes(rows):
                 configs = [self._choose(shape)]
-                if will_tune and rows == ROW_BUCKETS[0] and self._choices is not None:
-                    configs += self._choices.candidates(shape) if self._choices.missing([shape]) else ()
+                choices = self._choices if will_tune and rows == ROW_BUCKETS[0] else None
+                if choices is not None and choices.missing([shape]):
+                    configs += choices.candidates(shape)
                 for config in configs:
                     if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
                         products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
