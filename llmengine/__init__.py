@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from llmengine.llm import LLM
     from llmengine.outputs import FinishReason, GenerationOutput, Logprob, RequestTimeline
+    from llmengine.request_options import ChatKeywords, RequestKeywords, RequestOptions
     from llmengine.sampling_params import SamplingParams
     from llmengine.structured_output import StructuredOutput
 
@@ -59,6 +60,7 @@ _HOMES = {
     ),
     "llmengine.llm": ("LLM",),
     "llmengine.outputs": ("FinishReason", "GenerationOutput", "Logprob", "RequestTimeline"),
+    "llmengine.request_options": ("ChatKeywords", "RequestKeywords", "RequestOptions"),
     "llmengine.sampling_params": ("SamplingParams",),
     "llmengine.structured_output": ("StructuredOutput",),
 }
@@ -70,6 +72,7 @@ __all__ = [
     "BackendInfo",
     "BeamOutput",
     "BeamSearchOutput",
+    "ChatKeywords",
     "ConfigError",
     "CorruptFileError",
     "EngineClosedError",
@@ -93,6 +96,8 @@ __all__ = [
     "RequestError",
     "RequestFailedError",
     "RequestHandle",
+    "RequestKeywords",
+    "RequestOptions",
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",

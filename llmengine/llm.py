@@ -8,12 +8,12 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
 
 import anyio.to_thread
 
@@ -23,11 +23,11 @@ from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.intake import Intake, Messages, Prompt, RequestOptions, as_prompts
+from llmengine.engine.intake import Intake, Messages, Prompt, RequestSpec, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats
-from llmengine.engine.stream import SlowConsumer
 from llmengine.errors import ConfigError, InvalidRequestError
 from llmengine.outputs import GenerationOutput
+from llmengine.request_options import ChatKeywords, RequestKeywords, as_options, split_options, takes_options
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import Tokenizer, adapt_tokenizer
 
@@ -171,14 +171,14 @@ class LLM:
         """Return what `generate` uses when given none: the model's `generation_config.json`, else greedy."""
         return self._default_params
 
+    @takes_options(wait_for_admission=True)
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: int = 0,
-        tenant: str | None = None,
         progress: bool = False,
+        **options: Unpack[RequestKeywords],
     ) -> list[GenerationOutput]:
         """Generate for all prompts at once, block until all are finished, and return their outputs in order.
 
@@ -189,17 +189,19 @@ class LLM:
             prompts: a string, a list of token ids, or an iterable of either. More than fit the queue are submitted
                 as room comes up.
             sampling_params: for all prompts, or one a prompt; None: `get_default_sampling_params()`.
-            priority, tenant: see `generate_async`.
             progress: show a progress bar on stderr.
+            options: of each request, see `RequestOptions`.
 
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
         request that fails alone does not raise: its output has finish reason "error".
         """
+        # All are read to their ends, however late: none of them has a slow consumer.
+        checked = as_options(LLM.generate, options, wait_for_admission=True).replace(slow_consumer=None)
         handles: list[RequestHandle] = []
         try:
             for index, prompt in enumerate(as_prompts(prompts)):
-                options = RequestOptions(self._params_for(sampling_params, index), priority=priority, tenant=tenant)
-                handles.append(self._intake.submit_blocking(prompt, options, self))
+                spec = RequestSpec(self._params_for(sampling_params, index), checked)
+                handles.append(self._intake.submit_blocking(prompt, spec, self))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
                 raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
             return [handle.result() for handle in _with_progress(handles, progress)]
@@ -207,19 +209,13 @@ class LLM:
             for handle in handles:
                 handle.abort()
 
+    @takes_options()
     def generate_async(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         streaming: bool = False,
-        *,
-        priority: int = 0,
-        tenant: str | None = None,
-        deadline_s: float | None = None,
-        first_token_deadline_s: float | None = None,
-        cache_salt: Hashable = None,
-        wait_for_admission: bool = False,
-        slow_consumer: SlowConsumer = "coalesce",
+        **options: Unpack[RequestKeywords],
     ) -> RequestHandle:
         """Submit one request and return its handle at once: ``async for`` it, or ``await`` it.
 
@@ -231,20 +227,7 @@ class LLM:
             streaming: the handle yields whenever tokens arrive; otherwise the final output only. With
                 `SamplingParams.n` above 1, what it yields is of one output at a time: `index` says which, and each has
                 a last one that is `finished`.
-            priority: higher is scheduled first and preempted last, among the requests of its tenant; in [-1e6, 1e6].
-            tenant: on whose behalf. Tenants share the engine by `SchedulerConfig.tenant_weights`, whatever their
-                priorities, and no prefix blocks unless `share_prefixes_across_tenants`.
-            deadline_s: seconds from now after which the request ends, wherever it is, with finish reason "timeout".
-            first_token_deadline_s: seconds from now after which it ends so unless it has a token.
-            cache_salt: the request shares cached prefix blocks only with requests of an equal salt.
-            wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
-                raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work
-                as ever.
-            slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": nothing,
-                they come as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
-                others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end
-                the request with finish reason "abort"; the output's `error` says why. Who waits for the final output
-                has read all.
+            options: see `RequestOptions`.
 
         Raises:
             InvalidRequestError: a parameter or token id is out of range.
@@ -252,70 +235,48 @@ class LLM:
             QueueFullError: too many requests or prompt tokens are waiting (the latter from the handle as well).
             EngineClosedError, EngineDeadError.
         """
-        params = self._default_params if sampling_params is None else sampling_params
-        options = RequestOptions(
-            params,
-            streaming,
-            priority,
-            tenant,
-            deadline_s,
-            first_token_deadline_s,
-            cache_salt,
-            wait_for_admission,
-            slow_consumer,
-        )
-        return self._intake.submit(prompt, options, self)
+        spec = RequestSpec(self._params_or_default(sampling_params), as_options(LLM.generate_async, options), streaming)
+        return self._intake.submit(prompt, spec, self)
 
+    @takes_options(ChatKeywords)
     def chat(
         self,
         messages: Messages,
         sampling_params: SamplingParams | None = None,
-        **template_kwargs: Any,
+        **options: Unpack[ChatKeywords],
     ) -> GenerationOutput:
         """Answer a conversation through the model's chat template and block until the answer is finished.
 
-        Keywords are those of `chat_async`, `tenant` and `deadline_s` for example.
-        `messages` are mappings with "role" and "content". Raises `InvalidRequestError` where the template rejects them
-        or the model has none.
+        `messages` are mappings with "role" and "content"; the options are those of `chat_async`. Raises
+        `InvalidRequestError` where the template rejects them or the model has none.
         """
-        handle = self.chat_async(messages, sampling_params, **template_kwargs)
+        handle = self.chat_async(messages, sampling_params, **options)
         try:
             return handle.result()
         finally:
             handle.abort()
 
+    @takes_options(ChatKeywords)
     def chat_async(
         self,
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         streaming: bool = False,
-        *,
-        priority: int = 0,
-        tenant: str | None = None,
-        deadline_s: float | None = None,
-        first_token_deadline_s: float | None = None,
-        cache_salt: Hashable = None,
-        wait_for_admission: bool = False,
-        slow_consumer: SlowConsumer = "coalesce",
-        **template_kwargs: Any,
+        **options: Unpack[ChatKeywords],
     ) -> RequestHandle:
-        """`generate_async` for a conversation; `template_kwargs` reach the chat template."""
-        params = self._default_params if sampling_params is None else sampling_params
-        options = RequestOptions(
-            params,
-            streaming,
-            priority,
-            tenant,
-            deadline_s,
-            first_token_deadline_s,
-            cache_salt,
-            wait_for_admission,
-            slow_consumer,
-        )
+        """`generate_async` for a conversation; keywords that are no request options reach the chat template.
+
+        Args:
+            options: see `RequestOptions` and `ChatKeywords`.
+        """
+        checked, rest = split_options(options)
+        template_kwargs = (rest.pop("chat_template_kwargs", None) or {}) | rest
+        spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming)
         # A copy: the caller may go on with its list while a thread renders it.
         copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
-        return self._intake.submit_chat(copied, template_kwargs, options, self)
+        return self._intake.submit_chat(copied, template_kwargs, spec, self)
 
+    @takes_options(wait_for_admission=True)
     def beam_search(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -324,28 +285,28 @@ class LLM:
         max_new_tokens: int = 128,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
-        priority: int = 0,
-        tenant: str | None = None,
+        **options: Unpack[RequestKeywords],
     ) -> list[BeamSearchOutput]:
         """Return the `num_beams` likeliest continuations of each prompt that beam search finds, best first. Blocks.
 
         Args:
             prompts: as for `generate`.
             num_beams, max_new_tokens, length_penalty, early_stopping: see `BeamSearchParams`.
-            priority, tenant: see `generate_async`.
+            options: of each request, see `RequestOptions`.
 
         Raises what `generate_async` raises, and the error of a beam's request that fails.
         """
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
+        checked = as_options(LLM.beam_search, options, wait_for_admission=True)
         searches = self._beam_searches(as_prompts(prompts), params)
 
         def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
-            options = RequestOptions(sampling_params, priority=priority, tenant=tenant)
-            return self._intake.submit_blocking(token_ids, options, self)
+            return self._intake.submit_blocking(token_ids, RequestSpec(sampling_params, checked), self)
 
         beam_search.run(searches, submit)
         return [search.output(self._intake.decode) for search in searches]
 
+    @takes_options(wait_for_admission=True)
     async def beam_search_async(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -354,17 +315,15 @@ class LLM:
         max_new_tokens: int = 128,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
-        priority: int = 0,
-        tenant: str | None = None,
+        **options: Unpack[RequestKeywords],
     ) -> list[BeamSearchOutput]:
         """`beam_search` without blocking the event loop. When cancelled, its requests are aborted."""
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
+        checked = as_options(LLM.beam_search_async, options, wait_for_admission=True)
         searches = await anyio.to_thread.run_sync(self._beam_searches, list(as_prompts(prompts)), params)
 
         def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
-            return self.generate_async(
-                token_ids, sampling_params, priority=priority, tenant=tenant, wait_for_admission=True
-            )
+            return self._intake.submit(token_ids, RequestSpec(sampling_params, checked), self)
 
         await beam_search.run_async(searches, submit)
         return [search.output(self._intake.decode) for search in searches]
@@ -458,6 +417,9 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _params_or_default(self, sampling_params: SamplingParams | None) -> SamplingParams:
+        return self._default_params if sampling_params is None else sampling_params
 
     def _params_for(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, index: int

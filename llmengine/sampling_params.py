@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmengine.checks import none_means_default
 from llmengine.errors import InvalidRequestError
 from llmengine.structured_output import StructuredOutput
 
@@ -46,7 +47,8 @@ _SEED_NAMES = {
 class SamplingParams:
     """Immutable; one object may serve any number of requests.
 
-    Raises `InvalidRequestError`, naming the value and the range, when a field is out of range.
+    Raises `InvalidRequestError`, naming the value and the range, when a field is out of range. None stands for a
+    field's default, but for `max_new_tokens`, where it says what it says below.
 
     The model's logits pass through, in this order: the allowed tokens of a grammar, logit_bias, repetition_penalty,
     frequency_penalty, presence_penalty, bad_words, min_new_tokens, temperature, top_k, top_p, min_p. What a forbidden
@@ -112,6 +114,7 @@ class SamplingParams:
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
+        none_means_default(self, but=("max_new_tokens",))
         stop = _as_tuple("stop", self.stop, str)
         object.__setattr__(self, "stop", stop)
         ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)

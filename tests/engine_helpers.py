@@ -17,9 +17,10 @@ from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Family, Request, RequestStatus
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters
-from llmengine.engine.stream import OutputStream, SlowConsumer
+from llmengine.engine.stream import OutputStream
 from llmengine.llm import LLM
 from llmengine.outputs import GenerationOutput, OutputLog
+from llmengine.request_options import SlowConsumer
 from llmengine.sampling_params import SamplingParams
 from llmengine.testing import FakeBackend, NextToken, mixing_model
 from llmengine.tokenizer import ByteTokenizer, IncrementalDetokenizer

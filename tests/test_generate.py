@@ -200,7 +200,6 @@ def test_priority_reaches_the_scheduler() -> None:
         ({"deadline_s": float("nan")}, "deadline_s=nan"),
         ({"deadline_s": "5"}, "deadline_s='5'"),
         ({"priority": "high"}, "priority='high'"),
-        ({"priority": None}, "priority=None"),
         ({"priority": 1.5}, "priority=1.5"),
         ({"cache_salt": ["tenant"]}, "cache_salt"),
         ({"cache_salt": {}}, "cache_salt"),

@@ -29,10 +29,11 @@ from engine_helpers import (
 from faults import CAUSES, FaultKind, Faults, FaultyBackend
 
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.engine.stream import FamilyStream, OutputStream, SlowConsumer, publish, wait_blocking, wake
+from llmengine.engine.stream import FamilyStream, OutputStream, publish, wait_blocking, wake
 from llmengine.errors import EngineDeadError, InvalidRequestError, RequestError
 from llmengine.llm import LLM
 from llmengine.outputs import GenerationOutput, OutputLog
+from llmengine.request_options import SlowConsumer
 from llmengine.sampling_params import SamplingParams
 from llmengine.testing import FakeBackend
 from llmengine.tokenizer import ByteTokenizer

@@ -22,8 +22,8 @@ from test_scheduler_properties import SchedulerMachine
 from llmengine.config import SchedulerConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Request, RequestStatus
-from llmengine.engine.stream import SlowConsumer
 from llmengine.errors import EngineDeadError, RequestError, RequestFailedError
+from llmengine.request_options import SlowConsumer
 
 MAX_UNREAD = 3
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, get_args
+from typing import Any
 
 from llmengine.batch import BackendInfo
 from llmengine.engine.admission import AdmissionTicket
@@ -23,7 +23,7 @@ from llmengine.engine.engine import Engine
 from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Family, Request
-from llmengine.engine.stream import FamilyStream, OutputStream, SlowConsumer, Stream, wake
+from llmengine.engine.stream import FamilyStream, OutputStream, Stream, wake
 from llmengine.errors import (
     EngineClosedError,
     InvalidRequestError,
@@ -33,6 +33,7 @@ from llmengine.errors import (
 )
 from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
+from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import ChatTokenizer, IncrementalDetokenizer, Tokenizer
 
@@ -43,7 +44,6 @@ Messages = Sequence[Mapping[str, Any]]
 """A conversation: mappings with "role" and "content"."""
 
 
-_MAX_PRIORITY = 1_000_000
 _NUM_CACHED_BAD_WORDS = 16
 
 
@@ -56,42 +56,21 @@ class _TenantSalt:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOptions:
-    """How to run one request; raises `InvalidRequestError` for a value of the wrong type or range."""
+class RequestSpec:
+    """What to generate and how to run it; raises `InvalidRequestError` for what does not fit together."""
 
     params: SamplingParams
+    options: RequestOptions
     streaming: bool = False
-    priority: int = 0
-    tenant: str | None = None
-    deadline_s: float | None = None
-    first_token_deadline_s: float | None = None
-    cache_salt: Hashable = None
-    wait_for_admission: bool = False
-    slow_consumer: SlowConsumer = "coalesce"
 
     def __post_init__(self) -> None:
         if not isinstance(self.params, SamplingParams):
             raise InvalidRequestError(f"sampling_params={self.params!r} is not a SamplingParams")
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise InvalidRequestError(f"priority={self.priority!r} is not an integer")
-        if not -_MAX_PRIORITY <= self.priority <= _MAX_PRIORITY:
-            raise InvalidRequestError(f"priority={self.priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
         if self.streaming and self.params.num_outputs > self.params.n:
             raise InvalidRequestError(
                 f"best_of={self.params.best_of} above n={self.params.n} cannot be streamed: "
                 "which are the best is known when all are finished"
             )
-        if self.tenant is not None and not isinstance(self.tenant, str):
-            raise InvalidRequestError(f"tenant={self.tenant!r} is not a string")
-        if self.slow_consumer not in get_args(SlowConsumer):
-            choices = ", ".join(map(repr, get_args(SlowConsumer)))
-            raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
-        _check_deadline("deadline_s", self.deadline_s)
-        _check_deadline("first_token_deadline_s", self.first_token_deadline_s)
-        try:
-            hash(self.cache_salt)
-        except TypeError as error:
-            raise InvalidRequestError(f"cache_salt={self.cache_salt!r} is not hashable") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,108 +115,109 @@ class Intake:
         # Seeded by the system once: asking it for each request takes as long as all else here.
         self._seeds = random.Random()
 
-    def submit(self, prompt: Prompt, options: RequestOptions, owner: object) -> RequestHandle:
+    def submit(self, prompt: Prompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit without blocking; raises what is wrong with anything but the tokens of a text prompt."""
         if isinstance(prompt, str):
-            return self._submit_later(partial(self._encode, prompt), options, owner)
+            return self._submit_later(partial(self._encode, prompt), spec, owner)
         encoded = self._encode(prompt)
-        if options.wait_for_admission or options.params.structured is not None:
+        if spec.options.wait_for_admission or spec.params.structured is not None:
             self._check_length(encoded)
-            return self._submit_later(lambda: encoded, options, owner)
-        return self._submit_now(encoded, options, owner, self._engine.admission.acquire_nowait)
+            return self._submit_later(lambda: encoded, spec, owner)
+        return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
     def submit_chat(
-        self, messages: Messages, template_kwargs: Mapping[str, Any], options: RequestOptions, owner: object
+        self, messages: Messages, template_kwargs: Mapping[str, Any], spec: RequestSpec, owner: object
     ) -> RequestHandle:
         """Like `submit` with the text that the chat template makes of `messages`, which must not change meanwhile."""
-        return self._submit_later(partial(self._encode_chat, messages, template_kwargs), options, owner)
+        return self._submit_later(partial(self._encode_chat, messages, template_kwargs), spec, owner)
 
-    def submit_blocking(self, prompt: Prompt, options: RequestOptions, owner: object) -> RequestHandle:
-        """Submit, tokenizing on this thread and waiting for room in the queue."""
-        acquire = partial(self._engine.admission.acquire_blocking, options.tenant, options.priority)
-        return self._submit_now(self._encode(prompt), options, owner, acquire)
+    def submit_blocking(self, prompt: Prompt, spec: RequestSpec, owner: object) -> RequestHandle:
+        """Submit, tokenizing on this thread and waiting for room in the queue if that is wanted."""
+        admission, options = self._engine.admission, spec.options
+        acquire = partial(admission.acquire_blocking, options.tenant, options.priority)
+        return self._submit_now(
+            self._encode(prompt), spec, owner, acquire if options.wait_for_admission else admission.acquire_nowait
+        )
 
     def _submit_now(
         self,
         encoded: Encoded,
-        options: RequestOptions,
+        spec: RequestSpec,
         owner: object,
         acquire: Callable[[], AdmissionTicket],
     ) -> RequestHandle:
-        self._check_params(options.params)
+        self._check_params(spec.params)
         self._engine.check_open()
         ticket = acquire()
         try:
             self._engine.check_open()  # it may have closed while `acquire` was waiting
-            stream = self._new_stream(options)
-            handle = self._new_handle(stream, options, owner)
-            self._engine.submit(self._make_request(stream, encoded, options, ticket))
+            stream = self._new_stream(spec)
+            handle = self._new_handle(stream, spec, owner)
+            self._engine.submit(self._make_request(stream, encoded, spec, ticket))
         except BaseException:
             ticket.release()
             self._engine.nudge()  # it may be draining and wait for this request
             raise
         return handle
 
-    def _submit_later(self, encode: Callable[[], Encoded], options: RequestOptions, owner: object) -> RequestHandle:
-        self._check_params(options.params)
+    def _submit_later(self, encode: Callable[[], Encoded], spec: RequestSpec, owner: object) -> RequestHandle:
+        self._check_params(spec.params)
         self._engine.check_open()
-        ticket = None if options.wait_for_admission else self._engine.admission.acquire_nowait()
-        stream = self._new_stream(options)
-        handle = self._new_handle(stream, options, owner)
+        ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
+        stream = self._new_stream(spec)
+        handle = self._new_handle(stream, spec, owner)
         if ticket is None:
-            deadlines = [moment for moment in _deadlines(stream.log, options) if moment is not None]
+            deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
             self._engine.apply(
                 stream,
-                partial(self._begin, stream, encode, options),
-                tenant=options.tenant,
-                priority=options.priority,
+                partial(self._begin, stream, encode, spec),
+                tenant=spec.options.tenant,
+                priority=spec.options.priority,
                 deadline=min(deadlines, default=None),
             )
             return handle
         try:
-            self._threads_for(options).submit(self._encode_and_submit, stream, encode, options, ticket)
+            self._threads_for(spec).submit(self._encode_and_submit, stream, encode, spec, ticket)
         except RuntimeError:  # the threads were shut down since `check_open()`
             ticket.release()
             self._engine.check_open()
             raise
         return handle
 
-    def _threads_for(self, options: RequestOptions) -> ThreadPoolExecutor:
-        spec = options.params.structured
-        return self._threads if spec is None or self._grammars.has(spec) else self._grammar_threads
+    def _threads_for(self, spec: RequestSpec) -> ThreadPoolExecutor:
+        form = spec.params.structured
+        return self._threads if form is None or self._grammars.has(form) else self._grammar_threads
 
-    def _begin(
-        self, stream: Stream, encode: Callable[[], Encoded], options: RequestOptions, ticket: AdmissionTicket
-    ) -> None:
+    def _begin(self, stream: Stream, encode: Callable[[], Encoded], spec: RequestSpec, ticket: AdmissionTicket) -> None:
         """Go on with a request that has its place in the queue. On the engine thread."""
         try:
-            self._threads_for(options).submit(self._encode_and_submit, stream, encode, options, ticket)
+            self._threads_for(spec).submit(self._encode_and_submit, stream, encode, spec, ticket)
         except RuntimeError:  # the threads were shut down: the LLM closes
             ticket.release()
             wake(stream.fail(EngineClosedError("the LLM is closed")))
 
     def _encode_and_submit(
-        self, stream: Stream, encode: Callable[[], Encoded], options: RequestOptions, ticket: AdmissionTicket
+        self, stream: Stream, encode: Callable[[], Encoded], spec: RequestSpec, ticket: AdmissionTicket
     ) -> None:
         """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream."""
         try:
-            self._engine.submit(self._make_request(stream, encode(), options, ticket))
+            self._engine.submit(self._make_request(stream, encode(), spec, ticket))
         except BaseException as fault:  # a panic of a tokenizer written in Rust is no `Exception`
             ticket.release()
             wake(stream.fail(_as_failure(fault)))
             self._engine.nudge()  # it may be draining and wait for this request
 
-    def _new_handle(self, stream: Stream, options: RequestOptions, owner: object) -> RequestHandle:
-        abort, streaming = self._engine.abort, options.streaming
+    def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
+        abort, streaming = self._engine.abort, spec.streaming
         if isinstance(stream, FamilyStream):
-            return FamilyHandle(stream, abort, num_returned=options.params.n, streaming=streaming, owner=owner)
+            return FamilyHandle(stream, abort, num_returned=spec.params.n, streaming=streaming, owner=owner)
         return RequestHandle(stream, abort, streaming=streaming, owner=owner)
 
-    def _new_stream(self, options: RequestOptions) -> Stream:
-        params = options.params
+    def _new_stream(self, spec: RequestSpec) -> Stream:
+        params = spec.params
         if params.num_outputs == 1:
-            return self._new_member(options)
-        members = [self._new_member(options) for _ in range(params.num_outputs)]
+            return self._new_member(spec)
+        members = [self._new_member(spec) for _ in range(params.num_outputs)]
         leader = members[0].log
         for index, member in enumerate(members):
             member.log.index = index
@@ -246,8 +226,8 @@ class Intake:
             member.log.prompt_logprobs = leader.prompt_logprobs
         return FamilyStream(members)
 
-    def _new_member(self, options: RequestOptions) -> OutputStream:
-        params = options.params
+    def _new_member(self, spec: RequestSpec) -> OutputStream:
+        params = spec.params
         log = OutputLog(request_id=next(self._request_ids), queued=time.monotonic())
         if params.logprobs is not None or params.num_outputs > params.n:
             log.logprobs = []
@@ -255,7 +235,7 @@ class Intake:
             log.prompt_logprobs = [None]
         if self.tokenizer is not None:
             log.decode = self.tokenizer.decode
-        return OutputStream(log, options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
+        return OutputStream(log, spec.options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.structured is not None:
@@ -341,22 +321,20 @@ class Intake:
             )
         return token_ids
 
-    def _make_request(
-        self, stream: Stream, encoded: Encoded, options: RequestOptions, ticket: AdmissionTicket
-    ) -> Request:
+    def _make_request(self, stream: Stream, encoded: Encoded, spec: RequestSpec, ticket: AdmissionTicket) -> Request:
         """Return the request; of several outputs the first one's, which has the others as relatives."""
         self._check_length(encoded)
         ticket.add_tokens(len(encoded.token_ids))
-        params = self._with_bad_word_ids(options.params)
+        params = self._with_bad_word_ids(spec.params)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         if isinstance(stream, OutputStream):
-            return self._make_member(stream, encoded, params, seed, options, ticket)
+            return self._make_member(stream, encoded, params, seed, spec, ticket)
         ranked = params.num_outputs > params.n and params.logprobs is None
         params = params.replace(n=1, best_of=None, logprobs=0 if ranked else params.logprobs)
         # The first one has the prompt's log-probabilities for all.
         others = params.replace(prompt_logprobs=None)
         members = [
-            self._make_member(member, encoded, params if index == 0 else others, child_seed(seed, index), options)
+            self._make_member(member, encoded, params if index == 0 else others, child_seed(seed, index), spec)
             for index, member in enumerate(stream.members)
         ]
         leader = members[0]
@@ -373,7 +351,7 @@ class Intake:
         encoded: Encoded,
         params: SamplingParams,
         seed: int,
-        options: RequestOptions,
+        spec: RequestSpec,
         ticket: AdmissionTicket | None = None,
     ) -> Request:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
@@ -388,10 +366,10 @@ class Intake:
             with _tokenizer_faults():
                 detokenizer = IncrementalDetokenizer(self.tokenizer, encoded.token_ids, skip, params.stop)
         grammar = None if params.structured is None else self._grammars.compile(params.structured, stop_token_ids)
-        deadline, first_token_deadline = _deadlines(stream.log, options)
-        salt = options.cache_salt
-        if options.tenant is not None and not self._share_prefixes:
-            salt = _TenantSalt(options.tenant, salt)
+        deadline, first_token_deadline = _deadlines(stream.log, spec)
+        salt = spec.options.cache_salt
+        if spec.options.tenant is not None and not self._share_prefixes:
+            salt = _TenantSalt(spec.options.tenant, salt)
         return Request(
             stream=stream,
             prompt_token_ids=encoded.token_ids,
@@ -399,8 +377,8 @@ class Intake:
             seed=seed,
             stop_token_ids=stop_token_ids,
             max_total_tokens=limit if params.max_new_tokens is None else min(limit, num_tokens + params.max_new_tokens),
-            priority=options.priority,
-            tenant=options.tenant,
+            priority=spec.options.priority,
+            tenant=spec.options.tenant,
             deadline=deadline,
             first_token_deadline=first_token_deadline,
             cache_salt=salt,
@@ -410,15 +388,10 @@ class Intake:
         )
 
 
-def _check_deadline(name: str, value: Any) -> None:
-    if value is not None and (not isinstance(value, (int, float)) or not value > 0):
-        raise InvalidRequestError(f"{name}={value!r} is not a number above 0")
-
-
-def _deadlines(log: OutputLog, options: RequestOptions) -> tuple[float | None, float | None]:
+def _deadlines(log: OutputLog, spec: RequestSpec) -> tuple[float | None, float | None]:
     """Return the moments by which the request has to have ended, and to have its first token."""
     queued = log.queued
-    whole, first = options.deadline_s, options.first_token_deadline_s
+    whole, first = spec.options.deadline_s, spec.options.first_token_deadline_s
     return None if whole is None else queued + whole, None if first is None else queued + first
 
 

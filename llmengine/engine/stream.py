@@ -24,13 +24,11 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
-from typing import Any, Literal
+from typing import Any
 
 from llmengine.errors import EngineClosedError, LLMEngineError
 from llmengine.outputs import OutputLog
-
-SlowConsumer = Literal["coalesce", "pause", "abort"]
-"""What becomes of a request whose consumer has too many tokens to read: nothing, it stops until it is read, it ends."""
+from llmengine.request_options import SlowConsumer
 
 
 def check_process(pid: int) -> None:

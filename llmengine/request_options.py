@@ -1,0 +1,183 @@
+"""Request options: how a request is run, beside what it generates (`SamplingParams`).
+
+Everything that submits requests takes these options as keywords. A new one is a field of `RequestOptions` and its key
+in `RequestKeywords`, which type checkers read; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, TypeVar, get_args
+
+from llmengine.checks import none_means_default
+from llmengine.errors import InvalidRequestError
+from llmengine.sampling_params import SamplingParams
+
+SlowConsumer = Literal["coalesce", "pause", "abort"]
+"""What becomes of a request whose consumer has too many tokens to read: nothing, it stops until it is read, it ends."""
+
+MAX_PRIORITY = 1_000_000
+"""Largest `RequestOptions.priority`, and the smallest is its negative."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """The options of one request, checked. None stands for an option's default.
+
+    Raises `InvalidRequestError` for a value of the wrong type or range.
+
+    Attributes:
+        priority: higher is scheduled first and preempted last, among the requests of its tenant; in [-1e6, 1e6].
+        tenant: on whose behalf. Tenants share the engine by `SchedulerConfig.tenant_weights`, whatever their
+            priorities, and no prefix blocks unless `share_prefixes_across_tenants`.
+        deadline_s: seconds from now after which the request ends, wherever it is, with finish reason "timeout".
+        first_token_deadline_s: seconds from now after which it ends so unless it has a token.
+        cache_salt: the request shares cached prefix blocks only with requests of an equal salt.
+        wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
+            raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work as
+            ever. The default is False for a single request, and True for `generate` and beam search.
+        slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": nothing,
+            they come as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
+            others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end the
+            request with finish reason "abort"; the output's `error` says why. A caller that waits for the final output
+            has read everything.
+    """
+
+    priority: int = 0
+    tenant: str | None = None
+    deadline_s: float | None = None
+    first_token_deadline_s: float | None = None
+    cache_salt: Hashable = None
+    wait_for_admission: bool = False
+    slow_consumer: SlowConsumer = "coalesce"
+
+    def __post_init__(self) -> None:
+        none_means_default(self)
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise InvalidRequestError(f"priority={self.priority!r} is not an integer")
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequestError(f"priority={self.priority} is outside [{-MAX_PRIORITY}, {MAX_PRIORITY}]")
+        if self.tenant is not None and not isinstance(self.tenant, str):
+            raise InvalidRequestError(f"tenant={self.tenant!r} is not a string")
+        for name in ("deadline_s", "first_token_deadline_s"):
+            _check_seconds(name, getattr(self, name))
+        try:
+            hash(self.cache_salt)
+        except TypeError as error:
+            raise InvalidRequestError(f"cache_salt={self.cache_salt!r} is not hashable") from error
+        if not isinstance(self.wait_for_admission, bool):
+            raise InvalidRequestError(f"wait_for_admission={self.wait_for_admission!r} is not a bool")
+        if self.slow_consumer not in get_args(SlowConsumer):
+            choices = ", ".join(map(repr, get_args(SlowConsumer)))
+            raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
+
+    def replace(self, **changes: Any) -> RequestOptions:
+        """Return a copy with `changes`, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+class RequestKeywords(TypedDict, total=False):
+    """The keywords that `RequestOptions` documents, for ``**options: Unpack[RequestKeywords]``."""
+
+    priority: int | None
+    tenant: str | None
+    deadline_s: float | None
+    first_token_deadline_s: float | None
+    cache_salt: Hashable
+    wait_for_admission: bool | None
+    slow_consumer: SlowConsumer | None
+
+
+class ChatKeywords(RequestKeywords, total=False):
+    """The keywords of chats: those of requests, and what the chat template is given.
+
+    Attributes:
+        chat_template_kwargs: variables of the model's own template, such as ``{"enable_thinking": False}``.
+    """
+
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+def split_options(keywords: Mapping[str, Any], **defaults: Any) -> tuple[RequestOptions, dict[str, Any]]:
+    """Return the options among `keywords`, and the keywords that are none.
+
+    `defaults` are those of a function that has its own for some options.
+    """
+    rest = dict(keywords)
+    given = {name: rest.pop(name) for name in OPTION_NAMES if name in rest}
+    for name, default in defaults.items():
+        if given.get(name) is None:
+            given[name] = default
+    return RequestOptions(**given), rest
+
+
+def as_options(function: Callable[..., Any], keywords: Mapping[str, Any], **defaults: Any) -> RequestOptions:
+    """Return the options that `keywords` of `function` are; raises `TypeError` for any other."""
+    options, rest = split_options(keywords, **defaults)
+    for name in rest:
+        raise unknown_keyword(function, name)
+    return options
+
+
+def unknown_keyword(function: Callable[..., Any], name: str, known: Iterable[str] = ()) -> TypeError:
+    """Return Python's own error for a keyword that `function` does not have, with what may have been meant.
+
+    `known` are keywords beside those of the function's signature.
+    """
+    message = f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
+    own = [*inspect.signature(function).parameters, *known]
+    params = [field.name for field in dataclasses.fields(SamplingParams)] if "sampling_params" in own else []
+    if name in params:
+        return TypeError(f"{message}; it is a field of sampling_params=SamplingParams({name}=...)")
+    if close := difflib.get_close_matches(name, [*own, *params], 1):
+        where = close[0] if close[0] in own else f"sampling_params=SamplingParams({close[0]}=...)"
+        return TypeError(f"{message}. Did you mean {where!r}?")
+    return TypeError(message)
+
+
+def takes_options(keywords: type = RequestKeywords, **defaults: Any) -> Callable[[_F], _F]:
+    """Show the options in the signature and the documentation of a function that has them as ``**options``.
+
+    `defaults` are the function's own, as for `as_options`. Beside `ChatKeywords` there are variables of the template.
+    """
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        known = {field.name: field.default for field in dataclasses.fields(RequestOptions)} | defaults
+        parameters = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=known.get(name), annotation=kind.__forward_arg__
+            )
+            for name, kind in keywords.__annotations__.items()
+        ]
+        if keywords is ChatKeywords:
+            parameters.append(inspect.Parameter("template_variables", inspect.Parameter.VAR_KEYWORD, annotation="Any"))
+        function.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
+        sources = (RequestOptions, ChatKeywords) if keywords is ChatKeywords else (RequestOptions,)
+        if function.__doc__:
+            listed = "".join(_attributes(source.__doc__ or "") for source in sources)
+            function.__doc__ = f"{function.__doc__.rstrip()}\n\n        Options:\n{listed}"
+        return function
+
+    return decorate
+
+
+OPTION_NAMES = frozenset(field.name for field in dataclasses.fields(RequestOptions))
+
+
+def _attributes(documentation: str) -> str:
+    """Return what a docstring says of the attributes, indented for a method's docstring."""
+    text = inspect.cleandoc(documentation).partition("Attributes:\n")[2]
+    return "".join(f"{line and '        '}{line}\n" for line in text.splitlines())
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        raise InvalidRequestError(f"{name}={value!r} is not a number above 0")
