@@ -8,7 +8,7 @@ from typing import Any
 
 
 def none_means_default(data: Any, *, but: Collection[str] = ()) -> None:
-    """Set each field of a dataclass that is None to its default: servers hand on the nulls of the JSON that they received.
+    """Set each field of a dataclass that is None to its default: servers forward the nulls of the JSON they received.
 
     `but` names the fields for which None says something else than their default.
     """
