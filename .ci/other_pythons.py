@@ -1,0 +1,73 @@
+"""Runs the tests of the engine under the other Pythons that the package supports, as far as this machine has them.
+
+The engine needs no torch, which is a download of gigabytes for some interpreters, so it is left out. Prints which
+interpreters were used and exits with the first failure's status.
+"""
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+ROOT = Path(__file__).resolve().parents[1]
+TEST_PACKAGES = ("pytest", "pytest-asyncio", "pytest-xdist", "hypothesis", "llguidance")
+TESTS = (
+    "admission cancellation chat_template config detokenizer fair_queue garbage generate kv_cache lifecycle "
+    "loops_and_threads outputs pace public_api quiet_moments run_ahead sampling_params scheduler scheduler_fairness "
+    "scheduler_properties streaming tenants"
+).split()
+
+
+def find_python(version: str) -> str | None:
+    """Path of an interpreter of this version: from PATH, or one that pyenv has installed."""
+    candidates = [shutil.which(f"python{version}")]
+    root = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    candidates += sorted(glob.glob(f"{root}/versions/{version}.*/bin/python"))
+    for candidate in filter(None, candidates):
+        probe = [candidate, "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
+        result = subprocess.run(probe, capture_output=True, text=True, check=False)
+        if result.returncode == 0 and result.stdout.strip() == version:
+            return candidate
+    return None
+
+
+def requirements() -> list[str]:
+    """The package's dependencies without torch, and what the tests need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [name for name in project["dependencies"] if not name.startswith("torch>")] + list(TEST_PACKAGES)
+
+
+def run_tests(version: str, interpreter: str) -> None:
+    environment = ROOT / f".venv-{version}"
+    subprocess.run([interpreter, "-m", "venv", "--clear", environment], check=True)
+    python = str(environment / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *requirements()], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", "."], check=True)
+    files = [path for name in TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+    subprocess.run([python, "-m", "pytest", "-n", "2", *map(str, files)], check=True)
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    for version in VERSIONS:
+        if version == "{}.{}".format(*sys.version_info):
+            continue
+        interpreter = find_python(version)
+        if interpreter is None:
+            print(f"Python {version}: not on this machine", flush=True)
+            continue
+        print(f"Python {version}: {interpreter}", flush=True)
+        try:
+            run_tests(version, interpreter)
+        except subprocess.CalledProcessError as error:
+            print(f"Python {version}: {error}", file=sys.stderr)
+            return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
