@@ -16,6 +16,12 @@ _MAX_HELD_CHARS = 3
 _MAX_WINDOW = 16
 _NUM_CONTEXT_TOKENS = 8
 
+_FEW_CHARS = 1024
+"""Text that is tokenized within half a millisecond."""
+
+_MANY_CHARS = 2**20
+"""Text that UTF-8 is made of within a millisecond."""
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -82,12 +88,29 @@ def check_text(text: str) -> None:
     """Raise `InvalidRequestError` unless `text` is a string that UTF-8 can hold."""
     if not isinstance(text, str):
         raise InvalidRequestError(f"the text to tokenize is a {type(text).__name__}, not a str")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(
-            f"the text holds a lone surrogate at index {error.start} ({text[error.start]!r}), which is no character"
-        ) from None
+    if text.isascii():
+        return  # known without a look at the text
+    for begin in range(0, len(text), _MANY_CHARS):  # other threads get on in between
+        try:
+            text[begin : begin + _MANY_CHARS].encode()
+        except UnicodeEncodeError as error:
+            index = begin + error.start
+            raise InvalidRequestError(
+                f"the text holds a lone surrogate at index {index} ({text[index]!r}), which is no character"
+            ) from None
+
+
+def encode_with(backend: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Return the ids that a `tokenizers.Tokenizer` gives `text`.
+
+    Its `encode` keeps the interpreter lock, so that a megabyte would stop every thread for a second. Its form for
+    batches gives the lock up, and runs a batch of one on this thread.
+    """
+    if len(text) <= _FEW_CHARS:
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    else:
+        ids = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
 
 
 class IncrementalDetokenizer:
@@ -375,7 +398,7 @@ class _EncodingTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with what the post-processor adds."""
         check_text(text)
-        return list(self._wrapped.encode(text).ids)
+        return encode_with(self._wrapped, text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""

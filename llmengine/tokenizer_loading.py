@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
-from llmengine.tokenizer import check_text
+from llmengine.tokenizer import check_text, encode_with
 from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
 
 if TYPE_CHECKING:
@@ -80,12 +80,11 @@ class LoadedTokenizer:
         """
         check_text(text)
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return encode_with(self._backend, text, add_special_tokens)
         except BaseException as error:
             if not _is_from_library(error):
                 raise
-            raise CorruptFileError(f"{self._source}: the tokenizer cannot encode {text!r:.80}: {error}") from error
-        return ids
+            raise CorruptFileError(f"{self._source}: the tokenizer cannot encode {text[:80]!r:.80}: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included; ids outside the vocabulary have none."""

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import logging
+import math
 import signal
 import sys
 import threading
@@ -13,8 +14,10 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 from engine_helpers import (
     WAIT_S,
@@ -40,6 +43,7 @@ from llmengine.engine.stream import OutputStream
 from llmengine.errors import (
     EngineClosedError,
     EngineDeadError,
+    InvalidRequestError,
     LLMEngineError,
     PromptTooLongError,
     RequestError,
@@ -187,6 +191,26 @@ async def test_drain_of_an_idle_engine_does_not_wait() -> None:
     async with timeout():
         await llm.aclose(drain=10 * WAIT_S)
     assert llm.health().state == "closed"
+
+
+@pytest.mark.parametrize("drain", [None, True, False, "1", -1, -0.5, math.nan, -math.inf, [1], {}, 1j, object(), b"5"])
+async def test_a_faulty_drain_closes_nothing(drain: Any) -> None:
+    async with timeout():
+        with make_llm() as llm:
+            with pytest.raises(InvalidRequestError, match=r"drain=.* must be a number of seconds"):
+                await llm.aclose(drain=drain)
+            assert llm.health().state == "ready"
+            assert (await llm.generate_async([1], tokens(3))).token_ids == oracle([1], 3)
+
+
+@pytest.mark.parametrize("drain", [math.inf, 5, Fraction(9, 2), numpy.float32(4.5), numpy.int64(5), 10**30])
+async def test_any_number_of_seconds_is_a_drain(drain: Any) -> None:
+    async with timeout():
+        llm = make_llm()
+        handle = llm.generate_async([1], tokens(3))
+        await llm.aclose(drain=drain)
+        assert (await handle).token_ids == oracle([1], 3)
+        await llm.aclose(drain=drain)  # again, of a closed engine
 
 
 @pytest.mark.parametrize("prompt", [[1], "a"])

@@ -319,6 +319,29 @@ def test_interpreter_exits_cleanly(ending: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
 
 
+def test_a_debugged_process_hears_nothing_of_the_engines_loop() -> None:
+    """asyncio's debug mode complains of a callback that takes 0.1 s; the engine loads a model and steps in one."""
+    script = """
+import asyncio, time
+from llmengine import LLM, SamplingParams
+from llmengine.testing import FakeBackend
+
+def load():
+    time.sleep(0.15)
+    return FakeBackend(on_step=lambda batch: time.sleep(0.15))
+
+async def main():
+    async with LLM.from_backend(load) as llm:
+        params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+        print(len([output async for output in llm.generate_async([1], params, streaming=True)]))
+asyncio.run(main())
+"""
+    command = [sys.executable, "-W", "error", "-X", "dev", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n")
+    assert "Engine" not in done.stderr
+
+
 def test_waiting_for_a_handle_from_a_future() -> None:
     """`asyncio.gather` and `ensure_future` take a handle as any awaitable."""
     with make_llm() as llm:

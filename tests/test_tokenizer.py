@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +165,51 @@ class _Own:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
+
+
+def test_a_lone_surrogate_is_found_anywhere_in_a_long_text(smollm2: LoadedTokenizer) -> None:
+    text = "\N{GREEK SMALL LETTER ALPHA}" * (2**20 + 5) + "\ud800" + "b" * 100
+    with pytest.raises(InvalidRequestError, match=f"at index {2**20 + 5} "):
+        smollm2.encode(text)
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [lambda one: one, lambda one: adapt_tokenizer(Tokenizer.from_str(one.tokenizer_json()))],
+    ids=["ours", "bare"],
+)
+def test_a_long_text_is_tokenized_without_the_interpreter_lock(
+    smollm2: LoadedTokenizer, adapt: Callable[[LoadedTokenizer], TokenizerProtocol]
+) -> None:
+    """Another thread gets its turns meanwhile. With the lock it gets one, when all is over."""
+    tokenizer = adapt(smollm2)
+    text = "the quick brown fox jumps over the lazy dog. " * 20_000
+    begun, turns = threading.Event(), 0
+
+    def encode() -> int:
+        begun.set()
+        return len(tokenizer.encode(text))
+
+    with ThreadPoolExecutor(1) as thread:
+        encoding = thread.submit(encode)
+        begun.wait()
+        while not encoding.done():
+            time.sleep(0.001)
+            turns += 1
+        assert encoding.result() > 20_000
+    assert turns > 10
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_long_and_short_texts_are_tokenized_alike(smollm2: LoadedTokenizer, add_special_tokens: bool) -> None:
+    """Short texts go through `encode` of the library, long ones through its batches."""
+    backend = Tokenizer.from_str(smollm2.tokenizer_json())
+    alphabet = "ab 1\n\t'\u00e9\u0301\u4e2d\U0001f600<|im_end|>"
+    rng = random.Random(0)
+    for size in (1, 5, 100, 1023, 1024, 1025, 3000, 20_000):
+        text = "".join(rng.choice(alphabet) for _ in range(size))
+        expected = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        assert smollm2.encode(text, add_special_tokens) == expected
 
 
 def test_a_fitting_tokenizer_is_taken_as_it_is(smollm2: LoadedTokenizer) -> None:

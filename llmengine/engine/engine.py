@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import anyio
@@ -34,7 +35,14 @@ from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
 from llmengine.engine.stream import Stream, Waiter, publish, wake
 from llmengine.engine.watchdog import Watchdog
-from llmengine.errors import EngineClosedError, EngineDeadError, EngineError, LLMEngineError, RequestError
+from llmengine.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    LLMEngineError,
+    RequestError,
+)
 from llmengine.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -149,10 +157,15 @@ class Engine:
         return future
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks."""
+        """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks.
+
+        Raises `InvalidRequestError`, before anything is closed, for what is not a number of seconds.
+        """
+        if isinstance(drain_s, bool) or not isinstance(drain_s, Real) or not drain_s >= 0:
+            raise InvalidRequestError(f"drain={drain_s!r:.200} must be a number of seconds, 0 or more")
         if self.state in ("loading", "ready"):
             self.state = "draining"
-        self._commands.send(partial(self._set_stop_at, time.monotonic() + drain_s), _ignore)
+        self._commands.send(partial(self._set_stop_at, time.monotonic() + float(drain_s)), _ignore)
 
     @property
     def is_forked(self) -> bool:
@@ -231,7 +244,9 @@ class Engine:
     def _run(self) -> None:
         use_uvloop = importlib.util.find_spec("uvloop") is not None
         try:
-            anyio.run(self._main, backend="asyncio", backend_options={"use_uvloop": use_uvloop})
+            # Whatever the caller's PYTHONASYNCIODEBUG says: a step takes longer than a debugged loop puts up with.
+            options = {"use_uvloop": use_uvloop, "debug": False}
+            anyio.run(self._main, backend="asyncio", backend_options=options)
             self._end(None)
         except BaseException as failure:
             self._end(failure)
