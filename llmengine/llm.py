@@ -21,6 +21,7 @@ from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.end_tokens import tokenizer_end_ids
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake, Messages, Prompt, RequestSpec, as_prompts
@@ -102,7 +103,9 @@ class LLM:
     ) -> Self:
         """Return an `LLM` on a backend of the caller's, such as `llmengine.testing.FakeBackend`.
 
-        `backend_factory` runs on the engine thread. Without a tokenizer, prompts are token ids.
+        `backend_factory` runs on the engine thread. Without a tokenizer, prompts are token ids. Answers end at
+        `eos_token_ids` and at the tokenizer's own ends, see `Tokenizer`. Raises `ConfigError` for one that is outside
+        the backend's vocabulary.
         """
         llm = cls.__new__(cls)
         llm._loaded = None
@@ -113,7 +116,11 @@ class LLM:
             (scheduler_config or SchedulerConfig()).resolve(),
             (kv_cache_config or KvCacheConfig()).resolve(),
         )
-        llm._open(adapted, eos_token_ids, {})
+        try:
+            llm._open(adapted, eos_token_ids, {})
+        except BaseException:
+            llm.close()
+            raise
         return llm
 
     @classmethod
@@ -146,12 +153,18 @@ class LLM:
     def _open(
         self, tokenizer: Tokenizer | None, eos_token_ids: Iterable[int], generation_config: Mapping[str, Any]
     ) -> None:
+        ends = frozenset(eos_token_ids) | tokenizer_end_ids(tokenizer, self._info.vocab_size)
+        for token_id in ends:
+            if not 0 <= token_id < self._info.vocab_size:
+                raise ConfigError(
+                    f"eos_token_ids holds {token_id}, outside the vocabulary [0, {self._info.vocab_size})"
+                )
         self._default_params = SamplingParams.from_generation_config(generation_config)
         self._intake = Intake(
             self._engine,
             self._info,
             tokenizer,
-            eos_token_ids,
+            ends,
             self._tokenizer_threads,
             self._grammar_threads,
             share_prefixes_across_tenants=self._share_prefixes,
@@ -161,6 +174,11 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in use, adapted to the `Tokenizer` protocol."""
         return self._intake.tokenizer
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer: those of the model's files and the tokenizer's; see `SamplingParams.ignore_eos`."""
+        return self._intake.eos_token_ids
 
     @property
     def info(self) -> BackendInfo:

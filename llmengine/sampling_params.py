@@ -62,7 +62,7 @@ class SamplingParams:
         best_of: generate this many, in [n, 128], and return the n of the highest `cumulative_logprob`, best first;
             None: n. Above n nothing can be streamed, and `logprobs` is 0 if it is None.
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
-        min_new_tokens: EOS and stop tokens cannot be chosen, and stop strings do not end the request, before
+        min_new_tokens: ends and stop tokens cannot be chosen, and stop strings do not end the request, before
             this many tokens; in [0, 2**30].
         temperature: 0 is greedy (argmax); else logits are divided by it, in [1e-6, 100].
         top_k: sample among the k likeliest tokens; 0: all.
@@ -79,8 +79,8 @@ class SamplingParams:
         seed: the same seed, prompt and parameters draw with the same random numbers whatever else is in the
             batch; None: a fresh seed for each request. In [0, 2**63).
         stop: strings that end the request; the text is cut just before the match. At most 16,384 characters.
-        stop_token_ids: token ids that end the request, beside the model's EOS.
-        ignore_eos: do not end at the model's EOS (stop and stop_token_ids still apply).
+        stop_token_ids: token ids that end the request, beside the model's (`LLM.eos_token_ids`).
+        ignore_eos: do not end at the model's ends (stop and stop_token_ids still apply).
         logprobs: None: none; k >= 0: for each token its own log-probability and those of the k likeliest, k <= 20.
             They are of the model's distribution, before anything that these parameters do to it.
         prompt_logprobs: the same for each token of the prompt but the first; not on every backend. The prompt is then

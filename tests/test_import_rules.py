@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DATA = {"errors", "checks", "config", "sampling_params", "request_options", "structured_output", "outputs", "batch"}
+DATA = {
+    *("errors", "checks", "config", "sampling_params", "request_options", "structured_output", "outputs", "batch"),
+    "end_tokens",
+}
 
 # layer -> the layers it may import; a layer is a package or a module directly under llmengine. Each may import itself.
 ALLOWED: dict[str, set[str]] = {

@@ -26,11 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from llmengine.end_tokens import tokenizer_end_ids
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.models.arch_json import arch_from_dict, arch_to_dict
+from llmengine.models.end_ids import ids_in_vocabulary
 from llmengine.models.fields import Fields, read_json_object
-from llmengine.models.fused import COPY_ELEMENTS, ModelSource, WeightStream, check_tensors, weight_layout
+from llmengine.models.fused import COPY_ELEMENTS, ModelSource, WeightStream, check_tensors, unique_ids, weight_layout
 from llmengine.models.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
 from llmengine.models.saved_plans import SavedFile, SavedPlans
 from llmengine.models.whole_directory import files_below, sync_file, whole_directory
@@ -157,11 +159,13 @@ def save_model(
     """Write a loaded model as an engine directory; raises as `save_engine` does.
 
     `weights` are the canonical weights as a backend uses them; those in float are stored in `dtype`. A `tokenizer`
-    with a method save(directory) writes its files; without one those of the source are copied.
+    with a method save(directory) writes its files; without one those of the source are copied. What it names as ends
+    of an answer is kept beside what the source names.
     """
     import torch
 
     stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(source.arch, dtype, quantization).items()}
+    ends = sorted(tokenizer_end_ids(tokenizer, source.arch.vocab_size))
 
     def save(tokenizer_files: Mapping[str, bytes] | Path) -> None:
         save_engine(
@@ -171,7 +175,7 @@ def save_model(
             dtype=dtype,
             quantization=quantization,
             generation_config=source.generation_config,
-            eos_token_ids=source.eos_token_ids,
+            eos_token_ids=unique_ids((*source.eos_token_ids, *ends)),
             bos_token_id=source.bos_token_id,
             tokenizer_files=tokenizer_files,
             plans=plans,
@@ -261,7 +265,7 @@ def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedF
         arch=arch,
         checkpoint_dtype=dtype,
         generation_config=dict(fields.fields("generation_config").values),
-        eos_token_ids=fields.token_ids("eos_token_ids"),
+        eos_token_ids=ids_in_vocabulary(fields, "eos_token_ids", arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=directory / TOKENIZER_DIR,
         stream=lambda wanted: _stream(

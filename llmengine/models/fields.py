@@ -17,6 +17,9 @@ _MAX_INTEGER = (1 << 53) - 1
 MAX_SIZE = (1 << 31) - 1
 """Largest size of a model's dimension that is believed."""
 
+_NO_TOKEN = (-1, (1 << 32) - 1)
+"""What stands for no token in some files: -1, and the same as 32 bits without a sign."""
+
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -117,11 +120,11 @@ class Fields:
         return tuple(value)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Return the ids under `key`, which may be one integer, a list, or absent (then empty)."""
+        """Return the ids under `key`, which may be one integer, a list, or absent (then empty); -1 is no id."""
         value = self.values.get(key)
         if value is None:
             return ()
-        ids = value if isinstance(value, list) else [value]
+        ids = [item for item in (value if isinstance(value, list) else [value]) if item not in _NO_TOKEN]
         if not all(type(item) is int and 0 <= item < 1 << 31 for item in ids):
             raise self.error(key, "a token id or a list of token ids")
         return tuple(ids)

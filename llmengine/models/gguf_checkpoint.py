@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from llmengine.errors import UnsupportedModelError
 from llmengine.models.arch import ModelArch
+from llmengine.models.end_ids import gguf_end_ids
 from llmengine.models.families import family_of
 from llmengine.models.fields import Fields
 from llmengine.models.fused import (
@@ -19,7 +20,6 @@ from llmengine.models.fused import (
     stored_parts,
     stored_shapes,
     stream_fused,
-    unique_ids,
 )
 from llmengine.models.gguf_arch import ROPE_TENSORS, arch_from_gguf
 from llmengine.models.gguf_file import GgufFile, GgufTensor, read_gguf
@@ -60,14 +60,13 @@ def open_gguf(path: Path) -> ModelSource:
     shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
     check_tensors(stored_shapes(arch, stored_name), shapes, str(path), _is_harmless)
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
-    eos = metadata.token_ids("tokenizer.ggml.eos_token_id") + metadata.token_ids("tokenizer.ggml.eot_token_id")
     return ModelSource(
         kind="gguf",
         path=path,
         arch=arch,
         checkpoint_dtype=_DTYPES.get(gguf.tensors[stored_name("layers.0.down.weight")].type, "float16"),
         generation_config={},
-        eos_token_ids=unique_ids(eos),
+        eos_token_ids=gguf_end_ids(metadata, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=path,
         stream=lambda dtype: _stream(gguf, arch, dtype),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch
+from llmengine.models.end_ids import hf_end_ids
 from llmengine.models.families import family_of
 from llmengine.models.fields import Fields, read_json_object
 from llmengine.models.fused import (
@@ -21,7 +22,6 @@ from llmengine.models.fused import (
     stored_parts,
     stored_shapes,
     stream_fused,
-    unique_ids,
 )
 from llmengine.models.hf_config import arch_from_hf_config
 from llmengine.models.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
@@ -122,11 +122,12 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
     except InvalidRequestError as error:
         raise CorruptFileError(f"{generation_path}: {error}") from error
     bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
+    arch = arch_from_hf_config(config.values, config.where)
     return HfMetadata(
-        arch=arch_from_hf_config(config.values, config.where),
+        arch=arch,
         dtype=_config_dtype(config),
         generation_config=generation,
-        eos_token_ids=unique_ids(generation.token_ids("eos_token_id") or config.token_ids("eos_token_id")),
+        eos_token_ids=hf_end_ids(config, generation, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
     )
 
