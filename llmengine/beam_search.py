@@ -116,6 +116,7 @@ class BeamSearch:
 
     Attributes:
         max_new_tokens: as the context allows.
+        forbidden: sequences of token ids that no output has.
     """
 
     prompt: str | None
@@ -123,21 +124,27 @@ class BeamSearch:
     params: BeamSearchParams
     eos_token_ids: frozenset[int]
     max_new_tokens: int
+    forbidden: tuple[tuple[int, ...], ...] = ()
     finished: bool = False
     _beams: list[_Beam] = field(default_factory=lambda: [_Beam()])
     _hypotheses: list[_Hypothesis] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.num_alternatives > MAX_LOGPROBS:
-            raise InvalidRequestError(
-                f"num_beams={self.params.num_beams} with {len(self.eos_token_ids)} EOS ids is outside "
-                f"[1, {MAX_LOGPROBS - len(self.eos_token_ids)}]"
-            )
+            most = MAX_LOGPROBS - self.num_alternatives + self.params.num_beams
+            beside = f"{len(self.eos_token_ids)} EOS ids"
+            if self.forbidden:
+                beside += f" and {len(self._forbidden_ends)} tokens that the model must not generate"
+            raise InvalidRequestError(f"num_beams={self.params.num_beams} with {beside} is outside [1, {most}]")
 
     @property
     def num_alternatives(self) -> int:
         """How many of the likeliest tokens after each beam count: among them, as many as there are beams go on."""
-        return self.params.num_beams + len(self.eos_token_ids)
+        return self.params.num_beams + len(self.eos_token_ids | self._forbidden_ends)
+
+    @property
+    def _forbidden_ends(self) -> frozenset[int]:
+        return frozenset(word[-1] for word in self.forbidden)
 
     @property
     def prefixes(self) -> list[list[int]]:
@@ -151,6 +158,7 @@ class BeamSearch:
             _Beam((*beam.token_ids, token_id), beam.logprob + logprob)
             for beam, entry in zip(self._beams, following, strict=True)
             for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+            if not self._is_forbidden(beam, token_id)
         ]
         candidates.sort(key=lambda beam: -beam.logprob)
         length = len(candidates[0].token_ids)
@@ -179,6 +187,10 @@ class BeamSearch:
             for index, found in enumerate(self._hypotheses)
         ]
         return BeamSearchOutput(self.prompt, list(self.prompt_token_ids), outputs)
+
+    def _is_forbidden(self, beam: _Beam, token_id: int) -> bool:
+        tokens = (*self.prompt_token_ids, *beam.token_ids, token_id) if self.forbidden else ()
+        return any(tokens[-len(word) :] == word for word in self.forbidden)
 
     def _add(self, beam: _Beam) -> None:
         """Keep a finished beam if it is among the best."""

@@ -26,7 +26,8 @@ from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake, Messages, Prompt, RequestSpec, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats
-from llmengine.errors import ConfigError, InvalidRequestError
+from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
+from llmengine.generation_config import forbidden_sequences
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import ChatKeywords, RequestKeywords, as_options, split_options, takes_options
 from llmengine.sampling_params import SamplingParams
@@ -159,7 +160,7 @@ class LLM:
                 raise ConfigError(
                     f"eos_token_ids holds {token_id}, outside the vocabulary [0, {self._info.vocab_size})"
                 )
-        self._default_params = SamplingParams.from_generation_config(generation_config)
+        self._default_params = self._defaults_of(generation_config)
         self._intake = Intake(
             self._engine,
             self._info,
@@ -168,7 +169,17 @@ class LLM:
             self._tokenizer_threads,
             self._grammar_threads,
             share_prefixes_across_tenants=self._share_prefixes,
+            forbidden=_possible(forbidden_sequences(generation_config), self._info.vocab_size),
         )
+
+    def _defaults_of(self, generation_config: Mapping[str, Any]) -> SamplingParams | str:
+        """Return the default parameters, or why there are none."""
+        try:
+            params = SamplingParams.from_generation_config(generation_config)
+        except UnsupportedModelError as error:
+            logger.warning("%s: requests without sampling_params will raise this", error)
+            return str(error)
+        return params.replace(bad_words=_possible(params.bad_words, self._info.vocab_size))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -186,7 +197,13 @@ class LLM:
         return self._info
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return what `generate` uses when given none: the model's `generation_config.json`, else greedy."""
+        """Return what `generate` uses when given none: the model's `generation_config.json`, else greedy.
+
+        Parameters of your own replace all of it; change single ones with `.replace(temperature=0.5)`. Raises
+        `UnsupportedModelError` where the file asks for what cannot be honoured.
+        """
+        if isinstance(self._default_params, str):
+            raise UnsupportedModelError(self._default_params)
         return self._default_params
 
     @takes_options(wait_for_admission=True)
@@ -351,7 +368,14 @@ class LLM:
         eos, limit = self._intake.eos_token_ids, self._info.max_model_len
         encoded = [self._intake.encode(prompt) for prompt in prompts]
         return [
-            BeamSearch(one.text, one.token_ids, params, eos, min(params.max_new_tokens, limit - len(one.token_ids)))
+            BeamSearch(
+                one.text,
+                one.token_ids,
+                params,
+                eos,
+                min(params.max_new_tokens, limit - len(one.token_ids)),
+                self._intake.forbidden,
+            )
             for one in encoded
         ]
 
@@ -437,13 +461,13 @@ class LLM:
         await self.aclose()
 
     def _params_or_default(self, sampling_params: SamplingParams | None) -> SamplingParams:
-        return self._default_params if sampling_params is None else sampling_params
+        return self.get_default_sampling_params() if sampling_params is None else sampling_params
 
     def _params_for(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, index: int
     ) -> SamplingParams:
         if sampling_params is None:
-            return self._default_params
+            return self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             return sampling_params
         if not isinstance(sampling_params, Sequence):
@@ -462,6 +486,11 @@ def _collect_garbage_once() -> None:
     """
     if gc.isenabled():
         gc.collect()
+
+
+def _possible(words: Iterable[Any], vocab_size: int) -> tuple[Any, ...]:
+    """Return the sequences of token ids that lie in the vocabulary: the others cannot be generated anyway."""
+    return tuple(word for word in words if max(word) < vocab_size)
 
 
 def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:

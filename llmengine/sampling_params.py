@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmengine.checks import none_means_default
-from llmengine.errors import InvalidRequestError
+from llmengine.errors import InvalidRequestError, UnsupportedModelError
+from llmengine.generation_config import sampling_fields, unsupported_keys
 from llmengine.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
@@ -64,6 +65,9 @@ class SamplingParams:
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
         min_new_tokens: ends and stop tokens cannot be chosen, and stop strings do not end the request, before
             this many tokens; in [0, 2**30].
+        max_total_tokens: most tokens of prompt and output together, >= 1, beside `max_new_tokens`; None: no such limit.
+            A prompt that leaves no room for a token raises `PromptTooLongError`.
+        min_total_tokens: like `min_new_tokens`, but before prompt and output together have this many tokens.
         temperature: 0 is greedy (argmax); else logits are divided by it, in [1e-6, 100].
         top_k: sample among the k likeliest tokens; 0: all.
         top_p: sample among the smallest set of likeliest tokens whose probabilities reach top_p, in (0, 1].
@@ -95,6 +99,8 @@ class SamplingParams:
     best_of: int | None = None
     max_new_tokens: int | None = 128
     min_new_tokens: int = 0
+    max_total_tokens: int | None = None
+    min_total_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -125,6 +131,8 @@ class SamplingParams:
         _check_int("best_of", self.best_of, self.n, MAX_OUTPUTS, optional=True)
         _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
         _check_int("min_new_tokens", self.min_new_tokens, 0, MAX_MIN_NEW_TOKENS)
+        _check_int("max_total_tokens", self.max_total_tokens, 1, None, optional=True)
+        _check_int("min_total_tokens", self.min_total_tokens, 0, MAX_MIN_NEW_TOKENS)
         _check_int("top_k", self.top_k, 0, None)
         _check_int("seed", self.seed, 0, 2**63 - 1, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
@@ -142,6 +150,10 @@ class SamplingParams:
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InvalidRequestError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
+            )
+        if self.max_total_tokens is not None and self.min_total_tokens > self.max_total_tokens:
+            raise InvalidRequestError(
+                f"min_total_tokens={self.min_total_tokens} is above max_total_tokens={self.max_total_tokens}"
             )
         if self.num_outputs > 1 and self.greedy:
             raise InvalidRequestError(
@@ -180,6 +192,21 @@ class SamplingParams:
         """Return a copy with `changes`, checked again."""
         return dataclasses.replace(self, **changes)
 
+    def for_prompt(self, num_tokens: int) -> SamplingParams:
+        """These parameters for a prompt of so many tokens: limits of the total are limits of what is new."""
+        if self.max_total_tokens is None and not self.min_total_tokens:
+            return self
+        most, least = self.max_new_tokens, max(self.min_new_tokens, self.min_total_tokens - num_tokens)
+        if self.max_total_tokens is not None:
+            room = self.max_total_tokens - num_tokens
+            most = room if most is None else min(most, room)
+        return self.replace(
+            max_new_tokens=most,
+            min_new_tokens=least if most is None else min(least, most),
+            max_total_tokens=None,
+            min_total_tokens=0,
+        )
+
     @classmethod
     def from_sampling_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """Translate the names of TensorRT-LLM's first `SamplingConfig` (`end_id`, `random_seed`, `min_length`, ...).
@@ -201,20 +228,21 @@ class SamplingParams:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
-        """Take a Hugging Face `generation_config.json`: sampling fields count only when `do_sample` is true.
+        """What transformers' `generate` does by default with this `generation_config.json`; what it leaves open is as
+        in `SamplingParams()`. docs/sampling.md lists the keys.
 
-        EOS ids belong to the model, not to these parameters; keys without a meaning here are left out. Raises
-        `InvalidRequestError` for values that are no such parameters.
+        EOS ids belong to the model, not to these parameters; keys that change no token (of caches, of speculation) are
+        left out. Raises `InvalidRequestError` for a malformed value, `UnsupportedModelError` naming the keys that
+        change what is generated and cannot be honoured.
         """
-        fields: dict[str, Any] = {}
-        if config.get("max_new_tokens"):
-            fields["max_new_tokens"] = config["max_new_tokens"]
-        if config.get("repetition_penalty") is not None:
-            fields["repetition_penalty"] = config["repetition_penalty"]
-        if config.get("do_sample"):
-            for name, default in (("temperature", 1.0), ("top_k", 50), ("top_p", 1.0), ("min_p", 0.0)):
-                fields[name] = default if config.get(name) is None else config[name]
-        return cls(**fields)
+        params = cls(**sampling_fields(config))
+        keys = unsupported_keys(config)
+        if keys:
+            raise UnsupportedModelError(
+                f"generation_config asks for {', '.join(keys)}, which is not supported; give sampling_params of your "
+                "own, or remove the keys from the file"
+            )
+        return params
 
 
 def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:

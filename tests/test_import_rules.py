@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DATA = {
     *("errors", "checks", "config", "sampling_params", "request_options", "structured_output", "outputs", "batch"),
-    "end_tokens",
+    *("end_tokens", "generation_config"),
 }
 
 # layer -> the layers it may import; a layer is a package or a module directly under llmengine. Each may import itself.

@@ -18,7 +18,7 @@ from typing import Any
 
 from llmengine.batch import BackendInfo
 from llmengine.engine.admission import AdmissionTicket
-from llmengine.engine.bad_words import bad_word_ids
+from llmengine.engine.bad_words import WordIds, bad_word_ids
 from llmengine.engine.engine import Engine
 from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
@@ -86,7 +86,7 @@ class Intake:
 
     Text is tokenized on `tokenizer_threads` where the caller must not be blocked. Requests with a new grammar go
     to `grammar_threads`, since compiling it may take long. Every method may be called from any thread. `owner` is kept
-    alive by the handles.
+    alive by the handles. No request generates a sequence that is `forbidden`.
     """
 
     def __init__(
@@ -99,8 +99,10 @@ class Intake:
         grammar_threads: ThreadPoolExecutor,
         *,
         share_prefixes_across_tenants: bool = False,
+        forbidden: Sequence[WordIds] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.forbidden = tuple(forbidden)
         self._share_prefixes = share_prefixes_across_tenants
         self._engine = engine
         self._info = info
@@ -260,10 +262,10 @@ class Intake:
                 raise InvalidRequestError(f"{name} holds {token_id}, outside [0, {self._info.vocab_size})")
 
     def _with_bad_word_ids(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters with token ids for bad words that are strings."""
-        if not any(isinstance(word, str) for word in params.bad_words):
+        """Return the parameters with token ids for bad words that are strings, and the model's own beside them."""
+        if not self.forbidden and not any(isinstance(word, str) for word in params.bad_words):
             return params
-        words = self._bad_words(params.bad_words)
+        words = self._bad_words((*params.bad_words, *self.forbidden))
         for word in words:
             self._check_ids("bad_words", word)
         return params.replace(bad_words=words)
@@ -283,7 +285,7 @@ class Intake:
             return ""
         return self.tokenizer.decode([token_id for token_id in token_ids if token_id not in self._special_ids])
 
-    def _check_length(self, encoded: Encoded) -> None:
+    def _check_length(self, encoded: Encoded, max_total_tokens: int | None = None) -> None:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
         if num_tokens == 0:
             raise InvalidRequestError("the prompt has no tokens")
@@ -291,6 +293,11 @@ class Intake:
             raise PromptTooLongError(
                 f"the prompt has {num_tokens} tokens; with one generated token the limit is {limit} "
                 "(max_model_len, and what kv_cache_config leaves room for)"
+            )
+        if max_total_tokens is not None and num_tokens >= max_total_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {num_tokens} tokens; with one generated token the limit is {max_total_tokens} "
+                "(max_total_tokens of the sampling parameters)"
             )
 
     def _encode(self, prompt: Prompt) -> Encoded:
@@ -323,9 +330,9 @@ class Intake:
 
     def _make_request(self, stream: Stream, encoded: Encoded, spec: RequestSpec, ticket: AdmissionTicket) -> Request:
         """Return the request; of several outputs the first one's, which has the others as relatives."""
-        self._check_length(encoded)
+        self._check_length(encoded, spec.params.max_total_tokens)
         ticket.add_tokens(len(encoded.token_ids))
-        params = self._with_bad_word_ids(spec.params)
+        params = self._with_bad_word_ids(spec.params).for_prompt(len(encoded.token_ids))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         if isinstance(stream, OutputStream):
             return self._make_member(stream, encoded, params, seed, spec, ticket)

@@ -7,6 +7,7 @@ import math
 import struct
 
 from llmengine.errors import CorruptFileError, UnsupportedModelError
+from llmengine.models.adapters import refuse_gguf_adapter
 from llmengine.models.arch import LayerArch, ModelArch, RopeConfig, check_arch, folded_residual_scale
 from llmengine.models.families import FAMILIES, ModelFamily, family_layers, unsupported_architecture
 from llmengine.models.fields import MAX_SIZE, Fields
@@ -28,6 +29,7 @@ def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
     Raises `CorruptFileError` naming key and expectation, `UnsupportedModelError` for what is not supported.
     """
     where = metadata.where
+    _reject_other_kinds(gguf, metadata)
     name = metadata.string("general.architecture")
     family = next((family for family in FAMILIES if family.gguf_architecture == name), None)
     if family is None:
@@ -74,6 +76,17 @@ def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
     )
     check_arch(arch, where)
     return folded_residual_scale(arch, metadata.number(f"{name}.residual_scale", 1.0, above=0.0))
+
+
+def _reject_other_kinds(gguf: GgufFile, metadata: Fields) -> None:
+    """Raise `UnsupportedModelError` for files that hold something else than a model."""
+    kind = gguf.kind
+    if kind == "adapter":
+        refuse_gguf_adapter(metadata.where, str(gguf.metadata.get("adapter.type", "of unknown type")))
+    if kind != "model":
+        raise UnsupportedModelError(f"{metadata.where}: general.type={kind!r}: is not a language model's weights")
+    if not gguf.tensors:
+        raise UnsupportedModelError(f"{metadata.where}: has no tensors: a vocabulary or a plan, and not a model")
 
 
 def _reject_unsupported(metadata: Fields, name: str) -> None:

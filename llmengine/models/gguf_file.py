@@ -119,6 +119,13 @@ class GgufFile:
     metadata: dict[str, MetadataValue]
     tensors: dict[str, GgufTensor]
 
+    @property
+    def kind(self) -> str:
+        """What the file holds: "model", or else "adapter", "mmproj" or "imatrix", for example."""
+        if self.metadata.get("general.architecture") == "clip":
+            return "mmproj"  # files that are older than the key
+        return str(self.metadata.get("general.type", "model"))
+
 
 def read_gguf(path: str | Path) -> GgufFile:
     """Return metadata and tensor table of a GGUF file.

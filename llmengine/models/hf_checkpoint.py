@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
+from llmengine.generation_config import generation_keys
+from llmengine.models.adapters import refuse_adapter_tensors
 from llmengine.models.arch import ModelArch
 from llmengine.models.end_ids import hf_end_ids
 from llmengine.models.families import family_of
@@ -116,11 +118,11 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
     """Read config.json and generation_config.json, the second optional."""
     config = read_json_object(directory / "config.json")
     generation_path = directory / "generation_config.json"
-    generation = read_json_object(generation_path) if generation_path.exists() else Fields({}, str(generation_path))
-    try:
-        SamplingParams.from_generation_config(generation.values)
-    except InvalidRequestError as error:
-        raise CorruptFileError(f"{generation_path}: {error}") from error
+    if generation_path.exists():
+        generation = read_json_object(generation_path)
+    else:
+        generation = Fields(generation_keys(config.values), config.where)
+    _check_generation(generation)
     bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
     arch = arch_from_hf_config(config.values, config.where)
     return HfMetadata(
@@ -130,6 +132,16 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
         eos_token_ids=hf_end_ids(config, generation, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
     )
+
+
+def _check_generation(generation: Fields) -> None:
+    """Raise `CorruptFileError` for malformed values; `LLM` tells of keys that cannot be honoured."""
+    try:
+        SamplingParams.from_generation_config(generation.values)
+    except InvalidRequestError as error:
+        raise CorruptFileError(f"{generation.where}: {error}") from error
+    except UnsupportedModelError:
+        pass
 
 
 def open_hf(directory: Path) -> ModelSource:
@@ -214,6 +226,7 @@ def _check_all(
     def is_harmless(name: str) -> bool:
         return name.endswith(_HARMLESS_SUFFIXES) or (name == _HEAD and arch.tie_word_embeddings)
 
+    refuse_adapter_tensors(shapes, str(directory))
     expected = stored_shapes(arch, stored_names(arch))
     check_tensors(expected, shapes, str(directory), is_harmless, lambda name: str(files[name]))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmengine.errors import ConfigError, ModelLoadError
+from llmengine.models.adapters import adapter_directories, refuse_adapters
 from llmengine.models.dummy import open_dummy
 from llmengine.models.engine_dir import MANIFEST_NAME, open_engine
 from llmengine.models.fused import ModelSource
@@ -52,6 +53,7 @@ def _open(path: str | Path, load_format: Literal["auto", "dummy"]) -> ModelSourc
 
 
 def _open_directory(directory: Path) -> ModelSource:
+    refuse_adapters(directory)
     if (directory / MANIFEST_NAME).is_file():
         return open_engine(directory)
     gguf_files = sorted(entry for entry in directory.iterdir() if entry.suffix.lower() == ".gguf")
@@ -64,4 +66,6 @@ def _open_directory(directory: Path) -> ModelSource:
         raise ModelLoadError(f"{directory}: holds several .gguf files, give the path of one: {listed}")
     if gguf_files:
         return open_gguf(gguf_files[0])
-    raise ModelLoadError(f"{directory}: holds no model: neither engine.json, nor config.json, nor a .gguf file")
+    adapters = adapter_directories(directory.iterdir())
+    hint = f"; its subdirectories with adapters are no models either: {', '.join(adapters)}" if adapters else ""
+    raise ModelLoadError(f"{directory}: holds no model: neither engine.json, nor config.json, nor a .gguf file{hint}")
