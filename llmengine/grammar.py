@@ -230,10 +230,10 @@ class _Vocabulary:
 
 def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any:
     """Return what `LLTokenizer` takes for a tokenizer."""
-    if hasattr(tokenizer, "tokenizer_json"):
-        return tokenizer.tokenizer_json()
     if hasattr(tokenizer, "token_bytes"):
         return _Vocabulary(tokenizer.token_bytes(), special_ids, end_id)
+    if hasattr(tokenizer, "tokenizer_json"):
+        return tokenizer.tokenizer_json()
     raise TypeError(f"{type(tokenizer).__name__} has neither tokenizer_json() nor token_bytes()")
 
 

@@ -1,34 +1,33 @@
 """Tokenizers from a model's files: a Hugging Face directory, a GGUF file, an engine directory.
 
-All three end in a `tokenizers.Tokenizer`, and transformers is not imported where it need not be: `AutoTokenizer` takes
-3 s to import, tokenizers 0.07 s. `tokenizer.json` describes a tokenizer completely (normalizer, splits, merges, BOS),
-so a directory with one is read without transformers, and so is one with a SentencePiece model of the usual kind; only
-vocabularies in other formats go through `AutoTokenizer`.
-The two agree except where `AutoTokenizer` builds the pipeline anew from the class that tokenizer_config.json names and
-so drops parts of tokenizer.json, such as SmolLM2's split of digits: the file is what the model was trained with. Both
-ignore `add_bos_token` in tokenizer_config.json then, because tokenizer.json says what is added.
+What encodes is one of two libraries: tokenizers, for a tokenizer.json and for what becomes one, and sentencepiece, for
+a SentencePiece model wherever it is stored. transformers is not imported where it need not be: `AutoTokenizer` takes
+3 s to import, tokenizers 0.07 s, and it drops what its classes do not know, such as SmolLM2's split of digits or a
+SentencePiece model's normalizer. Only vocabularies in other formats go through it. What the files beside a tokenizer
+change is in `tokenizer_config`, and what of that applies to a tokenizer.json in `tokenizer_json`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import Tokenizer
 
 from llmengine.chat_template import ChatTemplate
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer import added_end_ids, check_text, encode_with
-from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
+from llmengine.tokenizer_config import NAMED_TOKENS, TokenizerConfig, read_text, read_tokenizer_config
+from llmengine.tokenizer_json import configure
+from llmengine.tokenizer_sentencepiece import SentencePieceCodec, codec_of_directory, read_sentencepiece
 
 if TYPE_CHECKING:
     from llmengine.models.fused import ModelSource
 
 TokenizerKind = Literal["huggingface", "gguf", "engine", "dummy"]
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
 
@@ -56,21 +55,32 @@ class LoadedTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._special_tokens = dict(special_tokens or {})
-        self._sources = dict(chat_templates or {})
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.known_end_ids = added_end_ids(added)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._describe(special_tokens or {}, backend.token_to_id, chat_templates or {}, end_token_ids, source)
+
+    def _describe(
+        self,
+        special_tokens: Mapping[str, str],
+        id_of: Callable[[str], int | None],
+        chat_templates: Mapping[str, str],
+        end_token_ids: frozenset[int],
+        source: str,
+    ) -> None:
+        """Set what does not depend on the library that encodes."""
+        self._special_tokens = dict(special_tokens)
+        self._sources = dict(chat_templates)
         for name in self._sources:
             if not name.replace("-", "_").isidentifier():  # it becomes a file name in save()
                 raise ModelLoadError(f"{source}: chat template name {name!r} is none of letters, digits, '_' and '-'")
         self._source = source
         self._templates: dict[str, ChatTemplate] = {}
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.bos_token_id = self._named_id("bos_token")
-        self.eos_token_id = self._named_id("eos_token")
+        named = (self._special_tokens.get(role) for role in ("bos_token", "eos_token"))
+        self.bos_token_id, self.eos_token_id = (None if token is None else id_of(token) for token in named)
         eos = frozenset() if self.eos_token_id is None else frozenset({self.eos_token_id})
         self.end_token_ids: frozenset[int] = end_token_ids | eos
-        self.known_end_ids = added_end_ids(added)
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.has_chat_template = bool(self._sources)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -127,7 +137,7 @@ class LoadedTokenizer:
         """Raise `CorruptFileError` if the files name an end of text that a model with this vocabulary does not have."""
         for token_id in sorted(self.end_token_ids):
             if token_id >= vocab_size:
-                token = self._backend.id_to_token(token_id)
+                token = self._token_of(token_id)
                 raise CorruptFileError(
                     f"{self._source}: eos_token {token!r} has id {token_id}, outside the model's vocabulary "
                     f"[0, {vocab_size})"
@@ -140,27 +150,72 @@ class LoadedTokenizer:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write the files that `load_tokenizer` and transformers read, and return their paths."""
-        directory = Path(directory)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        files = {
-            "tokenizer.json": self.tokenizer_json(),
-            "tokenizer_config.json": json.dumps({**config, **self._special_tokens}, indent=2, ensure_ascii=False),
-        }
+        files = self._files()
         for name, source in self._sources.items():
             file = "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"
-            files[file] = source
+            files[file] = source.encode()
         paths = []
-        for file, text in files.items():
-            path = directory / file
+        for file, data in files.items():
+            path = Path(directory) / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode())
+            path.write_bytes(data)
             paths.append(path)
         return paths
 
-    def _named_id(self, name: str) -> int | None:
-        token = self._special_tokens.get(name)
-        token_id: int | None = None if token is None else self._backend.token_to_id(token)
-        return token_id
+    def _token_of(self, token_id: int) -> str | None:
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def _files(self) -> dict[str, bytes]:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        return {
+            "tokenizer.json": self.tokenizer_json().encode(),
+            "tokenizer_config.json": _json_bytes({**config, **self._special_tokens}),
+        }
+
+
+class SentencePieceTokenizer(LoadedTokenizer):
+    """A `LoadedTokenizer` whose ids are those of the sentencepiece library."""
+
+    def __init__(
+        self,
+        codec: SentencePieceCodec,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+        end_token_ids: frozenset[int] = frozenset(),
+        source: str = "tokenizer",
+    ) -> None:
+        self._codec = codec
+        self.special_ids = codec.special_ids
+        self.known_end_ids = added_end_ids(codec.added)
+        self.vocab_size = codec.vocab_size
+        self._describe(special_tokens or {}, codec.token_to_id, chat_templates or {}, end_token_ids, source)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`, as `LoadedTokenizer.encode` does; other threads run meanwhile."""
+        check_text(text)
+        return self._codec.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text, special tokens included; ids outside the vocabulary have none."""
+        return self._codec.decode(token_ids)
+
+    def token_bytes(self) -> list[bytes]:
+        """Return what each id stands for inside a text."""
+        return self._codec.token_bytes()
+
+    def tokenizer_json(self) -> str:
+        """Raise `UnsupportedModelError`: there is no such form that gives the same ids; see `token_bytes`."""
+        raise UnsupportedModelError(f"{self._source}: a SentencePiece model has no tokenizer.json; see token_bytes()")
+
+    def _token_of(self, token_id: int) -> str | None:
+        return self._codec.id_to_token(token_id)
+
+    def _files(self) -> dict[str, bytes]:
+        return {
+            "tokenizer.model": self._codec.model.serialized(),
+            "tokenizer_config.json": _json_bytes({**self._codec.flags(), **self._special_tokens}),
+        }
 
 
 def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
@@ -186,12 +241,12 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
         raise ModelLoadError(f"{directory}: no such directory, so there is no tokenizer to read")
     if (directory / "tokenizer.json").is_file():
         return _read_tokenizer_json(directory)
-    if kind == "engine":
-        raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file")
     if (directory / "tokenizer.model").is_file():
         tokenizer = _read_sentencepiece(directory)
         if tokenizer is not None:
             return tokenizer
+    if kind == "engine":
+        raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file, and no tokenizer.model")
     return _read_with_transformers(directory)
 
 
@@ -237,6 +292,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedToken
         elif key.startswith("tokenizer.chat_template."):
             templates[key.removeprefix("tokenizer.chat_template.")] = value
     ends = frozenset(gguf_named_end_ids(Fields(metadata, source), len(tokens)))
+    if isinstance(backend, SentencePieceCodec):
+        return SentencePieceTokenizer(backend, special, templates, ends, source)
     return LoadedTokenizer(backend, special, templates, ends, source)
 
 
@@ -248,59 +305,31 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
         if not isinstance(error, Exception) and not _is_from_library(error):
             raise
         raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
-    config = _read_json(directory / "tokenizer_config.json")
-    return _configured(backend, _special_tokens(directory, config), config, directory)
+    config = read_tokenizer_config(directory).with_defaults(backend.token_to_id)
+    try:
+        backend = configure(backend, config)
+    except BaseException as error:
+        if not _is_from_library(error):
+            raise
+        raise CorruptFileError(f"{path}: contradicts {config.path.name}: {error}") from error
+    ends = config.end_ids(backend.token_to_id)
+    return LoadedTokenizer(backend, config.special_tokens, _chat_templates(directory, config), ends, str(directory))
 
 
-def _read_sentencepiece(directory: Path) -> LoadedTokenizer | None:
-    """Return the tokenizer of a tokenizer.model, None if it is not of a kind that can be read here.
-
-    Unlike a tokenizer.json it does not say whether BOS and EOS are added: tokenizer_config.json does.
-    """
-    from llmengine.tokenizer_gguf import build_backend, token_ids
-
+def _read_sentencepiece(directory: Path) -> SentencePieceTokenizer | None:
+    """Return the tokenizer of a tokenizer.model, None if the file is another library's."""
     path = directory / "tokenizer.model"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
-    metadata = sentencepiece_metadata(data, str(path))
-    if metadata is None:
+    model = read_sentencepiece(data, str(path))
+    if model is None:
         return None
-    added = _read_json(directory / "added_tokens.json")  # of before there was an added_tokens_decoder
-    decoder = {str(token_id): {"content": token, "normalized": False} for token, token_id in added.items()}
-    config = {"added_tokens_decoder": decoder, **_read_json(directory / "tokenizer_config.json")}
-    tokens, ids = metadata["tokenizer.ggml.tokens"], token_ids(metadata, str(path))
-    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}
-    special |= _special_tokens(directory, config)
-    backend = build_backend(metadata, str(path))
-    tokenizer = _configured(backend, special, config, directory)
-    adds = {"bos": config.get("add_bos_token", True), "eos": config.get("add_eos_token", False)}
-    begin, end = ([special[f"{name}_token"]] if adds[name] and special.get(f"{name}_token") else [] for name in adds)
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([*begin, *end])],
-    )
-    return tokenizer
-
-
-def _configured(
-    backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any], directory: Path
-) -> LoadedTokenizer:
-    """Return the tokenizer with what tokenizer_config.json says, and the files beside it."""
-    try:
-        _mark_special(backend, special, config)
-        templates = _chat_templates(directory, config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: malformed entry: {error!r}") from error
-    return LoadedTokenizer(backend, special, templates, _mapped_end_ids(backend, directory), str(directory))
-
-
-def _mapped_end_ids(backend: Tokenizer, directory: Path) -> frozenset[int]:
-    """Return the EOS of special_tokens_map.json: tokenizer_config.json may name another, and then both are ends."""
-    token = _special_tokens(directory, {}).get("eos_token")
-    token_id = None if token is None else backend.token_to_id(token)
-    return frozenset() if token_id is None else frozenset({token_id})
+    config = read_tokenizer_config(directory)
+    codec, special = codec_of_directory(model, config, str(path))
+    ends = config.end_ids(codec.token_to_id)
+    return SentencePieceTokenizer(codec, special, _chat_templates(directory, config), ends, str(directory))
 
 
 def _is_from_library(error: BaseException) -> bool:
@@ -308,64 +337,24 @@ def _is_from_library(error: BaseException) -> bool:
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 
-def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    named = {**_read_json(directory / "special_tokens_map.json"), **config}
-    special = {}
-    for name in _NAMED_TOKENS:
-        value = named.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if isinstance(value, str):
-            special[name] = value
-        elif value is not None:
-            raise CorruptFileError(f"{directory / 'tokenizer_config.json'}: {name}={value!r} is not a string")
-    return special
-
-
-def _mark_special(backend: Tokenizer, special: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Add tokens that only the configuration names, and mark the named ones special, as transformers does."""
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    entries = config.get("added_tokens_decoder")
-    if isinstance(entries, Mapping):
-        for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
-            if entry.get("content") not in added:
-                token = AddedToken(**{name: entry[name] for name in entry if not name.startswith("_")})
-                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-                added[token.content] = token
-    missing = [content for content in _unnamed_special_tokens(config) if content not in added]
-    for content in (*special.values(), *missing):
-        if content not in added or not added[content].special:
-            backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
-
-
-def _unnamed_special_tokens(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is listed under the old and the new key for special tokens beside those of `_NAMED_TOKENS`."""
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(key) or []
-        if not isinstance(listed, list | Mapping):
-            raise TypeError(f"{key} must be a list of tokens or an object of them")
-        for token in listed.values() if isinstance(listed, Mapping) else listed:
-            content = token.get("content") if isinstance(token, Mapping) else token
-            if not isinstance(content, str):
-                raise TypeError(f"{key} holds {token!r:.80}, which is no token")
-            yield content
-
-
-def _chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(directory: Path, config: TokenizerConfig) -> dict[str, str]:
     """Files win over tokenizer_config.json, as in transformers."""
     templates: dict[str, str] = {}
-    value = config.get("chat_template")
-    if isinstance(value, str):
-        templates[_DEFAULT] = value
-    elif isinstance(value, list):
-        templates.update({entry["name"]: entry["template"] for entry in value})
-    if not all(isinstance(text, str) for item in templates.items() for text in item):
-        raise TypeError("chat_template must be a string or a list of objects with name and template, both strings")
+    value = config.values.get("chat_template")
+    try:
+        if isinstance(value, str):
+            templates[_DEFAULT] = value
+        elif isinstance(value, list):
+            templates.update({entry["name"]: entry["template"] for entry in value})
+        if not all(isinstance(text, str) for item in templates.items() for text in item):
+            raise TypeError("chat_template must be a string or a list of objects with name and template, both strings")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{config.path}: malformed entry: {error!r}") from error
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     files[_DEFAULT] = directory / "chat_template.jinja"
     for name, path in files.items():
         if path.is_file():
-            templates[name] = _read_text(path)
+            templates[name] = read_text(path)
     return templates
 
 
@@ -386,29 +375,11 @@ def _read_with_transformers(directory: Path) -> LoadedTokenizer:
         raise UnsupportedModelError(
             f"{directory}: {type(wrapped).__name__} has no tokenizer.json form; pass LLM(tokenizer=...) instead"
         )
-    special = {name: str(value) for name in _NAMED_TOKENS if (value := getattr(wrapped, name, None)) is not None}
+    special = {name: str(value) for name in NAMED_TOKENS if (value := getattr(wrapped, name, None)) is not None}
     template = wrapped.chat_template
     templates = {_DEFAULT: template} if isinstance(template, str) else template
     return LoadedTokenizer(backend, special, templates, source=str(directory))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise CorruptFileError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path}: is not UTF-8: {error}") from error
-    except OSError as error:
-        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode()

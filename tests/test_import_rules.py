@@ -20,12 +20,16 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(DATA, DATA),
     "chat_template": DATA,
     "tokenizer": {*DATA, "chat_template"},
-    "tokenizer_gguf": DATA,
-    "tokenizer_sentencepiece": DATA,
+    "tokenizer_config": DATA,
+    "tokenizer_gguf": {*DATA, "tokenizer_config", "tokenizer_sentencepiece"},
+    "tokenizer_json": {*DATA, "tokenizer_config"},
+    "tokenizer_sentencepiece": {*DATA, "tokenizer_config"},
     "tokenizer_loading": {
         *DATA,
         "tokenizer",
+        "tokenizer_config",
         "tokenizer_gguf",
+        "tokenizer_json",
         "tokenizer_sentencepiece",
         "chat_template",
         "models",
@@ -113,8 +117,9 @@ def test_only_llm_wires_engine_and_backends() -> None:
 
 
 def test_heavy_libraries_are_below_llm_only() -> None:
-    allowed = {"models", "backends", "kernels", "tokenizer_gguf", "tokenizer_loading", "demo", "cli"}
-    heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers"}
+    tokenizers = {f"tokenizer_{part}" for part in ("config", "gguf", "json", "loading", "sentencepiece")}
+    allowed = {"models", "backends", "kernels", *tokenizers, "demo", "cli"}
+    heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers", "sentencepiece"}
     for layer, path in sources():
         assert layer in allowed or not third_party(path) & heavy, path
 

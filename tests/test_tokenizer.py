@@ -36,7 +36,7 @@ from llmengine.tokenizer import ByteTokenizer, ChatTokenizer, IncrementalDetoken
 from llmengine.tokenizer import Tokenizer as TokenizerProtocol
 from llmengine.tokenizer_gguf import build_backend
 from llmengine.tokenizer_loading import LoadedTokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_save
-from llmengine.tokenizer_sentencepiece import sentencepiece_metadata
+from llmengine.tokenizer_sentencepiece import read_sentencepiece
 
 SPECS = ("<|end|>", "<s>", "<tool>")
 TEXTS = (
@@ -363,8 +363,11 @@ def test_gguf_bos_and_eos(flags: dict[str, Any], begin: list[str], end: list[str
     ("changes", "error", "message"),
     [
         ({"pre": "new-thing"}, UnsupportedModelError, "'new-thing' is not a known pre-tokenizer; known: .*llama-bpe"),
-        ({"pre": None}, UnsupportedModelError, "None is not a known"),
-        ({"model": "t5"}, UnsupportedModelError, "'t5' is none of 'gpt2', 'llama'"),
+        ({"model": "bert"}, UnsupportedModelError, "'bert' is none of 'gpt2', 'llama', 't5'"),
+        ({"add_sep_token": True}, UnsupportedModelError, "add_sep_token=true"),
+        ({"add_space_prefix": True}, UnsupportedModelError, "add_space_prefix=true"),
+        ({"add_bos_token": 1}, CorruptFileError, "add_bos_token=1 must be true or false"),
+        ({"add_bos_token": True, "bos_token_id": None}, CorruptFileError, "there is no tokenizer.ggml.bos_token_id"),
         ({"tokens": None}, CorruptFileError, "tokens is missing"),
         ({"tokens": ["a", "a"]}, CorruptFileError, "occur twice"),
         ({"merges": ["h q"]}, CorruptFileError, "holds 'h q'"),
@@ -470,11 +473,11 @@ def sentencepiece_model(model_type: int = 2, adds_space: bool = True, charsmap: 
     data = b"".join(
         field(1, field(1, text.encode()) + field(2, score) + field(3, kind)) for text, score, kind in pieces
     )
-    data += field(2, field(3, model_type) + field(40, 0) + field(41, 1) + field(42, 2) + field(43, 2**64 - 1))
+    data += field(2, field(3, model_type) + field(35, 1) + field(40, 0) + field(41, 1) + field(42, 2))
     return data + field(3, field(1, b"identity") + field(2, charsmap) + field(3, int(adds_space)) + field(4, 0))
 
 
-def test_a_sentencepiece_model_is_read_without_its_library(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_and_the_files_beside_it(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     tokenizer = load_tokenizer(tmp_path, "huggingface")
     assert tokenizer.encode("hi ho") == [1, 260, 259, 264]
@@ -528,9 +531,9 @@ def test_damaged_sentencepiece_models_are_named(tmp_path: Path, data: bytes, mes
         load_tokenizer(tmp_path, "huggingface")
 
 
-@pytest.mark.parametrize("data", [sentencepiece_model(1), sentencepiece_model(charsmap=b"x"), b"IQ== 0\nIg== 1\n"])
+@pytest.mark.parametrize("data", [b"IQ== 0\nIg== 1\n", b""])
 def test_other_models_of_that_name_are_left_to_transformers(data: bytes) -> None:
-    assert sentencepiece_metadata(data, "tokenizer.model") is None
+    assert read_sentencepiece(data, "tokenizer.model") is None
 
 
 @pytest.mark.parametrize(
@@ -598,7 +601,7 @@ def test_an_older_format_goes_through_transformers(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"bos_token": 5}', "bos_token=5"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "tokenizer_config.json: malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "tokenizer_config.json: malformed"),
-        ("tokenizer_config.json", '{"additional_special_tokens": [5]}', "additional_special_tokens holds 5"),
+        ("tokenizer_config.json", '{"additional_special_tokens": [5]}', "additional_special_tokens=5 is not a token"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: is not UTF-8"),
     ],
 )

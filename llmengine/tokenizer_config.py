@@ -1,0 +1,169 @@
+"""What the files beside a tokenizer say: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
+
+Which file counts for what is transformers' rule: `added_tokens_decoder` in tokenizer_config.json replaces the two
+others, which are older; without it special_tokens_map.json wins over tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+_DEFAULT_TOKENS = {
+    "LlamaTokenizer": _LLAMA_TOKENS,
+    "CodeLlamaTokenizer": _LLAMA_TOKENS,
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>"},
+}
+"""Class -> what it takes for BOS and EOS where the files name neither."""
+
+_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """The files beside a tokenizer, read and checked.
+
+    Attributes:
+        path: of tokenizer_config.json, for messages.
+        tokenizer_class: the class in transformers, without "Fast"; "" where none is named.
+        named: role ("bos_token") -> token; None where the file says that there is none.
+        unnamed: special tokens without a role.
+        end_tokens: what either file names as EOS; they may differ, and then both end an answer.
+        added: id -> token, of what the model's vocabulary may lack.
+        flags: `legacy` and the like, where the file has them and not null.
+        values: all of tokenizer_config.json.
+    """
+
+    path: Path
+    tokenizer_class: str
+    named: Mapping[str, AddedToken | None]
+    unnamed: tuple[AddedToken, ...]
+    end_tokens: frozenset[str]
+    added: Mapping[int, AddedToken]
+    flags: Mapping[str, bool]
+    values: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Role -> text of the token."""
+        return {role: token.content for role, token in self.named.items() if token is not None}
+
+    def with_defaults(self, id_of: Callable[[str], int | None]) -> TokenizerConfig:
+        """Return it with the class's own BOS and EOS where none are named and the vocabulary has these."""
+        defaults = {
+            role: AddedToken(text, normalized=False, special=True)
+            for role, text in _DEFAULT_TOKENS.get(self.tokenizer_class, {}).items()
+            if role not in self.named and id_of(text) is not None
+        }
+        return replace(self, named={**self.named, **defaults})
+
+    def end_ids(self, id_of: Callable[[str], int | None]) -> frozenset[int]:
+        """Return the ids of `end_tokens`."""
+        found = map(id_of, self.end_tokens)
+        return frozenset(token_id for token_id in found if token_id is not None)
+
+
+def read_tokenizer_config(directory: Path) -> TokenizerConfig:
+    """Return what the files in `directory` say; those that are not there say nothing.
+
+    Raises `CorruptFileError` naming the file and the entry that is malformed, `UnsupportedModelError` for a flag that
+    is not supported.
+    """
+    path = directory / "tokenizer_config.json"
+    values = read_json(path)
+    try:
+        flags = {name: _flag(name, values[name]) for name in _FLAGS if values.get(name) is not None}
+        if flags.pop("split_special_tokens", False):
+            raise UnsupportedModelError(f"{path}: split_special_tokens=true is not supported: pass LLM(tokenizer=...)")
+        entries = values.get("added_tokens_decoder")
+        older = read_json(directory / "special_tokens_map.json")
+        named = values if entries is not None else {**values, **older}
+        roles = {role: _named(role, named[role]) for role in NAMED_TOKENS if role in named}
+        ends = [_named("eos_token", file.get("eos_token")) for file in (values, older)]
+        unnamed = tuple(token for key in _LISTS for token in _listed(key, named.get(key)))
+        if entries is not None:
+            added = {int(token_id): _added("added_tokens_decoder", entry) for token_id, entry in entries.items()}
+        else:
+            special = {token.content for token in (*roles.values(), *unnamed) if token is not None}
+            added = _older_added(directory / "added_tokens.json", special)
+        name = values.get("tokenizer_class") or ""
+        tokenizer_class = str(name).removesuffix("Fast") if name != "PreTrainedTokenizerFast" else str(name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path}: malformed entry: {error}") from error
+    end_tokens = frozenset(token.content for token in ends if token is not None)
+    return TokenizerConfig(path, tokenizer_class, roles, unnamed, end_tokens, added, flags, values)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in `path`, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise CorruptFileError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text in `path`; raises `CorruptFileError` unless it is UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"{path}: is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be true or false")
+    return value
+
+
+def _named(role: str, value: Any) -> AddedToken | None:
+    return None if value is None else _added(role, value, is_special=True)
+
+
+def _listed(key: str, value: Any) -> list[AddedToken]:
+    if value is None:
+        return []
+    if not isinstance(value, list | Mapping):
+        raise TypeError(f"{key} must be a list of tokens or an object of them")
+    return [_added(key, token, is_special=True) for token in (value.values() if isinstance(value, Mapping) else value)]
+
+
+def _added(where: str, entry: Any, is_special: bool = False) -> AddedToken:
+    """Return the token that a string or an object with its flags describes."""
+    if isinstance(entry, str):
+        return AddedToken(entry, normalized=False, special=is_special)
+    content = entry.get("content") if isinstance(entry, Mapping) else None
+    if not isinstance(content, str):
+        raise TypeError(f"{where}={entry!r:.80} is not a token: it has no text")
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {name: _flag(f"{name} of {where} {content!r}", entry[name]) for name in names if name in entry}
+    return AddedToken(content, **{**flags, "special": is_special or flags.get("special", False)})
+
+
+def _older_added(path: Path, special: set[str]) -> dict[int, AddedToken]:
+    added: dict[int, AddedToken] = {}
+    for token, token_id in read_json(path).items():
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise CorruptFileError(f"{path}: {token!r} has the id {token_id!r}, which must be an integer of at least 0")
+        if token_id in added:
+            raise CorruptFileError(f"{path}: {token!r} and {added[token_id].content!r} have the same id {token_id}")
+        is_special = token in special
+        added[token_id] = AddedToken(token, normalized=not is_special, special=is_special)
+    return added
