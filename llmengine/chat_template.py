@@ -1,51 +1,45 @@
 """Chat messages to prompt text, through the Jinja templates that come with models.
 
 Hugging Face's conventions: `messages`, `tools`, `documents`, `add_generation_prompt` and the special tokens are
-variables; `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML are there; blocks are trimmed;
-`{% generation %}`, `{% break %}` and `{% continue %}` are tags.
+variables; what else a template reads are variables of its own. What it does not read cannot be given: it would be
+lost without a word.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import json
-import re
+import difflib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextvars import ContextVar
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls
-from jinja2.parser import Parser
-from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2 import meta, nodes
 
+from llmengine.chat_messages import Conversation, plain, plain_documents, plain_messages, plain_tools
+from llmengine.chat_sandbox import (
+    BUDGET,
+    MAX_PROMPT_CHARS,
+    MAX_RANGE_ITEMS,
+    MAX_STEPS,
+    Budget,
+    Message,
+    SandboxedTemplates,
+    range_with_budget,
+)
 from llmengine.errors import InvalidRequestError, ModelLoadError
 
-MAX_PROMPT_CHARS = 16_000_000
-"""Most characters that a template may write."""
-
-MAX_RANGE_ITEMS = 1_000_000
-"""Most items of all `range()` calls of one rendering together."""
-
-MAX_STEPS = 1_000_000
-"""Most turns of loops and calls of one rendering together."""
+__all__ = ["MAX_PROMPT_CHARS", "MAX_RANGE_ITEMS", "MAX_RENDER_S", "MAX_STEPS", "ChatTemplate", "ChatTemplates"]
 
 MAX_RENDER_S = 5.0
 """Most seconds of one rendering, looked at in each step."""
 
-_MAX_MADE_CHARS = 16 * MAX_PROMPT_CHARS
-_MAX_INT_BITS = 1 << 16
-_MAX_REPEATED = 1_000_000
-_MAX_DEPTH = 64
-_RESERVED = ("messages", "documents", "continue_final_message", "tokenize", "chat_template", "return_dict")
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+_FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+_MAX_SINGLE_STEPS = 8
+_MAX_KNOWN_ROLES = 64
+_NEEDLE = "needle-7f3a"
+_CONTINUES = "CONTINUES-HERE-7f3a "
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -56,357 +50,329 @@ class ChatTemplate:
     together), turns of loops and calls (`MAX_STEPS`, `MAX_RANGE_ITEMS`), and the time (`MAX_RENDER_S`).
 
     Raises `ModelLoadError` when `source` is no template.
+
+    Attributes:
+        variables: the names that it reads and does not define, `messages` and special tokens among them.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str] | None = None, where: str = "tokenizer") -> None:
-        self._variables = dict(variables or {})
+    def __init__(self, source: str, variables: Mapping[str, Any] | None = None, where: str = "tokenizer") -> None:
+        self._special_tokens = dict(variables or {})
+        environment = SandboxedTemplates()
         try:
-            self._template = _Environment().from_string(source)
-        except jinja2.TemplateError as error:
+            tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
+            self._mentioned = frozenset(_mentioned(tree))
+            code = environment.compile(tree)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ModelLoadError(
                 f"{where}: the chat template does not compile: {error}; template: {source:.200}"
             ) from error
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        self._takes_text: bool | None = None
+        self._knows_role: dict[str, bool] = {}
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the prompt of `messages`, each a dict with "role" and "content" (or "tool_calls").
 
-        Raises `InvalidRequestError` for malformed messages, for what the template itself rejects, quoting it, and
-        for a text or loop above the limits.
+        Args:
+            messages: content is text, or a list of text parts; arguments of tool calls are objects or JSON text. The
+                template gets what it reads, whichever was given.
+            add_generation_prompt: end with the header of an answer; None: unless the final message is continued.
+            tools: functions as JSON Schema, in OpenAI's form or without its wrapper.
+            variables: `documents`; `continue_final_message`, True or the name of the field to go on with, as in
+                transformers; and variables of the template's own.
+
+        Raises `InvalidRequestError` for malformed messages, for what the template itself rejects, quoting it, for
+        tools, tool calls, roles and variables of which the template writes nothing, and for a text or loop above the
+        limits.
         """
-        check_messages(messages)
-        context: dict[str, Any] = {**self._variables, "documents": None}
-        for name, value in (variables or {}).items():
-            if name in _RESERVED:
-                raise InvalidRequestError(f"chat template variable {name!r} is reserved or not supported")
-            context[name] = _plain(value, name)
-        context["messages"] = _plain(messages, "messages")
-        context["tools"] = None if tools is None else _plain(tools, "tools")
-        context["add_generation_prompt"] = add_generation_prompt
-        context["range"] = _range_with_budget()
-        token = _BUDGET.set(_Budget())
+        given = {name: value for name, value in (variables or {}).items() if value is not None}
+        documents = plain_documents(given.pop("documents", None))
+        field = _field_to_continue(given.pop("continue_final_message", False), add_generation_prompt)
+        tools = plain_tools(tools)
+        self._check_variables(given, tools=tools, documents=documents)
+        context = {**self._special_tokens, **{name: plain(value, name) for name, value in given.items()}}
+        context |= {"tools": tools, "documents": documents}
+        context["add_generation_prompt"] = not field if add_generation_prompt is None else add_generation_prompt
+        deadline = time.monotonic() + MAX_RENDER_S
+        plainly = plain_messages(messages)
+        ending = _mark_ending(plainly, field) if field else ""
+        conversation = self._conversation(plainly, deadline)
         try:
-            return self._write(context)
+            text = self._write_flexibly(conversation, context, deadline)
         except InvalidRequestError:
             raise
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         except RecursionError as error:
             raise InvalidRequestError("the chat template recurses without end on these messages") from error
-        finally:
-            _BUDGET.reset(token)
+        except _FAULTS as error:
+            raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
+        return _cut_ending(text, ending, field) if field else text
 
-    def _write(self, context: Mapping[str, Any]) -> str:
+    def _check_variables(self, given: Iterable[str], **ours: object) -> None:
+        for name, value in ours.items():
+            if value is not None and name not in self.variables:
+                raise InvalidRequestError(f"the chat template does not use {name}, so that they would be lost")
+        known = self.variables.difference(_OURS)
+        for name in given:
+            if name not in known:
+                raise InvalidRequestError(unknown_variable(name, known - self._special_tokens.keys()))
+
+    def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
+        for message in messages:
+            if message["role"] == "developer" and "developer" not in self._mentioned:
+                message["role"] = "system"  # OpenAI's newer name of it
+        if self._takes_text is None:
+            self._takes_text = self._can_take_text(deadline)
+        conversation = Conversation(messages, Message, as_parts=not self._takes_text)
+        if "messages" not in self.variables:
+            return conversation
+        for index, message in enumerate(conversation.messages):
+            role = message["role"]
+            if message.get("content") and not self._is_role_known(role, deadline):
+                raise InvalidRequestError(
+                    f"messages[{index}] would be lost: the chat template writes nothing of role {role!r:.100}"
+                )
+            if "function_call" in message and "function_call" not in self._mentioned:
+                raise InvalidRequestError(
+                    f'messages[{index}]["function_call"] is of an older interface, and the chat template does not use '
+                    'it: send "tool_calls"'
+                )
+        if conversation.has_tool_calls and not self._can_write_tool_calls(deadline):
+            raise InvalidRequestError('the chat template does not use "tool_calls", so that they would be lost')
+        return conversation
+
+    def _write_flexibly(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
+        """Write with the first forms that the template reads.
+
+        What it did not read while it went through all messages gets its next form. Where it failed, what it did not
+        come to may be as it should be: one value at a time is changed then, the earliest first.
+        """
+        num_faults = 0
+        while True:
+            for value in conversation.flexible:
+                value.forget()
+            text, fault = "", None
+            try:
+                text = self._write({**context, "messages": conversation.messages}, deadline)
+            except InvalidRequestError:
+                raise
+            except _FAULTS as error:
+                fault = error
+            unread = [value for value in conversation.flexible if not value.was_read()]
+            if fault is not None:
+                num_faults += 1
+                unread = unread or conversation.flexible
+            if fault is not None and num_faults <= _MAX_SINGLE_STEPS:
+                changed = any(value.advance() for value in unread)
+            else:
+                changed = sum([value.advance() for value in unread]) > 0
+            if not changed:
+                if fault is not None:
+                    raise fault
+                return text
+
+    def _write(self, context: Mapping[str, Any], deadline: float) -> str:
         pieces = []
         num_chars = 0
-        for piece in self._template.generate(context):
-            pieces.append(piece)
-            num_chars += len(piece)
-            if num_chars > MAX_PROMPT_CHARS:
-                raise InvalidRequestError(f"the chat template wrote more than {MAX_PROMPT_CHARS} characters")
+        token = BUDGET.set(Budget(MAX_RENDER_S, deadline))
+        try:
+            for piece in self._template.generate({**context, "range": range_with_budget()}):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_PROMPT_CHARS:
+                    raise InvalidRequestError(f"the chat template wrote more than {MAX_PROMPT_CHARS} characters")
+        finally:
+            BUDGET.reset(token)
         return "".join(pieces)
 
+    def _probe(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
+        """Return what the template writes of `messages`, None where it fails."""
+        context = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            return self._write({**context, "messages": list(map(Message, messages))}, deadline)
+        except InvalidRequestError:
+            raise
+        except _FAULTS:
+            return None
 
-def check_messages(messages: Any) -> None:
-    """Raise `InvalidRequestError` unless `messages` is a non-empty list of dicts with "role" and "content"."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise InvalidRequestError(f"messages must be a non-empty list of dicts, not {messages!r:.100}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"messages[{index}] is a {type(message).__name__}, not a dict")
-        if not isinstance(message.get("role"), str):
-            raise InvalidRequestError(f'messages[{index}] has no "role" string')
-        content = message.get("content")
-        if content is None and not message.get("tool_calls") and "content" not in message:
-            raise InvalidRequestError(f'messages[{index}] has neither "content" nor "tool_calls"')
-        if content is not None and not isinstance(content, str | list | tuple):
-            raise InvalidRequestError(f'messages[{index}]["content"] is a {type(content).__name__}, not a str or list')
+    def _can_take_text(self, deadline: float) -> bool:
+        """Say whether content may be text: it may unless only parts come out."""
+        part = {"type": "text", "text": _NEEDLE}
+        if "text" not in self._mentioned or _NEEDLE in (self._probe([_message("user", _NEEDLE)], deadline) or ""):
+            return True
+        return _NEEDLE not in (self._probe([_message("user", [part])], deadline) or "")
+
+    def _is_role_known(self, role: str, deadline: float) -> bool:
+        """Say whether messages of `role` come out, or are rejected, where those of a user come out."""
+        if role in self._mentioned or role == "user":
+            return True
+        known = self._knows_role.get(role)
+        if known is None:
+            known = self._can_write(role, deadline) or not self._can_write("user", deadline)
+            if len(self._knows_role) < _MAX_KNOWN_ROLES:
+                self._knows_role[role] = known
+        return known
+
+    def _can_write(self, role: str, deadline: float) -> bool:
+        written = [self._probe(messages, deadline) for messages in self._conversations_with(role)]
+        return written.count(None) == len(written) or any(_NEEDLE in text for text in written if text is not None)
+
+    def _conversations_with(self, role: str) -> Iterator[list[Mapping[str, Any]]]:
+        def text(string: str) -> Any:
+            return string if self._takes_text else [{"type": "text", "text": string}]
+
+        user, answer = _message("user", text("a")), _message("assistant", text("b"))
+        probe = _message(role, text(_NEEDLE))
+        yield [probe]
+        yield [probe, user]
+        yield [user, probe]
+        yield [user, answer, probe]
+
+    def _can_write_tool_calls(self, deadline: float) -> bool:
+        if "tool_calls" in self._mentioned:
+            return True
+        call = {"type": "function", "function": {"name": _NEEDLE, "arguments": {}}}
+        written = self._probe([_message("user", "a"), {**_message("assistant", "b"), "tool_calls": [call]}], deadline)
+        return written is not None and _NEEDLE in written
 
 
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Return a copy made of exact JSON types: methods of richer objects are out of the template's reach."""
-    if depth > _MAX_DEPTH:
-        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}")
-    if value is None or isinstance(value, bool):
+class ChatTemplates:
+    """The templates of one model, of which each conversation takes one.
+
+    Args:
+        sources: by name: "default", "tool_use" for conversations with tools, others that `chat_template=` chooses.
+        special_tokens: such as "bos_token", as variables.
+        where: the file, for messages.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any], where: str) -> None:
+        self.sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+        self._where = where
+        self._compiled: dict[str, ChatTemplate] = {}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Like `ChatTemplate.render`; of `variables`, `chat_template` is the name of a template, or a template.
+
+        Raises `InvalidRequestError` also where there is none of that name, and for a given one that does not compile;
+        `ModelLoadError` where the model's own does not.
+        """
+        others = dict(variables)
+        template = self.choose(others.pop("chat_template", None), has_tools=bool(tools))
+        return template.render(messages, add_generation_prompt, tools, others)
+
+    def choose(self, chat_template: str | None = None, *, has_tools: bool = False) -> ChatTemplate:
+        """Return the template that `chat_template` names or is; None: the model's for such a conversation."""
+        if chat_template is None:
+            return self._named(self._default_name(has_tools))
+        if not isinstance(chat_template, str):
+            raise InvalidRequestError(f"chat_template is a {type(chat_template).__name__}, not a string")
+        if chat_template in self.sources:
+            return self._named(chat_template)
+        if "{" not in chat_template:
+            raise InvalidRequestError(
+                f"chat_template={chat_template!r:.100} is neither a template nor one of the model's: "
+                f"{', '.join(self.sources) or 'it has none'}"
+            )
+        try:
+            return ChatTemplate(chat_template, self._special_tokens, "chat_template")
+        except ModelLoadError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def _default_name(self, has_tools: bool) -> str:
+        if has_tools and "tool_use" in self.sources:
+            return "tool_use"
+        if "default" in self.sources:
+            return "default"
+        if not self.sources:
+            raise InvalidRequestError(
+                "this model has no chat template: send a prompt, or put a chat_template.jinja beside its tokenizer"
+            )
+        if len(self.sources) > 1:
+            raise InvalidRequestError(
+                f"the model has several chat templates and none is the default: pass chat_template=, one of "
+                f"{', '.join(map(repr, self.sources))}"
+            )
+        return next(iter(self.sources))
+
+    def _named(self, name: str) -> ChatTemplate:
+        template = self._compiled.get(name)
+        if template is None:
+            template = self._compiled[name] = ChatTemplate(self.sources[name], self._special_tokens, self._where)
+        return template
+
+
+def unknown_variable(name: str, known: Iterable[str]) -> str:
+    """Return a message about a variable that a template does not read, with the nearest of those that it does."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, [*names, *_OURS], n=1)
+    others = f"its variables are {', '.join(names)}" if names else "it has none"
+    hint = f"did you mean {nearest[0]}?" if nearest else others
+    return f"{name!r:.100} is not a variable of the chat template, so that it would be lost; {hint}"
+
+
+def _mentioned(tree: nodes.Template) -> Iterator[str]:
+    """Yield the attributes and strings of a template."""
+    for node in tree.find_all((nodes.Getattr, nodes.Const)):
+        name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else None
+        if isinstance(name, str):
+            yield name
+
+
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _field_to_continue(given: bool | str, add_generation_prompt: bool | None) -> str:
+    """Return the name of the final message's field that the answer goes on with, "" for none."""
+    if not isinstance(given, bool | str):
+        raise InvalidRequestError(f"continue_final_message={given!r:.100} is neither a bool nor the name of a field")
+    if given and add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt contradict each other: an answer goes on with the final "
+            "message, or begins after it"
+        )
+    return given if isinstance(given, str) else "content" if given else ""
+
+
+def _mark_ending(messages: list[dict[str, Any]], field: str) -> str:
+    """Mark the end of the final message's `field` and return its text."""
+    final = messages[-1]
+    value = final.get(field)
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        if parts:
+            text: str = parts[-1]["text"]
+            parts[-1]["text"] = text + _CONTINUES
+            return text
+    elif isinstance(value, str):
+        # Reasoning has several names; the template reads one of them.
+        for name in {field, *(_REASONING if field in _REASONING else ())}:
+            if final.get(name) == value:
+                final[name] = value + _CONTINUES
         return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise InvalidRequestError(f"{where} has a key that is not a string")
-        return {str(key): _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
-    raise InvalidRequestError(f"{where} is a {type(value).__name__}, which JSON does not have")
-
-
-def _range_with_budget() -> Callable[..., range]:
-    num_items = 0
-
-    def bounded_range(*bounds: int) -> range:
-        nonlocal num_items
-        items = range(*bounds)
-        num_items += len(items)
-        if num_items > MAX_RANGE_ITEMS:
-            raise InvalidRequestError(f"the chat template loops over more than {MAX_RANGE_ITEMS} range() items")
-        return items
-
-    return bounded_range
-
-
-class _Budget:
-    """What a rendering has used."""
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._chars = 0
-        self._deadline = time.monotonic() + MAX_RENDER_S
-
-    def step(self) -> None:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise InvalidRequestError(f"the chat template takes more than {MAX_STEPS} turns of loops and calls")
-        if time.monotonic() > self._deadline:
-            raise InvalidRequestError(f"the chat template takes more than {MAX_RENDER_S:g} s")
-
-    def made(self, value: Any) -> Any:
-        """Return `value`, a new one, once its size is counted."""
-        self.step()
-        size = _size(value)
-        _require_room(size)
-        self._chars += size
-        if self._chars > _MAX_MADE_CHARS:
-            raise InvalidRequestError(f"the chat template makes values of more than {_MAX_MADE_CHARS} characters")
-        return value
-
-
-_BUDGET: ContextVar[_Budget] = ContextVar("llmengine_chat_template_budget")
-
-
-def _made(value: Any) -> Any:
-    budget = _BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
-    return (_Budget() if budget is None else budget).made(value)
-
-
-def _require_room(num_chars: int) -> None:
-    if num_chars > MAX_PROMPT_CHARS:
-        raise InvalidRequestError(f"the chat template makes a value of more than {MAX_PROMPT_CHARS} characters")
-
-
-def _size(value: Any) -> int:
-    """Return about how many characters and items `value` has when it is written out."""
-    return _nested_size(value, {})
-
-
-def _nested_size(value: Any, known: dict[int, int]) -> int:
-    """`known` holds the sizes by id: what is in there twice is counted twice and walked once."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
-        raise InvalidRequestError(f"the chat template makes an integer of more than {_MAX_INT_BITS} bits")
-    if not isinstance(value, list | tuple | dict):
-        return 1
-    if id(value) not in known:
-        items: Iterable[Any] = value
-        if isinstance(value, dict):
-            items = itertools.chain(value.keys(), value.values())
-        known[id(value)] = 1 + sum(_nested_size(item, known) for item in items)
-    return known[id(value)]
-
-
-class _Counted:
-    """Iterates over `items`; each turn is a step."""
-
-    def __init__(self, items: Any) -> None:
-        self._items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        budget = _BUDGET.get()
-        for item in self._items:
-            budget.step()
-            yield item
-
-
-class _CountedSized(_Counted):
-    def __len__(self) -> int:
-        return len(self._items)
-
-
-def _counted(items: Any) -> _Counted:
-    return (_CountedSized if isinstance(items, Sized) else _Counted)(items)
-
-
-class _Namespace(Namespace):
-    """One whose text does not repeat what is in it, which may be other namespaces."""
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
-
-
-_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
-_SPREADING = ("expandtabs", "indent", "tojson")
-
-
-def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
-    """Raise `InvalidRequestError` if the filter or string method `name` would make too large a value of `value`."""
-    number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
-    longest = max((len(item) for item in arguments if isinstance(item, str)), default=0)
-    if name in _PADDING:
-        _require_room(number)
-    elif name in _SPREADING:
-        _require_room(_size(value) * (1 + number + longest))
-    elif name == "replace" and len(arguments) >= 2 and isinstance(value, str):
-        _require_room(len(value) + value.count(str(arguments[0])) * longest)
-    elif name == "join" and isinstance(value, list | tuple | str):
-        _require_room(_size(value) + len(value) * longest)
-    elif name == "format" and isinstance(value, str):
-        _check_widths(_WIDE_PERCENT, value)
-    elif name == "sum" and any(isinstance(item, list | tuple) for item in arguments):
-        raise InvalidRequestError("the chat template adds up lists, which takes too long")
-
-
-_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*[0-9]*\.?([0-9]{5}|\*)")
-_WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*([0-9]{5}|\{)")
-
-
-def _check_widths(wide: re.Pattern[str], pattern: str) -> None:
-    if wide.search(pattern):
-        raise InvalidRequestError(f"the chat template formats with a width that may be too large: {pattern!r:.100}")
-
-
-def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment comes first
-
-    @functools.wraps(function)
-    def bounded(*arguments: Any, **keywords: Any) -> Any:
-        value, *given = arguments[skipped:]
-        _check_growth(name, value, [*given, *keywords.values()])
-        return _made(function(*arguments, **keywords))
-
-    return bounded
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControls])
-        self.filters["tojson"] = _tojson
-        for name in ("urlize", "xmlattr", "wordwrap"):  # they write more than can be told from what they are given
-            del self.filters[name]
-        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
-        self.filters |= {_COUNTED: _counted, _CONCAT: _concat, _MADE: _made}
-        del self.globals["lipsum"]
-        self.globals["namespace"] = _Namespace
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Have what loops and what makes values without a filter, call or operator pass through filters that count."""
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = _filtered(loop.iter, _COUNTED)
-        for block in tree.find_all(nodes.AssignBlock):
-            block.filter = _filtered(block.filter, _MADE)
-        return _ValuesCounted().visit(tree)  # type: ignore[no-any-return]
-
-    def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
-        """Call a function, macro or method: one step, and a value of bounded size."""
-        if isinstance(called, LoopContext) and arguments:
-            arguments = (_counted(arguments[0]), *arguments[1:])
-        value = getattr(called, "__self__", None)
-        if isinstance(value, str):
-            _check_growth(called.__name__, value, [*arguments, *keywords.values()])
-            if called.__name__ == "join" and arguments:
-                _check_growth("join", arguments[0], [value])
-        return _made(super().call(context, called, *arguments, **keywords))
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return what `str.format` is replaced by, None for anything else."""
-        wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            _check_widths(_WIDE_BRACES, value.__self__)
-        return wrapped
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Repeat, raise and format within limits, which are the cheap ways to make an enormous value."""
-        if operator == "**":
-            if not (isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 64):
-                raise InvalidRequestError("the chat template raises to a power above 64")
-        elif operator == "*":
-            for items, count in ((left, right), (right, left)):
-                is_repeat = isinstance(items, str | list | tuple) and isinstance(count, int)
-                if is_repeat and len(items) * count > _MAX_REPEATED:
-                    raise InvalidRequestError(f"the chat template repeats a value to above {_MAX_REPEATED} items")
-        elif operator == "%" and isinstance(left, str):
-            _check_widths(_WIDE_PERCENT, left)
-        return _made(super().call_binop(context, operator, left, right))
-
-
-_COUNTED, _CONCAT, _MADE = "llmengine_counted", "llmengine_concat", "llmengine_made"
-
-
-def _concat(items: Sequence[Any]) -> str:
-    _require_room(_size(items))
-    return "".join(map(str, items))
-
-
-def _filtered(node: nodes.Node | None, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None)
-
-
-class _ValuesCounted(NodeTransformer):
-    """Passes what `~` and literals make through filters."""
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(_filtered(nodes.List(node.nodes), _CONCAT), _MADE)
-
-    def visit_List(self, node: nodes.List) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _MADE)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _MADE)
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _MADE) if node.ctx == "load" else node
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is simply written."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    raise InvalidRequestError(f'continue_final_message: the final message has no text in "{field}" to go on with')
+
+
+def _cut_ending(text: str, ending: str, field: str) -> str:
+    """Cut the text after what `_mark_ending` marked."""
+    at = text.rfind(_CONTINUES.strip())
+    if at < 0 or ending.strip() not in text:
+        raise InvalidRequestError(
+            f'continue_final_message: the chat template does not write the final message\'s "{field}" as it is, so '
+            f"that it cannot be gone on with; message: {ending!r:.100}"
+        )
+    # A template that trims has trimmed the mark; then the text before it is to be trimmed as well.
+    return text[:at] if text.startswith(_CONTINUES, at) else text[:at].rstrip()

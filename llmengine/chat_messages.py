@@ -1,0 +1,407 @@
+"""Messages and tools as people send them, made into what chat templates read.
+
+Two things differ between templates and cannot be told from a template's text for certain: whether it takes a message's
+content as text or as a list of parts, and a tool call's arguments as an object or as JSON text. So such a value is
+given in one form that notices whether it is read; where it was not, or the template failed, the template gets the next
+form and writes again (`Flexible`). An object is also written as JSON wherever a template wants text of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llmengine.errors import InvalidRequestError
+
+_MAX_DEPTH = 64
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_SPEAKERS = ("system", "developer", "user", "assistant")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+PART_SEPARATOR = "\n"
+"""Stands between the text parts of one message where a template takes text."""
+
+
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """Return a copy of `value` made of exact JSON types, so that a template reaches no methods of richer objects.
+
+    Mappings, sequences, dataclasses and what has a `model_dump()` (Pydantic models, such as those of OpenAI's client)
+    are taken. Raises `InvalidRequestError` naming `where` for anything else.
+    """
+    if depth > _MAX_DEPTH:
+        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise InvalidRequestError(f"{where} has a key that is not a string")
+        return {str.__str__(key): plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+    if not isinstance(value, type):
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return plain(fields, where, depth + 1)
+        if callable(getattr(value, "model_dump", None)):
+            return plain(value.model_dump(), where, depth + 1)
+    raise InvalidRequestError(f"{where} is a {type(value).__name__}, which JSON does not have")
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return a copy of a conversation in plain JSON types.
+
+    Raises `InvalidRequestError` unless it is a non-empty list of messages, each with a "role".
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise InvalidRequestError(f"messages must be a non-empty list of dicts, not {messages!r:.100}")
+    copies = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        copy = plain(message, where)
+        if not isinstance(copy, dict):
+            raise InvalidRequestError(f"{where} is a {type(message).__name__}, not a dict")
+        if not isinstance(copy.get("role"), str):
+            raise InvalidRequestError(f'{where} has no "role" string')
+        copies.append(copy)
+    return copies
+
+
+def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Return a copy of a list of tools in OpenAI's form, None for none.
+
+    A function without its wrapper, `{"name": ..., "parameters": ...}`, gets one. Raises `InvalidRequestError`.
+    """
+    if tools is None:
+        return None
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
+        raise InvalidRequestError(f"tools must be a list of dicts, not a {type(tools).__name__}")
+    copies: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        copy = plain(tool, f"tools[{index}]")
+        if not isinstance(copy, dict):
+            raise InvalidRequestError(f"tools[{index}] is a {type(tool).__name__}, not a dict")
+        if "function" not in copy and copy.get("type", "function") == "function":
+            if not isinstance(copy.get("name"), str):
+                raise InvalidRequestError(f'tools[{index}] has neither a "function" nor a "name"')
+            copy = {"type": "function", "function": {key: item for key, item in copy.items() if key != "type"}}
+        copies.append(Wrapped(copy))
+    return copies or None
+
+
+def plain_documents(documents: Any) -> list[dict[str, Any]] | None:
+    """Return a copy of a list of documents, None for none; raises `InvalidRequestError` unless they are dicts."""
+    if documents is None:
+        return None
+    copy = plain(documents, "documents")
+    if not isinstance(copy, list) or not all(isinstance(document, dict) for document in copy):
+        raise InvalidRequestError('documents must be a list of dicts, such as {"title": ..., "text": ...}')
+    return copy or None
+
+
+class Tracked:
+    """A value of a message that knows whether the template read all of it."""
+
+    __slots__ = ()
+
+    def _was_read(self) -> bool:
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+
+class JsonObject(dict[str, Any], Tracked):
+    """An object that is `text`, its JSON, wherever a template wants text of it: printed, added to a string."""
+
+    __slots__ = ("_read", "_text")
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        super().__init__(value)
+        self._text = text
+        self._read = False
+
+    def _was_read(self) -> bool:
+        return self._read
+
+    def _forget(self) -> None:
+        self._read = False
+
+    def __str__(self) -> str:
+        self._read = True
+        return self._text
+
+    def __add__(self, other: Any) -> str:
+        return str(self) + other if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> str:
+        return other + str(self) if isinstance(other, str) else NotImplemented
+
+    def __bool__(self) -> bool:
+        self._read |= len(self) == 0  # there is nothing else in it to be read
+        return len(self) > 0
+
+    def __iter__(self) -> Iterator[str]:
+        self._read = True
+        return super().__iter__()
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        self._read = True
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read = True
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self._read = True
+        return super().items()
+
+    def keys(self) -> Any:
+        self._read = True
+        return super().keys()
+
+    def values(self) -> Any:
+        self._read = True
+        return super().values()
+
+
+class _Part(dict[str, Any]):
+    """A text part of a message's content."""
+
+    __slots__ = ("_read",)
+
+    def __init__(self, value: Mapping[str, Any]) -> None:
+        super().__init__(value)
+        self._read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self._read |= key == "text"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read |= key == "text"
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self._read = True
+        return super().items()
+
+    def values(self) -> Any:
+        self._read = True
+        return super().values()
+
+
+class TextParts(list[_Part], Tracked):
+    """Content as a list of text parts. A template that prints the list itself has not read it."""
+
+    __slots__ = ("_printed",)
+
+    def __init__(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(map(_Part, parts))
+        self._printed = False
+
+    def _was_read(self) -> bool:
+        return not self._printed and all(part._read for part in self)
+
+    def _forget(self) -> None:
+        self._printed = False
+        for part in self:
+            part._read = False
+
+    def __str__(self) -> str:
+        self._printed = True
+        return super().__str__()
+
+
+class Wrapped(dict[str, Any]):
+    """A tool or tool call, in OpenAI's form: what stands in its "function" is found without that as well."""
+
+    __slots__ = ()
+
+    def __missing__(self, key: str) -> Any:
+        return self["function"][key] if key != "function" else dict.__getitem__(self, key)
+
+
+class Flexible:
+    """A value of a message in the forms that templates may want: the next one where a form was not read."""
+
+    __slots__ = ("_forms", "_holder", "_key")
+
+    def __init__(self, holder: dict[str, Any], key: str, forms: Sequence[Any]) -> None:
+        self._holder, self._key, self._forms = holder, key, list(forms)
+        holder[key] = self._forms[0]
+
+    def was_read(self) -> bool:
+        """Say whether the template read the present form; that is not known of a string."""
+        form = self._forms[0]
+        return not isinstance(form, Tracked) or form._was_read()
+
+    def forget(self) -> None:
+        """Begin anew: nothing was read."""
+        if isinstance(self._forms[0], Tracked):
+            self._forms[0]._forget()
+
+    def advance(self) -> bool:
+        """Take the next form; False where there is none."""
+        if len(self._forms) == 1:
+            return False
+        del self._forms[0]
+        self._holder[self._key] = self._forms[0]
+        return True
+
+
+def mark_written(value: Any, nested: bool = False) -> None:
+    """Note that the template wrote `value` as JSON, which reads all that is in it, though not a list of parts itself."""
+    if isinstance(value, JsonObject):
+        value._read = True
+    elif isinstance(value, TextParts):
+        if nested:
+            for part in value:
+                part._read = True
+    elif isinstance(value, dict):
+        for item in value.values():
+            mark_written(item, True)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            mark_written(item, True)
+
+
+class Conversation:
+    """The messages of one rendering and what in them is flexible.
+
+    Raises `InvalidRequestError` for what is malformed, and for parts that are not text.
+
+    Attributes:
+        messages: what the template gets.
+        flexible: those of their values that have several forms, in the order of the messages.
+        texts: the contents of the messages as text, None where there is none.
+    """
+
+    def __init__(self, messages: Any, message_type: type[dict[str, Any]] = dict, *, as_parts: bool = False) -> None:
+        self._as_parts = as_parts
+        self.messages: list[dict[str, Any]] = []
+        self.flexible: list[Flexible] = []
+        for index, copy in enumerate(plain_messages(messages)):
+            # A field that is None is one that a client's message object has and did not fill.
+            message = message_type({key: value for key, value in copy.items() if value is not None})
+            self._set_reasoning(message)
+            self._set_content(message, copy, f"messages[{index}]")
+            if "tool_calls" in message:
+                self._set_tool_calls(message, f"messages[{index}]")
+            self.messages.append(message)
+
+    @property
+    def has_tool_calls(self) -> bool:
+        """Whether some message calls a tool."""
+        return any("tool_calls" in message for message in self.messages)
+
+    def _set_reasoning(self, message: dict[str, Any]) -> None:
+        """Give reasoning under the name that most templates read, and under gpt-oss's."""
+        reasoning = next((message[name] for name in _REASONING if name in message), None)
+        if reasoning is not None:
+            message["reasoning_content"] = reasoning
+            message.setdefault("thinking", reasoning)
+
+    def _set_content(self, message: dict[str, Any], given: Mapping[str, Any], where: str) -> None:
+        content, role = message.get("content"), message["role"]
+        if content is None:
+            may_lack = role not in _SPEAKERS or role == "assistant"
+            if not may_lack or ("content" not in given and not message.get("tool_calls")):
+                raise InvalidRequestError(f'{where} has neither "content" nor "tool_calls"')
+        elif isinstance(content, list):
+            self._set_list(message, content, where)
+        elif isinstance(content, str):
+            if self._as_parts:
+                self.flexible.append(Flexible(message, "content", [_text_parts([content]), content]))
+        elif role in _SPEAKERS:
+            raise InvalidRequestError(f'{where}["content"] is a {type(content).__name__}, not a str or list')
+        elif isinstance(content, dict):
+            text = _to_json(content)
+            self.flexible.append(Flexible(message, "content", [JsonObject(content, text), text]))
+        else:
+            message["content"] = _to_json(content)
+
+    def _set_list(self, message: dict[str, Any], content: list[Any], where: str) -> None:
+        """Content in parts: as they are, else as one part, else as text. A tool's list of other things is JSON."""
+        is_data = not all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
+        if is_data and message["role"] not in _SPEAKERS:
+            message["content"] = _to_json(content)
+            return
+        parts = [_text_part(part, f'{where}["content"][{index}]') for index, part in enumerate(content)]
+        text = PART_SEPARATOR.join(part["text"] for part in parts)
+        forms: list[Any] = [TextParts(parts), _text_parts([text]), text]
+        self.flexible.append(Flexible(message, "content", forms if len(parts) > 1 else [forms[0], text]))
+
+    def _set_tool_calls(self, message: dict[str, Any], where: str) -> None:
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise InvalidRequestError(f'{where}["tool_calls"] is a {type(calls).__name__}, not a list')
+        if not calls:  # templates take its being there for a call
+            del message["tool_calls"]
+            return
+        message["tool_calls"] = [
+            self._tool_call(call, f'{where}["tool_calls"][{index}]') for index, call in enumerate(calls)
+        ]
+
+    def _tool_call(self, call: Any, where: str) -> dict[str, Any]:
+        if not isinstance(call, dict):
+            raise InvalidRequestError(f"{where} is a {type(call).__name__}, not a dict")
+        if "function" not in call:
+            if call.get("type", "function") != "function":
+                return call
+            outside = ("id", "type", "index")
+            function = {key: value for key, value in call.items() if key not in outside}
+            call = {key: call[key] for key in outside if key in call} | {"type": "function", "function": function}
+        function = call["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequestError(f'{where} has no "function" with a "name" string')
+        forms = _arguments(function.get("arguments"), f'{where}["function"]["arguments"]')
+        self.flexible.append(Flexible(function, "arguments", forms))
+        return Wrapped(call)
+
+
+def _arguments(given: Any, where: str) -> list[Any]:
+    """Return a call's arguments as an object, and as the JSON text that the caller gave, if it gave text.
+
+    Text that is not JSON is refused: a template that encodes the object would write a form that no model has seen.
+    """
+    if given is None or (isinstance(given, str) and not given.strip()):
+        given = {}
+    text = given if isinstance(given, str) else _to_json(given)
+    try:
+        value = plain(json.loads(given), where) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{where} is not JSON: {error}; text: {given!r:.100}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{where} is a {type(value).__name__}, not an object or the JSON text of one")
+    return [JsonObject(value, text), text]
+
+
+def _text_part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise InvalidRequestError(f"{where} is a {type(part).__name__}, not a dict")
+    kind = part.get("type", "text")
+    if kind not in _TEXT_PARTS:
+        raise InvalidRequestError(f"{where} is of type {kind!r:.100}; models here take text only")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise InvalidRequestError(f'{where} has no "{_TEXT_PARTS[kind]}" string')
+    return {**part, "type": "text", "text": text}
+
+
+def _text_parts(texts: Sequence[str]) -> TextParts:
+    return TextParts([{"type": "text", "text": text} for text in texts])
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
