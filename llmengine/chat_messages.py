@@ -87,9 +87,7 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
         copy = plain(tool, f"tools[{index}]")
         if not isinstance(copy, dict):
             raise InvalidRequestError(f"tools[{index}] is a {type(tool).__name__}, not a dict")
-        if "function" not in copy and copy.get("type", "function") == "function":
-            if not isinstance(copy.get("name"), str):
-                raise InvalidRequestError(f'tools[{index}] has neither a "function" nor a "name"')
+        if "function" not in copy and "name" in copy and copy.get("type", "function") == "function":
             copy = {"type": "function", "function": {key: item for key, item in copy.items() if key != "type"}}
         copies.append(Wrapped(copy))
     return copies or None
@@ -259,13 +257,13 @@ class Flexible:
 
 
 def mark_written(value: Any, nested: bool = False) -> None:
-    """Note that the template wrote `value` as JSON, which reads all that is in it, though not a list of parts itself."""
+    """Note that the template wrote `value` as JSON, which reads all in it, though not a list of parts itself."""
     if isinstance(value, JsonObject):
         value._read = True
     elif isinstance(value, TextParts):
-        if nested:
-            for part in value:
-                part._read = True
+        value._printed |= not nested
+        for part in value:
+            part._read = True
     elif isinstance(value, dict):
         for item in value.values():
             mark_written(item, True)

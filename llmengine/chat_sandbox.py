@@ -54,6 +54,9 @@ class Absent(jinja2.Undefined):
             raise AttributeError(name)
         return getattr("", name)
 
+    def __getitem__(self, key: Any) -> jinja2.Undefined:  # type: ignore[override]
+        return jinja2.Undefined(name=str(key))
+
     def __add__(self, other: Any) -> Any:
         return other
 

@@ -34,6 +34,7 @@ MAX_RENDER_S = 5.0
 """Most seconds of one rendering, looked at in each step."""
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+_RESERVED = (*_OURS, "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")
 _FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
 _MAX_SINGLE_STEPS = 8
 _MAX_KNOWN_ROLES = 64
@@ -61,6 +62,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self.variables = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
+            self._reads_messages = "messages" in self.variables
             self._mentioned = frozenset(_mentioned(tree))
             code = environment.compile(tree)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -115,13 +117,18 @@ class ChatTemplate:
         return _cut_ending(text, ending, field) if field else text
 
     def _check_variables(self, given: Iterable[str], **ours: object) -> None:
-        for name, value in ours.items():
-            if value is not None and name not in self.variables:
-                raise InvalidRequestError(f"the chat template does not use {name}, so that they would be lost")
-        known = self.variables.difference(_OURS)
         for name in given:
-            if name not in known:
-                raise InvalidRequestError(unknown_variable(name, known - self._special_tokens.keys()))
+            if name in _RESERVED:
+                raise InvalidRequestError(f"chat template variable {name!r} is reserved or not supported")
+            if name not in self.variables:
+                own = self.variables.difference(_OURS, self._special_tokens)
+                raise InvalidRequestError(unknown_variable(name, own))
+        for name, value in ours.items():
+            if value is not None and name not in self.variables and self._reads_messages:
+                raise InvalidRequestError(
+                    f"the chat template does not use {name}, so that they would be lost: leave them out, or choose "
+                    "another template by chat_template="
+                )
 
     def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
         for message in messages:
@@ -130,7 +137,7 @@ class ChatTemplate:
         if self._takes_text is None:
             self._takes_text = self._can_take_text(deadline)
         conversation = Conversation(messages, Message, as_parts=not self._takes_text)
-        if "messages" not in self.variables:
+        if not self._reads_messages:
             return conversation
         for index, message in enumerate(conversation.messages):
             role = message["role"]

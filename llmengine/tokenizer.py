@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from llmengine.end_tokens import END_TOKENS, known_end_ids
 from llmengine.errors import ConfigError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from llmengine.chat_template import ChatTemplates
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_CHARS = 3
@@ -351,6 +354,7 @@ class TransformersTokenizer:
         self.special_ids = frozenset(special.union(tokenizer.all_special_ids))
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.known_end_ids = added_end_ids(added)
+        self._known_templates: tuple[dict[str, str], dict[str, Any], ChatTemplates] | None = None
         # The first call undoes stored truncation and padding, which must not happen while another thread encodes.
         tokenizer.encode("")
 
@@ -367,26 +371,50 @@ class TransformersTokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt that the tokenizer's own template makes of `messages`.
+        """Return the prompt that the tokenizer's own template makes of `messages`, by the rules of `ChatTemplate`.
 
-        Raises `InvalidRequestError` when there is no template or it rejects the messages.
+        A class with an `apply_chat_template` of its own, rather than transformers', is left to do it. Raises
+        `InvalidRequestError` when there is no template or it rejects the messages.
         """
-        from llmengine.chat_template import check_messages
-
-        check_messages(messages)
-        if not self._wrapped.chat_template:
-            raise InvalidRequestError("the tokenizer has no chat template: send a prompt, or set its chat_template")
+        templates = self._templates()
+        if templates is not None:
+            return templates.render(messages, add_generation_prompt, tools, variables)
+        adds = not variables.get("continue_final_message") if add_generation_prompt is None else add_generation_prompt
         try:
             text: str = self._wrapped.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
+                list(messages), tools=tools, add_generation_prompt=adds, tokenize=False, **variables
             )
         except Exception as error:  # the template's and transformers' own errors have no common base
             raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         return text
+
+    def chat_template_variables(
+        self, chat_template: str | None = None, *, has_tools: bool = False
+    ) -> frozenset[str] | None:
+        """Return the names of the variables that its template reads, None where that cannot be told."""
+        templates = self._templates()
+        return None if templates is None else templates.choose(chat_template, has_tools=has_tools).variables
+
+    def _templates(self) -> ChatTemplates | None:
+        """Return the templates that the tokenizer has now; None: it does not use them in the usual way."""
+        from llmengine.chat_template import ChatTemplates
+
+        method = getattr(type(self._wrapped).apply_chat_template, "__module__", None)
+        if method != "transformers.tokenization_utils_base":
+            return None
+        given = self._wrapped.chat_template
+        if given is None:
+            raise InvalidRequestError("the tokenizer has no chat template: send a prompt, or set its chat_template")
+        sources = {"default": given} if isinstance(given, str) else dict(given)
+        special_tokens = dict(self._wrapped.special_tokens_map)
+        if self._known_templates is None or self._known_templates[:2] != (sources, special_tokens):
+            templates = ChatTemplates(sources, special_tokens, "tokenizer")
+            self._known_templates = (sources, special_tokens, templates)
+        return self._known_templates[2]
 
     def tokenizer_json(self) -> str:
         """Return the text of its tokenizer.json; raises `AttributeError` where it has no such form."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tokenizers import Tokenizer
 
-from llmengine.chat_template import ChatTemplate
-from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
+from llmengine.chat_template import ChatTemplates
+from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer import added_end_ids, check_text, encode_with
 from llmengine.tokenizer_config import NAMED_TOKENS, TokenizerConfig, read_text, read_tokenizer_config
 from llmengine.tokenizer_json import configure
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TokenizerKind = Literal["huggingface", "gguf", "engine", "dummy"]
 
-_DEFAULT, _TOOL_USE = "default", "tool_use"
+_DEFAULT = "default"
 
 
 class LoadedTokenizer:
@@ -71,17 +71,16 @@ class LoadedTokenizer:
     ) -> None:
         """Set what does not depend on the library that encodes."""
         self._special_tokens = dict(special_tokens)
-        self._sources = dict(chat_templates)
-        for name in self._sources:
+        self._templates = ChatTemplates(chat_templates, self._special_tokens, source)
+        for name in self._templates.sources:
             if not name.replace("-", "_").isidentifier():  # it becomes a file name in save()
                 raise ModelLoadError(f"{source}: chat template name {name!r} is none of letters, digits, '_' and '-'")
         self._source = source
-        self._templates: dict[str, ChatTemplate] = {}
         named = (self._special_tokens.get(role) for role in ("bos_token", "eos_token"))
         self.bos_token_id, self.eos_token_id = (None if token is None else id_of(token) for token in named)
         eos = frozenset() if self.eos_token_id is None else frozenset({self.eos_token_id})
         self.end_token_ids: frozenset[int] = end_token_ids | eos
-        self.has_chat_template = bool(self._sources)
+        self.has_chat_template = bool(self._templates.sources)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`; special tokens written out in it are recognised.
@@ -111,27 +110,21 @@ class LoadedTokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt that the model's template makes of `messages`; `variables` are the template's own.
+        """Return the prompt that the model's template makes of `messages`; see `ChatTemplate.render`.
 
-        Raises `InvalidRequestError` when there is no template, for malformed messages, and for what the template
-        rejects; `ModelLoadError` when the template does not compile.
+        `variables` may also have `chat_template`, the name of another template of the model's or a template. Raises
+        `InvalidRequestError` when there is no template, for malformed messages, and for what the template rejects or
+        ignores; `ModelLoadError` when the template does not compile.
         """
-        if not self._sources:
-            raise InvalidRequestError(
-                "this model has no chat template: send a prompt, or put a chat_template.jinja beside its tokenizer"
-            )
-        name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
-        if name not in self._sources:
-            name = next(iter(self._sources))
-        template = self._templates.get(name)
-        if template is None:
-            template = ChatTemplate(self._sources[name], self._special_tokens, self._source)
-            self._templates[name] = template
-        return template.render(messages, add_generation_prompt, tools, variables)
+        return self._templates.render(messages, add_generation_prompt, tools, variables)
+
+    def chat_template_variables(self, chat_template: str | None = None, *, has_tools: bool = False) -> frozenset[str]:
+        """Return the names of the variables that the template for such a conversation reads."""
+        return self._templates.choose(chat_template, has_tools=has_tools).variables
 
     def check_ends(self, vocab_size: int) -> None:
         """Raise `CorruptFileError` if the files name an end of text that a model with this vocabulary does not have."""
@@ -151,7 +144,7 @@ class LoadedTokenizer:
     def save(self, directory: str | Path) -> list[Path]:
         """Write the files that `load_tokenizer` and transformers read, and return their paths."""
         files = self._files()
-        for name, source in self._sources.items():
+        for name, source in self._templates.sources.items():
             file = "chat_template.jinja" if name == _DEFAULT else f"additional_chat_templates/{name}.jinja"
             files[file] = source.encode()
         paths = []

@@ -578,14 +578,15 @@ _TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": 
 _TEMPLATES = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message.content is string %}"
     "{{ message['content'] | trim }}{% else %}{% for item in message.content or [] %}{{ item['text'] }}{% endfor %}"
-    "{% endif %}{{ '<|im_end|>' ~ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}",
+    "{% endif %}{% for call in message.tool_calls or [] %}{{ call.function.name ~ call.function.arguments }}{% endfor %}"
+    "{{ '<|im_end|>' ~ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}",
     "{%- macro render(value, depth) -%}{%- if value is mapping -%}{%- for key, item in value.items() -%}"
     "{{- key.rjust(20) }}: {{ render(item, depth + 1) * 2 -}}{%- endfor -%}{%- elif value is iterable -%}"
     "{{ value | join(', ') | indent(4) }}{%- else -%}{{ value | tojson(indent=4) }}{%- endif -%}{%- endmacro -%}"
     "{% set ns = namespace(text='', count=0) %}{% for tool in tools %}{% set ns.text = ns.text ~ render(tool, 0) %}"
     "{% set ns.count = ns.count + 1 %}{% endfor %}{{ ns.text | replace('e', 'ee') }} {{ '%5d' % ns.count }}",
     "{% for i in range(messages | length) recursive %}{% if i > 9 %}{% break %}{% endif %}{{ loop.index0 ** 2 }}"
-    "{{ loop([]) if loop.depth < 3 }}{% endfor %}{{ raise_exception('no tools') if not tools }}{% set parts = [] %}"
+    "{{ loop([]) if loop.depth < 3 }}{% endfor %}{{ messages | map(attribute='tool_calls') | list | tojson }}{{ raise_exception('no tools') if not tools }}{% set parts = [] %}"
     "{{ (messages[-1].content or 'x').split('x')[::-1] | list }}{{ '{:>10}'.format('a' * 3) }}{% filter upper %}"
     "{{ strftime_now('%Y') }}{% endfilter %}{% set s %}{{ bos_token }}{% endset %}{{ s * 3 }}{% for m in messages "
     "if m.role == 'user' %}{{ cycler('a', 'b').next() }}{{ dict(a=1) | dictsort }}{% else %}none{% endfor %}",
@@ -595,7 +596,7 @@ _TEMPLATES = (
 def _chat_template(place: Path) -> Target:
     def read(number: int, data: bytes) -> None:
         template = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>"})
-        template.render(_MESSAGES, tools=_TOOLS)
+        template.render(_MESSAGES, tools=_TOOLS if "tools" in template.variables else None)
 
     return Target("chat_template", [text.encode() for text in _TEMPLATES], mutate_text, read)
 
@@ -608,7 +609,8 @@ def _chat_messages(place: Path) -> Target:
             messages = json.loads(data)
         except (ValueError, RecursionError):
             return
-        templates[len(data) % len(templates)].render(messages, tools=_TOOLS)
+        template = templates[len(data) % len(templates)]
+        template.render(messages, tools=_TOOLS if "tools" in template.variables else None)
 
     return Target("chat_messages", [json.dumps(_MESSAGES).encode()], mutate_json, read)
 

@@ -18,7 +18,9 @@ DATA = {
 # layer -> the layers it may import; a layer is a package or a module directly under llmengine. Each may import itself.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(DATA, DATA),
-    "chat_template": DATA,
+    "chat_messages": DATA,
+    "chat_sandbox": {*DATA, "chat_messages"},
+    "chat_template": {*DATA, "chat_messages", "chat_sandbox"},
     "tokenizer": {*DATA, "chat_template"},
     "tokenizer_config": DATA,
     "tokenizer_gguf": {*DATA, "tokenizer_config", "tokenizer_sentencepiece"},
