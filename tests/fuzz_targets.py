@@ -578,7 +578,7 @@ _TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": 
 _TEMPLATES = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message.content is string %}"
     "{{ message['content'] | trim }}{% else %}{% for item in message.content or [] %}{{ item['text'] }}{% endfor %}"
-    "{% endif %}{% for call in message.tool_calls or [] %}{{ call.function.name ~ call.function.arguments }}{% endfor %}"
+    "{% endif %}{% for call in message.tool_calls or [] %}{{ call.function.arguments }}{% endfor %}"
     "{{ '<|im_end|>' ~ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}",
     "{%- macro render(value, depth) -%}{%- if value is mapping -%}{%- for key, item in value.items() -%}"
     "{{- key.rjust(20) }}: {{ render(item, depth + 1) * 2 -}}{%- endfor -%}{%- elif value is iterable -%}"
@@ -586,7 +586,8 @@ _TEMPLATES = (
     "{% set ns = namespace(text='', count=0) %}{% for tool in tools %}{% set ns.text = ns.text ~ render(tool, 0) %}"
     "{% set ns.count = ns.count + 1 %}{% endfor %}{{ ns.text | replace('e', 'ee') }} {{ '%5d' % ns.count }}",
     "{% for i in range(messages | length) recursive %}{% if i > 9 %}{% break %}{% endif %}{{ loop.index0 ** 2 }}"
-    "{{ loop([]) if loop.depth < 3 }}{% endfor %}{{ messages | map(attribute='tool_calls') | list | tojson }}{{ raise_exception('no tools') if not tools }}{% set parts = [] %}"
+    "{{ messages | selectattr('tool_calls') | list | length }}"
+    "{{ loop([]) if loop.depth < 3 }}{% endfor %}{{ raise_exception('no tools') if not tools }}{% set parts = [] %}"
     "{{ (messages[-1].content or 'x').split('x')[::-1] | list }}{{ '{:>10}'.format('a' * 3) }}{% filter upper %}"
     "{{ strftime_now('%Y') }}{% endfilter %}{% set s %}{{ bos_token }}{% endset %}{{ s * 3 }}{% for m in messages "
     "if m.role == 'user' %}{{ cycler('a', 'b').next() }}{{ dict(a=1) | dictsort }}{% else %}none{% endfor %}",
