@@ -15,11 +15,11 @@ from pathlib import Path
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 ROOT = Path(__file__).resolve().parents[1]
 TEST_PACKAGES = ("pytest", "pytest-asyncio", "pytest-xdist", "hypothesis", "llguidance")
-TESTS = (
-    "admission cancellation chat_template config detokenizer fair_queue garbage generate kv_cache lifecycle "
-    "loops_and_threads outputs pace public_api quiet_moments run_ahead sampling_params scheduler scheduler_fairness "
-    "scheduler_properties streaming tenants"
-).split()
+TESTS = """
+admission cancellation chat_template config detokenizer fair_queue garbage generate kv_cache lifecycle
+loops_and_threads outputs pace public_api quiet_moments run_ahead sampling_params scheduler scheduler_fairness
+scheduler_properties streaming tenants
+"""
 
 
 def find_python(version: str) -> str | None:
@@ -47,7 +47,7 @@ def run_tests(version: str, interpreter: str) -> None:
     python = str(environment / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", *requirements()], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", "."], check=True)
-    files = [path for name in TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+    files = [path for name in TESTS.split() if (path := ROOT / "tests" / f"test_{name}.py").exists()]
     subprocess.run([python, "-m", "pytest", "-n", "2", *map(str, files)], check=True)
 
 
