@@ -5,6 +5,11 @@ Steps run in order. The engine may launch step N+1 before it has collected step 
 yet: a row then brings one token id fewer than `num_tokens`, and the backend takes the missing last one from the slot,
 where it left it when it sampled it. Blocks freed by the engine may be handed out again at once: step order makes
 that safe.
+
+A step may give several tokens of a request (`BackendInfo.max_samples`). The backend then has written the KV of all but
+the last of them, into blocks that the row's table has for it, and no later step has a row of that request before the
+engine has seen them. The engine may keep only the first few, where a stop, the length or a grammar ends what it can
+use: the request's next row starts right behind those, brings their ids, and what came after them never was.
 """
 
 from __future__ import annotations
@@ -54,7 +59,8 @@ class BatchRow:
         token_ids: their ids; one fewer than num_tokens when the last is the slot's latest sampled token.
         new_block_ids: blocks appended to the slot's block table before this step (after `SlotInit`: the whole table).
             Token at position p lives in block_table[p // block_size], row p % block_size.
-        sample: sample a token from the last position's logits; it becomes the token at start + num_tokens.
+        max_samples: most tokens that the step may sample for the row, at most `BackendInfo.max_samples`; 0: none. The
+            first follows from the last position's logits and becomes the token at start + num_tokens.
     """
 
     slot: int
@@ -62,15 +68,15 @@ class BatchRow:
     num_tokens: int
     token_ids: Sequence[int]
     new_block_ids: Sequence[int]
-    sample: bool
+    max_samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. `rows` hold each slot at most once; `slot_inits` come before them.
 
-    `masks`: slot -> the tokens that it may choose in this step, for rows with a grammar. 4 * ceil(vocab / 32) bytes, id
-    t if bit t % 8 of byte t // 8 is set.
+    `masks`: slot -> the tokens that it may choose first in this step, for rows with a grammar. 4 * ceil(vocab / 32)
+    bytes, id t if bit t % 8 of byte t // 8 is set.
     """
 
     step: int
@@ -99,8 +105,9 @@ class StepResult:
 
     Attributes:
         step: the batch's step number.
-        token_ids: slot -> sampled token id, for each row with `sample` that did not fail.
-        logprobs: slot -> log-probabilities, for rows whose parameters ask for them.
+        token_ids: slot -> ids of the sampled tokens in order, 1 to `max_samples` of them, for each row with
+            `max_samples` that did not fail.
+        logprobs: slot -> log-probabilities of each of them, for rows whose parameters ask for them.
         prompt_logprobs: slot -> log-probabilities of the row's prompt tokens at positions start + 1 to
             min(start + num_tokens, num_prompt_tokens - 1), for rows whose parameters ask for them.
         errors: slot -> cause, for rows that failed alone (non-finite logits); the others are sound.
@@ -109,8 +116,8 @@ class StepResult:
     """
 
     step: int
-    token_ids: Mapping[int, int]
-    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    token_ids: Mapping[int, Sequence[int]]
+    logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
     forward_s: float = 0.0
@@ -130,6 +137,7 @@ class BackendInfo:
         kv_bytes_per_block: bytes of one block over all layers.
         weight_bytes: bytes of the resident weights.
         max_steps_in_flight: how many steps may be launched and not yet collected, >= 1.
+        max_samples: most tokens that a step samples for one row, >= 1.
         has_prompt_logprobs: it computes `SamplingParams.prompt_logprobs`.
     """
 
@@ -141,6 +149,7 @@ class BackendInfo:
     kv_bytes_per_block: int
     weight_bytes: int
     max_steps_in_flight: int = 1
+    max_samples: int = 1
     has_prompt_logprobs: bool = False
 
 

@@ -9,6 +9,7 @@ holding the interpreter lock.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import threading
 import time
@@ -72,15 +73,22 @@ class Grammar:
         other.mask = other._with_ends(self.mask)
         return other
 
-    def advance(self, token_id: int) -> None:
-        """Go on behind a token; sets all attributes. Takes milliseconds at worst, mostly without the GIL."""
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens may come next, one after the other, as text; takes as long as `advance`."""
+        text = list(itertools.takewhile(lambda token_id: token_id not in self._end_ids, token_ids))
+        return self._matcher.validate_tokens(text)
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Go on behind tokens; sets all attributes. Takes milliseconds a token at worst, mostly without the GIL."""
         began = time.thread_time()
         try:
-            # Unlike the matcher's own method, the executor's lets go of the GIL.
-            if self._executor.consume_token_par([(self._matcher, token_id)]) == [True]:
-                self._look()
+            for token_id in token_ids:
+                # Unlike the matcher's own method, the executor's lets go of the GIL.
+                if self._executor.consume_token_par([(self._matcher, token_id)]) != [True]:
+                    self.error = _reason(self._matcher) or f"token {token_id} is not in the grammar"
+                    break
             else:
-                self.error = _reason(self._matcher) or f"token {token_id} is not in the grammar"
+                self._look()
         except Exception as fault:  # of the library: this request's alone
             self.error = repr(fault)
         self.step_s = time.thread_time() - began

@@ -32,7 +32,8 @@ class FakeBackend:
     """Implements `llmengine.batch.Backend` in plain Python.
 
     `on_step` is called on the engine thread in each `collect()`, before the result is handed out: a test may block
-    there, count, or raise. Steps are computed in order at `launch()`, as a device's stream would.
+    there, count, or raise. Steps are computed in order at `launch()`, as a device's stream would. With `max_samples`
+    above 1 a step gives any number of a row's next tokens up to that, the same tokens as one at a time.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class FakeBackend:
         block_size: int = 4,
         max_model_len: int = 256,
         max_steps_in_flight: int = 1,
+        max_samples: int = 1,
         on_step: Callable[[Batch], None] | None = None,
     ) -> None:
         self._info = BackendInfo(
@@ -55,6 +57,7 @@ class FakeBackend:
             kv_bytes_per_block=8 * block_size,
             weight_bytes=0,
             max_steps_in_flight=max_steps_in_flight,
+            max_samples=max_samples,
             has_prompt_logprobs=True,
         )
         self._next_token = next_token or mixing_model(vocab_size)
@@ -79,8 +82,8 @@ class FakeBackend:
         for init in batch.slot_inits:
             self._slots[init.slot] = init
             self._tables[init.slot] = []
-        token_ids: dict[int, int] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
+        token_ids: dict[int, list[int]] = {}
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         errors: dict[int, str] = {}
         assert len({row.slot for row in batch.rows}) == len(batch.rows), "a slot has two rows"
@@ -93,17 +96,16 @@ class FakeBackend:
             self._write(row.slot, row.start, ids)
             if self._slots[row.slot].sampling_params.prompt_logprobs is not None:
                 prompt_logprobs[row.slot] = self._score_prompt(row)
-            if not row.sample:
+            if not row.max_samples:
                 continue
-            sampled = self._next_token(self._read(row.slot, row.start + row.num_tokens))
-            if sampled is not None and row.slot in batch.masks:
-                sampled = _allowed_token(sampled, batch.masks[row.slot])
-            if sampled is None:
+            sampled = self._sample(row, batch.masks.get(row.slot))
+            if not sampled:
                 errors[row.slot] = "logits are not finite"
                 continue
-            token_ids[row.slot] = self._sampled[row.slot] = sampled
+            token_ids[row.slot] = sampled
+            self._sampled[row.slot] = sampled[-1]
             if self._slots[row.slot].sampling_params.logprobs is not None:
-                logprobs[row.slot] = TokenLogprobs(0.0, (sampled,), (0.0,))
+                logprobs[row.slot] = [TokenLogprobs(0.0, (token_id,), (0.0,)) for token_id in sampled]
         # A device that computes in no time always waits for the next step.
         self._results.append((batch, StepResult(batch.step, token_ids, logprobs, prompt_logprobs, errors, idle_s=1.0)))
 
@@ -118,6 +120,22 @@ class FakeBackend:
     def close(self) -> None:
         """Mark as closed."""
         self.closed = True
+
+    def _sample(self, row: BatchRow, mask: bytes | None) -> list[int]:
+        """Tokens that follow the row's, as many as the context says; none where its logits are not finite."""
+        end = row.start + row.num_tokens
+        context = self._read(row.slot, end)
+        count = 1 + sum(context) % row.max_samples
+        sampled: list[int] = []
+        while len(sampled) < count:
+            token_id = self._next_token([*context, *sampled])
+            if token_id is not None and mask is not None and not sampled:
+                token_id = _allowed_token(token_id, mask)
+            if token_id is None:
+                break
+            sampled.append(token_id)
+        self._write(row.slot, end, sampled[:-1])
+        return sampled
 
     def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         size, table = self._info.block_size, self._tables[slot]

@@ -123,7 +123,7 @@ class BackendDriver:
         assert result.step == self._step
         for request, _ in parts:
             if request.slot in result.token_ids:
-                request.token_ids.append(result.token_ids[request.slot])
+                request.token_ids.extend(result.token_ids[request.slot])
         return result
 
     def batch(self, *parts: tuple[DrivenRequest, int]) -> Batch:
@@ -159,7 +159,7 @@ class BackendDriver:
         if end > request.num_prompt_tokens:
             ids = ids[:-1]  # the backend sampled it and knows it
         request.num_computed_tokens = end
-        return BatchRow(request.slot, start, num_tokens, ids, new, end == len(request.token_ids))
+        return BatchRow(request.slot, start, num_tokens, ids, new, int(end == len(request.token_ids)))
 
 
 @torch.no_grad()

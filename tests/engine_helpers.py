@@ -254,6 +254,7 @@ class Steps:
         block_size: int = 4,
         max_model_len: int = 64,
         max_steps_in_flight: int = 1,
+        max_samples: int = 1,
         caching: bool = True,
         next_token: NextToken | None = None,
         **settings: Any,
@@ -263,13 +264,14 @@ class Steps:
         self.config = SchedulerConfig(**settings).resolve()
         self.kv_cache = KVCacheManager(num_blocks, block_size, enable_prefix_caching=caching)
         self.counters = EngineCounters()
-        self.scheduler = Scheduler(self.config, self.kv_cache, self.counters, lambda: self.now)
+        self.scheduler = Scheduler(self.config, self.kv_cache, self.counters, lambda: self.now, max_samples=max_samples)
         self.backend = FakeBackend(
             self.next_token,
             num_blocks=num_blocks,
             block_size=block_size,
             max_model_len=max_model_len,
             max_steps_in_flight=max_steps_in_flight,
+            max_samples=max_samples,
         )
         self.limit = self.backend.info.max_model_len
         self.requests: list[Request] = []
@@ -295,7 +297,9 @@ class Steps:
         decoding = [
             request
             for request in self.scheduler.running
-            if request.num_uncomputed_tokens == 1 and request.num_computed_tokens >= len(request.prompt_token_ids)
+            if request.num_uncomputed_tokens == 1
+            and not request.is_awaited
+            and request.num_computed_tokens >= len(request.prompt_token_ids)
         ]
         resumable = [r.request_id for r in self.requests if r.status is RequestStatus.WAITING]
         batch = self.scheduler.schedule()

@@ -90,17 +90,16 @@ class SamplingBackend:
         for init in batch.slot_inits:
             self._contexts[init.slot] = list(init.token_ids)
             self._sampler.init_slot(init)
-        rows = [row for row in batch.rows if row.sample]
+        rows = [row for row in batch.rows if row.max_samples]
         ends = [row.start + row.num_tokens for row in rows]
-        token_ids: dict[int, int] = {}
+        token_ids: dict[int, tuple[int]] = {}
         if rows:
             contexts = [self._contexts[row.slot][:end] for row, end in zip(rows, ends, strict=True)]
             logits = torch.stack([logits_after(context, self.info.vocab_size) for context in contexts])
             slots = [row.slot for row in rows]
-            token_ids = dict(
-                zip(slots, self._sampler.sample(logits, np.array(slots), np.array(ends)).token_ids, strict=True)
-            )
-            for slot, token_id in token_ids.items():
+            sampled = self._sampler.sample(logits, np.array(slots), np.array(ends)).token_ids
+            token_ids = {slot: (token_id,) for slot, token_id in zip(slots, sampled, strict=True)}
+            for slot, token_id in zip(slots, sampled, strict=True):
                 self._contexts[slot].append(token_id)
         self._results.append(StepResult(batch.step, token_ids))
 

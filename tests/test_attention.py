@@ -60,7 +60,7 @@ def test_equals_reference_whatever_the_blocks_held_before(
         inits = [SlotInit(i, (0,), 1, SamplingParams(), 0, frozenset()) for i, start, _ in parts if start == 0]
         for init in inits:
             table.init_slot(init)
-        rows = [BatchRow(i, s, e - s, [0] * (e - s), blocks[i] if s == 0 else (), False) for i, s, e in parts]
+        rows = [BatchRow(i, s, e - s, [0] * (e - s), blocks[i] if s == 0 else (), 0) for i, s, e in parts]
         inputs = table.flatten(Batch(0, rows))
         attention.plan(inputs, table.block_tables)
         by_slot = {i: tokens[i][s:e] for i, s, e in parts}

@@ -17,6 +17,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         in_flight=st.integers(1, 3),
+        max_samples=st.integers(1, 4),
         num_blocks=st.integers(8, 20),
         caching=st.booleans(),
         max_batch_size=st.integers(1, 5),
@@ -28,6 +29,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def build(
         self,
         in_flight: int,
+        max_samples: int,
         num_blocks: int,
         caching: bool,
         max_batch_size: int,
@@ -40,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_blocks=num_blocks,
             max_model_len=28,
             max_steps_in_flight=in_flight,
+            max_samples=max_samples,
             caching=caching,
             max_batch_size=max_batch_size,
             max_tokens_per_step=max_tokens,

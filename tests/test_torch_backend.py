@@ -69,7 +69,7 @@ def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, native_direct
     request = driver.add(0, prompt, ALL_LOGPROBS)
     logprobs = []
     for num_tokens in (11, 1, 25, *[1] * 12):
-        logprobs += driver.step((request, num_tokens)).logprobs.values()
+        logprobs += driver.step((request, num_tokens)).logprobs.get(request.slot, ())
     assert request.output_ids == reference_greedy(model, prompt, 13)
     expected = reference_logprobs(model, request.token_ids)[36:-1]
     for entry, row in zip(logprobs, expected, strict=True):
@@ -149,7 +149,7 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     assert "int8" in driver.backend.info.description
     prompt = make_prompt(40)
     request = driver.add(0, prompt, ALL_LOGPROBS)
-    entry = driver.step((request, 40)).logprobs[0]
+    entry = driver.step((request, 40)).logprobs[0][0]
     expected = reference_logprobs(model, prompt)[-1]
     found = torch.tensor(entry.top_logprobs)
     # Two layers of random weights, which damp nothing: a tenth of the logits' spread.
@@ -158,7 +158,7 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     alone = driver.add(1, prompt, ALL_LOGPROBS)
     others = [driver.add(slot, make_prompt(30, slot)) for slot in (2, 3)]
     parts = [(others[0], 30), (alone, 40), (others[1], 30)]
-    assert driver.step(*parts).logprobs[1] == entry
+    assert driver.step(*parts).logprobs[1][0] == entry
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -204,7 +204,7 @@ def test_a_saved_int8_engine_gives_the_same_tokens(tmp_path: Path) -> None:
     for again in (backend, load_tiny(tmp_path / "engine"), load_tiny(tmp_path / "engine", quant="int8")):
         driver = BackendDriver(again)
         request = driver.add(0, make_prompt(30), ALL_LOGPROBS)
-        entries.append([driver.step((request, count)).logprobs[0] for count in (30, 1, 1, 1)])
+        entries.append([driver.step((request, count)).logprobs[0][0] for count in (30, 1, 1, 1)])
     assert entries[0] == entries[1] == entries[2]
 
 
@@ -214,7 +214,7 @@ def test_half_precision_weights_stay_near(tmp_path: Path, dtype: Any, caplog: py
     with caplog.at_level(logging.WARNING):
         driver = BackendDriver(load_tiny(tmp_path, dtype=dtype))
     prompt = make_prompt(20)
-    entry = driver.step((driver.add(0, prompt, ALL_LOGPROBS), 20)).logprobs[0]
+    entry = driver.step((driver.add(0, prompt, ALL_LOGPROBS), 20)).logprobs[0][0]
     expected = reference_logprobs(model, prompt)[-1]
     assert float((torch.tensor(entry.top_logprobs) - expected[list(entry.top_ids)]).abs().max()) < 0.2
 

@@ -306,7 +306,9 @@ class Engine:
             kv_cache = KVCacheManager(
                 info.num_blocks, info.block_size, enable_prefix_caching=self._kv_cache_config.enable_prefix_caching
             )
-            self._scheduler = Scheduler(self.scheduler_config, kv_cache, self._counters, notify=self.nudge)
+            self._scheduler = Scheduler(
+                self.scheduler_config, kv_cache, self._counters, notify=self.nudge, max_samples=info.max_samples
+            )
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
             self._can_prepare = self._may_prepare = isinstance(self._backend, PreparingBackend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from llmengine.engine.request import Request, RequestStatus
@@ -19,7 +19,7 @@ _POOL_HAS_ENDED = "cannot schedule new futures"
 class GrammarSteps:
     """What a request's grammar allows next is computed on a thread, from the moment that its last token is known.
 
-    The request is not scheduled meanwhile (`Request.awaits_grammar`), and others do not wait: for masks that are
+    The request is not scheduled meanwhile (`Request.is_awaited`), and others do not wait: for masks that are
     usually quick, a step is held up by a millisecond at most, so that a device which computes one step at a time finds
     the row in the next one.
 
@@ -37,15 +37,15 @@ class GrammarSteps:
         """Grammars on their way that were not taken yet."""
         return len(self._pending)
 
-    def push(self, request: Request, grammar: Grammar, token_id: int) -> None:
-        """Have the grammar move on behind a token of the request."""
+    def push(self, request: Request, grammar: Grammar, token_ids: Sequence[int]) -> None:
+        """Have the grammar move on behind tokens of the request."""
         try:
-            future = self._threads.submit(grammar.advance, token_id)
+            future = self._threads.submit(grammar.advance, token_ids)
         except RuntimeError as refusal:
             if _POOL_HAS_ENDED not in str(refusal):
                 raise  # the call is queued, though no thread could be started for it
             # The interpreter exits, and pools take nothing more; the engine is stopped in a moment.
-            grammar.advance(token_id)
+            grammar.advance(token_ids)
             future = Future()
             future.set_result(None)
         self._pending.append((request, future))
@@ -53,7 +53,7 @@ class GrammarSteps:
 
     def take(self) -> list[Request]:
         """Return the unfinished requests whose grammars have moved on since the last time."""
-        quick = [future for request, future in self._pending if _is_quick(request)]
+        quick = [future for request, future in self._pending if is_quick(request.grammar)]
         if not all(future.done() for future in quick):
             wait(quick, timeout=_GRACE_S)
         # Looked at once: one that is done a moment later is for the next time.
@@ -67,5 +67,6 @@ class GrammarSteps:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_quick(request: Request) -> bool:
-    return request.grammar is not None and request.grammar.step_s < _GRACE_S
+def is_quick(grammar: Grammar | None) -> bool:
+    """Whether the grammar's next step is likely to take less time than a step of the engine may wait for."""
+    return grammar is not None and grammar.step_s < _GRACE_S

@@ -66,13 +66,14 @@ class Request:
         grammar: what its output may be; None: anything.
         ticket: its place among those that wait for their first step.
         token_ids: prompt and output ids that the host knows.
-        num_tokens: how many those are, and will be once the launched steps are collected.
+        num_tokens: how many those are, and will at least be once the launched steps are collected.
         slot: its row in the backend while it runs.
         rank: its place among its tenant's requests, the lowest first; set by the scheduler and never changed.
         share: its tenant's, set by the scheduler.
         family: those that generate from the same prompt, if there are others and this one has not ended; `add` the
             first of them only.
-        awaits_grammar: a token of it is being sampled, or its grammar is on its way behind it; it cannot be scheduled.
+        is_awaited: it cannot be scheduled, since a step that may give several tokens of it is under way, or one whose
+            token its grammar has to follow, or the grammar is on its way behind that.
         num_charged_tokens: its first tokens that its tenant was charged for, or that others had computed before.
     """
 
@@ -101,7 +102,7 @@ class Request:
     rank: float = field(init=False)
     share: TenantShare[Request] = field(init=False)
     num_charged_tokens: int = 0
-    awaits_grammar: bool = False
+    is_awaited: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -126,7 +127,7 @@ class Request:
 
     @property
     def num_in_flight(self) -> int:
-        """Launched steps that will each append one token."""
+        """Launched steps that will each append a token or more."""
         return self.num_tokens - len(self.token_ids)
 
     @property
@@ -136,12 +137,24 @@ class Request:
             return 0
         return self.num_tokens - self.num_computed_tokens
 
-    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
-        """Add a sampled token to the output, detokenize it, and return why the request ends with it, if it does."""
+    def append(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> FinishReason | None:
+        """Add a step's tokens to the output, up to the one that ends the request, and return why it does, if it does.
+
+        `num_tokens` counts one of them already.
+        """
+        if not self.stream.log.token_ids:
+            self.stream.log.first_token = time.monotonic()
+        for index, token_id in enumerate(token_ids):
+            if index:
+                self.num_tokens += 1
+            reason = self._append(token_id, logprobs[index] if logprobs is not None else None)
+            if reason is not None:
+                return reason
+        return None
+
+    def _append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
         log = self.stream.log
         output_ids = log.token_ids
-        if not output_ids:
-            log.first_token = time.monotonic()
         self.token_ids.append(token_id)
         output_ids.append(token_id)
         if logprobs is not None and log.logprobs is not None:

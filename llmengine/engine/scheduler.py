@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
+from llmengine.batch import Batch, BatchRow, SlotInit, StepResult, TokenLogprobs
 from llmengine.config import SchedulerConfig
 from llmengine.engine.fair_queue import FairQueue
-from llmengine.engine.grammar_steps import GrammarSteps
+from llmengine.engine.grammar_steps import GrammarSteps, is_quick
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.pace import PromptPace
 from llmengine.engine.request import Request, RequestStatus
@@ -48,9 +48,9 @@ class _StepPlan:
     def mask(self, request: Request, grammar: Grammar) -> None:
         """Have the step sample a token of the request that its grammar allows."""
         assert request.slot is not None
-        assert not request.awaits_grammar
+        assert not request.is_awaited
         self.masks[request.slot] = grammar.mask
-        request.awaits_grammar = True
+        request.is_awaited = True
 
 
 @dataclass(slots=True)
@@ -79,7 +79,8 @@ class Scheduler:
     `max_preemptions` times it is spared while another can be chosen. So requests do not evict each other for ever.
 
     A request with a grammar is scheduled only when its last token is known and its grammar has moved on behind it; the
-    others run ahead of it.
+    others run ahead of it. Where steps give several tokens of a request, it is scheduled when they are known; blocks
+    for more than one of them are taken only where nobody else can lack them.
 
     A paused request takes part in none of this. It keeps its slot and blocks until others need them, and then loses
     them as if preempted, before any running request does.
@@ -92,8 +93,13 @@ class Scheduler:
         counters: EngineCounters,
         clock: Callable[[], float] = time.monotonic,
         notify: Callable[[], None] = _nothing,
+        max_samples: int = 1,
     ) -> None:
-        """`notify` is called, on other threads, when `take_grammars` has something to do."""
+        """Args beside the parts it works on.
+
+        notify: called, on other threads, when `take_grammars` has something to do.
+        max_samples: `BackendInfo.max_samples`.
+        """
         self.config = config
         self.kv_cache = kv_cache
         self.counters = counters
@@ -111,6 +117,7 @@ class Scheduler:
         self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
         self._updated = 0.0
         self._grammars = GrammarSteps(notify)
+        self._max_samples = max_samples
 
     @property
     def num_waiting(self) -> int:
@@ -207,21 +214,40 @@ class Scheduler:
                 self.finish(request, "error", RequestFailedError(errors[slot]))
                 changed.append(request)
                 continue
-            if row.sample:
-                num_sampled += 1
+            if row.max_samples:
                 changed.append(request)
-                reason = request.append(token_ids[slot], logprobs.get(slot) if logprobs else None)
-                if request.grammar is not None and reason in (None, "length"):
-                    # The grammar says whether the text is whole with this token.
-                    self._grammars.push(request, request.grammar, token_ids[slot])
-                    reason = None
+                if row.max_samples > 1 and request.grammar is None:
+                    request.is_awaited = False
+                reason = self._append(request, token_ids[slot], logprobs.get(slot) if logprobs else None)
+                num_kept = len(request.token_ids) - end
+                num_sampled += num_kept
+                if num_kept > 1 and request.num_preemptions == num_preemptions:
+                    end += num_kept - 1
+                    request.num_computed_tokens = end
             # A decode fills a block only with its last token.
-            if (row.num_tokens > 1 or end % block_size == 0) and request.num_preemptions == num_preemptions:
+            if (end - row.start > 1 or end % block_size == 0) and request.num_preemptions == num_preemptions:
                 self.kv_cache.register(request.blocks, request.token_ids, end)
             if reason is not None:
                 self.finish(request, reason)
         self.counters.num_generated_tokens += num_sampled
         return changed
+
+    def _append(
+        self, request: Request, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
+    ) -> FinishReason | None:
+        """Append what a step sampled, or as much of it as the request can have; return why it ends, if it does."""
+        grammar = request.grammar
+        if grammar is None:
+            return request.append(token_ids, logprobs)
+        if len(token_ids) > 1:
+            token_ids = token_ids[: max(1, grammar.num_allowed(token_ids))]
+        num_before = len(request.token_ids)
+        reason = request.append(token_ids, logprobs)
+        if reason not in (None, "length"):
+            return reason
+        # The grammar says whether the text is whole with these tokens.
+        self._grammars.push(request, grammar, request.token_ids[num_before:])
+        return None
 
     def take_grammars(self) -> list[Request]:
         """Let requests be scheduled whose grammars have moved on; return those that end: whole, cut off, or failed.
@@ -233,7 +259,7 @@ class Scheduler:
         ended = []
         for request in self._grammars.take():
             assert request.grammar is not None
-            request.awaits_grammar = False
+            request.is_awaited = False
             if request.grammar.error is not None:
                 error = RequestFailedError(f"the grammar of the structured output failed: {request.grammar.error}")
                 self.finish(request, "error", error)
@@ -392,15 +418,18 @@ class Scheduler:
             if end - start > 1:
                 chunks.append(request)
                 continue
-            if request.grammar is not None:
-                if request.awaits_grammar:
-                    continue
-                plan.mask(request, request.grammar)
-            # As in `_add_row`, for what nearly all rows of nearly all steps are.
+            if request.is_awaited:
+                continue
             new_block_ids = self._grow(request, end) if start % block_size == 0 else ()
+            if self._max_samples > 1:
+                self._add_row(plan, request, 1, new_block_ids)
+                continue
+            # As in `_add_row`, for what nearly all rows of nearly all steps are.
+            if request.grammar is not None:
+                plan.mask(request, request.grammar)
             slot = request.slot
             assert slot is not None
-            rows.append(BatchRow(slot, start, 1, request.token_ids[start:], new_block_ids, True))
+            rows.append(BatchRow(slot, start, 1, request.token_ids[start:], new_block_ids, 1))
             requests.append(request)
             request.num_computed_tokens = end
             request.num_tokens = end + 1
@@ -517,7 +546,7 @@ class Scheduler:
 
     def _admit(self, plan: _StepPlan, request: Request) -> bool:
         """Let the first waiting request run; False when it has to wait on, and all others with it."""
-        if request.num_in_flight or request.awaits_grammar or not self._take_blocks(plan, request):
+        if request.num_in_flight or request.is_awaited or not self._take_blocks(plan, request):
             return False
         popped = self._waiting.pop()
         assert popped is request, "taking its blocks has changed the fair order"
@@ -599,18 +628,40 @@ class Scheduler:
         assert request.slot is not None
         start = request.num_computed_tokens
         end = start + num_tokens
-        sample = end == request.num_tokens
+        max_samples = 0
+        if end == request.num_tokens:
+            max_samples = 1
+            if self._max_samples > 1:
+                more_block_ids, max_samples = self._take_sample_blocks(request, end)
+                new_block_ids = [*new_block_ids, *more_block_ids]
+            request.num_tokens += 1
+            if request.grammar is not None:
+                plan.mask(request, request.grammar)
+            elif max_samples > 1:
+                request.is_awaited = True
         # The last id is not in token_ids yet when it is sampled by a step in flight.
-        row = BatchRow(request.slot, start, num_tokens, request.token_ids[start:end], new_block_ids, sample)
+        row = BatchRow(request.slot, start, num_tokens, request.token_ids[start:end], new_block_ids, max_samples)
         plan.rows.append(row)
         plan.requests.append(request)
         plan.budget -= num_tokens
         request.num_computed_tokens = end
-        if sample:
-            request.num_tokens += 1
-            if request.grammar is not None:
-                plan.mask(request, request.grammar)
         self._settle(request)
+
+    def _take_sample_blocks(self, request: Request, end: int) -> tuple[Sequence[int], int]:
+        """Blocks for tokens that may be sampled after the one at `end`, and how many tokens there is room for in all.
+
+        All but the last of them are computed in the same step. Every running request can still have one block.
+        """
+        if request.grammar is not None and not is_quick(request.grammar):
+            return (), 1  # looking at several tokens would hold up the others
+        wanted = min(self._max_samples, request.max_total_tokens - end)
+        held = request.blocks.block_ids
+        missing = self.kv_cache.blocks_for(end + wanted - 1) - len(held)
+        spare = self.kv_cache.num_available_blocks - len(self.running)
+        new_block_ids: Sequence[int] = ()
+        if missing > 0 and spare > 0:
+            new_block_ids = self._grow(request, (len(held) + min(missing, spare)) * self.kv_cache.block_size)
+        return new_block_ids, min(wanted, 1 + len(held) * self.kv_cache.block_size - end)
 
 
 def _is_waiting(request: Request) -> bool:

@@ -45,7 +45,7 @@ def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, device: str, 
     request = driver.add(1, prompt, ALL_LOGPROBS)
     logprobs = []
     for num_tokens in (11, 1, 9, 1, 1, 1):
-        logprobs += driver.step((request, num_tokens)).logprobs.values()
+        logprobs += driver.step((request, num_tokens)).logprobs.get(request.slot, ())
     assert request.output_ids == reference_greedy(model, prompt, 4)
     expected = reference_logprobs(model, request.token_ids)[20:-1]
     for entry, row in zip(logprobs, expected, strict=True):
@@ -84,10 +84,10 @@ def launch_ahead(driver: BackendDriver, requests: Sequence[Any], num_tokens: int
         backend.launch(driver.batch(*[(request, 1) for request in requests]))
         result = backend.collect()
         for request in requests:
-            request.token_ids[-1] = result.token_ids[request.slot]
+            [request.token_ids[-1]] = result.token_ids[request.slot]
     result = backend.collect()
     for request in requests:
-        request.token_ids.append(result.token_ids[request.slot])
+        request.token_ids.extend(result.token_ids[request.slot])
 
 
 def test_steps_in_flight_feed_each_other_on_the_device(tmp_path: Path, device: str) -> None:
@@ -155,8 +155,8 @@ def test_penalties_count_tokens_that_only_the_device_knows(tmp_path: Path, devic
     assert held.output_ids == expected
     assert other.output_ids == reference_greedy(model, other.token_ids[:3], len(other.output_ids))
     reference = reference_logprobs(model, held.token_ids[:19])[-1]
-    assert result.logprobs[0].logprob == pytest.approx(float(reference[expected[5]]), abs=1e-4)
-    assert result.logprobs[0].top_logprobs[0] == pytest.approx(float(reference.max()), abs=1e-4)
+    assert result.logprobs[0][0].logprob == pytest.approx(float(reference[expected[5]]), abs=1e-4)
+    assert result.logprobs[0][0].top_logprobs[0] == pytest.approx(float(reference.max()), abs=1e-4)
     backend.close()
 
 

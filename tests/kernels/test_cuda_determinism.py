@@ -46,7 +46,7 @@ def take(driver: BackendDriver, request: DrivenRequest, *parts: tuple[DrivenRequ
     """Do a step and return all log-probabilities of one request."""
     result = driver.step(*parts)
     slot = request.slot
-    return [*result.prompt_logprobs.get(slot, ()), *([result.logprobs[slot]] if slot in result.logprobs else [])]
+    return [*result.prompt_logprobs.get(slot, ()), *result.logprobs.get(slot, ())]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2", "olmo2", "smollm3_window"])

@@ -34,7 +34,11 @@ def run(directory: Path, device: str, dtype: Any, prompt: list[int] = PROMPT) ->
     backend = CudaBackend(config, open_model(directory), torch.device(device, 0))
     driver = BackendDriver(backend)
     request = driver.add(1, prompt, SamplingParams(logprobs=20))
-    logprobs = [entry for count in (7, len(prompt) - 7, 1) for entry in driver.step((request, count)).logprobs.values()]
+    logprobs = [
+        entry
+        for count in (7, len(prompt) - 7, 1)
+        for entry in driver.step((request, count)).logprobs.get(request.slot, ())
+    ]
     backend.close()
     return request.token_ids, logprobs
 

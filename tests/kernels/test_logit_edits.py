@@ -42,7 +42,7 @@ class Device:
         masks: Mapping[int, NDArray[np.int32]] = NO_MASKS,
     ) -> list[int]:
         """Return the ids chosen for `positions`, -1 where a row failed; logits [bucket, vocab], padding behind."""
-        rows = [BatchRow(slot, at - 1, 1, (), (), True) for slot, at in zip(slots, positions, strict=True)]
+        rows = [BatchRow(slot, at - 1, 1, (), (), 1) for slot, at in zip(slots, positions, strict=True)]
         batch = Batch(0, rows, inits)
         self.replaced += self.sampler.prepare(batch, masks)
         bucket = Bucket(len(logits), len(logits), mixed=False, draws=self.sampler.draws(rows))

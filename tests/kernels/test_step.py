@@ -42,10 +42,10 @@ def make_buffer(device: str) -> tuple[StepBuffer, SlotState]:
 MIXED = Batch(
     step=1,
     rows=[
-        BatchRow(2, 3, 6, [10, 11, 12, 13, 14, 15], [4, 5], sample=True),
-        BatchRow(0, 7, 1, [], [], sample=True),
-        BatchRow(4, 0, 2, [20, 21], [9], sample=False),
-        BatchRow(1, 2, 1, [], [7], sample=True),
+        BatchRow(2, 3, 6, [10, 11, 12, 13, 14, 15], [4, 5], max_samples=1),
+        BatchRow(0, 7, 1, [], [], max_samples=1),
+        BatchRow(4, 0, 2, [20, 21], [9], max_samples=0),
+        BatchRow(1, 2, 1, [], [7], max_samples=1),
     ],
     slot_inits=[make_init(1, [30, 31, 32]), make_init(4, [20, 21, 22])],
 )
@@ -75,7 +75,7 @@ def test_a_mixed_batch_becomes_arrays_with_decodes_first(device: str) -> None:
 
 def test_a_batch_of_decodes_becomes_arrays(device: str) -> None:
     buffer, _ = make_buffer(device)
-    rows = [BatchRow(3, 8, 1, [], [2], True), BatchRow(1, 4, 1, [77], [], False)]
+    rows = [BatchRow(3, 8, 1, [], [2], 1), BatchRow(1, 4, 1, [77], [], 0)]
     sampled = buffer.fill(Batch(1, rows), [], Bucket(4, 4, mixed=False), 0)
     buffer.send(0, STREAMS[device]())
     step = buffer.step
@@ -94,9 +94,9 @@ def test_block_tables_grow_until_the_slot_is_initialised_again(device: str) -> N
     embedding = torch.zeros(100, 8, device=device)
     out = torch.zeros(2, 8, device=device)
     for batch, expected in (
-        (Batch(1, [BatchRow(2, 0, 2, [1, 2], [5, 6], True)], [make_init(2, [1, 2])]), [5, 6, 0]),
-        (Batch(2, [BatchRow(2, 2, 1, [], [8], True)]), [5, 6, 8]),
-        (Batch(3, [BatchRow(2, 0, 2, [1, 2], [3], True)], [make_init(2, [1, 2, 3])]), [3, 6, 8]),
+        (Batch(1, [BatchRow(2, 0, 2, [1, 2], [5, 6], 1)], [make_init(2, [1, 2])]), [5, 6, 0]),
+        (Batch(2, [BatchRow(2, 2, 1, [], [8], 1)]), [5, 6, 8]),
+        (Batch(3, [BatchRow(2, 0, 2, [1, 2], [3], 1)], [make_init(2, [1, 2, 3])]), [3, 6, 8]),
     ):
         buffer.fill(batch, tables.updates(batch.rows, batch.slot_inits), Bucket(2, 2, mixed=True), 0)
         buffer.send(0, STREAMS[device]())

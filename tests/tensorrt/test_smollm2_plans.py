@@ -139,7 +139,7 @@ class InterpretedBackend:
             assert key not in self.logits
             self.logits[key] = logits[row]
         self._slots.store_sampled(inputs.sample_slots, token_ids)
-        self._result = StepResult(step=batch.step, token_ids=dict(zip(slots, token_ids, strict=True)))
+        self._result = StepResult(step=batch.step, token_ids=dict(zip(slots, zip(token_ids, strict=True), strict=True)))
 
     def _forward(self, inputs: StepInputs) -> Tensor | None:
         self._attention.plan(inputs, self._slots.block_tables)

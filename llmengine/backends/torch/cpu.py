@@ -228,8 +228,8 @@ def _trim_heap() -> None:
 
 def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: float) -> StepResult:
     slots = inputs.sample_slots.tolist()
-    token_ids = dict(zip(slots, samples.token_ids, strict=True))
-    logprobs = {slots[row]: value for row, value in samples.logprobs.items()}
+    token_ids = dict(zip(slots, zip(samples.token_ids, strict=True), strict=True))
+    logprobs = {slots[row]: (value,) for row, value in samples.logprobs.items()}
     errors = {}
     if any(samples.failed):
         for slot, position, failed in zip(slots, inputs.sample_positions.tolist(), samples.failed, strict=True):

@@ -180,16 +180,16 @@ class CudaBackend:
         pending = self._pending.popleft()
         forward_s, idle_s = self._stream.wait(pending.ring_index, pending.before)
         ids = self._ring[pending.ring_index, : len(pending.sampled)].tolist()
-        chosen = dict(zip(pending.sampled, ids, strict=True))
+        chosen = dict(zip(pending.sampled, zip(ids, strict=True), strict=True))
         chosen.pop(-1, None)
         errors = {}
         if min(ids, default=0) < 0:
             errors = {
                 row.slot: no_token_message(row.start + row.num_tokens)
                 for row in pending.batch.rows
-                if chosen.get(row.slot, 0) < 0
+                if chosen.get(row.slot, (0,))[0] < 0
             }
-            chosen = {slot: token_id for slot, token_id in chosen.items() if token_id >= 0}
+            chosen = {slot: token_ids for slot, token_ids in chosen.items() if token_ids[0] >= 0}
         logprobs = {} if pending.logprobs is None else pending.logprobs.collect()
         for slot in errors:
             logprobs.pop(slot, None)
@@ -296,7 +296,7 @@ class CudaBackend:
         draws = self._sampler.draws(rows)
         if decodes and not batch.slot_inits and batch.num_tokens == len(rows):
             return replace(self._decode_bucket(len(rows)), draws=draws)
-        num_samples = sum(row.sample for row in rows)
+        num_samples = sum(row.max_samples > 0 for row in rows)
         return Bucket(
             _round_up(self._mixed_sizes, batch.num_tokens),
             _round_up(self._sample_sizes, num_samples),

@@ -52,10 +52,10 @@ class PendingLogprobs:
     values: Tensor
     ids: Tensor
 
-    def collect(self) -> dict[int, TokenLogprobs]:
-        """Return slot -> log-probabilities."""
+    def collect(self) -> dict[int, Sequence[TokenLogprobs]]:
+        """Return slot -> log-probabilities of its token."""
         lines = zip(self.rows, self.values.tolist(), self.ids.tolist(), strict=True)
-        return {slot: _entry(values, ids, count) for (_, slot, count), values, ids in lines}
+        return {slot: (_entry(values, ids, count),) for (_, slot, count), values, ids in lines}
 
 
 @dataclass(frozen=True, slots=True)
