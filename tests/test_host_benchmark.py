@@ -18,7 +18,7 @@ def test_a_step_begins_when_its_predecessor_has_ended() -> None:
     backend = host.NullBackend(host.Load(concurrency=1, step_s=0.01))
     for step in (1, 2):
         backend.launch(Batch(step, [BatchRow(0, step, 1, (), (), 1)]))
-    assert [backend.collect().token_ids for _ in range(2)] == [{0: 1}, {0: 2}]
+    assert [backend.collect().token_ids for _ in range(2)] == [{0: (1,)}, {0: (2,)}]
     assert backend.ended - backend.began == pytest.approx(0.02)
 
 
