@@ -328,9 +328,9 @@ def test_a_grammar_allows_each_end_where_the_text_may_end_and_nowhere_else() -> 
     ends = {257, 5, ord("b")}
     grammar = GrammarCompiler(ByteTokenizer(), 258, ends).compile(StructuredOutput(regex="a[ab]+"), ends)
     assert allowed(grammar.mask) == {ord("a")}
-    grammar.advance(ord("a"))
+    grammar.advance([ord("a")])
     assert allowed(grammar.mask) == {ord("a")}  # "b" ends an answer, so it is no text
-    grammar.advance(ord("a"))
+    grammar.advance([ord("a")])
     assert allowed(grammar.mask) == {ord("a"), *ends}
 
 

@@ -180,7 +180,7 @@ def test_random_tokens_within_the_masks_satisfy_any_schema(schema: dict[str, Any
         if token_id == EOS:
             break
         text.append(token_id)
-        grammar.advance(token_id)
+        grammar.advance([token_id])
         assert grammar.error is None
         if grammar.is_complete:
             break
@@ -377,8 +377,8 @@ def test_the_cpu_backend_samples_within_the_masks(tmp_path: Path) -> None:
         mask[token_id // 8] |= 1 << token_id % 8
     backend.launch(replace(batch, masks={0: bytes(mask)}))
     found = backend.collect().token_ids
-    assert found[0] in allowed
-    assert found[1] not in allowed
+    assert found[0][0] in allowed
+    assert found[1][0] not in allowed
     backend.close()
 
 
@@ -452,8 +452,8 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
     moved: list[int] = []
 
     class Moving:
-        def advance(self, token_id: int) -> None:
-            moved.append(token_id)
+        def advance(self, token_ids: list[int]) -> None:
+            moved += token_ids
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -462,6 +462,6 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start"):
-            steps.push(request, grammar, 5)  # type: ignore[arg-type]
+            steps.push(request, grammar, [5])  # type: ignore[arg-type]
     assert not moved
     steps.close()
