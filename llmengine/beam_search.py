@@ -59,7 +59,7 @@ class BeamOutput:
 
     Attributes:
         index: 0 for the best.
-        text: without special tokens; "" without a tokenizer.
+        text: as `generate`'s for the same tokens, without special tokens; "" without a tokenizer.
         token_ids: an EOS that ended it included.
         cumulative_logprob: sum of the tokens' log-probabilities.
         score: what it is ranked by, see `BeamSearchParams.length_penalty`.
@@ -173,12 +173,12 @@ class BeamSearch:
         self._beams = going_on
         self.finished = at_limit or not going_on or self._may_stop(length)
 
-    def output(self, decode: Callable[[Sequence[int]], str]) -> BeamSearchOutput:
-        """Return what was found."""
+    def output(self, text: Callable[[Sequence[int], Sequence[int]], str]) -> BeamSearchOutput:
+        """Return what was found; `text` gives that of ids behind a prompt's."""
         outputs = [
             BeamOutput(
                 index,
-                decode(found.beam.token_ids[:-1] if found.finish_reason == "stop" else found.beam.token_ids),
+                text(self.prompt_token_ids, found.beam.token_ids[: -1 if found.finish_reason == "stop" else None]),
                 list(found.beam.token_ids),
                 found.beam.logprob,
                 found.score,

@@ -241,8 +241,24 @@ def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any
     if hasattr(tokenizer, "token_bytes"):
         return _Vocabulary(tokenizer.token_bytes(), special_ids, end_id)
     if hasattr(tokenizer, "tokenizer_json"):
-        return tokenizer.tokenizer_json()
+        return _with_known_decoder(tokenizer.tokenizer_json())
     raise TypeError(f"{type(tokenizer).__name__} has neither tokenizer_json() nor token_bytes()")
+
+
+def _with_known_decoder(source: str) -> str:
+    """Return a tokenizer.json whose tokens llguidance can read: it does not know the decoder Metaspace.
+
+    Nor does it ask the decoder for more than which characters stand for bytes and spaces.
+    """
+    content = json.loads(source)
+    decoder = content.get("decoder") or {}
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    spaces = [step["replacement"] for step in steps if step.get("type") == "Metaspace"]
+    if not spaces:
+        return source
+    replaces = [{"type": "Replace", "pattern": {"String": space}, "content": " "} for space in spaces]
+    content["decoder"] = {"type": "Sequence", "decoders": [*replaces, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+    return json.dumps(content)
 
 
 def _size(tokenizer: Any) -> int:

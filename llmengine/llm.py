@@ -339,7 +339,7 @@ class LLM:
             return self._intake.submit_blocking(token_ids, RequestSpec(sampling_params, checked), self)
 
         beam_search.run(searches, submit)
-        return [search.output(self._intake.decode) for search in searches]
+        return [search.output(self._intake.text) for search in searches]
 
     @takes_options(wait_for_admission=True)
     async def beam_search_async(
@@ -361,7 +361,7 @@ class LLM:
             return self._intake.submit(token_ids, RequestSpec(sampling_params, checked), self)
 
         await beam_search.run_async(searches, submit)
-        return [search.output(self._intake.decode) for search in searches]
+        return [search.output(self._intake.text) for search in searches]
 
     def _beam_searches(self, prompts: Iterable[Prompt], params: BeamSearchParams) -> list[BeamSearch]:
         self._engine.check_open()

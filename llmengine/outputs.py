@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -49,7 +50,8 @@ class Logprob:
     Attributes:
         logprob: of the model's distribution there.
         rank: 1 for the likeliest; None: beyond the alternatives that were asked for.
-        decoded_token: its text by itself; U+FFFD for a part of a character, None without a tokenizer.
+        decoded_token: the text that it adds, or would add, at its place, so that the chosen ones make up the text;
+            U+FFFD for a part of a character, None without a tokenizer.
     """
 
     logprob: float
@@ -63,6 +65,7 @@ class OutputLog:
 
     `pieces` holds the text that each token released ("" while it is held back), and at the end one more for what
     was held back; their concatenation is the text. Only a token that ends the request may have no piece.
+    `read_token(position, token_id)` is the text of a token at a position, counted from the prompt's first.
     `prompt_logprobs` has None for the first token, and is complete when there is a generated one. The outputs of one
     prompt share it, and have the `family_id` of the first.
     """
@@ -77,7 +80,7 @@ class OutputLog:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     index: int = 0
     family_id: int | None = None
-    decode: Callable[[Sequence[int]], str] | None = None
+    read_token: Callable[[int, int], str] | None = None
     num_cached_tokens: int = 0
     first_scheduled: float | None = None
     first_token: float | None = None
@@ -205,9 +208,10 @@ class GenerationOutput:
     def decoded_logprobs(self) -> list[dict[int, Logprob]] | None:
         """`logprobs` as one dictionary for each token, by token id: the chosen one first, then the alternatives."""
         logprobs = self.logprobs
-        return (
-            None if logprobs is None else [self._decoded(*pair) for pair in zip(self.token_ids, logprobs, strict=True)]
-        )
+        if logprobs is None:
+            return None
+        positions = itertools.count(self.num_prompt_tokens)
+        return [self._decoded(*item) for item in zip(positions, self.token_ids, logprobs, strict=False)]
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -220,8 +224,8 @@ class GenerationOutput:
         logprobs = self.prompt_logprobs
         if logprobs is None:
             return None
-        pairs = zip(self._log.prompt_token_ids, logprobs, strict=False)
-        return [None if entry is None else self._decoded(token_id, entry) for token_id, entry in pairs]
+        items = zip(itertools.count(), self._log.prompt_token_ids, logprobs, strict=False)
+        return [None if entry is None else self._decoded(at, token_id, entry) for at, token_id, entry in items]
 
     @property
     def finished(self) -> bool:
@@ -238,11 +242,11 @@ class GenerationOutput:
         """What went wrong, when `finish_reason` is "error", or "abort" for a consumer that did not read."""
         return self._log.error if self.finished else None
 
-    def _decoded(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
-        decode = self._log.decode
+    def _decoded(self, position: int, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
+        read = self._log.read_token
 
         def describe(token_id: int, logprob: float, rank: int | None) -> Logprob:
-            return Logprob(logprob, rank, None if decode is None else decode([token_id]))
+            return Logprob(logprob, rank, None if read is None else read(position, token_id))
 
         result = {token_id: describe(token_id, entry.logprob, None)}
         for rank, (other, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), 1):

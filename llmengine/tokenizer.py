@@ -1,24 +1,21 @@
-"""Text to token ids and back: what a tokenizer must offer, and how generated ids become text while they arrive.
+"""Text to token ids and back: what a tokenizer must offer, and how those of other libraries are made to.
 
-Importing this module loads no tokenizer library; `llmengine.tokenizer_loading` reads tokenizers from files.
+Importing this module loads no tokenizer library; `llmengine.tokenizer_loading` reads tokenizers from files, and
+`llmengine.detokenizer` makes text of generated ids while they arrive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from llmengine.detokenizer import IncrementalDetokenizer as IncrementalDetokenizer
 from llmengine.end_tokens import END_TOKENS, known_end_ids
 from llmengine.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from llmengine.chat_template import ChatTemplates
-
-_REPLACEMENT = "\ufffd"
-_MAX_HELD_CHARS = 3
-_MAX_WINDOW = 16
-_NUM_CONTEXT_TOKENS = 8
 
 _FEW_CHARS = 1024
 """Text that is tokenized within half a millisecond."""
@@ -124,224 +121,6 @@ def added_end_ids(added: Mapping[int, Any]) -> frozenset[int]:
     """Return which of a tokenizer's added tokens, by id as `AddedToken`s, are known to end an answer."""
     found = {token.content: token_id for token_id, token in added.items() if token.content in END_TOKENS}
     return known_end_ids(found, {token.content for token in added.values() if token.special})
-
-
-class IncrementalDetokenizer:
-    """Turns generated ids, one at a time, into pieces of text that are final.
-
-    The pieces concatenate to the final text: that of the generated ids in the context of the prompt, cut just before
-    the stop string that matched. Each push decodes a bounded window (the ids of the last piece as context, then those
-    not yet shown), so its cost does not depend on how much was generated.
-
-    UTF-8: the last U+FFFD characters of the window, at most three, may be an unfinished character and wait for the
-    next ids; whatever stands before them is given out, so invalid bytes are delayed by at most three further ids that
-    have text. For byte-level tokenizers the final text is exactly `decode(generated ids)`. Where a decoder looks
-    further back (SentencePiece turns a whole run of byte tokens into U+FFFD when one is invalid), what was given out
-    stays.
-
-    Leading spaces: tokenizers that drop the first token's space see the last prompt tokens before the first generated
-    one, back to the latest special token (after which a text starts anew) or an unfinished character.
-
-    Stops: the text ends before the first stop to be complete, reading character by character; among those that
-    complete at the same character, before the longest. This depends on neither token borders nor the order of
-    `stop`, and never waits for a longer match once the text holds one. Only generated text counts. The text held
-    back is always the longest suffix of the text that begins some stop.
-
-    Attributes:
-        stopped: the stop string that matched, or None.
-    """
-
-    __slots__ = ("_decode", "_ids", "_matcher", "_num_context", "_shown", "_skip_special_ids", "stopped")
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_token_ids: Sequence[int],
-        skip_special_ids: frozenset[int] = frozenset(),
-        stop: Sequence[str] = (),
-    ) -> None:
-        self.stopped: str | None = None
-        self._decode = tokenizer.decode
-        self._skip_special_ids = skip_special_ids
-        self._matcher = _StopMatcher(stop) if stop else None
-        # _ids[:_num_context] were shown entirely; _shown is what was given out of decode(_ids), context included.
-        self._ids = _prompt_context(prompt_token_ids, skip_special_ids)
-        self._shown = self._decode(self._ids) if self._ids else ""
-        if self._shown.endswith(_REPLACEMENT):
-            self._ids, self._shown = [], ""
-        self._num_context = len(self._ids)
-
-    def push(self, token_id: int, check_stop: bool = True) -> str:
-        """Append a generated id and return the text that is final now, "" while it is held back.
-
-        With `check_stop=False` a stop that becomes complete with this id is ordinary text; one that only begins with
-        it may still match later. Must not be called once `stopped` is set.
-        """
-        assert self.stopped is None, "push() after a stop string matched"
-        if token_id in self._skip_special_ids:
-            return ""
-        piece = self._next_piece(token_id)
-        if self._matcher is None or not piece:
-            return piece
-        piece, self.stopped = self._matcher.feed(piece, check_stop)
-        return piece
-
-    def finish(self) -> str:
-        """Return what was held back, with unfinished characters as U+FFFD; a second call returns ""."""
-        if self.stopped is not None:
-            return ""
-        piece = self._decode(self._ids)[len(self._shown) :] if len(self._ids) > self._num_context else ""
-        self._ids, self._shown, self._num_context = [], "", 0
-        if self._matcher is None:
-            return piece
-        piece, self.stopped = self._matcher.feed(piece, True)
-        return piece if self.stopped is not None else piece + self._matcher.flush()
-
-    def _next_piece(self, token_id: int) -> str:
-        """Append to the window and return the text that later ids cannot change."""
-        self._ids.append(token_id)
-        text = self._decode(self._ids)
-        if not text.startswith(self._shown):
-            text = self._drop_context()
-        num_shown = len(self._shown)
-        num_final = len(text)
-        floor = max(num_shown, num_final - _MAX_HELD_CHARS)
-        while num_final > floor and text[num_final - 1] == _REPLACEMENT:
-            num_final -= 1
-        if num_final == len(text):
-            self._start_window(text)
-        elif len(self._ids) - self._num_context > _MAX_WINDOW:
-            num_final = self._shrink_window(text, num_final)
-        else:
-            self._shown = text[:num_final]
-        return text[num_shown:num_final]
-
-    def _drop_context(self) -> str:
-        """The decoder rewrote text that was given out: return the text of the other ids, less the context.
-
-        As much of it counts as shown as was shown of them before, so that nothing is given out twice.
-        """
-        context, self._ids = self._ids[: self._num_context], self._ids[self._num_context :]
-        num_context_chars = len(self._decode(context)) if context else 0
-        text = self._decode(self._ids)
-        self._num_context, self._shown = 0, text[: max(0, len(self._shown) - num_context_chars)]
-        return text
-
-    def _start_window(self, text: str) -> None:
-        """Everything is shown: the ids since the context become the next context."""
-        if text == self._shown and 0 < self._num_context == len(self._ids) - 1:
-            self._ids.pop()  # an id without text is no context
-            return
-        del self._ids[: self._num_context]
-        self._num_context = len(self._ids)
-        self._shown = self._decode(self._ids)
-
-    def _shrink_window(self, text: str, num_final: int) -> int:
-        """Cut a window of invalid bytes at a character border and return how much of `text` is shown now.
-
-        A cut where both sides decode to what they were together is a border. Byte-level tokenizers have one within
-        the last four ids with text, unless ids without text stand between: those go first. A decoder without such a
-        border (none is known) gets everything shown.
-        """
-        ids = [token_id for token_id in self._ids if self._decode([token_id])]
-        if self._decode(ids) != text:
-            ids = self._ids
-        for cut in range(len(ids) - 1, 0, -1):
-            head, tail = self._decode(ids[:cut]), self._decode(ids[cut:])
-            if tail and head + tail == text:
-                num_final = max(num_final, len(head))
-                self._ids, self._num_context = ids[cut:], 0
-                self._shown = text[len(head) : num_final]
-                return num_final
-        if len(ids) < len(self._ids):
-            self._ids, self._num_context = ids, 0
-            self._shown = text[:num_final]
-            return num_final
-        self._start_window(text)
-        return len(text)
-
-
-def _prompt_context(prompt_token_ids: Sequence[int], special_ids: frozenset[int]) -> list[int]:
-    context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
-    for index in range(len(context) - 1, -1, -1):
-        if context[index] in special_ids:
-            return context[index + 1 :]
-    return context
-
-
-class _StopMatcher:
-    """Aho-Corasick automaton over the stop strings (Aho and Corasick, 1975): one step for each character.
-
-    A state is the longest suffix of the text that is a prefix of some stop, so its depth is exactly the number of
-    characters that must be held back.
-    """
-
-    __slots__ = ("_depth", "_fail", "_held", "_match", "_next", "_state")
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]
-        self._match: list[str | None] = [None]
-        for stop in stops:
-            assert stop, "an empty stop string"
-            self._add(stop)
-        self._fail = [0] * len(self._next)
-        for state, char, child in self._breadth_first():
-            self._fail[child] = self._step(self._fail[state], char) if state else 0
-            self._match[child] = self._match[child] or self._match[self._fail[child]]
-        self._state = 0
-        self._held = ""
-
-    def feed(self, piece: str, check_stop: bool) -> tuple[str, str | None]:
-        """Return the text that cannot be part of a stop any more, and the stop that became complete if any."""
-        text = self._held + piece
-        state = self._state
-        for end, char in enumerate(piece, len(self._held) + 1):
-            state = self._step(state, char)
-            match = self._match[state]
-            if match is not None and check_stop:
-                self._held, self._state = "", 0
-                return text[: end - len(match)], match
-        while state and not self._next[state]:  # a complete stop that does not count and begins no longer one
-            state = self._fail[state]
-        self._state = state
-        num_free = len(text) - self._depth[state]
-        self._held = text[num_free:]
-        return text[:num_free], None
-
-    def flush(self) -> str:
-        """Return the held text and forget it."""
-        held, self._held, self._state = self._held, "", 0
-        return held
-
-    def _add(self, stop: str) -> None:
-        state = 0
-        for depth, char in enumerate(stop, 1):
-            child = self._next[state].get(char)
-            if child is None:
-                child = self._next[state][char] = len(self._next)
-                self._next.append({})
-                self._depth.append(depth)
-                self._match.append(None)
-            state = child
-        self._match[state] = stop
-
-    def _step(self, state: int, char: str) -> int:
-        while True:
-            child = self._next[state].get(char)
-            if child is not None:
-                return child
-            if not state:
-                return 0
-            state = self._fail[state]
-
-    def _breadth_first(self) -> Iterator[tuple[int, str, int]]:
-        """Yield (state, char, child), shallow states first, so that a child's fail state is complete before it."""
-        level = [0]
-        while level:
-            edges = [(state, char, child) for state in level for char, child in self._next[state].items()]
-            yield from edges
-            level = [child for _, _, child in edges]
 
 
 class TransformersTokenizer:

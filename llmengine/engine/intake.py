@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from llmengine.batch import BackendInfo
+from llmengine.detokenizer import IncrementalDetokenizer, TokenTexts
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
 from llmengine.engine.engine import Engine
@@ -35,7 +36,7 @@ from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import ChatTokenizer, IncrementalDetokenizer, Tokenizer
+from llmengine.tokenizer import ChatTokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -107,6 +108,7 @@ class Intake:
         self._engine = engine
         self._info = info
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
         # Callers tend to send the same words with each request.
         self._bad_words = lru_cache(_NUM_CACHED_BAD_WORDS)(partial(bad_word_ids, tokenizer))
@@ -235,8 +237,6 @@ class Intake:
             log.logprobs = []
         if params.prompt_logprobs is not None:
             log.prompt_logprobs = [None]
-        if self.tokenizer is not None:
-            log.decode = self.tokenizer.decode
         return OutputStream(log, spec.options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -279,11 +279,9 @@ class Intake:
         self._check_length(encoded)
         return encoded
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Return the text of the token ids without special tokens; "" without a tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        return self.tokenizer.decode([token_id for token_id in token_ids if token_id not in self._special_ids])
+    def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Return the text of ids generated behind a prompt, without special tokens; "" without a tokenizer."""
+        return "" if self._texts is None else self._texts.text(prompt_token_ids, token_ids)
 
     def _check_length(self, encoded: Encoded, max_total_tokens: int | None = None) -> None:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
@@ -368,10 +366,15 @@ class Intake:
         if not params.ignore_eos:
             stop_token_ids |= self.eos_token_ids
         detokenizer = None
-        if self.tokenizer is not None:
+        if self._texts is not None:
             skip = self._special_ids if params.skip_special_tokens else frozenset()
+            structured = params.structured is not None
             with _tokenizer_faults():
-                detokenizer = IncrementalDetokenizer(self.tokenizer, encoded.token_ids, skip, params.stop)
+                detokenizer = IncrementalDetokenizer(
+                    self._texts, encoded.token_ids, skip, params.stop, structured=structured
+                )
+            log = stream.log
+            log.read_token = self._texts.reader(log.prompt_token_ids, log.token_ids, structured)
         grammar = None if params.structured is None else self._grammars.compile(params.structured, stop_token_ids)
         deadline, first_token_deadline = _deadlines(stream.log, spec)
         salt = spec.options.cache_salt

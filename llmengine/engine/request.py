@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from llmengine.batch import TokenLogprobs
+from llmengine.detokenizer import IncrementalDetokenizer
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.fair_queue import TenantShare
 from llmengine.engine.kv_cache import BlockTable
@@ -16,7 +17,6 @@ from llmengine.errors import RequestFailedError
 from llmengine.grammar import Grammar
 from llmengine.outputs import FinishReason
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(enum.Enum):
@@ -161,7 +161,7 @@ class Request:
             log.logprobs.append(logprobs)
         if token_id in self.stop_token_ids and len(output_ids) >= self.params.min_new_tokens:
             log.matched_stop = token_id
-            return "stop"
+            return "stop" if self.detokenizer is None else self._detokenize(self.detokenizer, token_id, ends=True)
         if self.detokenizer is not None and (reason := self._detokenize(self.detokenizer, token_id)) is not None:
             return reason
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
@@ -171,16 +171,18 @@ class Request:
         if (known := self.stream.log.prompt_logprobs) is not None:
             known += values[len(known) - position :]
 
-    def _detokenize(self, detokenizer: IncrementalDetokenizer, token_id: int) -> FinishReason | None:
+    def _detokenize(
+        self, detokenizer: IncrementalDetokenizer, token_id: int, ends: bool = False
+    ) -> FinishReason | None:
         log = self.stream.log
         may_stop = len(log.token_ids) >= self.params.min_new_tokens
         try:
-            log.pieces.append(detokenizer.push(token_id, check_stop=may_stop))
+            log.pieces.append(detokenizer.end(token_id) if ends else detokenizer.push(token_id, check_stop=may_stop))
         except BaseException as fault:  # of the caller's tokenizer; a panic of one in Rust is no `Exception`
             self._fail_decoding(fault)
             return "error"
         if detokenizer.stopped is None:
-            return None
+            return "stop" if ends else None
         log.matched_stop = detokenizer.stopped
         return "stop"
 
