@@ -226,9 +226,9 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
     """
     path = Path(path)
     if kind == "gguf":
-        from llmengine.models.gguf_file import read_gguf
+        from llmengine.models.gguf_split import read_split_gguf
 
-        return tokenizer_from_gguf(read_gguf(path).metadata, str(path))
+        return tokenizer_from_gguf(read_split_gguf(path).metadata, str(path))
     directory = path / "tokenizer" if kind == "engine" and (path / "tokenizer").is_dir() else path
     if not directory.is_dir():
         raise ModelLoadError(f"{directory}: no such directory, so there is no tokenizer to read")

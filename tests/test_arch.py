@@ -91,7 +91,7 @@ def test_yarn_options_and_derived_factor() -> None:
         ("hidden_size", True),
         ("intermediate_size", 0),
         ("num_hidden_layers", 10**12),
-        ("num_attention_heads", 4.0),
+        ("num_attention_heads", 4.5),
         ("num_key_value_heads", 3),
         ("num_key_value_heads", 8),
         ("head_dim", 7),
@@ -100,7 +100,7 @@ def test_yarn_options_and_derived_factor() -> None:
         ("rms_norm_eps", float("nan")),
         ("tie_word_embeddings", 1),
         ("attention_bias", "no"),
-        ("architectures", "LlamaForCausalLM"),
+        ("architectures", 3),
         ("rope_theta", -1.0),
         ("rope_theta", 10**400),
         ("rope_scaling", [1]),
@@ -135,6 +135,9 @@ def test_unsupported_options_say_what_is_supported(key: str, value: Any, message
 
 
 def test_model_type_stands_in_for_absent_architectures() -> None:
+    for found in (None, [], "LlamaForCausalLM", ["LlamaModel", "LlamaForCausalLM"]):
+        assert arch_of(architectures=found, model_type="llama") == arch_of()
+    assert arch_of(num_attention_heads=4.0, vocab_size=float(arch_of().vocab_size)) == arch_of()
     assert arch_of(architectures=None, model_type="llama").architecture == "LlamaForCausalLM"
     with pytest.raises(UnsupportedModelError, match="mamba"):
         arch_of(architectures=None, model_type="mamba")

@@ -496,7 +496,7 @@ def _stream(
     shapes = {name: shape for name, (_, shape) in layout.items()}
     check_tensors(shapes, {name: entry.shape for name, entry in entries.items()}, str(path))
     for name, (dtype, _) in layout.items():
-        if (found := DTYPE_NAMES[entries[name].dtype]) != dtype:
+        if (found := DTYPE_NAMES.get(entries[name].dtype, entries[name].dtype)) != dtype:
             raise CorruptFileError(f"{path}: tensor {name!r} is {found}, expected {dtype}")
     with path.open("rb") as file:
         for name, (dtype, shape) in wanted.items():

@@ -48,7 +48,7 @@ class Fields:
 
     def integer(self, key: str, default: int | None = None, *, low: int = 0, high: int = _MAX_INTEGER) -> int:
         """Return an integer in [low, high]; `default` is for an absent key."""
-        value = self._value(key, default)
+        value = _as_integer(self._value(key, default))
         if type(value) is not int or not low <= value <= high:
             raise self.error(key, f"an integer in [{low}, {high}]")
         return value
@@ -154,6 +154,11 @@ class Fields:
         return default if value is None else value
 
 
+def _as_integer(value: Any) -> Any:
+    """Return a float without a fraction as the integer that was meant."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def read_json_object(path: Path) -> Fields:
     """Return the object in a JSON file.
 
@@ -169,7 +174,7 @@ def read_json_object(path: Path) -> Fields:
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
     try:
-        return Fields(json.loads(raw.decode("utf-8")), str(path))
+        return Fields(json.loads(raw.decode("utf-8-sig")), str(path))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: is not JSON: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -154,13 +154,18 @@ def check_tensors(
     where: str,
     is_harmless: Callable[[str], bool] = lambda name: False,
     file_of: Callable[[str], str] | None = None,
+    may_be_padded: Collection[str] = (),
 ) -> None:
-    """Raise `CorruptFileError` unless the files hold the `expected` names and shapes, and beyond only harmless ones."""
+    """Raise `CorruptFileError` unless the files hold the `expected` names and shapes, and beyond only harmless ones.
+
+    Those that `may_be_padded` may have more rows than expected: an embedding's beyond the vocabulary are no token's.
+    """
     missing = [name for name in expected if name not in found]
     if missing:
         raise CorruptFileError(f"{where}: {_count(missing)} missing: {_listed(missing)}")
     for name, shape in expected.items():
-        if found[name] != shape:
+        is_padded = name in may_be_padded and found[name][1:] == shape[1:] and found[name][:1] > shape[:1]
+        if found[name] != shape and not is_padded:
             file = file_of(name) if file_of else where
             raise CorruptFileError(f"{file}: tensor {name!r} has shape {found[name]}, expected {shape}")
     left_over = [name for name in found if name not in expected and not is_harmless(name)]

@@ -90,11 +90,6 @@ def _reject_other_kinds(gguf: GgufFile, metadata: Fields) -> None:
 
 
 def _reject_unsupported(metadata: Fields, name: str) -> None:
-    num_files = metadata.integer("split.count", 1)
-    if num_files > 1:
-        raise UnsupportedModelError(
-            f"{metadata.where}: is one of {num_files} split files; merge them (llama-gguf-split --merge)"
-        )
     if metadata.integer(f"{name}.expert_count", 0):
         raise UnsupportedModelError(f"{metadata.where}: mixture of experts ({name}.expert_count) is not supported")
 
@@ -212,7 +207,7 @@ def _numbers(gguf: GgufFile, name: str, count: int) -> tuple[float, ...]:
         raise CorruptFileError(f"{gguf.path}: 1 tensor missing: {name}")
     if tensor.shape != (count,) or tensor.type != "F32":
         raise CorruptFileError(f"{gguf.path}: tensor {name!r} is {tensor.type} {tensor.shape}, expected F32 ({count},)")
-    with gguf.path.open("rb") as file:
+    with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         raw = file.read(tensor.size_bytes)
     if len(raw) != tensor.size_bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -22,7 +23,8 @@ from llmengine.models.fused import (
     stream_fused,
 )
 from llmengine.models.gguf_arch import ROPE_TENSORS, arch_from_gguf
-from llmengine.models.gguf_file import GgufFile, GgufTensor, read_gguf
+from llmengine.models.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
+from llmengine.models.gguf_split import read_split_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +54,14 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_gguf(path: Path) -> ModelSource:
-    """Return the checkpoint of a GGUF file; reads everything but the tensors."""
-    gguf = read_gguf(path)
+    """Return the checkpoint of a GGUF file, or of several into which one was split and of which `path` is any; reads
+    everything but the tensors."""
+    gguf = read_split_gguf(path)
+    path = gguf.path
     metadata = Fields(gguf.metadata, str(path))
     arch = arch_from_gguf(gguf, metadata)
     stored_name = stored_names(arch)
-    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
-    check_tensors(stored_shapes(arch, stored_name), shapes, str(path), _is_harmless)
+    _check_tensors(gguf, stored_shapes(arch, stored_name))
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
     return ModelSource(
         kind="gguf",
@@ -86,24 +89,48 @@ def stored_names(arch: ModelArch) -> Callable[[str], str]:
     return stored_name
 
 
-def _is_harmless(name: str) -> bool:
-    return name in ROPE_TENSORS or name.endswith(".attn_rot_embd.weight")
+def _check_tensors(gguf: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the file has the `expected` tensors, of types that can be read, and no others that count."""
+
+    def is_harmless(name: str) -> bool:
+        tensor = gguf.tensors[name]
+        is_known = name in ROPE_TENSORS or name.endswith(".attn_rot_embd.weight")
+        return is_known or tensor.type not in BLOCK_SIZES or 0 in tensor.shape
+
+    for name in expected:
+        tensor = gguf.tensors.get(name)
+        if tensor is not None and tensor.type not in BLOCK_SIZES:
+            raise UnsupportedModelError(
+                f"{tensor.path}: tensor {name!r} has {tensor.type}; supported are {', '.join(BLOCK_SIZES)}"
+            )
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    padded = ("token_embd.weight", "output.weight")
+    check_tensors(
+        expected,
+        shapes,
+        str(gguf.path),
+        is_harmless,
+        lambda name: str(gguf.tensors[name].path),
+        may_be_padded=padded,
+    )
 
 
 def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream:
     interleaved, places = family_of(arch).gguf_interleaves_qk, stored_parts(arch, stored_names(arch))
-    with gguf.path.open("rb") as file:
+    with ExitStack() as stack:
+        paths = sorted({gguf.tensors[place.tensor].path for place in places.values()})
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
 
         def read_part(part: str, out: torch.Tensor) -> None:
             is_rotated = interleaved and part.split(".")[-2] in ("q", "k")
             place = places[part]
             tensor = gguf.tensors[place.tensor].rows(place.first_row, place.num_rows)
-            _read_tensor(gguf.path, file, tensor, out, arch.head_dim if is_rotated else 1)
+            _read_tensor(files[tensor.path], tensor, out, arch.head_dim if is_rotated else 1)
 
         yield from stream_fused(arch, dtype, read_part)
 
 
-def _read_tensor(path: Path, file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
+def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
     """Fill `out` (contiguous, of the tensor's shape) a bounded number of rows at a time.
 
     With head_dim > 1 the rows of each head are brought back from interleaved order (0, d/2, 1, d/2 + 1, ...) to halves
@@ -114,7 +141,7 @@ def _read_tensor(path: Path, file: BinaryIO, tensor: GgufTensor, out: torch.Tens
     from llmengine.models.gguf_dequant import dequantize
 
     if out.dim() == 1 and tensor.type not in _DTYPES:
-        raise UnsupportedModelError(f"{path}: vector {tensor.name!r} is quantized ({tensor.type})")
+        raise UnsupportedModelError(f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type})")
     num_columns = tensor.shape[-1]
     rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
     row_bytes = tensor.size_bytes // rows.shape[0]
@@ -122,7 +149,7 @@ def _read_tensor(path: Path, file: BinaryIO, tensor: GgufTensor, out: torch.Tens
     file.seek(tensor.offset)
     for piece in torch.split(rows, step):
         raw = torch.empty((piece.shape[0], row_bytes), dtype=torch.uint8)
-        read_exactly(file, raw, f"{path}: tensor {tensor.name!r}")
+        read_exactly(file, raw, f"{tensor.path}: tensor {tensor.name!r}")
         data = raw.numpy()
         if head_dim > 1:
             data = data.reshape(-1, head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1, row_bytes)

@@ -77,6 +77,11 @@ _TYPE_NAMES = {
     21: "IQ3_S",
     22: "IQ2_S",
     23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
     29: "IQ1_M",
     30: "BF16",
     34: "TQ1_0",
@@ -88,8 +93,12 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies. `shape` is row-major, as torch writes it; `offset` counts from the start of the file."""
+    """Where a tensor lies. `shape` is row-major, as torch writes it; `offset` counts from the start of the file `path`.
 
+    `type` is a name of `BLOCK_SIZES`, or else of a type that cannot be read; `size_bytes` is then 0.
+    """
+
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: str
@@ -109,9 +118,10 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What a GGUF file says of itself; tensor data stays in the file.
+    """What a GGUF file says of itself; tensor data stays in the file. Of a split model, all files as one.
 
-    `metadata` holds str, int, float, bool, and lists of these for arrays; keys as written ("tokenizer.ggml.tokens").
+    `path` is the first file. `metadata` holds str, int, float, bool, and lists of these for arrays; keys as written
+    ("tokenizer.ggml.tokens").
     """
 
     path: Path
@@ -130,8 +140,8 @@ class GgufFile:
 def read_gguf(path: str | Path) -> GgufFile:
     """Return metadata and tensor table of a GGUF file.
 
-    Raises `CorruptFileError` naming file and position for a damaged one, `UnsupportedModelError` for another version,
-    byte order or tensor type, `ModelLoadError` if it cannot be opened.
+    Tensors may be of any type. Raises `CorruptFileError` naming file and position for a damaged file,
+    `UnsupportedModelError` for another version or byte order, `ModelLoadError` if it cannot be opened.
     """
     path = Path(path)
     try:
@@ -152,6 +162,12 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
         raise CorruptFileError(f"{path}: begins with {magic!r}, expected {_MAGIC!r}")
     version = cursor.scalar("I", "version")
     if version not in _VERSIONS:
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if swapped in _VERSIONS:
+            raise UnsupportedModelError(
+                f"{path}: is big-endian (GGUF version {swapped}); only little-endian files are supported: convert it "
+                "(gguf-py: gguf_convert_endian.py)"
+            )
         raise UnsupportedModelError(f"{path}: GGUF version {version:#x} is none of {_VERSIONS} in little-endian order")
     num_tensors = cursor.count(24, "tensor count")
     num_pairs = cursor.count(13, "metadata count")
@@ -178,18 +194,14 @@ def _read_tensor_entry(cursor: _Cursor, index: int) -> GgufTensor:
     shape = tuple(cursor.scalar("Q", name) for _ in range(num_dims))[::-1]
     type_id = cursor.scalar("I", name)
     offset = cursor.scalar("Q", name)
-    type_name = _TYPE_NAMES.get(type_id)
-    if type_name is None:
-        raise UnsupportedModelError(
-            f"{cursor.path}: tensor {name!r} has ggml type {type_id}; supported are {', '.join(BLOCK_SIZES)}"
-        )
-    block_size, block_bytes = BLOCK_SIZES[type_name]
-    if shape[-1] % block_size or 0 in shape:
+    type_name = _TYPE_NAMES.get(type_id, f"ggml type {type_id}")
+    block_size, block_bytes = BLOCK_SIZES.get(type_name, (1, 0))
+    if shape[-1] % block_size:
         raise CorruptFileError(
             f"{cursor.path}: tensor {name!r} has shape {shape}, expected rows of a multiple of "
             f"{block_size} ({type_name})"
         )
-    return GgufTensor(name, shape, type_name, offset, prod(shape) // block_size * block_bytes)
+    return GgufTensor(cursor.path, name, shape, type_name, offset, prod(shape) // block_size * block_bytes)
 
 
 def _place_tensors(
@@ -205,7 +217,7 @@ def _place_tensors(
         if entry.offset % alignment or entry.name in tensors:
             problem = f"offset {entry.offset} is no multiple of {alignment}" if entry.offset % alignment else "twice"
             raise CorruptFileError(f"{path}: tensor {entry.name!r}: {problem}")
-        tensors[entry.name] = GgufTensor(entry.name, entry.shape, entry.type, start + entry.offset, entry.size_bytes)
+        tensors[entry.name] = replace(entry, offset=start + entry.offset)
     return tensors
 
 

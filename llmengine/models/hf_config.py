@@ -78,12 +78,15 @@ def arch_from_hf_config(config: Mapping[str, Any], where: str) -> ModelArch:
 
 
 def _hf_family(fields: Fields) -> ModelFamily:
-    if fields.has("architectures"):
-        found = fields.strings("architectures")
+    if fields.values.get("architectures"):
+        is_text = isinstance(fields.values["architectures"], str)
+        found = [fields.string("architectures")] if is_text else fields.strings("architectures")
         for family in FAMILIES:
-            if found == [family.architecture]:
+            if family.architecture in found:
                 return family
-        raise unsupported_architecture(fields.where, ", ".join(found) or "(none)")
+        raise unsupported_architecture(fields.where, ", ".join(found))
+    if fields.has("architectures") and not fields.has("model_type"):
+        raise unsupported_architecture(fields.where, "(none)")
     model_type = fields.string("model_type")
     for family in FAMILIES:
         if family.model_type == model_type:

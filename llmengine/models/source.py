@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from llmengine.errors import ConfigError, ModelLoadError
-from llmengine.models.adapters import adapter_directories, refuse_adapters
+from llmengine.models.adapters import adapter_directories, refuse_adapters, refuse_gguf_adapter
 from llmengine.models.dummy import open_dummy
 from llmengine.models.engine_dir import MANIFEST_NAME, open_engine
 from llmengine.models.fused import ModelSource
 from llmengine.models.gguf_checkpoint import open_gguf
+from llmengine.models.gguf_file import read_gguf
+from llmengine.models.gguf_split import first_files
 from llmengine.models.hf_checkpoint import WEIGHT_FILES, open_hf
 
 __all__ = ["ModelSource", "open_model"]
@@ -20,7 +22,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_model(path: str | Path, load_format: Literal["auto", "dummy"] = "auto") -> ModelSource:
-    """Open a saved engine directory, a Hugging Face directory, a `.gguf` file or a directory with one `.gguf` file.
+    """Open a saved engine directory, a Hugging Face directory, a `.gguf` file, any file of a split one, or a directory
+    with one GGUF model.
 
     Reads metadata only, and without torch (except for .bin files whose config.json names no dtype).
     load_format="dummy" takes a directory's config.json and makes random weights. Raises `ModelLoadError` if there is no
@@ -52,6 +55,26 @@ def _open(path: str | Path, load_format: Literal["auto", "dummy"]) -> ModelSourc
     raise ModelLoadError(f"{place}: is a file but not a .gguf one; give a model's directory or a .gguf file")
 
 
+def _one_model(directory: Path, gguf_files: list[Path]) -> Path:
+    """Return the one of several files that is a model: projectors and importance matrices often lie beside it."""
+    kinds = {file: _gguf_kind(file) for file in gguf_files} if len(gguf_files) > 1 else {}
+    adapters = [file for file, kind in kinds.items() if kind == "adapter"]
+    if adapters:
+        refuse_gguf_adapter(str(adapters[0]), "beside a model")
+    models = [file for file, kind in kinds.items() if kind == "model"] or gguf_files
+    if len(models) > 1:
+        listed = ", ".join(file.name for file in models)
+        raise ModelLoadError(f"{directory}: holds several .gguf files, give the path of one: {listed}")
+    return models[0]
+
+
+def _gguf_kind(path: Path) -> str:
+    try:
+        return read_gguf(path).kind
+    except ModelLoadError:  # damaged or unknown, so perhaps the one that is meant
+        return "model"
+
+
 def _open_directory(directory: Path) -> ModelSource:
     refuse_adapters(directory)
     if (directory / MANIFEST_NAME).is_file():
@@ -61,11 +84,8 @@ def _open_directory(directory: Path) -> ModelSource:
     has_weights = any((directory / name).exists() for name in WEIGHT_FILES)
     if (directory / "config.json").is_file() and (has_weights or not gguf_files):
         return open_hf(directory)
-    if len(gguf_files) > 1:
-        listed = ", ".join(file.name for file in gguf_files)
-        raise ModelLoadError(f"{directory}: holds several .gguf files, give the path of one: {listed}")
     if gguf_files:
-        return open_gguf(gguf_files[0])
+        return open_gguf(_one_model(directory, first_files(gguf_files)))
     adapters = adapter_directories(directory.iterdir())
     hint = f"; its subdirectories with adapters are no models either: {', '.join(adapters)}" if adapters else ""
     raise ModelLoadError(f"{directory}: holds no model: neither engine.json, nor config.json, nor a .gguf file{hint}")
