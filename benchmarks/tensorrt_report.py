@@ -130,14 +130,14 @@ def _add_plans(report: Report, plans: dict[str, Any]) -> None:
     ]
     report.tables["Plans"] = format_table(["plan", "build s", "peak host MiB", "network"], rows)
     checks = plans["verification"]["checks"]
-    report.tables["Errors against torch, at the sizes where they are largest"] = format_table(
-        ["output", "T", "S", "rms", "limit", "largest", "limit"],
+    report.tables["Errors against torch, in units of the expected rounding, where they are largest"] = format_table(
+        ["output", "T", "S", "rms", "limit", "column", "limit", "largest", "limit"],
         [
             [
                 f"{check['plan']} {check['output']}",
                 str(check["tokens"]),
                 str(check["samples"]),
-                *(f"{check[key]:.2e}" for key in ("rms_error", "rms_limit", "max_error", "max_limit")),
+                *(f"{check[f'{of}_{what}']:.2f}" for of in ("rms", "column", "max") for what in ("error", "limit")),
             ]
             for check in checks
         ],

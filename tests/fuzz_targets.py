@@ -411,7 +411,7 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
         stream=lambda dtype: stream_dummy(_PLAN_ARCH, dtype),
     )
     request = dataclasses.replace(_PLAN_REQUEST, weight_mode=mode)
-    check = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, finite=True)
+    check = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, finite=True)
     verified = Verification("tensorrt_rtx 1.7", "NVIDIA L4", "2026-11-22", (check,), {1: (10.0, 12.0)})
     plans = get_plans(request, source, 1, cache=cache, build=_build_plans)
     plans = plans.replace(verification=verified.to_dict(), library_cache=b'{"kernels": [1, 2]}')

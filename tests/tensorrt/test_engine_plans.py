@@ -248,7 +248,7 @@ def test_inspect_and_verify_show_an_engine(tmp_path: Path, saved: PlanSet, capsy
 
 
 def test_inspect_tells_whether_plans_passed(tmp_path: Path, saved: PlanSet, capsys: pytest.CaptureFixture[str]) -> None:
-    good = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, finite=True)
+    good = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, finite=True)
     bad = dataclasses.replace(good, output="x_out", rms_error=2.0)
     for checks, text in (((good,), "1 outputs agree with torch; dense"), ((good, bad), "FAILED on NVIDIA L4")):
         found = Verification("tensorrt_rtx 1.7.1", "NVIDIA L4", "2026-11-22", checks, {8: (90.0, 120.0)})

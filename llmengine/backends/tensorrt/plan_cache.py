@@ -4,7 +4,7 @@ A directory of files that appear by renaming, so that processes may share it and
 
     {key}.json        which plan a key has, and what building it took; the key covers all that the plan depends on
     {sha256}.plan     a plan, named by its contents
-    {set}.set.json    what was found out about a set of plans on this machine: its verification
+    {set}.*.set.json  what was found out about a set of plans on this machine: its verification, for each criterion
     {set}.cache       the library's own cache for that set
     timing-*.cache    what a library has measured, for its next builds
     build-*/          files of a build under way
@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer
 from llmengine.backends.tensorrt.plans import BuiltPlan
 from llmengine.backends.tensorrt.spec import SegmentSpec
@@ -119,14 +120,14 @@ class PlanCache:
         if plan_set.library_cache is not None and self.timing_file(plan_set.producer) is None:
             self._write(f"{name}.cache", plan_set.library_cache)
         if plan_set.verification is not None:
-            self._write(f"{name}.set.json", json.dumps({"verification": dict(plan_set.verification)}).encode())
+            self._write(_verification_file(name), json.dumps({"verification": dict(plan_set.verification)}).encode())
 
     def recall(self, plan_set: PlanSet) -> PlanSet:
         """Return the set with what `remember` kept for its plans, where it did."""
         name = _set_name(plan_set)
         verification, library_cache = plan_set.verification, plan_set.library_cache
         with contextlib.suppress(EngineError):
-            fields = read_json_object(self._directory / f"{name}.set.json").fields("verification")
+            fields = read_json_object(self._directory / _verification_file(name)).fields("verification")
             verification = dict(fields.values)
         with contextlib.suppress(OSError):
             library_cache = (self.timing_file(plan_set.producer) or self._directory / f"{name}.cache").read_bytes()
@@ -210,6 +211,11 @@ def _seal(key: str, facts: Mapping[str, Any]) -> str:
 def _set_name(plan_set: PlanSet) -> str:
     content = {name: plan.file.sha256 for name, plan in plan_set.plans.items()}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _verification_file(set_name: str) -> str:
+    """Return the name of a file that other versions of the package, which judge otherwise, neither read nor replace."""
+    return f"{set_name}.{criterion.VERSION}.set.json"
 
 
 def _age_s(path: Path) -> float:

@@ -1,18 +1,50 @@
-"""What a segment computes, in torch: the formulas of `network.py` once more, written independently of TensorRT."""
+"""What a segment computes, in torch: the formulas of `network.py` once more, written independently of TensorRT.
+
+`outputs_of` has the formulas, over an `Arithmetic`: torch's own here, and one that follows the rounding errors in
+`rounding.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmengine.backends.tensorrt.spec import SegmentSpec
+from llmengine.backends.tensorrt.spec import SegmentKind, SegmentSpec
 
-_ROWS = 8192
+ROWS = 8192
 """Rows of a matrix that are converted to another type at a time."""
+
+V = TypeVar("V")
+
+
+class Arithmetic(Protocol[V]):
+    """The operations that segments are made of; each result that is stored in the spec's dtype is rounded to it."""
+
+    def input(self, name: str) -> V:
+        """Return an activation, [T, columns]."""
+
+    def sampled_input(self, name: str) -> V:
+        """Return the sampled rows of an activation, [S, columns]."""
+
+    def add(self, a: V, b: V) -> V:
+        """Return a + b."""
+
+    def norm(self, x: V, name: str) -> V:
+        """Return RMSNorm of the rows by a weight; x itself where the model has no such norm."""
+
+    def linear(self, x: V, name: str) -> V:
+        """Return x @ weight.T, plus the bias where there is one."""
+
+    def gated(self, gate_up: V) -> V:
+        """Return activation(gate) * up of the left and the right half of the columns."""
+
+    def capped(self, logits: V) -> V:
+        """Return the logits scaled and soft-capped, in fp32 at least."""
 
 
 def reference(spec: SegmentSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -21,33 +53,37 @@ def reference(spec: SegmentSpec, tensors: Mapping[str, Tensor], dtype: torch.dty
     Args:
         tensors: inputs, and weights by their names in the plan, of any floating dtype.
     """
-    return {"first": _first, "mid": _mid, "last": _last}[spec.kind](_Torch(spec, tensors, dtype))
+    return outputs_of(spec.kind, _Torch(spec, tensors, dtype))
 
 
-def _first(torch_: _Torch) -> dict[str, Tensor]:
-    return {"qkv": torch_.qkv(torch_.input("x"), "")}
+def outputs_of(kind: SegmentKind, ops: Arithmetic[V]) -> dict[str, V]:
+    """Return a segment's outputs by name."""
+    if kind == "first":
+        return {"qkv": _qkv(ops, ops.input("x"), "")}
+    if kind == "mid":
+        x = _after_attention(ops, ops.input("attended"), ops.input("x"))
+        return {"x_out": x, "qkv": _qkv(ops, x, "next.")}
+    x = _after_attention(ops, ops.sampled_input("attended"), ops.sampled_input("x"))
+    return {"logits": ops.capped(ops.linear(ops.norm(x, "final_norm"), "lm_head"))}
 
 
-def _mid(torch_: _Torch) -> dict[str, Tensor]:
-    x = torch_.after_attention(torch_.input("attended"), torch_.input("x"))
-    return {"x_out": x, "qkv": torch_.qkv(x, "next.")}
+def activate(gate: Tensor, spec: SegmentSpec) -> Tensor:
+    """Return the MLP's activation of each element."""
+    return F.silu(gate) if spec.numerics.activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _last(torch_: _Torch) -> dict[str, Tensor]:
-    rows = torch_.tensors["sample_tokens"]
-    x = torch_.after_attention(torch_.input("attended")[rows], torch_.input("x")[rows])
-    logits = torch_.linear(torch_.norm(x, "final_norm"), "lm_head").to(torch_.wide)
-    numerics = torch_.spec.numerics
-    logits = logits * numerics.logit_scale
-    if numerics.logit_soft_cap is not None:
-        logits = torch.tanh(logits / numerics.logit_soft_cap) * numerics.logit_soft_cap
-    return {"logits": logits}
+def _qkv(ops: Arithmetic[V], x: V, prefix: str) -> V:
+    return ops.linear(ops.norm(x, f"{prefix}input_norm"), f"{prefix}qkv")
+
+
+def _after_attention(ops: Arithmetic[V], attended: V, x: V) -> V:
+    x = ops.add(x, ops.norm(ops.linear(attended, "o"), "attention_out_norm"))
+    gate_up = ops.linear(ops.norm(x, "post_attention_norm"), "gate_up")
+    return ops.add(x, ops.norm(ops.linear(ops.gated(gate_up), "down"), "mlp_out_norm"))
 
 
 @dataclass(frozen=True, slots=True)
 class _Torch:
-    """The operations of segments in torch."""
-
     spec: SegmentSpec
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype
@@ -60,17 +96,11 @@ class _Torch:
     def input(self, name: str) -> Tensor:
         return self.tensors[name].to(self.dtype)
 
-    def qkv(self, x: Tensor, prefix: str) -> Tensor:
-        return self.linear(self.norm(x, f"{prefix}input_norm"), f"{prefix}qkv")
+    def sampled_input(self, name: str) -> Tensor:
+        return self.input(name)[self.tensors["sample_tokens"]]
 
-    def after_attention(self, attended: Tensor, x: Tensor) -> Tensor:
-        x = x + self.norm(self.linear(attended, "o"), "attention_out_norm")
-        gate, up = self.linear(self.norm(x, "post_attention_norm"), "gate_up").to(self.wide).chunk(2, dim=-1)
-        if self.spec.numerics.activation == "silu":
-            activated = F.silu(gate)
-        else:
-            activated = F.gelu(gate, approximate="tanh")
-        return x + self.norm(self.linear((activated * up).to(self.dtype), "down"), "mlp_out_norm")
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         weight = self.tensors.get(f"{name}.weight")
@@ -81,7 +111,18 @@ class _Torch:
         return (exact * inverse * weight.to(self.wide)).to(self.dtype)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        parts = self.tensors[f"{name}.weight"].split(_ROWS)
+        parts = self.tensors[f"{name}.weight"].split(ROWS)
         product = torch.cat([x @ rows.to(self.dtype).T for rows in parts], dim=1)
         bias = self.tensors.get(f"{name}.bias")
         return product if bias is None else product + bias.to(self.dtype)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(self.wide).chunk(2, dim=-1)
+        return (activate(gate, self.spec) * up).to(self.dtype)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        numerics = self.spec.numerics
+        logits = logits.to(self.wide) * numerics.logit_scale
+        if numerics.logit_soft_cap is not None:
+            logits = torch.tanh(logits / numerics.logit_soft_cap) * numerics.logit_soft_cap
+        return logits

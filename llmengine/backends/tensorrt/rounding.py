@@ -1,0 +1,135 @@
+"""How large the rounding errors of a segment's outputs are to be expected: their variance, element by element.
+
+Each value that a segment stores in its dtype is off by up to half a unit in the last place (ulp), which is taken as
+uniform and independent: variance ulp^2 / 12. The inputs count as rounded as well, which in a model they are: an error
+as small as theirs does no harm, wherever it comes from. To first order an output's error is a sum of such errors with
+the derivatives as weights, so the variances are carried through the formulas beside exact values. Products are summed
+in fp32, in any order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean
+square. The model is that of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error
+Analysis", SIAM J. Sci. Comput. 41 (2019), with the errors' actual sizes in place of bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmengine.backends.tensorrt.reference import ROWS, activate, outputs_of
+from llmengine.backends.tensorrt.spec import SegmentSpec
+
+MAX_ROWS = 512
+"""Rows of activations that are computed at a time: float64 takes four times the memory of a plan's types."""
+
+_STEP = 1e-5
+"""Half the distance between the points that a derivative is taken from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Values and the errors that rounding gives them.
+
+    Attributes:
+        value: float64 [rows, columns], as if nothing had been rounded.
+        variance: float32 [rows, columns], of the errors that are independent of each other.
+        row_variance: float32 [rows, 1] or 0, of a relative error that a row's values have in common.
+    """
+
+    value: Tensor
+    variance: Tensor
+    row_variance: Tensor | float = 0.0
+
+    @property
+    def total_variance(self) -> Tensor:
+        """Variance of each element's error, float32 [rows, columns]."""
+        return self.variance + self.row_variance * self.value.square().float()
+
+
+def expected_rows(
+    spec: SegmentSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[slice, dict[str, Rounded]]]:
+    """Yield some rows after the other: which ones, and the outputs by name, for a plan that rounds to `dtype`.
+
+    Args:
+        tensors: inputs, and weights by their names in the plan.
+    """
+    names = ["sample_tokens"] if spec.kind == "last" else [tensor.name for tensor in spec.inputs]
+    num_rows = len(tensors[names[0]])
+    for begin in range(0, num_rows, MAX_ROWS):
+        rows = slice(begin, min(begin + MAX_ROWS, num_rows))
+        part = {**tensors, **{name: tensors[name][rows] for name in names}}
+        yield rows, outputs_of(spec.kind, _Rounding(spec, part, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounding:
+    """`Arithmetic` on exact values with variances."""
+
+    spec: SegmentSpec
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+    def input(self, name: str) -> Rounded:
+        return self._stored(self.tensors[name].double(), 0.0)
+
+    def sampled_input(self, name: str) -> Rounded:
+        return self._stored(self.tensors[name][self.tensors["sample_tokens"]].double(), 0.0)
+
+    def add(self, a: Rounded, b: Rounded) -> Rounded:
+        return self._stored(a.value + b.value, a.total_variance + b.total_variance)
+
+    def norm(self, x: Rounded, name: str) -> Rounded:
+        weight = self.tensors.get(f"{name}.weight")
+        if weight is None:
+            return x
+        squares = x.value.square()
+        mean = squares.mean(-1, keepdim=True) + self.spec.numerics.rms_norm_eps
+        factor = mean.rsqrt() * weight.double()
+        variance = x.total_variance
+        # The root's error is that of the mean of the squares, and all of the row has it.
+        of_mean = 4 * (squares * variance).sum(-1, keepdim=True) / squares.shape[-1] ** 2
+        row_variance = (of_mean / (4 * mean.square())).float()
+        stored = self._stored(x.value * factor, factor.square().float() * variance)
+        return Rounded(stored.value, stored.variance, row_variance)
+
+    def linear(self, x: Rounded, name: str) -> Rounded:
+        weight = self.tensors[f"{name}.weight"]
+        sums = x.value.shape[-1] / 6 * torch.finfo(torch.float32).eps ** 2 / 12
+        spread = x.variance + sums * x.value.square().float()
+        values, variances = [], []
+        for part in weight.split(ROWS):
+            values.append(x.value @ part.double().T)
+            variances.append(spread @ part.float().square().T)
+        value, variance = torch.cat(values, dim=1), torch.cat(variances, dim=1)
+        variance += (x.row_variance + 2 * sums) * value.square().float()
+        product = self._stored(value, variance)
+        bias = self.tensors.get(f"{name}.bias")
+        return product if bias is None else self._stored(product.value + bias.double(), product.variance)
+
+    def gated(self, gate_up: Rounded) -> Rounded:
+        (gate, up), (of_gate, of_up) = gate_up.value.chunk(2, -1), gate_up.total_variance.chunk(2, -1)
+        activated = activate(gate, self.spec)
+        slope = (activate(gate + _STEP, self.spec) - activate(gate - _STEP, self.spec)) / (2 * _STEP)
+        variance = (slope * up).square().float() * of_gate + activated.square().float() * of_up
+        return self._stored(activated * up, variance)
+
+    def capped(self, logits: Rounded) -> Rounded:
+        numerics = self.spec.numerics
+        value, variance = logits.value * numerics.logit_scale, logits.total_variance * numerics.logit_scale**2
+        if numerics.logit_soft_cap is not None:
+            bounded = torch.tanh(value / numerics.logit_soft_cap)
+            value, variance = bounded * numerics.logit_soft_cap, (1 - bounded.square()).square().float() * variance
+        return Rounded(value, variance + _ulp(value, torch.float32).square() / 12)
+
+    def _stored(self, value: Tensor, variance: Tensor | float) -> Rounded:
+        """Return a value that is rounded to the plan's dtype."""
+        return Rounded(value, variance + _ulp(value, self.dtype).square() / 12)
+
+
+def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the distance of neighbours in `dtype` where the values are, float32."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(value.abs().clamp_min(info.smallest_normal)).exponent - 1
+    return torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float32), exponent)
