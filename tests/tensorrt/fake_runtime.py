@@ -73,6 +73,7 @@ class FakeTensorRt:
 
     Attributes:
         failing: names of calls that fail from now on, as the library's do: False or None, and a message in the log.
+        complaining: names of calls that only log an error from now on, and go on.
         executed: name of each plan's segment, in the order of the executions.
         num_contexts: contexts created.
     """
@@ -90,6 +91,7 @@ class FakeTensorRt:
         self.memory = LiveMemory(device)
         self.execute = execute or Executor()
         self.failing: set[str] = set()
+        self.complaining: set[str] = set()
         self.executed: list[str] = []
         self.num_contexts = 0
 
@@ -190,6 +192,8 @@ class _Part:
     def _fails(self, call: str) -> bool:
         if call in self._fake.failing:
             self._logger.log(Severity.ERROR, f"{call} was told to fail")
+        if call in self._fake.complaining:
+            self._logger.log(Severity.INTERNAL_ERROR, f"{call} was told to complain")
         return call in self._fake.failing
 
 
@@ -218,6 +222,7 @@ class FakeRuntimeConfig(_Part):
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         """Remember it."""
+        self._fails("set_execution_context_allocation_strategy")
         self.strategy = strategy
 
     def create_runtime_cache(self) -> FakeCache | None:
@@ -237,7 +242,7 @@ class FakeCache(_Part):
 
     def deserialize(self, blob: bytes) -> bool:
         """Take the content of an earlier one."""
-        if not blob.startswith(b"cache"):
+        if self._fails("deserialize") or not blob.startswith(b"cache"):
             return False
         self.num_compiled = int(blob[5:])
         return True
@@ -261,14 +266,21 @@ class FakeEngine(_Part):
         self._io = {**inputs, **outputs}
         self.num_io_tensors = len(self._io)
         self.num_optimization_profiles = len(spec.profiles)
-        self.device_memory_size_v2 = 64 * max(profile.tokens.max for profile in spec.profiles)
+
+    @property
+    def device_memory_size_v2(self) -> int:
+        """Bytes of scratch memory."""
+        self._fails("device_memory_size_v2")
+        return 64 * max(profile.tokens.max for profile in self.spec.profiles)
 
     def get_tensor_name(self, index: int) -> str:
         """Return the name of an input or output."""
+        self._fails("get_tensor_name")
         return list(self._io)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
         """Return which it is."""
+        self._fails("get_tensor_mode")
         modes = self._fake.TensorIOMode
         return modes.INPUT if name in self.inputs else modes.OUTPUT
 
@@ -290,6 +302,7 @@ class FakeEngine(_Part):
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         """Return the least, best and largest shape."""
+        self._fails("get_tensor_profile_shape")
         profile = self.spec.profiles[profile_index]
         shape = self.inputs[name][1]
         return [
@@ -336,6 +349,7 @@ class FakeContext(_Part):
 
     def set_device_memory(self, memory: int, size: int) -> None:
         """Take the caller's memory."""
+        self._fails("set_device_memory")
         self._scratch = (memory, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -352,7 +366,7 @@ class FakeContext(_Part):
 
     def infer_shapes(self) -> list[str]:
         """Return the activations without a shape."""
-        if "infer_shapes" in self._fake.failing:
+        if self._fails("infer_shapes"):
             return ["x"]
         return [tensor.name for tensor in self._spec.inputs if tensor.name not in self._shapes]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +119,19 @@ def test_a_library_that_builds_for_the_device_at_hand_is_told_no_other(library: 
     assert getattr(config, "num_compute_capabilities", None) == before
 
 
+def run_as_thread_of_the_library(function: Callable[[], None]) -> None:
+    """Run a function in a thread that `threading` does not know, as those that a library starts."""
+    done = threading.Event()
+    _thread.start_new_thread(lambda: (function(), done.set()), ())
+    assert done.wait(30)
+
+
+def run_as_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
 def test_messages_arrive_at_the_thread_that_caused_them(library: Library, caplog: pytest.LogCaptureFixture) -> None:
     severity = library.trt.ILogger.Severity
     others: list[str] = []
@@ -129,17 +146,103 @@ def test_messages_arrive_at_the_thread_that_caused_them(library: Library, caplog
         library.log.handle.log(severity.WARNING, "not an error")
         with library.log.capture() as inner:
             library.log.handle.log(severity.INTERNAL_ERROR, "second")
-        for task in (another_thread, lambda: library.log.handle.log(severity.ERROR, "a thread of the library's")):
-            thread = threading.Thread(target=task)
-            thread.start()
-            thread.join()
+        with library.log.capture(pass_on=False):
+            library.log.handle.log(severity.ERROR, "of no importance")
+        run_as_thread(another_thread)
+        run_as_thread(lambda: library.log.handle.log(severity.ERROR, "of code beside us"))
+        for text in ("a thread of the library's", "another, known to logging by now"):
+            run_as_thread_of_the_library(lambda text=text: library.log.handle.log(severity.ERROR, text))
     library.log.handle.log(severity.ERROR, "too late")
     assert inner == ["second"]
-    assert messages == ["first", "second", "a thread of the library's"]
+    assert messages == ["first", "second", "a thread of the library's", "another, known to logging by now"]
     assert others == ["its own"]
     levels = {record.getMessage(): record.levelno for record in caplog.records}
     assert levels["not an error"] == logging.WARNING
     assert levels["second"] == logging.ERROR
+
+
+def test_calls_fail_by_what_they_return_raise_or_log(library: Library) -> None:
+    log, error = library.log.handle.log, library.trt.ILogger.Severity.ERROR
+
+    def refuse() -> None:
+        log(error, "no room")
+        not_none(None, "the call")
+
+    def complain() -> None:
+        log(error, "no effect")
+
+    def start() -> None:
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    for call, said in (
+        (refuse, "it fails: TensorRT refused the call: 'no room'"),
+        (complain, "it fails: TensorRT logged 'no effect'"),
+        (start, "it fails: CUDA driver version is insufficient; install a newer NVIDIA driver"),
+    ):
+        with pytest.raises(EngineError) as caught, library.calls("it fails"):
+            call()
+        assert str(caught.value) == said
+    with pytest.raises(ConfigError, match=r"^as it was$"), library.calls("it fails"):
+        raise ConfigError("as it was")
+    with library.calls("it fails", lambda text: "effect" in text):
+        complain()
+    with pytest.raises(EngineError, match="no effect"), library.calls("outer"), library.calls("inner"):
+        complain()
+
+
+def test_a_flood_of_messages_does_not_hide_the_first(library: Library) -> None:
+    severity = library.trt.ILogger.Severity
+    with library.log.capture() as messages:
+        for number in range(1000):
+            library.log.handle.log(severity.ERROR, f"{number}")
+            library.log.handle.log(severity.ERROR, "again")
+    assert len(messages) == 64
+    assert messages[:2] == ["0", "again"]
+    assert messages[-1] == "999"
+    assert quote(messages).count(";") == 7
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda network, tensor: setattr(network, "name", "x" * 5000),
+        lambda network, tensor: tensor.set_dimension_name(7, "T"),
+        lambda network, tensor: network.add_slice(tensor, (0, 0), (1, 1), (1, 1)).set_input(9, tensor),
+        lambda network, tensor: network.mark_output(tensor),
+    ],
+    ids=["name", "dimension", "input", "output"],
+)
+def test_the_real_library_only_logs_what_is_wrong_and_the_call_fails(
+    library: Library, call: Callable[[Any, Any], None]
+) -> None:
+    network = library.create_network(library.create_builder())
+    tensor = network.add_input("x", library.trt.float16, (-1, 8))
+    with pytest.raises(EngineError) as caught, library.calls("the network cannot be defined"):
+        call(network, tensor)
+    assert re.match(r"the network cannot be defined: TensorRT logged ['\"]I\w+::\w+: Error Code", str(caught.value))
+    assert not str(caught.value).endswith("driver")
+
+
+def test_several_threads_use_the_real_library(library: Library) -> None:
+    """Only those that make a mistake are told."""
+    turns = threading.Barrier(6)
+
+    def define(number: int) -> bool:
+        network = library.create_network(library.create_builder())
+        tensor = network.add_input("x", library.trt.float16, (-1, 8))
+        for _ in range(20):
+            turns.wait(30)
+            try:
+                with library.calls("a mistake"):
+                    tensor.set_dimension_name(7 if number % 2 else 0, "T")
+            except EngineError:
+                assert number % 2
+            else:
+                assert not number % 2
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(define, range(6)))
 
 
 def test_a_real_mistake_is_logged_and_quoted(library: Library) -> None:
@@ -152,8 +255,6 @@ def test_a_real_mistake_is_logged_and_quoted(library: Library) -> None:
 
 def test_quote_repeats_nothing() -> None:
     assert quote(["a ", "b", "a "]) == "'a'; 'b'"
-    assert quote([]) == "the library gave no reason"
-    assert quote([], "other") == "other"
 
 
 @pytest.mark.parametrize(("result", "is_refused"), [(True, False), (False, True), (0, False), (1, False), (-1, True)])

@@ -180,7 +180,9 @@ def test_a_plan_for_an_unsupported_device_says_what_is(library: Library, tmp_pat
 def test_a_failed_build_quotes_the_library(library: Library, tmp_path: Path) -> None:
     # Turing has no bfloat16.
     spec = placed(tiny_arch(), "bfloat16", "inputs", "mid").spec
-    with pytest.raises(EngineError, match=r"plan 'mid': .* could not build 'mid' for SM75: '.*\w{8,}"):
+    with pytest.raises(
+        EngineError, match=r"plan 'mid': .* could not build 'mid' for SM75: TensorRT refused .*'.*\w{8,}"
+    ):
         build_plan(PlanJob("mid", spec, BuildTarget((75,)), tmp_path / "plan"))
     assert not (tmp_path / "plan").exists()
     check([build_plan(PlanJob("mid", spec, ALL, tmp_path / "plan"))], library)

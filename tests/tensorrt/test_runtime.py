@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -96,6 +99,59 @@ def test_a_failure_of_a_context_is_reported(fake: FakeTensorRt, call: str) -> No
         run(plan, tensors, sizes)
     reasons = {"infer_shapes": "shapes are missing of x", "get_tensor_shape": r"has shape (-1, -1), expected (3, 48)"}
     assert reasons.get(call, f"'{call} was told to fail'") in str(caught.value)
+
+
+VOID = ["set_execution_context_allocation_strategy", "device_memory_size_v2", "set_device_memory"]
+
+QUERIES = ["get_tensor_name", "get_tensor_mode", "get_tensor_profile_shape", "infer_shapes"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [*VOID, *QUERIES, *PREPARING, *RUNNING, "deserialize_cuda_engine", "create_runtime_cache", "set_runtime_cache"],
+)
+def test_a_call_that_only_logs_an_error_has_failed(fake: FakeTensorRt, call: str) -> None:
+    """As `set_device_memory` of TensorRT 8.6, which said that it did nothing, to the log."""
+
+    def load_and_run() -> None:
+        plan, sizes = loaded(fake, rtx=True), Sizes(3)
+        run(plan, all_tensors(plan, sizes, fake.device), sizes)
+
+    fake.complaining.add(call)
+    with pytest.raises(EngineError, match=rf"^plan 'mid' .*: TensorRT logged '{call} was told to complain'$"):
+        load_and_run()
+    fake.complaining.clear()
+    load_and_run()
+
+
+def test_runtimes_on_several_threads_fail_for_their_own_errors_only(device: str) -> None:
+    """All of them log through the one handle that the process registered first."""
+    sound, unsound = FakeTensorRt(torch.device(device)), FakeTensorRt(torch.device(device))
+    library = fake_library(sound)
+    unsound.complaining.add("device_memory_size_v2")
+    spec, turns = mid_segment().spec, Barrier(8)
+
+    def load(number: int) -> str | None:
+        runtime = PlanRuntime(dataclasses.replace(library, trt=unsound if number % 2 else sound))
+        found = set()
+        for _ in range(10):
+            turns.wait(30)
+            try:
+                runtime.load("mid", fake_plan(spec), spec)
+                found.add("sound")
+            except EngineError as error:
+                found.add("told to complain" in str(error) and "unsound")
+        return found.pop() if len(found) == 1 else None
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(load, range(8))) == ["sound", "unsound"] * 4
+
+
+def test_kernels_of_another_device_cost_time_only(fake: FakeTensorRt) -> None:
+    """Also where the library logs an error about them."""
+    fake.complaining.add("deserialize")
+    spec = mid_segment().spec
+    PlanRuntime(fake_library(fake, rtx=True), b"damaged").load("mid", fake_plan(spec), spec)
 
 
 def test_bytes_that_are_no_plan_are_refused(fake: FakeTensorRt) -> None:

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,7 +39,10 @@ _REQUIRED = (
 )
 """Without one of these a library is too old."""
 
-_MAX_MESSAGES = 8
+_MAX_KEPT = 64
+_MAX_QUOTED = 8
+
+_OLD_DRIVER = "CUDA driver version is insufficient"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,35 @@ class Library:
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
-    def create_builder(self) -> Any:
-        """Return a new `Builder`; raises `ConfigError` if the library cannot start here."""
+    @contextmanager
+    def calls(self, what: str, tolerates: Callable[[str], bool] | None = None) -> Iterator[None]:
+        """Turn a failure of the library's calls into an `EngineError` that begins with `what` and quotes the library.
+
+        A call fails by what it returns, by what it raises, and also by an error that it only logs: many return nothing,
+        and some that do go on regardless. All calls are made in here.
+
+        Args:
+            tolerates: says of a logged error that what is returned is sound in spite of it.
+        """
         with self.log.capture() as messages:
             try:
+                yield
+            except ConfigError:
+                raise
+            except (EngineError, TypeError, RuntimeError) as failure:
+                said = f": {quote(messages)}" if messages else ""
+                raise EngineError(f"{what}: {failure}{said}{_hint([str(failure), *messages])}") from failure
+        errors = [text for text in messages if tolerates is None or not tolerates(text)]
+        if errors:
+            raise EngineError(f"{what}: TensorRT logged {quote(errors)}{_hint(errors[:1])}")
+
+    def create_builder(self) -> Any:
+        """Return a new `Builder`; raises `ConfigError` if the library cannot start here."""
+        try:
+            with self.calls(f"{self} cannot build on this machine"):
                 return self.trt.Builder(self.log.handle)
-            except (TypeError, RuntimeError) as failure:
-                raise ConfigError(f"{self} cannot build on this machine: {quote(messages, str(failure))}") from failure
+        except EngineError as failure:
+            raise ConfigError(str(failure)) from failure
 
     def create_network(self, builder: Any) -> Any:
         """Return an empty, strongly typed `INetworkDefinition`."""
@@ -131,6 +156,10 @@ class LibraryLog:
     """Hands the library's messages to `logging` ("llmengine.tensorrt") and to whoever wants to quote them.
 
     The first logger that a process registers gets the messages of all its builders and runtimes, so there is one.
+
+    A message belongs to the calls of the thread that brings it. Threads of the library's own say nothing of who set
+    them to work, so what they bring belongs to the calls of every thread. What other threads of Python bring belongs
+    to none: it comes from code beside us that uses the library.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -146,8 +175,12 @@ class LibraryLog:
         self.handle = _make_handle(trt, self._receive)
 
     @contextmanager
-    def capture(self) -> Iterator[list[str]]:
-        """Collect the errors that are logged by this thread, or by a thread of the library's own, meanwhile."""
+    def capture(self, *, pass_on: bool = True) -> Iterator[list[str]]:
+        """Collect the errors that are logged for this thread's calls meanwhile.
+
+        Args:
+            pass_on: to the capture around this one, if there is one.
+        """
         thread = threading.get_ident()
         outer = self._captures.get(thread)
         messages: list[str] = []
@@ -159,17 +192,32 @@ class LibraryLog:
                 del self._captures[thread]
             else:
                 self._captures[thread] = outer
-                outer += messages
+                outer += [text for text in messages if pass_on and text not in outer]
 
     def _receive(self, severity: Any, text: str) -> None:
         level = self._levels.get(severity, logging.ERROR)
         if level >= logging.ERROR:
-            own = self._captures.get(threading.get_ident())
-            for messages in [own] if own is not None else list(self._captures.values()):
-                messages.append(text)
-                del messages[:-_MAX_MESSAGES]
+            for messages in self._captures_here():
+                if text not in messages:
+                    messages.append(text)
+                    del messages[_MAX_KEPT // 2 : -_MAX_KEPT // 2]
         if _logger.isEnabledFor(level):
             _logger.log(level, "%s", text)
+
+    def _captures_here(self) -> list[list[str]]:
+        """Return the captures that a message in this thread belongs to."""
+        own = self._captures.get(threading.get_ident())
+        if own is not None:
+            return [own]
+        return [] if _is_python_thread() else list(self._captures.values())
+
+
+def _is_python_thread() -> bool:
+    """Say whether Python started this thread. One that it did not is a dummy to it once it has logged something."""
+    ident = threading.get_ident()
+    return any(
+        thread.ident == ident and not isinstance(thread, threading._DummyThread) for thread in threading.enumerate()
+    )
 
 
 def _make_handle(trt: Any, receive: Any) -> Any:
@@ -183,11 +231,14 @@ def _make_handle(trt: Any, receive: Any) -> Any:
     return Handle()
 
 
-def quote(messages: Sequence[str], fallback: str = "") -> str:
+def _hint(reasons: Sequence[str]) -> str:
+    """Return what is to be done about an old driver, if that is among the reasons."""
+    return "; install a newer NVIDIA driver" if any(_OLD_DRIVER in reason for reason in reasons) else ""
+
+
+def quote(messages: Sequence[str]) -> str:
     """Return the library's messages as the end of one of ours."""
-    if not messages:
-        return fallback or "the library gave no reason"
-    return "; ".join(repr(text.strip()) for text in dict.fromkeys(messages))
+    return "; ".join(repr(text.strip()) for text in list(dict.fromkeys(messages))[-_MAX_QUOTED:])
 
 
 def not_none(value: Any, call: str) -> Any:

@@ -188,20 +188,20 @@ def serialize_segment(
     Raises `EngineError` quoting the library's messages; build nothing more in a process where it did.
     """
     builder = library.create_builder()
-    with library.log.capture() as messages:
-        try:
-            segment = define_segment(library, builder, spec, weights)
-            config = _configure(library, segment, spec, target)
-            cache = _attach_timing_cache(library, config, timing_cache)
-            plan = not_none(builder.build_serialized_network(segment.network, config), "build_serialized_network")
-        except ConfigError:
-            raise
-        except (EngineError, TypeError, RuntimeError) as failure:
-            reason = quote(messages, str(failure))
-            raise EngineError(f"{library} could not build {spec.kind!r} for {target}: {reason}") from failure
+    with library.calls(f"{library} could not build {spec.kind!r} for {target}"):
+        segment = define_segment(library, builder, spec, weights)
+        config = _configure(library, segment, spec, target)
+        cache = _attach_timing_cache(library, config, timing_cache)
+    with library.calls(f"{library} could not build {spec.kind!r} for {target}", _is_of_a_candidate):
+        plan = not_none(builder.build_serialized_network(segment.network, config), "build_serialized_network")
     if cache is not None and timing_cache is not None:
-        _write_timing_cache(config, timing_cache)
+        _write_timing_cache(library, config, timing_cache)
     return plan
+
+
+def _is_of_a_candidate(message: str) -> bool:
+    """Say whether an error, in a build that gave a plan, is of a kernel that was tried and had too little memory."""
+    return "OutOfMemory" in message or "out of memory" in message
 
 
 def _configure(library: Library, segment: DefinedSegment, spec: SegmentSpec, target: BuildTarget) -> Any:
@@ -233,18 +233,25 @@ def _attach_timing_cache(library: Library, config: Any, path: Path | None) -> An
     if path is None or not library.features.timing_cache:
         return None
     content = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, False):
+    with library.log.capture(pass_on=False):
+        cache = config.create_timing_cache(content)
+        is_ours = cache is not None and config.set_timing_cache(cache, False)
+    if not is_ours:
         _logger.info("%s is of another library or device; timings are measured again", path)
         cache = not_none(config.create_timing_cache(b""), "create_timing_cache")
         accepted(config.set_timing_cache(cache, False), "set_timing_cache")
     return cache
 
 
-def _write_timing_cache(config: Any, path: Path) -> None:
+def _write_timing_cache(library: Library, config: Any, path: Path) -> None:
+    with library.log.capture(pass_on=False) as messages:
+        content = config.get_timing_cache().serialize()
+    if messages:
+        _logger.warning("what the build has measured is not kept: %s", quote(messages))
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "wb") as file:
-        file.write(config.get_timing_cache().serialize())
+        file.write(content)
     os.replace(name, path)
 
 

@@ -7,15 +7,14 @@ other tests run on implements them. Failures become `EngineError` with the libra
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.api import Library, accepted, not_none, quote
+from llmengine.backends.tensorrt.api import Library, accepted, not_none
 from llmengine.backends.tensorrt.spec import ProfileSpec, SegmentSpec
 from llmengine.errors import EngineError, OutOfMemoryError
 
@@ -23,8 +22,6 @@ _logger = logging.getLogger("llmengine.tensorrt")
 
 ALIGNMENT = 256
 """Bytes; every address that TensorRT is given is a multiple of it."""
-
-_OLD_DRIVER = "CUDA driver version is insufficient"
 
 
 class TrtContext(Protocol):
@@ -139,7 +136,7 @@ class PlanRuntime:
         self.library = library
         self._cache_content = cache
         self._cache: TrtRuntimeCache | None = None
-        with reporting(library, f"{library} does not start"):
+        with library.calls(f"{library} does not start"):
             self._runtime: TrtRuntime = not_none(library.trt.Runtime(library.log.handle), "Runtime")
 
     def load(self, name: str, content: bytes, spec: SegmentSpec) -> LoadedPlan:
@@ -147,7 +144,7 @@ class PlanRuntime:
 
         Raises `EngineError` if it cannot be used on this device, or is not a plan of `spec`.
         """
-        with reporting(self.library, f"plan {name!r} does not load"):
+        with self.library.calls(f"plan {name!r} does not load"):
             engine: TrtEngine = not_none(self._runtime.deserialize_cuda_engine(content), "deserialize_cuda_engine")
         return LoadedPlan(self, name, engine, spec)
 
@@ -155,7 +152,7 @@ class PlanRuntime:
         """Return the compiled kernels of all contexts so far, for the next start; None where nothing is compiled."""
         if self._cache is None:
             return None
-        with reporting(self.library, "the runtime cache cannot be saved"):
+        with self.library.calls("the runtime cache cannot be saved"):
             return bytes(not_none(self._cache.serialize(), "serialize"))
 
     def context_setting(self, engine: TrtEngine) -> Any:
@@ -178,8 +175,11 @@ class PlanRuntime:
 
     def _new_cache(self, config: TrtRuntimeConfig) -> TrtRuntimeCache:
         cache: TrtRuntimeCache = not_none(config.create_runtime_cache(), "create_runtime_cache")
-        if self._cache_content is not None and not cache.deserialize(self._cache_content):
-            _logger.info("the kept kernels are of another library or device; they are compiled again")
+        if self._cache_content is not None:
+            with self.library.log.capture(pass_on=False) as messages:
+                is_ours = cache.deserialize(self._cache_content)
+            if messages or not is_ours:
+                _logger.info("the kept kernels are of another library or device; they are compiled again")
         return cache
 
 
@@ -193,7 +193,7 @@ class LoadedPlan:
     def __init__(self, runtime: PlanRuntime, name: str, engine: TrtEngine, spec: SegmentSpec) -> None:
         self.runtime, self.name, self.spec = runtime, name, spec
         self._engine = engine
-        with reporting(runtime.library, f"plan {name!r} is not what it should be"):
+        with runtime.library.calls(f"plan {name!r} is not what it should be"):
             _check_interface(runtime.library.trt, engine, spec)
             self.memory_bytes = int(engine.device_memory_size_v2)
             self._setting = runtime.context_setting(engine)
@@ -232,7 +232,7 @@ class PlanContext:
         self._library = plan.runtime.library
         self._what = f"plan {plan.name!r} at {sizes}"
         self._memory = memory  # keeps it alive
-        with reporting(self._library, f"{self._what} cannot be prepared"):
+        with self._library.calls(f"{self._what} cannot be prepared"):
             context: TrtContext = not_none(engine.create_execution_context(setting), "create_execution_context")
             profile = plan.profile_for(sizes)
             accepted(context.set_optimization_profile_async(profile, stream), f"optimization profile {profile}")
@@ -248,7 +248,7 @@ class PlanContext:
             addresses: of every input and output, weights among them.
         """
         context = self._context
-        with reporting(self._library, f"{self._what} cannot run"):
+        with self._library.calls(f"{self._what} cannot run"):
             for name, address in addresses.items():
                 accepted(context.set_tensor_address(name, address), f"the address {address:#x} of {name!r}")
             accepted(context.execute_async_v3(stream), "execute_async_v3")
@@ -269,18 +269,6 @@ def scratch_memory(plans: Sequence[LoadedPlan], device: torch.device) -> Tensor:
 def current_stream(device: torch.device) -> int:
     """Return the handle of torch's current stream; 0 on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-@contextmanager
-def reporting(library: Library, what: str) -> Iterator[None]:
-    """Turn a failure of the library into an `EngineError` that begins with `what` and quotes the library."""
-    with library.log.capture() as messages:
-        try:
-            yield
-        except (EngineError, TypeError, RuntimeError) as failure:
-            said = f": {quote(messages)}" if messages else ""
-            hint = "; install a newer NVIDIA driver" if _OLD_DRIVER in said else ""
-            raise EngineError(f"{what}: {failure}{said}{hint}") from failure
 
 
 def _check_memory(plan: LoadedPlan, memory: Tensor) -> None:
