@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmengine.beam_search import BeamOutput, BeamSearchOutput
     from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
     from llmengine.engine.handle import RequestHandle
-    from llmengine.engine.stats import EngineHealth, EngineStats
+    from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
     from llmengine.errors import (
         ConfigError,
         CorruptFileError,
@@ -41,7 +41,7 @@ _HOMES = {
     "llmengine.beam_search": ("BeamOutput", "BeamSearchOutput"),
     "llmengine.config": ("KvCacheConfig", "ModelConfig", "ParallelConfig", "QuantConfig", "SchedulerConfig"),
     "llmengine.engine.handle": ("RequestHandle",),
-    "llmengine.engine.stats": ("EngineHealth", "EngineStats"),
+    "llmengine.engine.stats": ("EngineHealth", "EngineStats", "RequestStats"),
     "llmengine.errors": (
         "ConfigError",
         "CorruptFileError",
@@ -98,6 +98,7 @@ __all__ = [
     "RequestHandle",
     "RequestKeywords",
     "RequestOptions",
+    "RequestStats",
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",

@@ -9,18 +9,25 @@ The search is that of transformers' `generate(num_beams=...)`. `BeamSearch` is o
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import InvalidRequestError, RequestFailedError
 from llmengine.outputs import GenerationOutput
+from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import MAX_LOGPROBS, SamplingParams
 
-Submit = Callable[[Sequence[int], SamplingParams], RequestHandle]
+Submit = Callable[[Sequence[int], SamplingParams, RequestOptions], RequestHandle]
 """Submits token ids."""
+
+BeamFinishReason = Literal["stop", "length", "timeout"]
+
+_LEAST_S = 1e-6
+"""What is left of a deadline that has passed: the request ends before its first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class BeamOutput:
         token_ids: an EOS that ended it included.
         cumulative_logprob: sum of the tokens' log-probabilities.
         score: what it is ranked by, see `BeamSearchParams.length_penalty`.
-        finish_reason: "stop" at an EOS, "length" at the limit.
+        finish_reason: "stop" at an EOS, "length" at the limit, "timeout" where a deadline ended the search.
     """
 
     index: int
@@ -71,7 +78,7 @@ class BeamOutput:
     token_ids: list[int]
     cumulative_logprob: float
     score: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: BeamFinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +87,14 @@ class BeamSearchOutput:
 
     Attributes:
         prompt: None where the caller gave token ids.
+        request_id, metadata: the caller's; None where none was given.
     """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[BeamOutput]
+    request_id: str | None = None
+    metadata: Any = None
 
     @property
     def text(self) -> str:
@@ -107,7 +117,7 @@ class _Beam:
 class _Hypothesis:
     beam: _Beam
     score: float
-    finish_reason: Literal["stop", "length"]
+    finish_reason: BeamFinishReason
 
 
 @dataclass(slots=True)
@@ -117,6 +127,8 @@ class BeamSearch:
     Attributes:
         max_new_tokens: as the context allows.
         forbidden: sequences of token ids that no output has.
+        options: of the whole search.
+        began: `time.monotonic()` from which its deadlines count.
     """
 
     prompt: str | None
@@ -125,6 +137,8 @@ class BeamSearch:
     eos_token_ids: frozenset[int]
     max_new_tokens: int
     forbidden: tuple[tuple[int, ...], ...] = ()
+    options: RequestOptions = field(default_factory=RequestOptions)
+    began: float = field(default_factory=time.monotonic)
     finished: bool = False
     _beams: list[_Beam] = field(default_factory=lambda: [_Beam()])
     _hypotheses: list[_Hypothesis] = field(default_factory=list)
@@ -173,6 +187,24 @@ class BeamSearch:
         self._beams = going_on
         self.finished = at_limit or not going_on or self._may_stop(length)
 
+    @property
+    def remaining_options(self) -> RequestOptions:
+        """The options of the next token's requests, with what is left of the deadlines."""
+        has_tokens = bool(self._beams and self._beams[0].token_ids)
+        return self.options.replace(
+            deadline_s=self._remaining_s(self.options.deadline_s),
+            first_token_deadline_s=None if has_tokens else self._remaining_s(self.options.first_token_deadline_s),
+        )
+
+    def expire(self) -> None:
+        """End the search with the beams as they are."""
+        for beam in self._beams:
+            self._add(beam, "timeout")
+        self.finished = True
+
+    def _remaining_s(self, seconds: float | None) -> float | None:
+        return None if seconds is None else max(self.began + seconds - time.monotonic(), _LEAST_S)
+
     def output(self, text: Callable[[Sequence[int], Sequence[int]], str]) -> BeamSearchOutput:
         """Return what was found; `text` gives that of ids behind a prompt's."""
         outputs = [
@@ -186,15 +218,18 @@ class BeamSearch:
             )
             for index, found in enumerate(self._hypotheses)
         ]
-        return BeamSearchOutput(self.prompt, list(self.prompt_token_ids), outputs)
+        return BeamSearchOutput(
+            self.prompt, list(self.prompt_token_ids), outputs, self.options.request_id, self.options.metadata
+        )
 
     def _is_forbidden(self, beam: _Beam, token_id: int) -> bool:
         tokens = (*self.prompt_token_ids, *beam.token_ids, token_id) if self.forbidden else ()
         return any(tokens[-len(word) :] == word for word in self.forbidden)
 
-    def _add(self, beam: _Beam) -> None:
+    def _add(self, beam: _Beam, reason: BeamFinishReason | None = None) -> None:
         """Keep a finished beam if it is among the best."""
-        reason: Literal["stop", "length"] = "stop" if beam.token_ids[-1] in self.eos_token_ids else "length"
+        if reason is None:
+            reason = "stop" if beam.token_ids[-1] in self.eos_token_ids else "length"
         self._hypotheses.append(_Hypothesis(beam, self._score(beam.logprob, len(beam.token_ids)), reason))
         self._hypotheses.sort(key=lambda found: -found.score)
         del self._hypotheses[self.params.num_beams :]
@@ -209,7 +244,7 @@ class BeamSearch:
         return self._score(self._beams[0].logprob, length) <= self._hypotheses[-1].score
 
     def _score(self, logprob: float, length: int) -> float:
-        return logprob / math.pow(length, self.params.length_penalty)
+        return logprob / math.pow(max(length, 1), self.params.length_penalty)
 
 
 def run(searches: Sequence[BeamSearch], submit: Submit) -> None:
@@ -239,7 +274,7 @@ async def run_async(searches: Sequence[BeamSearch], submit: Submit) -> None:
 def _submit_all(active: Iterable[BeamSearch], submit: Submit, handles: list[RequestHandle]) -> None:
     for search in active:
         params = SamplingParams(max_new_tokens=1, logprobs=search.num_alternatives, ignore_eos=True)
-        handles.extend(submit(prefix, params) for prefix in search.prefixes)
+        handles.extend(submit(prefix, params, search.remaining_options) for prefix in search.prefixes)
 
 
 def _abort_all(handles: Iterable[RequestHandle]) -> None:
@@ -250,7 +285,11 @@ def _abort_all(handles: Iterable[RequestHandle]) -> None:
 def _advance_all(active: Iterable[BeamSearch], outputs: Iterable[GenerationOutput]) -> None:
     remaining = iter(outputs)
     for search in active:
-        search.advance([_following(next(remaining)) for _ in search.prefixes])
+        own = [next(remaining) for _ in search.prefixes]
+        if any(output.finish_reason == "timeout" for output in own):
+            search.expire()
+        else:
+            search.advance([_following(output) for output in own])
 
 
 def _following(output: GenerationOutput) -> TokenLogprobs:

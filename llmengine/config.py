@@ -43,8 +43,22 @@ class _Settings:
         object.__setattr__(copy, "_frozen", True)
         return copy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Frozen mappings, which no pickle can hold, travel as dictionaries.
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
+        frozen = [name for name, value in values.items() if isinstance(value, MappingProxyType)]
+        plain = {name: dict(value) if name in frozen else value for name, value in values.items()}
+        return _restore, (type(self), plain, frozen, getattr(self, "_frozen", False))
+
     def _check(self) -> None:
         """Raise `ConfigError` for a value that is out of range."""
+
+
+def _restore(kind: type[_Settings], values: dict[str, Any], mappings: list[str], frozen: bool) -> _Settings:
+    """Return the configuration that a pickle (or a copy) holds, frozen if it was."""
+    settings = kind(**{name: MappingProxyType(value) if name in mappings else value for name, value in values.items()})
+    object.__setattr__(settings, "_frozen", frozen)
+    return settings
 
 
 _ONE_GPU = (

@@ -22,9 +22,15 @@ from __future__ import annotations
 
 
 class LLMEngineError(Exception):
-    """Base of every error that llmengine raises on purpose; `status` is the HTTP status that fits it."""
+    """Base of every error that llmengine raises on purpose.
+
+    Attributes:
+        status: the HTTP status that fits it.
+        request_id: of the request that it ended; None where none had been submitted.
+    """
 
     status: int = 500
+    request_id: int | str | None = None
 
 
 class RequestError(LLMEngineError):

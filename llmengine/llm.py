@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
 
 import anyio.to_thread
 
@@ -25,11 +26,18 @@ from llmengine.end_tokens import tokenizer_end_ids
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake, Messages, Prompt, RequestSpec, as_prompts
-from llmengine.engine.stats import EngineHealth, EngineStats
+from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from llmengine.generation_config import forbidden_sequences
 from llmengine.outputs import GenerationOutput
-from llmengine.request_options import ChatKeywords, RequestKeywords, as_options, split_options, takes_options
+from llmengine.request_options import (
+    ChatKeywords,
+    RequestKeywords,
+    RequestOptions,
+    as_options,
+    split_options,
+    takes_options,
+)
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import Tokenizer, adapt_tokenizer
 
@@ -333,10 +341,10 @@ class LLM:
         """
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
         checked = as_options(LLM.beam_search, options, wait_for_admission=True)
-        searches = self._beam_searches(as_prompts(prompts), params)
+        searches = self._beam_searches(as_prompts(prompts), params, checked)
 
-        def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
-            return self._intake.submit_blocking(token_ids, RequestSpec(sampling_params, checked), self)
+        def submit(token_ids: Sequence[int], sampling: SamplingParams, options: RequestOptions) -> RequestHandle:
+            return self._intake.submit_blocking(token_ids, RequestSpec(sampling, options), self)
 
         beam_search.run(searches, submit)
         return [search.output(self._intake.text) for search in searches]
@@ -355,15 +363,18 @@ class LLM:
         """`beam_search` without blocking the event loop. When cancelled, its requests are aborted."""
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
         checked = as_options(LLM.beam_search_async, options, wait_for_admission=True)
-        searches = await anyio.to_thread.run_sync(self._beam_searches, list(as_prompts(prompts)), params)
+        searches = await anyio.to_thread.run_sync(self._beam_searches, list(as_prompts(prompts)), params, checked)
 
-        def submit(token_ids: Sequence[int], sampling_params: SamplingParams) -> RequestHandle:
-            return self._intake.submit(token_ids, RequestSpec(sampling_params, checked), self)
+        def submit(token_ids: Sequence[int], sampling: SamplingParams, options: RequestOptions) -> RequestHandle:
+            return self._intake.submit(token_ids, RequestSpec(sampling, options), self)
 
         await beam_search.run_async(searches, submit)
         return [search.output(self._intake.text) for search in searches]
 
-    def _beam_searches(self, prompts: Iterable[Prompt], params: BeamSearchParams) -> list[BeamSearch]:
+    def _beam_searches(
+        self, prompts: Iterable[Prompt], params: BeamSearchParams, options: RequestOptions
+    ) -> list[BeamSearch]:
+        began = time.monotonic()
         self._engine.check_open()
         eos, limit = self._intake.eos_token_ids, self._info.max_model_len
         encoded = [self._intake.encode(prompt) for prompt in prompts]
@@ -375,6 +386,8 @@ class LLM:
                 eos,
                 min(params.max_new_tokens, limit - len(one.token_ids)),
                 self._intake.forbidden,
+                options,
+                began,
             )
             for one in encoded
         ]
@@ -422,6 +435,10 @@ class LLM:
 
         self._engine.call(write).result()
 
+    def requests(self) -> list[RequestStats]:
+        """Return how far each request is that has not ended, the oldest first, with its id and metadata."""
+        return self._intake.requests()
+
     def stats(self) -> EngineStats:
         """Return running and waiting requests, KV blocks, token counts, preemptions, hit rate and step times."""
         return self._engine.stats()
@@ -443,6 +460,12 @@ class LLM:
         self._engine.stop(drain)
         await self._engine.wait_over()
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM cannot be pickled or copied: it owns a thread and a loaded model. Use this one from any thread, or "
+            "make one in each process"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
 from llmengine.errors import LLMEngineError
@@ -67,11 +68,16 @@ class OutputLog:
     was held back; their concatenation is the text. Only a token that ends the request may have no piece.
     `read_token(position, token_id)` is the text of a token at a position, counted from the prompt's first.
     `prompt_logprobs` has None for the first token, and is complete when there is a generated one. The outputs of one
-    prompt share it, and have the `family_id` of the first.
+    prompt share it, and have the `family_id` of the first. `given_id`, `metadata`, `tenant` and `priority` are what the
+    caller said.
     """
 
     request_id: int
     queued: float
+    given_id: str | None = None
+    metadata: Any = None
+    tenant: str | None = None
+    priority: int = 0
     prompt: str | None = None
     prompt_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
@@ -89,6 +95,23 @@ class OutputLog:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
     error: LLMEngineError | None = None
+
+    @property
+    def public_id(self) -> int | str:
+        """The id that callers see: their own, else the engine's number, the same for all outputs of one prompt."""
+        if self.given_id is not None:
+            return self.given_id
+        return self.request_id if self.family_id is None else self.family_id
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownTexts:
+    """The texts of tokens at positions that a pickled output can be asked for."""
+
+    texts: Mapping[tuple[int, int], str]
+
+    def __call__(self, position: int, token_id: int) -> str:
+        return self.texts[position, token_id]
 
 
 class GenerationOutput:
@@ -130,10 +153,17 @@ class GenerationOutput:
         )
 
     @property
-    def request_id(self) -> int:
-        """Unique within the `LLM`, increasing; the same for all outputs of one prompt."""
-        log = self._log
-        return log.request_id if log.family_id is None else log.family_id
+    def request_id(self) -> int | str:
+        """The caller's `request_id`, else a number, increasing and unique within the `LLM`.
+
+        The same for all outputs of one prompt.
+        """
+        return self._log.public_id
+
+    @property
+    def metadata(self) -> Any:
+        """The caller's `metadata`."""
+        return self._log.metadata
 
     @property
     def index(self) -> int:
@@ -240,7 +270,38 @@ class GenerationOutput:
     @property
     def error(self) -> LLMEngineError | None:
         """What went wrong, when `finish_reason` is "error", or "abort" for a consumer that did not read."""
-        return self._log.error if self.finished else None
+        if not self.finished or self._log.error is None:
+            return None
+        self._log.error.request_id = self.request_id
+        return self._log.error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle (and copy) as what the output is now: without the tokenizer, and without what came later."""
+        log = self._log
+        kept = dataclasses.replace(
+            log,
+            token_ids=self.token_ids,
+            pieces=log.pieces[: self._end_piece],
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            read_token=self._known_texts(),
+            finished=log.finished if self.finished else None,
+            num_preemptions=self._num_preemptions,
+            finish_reason=self.finish_reason,
+            matched_stop=self.matched_stop,
+            error=self.error,
+        )
+        return type(self), (kept, self._begin, self._end, self.finish_reason, self._outputs)
+
+    def _known_texts(self) -> _KnownTexts | None:
+        """Return what stands for the tokenizer in a pickle."""
+        if self._log.read_token is None:
+            return None
+        begin = self.num_prompt_tokens
+        described = [*enumerate(self.decoded_prompt_logprobs or ()), *enumerate(self.decoded_logprobs or (), begin)]
+        return _KnownTexts(
+            {(at, id_): one.decoded_token or "" for at, ids in described if ids for id_, one in ids.items()}
+        )
 
     def _decoded(self, position: int, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
         read = self._log.read_token
@@ -260,7 +321,7 @@ class GenerationOutput:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        parts = [f"request_id={self.request_id}"]
+        parts = [f"request_id={self.request_id!r}"]
         if self._log.family_id is not None:
             parts.append(f"index={self.index}")
         parts += [f"text={text!r}", f"num_tokens={self.num_tokens}"]

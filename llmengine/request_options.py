@@ -23,6 +23,9 @@ SlowConsumer = Literal["coalesce", "pause", "abort"]
 MAX_PRIORITY = 1_000_000
 """Largest `RequestOptions.priority`, and the smallest is its negative."""
 
+MAX_REQUEST_ID_CHARS = 256
+"""Most characters of `RequestOptions.request_id`."""
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -47,6 +50,10 @@ class RequestOptions:
             others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end the
             request with finish reason "abort"; the output's `error` says why. A caller that waits for the final output
             has read everything.
+        request_id: a name of the caller's for the request, at most 256 characters. Outputs, errors, logs and statistics
+            show it in place of the number that the engine counts. It is a label: it need not be unique, and the
+            requests of one call all have it.
+        metadata: any object. It comes back, the same object, with each output and in the request's statistics.
     """
 
     priority: int = 0
@@ -56,6 +63,8 @@ class RequestOptions:
     cache_salt: Hashable = None
     wait_for_admission: bool = False
     slow_consumer: SlowConsumer = "coalesce"
+    request_id: str | None = None
+    metadata: object = None
 
     def __post_init__(self) -> None:
         none_means_default(self)
@@ -76,6 +85,7 @@ class RequestOptions:
         if self.slow_consumer not in get_args(SlowConsumer):
             choices = ", ".join(map(repr, get_args(SlowConsumer)))
             raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
+        _check_request_id(self.request_id)
 
     def replace(self, **changes: Any) -> RequestOptions:
         """Return a copy with `changes`, checked again."""
@@ -92,6 +102,8 @@ class RequestKeywords(TypedDict, total=False):
     cache_salt: Hashable
     wait_for_admission: bool | None
     slow_consumer: SlowConsumer | None
+    request_id: str | None
+    metadata: object
 
 
 class ChatKeywords(RequestKeywords, total=False):
@@ -176,6 +188,17 @@ def _attributes(documentation: str) -> str:
     """Return what a docstring says of the attributes, indented for a method's docstring."""
     text = inspect.cleandoc(documentation).partition("Attributes:\n")[2]
     return "".join(f"{line and '        '}{line}\n" for line in text.splitlines())
+
+
+def _check_request_id(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError(f"request_id={value!r:.200} is not a string, or empty")
+    if len(value) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequestError(
+            f"request_id={value[:20]!r}... has {len(value)} characters; the limit is {MAX_REQUEST_ID_CHARS}"
+        )
 
 
 def _check_seconds(name: str, value: Any) -> None:

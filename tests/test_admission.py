@@ -35,6 +35,7 @@ from llmengine.errors import (
     InvalidRequestError,
     PromptTooLongError,
     QueueFullError,
+    RequestFailedError,
 )
 from llmengine.llm import LLM
 from llmengine.outputs import GenerationOutput
@@ -127,11 +128,12 @@ class FailingTokenizer(ByteTokenizer):
 
 @pytest.mark.parametrize("prompt", ["bad", "", "x" * 400, [], [1] * 400, [999], ["a"]])
 def test_place_comes_back_when_the_prompt_is_at_fault(prompt: str | Sequence[int]) -> None:
+    fault = RequestFailedError if prompt == "bad" else InvalidRequestError
     with make_llm(tokenizer=FailingTokenizer(), scheduler=small_queue(max_queued_requests=1)) as llm:
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(fault):
             llm.generate_async(prompt, tokens(2)).result(WAIT_S)
         assert llm.stats().num_queued == 0
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(fault):
             bounded(lambda: llm.generate([prompt], tokens(2)))
         assert llm.stats().num_queued == 0
         assert_idle(llm)
@@ -139,7 +141,7 @@ def test_place_comes_back_when_the_prompt_is_at_fault(prompt: str | Sequence[int
 
 def test_fault_of_the_tokenizer_is_the_same_error_for_generate() -> None:
     with make_llm(tokenizer=FailingTokenizer()) as llm:
-        with pytest.raises(InvalidRequestError, match="could not be tokenized") as caught:
+        with pytest.raises(RequestFailedError, match="failed to encode the prompt") as caught:
             bounded(lambda: llm.generate("bad", tokens(2)))
         assert isinstance(caught.value.__cause__, KeyError)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +20,11 @@ from llmengine import (
     KvCacheConfig,
     ModelConfig,
     PromptTooLongError,
+    RequestKeywords,
     SamplingParams,
 )
+from llmengine.batch import Batch
+from llmengine.testing import FakeBackend
 
 PROMPTS = [list(range(30, 53)), [7, 8, 9], [100, 3, 77, 5, 200, 41, 12, 18]]
 EOS = [2, 9, 31, 55, 90, 120, 200, 222]
@@ -168,3 +172,25 @@ def test_a_failing_beam_raises() -> None:
         with pytest.raises(Exception, match="logits are not finite"):
             bounded(lambda: llm.beam_search([1, 2], 1))
         assert_idle(llm)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_deadline_is_of_the_whole_search(asynchronous: bool) -> None:
+    ended = threading.Event()
+
+    def wait_for_the_deadline(batch: Batch) -> None:
+        if batch.step == 3:
+            assert not ended.wait(0.3)  # longer than the deadline
+
+    with LLM.from_backend(lambda: FakeBackend(on_step=wait_for_the_deadline)) as llm:
+        options: RequestKeywords = {"deadline_s": 0.25, "first_token_deadline_s": 100.0}
+        if asynchronous:
+            (output,) = asyncio.run(llm.beam_search_async([[1]], 2, max_new_tokens=400, **options))
+        else:
+            (output,) = llm.beam_search([[1]], 2, max_new_tokens=400, **options)
+        assert {beam.finish_reason for beam in output.outputs} == {"timeout"}
+        assert all(len(beam.token_ids) < 400 for beam in output.outputs)
+        (output,) = llm.beam_search([[1]], 2, max_new_tokens=4, first_token_deadline_s=1e-6)
+        assert [(beam.finish_reason, beam.token_ids) for beam in output.outputs] == [("timeout", [])]
+        (output,) = llm.beam_search([[1]], 2, max_new_tokens=4, deadline_s=1000)
+        assert {beam.finish_reason for beam in output.outputs} == {"length"}

@@ -46,7 +46,6 @@ from llmengine.errors import (
     InvalidRequestError,
     LLMEngineError,
     PromptTooLongError,
-    RequestError,
     RequestFailedError,
 )
 from llmengine.llm import LLM
@@ -625,7 +624,7 @@ async def test_draining_does_not_wait_for_a_blocking_prompt_that_is_rejected() -
         closing = asyncio.create_task(llm.aclose(drain=10 * WAIT_S))
         await asyncio.to_thread(lambda: None)
         tokenizer.gate.set()
-        with pytest.raises(RequestError, match="cannot be tokenized"):
+        with pytest.raises(RequestFailedError, match="failed to encode bad_words"):
             await rejected
         await closing
 

@@ -41,6 +41,7 @@ PUBLIC = {
     "RequestHandle",
     "RequestKeywords",
     "RequestOptions",
+    "RequestStats",
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",

@@ -27,7 +27,7 @@ from engine_helpers import (
 )
 
 from llmengine.batch import Batch
-from llmengine.errors import RequestError, RequestFailedError
+from llmengine.errors import RequestFailedError
 from llmengine.outputs import GenerationOutput
 from llmengine.tokenizer import ByteTokenizer
 
@@ -439,7 +439,7 @@ def test_failure_of_tokenization_is_raised_by_each_read(read: Callable[[Any], An
     with make_llm(tokenizer=Broken()) as llm:
         handle = llm.generate_async("a", tokens(3))
         for _ in range(2):
-            with pytest.raises(RequestError, match="could not be tokenized") as caught:
+            with pytest.raises(RequestFailedError, match="failed to encode the prompt") as caught:
                 read(handle)
             assert isinstance(caught.value.__cause__, KeyError)
         assert handle.done

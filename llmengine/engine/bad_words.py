@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmengine.errors import InvalidRequestError
-from llmengine.tokenizer import ChatTokenizer, Tokenizer
+from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text
 
 WordIds = tuple[int, ...]
 
@@ -31,9 +31,10 @@ def bad_word_ids(tokenizer: Tokenizer | None, words: Sequence[str | Sequence[int
 def _variants(tokenizer: Tokenizer, word: str) -> list[WordIds]:
     text = word.lstrip(" ") or word
     try:
-        plain, spaced = _encode(tokenizer, text), _encode(tokenizer, " " + text)
-    except Exception as fault:  # of the caller's tokenizer
-        raise InvalidRequestError(f"bad_words holds {word!r:.200}, which cannot be tokenized: {fault!r}") from fault
+        check_text(text)
+    except InvalidRequestError as fault:
+        raise InvalidRequestError(f"bad_words holds {word!r:.200}, which cannot be tokenized: {fault}") from None
+    plain, spaced = _encode(tokenizer, text), _encode(tokenizer, " " + text)
     if not plain:
         raise InvalidRequestError(f"bad_words holds {word!r}, which has no tokens")
     return [plain] if spaced[-len(plain) :] == plain else [plain, spaced]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+import itertools
 import logging
 import threading
 import time
@@ -48,6 +49,8 @@ from llmengine.outputs import FinishReason
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MAX_LOGGED_IDS = 16
 
 _QUIET_S = 0.1
 """An engine that had nothing to do for so long uses the time for what makes later steps start faster."""
@@ -267,6 +270,7 @@ class Engine:
             self.failure = failure
             self.state = "closed" if failure is None else "dead"
             self.admission.close()
+            failed = {request.stream.log.public_id: None for request in self._requests.values()}
             for request in self._requests.values():
                 _refuse_request(request, self._refusal())
             self._requests.clear()
@@ -277,7 +281,14 @@ class Engine:
         self._commands.close()
         if failure is not None and self._ready.done():
             # Last: nobody is to wait for the program's log handlers, and one may raise.
-            logger.error("llmengine stopped for a fault; every request fails", exc_info=failure)
+            listed = ", ".join(map(repr, itertools.islice(failed, _MAX_LOGGED_IDS)))
+            logger.error(
+                "llmengine stopped for a fault; every request fails, %d that had begun: %s%s",
+                len(failed),
+                listed,
+                ", ..." if len(failed) > _MAX_LOGGED_IDS else "",
+                exc_info=failure,
+            )
 
     def _give_up(self) -> None:
         """End without the engine thread, which hangs in the backend. On the watchdog's thread."""

@@ -6,9 +6,10 @@ import weakref
 from asyncio import get_running_loop, sleep
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-from llmengine.engine.stream import LoopWaiter, OutputStream, attach, wait_blocking
+from llmengine.engine.stats import RequestStats
+from llmengine.engine.stream import LoopWaiter, OutputStream, attach, request_stats, wait_blocking
 from llmengine.outputs import GenerationOutput
 
 
@@ -50,14 +51,29 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream, True))
 
     @property
-    def request_id(self) -> int:
-        """Unique within the `LLM`, increasing."""
-        return self._stream.log.request_id
+    def request_id(self) -> int | str:
+        """The caller's `request_id`, else a number, increasing and unique within the `LLM`."""
+        return self._stream.log.public_id
+
+    @property
+    def metadata(self) -> Any:
+        """The caller's `metadata`."""
+        return self._stream.log.metadata
 
     @property
     def done(self) -> bool:
         """True once the final output, or the failure, can be read without waiting."""
         return self._stream.ended
+
+    def stats(self) -> RequestStats:
+        """Return how far the request is. Taken beside the running engine."""
+        return request_stats(self._stream)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"the handle of request {self.request_id!r} cannot be pickled or copied: it is bound to an LLM in this "
+            "process. Its outputs can be pickled"
+        )
 
     def abort(self, *, keep_prefix: bool = True) -> None:
         """End the request with finish reason "abort"; what it has put out can still be read. Any thread; idempotent.
@@ -74,7 +90,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         Raises `TimeoutError` after `timeout` seconds; the request goes on.
         """
         if not wait_blocking(self._stream, timeout):
-            raise TimeoutError(f"request {self.request_id} did not finish within {timeout} s")
+            raise TimeoutError(f"request {self.request_id!r} did not finish within {timeout} s")
         return self._final()
 
     def __await__(self) -> Generator[Any, None, GenerationOutput]:

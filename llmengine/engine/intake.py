@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +26,8 @@ from llmengine.engine.engine import Engine
 from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Family, Request
-from llmengine.engine.stream import FamilyStream, OutputStream, Stream, wake
+from llmengine.engine.stats import RequestStats
+from llmengine.engine.stream import FamilyStream, OutputStream, Stream, request_stats, wake
 from llmengine.errors import (
     EngineClosedError,
     InvalidRequestError,
@@ -36,7 +39,7 @@ from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import ChatTokenizer, Tokenizer
+from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -116,6 +119,7 @@ class Intake:
         self._grammar_threads = grammar_threads
         self._grammars = GrammarCompiler(tokenizer, info.vocab_size, self.eos_token_ids)
         self._request_ids = itertools.count()
+        self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
         # Seeded by the system once: asking it for each request takes as long as all else here.
         self._seeds = random.Random()
 
@@ -212,6 +216,7 @@ class Intake:
             self._engine.nudge()  # it may be draining and wait for this request
 
     def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
+        self._streams[stream.log.request_id] = stream
         abort, streaming = self._engine.abort, spec.streaming
         if isinstance(stream, FamilyStream):
             return FamilyHandle(stream, abort, num_returned=spec.params.n, streaming=streaming, owner=owner)
@@ -232,12 +237,20 @@ class Intake:
 
     def _new_member(self, spec: RequestSpec) -> OutputStream:
         params = spec.params
-        log = OutputLog(request_id=next(self._request_ids), queued=time.monotonic())
+        options = spec.options
+        log = OutputLog(
+            request_id=next(self._request_ids),
+            queued=time.monotonic(),
+            given_id=options.request_id,
+            metadata=options.metadata,
+            tenant=options.tenant,
+            priority=options.priority,
+        )
         if params.logprobs is not None or params.num_outputs > params.n:
             log.logprobs = []
         if params.prompt_logprobs is not None:
             log.prompt_logprobs = [None]
-        return OutputStream(log, spec.options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
+        return OutputStream(log, options.slow_consumer, self._engine.scheduler_config.max_unread_tokens)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.structured is not None:
@@ -265,10 +278,17 @@ class Intake:
         """Return the parameters with token ids for bad words that are strings, and the model's own beside them."""
         if not self.forbidden and not any(isinstance(word, str) for word in params.bad_words):
             return params
-        words = self._bad_words((*params.bad_words, *self.forbidden))
+        with _tokenizer_faults("encode bad_words"):
+            words = self._bad_words((*params.bad_words, *self.forbidden))
         for word in words:
             self._check_ids("bad_words", word)
         return params.replace(bad_words=words)
+
+    def requests(self) -> list[RequestStats]:
+        """Return how far each request is that has not ended, the oldest first. Any thread."""
+        # `values()` would meet streams that other threads add.
+        streams = [stream for reference in self._streams.valuerefs() if (stream := reference()) is not None]
+        return [stats for stream in streams if (stats := request_stats(stream)).state != "finished"]
 
     def encode(self, prompt: Prompt) -> Encoded:
         """Return the prompt's token ids; blocks while text is tokenized.
@@ -281,7 +301,10 @@ class Intake:
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """Return the text of ids generated behind a prompt, without special tokens; "" without a tokenizer."""
-        return "" if self._texts is None else self._texts.text(prompt_token_ids, token_ids)
+        if self._texts is None:
+            return ""
+        with _tokenizer_faults("decode"):
+            return self._texts.text(prompt_token_ids, token_ids)
 
     def _check_length(self, encoded: Encoded, max_total_tokens: int | None = None) -> None:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
@@ -303,7 +326,7 @@ class Intake:
             return Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
         if self.tokenizer is None:
             raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
-        with _tokenizer_faults():
+        with _tokenizer_faults("encode the prompt", prompt):
             return Encoded(prompt, self._in_vocabulary(self.tokenizer.encode(prompt)))
 
     def _encode_chat(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> Encoded:
@@ -311,8 +334,9 @@ class Intake:
             raise InvalidRequestError("a chat needs a tokenizer, and there is none; pass token ids to generate_async()")
         if not isinstance(self.tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
-        with _tokenizer_faults():
+        with _tokenizer_faults("apply its chat template"), _template_faults():
             text = self.tokenizer.apply_chat_template(messages, **template_kwargs)
+        with _tokenizer_faults("encode the chat", text):
             return Encoded(text, self._in_vocabulary(self.tokenizer.encode(text, add_special_tokens=False)))
 
     def _in_vocabulary(self, token_ids: list[int]) -> list[int]:
@@ -369,7 +393,7 @@ class Intake:
         if self._texts is not None:
             skip = self._special_ids if params.skip_special_tokens else frozenset()
             structured = params.structured is not None
-            with _tokenizer_faults():
+            with _tokenizer_faults("decode the prompt's end"):
                 detokenizer = IncrementalDetokenizer(
                     self._texts, encoded.token_ids, skip, params.stop, structured=structured
                 )
@@ -454,11 +478,27 @@ def _as_failure(fault: BaseException) -> LLMEngineError:
 
 
 @contextmanager
-def _tokenizer_faults() -> Iterator[None]:
-    """Let our own errors through, and make one of ours of what a caller's tokenizer raises."""
+def _tokenizer_faults(task: str, text: str = "") -> Iterator[None]:
+    """Let our own errors through, and make one of ours of what else a tokenizer raises.
+
+    That is the fault of whoever brought the tokenizer, not of the request, unless `text` is no Unicode text.
+    """
     try:
         yield
     except LLMEngineError:
         raise
     except Exception as fault:
-        raise InvalidRequestError(f"the prompt could not be tokenized: {fault!r}") from fault
+        check_text(text)
+        raise RequestFailedError(f"the tokenizer failed to {task}: {fault!r:.500}") from fault
+
+
+@contextmanager
+def _template_faults() -> Iterator[None]:
+    """Make what a chat template raises, with `raise_exception()` say, an error of the request that it rejects."""
+    try:
+        yield
+    except Exception as fault:
+        jinja2 = sys.modules.get("jinja2")  # there if a template was rendered with it
+        if jinja2 is None or not isinstance(fault, jinja2.TemplateError):
+            raise
+        raise InvalidRequestError(f"the chat template rejects the messages: {fault}") from fault

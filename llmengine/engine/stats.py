@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from llmengine.outputs import RequestTimeline
+
+RequestState = Literal["queued", "running", "paused", "finished"]
 
 EngineState = Literal["loading", "ready", "draining", "closed", "dead"]
 
@@ -81,6 +85,35 @@ class EngineStats:
     def overhead(self) -> float:
         """Share of the step time that was not the model's forward pass, in [0, 1]."""
         return 1.0 - self.counters.forward_s / self.counters.step_s if self.counters.step_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """How far one request is; with several outputs, all of them together.
+
+    Attributes:
+        request_id: the caller's, else the engine's number.
+        metadata: the caller's.
+        tenant, priority: see `RequestOptions`.
+        state: "queued" until its first step (it may be waiting for room, or be tokenized), then "running" until it has
+            "finished"; "paused" while it waits for its consumer to read (`slow_consumer="pause"`).
+        num_outputs: how many outputs are generated.
+        num_prompt_tokens: tokens of the prompt; 0 until it is tokenized.
+        num_cached_tokens: of those, found in the prefix cache.
+        num_tokens: generated so far.
+        timeline: its moments.
+    """
+
+    request_id: int | str
+    metadata: Any
+    tenant: str | None
+    priority: int
+    state: RequestState
+    num_outputs: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_tokens: int
+    timeline: RequestTimeline
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context
 from typing import Any
 
+from llmengine.engine.stats import RequestState, RequestStats
 from llmengine.errors import EngineClosedError, LLMEngineError
-from llmengine.outputs import OutputLog
+from llmengine.outputs import OutputLog, RequestTimeline
 from llmengine.request_options import SlowConsumer
 
 
@@ -124,6 +125,7 @@ class OutputStream:
     """
 
     __slots__ = (
+        "__weakref__",
         "_final_waiters",
         "_lock",
         "_pid",
@@ -181,6 +183,7 @@ class OutputStream:
         """End the stream with an error, unless it has ended; return the waiters to be woken."""
         if self.ended:
             return []
+        failure.request_id = self.log.public_id
         self.failure = failure
         return self._end()
 
@@ -307,6 +310,31 @@ def wait_blocking(stream: Stream, timeout_s: float | None) -> bool:
         return True
     finally:
         stream.detach(waiter)
+
+
+def request_stats(stream: Stream) -> RequestStats:
+    """Return how far the request is that the stream is of. Any thread."""
+    log, members = stream.log, stream.members
+    ended = stream.ended
+    finished = log.finished if ended else None
+    if ended:
+        state: RequestState = "finished"
+    elif any(member.resume is not None for member in members):
+        state = "paused"
+    else:
+        state = "queued" if log.first_scheduled is None else "running"
+    return RequestStats(
+        request_id=log.public_id,
+        metadata=log.metadata,
+        tenant=log.tenant,
+        priority=log.priority,
+        state=state,
+        num_outputs=len(members),
+        num_prompt_tokens=len(log.prompt_token_ids),
+        num_cached_tokens=log.num_cached_tokens,
+        num_tokens=sum(member.num_published for member in members),
+        timeline=RequestTimeline(log.queued, log.first_scheduled, log.first_token, finished, log.num_preemptions),
+    )
 
 
 def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
