@@ -453,7 +453,7 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
 
     class Moving:
         def advance(self, token_ids: list[int]) -> None:
-            moved += token_ids
+            moved.extend(token_ids)
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
