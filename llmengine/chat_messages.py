@@ -11,9 +11,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from llmengine.errors import InvalidRequestError
+
+
+class MessageObject(Protocol):
+    """A message of a client library, such as OpenAI's."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """Return the message as a dict."""
+
+
+Messages = Sequence[Mapping[str, Any] | MessageObject]
+"""A conversation: mappings with "role" and "content"."""
 
 _MAX_DEPTH = 64
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -71,6 +82,13 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
             raise InvalidRequestError(f'{where} has no "role" string')
         copies.append(copy)
     return copies
+
+
+def is_several(messages: Any) -> bool:
+    """Say whether `messages` are several conversations rather than one."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        return False
+    return isinstance(messages[0], Sequence) and not isinstance(messages[0], str | bytes)
 
 
 def plain_tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import gc
@@ -14,18 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 import anyio.to_thread
 
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
+from llmengine.chat_messages import Messages, is_several
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.end_tokens import tokenizer_end_ids
+from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.intake import Intake, Messages, Prompt, RequestSpec, as_prompts
+from llmengine.engine.intake import Intake, Prompt, RequestSpec, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from llmengine.generation_config import forbidden_sequences
@@ -34,9 +35,11 @@ from llmengine.request_options import (
     ChatKeywords,
     RequestKeywords,
     RequestOptions,
+    TemplateKeywords,
     as_options,
     split_options,
     takes_options,
+    unknown_keyword,
 )
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer import Tokenizer, adapt_tokenizer
@@ -238,12 +241,21 @@ class LLM:
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
         request that fails alone does not raise: its output has finish reason "error".
         """
-        # All are read to their ends, however late: none of them has a slow consumer.
-        checked = as_options(LLM.generate, options, wait_for_admission=True).replace(slow_consumer=None)
+        checked = as_options(LLM.generate, options, wait_for_admission=True)
+        return self._run_all(as_prompts(prompts), sampling_params, checked, progress)
+
+    def _run_all(
+        self,
+        prompts: Iterable[Prompt | ChatPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        options: RequestOptions,
+        progress: bool = False,
+    ) -> list[GenerationOutput]:
+        options = options.replace(slow_consumer=None)  # all are read to their ends, however late
         handles: list[RequestHandle] = []
         try:
-            for index, prompt in enumerate(as_prompts(prompts)):
-                spec = RequestSpec(self._params_for(sampling_params, index), checked)
+            for index, prompt in enumerate(prompts):
+                spec = RequestSpec(self._params_for(sampling_params, index), options)
                 handles.append(self._intake.submit_blocking(prompt, spec, self))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
                 raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
@@ -281,19 +293,44 @@ class LLM:
         spec = RequestSpec(self._params_or_default(sampling_params), as_options(LLM.generate_async, options), streaming)
         return self._intake.submit(prompt, spec, self)
 
-    @takes_options(ChatKeywords)
+    @overload
     def chat(
         self,
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         **options: Unpack[ChatKeywords],
-    ) -> GenerationOutput:
+    ) -> GenerationOutput: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[ChatKeywords],
+    ) -> list[GenerationOutput]: ...
+
+    @takes_options(ChatKeywords)
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[ChatKeywords],
+    ) -> GenerationOutput | list[GenerationOutput]:
         """Answer a conversation through the model's chat template and block until the answer is finished.
 
-        `messages` are mappings with "role" and "content"; the options are those of `chat_async`. Raises
-        `InvalidRequestError` where the template rejects them or the model has none.
+        `messages` are mappings with "role" and "content", see the guide to chats. Several conversations are answered
+        at once, as by `generate`, and their outputs returned in order.
+
+        Raises `InvalidRequestError` where the template rejects them or ignores something of them, or the model has
+        none; `TypeError` for a keyword that neither this method nor the template has.
         """
-        handle = self.chat_async(messages, sampling_params, **options)
+        if is_several(messages):
+            checked, rest = split_options(options, wait_for_admission=True)
+            prompts = (self._intake.chats.prompt(LLM.chat, conversation, rest) for conversation in messages)
+            return self._run_all(prompts, sampling_params, checked)
+        checked, rest = split_options(options)
+        spec = RequestSpec(self._params_or_default(cast(SamplingParams | None, sampling_params)), checked)
+        handle = self._intake.submit(self._intake.chats.prompt(LLM.chat, messages, rest), spec, self)
         try:
             return handle.result()
         finally:
@@ -307,17 +344,26 @@ class LLM:
         streaming: bool = False,
         **options: Unpack[ChatKeywords],
     ) -> RequestHandle:
-        """`generate_async` for a conversation; keywords that are no request options reach the chat template.
+        """`generate_async` for a conversation, which is copied at the call. Rendered and tokenized on another thread.
 
-        Args:
-            options: see `RequestOptions` and `ChatKeywords`.
+        Raises what `generate_async` and `chat` raise; what the template rejects comes up where the handle is read.
         """
         checked, rest = split_options(options)
-        template_kwargs = (rest.pop("chat_template_kwargs", None) or {}) | rest
         spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming)
-        # A copy: the caller may go on with its list while a thread renders it.
-        copied = copy.deepcopy(list(messages)) if isinstance(messages, Sequence) else messages
-        return self._intake.submit_chat(copied, template_kwargs, spec, self)
+        return self._intake.submit(self._intake.chats.prompt(LLM.chat_async, messages, rest), spec, self)
+
+    @takes_options(TemplateKeywords)
+    def count_tokens(self, prompt: Prompt | Messages, **options: Unpack[TemplateKeywords]) -> int:
+        """Return how many tokens `generate` would compute of a prompt, or `chat` of a conversation. Blocks.
+
+        The options are those of a conversation. A prompt may have more tokens than fit. Raises `InvalidRequestError`,
+        and `TypeError` for a keyword that the template does not have.
+        """
+        if isinstance(prompt, str) or not _is_conversation(prompt):
+            for name in options:
+                raise unknown_keyword(LLM.count_tokens, name)
+            return self._intake.count(cast(Prompt, prompt))
+        return self._intake.count(self._intake.chats.prompt(LLM.count_tokens, prompt, options))
 
     @takes_options(wait_for_admission=True)
     def beam_search(
@@ -524,6 +570,13 @@ def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool)
     from llmengine.tokenizer_loading import source_tokenizer
 
     return source_tokenizer(source)
+
+
+def _is_conversation(prompt: Any) -> bool:
+    """Say whether `prompt` holds messages rather than token ids."""
+    if not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_several(prompt)
 
 
 def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:

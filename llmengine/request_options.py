@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
@@ -25,6 +25,14 @@ MAX_PRIORITY = 1_000_000
 
 MAX_REQUEST_ID_CHARS = 256
 """Most characters of `RequestOptions.request_id`."""
+_STRUCTURED = "sampling_params=SamplingParams(structured=StructuredOutput(...))"
+_ELSEWHERE = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "sampling_params=SamplingParams(max_new_tokens=...)"),
+    **dict.fromkeys(("response_format", "guided_json", "structured_outputs"), _STRUCTURED),
+    "stream": "streaming=True of the methods that end in _async",
+    "timeout": "deadline_s",
+}
+"""What is meant by keywords of other engines."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -106,14 +114,34 @@ class RequestKeywords(TypedDict, total=False):
     metadata: object
 
 
-class ChatKeywords(RequestKeywords, total=False):
-    """The keywords of chats: those of requests, and what the chat template is given.
+class TemplateKeywords(TypedDict, total=False):
+    """The keywords of what makes a prompt of a conversation.
 
     Attributes:
-        chat_template_kwargs: variables of the model's own template, such as ``{"enable_thinking": False}``.
+        tools: functions as JSON Schema, in OpenAI's form or without its wrapper. Like all of these, refused where the
+            chat template does not use them.
+        documents: what to answer from, mappings with "title" and "text" for most templates.
+        add_generation_prompt: end the prompt with the header of an answer. The default is True, unless the final
+            message is continued.
+        continue_final_message: have the answer go on with the final message, or with the field of it that is named.
+        chat_template: the name of another template of the model's, or a template, instead of the usual one.
+        chat_template_kwargs: variables of the template's own, such as ``{"enable_thinking": False}``. They may also be
+            keywords, which type checkers cannot know.
     """
 
+    tools: Sequence[Any] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | str | None
+    chat_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
+
+
+class ChatKeywords(RequestKeywords, TemplateKeywords, total=False):
+    """The keywords of chats: those of requests, and those of the conversation's prompt."""
+
+
+TEMPLATE_NAMES = frozenset(TemplateKeywords.__annotations__)
 
 
 def split_options(keywords: Mapping[str, Any], **defaults: Any) -> tuple[RequestOptions, dict[str, Any]]:
@@ -145,6 +173,8 @@ def unknown_keyword(function: Callable[..., Any], name: str, known: Iterable[str
     message = f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
     own = [*inspect.signature(function).parameters, *known]
     params = [field.name for field in dataclasses.fields(SamplingParams)] if "sampling_params" in own else []
+    if name in _ELSEWHERE and "sampling_params" in own:
+        return TypeError(f"{message}. Did you mean {_ELSEWHERE[name]!r}?")
     if name in params:
         return TypeError(f"{message}; it is a field of sampling_params=SamplingParams({name}=...)")
     if close := difflib.get_close_matches(name, [*own, *params], 1):
@@ -153,10 +183,15 @@ def unknown_keyword(function: Callable[..., Any], name: str, known: Iterable[str
     return TypeError(message)
 
 
+def is_sampling_parameter(name: str) -> bool:
+    """Say whether a keyword is one of `SamplingParams`, or of other engines' requests."""
+    return name in _ELSEWHERE or any(name == field.name for field in dataclasses.fields(SamplingParams))
+
+
 def takes_options(keywords: type = RequestKeywords, **defaults: Any) -> Callable[[_F], _F]:
     """Show the options in the signature and the documentation of a function that has them as ``**options``.
 
-    `defaults` are the function's own, as for `as_options`. Beside `ChatKeywords` there are variables of the template.
+    `defaults` are the function's own, as for `as_options`. Beside `TemplateKeywords` are variables.
     """
 
     def decorate(function: _F) -> _F:
@@ -169,10 +204,12 @@ def takes_options(keywords: type = RequestKeywords, **defaults: Any) -> Callable
             )
             for name, kind in keywords.__annotations__.items()
         ]
-        if keywords is ChatKeywords:
+        if keywords is not RequestKeywords:
             parameters.append(inspect.Parameter("template_variables", inspect.Parameter.VAR_KEYWORD, annotation="Any"))
         function.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
-        sources = (RequestOptions, ChatKeywords) if keywords is ChatKeywords else (RequestOptions,)
+        sources: list[type] = [] if keywords is TemplateKeywords else [RequestOptions]
+        if keywords is not RequestKeywords:
+            sources.append(TemplateKeywords)
         if function.__doc__:
             listed = "".join(_attributes(source.__doc__ or "") for source in sources)
             function.__doc__ = f"{function.__doc__.rstrip()}\n\n        Options:\n{listed}"

@@ -12,6 +12,7 @@ from llmengine.errors import InvalidRequestError
 MAX_GRAMMAR_CHARS = 262_144
 """Most characters of a schema (as JSON), a regex, a grammar, or all choices together."""
 
+_WRAPPER_KEYS = {"name", "description", "schema", "strict", "type"}
 _KINDS = ("json_schema", "regex", "choice", "grammar")
 
 
@@ -25,7 +26,8 @@ class StructuredOutput:
     Attributes:
         json_schema: a JSON Schema: a mapping (a Pydantic model's `model_json_schema()`, say) or JSON text, kept as JSON
             text; True: any JSON. Between tokens of JSON is at most one space. Keywords that cannot be enforced are
-            refused.
+            refused. What OpenAI's clients send as `response_format` is the schema in it: with its `type` or without,
+            ``{"name": ..., "schema": {...}}``.
         regex: what the whole text must match, in the syntax of Rust's `regex` crate: no look-around, no references.
         choice: strings, of which the text is one.
         grammar: a context-free grammar in EBNF: Lark's syntax with a rule `start`, or llama.cpp's GBNF with `root ::=`.
@@ -61,11 +63,32 @@ def _as_json_text(schema: Any) -> str:
         if value is True:
             return "{}"
         if isinstance(value, Mapping):
+            value = _schema_inside(value)
             # Property order is the order of the output, so keys are not sorted.
             return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"json_schema={schema!r:.200} is not JSON: {error}") from error
     raise InvalidRequestError(f"json_schema={schema!r:.200} is neither an object nor True")
+
+
+def _schema_inside(given: Mapping[str, Any]) -> Any:
+    """Return the schema in OpenAI's form of one, or `given`.
+
+    A schema has none of the keys "schema" and "json_schema", whatever its properties are called: they stand a level
+    deeper. So one that has them beside keys of OpenAI's form alone is of that form.
+    """
+    if given.get("type") == "json_schema" and isinstance(given.get("json_schema"), Mapping):
+        given = given["json_schema"]
+    elif given.get("type") == "json_object" and given.keys() == {"type"}:
+        return {"type": "object"}
+    if "schema" in given and given.keys() <= _WRAPPER_KEYS and given.get("type", "json_schema") == "json_schema":
+        inside = given["schema"]
+        if inside is True:
+            return {}
+        if not isinstance(inside, Mapping):
+            raise InvalidRequestError(f'json_schema: its "schema" is a {type(inside).__name__}, not an object')
+        return inside
+    return given
 
 
 def _as_choices(choices: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""FakeBackend: a backend without a model, for tests of the engine and of applications built on it.
+"""FakeBackend and ChatByteTokenizer: no model, for tests of the engine and of applications built on it.
 
 It keeps real "KV": each computed token's id is written into the pool through the request's block table, and the next
 token is a function of the whole context read back through that table. A block that is shared wrongly, freed too early
@@ -8,9 +8,11 @@ or forgotten therefore shows up as a wrong token.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from llmengine.batch import Backend, BackendInfo, Batch, BatchRow, SlotInit, StepResult, TokenLogprobs
+from llmengine.tokenizer import ByteTokenizer
 
 NextToken = Callable[[Sequence[int]], int | None]
 """Maps a context's token ids to the next one; None: this row's logits are not finite."""
@@ -26,6 +28,41 @@ def mixing_model(vocab_size: int) -> NextToken:
         return state % vocab_size
 
     return next_token
+
+
+CHAT_TEMPLATE = """{% for message in messages %}<{{ message.role }}>{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+class ChatByteTokenizer(ByteTokenizer):
+    """A `ByteTokenizer` with a chat template, for tests of chats without a model.
+
+    Raises `ModelLoadError` if `chat_template` is no Jinja template.
+    """
+
+    def __init__(self, chat_template: str = CHAT_TEMPLATE) -> None:
+        from llmengine.chat_template import ChatTemplates
+
+        self._templates = ChatTemplates({"default": chat_template}, {}, "ChatByteTokenizer")
+        self._templates.choose()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the UTF-8 bytes of `text`; there are no special tokens to add."""
+        return super().encode(text)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Return what the template writes; see `llmengine.chat_template.ChatTemplate.render`."""
+        return self._templates.render(messages, add_generation_prompt, tools, variables)
+
+    def chat_template_variables(self, chat_template: str | None = None, *, has_tools: bool = False) -> frozenset[str]:
+        """Return the names of the variables that the template reads."""
+        return self._templates.choose(chat_template, has_tools=has_tools).variables
 
 
 class FakeBackend:

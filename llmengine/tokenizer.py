@@ -43,7 +43,12 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer with a chat template."""
+    """A tokenizer with a chat template.
+
+    Optional: `chat_template_variables(chat_template, *, has_tools)`, the names of the variables that the template
+    reads. Without it, keywords of a chat that `apply_chat_template` does not name are passed on only if it raises for
+    those that it does not know.
+    """
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`; text from the template has its special tokens and needs no others."""
@@ -123,6 +128,18 @@ def added_end_ids(added: Mapping[int, Any]) -> frozenset[int]:
     return known_end_ids(found, {token.content for token in added.values() if token.special})
 
 
+def without_second_bos(tokenizer: Tokenizer, text: str, token_ids: list[int]) -> list[int]:
+    """Return the ids of `text` with one BOS where `text` brings its own and the tokenizer put another before it.
+
+    Text that a chat template wrote begins with BOS; models answer worse with two of them.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or token_ids[:2] != [bos, bos]:
+        return token_ids
+    written = tokenizer.decode([bos])
+    return token_ids[1:] if text.startswith(written) and not text.startswith(2 * written) else token_ids
+
+
 class TransformersTokenizer:
     """A transformers tokenizer as a `ChatTokenizer`: special tokens stay in the text, spaces are not cleaned up."""
 
@@ -131,6 +148,7 @@ class TransformersTokenizer:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {token_id for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(special.union(tokenizer.all_special_ids))
+        self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.known_end_ids = added_end_ids(added)
         self._known_templates: tuple[dict[str, str], dict[str, Any], ChatTemplates] | None = None

@@ -22,6 +22,7 @@ from llmengine.batch import BackendInfo
 from llmengine.detokenizer import IncrementalDetokenizer, TokenTexts
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
+from llmengine.engine.chat_prompt import ChatPrompt, ChatRenderer
 from llmengine.engine.engine import Engine
 from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
@@ -39,13 +40,10 @@ from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text
+from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text, without_second_bos
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-
-Messages = Sequence[Mapping[str, Any]]
-"""A conversation: mappings with "role" and "content"."""
 
 
 _NUM_CACHED_BAD_WORDS = 16
@@ -106,6 +104,7 @@ class Intake:
         forbidden: Sequence[WordIds] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.chats = ChatRenderer(tokenizer)
         self.forbidden = tuple(forbidden)
         self._share_prefixes = share_prefixes_across_tenants
         self._engine = engine
@@ -123,9 +122,9 @@ class Intake:
         # Seeded by the system once: asking it for each request takes as long as all else here.
         self._seeds = random.Random()
 
-    def submit(self, prompt: Prompt, spec: RequestSpec, owner: object) -> RequestHandle:
-        """Submit without blocking; raises what is wrong with anything but the tokens of a text prompt."""
-        if isinstance(prompt, str):
+    def submit(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
+        """Submit without blocking; raises what is wrong with anything but the tokens of a text or chat."""
+        if isinstance(prompt, str | ChatPrompt):
             return self._submit_later(partial(self._encode, prompt), spec, owner)
         encoded = self._encode(prompt)
         if spec.options.wait_for_admission or spec.params.structured is not None:
@@ -133,13 +132,7 @@ class Intake:
             return self._submit_later(lambda: encoded, spec, owner)
         return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
-    def submit_chat(
-        self, messages: Messages, template_kwargs: Mapping[str, Any], spec: RequestSpec, owner: object
-    ) -> RequestHandle:
-        """Like `submit` with the text that the chat template makes of `messages`, which must not change meanwhile."""
-        return self._submit_later(partial(self._encode_chat, messages, template_kwargs), spec, owner)
-
-    def submit_blocking(self, prompt: Prompt, spec: RequestSpec, owner: object) -> RequestHandle:
+    def submit_blocking(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit, tokenizing on this thread and waiting for room in the queue if that is wanted."""
         admission, options = self._engine.admission, spec.options
         acquire = partial(admission.acquire_blocking, options.tenant, options.priority)
@@ -290,7 +283,7 @@ class Intake:
         streams = [stream for reference in self._streams.valuerefs() if (stream := reference()) is not None]
         return [stats for stream in streams if (stats := request_stats(stream)).state != "finished"]
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: Prompt | ChatPrompt) -> Encoded:
         """Return the prompt's token ids; blocks while text is tokenized.
 
         Raises `InvalidRequestError` and `PromptTooLongError`.
@@ -298,6 +291,10 @@ class Intake:
         encoded = self._encode(prompt)
         self._check_length(encoded)
         return encoded
+
+    def count(self, prompt: Prompt | ChatPrompt) -> int:
+        """Return how many tokens the prompt has, which may be more than fit; blocks while text is tokenized."""
+        return len(self._encode(prompt).token_ids)
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """Return the text of ids generated behind a prompt, without special tokens; "" without a tokenizer."""
@@ -321,21 +318,21 @@ class Intake:
                 "(max_total_tokens of the sampling parameters)"
             )
 
-    def _encode(self, prompt: Prompt) -> Encoded:
+    def _encode(self, prompt: Prompt | ChatPrompt) -> Encoded:
+        if isinstance(prompt, ChatPrompt):
+            return self._encode_chat(prompt)
         if not isinstance(prompt, str):
             return Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
         if self.tokenizer is None:
             raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
         with _tokenizer_faults("encode the prompt", prompt):
-            return Encoded(prompt, self._in_vocabulary(self.tokenizer.encode(prompt)))
+            token_ids = without_second_bos(self.tokenizer, prompt, self.tokenizer.encode(prompt))
+        return Encoded(prompt, self._in_vocabulary(token_ids))
 
-    def _encode_chat(self, messages: Messages, template_kwargs: Mapping[str, Any]) -> Encoded:
-        if self.tokenizer is None:
-            raise InvalidRequestError("a chat needs a tokenizer, and there is none; pass token ids to generate_async()")
-        if not isinstance(self.tokenizer, ChatTokenizer):
-            raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
+    def _encode_chat(self, prompt: ChatPrompt) -> Encoded:
         with _tokenizer_faults("apply its chat template"), _template_faults():
-            text = self.tokenizer.apply_chat_template(messages, **template_kwargs)
+            text = self.chats.render(prompt)
+        assert isinstance(self.tokenizer, ChatTokenizer), "a chat was rendered without one"
         with _tokenizer_faults("encode the chat", text):
             return Encoded(text, self._in_vocabulary(self.tokenizer.encode(text, add_special_tokens=False)))
 

@@ -1,0 +1,124 @@
+"""Chats: from a conversation and the keywords of a call to the text that the tokenizer's chat template writes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmengine.chat_messages import plain, plain_messages
+from llmengine.errors import InvalidRequestError
+from llmengine.request_options import TEMPLATE_NAMES, is_sampling_parameter, unknown_keyword
+from llmengine.tokenizer import ChatTokenizer, Tokenizer
+
+_PROBE = "llmengine_no_such_variable"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation and the keywords of `apply_chat_template`, copied from what the caller gave."""
+
+    messages: list[dict[str, Any]]
+    keywords: dict[str, Any]
+
+
+class ChatRenderer:
+    """Makes text of conversations by a tokenizer's chat template; safe to use from several threads.
+
+    A keyword of which nobody knows whether it reaches the template is refused. Known are the variables that the
+    tokenizer's `chat_template_variables()` names, and the parameters of its `apply_chat_template`; one that takes any
+    keyword is asked whether it refuses a wrong one itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._checks_names: bool | None = None
+
+    def prompt(self, function: Callable[..., Any], messages: Any, keywords: Mapping[str, Any]) -> ChatPrompt:
+        """Return a copy of the conversation, with the keywords of `function` that are for its template.
+
+        Raises `InvalidRequestError` for malformed messages and keywords that contradict each other, and `TypeError` for
+        a keyword that neither `function` nor the template has.
+        """
+        tokenizer = self._chat_tokenizer()
+        direct = {name: value for name, value in keywords.items() if name != "chat_template_kwargs"}
+        given = keywords.get("chat_template_kwargs")
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidRequestError(f"chat_template_kwargs is a {type(given).__name__}, not a dict")
+        variables = plain(given or {}, "chat_template_kwargs")
+        if twice := sorted(direct.keys() & variables.keys()):
+            raise InvalidRequestError(f"{twice[0]!r} is given twice: as a keyword and in chat_template_kwargs")
+        merged = {**variables, **direct}
+        known = None
+        for name in direct.keys() - TEMPLATE_NAMES:
+            if is_sampling_parameter(name):
+                raise unknown_keyword(function, name)
+            known = known or self._known(tokenizer, merged)
+            if known is not None and name not in known:
+                raise unknown_keyword(function, name, {*known, *TEMPLATE_NAMES})
+        arguments = {name: plain(value, name) for name, value in merged.items() if value is not None}
+        for name in ("tools", "documents"):
+            if arguments.get(name) == []:
+                del arguments[name]
+        if arguments.get("continue_final_message"):
+            if arguments.get("add_generation_prompt"):
+                raise InvalidRequestError("continue_final_message and add_generation_prompt contradict each other")
+            arguments["add_generation_prompt"] = False
+        return ChatPrompt(plain_messages(messages), arguments)
+
+    def render(self, prompt: ChatPrompt) -> str:
+        """Return the text of a conversation. Raises `InvalidRequestError` where the template rejects it."""
+        apply, keywords = self._chat_tokenizer().apply_chat_template, prompt.keywords
+        text = apply(prompt.messages, **keywords)
+        if not isinstance(text, str):
+            raise TypeError(f"apply_chat_template() returned a {type(text).__name__}, not a str")
+        parameters = _parameters(apply)
+        unnamed = [name for name in keywords if name not in parameters]
+        if unnamed and self._variables(self._chat_tokenizer(), keywords) is None and not self._refuses_others(prompt):
+            raise InvalidRequestError(
+                f"the tokenizer's apply_chat_template() takes any keyword, so that {unnamed[0]!r} may be lost: have it "
+                "name the keyword in its signature, or refuse what its template does not read"
+            )
+        return text
+
+    def _refuses_others(self, prompt: ChatPrompt) -> bool:
+        """Say whether the tokenizer raises for a keyword that it cannot know; it took the others just now."""
+        if self._checks_names is None:
+            try:
+                keywords: dict[str, Any] = {**prompt.keywords, _PROBE: True}
+                self._chat_tokenizer().apply_chat_template(prompt.messages, **keywords)
+                self._checks_names = False
+            except Exception:
+                self._checks_names = True
+        return self._checks_names
+
+    def _known(self, tokenizer: ChatTokenizer, keywords: Mapping[str, Any]) -> frozenset[str] | None:
+        """Return the names of all variables that can be given, None where that cannot be told."""
+        variables = self._variables(tokenizer, keywords)
+        if variables is not None:
+            return variables
+        parameters = _parameters(tokenizer.apply_chat_template)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return None if takes_any else frozenset(parameters)
+
+    def _variables(self, tokenizer: ChatTokenizer, keywords: Mapping[str, Any]) -> frozenset[str] | None:
+        method = getattr(tokenizer, "chat_template_variables", None)
+        if method is None:
+            return None
+        names = method(keywords.get("chat_template"), has_tools=bool(keywords.get("tools")))
+        return None if names is None else frozenset(names)
+
+    def _chat_tokenizer(self) -> ChatTokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequestError("a chat needs a tokenizer, and there is none; pass token ids to generate_async()")
+        if not isinstance(self._tokenizer, ChatTokenizer):
+            raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
+        return self._tokenizer
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return {}
