@@ -47,16 +47,21 @@ class TokenTexts:
         """Return whether a text begins anew behind the token in a prompt."""
         return token_id in self._special_ids
 
-    def context(self, prompt_token_ids: Sequence[int], structured: bool) -> list[int]:
-        """Return ids to decode generated ones behind, so that they read as they do behind the prompt; [] for none."""
+    def context(self, prompt_token_ids: Sequence[int], structured: bool) -> tuple[list[int], str]:
+        """Return ids to decode generated ones behind, so that they read as they do behind the prompt, and their text.
+
+        There are none where these begin a text.
+        """
         context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
         for index in range(len(context) - 1, -1, -1):
             if context[index] in self._special_ids:
                 del context[: index + 1]
                 break
-        if (structured and not context) or self._decode(context).endswith(_REPLACEMENT):
-            return list(self._behind_letter()[0])
-        return context
+        text = self._decode(context) if context else ""
+        if text.endswith(_REPLACEMENT) or (structured and not context):
+            letter, text = self._behind_letter()
+            return list(letter), text
+        return context, text
 
     def read(self, token_id: int, begins: bool) -> str:
         """Return what the token adds to a text that it begins or continues; U+FFFD for a part of a character."""
@@ -150,8 +155,7 @@ class IncrementalDetokenizer:
         self._skip_special_ids = skip_special_ids
         self._matcher = StopMatcher(stop) if stop else None
         # _ids[:_num_context] were shown entirely; _shown is what was given out of decode(_ids), context included.
-        self._ids = self._texts.context(prompt_token_ids, structured)
-        self._shown = self._decode(self._ids) if self._ids else ""
+        self._ids, self._shown = self._texts.context(prompt_token_ids, structured)
         self._num_context = len(self._ids)
 
     def push(self, token_id: int, check_stop: bool = True) -> str:

@@ -7,7 +7,7 @@ names, and the models that use one of them for something else, are those of its 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 from llmengine.errors import ConfigError
 
@@ -32,6 +32,8 @@ FILL_IN_END_TOKENS = frozenset(
 )
 """Texts of tokens behind which a code model goes on with another file. llama.cpp ends there, transformers does not."""
 
+_GGUF_CONTROL = 3
+
 
 def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> frozenset[int]:
     """Return the ids of the tokens that end an answer, of `token_ids`, which maps tokens of `END_TOKENS` to ids.
@@ -45,6 +47,14 @@ def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> froz
     if "</s>" not in special or "<|tool_response>" in ends:
         ends.pop("</s>", None)
     return frozenset(ends.values())
+
+
+def gguf_known_end_ids(tokens: Sequence[object], types: Sequence[object] | None) -> frozenset[int]:
+    """Return the ids of a GGUF file's tokens that end an answer by their text, whatever their type."""
+    names = END_TOKENS | FILL_IN_END_TOKENS
+    found = {token: token_id for token_id, token in enumerate(tokens) if isinstance(token, str) and token in names}
+    special = [token for token, token_id in found.items() if types is None or types[token_id] == _GGUF_CONTROL]
+    return known_end_ids(found, special)
 
 
 def tokenizer_end_ids(tokenizer: object, vocab_size: int) -> frozenset[int]:

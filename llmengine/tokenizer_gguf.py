@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llmengine.end_tokens import gguf_known_end_ids
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.tokenizer_sentencepiece import ModelType, Piece, PieceType, SentencePieceCodec, SentencePieceModel
 
@@ -310,12 +311,14 @@ def _charsmap(metadata: Mapping[str, Any], source: str) -> bytes:
 
 
 def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> Sequence[int]:
+    """Return the tokens' types. Those known to end an answer are control tokens, as for llama.cpp: files forget it."""
     types = metadata.get(_PREFIX + "token_type")
-    if types is None:
-        return [PieceType.NORMAL] * len(tokens)
-    if not isinstance(types, list) or len(types) != len(tokens):
+    if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
         raise CorruptFileError(f"{source}: tokenizer.ggml.token_type has not one type for each of {len(tokens)} tokens")
-    return types
+    found = [PieceType.NORMAL] * len(tokens) if types is None else list(types)
+    for token_id in gguf_known_end_ids(tokens, types):
+        found[token_id] = PieceType.CONTROL
+    return found
 
 
 def _strings(metadata: Mapping[str, Any], name: str, source: str) -> list[str]:

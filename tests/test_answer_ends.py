@@ -96,6 +96,14 @@ def test_a_closing_tag_that_is_ordinary_text_is_no_end(tmp_path: Path) -> None:
     assert ends_of(gguf_model(tmp_path / "b.gguf", ["</s>"], {}, CONTROL)) == {0}
 
 
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_a_prompt_holds_the_end_that_its_text_names(tmp_path: Path, kind: int) -> None:
+    path = gguf_model(tmp_path / "a.gguf", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {}, kind)
+    tokenizer = load_tokenizer(path, "gguf")
+    assert tokenizer.encode("a<|im_end|>") == [BYTES.index("a"), FIRST + 2]
+    assert {FIRST, FIRST + 2} <= tokenizer.special_ids
+
+
 def test_what_ends_a_gguf_models_answer(tmp_path: Path) -> None:
     path = gguf_model(tmp_path / "a.gguf", ["<|end_of_text|>", "<|eot_id|>", "<x>"], {"eos_token_id": 0})
     with LLM(ModelConfig(path, num_threads=1)) as llm:

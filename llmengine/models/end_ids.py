@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from llmengine.end_tokens import END_TOKENS, FILL_IN_END_TOKENS, known_end_ids
+from llmengine.end_tokens import gguf_known_end_ids
 from llmengine.errors import CorruptFileError
 from llmengine.models.fields import Fields
 from llmengine.models.fused import unique_ids
@@ -15,7 +15,6 @@ _GGUF_KEYS = (
     *(f"{_PREFIX}{name}_token_id" for name in ("eos", "eot", "eom", "eog", "fim_pad", "fim_rep", "fim_sep")),
     *(f"{_PREFIX}{name}_token_ids" for name in ("eos", "eog")),
 )
-_CONTROL = 3
 
 
 def ids_in_vocabulary(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
@@ -43,25 +42,14 @@ def gguf_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
 
     Raises `CorruptFileError` naming file, key and id for one outside [0, vocab_size).
     """
-    known = sorted(token_id for token_id in _known(metadata) if token_id < vocab_size)
+    tokens, types = (metadata.values.get(_PREFIX + name) for name in ("tokens", "token_type"))
+    known: Iterable[int] = ()
+    if isinstance(tokens, list):  # what is wrong with them is the tokenizer's to say
+        fits = isinstance(types, list) and len(types) == len(tokens)
+        known = sorted(item for item in gguf_known_end_ids(tokens, types if fits else None) if item < vocab_size)
     return unique_ids((*gguf_named_end_ids(metadata, vocab_size), *known))
 
 
 def gguf_named_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
     """Return the first of `gguf_end_ids`, those that the metadata names."""
     return unique_ids(chain.from_iterable(ids_in_vocabulary(metadata, key, vocab_size) for key in _GGUF_KEYS))
-
-
-def _known(metadata: Fields) -> Iterable[int]:
-    """Return the ids of tokens that llama.cpp takes as ends by their text, whatever their type."""
-    tokens = metadata.values.get(_PREFIX + "tokens")
-    if not isinstance(tokens, list):
-        return ()  # what is wrong with it is the tokenizer's to say
-    types = metadata.values.get(_PREFIX + "token_type")
-    names = END_TOKENS | FILL_IN_END_TOKENS
-    found = {token: token_id for token_id, token in enumerate(tokens) if token in names}
-    if isinstance(types, list) and len(types) == len(tokens):
-        special = {token for token, token_id in found.items() if types[token_id] == _CONTROL}
-    else:
-        special = set(found)
-    return known_end_ids(found, special)
