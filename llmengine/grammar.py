@@ -125,7 +125,7 @@ class GrammarCompiler:
     token, too long for a moment when others are being served.
 
     Args:
-        tokenizer: with `tokenizer_json()`, the text of a tokenizer.json, or `token_bytes()`, the bytes of each id.
+        tokenizer: with `token_bytes()`, the bytes of each id, or `tokenizer_json()`, the text of a tokenizer.json.
         vocab_size: of the model's logits.
         eos_token_ids: the model's.
     """

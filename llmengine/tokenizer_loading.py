@@ -357,6 +357,12 @@ def _read_with_transformers(directory: Path) -> LoadedTokenizer:
             f"{directory}: has no tokenizer.json nor any other tokenizer file; "
             "LLM(..., tokenizer=...) takes another one, LLM(..., enable_tokenizer=False) works on token ids"
         )
+    for path in sorted(directory.glob("*.model")):
+        if path.name != "tokenizer.model" and read_sentencepiece(path.read_bytes(), str(path)) is not None:
+            raise UnsupportedModelError(
+                f"{path}: a SentencePiece model is only read from a file named tokenizer.model, "
+                "since other names stand for other rules of ids; pass LLM(tokenizer=...)"
+            )
     from transformers import AutoTokenizer
 
     try:

@@ -214,7 +214,7 @@ class SentencePieceCodec:
         size, texts = self.vocab_size, self._texts
         tokens = [text for i in token_ids if 0 <= i < size and (text := texts[i]) is not None]
         decoded: str = self._decoder.decode(tokens)
-        return decoded
+        return decoded.removesuffix(" ") if self.model.treat_whitespace_as_suffix else decoded
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a piece or added token, None if there is none."""
@@ -370,8 +370,8 @@ def _splitter(added: Mapping[int, AddedToken]) -> tuple[Tokenizer | None, list[i
 
 def _decoder(model: SentencePieceModel, prefix: Prefix) -> Any:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix != "never":
-        steps.append(decoders.Strip(" ", 0, 1) if model.treat_whitespace_as_suffix else decoders.Strip(" ", 1, 0))
+    if prefix != "never" and not model.treat_whitespace_as_suffix:
+        steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
 
 

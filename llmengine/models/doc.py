@@ -51,8 +51,9 @@ keeps the original one there: `max_model_len` may then be up to `factor` times t
 Tensor types:
 {types}.
 
-Tokenizers: `llama` (SentencePiece BPE), and `gpt2` (byte-level BPE) with the pre-tokenizers of all these families; the
-error for an unknown one lists the known.
+Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of all
+these families; the error for an unknown one lists the known. A file that names none is split as llama.cpp does by
+default, with a logged warning.
 
 What the format has no key for is as in llama.cpp: files of Mistral are Llamas without a window, every fourth layer of
 SmolLM3 does not rotate, Gemma's window pattern and score scale follow from the family and the number of layers.
