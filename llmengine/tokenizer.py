@@ -30,8 +30,8 @@ class Tokenizer(Protocol):
 
     Optional attributes are used where present: `special_ids` (ids left out of the text when
     `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer, beside the model's own; in
-    its absence `eos_token_id`); for structured output `tokenizer_json()`, the text of a tokenizer.json, or
-    `token_bytes()`, the bytes of each id.
+    its absence `eos_token_id`); for structured output `token_bytes()`, the bytes of each id, or
+    `tokenizer_json()`, the text of a tokenizer.json.
     """
 
     def encode(self, text: str) -> list[int]:

@@ -51,8 +51,8 @@ keeps the original one there: `max_model_len` may then be up to `factor` times t
 Tensor types:
 {types}.
 
-Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of all
-these families; the error for an unknown one lists the known. A file that names none is split as llama.cpp does by
+Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of
+all these families; the error for an unknown one lists the known. A file that names none is split as llama.cpp does by
 default, with a logged warning.
 
 What the format has no key for is as in llama.cpp: files of Mistral are Llamas without a window, every fourth layer of
