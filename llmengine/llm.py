@@ -9,7 +9,6 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake, Prompt, RequestSpec, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
+from llmengine.engine.worker_threads import PreparationThreads, is_worker
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from llmengine.generation_config import forbidden_sequences
 from llmengine.outputs import GenerationOutput
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NUM_TOKENIZER_THREADS = 4
-_NUM_GRAMMAR_THREADS = 2
 _EXIT_TIMEOUT_S = 10.0
 
 
@@ -85,12 +83,12 @@ class LLM:
         given = config if isinstance(config, ModelConfig) else ModelConfig(config)
         resolved = given.resolve()
         source = open_model(resolved.model_dir, resolved.load_format)
-        self._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
-        loading = self._tokenizer_threads.submit(_load_tokenizer, source, tokenizer, enable_tokenizer)
+        self._threads = PreparationThreads()
+        loading = self._threads.call(partial(_load_tokenizer, source, tokenizer, enable_tokenizer))
         try:
             device = choose_device(resolved.device)
         except BaseException:
-            self._tokenizer_threads.shutdown(wait=False)
+            self._threads.stop()
             raise
         resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
         resolved = resolved.resolve(accelerator=device != "cpu")
@@ -121,7 +119,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         llm._loaded = None
-        llm._tokenizer_threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, "llmengine-tokenizer")
+        llm._threads = PreparationThreads()
         adapted = None if tokenizer is None else adapt_tokenizer(tokenizer)
         llm._start(
             backend_factory,
@@ -149,16 +147,13 @@ class LLM:
         self, backend_factory: Callable[[], Backend], scheduler: SchedulerConfig, kv_cache: KvCacheConfig
     ) -> None:
         self._engine = Engine(backend_factory, scheduler, kv_cache)
-        self._grammar_threads = ThreadPoolExecutor(_NUM_GRAMMAR_THREADS, "llmengine-grammar")
         self._share_prefixes = scheduler.share_prefixes_across_tenants
         # Runs when the LLM is collected or the interpreter exits: an engine thread must not outlive either.
-        self._finalizer = weakref.finalize(
-            self, _shut_down, self._engine, (self._tokenizer_threads, self._grammar_threads)
-        )
+        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._threads)
         try:
             self._info: BackendInfo = self._engine.start()
         except BaseException:
-            self._tokenizer_threads.shutdown(wait=False)
+            self._threads.stop()
             raise
         logger.info("%s", self._info.description)
 
@@ -177,8 +172,7 @@ class LLM:
             self._info,
             tokenizer,
             ends,
-            self._tokenizer_threads,
-            self._grammar_threads,
+            self._threads,
             share_prefixes_across_tenants=self._share_prefixes,
             forbidden=_possible(forbidden_sequences(generation_config), self._info.vocab_size),
         )
@@ -588,10 +582,11 @@ def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable
     return track(handles, "generating", console=Console(stderr=True))
 
 
-def _shut_down(engine: Engine, threads: Sequence[ThreadPoolExecutor]) -> None:
+def _shut_down(engine: Engine, threads: PreparationThreads) -> None:
+    """Stop the engine and its threads, and wait for the engine. May run inside a garbage collection, on any thread."""
     if engine.is_forked:
-        return  # the threads are the other process's, and so are the locks that they may have held
+        return  # the threads are the other process's
     engine.stop()
-    for executor in threads:
-        executor.shutdown(wait=False, cancel_futures=False)
-    engine.join(_EXIT_TIMEOUT_S)
+    threads.stop()
+    if not is_worker():  # which may hold a lock that the engine wants
+        engine.join(_EXIT_TIMEOUT_S)

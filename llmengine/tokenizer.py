@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from llmengine.detokenizer import IncrementalDetokenizer as IncrementalDetokenizer
 from llmengine.end_tokens import END_TOKENS, known_end_ids
 from llmengine.errors import ConfigError, InvalidRequestError
+from llmengine.tokenizer_bounds import TextBound
 
 if TYPE_CHECKING:
     from llmengine.chat_template import ChatTemplates
@@ -110,16 +111,35 @@ def check_text(text: str) -> None:
 
 
 def encode_with(backend: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Return the ids that a `tokenizers.Tokenizer` gives `text`.
+    """Return the ids that a `tokenizers.Tokenizer` gives `text`."""
+    ids: list[int] = _encoding(backend, text, add_special_tokens).ids
+    return ids
+
+
+def encode_with_limit(
+    backend: Any, bound: TextBound, text: str, max_tokens: int, add_special_tokens: bool = True
+) -> list[int] | int:
+    """Return the ids as `encode_with` does; where they are more than `max_tokens`, a number that they are not below.
+
+    What is surely longer is not tokenized.
+    """
+    if len(text) > max_tokens and (least := bound.min_tokens(text)) > max_tokens:
+        return least
+    check_text(text)
+    encoding = _encoding(backend, text, add_special_tokens)
+    ids: list[int] | int = len(encoding) if len(encoding) > max_tokens else encoding.ids
+    return ids
+
+
+def _encoding(backend: Any, text: str, add_special_tokens: bool) -> Any:
+    """Return the library's encoding of `text`.
 
     Its `encode` keeps the interpreter lock, so that a megabyte would stop every thread for a second. Its form for
     batches gives the lock up, and runs a batch of one on this thread.
     """
     if len(text) <= _FEW_CHARS:
-        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-    else:
-        ids = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-    return ids
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    return backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
 
 def added_end_ids(added: Mapping[int, Any]) -> frozenset[int]:
@@ -154,11 +174,18 @@ class TransformersTokenizer:
         self._known_templates: tuple[dict[str, str], dict[str, Any], ChatTemplates] | None = None
         # The first call undoes stored truncation and padding, which must not happen while another thread encodes.
         tokenizer.encode("")
+        self._bound = _transformers_bound(tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, with BOS and the like when `add_special_tokens`."""
         check_text(text)
         return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
+
+    def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
+        """Return the ids, or a number above `max_tokens` that they are not below."""
+        if self._bound is not None and (least := self._bound.min_tokens(text)) > max_tokens:
+            return least
+        return self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""
@@ -223,6 +250,17 @@ class TransformersTokenizer:
         return [Path(path) for path in self._wrapped.save_pretrained(str(directory))]
 
 
+def _transformers_bound(tokenizer: Any) -> TextBound | None:
+    """Return what is known of a transformers tokenizer's lengths: nothing if its class encodes in a way of its own."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    encoders = [getattr(type(tokenizer), name, None) for name in ("encode", "__call__", "_encode_plus")]
+    if not hasattr(backend, "get_added_tokens_decoder") or not all(
+        getattr(encoder, "__module__", "").startswith("transformers.tokenization_utils") for encoder in encoders
+    ):
+        return None
+    return TextBound(backend, backend.get_vocab())
+
+
 class _EncodingTokenizer:
     """A `tokenizers.Tokenizer`, whose `encode` returns an object with `ids`, as a `Tokenizer`."""
 
@@ -231,11 +269,16 @@ class _EncodingTokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.known_end_ids = added_end_ids(added)
+        self._bound = TextBound(tokenizer, tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with what the post-processor adds."""
         check_text(text)
         return encode_with(self._wrapped, text)
+
+    def encode_with_limit(self, text: str, max_tokens: int) -> list[int] | int:
+        """Return the ids, or a number above `max_tokens` that they are not below."""
+        return encode_with_limit(self._wrapped, self._bound, text, max_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""

@@ -10,7 +10,8 @@ change is in `tokenizer_config`, and what of that applies to a tokenizer.json in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,8 @@ from tokenizers import Tokenizer
 
 from llmengine.chat_template import ChatTemplates
 from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
-from llmengine.tokenizer import added_end_ids, check_text, encode_with
+from llmengine.tokenizer import added_end_ids, check_text, encode_with, encode_with_limit
+from llmengine.tokenizer_bounds import TextBound
 from llmengine.tokenizer_config import NAMED_TOKENS, TokenizerConfig, read_text, read_tokenizer_config
 from llmengine.tokenizer_json import configure
 from llmengine.tokenizer_sentencepiece import SentencePieceCodec, codec_of_directory, read_sentencepiece
@@ -44,6 +46,8 @@ class LoadedTokenizer:
         has_chat_template: whether `apply_chat_template` can work.
     """
 
+    _bound: TextBound | None = None
+
     def __init__(
         self,
         backend: Tokenizer,
@@ -58,7 +62,9 @@ class LoadedTokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.known_end_ids = added_end_ids(added)
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        self._bound = TextBound(backend, vocab)
         self._describe(special_tokens or {}, backend.token_to_id, chat_templates or {}, end_token_ids, source)
 
     def _describe(
@@ -90,8 +96,20 @@ class LoadedTokenizer:
         `CorruptFileError` for a tokenizer that contradicts itself.
         """
         check_text(text)
-        try:
+        with self._encoding(text):
             return encode_with(self._backend, text, add_special_tokens)
+
+    def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
+        """Return the ids as `encode`; of more than `max_tokens` perhaps a number instead that they are not below."""
+        if self._bound is None:
+            return self.encode(text, add_special_tokens)
+        with self._encoding(text):
+            return encode_with_limit(self._backend, self._bound, text, max_tokens, add_special_tokens)
+
+    @contextmanager
+    def _encoding(self, text: str) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             if not _is_from_library(error):
                 raise

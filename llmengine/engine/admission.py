@@ -128,44 +128,53 @@ class Admission:
                 self.num_requests += 1
             applicant.grant(AdmissionTicket(self, bounded=False))
 
-    def _add_tokens(self, num_tokens: int, *, bounded: bool) -> None:
+    def _add_tokens(self, ticket: AdmissionTicket, num_tokens: int) -> None:
         with self._lock:
-            if bounded and self.num_tokens and self.num_tokens + num_tokens > self._config.max_queued_tokens:
+            if not ticket.is_held:
+                return
+            if ticket.bounded and self.num_tokens and self.num_tokens + num_tokens > self._config.max_queued_tokens:
                 raise QueueFullError(
                     f"{self.num_tokens} prompt tokens are waiting and {num_tokens} more do not fit "
                     f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"
                 )
             self.num_tokens += num_tokens
+            ticket.num_tokens = num_tokens
 
-    def _release(self, num_tokens: int) -> None:
+    def _release(self, ticket: AdmissionTicket) -> None:
         with self._lock:
+            if not ticket.is_held:
+                return
+            ticket.is_held = False
             self.num_requests -= 1
-            self.num_tokens -= num_tokens
+            self.num_tokens -= ticket.num_tokens
         if self._applicants:
             self._grant()
 
 
 class AdmissionTicket:
-    """One request's place in the queue; given back when it is first scheduled or ends, whichever comes first."""
+    """One request's place in the queue; given back when it is first scheduled or ends, whichever comes first.
 
-    __slots__ = ("_admission", "_bounded", "_num_tokens")
+    Attributes:
+        bounded: the prompt has to fit `max_queued_tokens`; who waited for room is let in whatever the length.
+        num_tokens: of the prompt, once that is known.
+        is_held: it was not given back.
+    """
+
+    __slots__ = ("_admission", "bounded", "is_held", "num_tokens")
 
     def __init__(self, admission: Admission, *, bounded: bool) -> None:
-        self._admission: Admission | None = admission
-        self._bounded = bounded
-        self._num_tokens = 0
+        self._admission = admission
+        self.bounded = bounded
+        self.num_tokens = 0
+        self.is_held = True
 
     def add_tokens(self, num_tokens: int) -> None:
-        """Count the prompt once its length is known; raises `QueueFullError` if it does not fit.
+        """Count the prompt once its length is known, unless the request has ended meanwhile; any thread.
 
-        Who waited for room is let in whatever the length.
+        Raises `QueueFullError` if it does not fit.
         """
-        assert self._admission is not None
-        self._admission._add_tokens(num_tokens, bounded=self._bounded)
-        self._num_tokens = num_tokens
+        self._admission._add_tokens(self, num_tokens)
 
     def release(self) -> None:
-        """Give the place back; idempotent."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission._release(self._num_tokens)
+        """Give the place back; idempotent, any thread."""
+        self._admission._release(self)

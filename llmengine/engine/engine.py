@@ -34,8 +34,9 @@ from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
-from llmengine.engine.stream import Stream, Waiter, publish, wake
+from llmengine.engine.stream import Stream, abort_orphans, publish, wake
 from llmengine.engine.watchdog import Watchdog
+from llmengine.engine.worker_threads import Job
 from llmengine.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -43,6 +44,7 @@ from llmengine.errors import (
     InvalidRequestError,
     LLMEngineError,
     RequestError,
+    RequestFailedError,
 )
 from llmengine.outputs import FinishReason
 
@@ -58,11 +60,19 @@ _QUIET_S = 0.1
 
 @dataclass(slots=True)
 class _Outside:
-    """A request that waits for room in the queue, not tokenized yet."""
+    """A request that the scheduler does not know yet: it waits for room in the queue, or a thread prepares it.
+
+    Attributes:
+        prepare: has a thread prepare it, given its ticket.
+        ticket: set once there is room.
+        job: that of the thread.
+    """
 
     stream: Stream
-    begin: Callable[[AdmissionTicket], None]
+    prepare: Callable[[AdmissionTicket], Job]
     applicant: Applicant | None = None
+    ticket: AdmissionTicket | None = None
+    job: Job | None = None
 
 
 class Engine:
@@ -121,24 +131,57 @@ class Engine:
             raise self._refusal()
         self._commands.send(partial(self._add, request), partial(_refuse_request, request))
 
+    def prepare(
+        self,
+        stream: Stream,
+        prepare: Callable[[AdmissionTicket], Job],
+        ticket: AdmissionTicket,
+        *,
+        deadline: float | None,
+    ) -> None:
+        """Call `prepare`, whose job is to end in `submit_prepared` or `reject`. Never blocks.
+
+        Until then the request can be aborted, ends at its deadline and with the engine, and gives its ticket back; what
+        becomes of the job does not matter any more. Raises RuntimeError where no thread can be had.
+        """
+        request_id = stream.log.request_id
+        outside = self._outside[request_id] = _Outside(stream, prepare, ticket=ticket)
+        try:
+            self._prepare(outside)
+        except BaseException:
+            self._outside.pop(request_id, None)
+            raise
+        if deadline is not None:
+            self._commands.send(partial(self._deadlines.add, deadline, request_id), _ignore)
+        if self._ended:  # perhaps before it could be seen
+            self.reject(stream, self._refusal())
+
     def apply(
         self,
         stream: Stream,
-        begin: Callable[[AdmissionTicket], None],
+        prepare: Callable[[AdmissionTicket], Job],
         *,
         tenant: str | None,
         priority: int,
         deadline: float | None,
     ) -> None:
-        """Have `begin` called with a ticket, on the engine thread, once there is room for the stream's request.
-
-        Until then it can be aborted, and ends at its deadline. A closing engine fails it. Never blocks.
-        """
+        """As `prepare`, on the engine thread, once there is room for the request; a draining engine fails it."""
 
         def refuse(failure: EngineError) -> None:
             wake(stream.fail(failure))
 
-        self._commands.send(partial(self._apply, _Outside(stream, begin), tenant, priority, deadline), refuse)
+        self._commands.send(partial(self._apply, _Outside(stream, prepare), tenant, priority, deadline), refuse)
+
+    def submit_prepared(self, request: Request) -> None:
+        """Hand a request over that was prepared, unless it has ended meanwhile. Never raises."""
+        stream = request.relatives[0].stream
+        self._commands.send(partial(self._add_prepared, request), partial(self.reject, stream))
+
+    def reject(self, stream: Stream, failure: LLMEngineError) -> None:
+        """Fail a request that was to be prepared, unless it has ended meanwhile. Any thread."""
+        if (outside := self._take_outside(stream.log.request_id)) is not None:
+            wake(outside.stream.fail(failure))
+            self.nudge()  # it may be draining and wait for this request
 
     def abort(self, stream: Stream, keep_prefix: bool = True) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
@@ -274,10 +317,10 @@ class Engine:
             for request in self._requests.values():
                 _refuse_request(request, self._refusal())
             self._requests.clear()
-            for outside in self._outside.values():
-                wake(outside.stream.fail(self._refusal()))
-            self._outside.clear()
             self._ended = True
+            for request_id in list(self._outside):
+                if (outside := self._take_outside(request_id)) is not None:
+                    wake(outside.stream.fail(self._refusal()))
         self._commands.close()
         if failure is not None and self._ready.done():
             # Last: nobody is to wait for the program's log handlers, and one may raise.
@@ -346,6 +389,7 @@ class Engine:
     async def _step_until_stopped(self) -> None:
         scheduler = self._scheduler
         while True:
+            abort_orphans()
             self._commands.run_all()
             self._expire_requests()
             # A ticket without a request is a prompt that is being tokenized.
@@ -405,7 +449,7 @@ class Engine:
                 del self._requests[request.request_id]
             elif request.stream.slow_consumer != "coalesce":
                 limited.append(request)
-        self._wake(publish([request.stream for request in changed]))
+        wake(publish([request.stream for request in changed]))
         for request in limited:
             if request.stream.is_behind:
                 self._hold_back(request)
@@ -454,19 +498,50 @@ class Engine:
         self._commands.send(partial(self._begin, request_id, ticket), lambda _: ticket.release())
 
     def _begin(self, request_id: int, ticket: AdmissionTicket) -> None:
-        if (outside := self._outside.pop(request_id, None)) is None:
+        if (outside := self._outside.get(request_id)) is None:
             ticket.release()  # it ended before it heard of the ticket
-        else:
-            outside.begin(ticket)
+            return
+        outside.applicant = None
+        outside.ticket = ticket
+        try:
+            self._prepare(outside)
+        except RuntimeError as refusal:
+            failure: LLMEngineError = self._refusal()  # the threads end before the engine does
+            if self.state == "ready":
+                failure = RequestFailedError(f"the prompt could not be prepared: {refusal}")
+                failure.__cause__ = refusal
+            self.reject(outside.stream, failure)
+
+    def _prepare(self, outside: _Outside) -> None:
+        assert outside.ticket is not None
+        outside.job = outside.prepare(outside.ticket)
+        if outside.stream.ended:  # before its job was known
+            outside.job.cancel()
+
+    def _add_prepared(self, request: Request) -> None:
+        if self._outside.pop(request.request_id, None) is not None:
+            self._add(request)
+
+    def _take_outside(self, request_id: int) -> _Outside | None:
+        """Remove the request, with all that it holds, to end its stream; None if somebody else does. Any thread."""
+        outside = self._outside.pop(request_id, None)
+        if outside is not None:
+            if outside.applicant is not None:
+                self.admission.withdraw(outside.applicant)
+            if outside.job is not None:
+                outside.job.cancel()
+            if outside.ticket is not None:
+                outside.ticket.release()
+        return outside
 
     def _finish_outside(self, request_id: int, reason: FinishReason) -> None:
-        outside = self._outside.pop(request_id)
-        if outside.applicant is not None:
-            self.admission.withdraw(outside.applicant)
+        if (outside := self._take_outside(request_id)) is None:
+            return
+        self._counters.num_finished_requests += len(outside.stream.members)
         for member in outside.stream.members:
             member.log.finish_reason = reason
             member.log.finished = time.monotonic()
-            self._wake(member.finish())
+            wake(member.finish())
 
     def _call(self, function: Callable[[Backend], T], future: Future[T]) -> None:
         try:
@@ -475,11 +550,9 @@ class Engine:
             future.set_exception(failure)
 
     def _set_stop_at(self, moment: float) -> None:
-        for outside in self._outside.values():
-            if outside.applicant is not None:
-                self.admission.withdraw(outside.applicant)
-            wake(outside.stream.fail(self._refusal()))
-        self._outside.clear()
+        for outside in list(self._outside.values()):
+            if outside.ticket is None:
+                self.reject(outside.stream, self._refusal())
         self.admission.close()
         self._stop_at = moment if self._stop_at is None else min(self._stop_at, moment)
 
@@ -535,12 +608,7 @@ class Engine:
         log = request.stream.log
         log.error = log.error or error
         del self._requests[request.request_id]
-        self._wake(request.stream.finish())
-
-    def _wake(self, waiters: Iterable[Waiter]) -> None:
-        """Wake consumers; a request whose consumer's loop is closed has nobody left to read it."""
-        for stream in wake(waiters):
-            self.abort(stream)
+        wake(request.stream.finish())
 
 
 def _clear_frames(failure: BaseException | None) -> None:

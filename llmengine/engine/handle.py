@@ -97,7 +97,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return self._wait_final().__await__()
 
     async def _wait_final(self) -> GenerationOutput:
-        waiter = attach(self._stream, final_only=True)
+        waiter = attach(self._stream, self._abort, final_only=True)
         try:
             while not self._stream.ended:
                 await waiter
@@ -131,7 +131,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
                     return output
                 waiter = self._waiter
                 if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
-                    self._waiter = attach(self._stream, final_only=not self._streaming)
+                    self._waiter = attach(self._stream, self._abort, final_only=not self._streaming)
                     continue  # something may have been published before
                 waiter.seen = self._seen
                 has_waited = True

@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,9 +27,9 @@ from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.request import Family, Request
 from llmengine.engine.stats import RequestStats
-from llmengine.engine.stream import FamilyStream, OutputStream, Stream, request_stats, wake
+from llmengine.engine.stream import FamilyStream, OutputStream, Stream, request_stats
+from llmengine.engine.worker_threads import PreparationThreads, WorkerThreads
 from llmengine.errors import (
-    EngineClosedError,
     InvalidRequestError,
     LLMEngineError,
     PromptTooLongError,
@@ -47,6 +46,9 @@ Prompt = str | Sequence[int]
 
 
 _NUM_CACHED_BAD_WORDS = 16
+
+_MANY_CHARS = 16_384
+"""A text that is tokenized within 10 ms is no longer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,9 @@ class Encoded:
 class Intake:
     """Checks, tokenizes and submits the requests of one model.
 
-    Text is tokenized on `tokenizer_threads` where the caller must not be blocked. Requests with a new grammar go
-    to `grammar_threads`, since compiling it may take long. Every method may be called from any thread. `owner` is kept
-    alive by the handles. No request generates a sequence that is `forbidden`.
+    Text is tokenized on `threads` where the caller must not be blocked, and grammars are compiled there. Every method
+    may be called from any thread. `owner` is kept alive by the handles. No request generates a sequence that is
+    `forbidden`.
     """
 
     def __init__(
@@ -97,8 +99,7 @@ class Intake:
         info: BackendInfo,
         tokenizer: Tokenizer | None,
         eos_token_ids: Iterable[int],
-        tokenizer_threads: ThreadPoolExecutor,
-        grammar_threads: ThreadPoolExecutor,
+        threads: PreparationThreads,
         *,
         share_prefixes_across_tenants: bool = False,
         forbidden: Sequence[WordIds] = (),
@@ -114,8 +115,7 @@ class Intake:
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
         # Callers tend to send the same words with each request.
         self._bad_words = lru_cache(_NUM_CACHED_BAD_WORDS)(partial(bad_word_ids, tokenizer))
-        self._threads = tokenizer_threads
-        self._grammar_threads = grammar_threads
+        self._threads = threads
         self._grammars = GrammarCompiler(tokenizer, info.vocab_size, self.eos_token_ids)
         self._request_ids = itertools.count()
         self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
@@ -125,11 +125,12 @@ class Intake:
     def submit(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit without blocking; raises what is wrong with anything but the tokens of a text or chat."""
         if isinstance(prompt, str | ChatPrompt):
-            return self._submit_later(partial(self._encode, prompt), spec, owner)
+            return self._submit_later(partial(self._encode, prompt), _num_chars(prompt), spec, owner)
         encoded = self._encode(prompt)
-        if spec.options.wait_for_admission or spec.params.structured is not None:
+        params = spec.params
+        if spec.options.wait_for_admission or params.structured is not None or _has_long_words(params):
             self._check_length(encoded)
-            return self._submit_later(lambda: encoded, spec, owner)
+            return self._submit_later(lambda: encoded, 0, spec, owner)
         return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
     def submit_blocking(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
@@ -161,52 +162,61 @@ class Intake:
             raise
         return handle
 
-    def _submit_later(self, encode: Callable[[], Encoded], spec: RequestSpec, owner: object) -> RequestHandle:
+    def _submit_later(
+        self, encode: Callable[[], Encoded], num_chars: int, spec: RequestSpec, owner: object
+    ) -> RequestHandle:
+        """Submit a request that a thread prepares; `num_chars` are tokenized for it, more or less."""
         self._check_params(spec.params)
         self._engine.check_open()
         ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
         stream = self._new_stream(spec)
         handle = self._new_handle(stream, spec, owner)
+        deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
+        deadline = min(deadlines, default=None)
+        threads = self._threads_for(spec, num_chars)
+
+        def work(ticket: AdmissionTicket) -> Callable[[], None]:
+            return partial(self._encode_and_submit, stream, encode, spec, ticket)
+
         if ticket is None:
-            deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
+            options = spec.options
             self._engine.apply(
                 stream,
-                partial(self._begin, stream, encode, spec),
-                tenant=spec.options.tenant,
-                priority=spec.options.priority,
-                deadline=min(deadlines, default=None),
+                lambda ticket: self._threads.submit_from_engine(threads, work(ticket)),
+                tenant=options.tenant,
+                priority=options.priority,
+                deadline=deadline,
             )
             return handle
         try:
-            self._threads_for(spec).submit(self._encode_and_submit, stream, encode, spec, ticket)
-        except RuntimeError:  # the threads were shut down since `check_open()`
+            self._engine.prepare(stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline)
+        except BaseException:
             ticket.release()
-            self._engine.check_open()
+            self._engine.nudge()  # it may be draining and wait for this request
+            self._engine.check_open()  # the threads end with it
             raise
         return handle
 
-    def _threads_for(self, spec: RequestSpec) -> ThreadPoolExecutor:
+    def _threads_for(self, spec: RequestSpec, num_chars: int) -> WorkerThreads:
         form = spec.params.structured
-        return self._threads if form is None or self._grammars.has(form) else self._grammar_threads
-
-    def _begin(self, stream: Stream, encode: Callable[[], Encoded], spec: RequestSpec, ticket: AdmissionTicket) -> None:
-        """Go on with a request that has its place in the queue. On the engine thread."""
-        try:
-            self._threads_for(spec).submit(self._encode_and_submit, stream, encode, spec, ticket)
-        except RuntimeError:  # the threads were shut down: the LLM closes
-            ticket.release()
-            wake(stream.fail(EngineClosedError("the LLM is closed")))
+        if form is not None and not self._grammars.has(form):
+            return self._threads.grammars
+        is_long = num_chars > _MANY_CHARS or _has_long_words(spec.params)
+        return self._threads.long_texts if is_long else self._threads.texts
 
     def _encode_and_submit(
         self, stream: Stream, encode: Callable[[], Encoded], spec: RequestSpec, ticket: AdmissionTicket
     ) -> None:
-        """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream."""
+        """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream.
+
+        The request may end meanwhile, and then what becomes of it here does not matter.
+        """
         try:
-            self._engine.submit(self._make_request(stream, encode(), spec, ticket))
+            encoded = encode()
+            if not stream.ended:
+                self._engine.submit_prepared(self._make_request(stream, encoded, spec, ticket))
         except BaseException as fault:  # a panic of a tokenizer written in Rust is no `Exception`
-            ticket.release()
-            wake(stream.fail(_as_failure(fault)))
-            self._engine.nudge()  # it may be draining and wait for this request
+            self._engine.reject(stream, _as_failure(fault))
 
     def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
         self._streams[stream.log.request_id] = stream
@@ -294,7 +304,7 @@ class Intake:
 
     def count(self, prompt: Prompt | ChatPrompt) -> int:
         """Return how many tokens the prompt has, which may be more than fit; blocks while text is tokenized."""
-        return len(self._encode(prompt).token_ids)
+        return len(self._encode(prompt, has_limit=False).token_ids)
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """Return the text of ids generated behind a prompt, without special tokens; "" without a tokenizer."""
@@ -304,37 +314,57 @@ class Intake:
             return self._texts.text(prompt_token_ids, token_ids)
 
     def _check_length(self, encoded: Encoded, max_total_tokens: int | None = None) -> None:
-        num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
+        num_tokens = len(encoded.token_ids)
         if num_tokens == 0:
             raise InvalidRequestError("the prompt has no tokens")
-        if num_tokens >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; with one generated token the limit is {limit} "
-                "(max_model_len, and what kv_cache_config leaves room for)"
-            )
+        self._check_num_tokens(num_tokens)
         if max_total_tokens is not None and num_tokens >= max_total_tokens:
             raise PromptTooLongError(
                 f"the prompt has {num_tokens} tokens; with one generated token the limit is {max_total_tokens} "
                 "(max_total_tokens of the sampling parameters)"
             )
 
-    def _encode(self, prompt: Prompt | ChatPrompt) -> Encoded:
+    def _check_num_tokens(self, num_tokens: int, how_many: str = "") -> None:
+        limit = self._info.max_model_len
+        if num_tokens >= limit:
+            raise PromptTooLongError(
+                f"the prompt has {how_many or num_tokens} tokens; with one generated token the limit is {limit} "
+                "(max_model_len, and what kv_cache_config leaves room for)"
+            )
+
+    def _encode(self, prompt: Prompt | ChatPrompt, *, has_limit: bool = True) -> Encoded:
+        """Return the prompt's ids; what cannot fit the context may be refused unread unless it `has_limit`."""
         if isinstance(prompt, ChatPrompt):
-            return self._encode_chat(prompt)
+            return self._encode_chat(prompt, has_limit)
         if not isinstance(prompt, str):
+            is_array = hasattr(prompt, "tolist") and getattr(prompt, "ndim", 0) == 1
+            if has_limit and (is_array or isinstance(prompt, Sequence)):
+                self._check_num_tokens(len(prompt))  # before looking at millions of them
             return Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
         if self.tokenizer is None:
             raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
         with _tokenizer_faults("encode the prompt", prompt):
-            token_ids = without_second_bos(self.tokenizer, prompt, self.tokenizer.encode(prompt))
+            token_ids = without_second_bos(self.tokenizer, prompt, self._token_ids(prompt, has_limit))
         return Encoded(prompt, self._in_vocabulary(token_ids))
 
-    def _encode_chat(self, prompt: ChatPrompt) -> Encoded:
+    def _encode_chat(self, prompt: ChatPrompt, has_limit: bool) -> Encoded:
         with _tokenizer_faults("apply its chat template"), _template_faults():
             text = self.chats.render(prompt)
         assert isinstance(self.tokenizer, ChatTokenizer), "a chat was rendered without one"
         with _tokenizer_faults("encode the chat", text):
-            return Encoded(text, self._in_vocabulary(self.tokenizer.encode(text, add_special_tokens=False)))
+            token_ids = self._token_ids(text, has_limit, add_special_tokens=False)
+        return Encoded(text, self._in_vocabulary(token_ids))
+
+    def _token_ids(self, text: str, has_limit: bool, **options: Any) -> list[int]:
+        assert self.tokenizer is not None
+        encode = getattr(self.tokenizer, "encode_with_limit", None) if has_limit else None
+        if encode is None:
+            return self.tokenizer.encode(text, **options)
+        token_ids: list[int] | int = encode(text, self._info.max_model_len, **options)
+        if isinstance(token_ids, int):
+            self._check_num_tokens(token_ids, f"{len(text)} characters, which are at least {token_ids}")
+            raise AssertionError(f"at least {token_ids} tokens are no reason to refuse a text")
+        return token_ids
 
     def _in_vocabulary(self, token_ids: list[int]) -> list[int]:
         """Return what the tokenizer gave; the backend has no embedding for ids outside the vocabulary."""
@@ -417,6 +447,21 @@ class Intake:
             grammar=grammar,
             ticket=ticket,
         )
+
+
+def _has_long_words(params: SamplingParams) -> bool:
+    return sum(len(word) for word in params.bad_words if isinstance(word, str)) > _MANY_CHARS
+
+
+def _num_chars(prompt: Any) -> int:
+    """Return how long the text of a prompt or of a conversation is, more or less."""
+    if isinstance(prompt, ChatPrompt):
+        prompt = prompt.messages
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, Mapping):
+        return sum(_num_chars(prompt[key]) for key in ("content", "text") if key in prompt)
+    return sum(map(_num_chars, prompt)) if isinstance(prompt, (list, tuple)) else 0
 
 
 def _deadlines(log: OutputLog, spec: RequestSpec) -> tuple[float | None, float | None]:

@@ -11,6 +11,10 @@ Waking is batched: `publish()` collects the waiters of all of a step's streams, 
 `call_soon_threadsafe` per event loop out of them. That call resumes the consumers' tasks itself: a future for each
 token, and a turn of the event loop for each future, would cost more than everything else that the host does for it.
 
+A waiter belongs to its event loop, and a stream knows it weakly: tasks that wait here live as long as their loop, and
+go with a loop that is dropped, as if they waited for futures of its own. What tasks of a closed loop wait for is
+aborted between two steps (`abort_orphans`).
+
 Reading and publishing take no lock. The engine writes what is new before it looks for waiters, a consumer becomes a
 waiter before it looks for what is new, and the GIL lets both see these accesses in one order, so no wake-up is lost.
 """
@@ -22,7 +26,9 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -48,17 +54,30 @@ class LoopWaiter:
     be awaited again and again. It may return although nothing is new.
 
     Attributes:
+        abort: ends the request of the stream that it is called with.
         seen: how many tokens the task has read, set by the task before it waits.
         posted: a call that will look after this waiter is on its way to the event loop.
         resume: lets the task go on that waits here; None while none does.
         context: to call `resume` in.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "attached", "context", "loop", "posted", "resume", "seen", "stream")
+    __slots__ = (
+        "__weakref__",
+        "_asyncio_future_blocking",
+        "abort",
+        "attached",
+        "context",
+        "loop",
+        "posted",
+        "resume",
+        "seen",
+        "stream",
+    )
 
-    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, stream: Stream, loop: asyncio.AbstractEventLoop, abort: Callable[[Any, bool], None]) -> None:
         self.stream = stream
         self.loop = loop
+        self.abort = abort
         self.attached = True
         self.posted = False
         self.seen = 0
@@ -95,7 +114,7 @@ class LoopWaiter:
 class ThreadWaiter:
     """A thread that waits for the end of its stream, or of each of several."""
 
-    __slots__ = ("event", "loop", "posted")
+    __slots__ = ("__weakref__", "event", "loop", "posted")
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -104,6 +123,38 @@ class ThreadWaiter:
 
 
 Waiter = LoopWaiter | ThreadWaiter
+
+_loops: dict[weakref.ref[asyncio.AbstractEventLoop], None] = {}
+"""The event loops that have had waiters. Never iterated itself, since other threads add to it."""
+
+_KEPT = "_llmengine_waiters"
+"""Attribute of an event loop: its attached waiters."""
+
+
+def _waiters_of(loop: asyncio.AbstractEventLoop) -> set[LoopWaiter]:
+    """Return the set that keeps the loop's attached waiters alive; it belongs to the loop."""
+    kept: set[LoopWaiter] | None = getattr(loop, _KEPT, None)
+    if kept is None:
+        kept = set()
+        setattr(loop, _KEPT, kept)
+        _loops[weakref.ref(loop)] = None
+    return kept
+
+
+def abort_orphans() -> None:
+    """Abort what tasks of closed event loops wait for. Between two steps, on any engine's thread."""
+    for reference in list(_loops):
+        loop = reference()
+        if loop is None:
+            _loops.pop(reference, None)
+            continue
+        if not loop.is_closed():
+            continue
+        _loops.pop(reference, None)
+        for waiter in list(_waiters_of(loop)):
+            waiter.stream.detach(waiter)
+            if waiter.resume is not None:
+                waiter.abort(waiter.stream, True)
 
 
 class OutputStream:
@@ -119,7 +170,7 @@ class OutputStream:
         resume: of a paused request, to be called by who has read something; None while it is not paused.
         ended: the last output is published, or the stream failed; read before `num_published`, which is final then.
         failure: what each read of a failed stream raises once it finds nothing new.
-        waiters: those to wake for each token; replaced, never changed.
+        waiters: weak references to those to wake for each token; replaced, never changed.
         abort_requested: set before the engine hears of it, so that a request that is not submitted yet never starts.
         consumer: weak reference to the consumer's handle; its callback aborts the request when that is collected.
     """
@@ -151,10 +202,10 @@ class OutputStream:
         self.resume: Callable[[], None] | None = None
         self.ended = False
         self.failure: LLMEngineError | None = None
-        self.waiters: tuple[LoopWaiter, ...] = ()
+        self.waiters: tuple[weakref.ref[Waiter], ...] = ()
         self.abort_requested = False
         self.consumer: weakref.ref[Any] | None = None
-        self._final_waiters: tuple[Waiter, ...] = ()
+        self._final_waiters: tuple[weakref.ref[Waiter], ...] = ()
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
@@ -193,36 +244,40 @@ class OutputStream:
         with self._lock:
             if self.ended:
                 return  # which whoever waits sees before
-            if isinstance(waiter, LoopWaiter) and not final_only:
-                self.waiters = (*self.waiters, waiter)
-                return
-            self._final_waiters = (*self._final_waiters, waiter)
+            if isinstance(waiter, LoopWaiter):
+                _waiters_of(waiter.loop).add(waiter)
+                if not final_only:
+                    self.waiters = (*self.waiters, weakref.ref(waiter))
+                    return
+            self._final_waiters = (*self._final_waiters, weakref.ref(waiter))
         self.mark_read(self.num_published)
 
     def detach(self, waiter: Waiter) -> None:
         """Wake this waiter no more; idempotent."""
+        reference = weakref.ref(waiter)
         with self._lock:
             if isinstance(waiter, LoopWaiter):
                 waiter.attached = False
-                self.waiters = tuple(other for other in self.waiters if other is not waiter)
-            if waiter in self._final_waiters:
+                _waiters_of(waiter.loop).discard(waiter)
+                self.waiters = tuple(other for other in self.waiters if other is not reference)
+            if reference in self._final_waiters:
                 self.num_read = self.num_published
-                self._final_waiters = tuple(other for other in self._final_waiters if other is not waiter)
+                self._final_waiters = tuple(other for other in self._final_waiters if other is not reference)
 
     def _check_process(self) -> None:
         if not self.ended:
             check_process(self._pid)
 
     def _end(self) -> list[Waiter]:
-        """Return all waiters that are not on their way, and let go of all.
-
-        A waiter refers to its stream: if the stream kept it as well, only a garbage collection would free the two, with
-        the output and the waiting task's context.
-        """
+        """Return all waiters that are not on their way, and let go of all."""
         self.ended = True
         self.resume = None
-        waiters = [waiter for waiter in (*self.waiters, *self._final_waiters) if not waiter.posted]
+        waiters = [waiter for reference in (*self.waiters, *self._final_waiters) if (waiter := reference()) is not None]
         self.waiters = self._final_waiters = ()
+        for waiter in waiters:
+            if isinstance(waiter, LoopWaiter):
+                _waiters_of(waiter.loop).discard(waiter)
+        waiters = [waiter for waiter in waiters if not waiter.posted]
         for waiter in waiters:
             waiter.posted = True
         return waiters
@@ -289,9 +344,12 @@ Stream = OutputStream | FamilyStream
 """What one call of `generate_async` reads from."""
 
 
-def attach(stream: Stream, *, final_only: bool) -> LoopWaiter:
-    """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end)."""
-    waiter = LoopWaiter(stream, asyncio.get_running_loop())
+def attach(stream: Stream, abort: Callable[[Any, bool], None], *, final_only: bool) -> LoopWaiter:
+    """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end).
+
+    `abort` is called with the stream when the loop is closed under a task that waits here.
+    """
+    waiter = LoopWaiter(stream, asyncio.get_running_loop(), abort)
     stream.add_waiter(waiter, final_only=final_only)
     return waiter
 
@@ -349,41 +407,40 @@ def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
             waiters += stream.finish()
             continue
         stream.num_published = len(log.token_ids)
-        for waiter in stream.waiters:
-            if not waiter.posted:
+        for reference in stream.waiters:
+            waiter = reference()
+            if waiter is not None and not waiter.posted:
                 waiter.posted = True
                 waiters.append(waiter)
     return waiters
 
 
-def wake(waiters: Iterable[Waiter]) -> list[Stream]:
-    """Wake each consumer, one call per event loop; return the streams that a task of a closed event loop waits for."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[LoopWaiter]] = {}
+def wake(waiters: Iterable[Waiter]) -> None:
+    """Wake each consumer, one call per event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, deque[LoopWaiter]] = {}
     for waiter in waiters:
         if isinstance(waiter, ThreadWaiter):
             waiter.event.set()
         else:
-            by_loop.setdefault(waiter.loop, []).append(waiter)
-    orphans: list[Stream] = []
+            by_loop.setdefault(waiter.loop, deque()).append(waiter)
     for loop, group in by_loop.items():
-        try:
+        with suppress(RuntimeError):  # the loop is closed, see `abort_orphans`
             loop.call_soon_threadsafe(_deliver, group)
-        except RuntimeError:
-            for waiter in group:
-                waiter.stream.detach(waiter)
-                if waiter.resume is not None:
-                    orphans.append(waiter.stream)
-    return orphans
 
 
-def _deliver(waiters: list[LoopWaiter]) -> None:
+def _deliver(waiters: deque[LoopWaiter]) -> None:
     """Let the tasks go on that wait and have something to read, now and here. In their event loop only.
 
     A waiter where no task waits leaves its stream, which would otherwise wake the event loop for nothing.
     """
-    remaining = iter(waiters)
+    waiter = stream = resume = rest = None
+    if len(waiters) > 1:
+        # For those that are left where a task runs the loop in itself until another one has read (as nest_asyncio
+        # lets it), or raises what its event loop does not catch (KeyboardInterrupt, SystemExit).
+        rest = waiters[0].loop.call_soon(_deliver, waiters)
     try:
-        for waiter in remaining:
+        while waiters:
+            waiter = waiters.popleft()
             waiter.posted = False
             stream, resume = waiter.stream, waiter.resume
             if resume is None:
@@ -391,6 +448,8 @@ def _deliver(waiters: list[LoopWaiter]) -> None:
             elif stream.num_published != waiter.seen or stream.ended:
                 waiter.resume = None
                 waiter.context.run(resume, waiter)
-    except BaseException:  # KeyboardInterrupt or SystemExit of a consumer, which its task lets through
-        waiters[0].loop.call_soon(_deliver, list(remaining))
-        raise
+        if rest is not None:
+            rest.cancel()
+    finally:
+        # From Python 3.12 on a task's failure refers to this frame, which would refer to the task.
+        del waiter, stream, resume, rest

@@ -1,0 +1,146 @@
+"""How few tokens a text can have: what cannot fit a context is refused without tokenizing it.
+
+A token stands for no more characters of the text than it has itself, unless something shortens the text (a normalizer,
+a pre-tokenizer that drops characters, tokens that swallow the spaces beside them) or one token stands for many
+characters that are not in the vocabulary. Where that is not known to be so there is no bound: no prompt that fits is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
+
+_UTF8_BYTES = sorted({*range(0xF5)} - {0xC0, 0xC1})
+
+_MANY_CHARS = 2**20
+"""Text that UTF-8 is made of within a millisecond."""
+
+_NUM_COMPOSED = 4
+"""Most characters that one character of NFC or NFKC is composed of (UAX #15: UTF-32 expands 4 times at most)."""
+
+_KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
+_SPLITTING_PRE_TOKENIZERS = frozenset({"Split", "Punctuation"})
+"""They keep every character, unless `behavior` says that they remove what they split at."""
+
+_GROWING_NORMALIZERS = frozenset({"NFD", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
+
+
+class TextBound:
+    """A lower bound of the number of tokens, for one `tokenizers.Tokenizer`. Any thread.
+
+    Args:
+        backend: the tokenizer.
+        tokens: its vocabulary, added tokens included.
+    """
+
+    def __init__(self, backend: Any, tokens: Iterable[str]) -> None:
+        self._backend = backend
+        vocabulary = frozenset(tokens)
+        added = list(backend.get_added_tokens_decoder().values())
+        self._swallowing = tuple(token.content for token in added if token.lstrip or token.rstrip)
+        """Tokens beside which any number of spaces belongs to them."""
+        self._dropped = _dropped_bytes(backend, vocabulary)
+        self._max_chars = _max_chars_per_token(backend, vocabulary, [token.content for token in added])
+
+    def min_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has at least; 0 where nothing is known."""
+        if self._max_chars is None or self._dropped is None or self._backend.truncation is not None:
+            return 0
+        if any(token in text for token in self._swallowing) or _has_any_byte(text, self._dropped):
+            return 0
+        return math.ceil(len(text) / self._max_chars)
+
+
+def _has_any_byte(text: str, values: Iterable[int]) -> bool:
+    """Say whether the UTF-8 of `text` has any of these bytes."""
+    values = [value for value in values if value < 0x80 or not text.isascii()]
+    for begin in range(0, len(text) if values else 0, _MANY_CHARS):  # other threads get on in between
+        data = text[begin : begin + _MANY_CHARS].encode(errors="surrogatepass")
+        if any(value in data for value in values):
+            return True
+    return False
+
+
+def _max_chars_per_token(backend: Any, tokens: frozenset[str], added: Iterable[str]) -> float | None:
+    """Return how many characters of a text one token can stand for; None where that has no bound."""
+    normalizer, pre_tokenizer = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
+    if normalizer is None or pre_tokenizer is None:
+        return None
+    factor = 1.0
+    for part in normalizer:
+        shrinking = _shrinking(part)
+        if shrinking is None:
+            return None
+        factor *= shrinking
+    if not all(_keeps_text(part) for part in pre_tokenizer):
+        return None
+    # Added tokens are looked for in the normalized text as well, in their normalized form.
+    normalized = () if backend.normalizer is None else map(backend.normalizer.normalize_str, added)
+    return factor * max((len(token) for token in (*tokens, *normalized)), default=1)
+
+
+def _parts(component: Any) -> list[Mapping[str, Any]] | None:
+    """Return a normalizer or pre-tokenizer as the JSON objects that it consists of; None if it has no such form."""
+    if component is None:
+        return []
+    try:
+        description = json.loads(component.__getstate__())
+    except Exception:  # one that is written in Python
+        return None
+    return list(_flattened(description))
+
+
+def _flattened(description: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    if description.get("type") != "Sequence":
+        yield description
+        return
+    for name in ("normalizers", "pretokenizers"):
+        for part in description.get(name, ()):
+            yield from _flattened(part)
+
+
+def _shrinking(normalizer: Mapping[str, Any]) -> float | None:
+    """Return how many characters it may make one character of; None if there is no limit."""
+    kind = normalizer.get("type")
+    if kind in _GROWING_NORMALIZERS:
+        return 1.0
+    if kind in ("NFC", "NFKC"):
+        return _NUM_COMPOSED
+    if kind == "Replace":
+        pattern, content = normalizer["pattern"].get("String"), normalizer["content"]
+        return max(1.0, len(pattern) / len(content)) if pattern and content else None
+    return None
+
+
+def _keeps_text(pre_tokenizer: Mapping[str, Any]) -> bool:
+    kind = pre_tokenizer.get("type")
+    if kind in _SPLITTING_PRE_TOKENIZERS:
+        return pre_tokenizer.get("behavior") in ("Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
+    return kind in _KEEPING_PRE_TOKENIZERS
+
+
+def _dropped_bytes(backend: Any, tokens: frozenset[str]) -> list[int] | None:
+    """Return the bytes that may have no token of their own, though UTF-8 has them; None if that can be any text."""
+    model = backend.model
+    kind = type(model).__name__
+    if kind not in ("BPE", "Unigram"):
+        return None
+    if getattr(model, "byte_fallback", False) and tokens >= _BYTE_TOKENS:
+        return []
+    if kind == "BPE" and model.unk_token is not None and not model.fuse_unk:
+        return []
+    parts = (*(_parts(backend.normalizer) or ()), *(_parts(backend.pre_tokenizer) or ()))
+    if not any(part.get("type") == "ByteLevel" for part in parts):
+        return None
+    return [value for value in _UTF8_BYTES if _byte_level_char(value) not in tokens]
+
+
+def _byte_level_char(value: int) -> str:
+    """Return the character that stands for a byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    unprintable = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
+    return chr(0x100 + unprintable.index(value)) if value in unprintable else chr(value)
