@@ -11,10 +11,10 @@ from typing import Any
 
 import pydantic
 import pytest
+from chat_helpers import DEEPSEEK, SPECIAL_TOKENS, TEMPLATES, reference_tokenizer
 
 from llmengine.chat_template import ChatTemplate, ChatTemplates
 from llmengine.errors import InvalidRequestError
-from tests.chat_helpers import DEEPSEEK, SPECIAL_TOKENS, TEMPLATES, reference_tokenizer
 
 USER: dict[str, Any] = {"role": "user", "content": "Hi <there> & \"you\" 'ünï'"}
 ANSWER: dict[str, Any] = {"role": "assistant", "content": " Yes? \n"}

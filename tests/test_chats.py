@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chat_helpers import QWEN3, reference_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from llmengine import LLM, InvalidRequestError, SamplingParams, StructuredOutput
 from llmengine.testing import ChatByteTokenizer, FakeBackend
 from llmengine.tokenizer import ByteTokenizer, ChatTokenizer
 from llmengine.tokenizer_loading import LoadedTokenizer
-from tests.chat_helpers import QWEN3, reference_tokenizer
 
 ONE = SamplingParams(max_new_tokens=1)
 HI = [{"role": "user", "content": "hi"}]
