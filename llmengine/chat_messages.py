@@ -153,6 +153,10 @@ class JsonObject(dict[str, Any], Tracked):
         self._read = True
         return self._text
 
+    def __repr__(self) -> str:
+        self._read = True  # printed with what it is in, as Python writes that
+        return super().__repr__()
+
     def __add__(self, other: Any) -> str:
         return str(self) + other if isinstance(other, str) else NotImplemented
 

@@ -99,13 +99,10 @@ def test_parts_that_are_no_text_are_named(kind: str) -> None:
 @pytest.mark.parametrize("name", WITH_CALLS)
 def test_arguments_as_text_or_as_an_object(name: str) -> None:
     as_text = json.dumps(ARGUMENTS, ensure_ascii=False)
-    expected = (
-        reference(name, [USER, call(as_text if name == "deepseek" else ARGUMENTS)], False)
-        if (
-            name != "deepseek"  # transformers leaves the missing content undefined, which is not none
-        )
-        else f"<s><U>{USER['content']}<call>function<sep>mul\n```json\n{as_text}\n```<end>"
-    )
+    if name == "deepseek":  # transformers leaves the missing content undefined, which is not none
+        expected = f"<s><U>{USER['content']}<call>function<sep>mul\n```json\n{as_text}\n```<end>"
+    else:
+        expected = reference(name, [USER, call(ARGUMENTS)], False)
     for arguments in (ARGUMENTS, as_text, MappingProxyType(ARGUMENTS)):
         for content in ({}, {"content": None}):
             messages = [USER, call(arguments, **content)]
@@ -126,6 +123,7 @@ def test_arguments_as_text_or_as_an_object(name: str) -> None:
         ("{{ c.arguments | tojson }}", '{"a": 1}'),
         ("{{ c | tojson }}", '{"name": "f", "arguments": {"a": 1}}'),
         ("{{ [c.arguments] | tojson }}", '[{"a": 1}]'),
+        ("{{ c }}", "{'name': 'f', 'arguments': {'a': 1}}"),
         ("{% for k, v in c.arguments.items() %}{{ k }}={{ v }}{% endfor %}", "a=1"),
         ("{% for k in c.arguments %}{{ k }}={{ c.arguments[k] }}{% endfor %}", "a=1"),
         ("{% for k, v in c.arguments | dictsort %}{{ k }}={{ v }}{% endfor %}", "a=1"),
