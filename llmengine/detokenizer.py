@@ -58,6 +58,8 @@ class TokenTexts:
                 del context[: index + 1]
                 break
         text = self._decode(context) if context else ""
+        if not text and not any(map(self.has_text, context)):
+            context = []
         if text.endswith(_REPLACEMENT) or (structured and not context):
             letter, text = self._behind_letter()
             return list(letter), text
@@ -81,10 +83,16 @@ class TokenTexts:
     def _read_at(
         self, prompt: Sequence[int], generated: Sequence[int], structured: bool, position: int, token_id: int
     ) -> str:
-        place = min(position, len(prompt))
-        begins = place == 0 or prompt[place - 1] in self._special_ids
-        if begins and position >= len(prompt):
-            begins = not structured and all(map(self.is_special, islice(generated, position - place)))
+        if position > len(prompt):
+            begins = not any(map(self.has_text, islice(generated, position - len(prompt))))
+            position = len(prompt)
+        else:
+            begins = True
+        if begins and position == len(prompt):
+            begins = not structured
+        while begins and position and prompt[position - 1] not in self._special_ids:
+            begins = not self.has_text(prompt[position - 1])
+            position -= 1
         return self.read(token_id, begins)
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
@@ -95,6 +103,10 @@ class TokenTexts:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the tokenizer's text of ids."""
         return self._decode(token_ids)
+
+    def has_text(self, token_id: int) -> bool:
+        """Return whether a text has begun behind the token: not behind special ones, nor ids without a token."""
+        return token_id not in self._special_ids and self.read(token_id, begins=False) != ""
 
     def _behind_letter(self) -> tuple[list[int], str]:
         """Return a token that is a letter, as ids, and its text; none where the tokenizer has no such token."""
@@ -240,8 +252,10 @@ class IncrementalDetokenizer:
 
     def _start_window(self, text: str) -> None:
         """Everything is shown: the ids since the context become the next context."""
-        if text == self._shown and 0 < self._num_context == len(self._ids) - 1:
-            self._ids.pop()  # an id without text is no context
+        if text == self._shown and self._num_context == len(self._ids) - 1:
+            if text or not self._texts.has_text(self._ids[-1]):
+                self._ids.pop()  # an id without text is no context
+            self._num_context = len(self._ids)  # of a first space that the decoder drops, it is
             return
         del self._ids[: self._num_context]
         self._num_context = len(self._ids)

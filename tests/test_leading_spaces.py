@@ -240,6 +240,23 @@ def test_each_alternative_is_read_in_its_place() -> None:
             assert read == {"It"}
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_without_a_token_are_no_text(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    padding, words = tokenizer.vocab_size + 3, tokenizer.encode(" a", add_special_tokens=False)
+    for prompt in ([BOS], [BOS, END], tokenizer.encode("It"), [0]):
+        for structured in (False, True):
+            texts = TokenTexts(tokenizer)
+            found = set()
+            for before, ids in (([], words), ([padding], words), ([], [padding, *words]), ([padding], [0, *words])):
+                behind = [*prompt, *before]
+                detokenizer = IncrementalDetokenizer(texts, behind, tokenizer.special_ids, structured=structured)
+                read = texts.reader(behind, ids, structured)
+                pieces = [read(len(behind) + place, item) for place, item in enumerate(ids) if item]
+                found |= {"".join(map(detokenizer.push, ids)) + detokenizer.finish(), "".join(pieces)}
+            assert len(found) == 1, (prompt, structured)
+
+
 def test_an_unfinished_character_in_the_prompt_takes_no_space_away() -> None:
     half, a = piece_id("gguf", "<0xE4>"), piece_id("gguf", f"{SPACE}a")
     assert TokenTexts(TOKENIZERS["gguf"]).text([BOS, half], [a]) == " a"
