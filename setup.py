@@ -1,8 +1,13 @@
-"""The native CPU decoder: one shared object for each kind of vector unit, each left out where it does not compile."""
+"""The native CPU decoder: one shared object for each kind of vector unit, each left out where it does not compile.
+
+A wheel with any of them is for this platform and Python; one without any, as built where there is no compiler, is for all.
+"""
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 FLAGS = [
     "-std=c++17",
@@ -20,7 +25,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     VARIANTS["avx512vnni"] = [*VARIANTS["avx512"], "-mavx512vnni"]
 
+
+class TaggedByContent(bdist_wheel):
+    """A wheel whose tag says what is in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tags of a wheel that has been built; called before its metadata are written."""
+        build_ext = self.get_finalized_command("build_ext")
+        if any(Path(path).exists() for path in build_ext.get_outputs()):
+            return super().get_tag()
+        print("no native decoder was built: the wheel has Python files only, and is tagged for all platforms")
+        self.root_is_pure = True
+        return ("py3", "none", "any")
+
+
 setup(
+    cmdclass={"bdist_wheel": TaggedByContent},
     ext_modules=[
         Extension(
             f"llmengine.backends.torch._native_{name}",
@@ -29,5 +49,5 @@ setup(
             optional=True,
         )
         for name, flags in VARIANTS.items()
-    ]
+    ],
 )

@@ -12,6 +12,9 @@ MAX_PROCESSES = 4
 settings.register_profile("llmengine", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("llmengine")
 
+NEEDS_DEVICE = ("kernels", "tensorrt")
+"""Directories whose tests run on the GPU where there is one, by the fixture `device`."""
+
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:  # both are read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +36,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.numprocesses = 0 if Path("/dev/nvidiactl").exists() else min(cores, MAX_PROCESSES)
     option.dist = "loadfile"  # fixtures of a module are made once
     option.loadscopereorder = False  # that would leave files of few, long tests for the end
+
+
+@pytest.fixture(autouse=True)
+def the_cpu_unless_a_device_is_named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `device="auto"` be the CPU, so that a test expects the same on a machine with a GPU as on one without."""
+    if request.path.parent.name in NEEDS_DEVICE:
+        return
+    from llmengine import backends
+
+    choose = backends.choose_device
+    monkeypatch.setattr(backends, "choose_device", lambda name: choose("cpu" if name == "auto" else name))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

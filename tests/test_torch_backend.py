@@ -228,7 +228,7 @@ def test_the_kv_cache_is_sized_by_memory_and_by_use(tmp_path: Path) -> None:
     assert load_tiny(tmp_path, max_model_len=100).info.max_model_len == 100
     source = open_model(tmp_path)
     small = KvCacheConfig(block_size=8, max_bytes=10 * info.kv_bytes_per_block)
-    config = ModelConfig(model_dir=tmp_path, kv_cache_config=small)
+    config = ModelConfig(model_dir=tmp_path, device="cpu", kv_cache_config=small)
     backend = load_backend(config.resolve(), source)
     assert (backend.info.num_blocks, backend.info.max_model_len) == (10, 72)
     backend.close()
@@ -253,7 +253,7 @@ def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "tensorrt"}, "needs a CUDA device"),
+        ({"device": "cpu", "backend": "tensorrt"}, "needs a CUDA device"),
         ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
         ({"quant_config": QuantConfig(weights="int4")}, "there are 'none' and"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),
@@ -262,7 +262,7 @@ def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope
 def test_what_is_not_there_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     save_tiny(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        load_backend(ModelConfig(model_dir=tmp_path, **settings).resolve(), open_model(tmp_path))
+        load_backend(ModelConfig(tmp_path, **{"device": "cpu", **settings}).resolve(), open_model(tmp_path))
 
 
 def test_linears_see_few_different_numbers_of_rows() -> None:
