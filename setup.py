@@ -1,6 +1,6 @@
 """The native CPU decoder: one shared object for each kind of vector unit, each left out where it does not compile.
 
-A wheel with any of them is for this platform and Python; one without any, as built where there is no compiler, is for all.
+A wheel with any of them is for this platform and Python; one without any, as built without a compiler, is for all.
 """
 
 import platform
