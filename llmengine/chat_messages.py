@@ -411,7 +411,7 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise InvalidRequestError(f"{where} is a {type(part).__name__}, not a dict")
     kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS:
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidRequestError(f"{where} is of type {kind!r:.100}; models here take text only")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):

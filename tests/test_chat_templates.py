@@ -96,6 +96,14 @@ def test_parts_that_are_no_text_are_named(kind: str) -> None:
             render(name, [message])
 
 
+@pytest.mark.parametrize(
+    "part", [{"type": ["text"], "text": "a"}, {"type": "text"}, {"type": "text", "text": 5}, 5, None]
+)
+def test_malformed_parts_are_named(part: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r'messages\[0\]\["content"\]\[0\]'):
+        render("chatml", [{"role": "user", "content": [part]}])
+
+
 @pytest.mark.parametrize("name", WITH_CALLS)
 def test_arguments_as_text_or_as_an_object(name: str) -> None:
     as_text = json.dumps(ARGUMENTS, ensure_ascii=False)

@@ -129,6 +129,25 @@ def test_a_tokenizer_that_swallows_keywords() -> None:
             llm.chat(HI, ONE, max_tokens=1)  # type: ignore[call-overload]
 
 
+def test_a_tokenizer_that_takes_no_keywords() -> None:
+    class Strict(OwnTokenizer):
+        def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True) -> str:  # type: ignore[override]
+            return str(messages[-1]["content"])
+
+    with make_llm(Strict()) as llm:
+        assert llm.chat(HI, ONE, add_generation_prompt=False).prompt == "hi"
+        for keywords, name in (
+            ({"tools": [TOOL]}, "tools"),
+            ({"chat_template_kwargs": {"x": 1}}, "x"),
+            ({"chat_template_kwargs": {"messages": HI}}, "messages"),
+            ({"chat_template_kwargs": {"self": 1}}, "self"),
+        ):
+            with pytest.raises(InvalidRequestError, match=f"'{name}'"):
+                llm.chat_async(HI, ONE, **keywords)
+        with pytest.raises(TypeError, match="Did you mean 'tenant'"):
+            llm.chat(HI, ONE, tennant="a")  # type: ignore[call-overload]
+
+
 def test_a_tokenizer_of_transformers() -> None:
     wrapped = reference_tokenizer(QWEN3)
     with make_llm(wrapped) as llm:

@@ -65,6 +65,7 @@ class ChatRenderer:
             if arguments.get("add_generation_prompt"):
                 raise InvalidRequestError("continue_final_message and add_generation_prompt contradict each other")
             arguments["add_generation_prompt"] = False
+        _check_call(tokenizer.apply_chat_template, arguments)
         return ChatPrompt(plain_messages(messages), arguments)
 
     def render(self, prompt: ChatPrompt) -> str:
@@ -115,6 +116,20 @@ class ChatRenderer:
         if not isinstance(self._tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         return self._tokenizer
+
+
+def _check_call(apply: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    """Raise `InvalidRequestError` for keywords with which `apply` cannot be called."""
+    if "self" in keywords:
+        raise InvalidRequestError("'self' is not a variable of the chat template")
+    try:
+        signature = inspect.signature(apply)
+    except (TypeError, ValueError):  # of a function that is not Python's
+        return
+    try:
+        signature.bind([], **keywords)
+    except TypeError as error:
+        raise InvalidRequestError(f"the tokenizer's apply_chat_template() {error}") from error
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
