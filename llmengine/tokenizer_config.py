@@ -26,6 +26,14 @@ _DEFAULT_TOKENS = {
 }
 """Class -> what it takes for BOS and EOS where the files name neither."""
 
+_CLASSES = {
+    **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("granite", "olmo2"), "GPT2Tokenizer"),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+    "smollm3": "PreTrainedTokenizerFast",
+}
+"""`model_type` in config.json -> the class that transformers takes where none is named; Llama's for the others."""
+
 _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens")
 
 
@@ -35,7 +43,8 @@ class TokenizerConfig:
 
     Attributes:
         path: of tokenizer_config.json, for messages.
-        tokenizer_class: the class in transformers, without "Fast"; "" where none is named.
+        tokenizer_class: the class in transformers, without "Fast": the one that is named, here or in config.json, or
+            the one that the model's type implies; "" where there is neither.
         named: role ("bos_token") -> token; None where the file says that there is none.
         unnamed: special tokens without a role.
         end_tokens: what either file names as EOS; they may differ, and then both end an answer.
@@ -96,12 +105,20 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
         else:
             special = {token.content for token in (*roles.values(), *unnamed) if token is not None}
             added = _older_added(directory / "added_tokens.json", special)
-        name = values.get("tokenizer_class") or ""
-        tokenizer_class = str(name).removesuffix("Fast") if name != "PreTrainedTokenizerFast" else str(name)
+        tokenizer_class = _class(directory, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path}: malformed entry: {error}") from error
     end_tokens = frozenset(token.content for token in ends if token is not None)
     return TokenizerConfig(path, tokenizer_class, roles, unnamed, end_tokens, added, flags, values)
+
+
+def _class(directory: Path, values: Mapping[str, Any]) -> str:
+    name = values.get("tokenizer_class")
+    if not name:
+        model = read_json(directory / "config.json")
+        implied = _CLASSES.get(str(model["model_type"]), "LlamaTokenizer") if "model_type" in model else ""
+        name = model.get("tokenizer_class") or implied
+    return str(name) if name == "PreTrainedTokenizerFast" else str(name).removesuffix("Fast")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from llmengine.end_tokens import gguf_known_end_ids
 from llmengine.errors import CorruptFileError, UnsupportedModelError
-from llmengine.tokenizer_sentencepiece import ModelType, Piece, PieceType, SentencePieceCodec, SentencePieceModel
+from llmengine.sentencepiece_model import ModelType, Piece, PieceType, SentencePieceModel
+from llmengine.tokenizer_sentencepiece import SentencePieceCodec
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, processors
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.tokenizer_config import TokenizerConfig
 
-_ADDING_ENDS = frozenset({"", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
-"""Classes that put BOS and EOS where `add_bos_token` and `add_eos_token` say; "" is the one that config.json implies.
+_ADDING_ENDS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
+"""Classes that put BOS and EOS where `add_bos_token` and `add_eos_token` say.
 Without either flag the file's own rule stays; with one, the other's default is true for BOS and false for EOS."""
 
 _SENTENCEPIECE = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer"})

@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 
 from llmengine.chat_template import ChatTemplates
 from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
+from llmengine.sentencepiece_model import read_sentencepiece
 from llmengine.tokenizer import added_end_ids, check_text, encode_with, encode_with_limit
 from llmengine.tokenizer_bounds import TextBound
 from llmengine.tokenizer_config import NAMED_TOKENS, TokenizerConfig, read_text, read_tokenizer_config
 from llmengine.tokenizer_json import configure
-from llmengine.tokenizer_sentencepiece import SentencePieceCodec, codec_of_directory, read_sentencepiece
+from llmengine.tokenizer_sentencepiece import SentencePieceCodec, codec_of_directory
 
 if TYPE_CHECKING:
     from llmengine.models.fused import ModelSource

@@ -1,26 +1,20 @@
-"""SentencePiece models: the flags in their files, and ids by the sentencepiece library itself.
+"""Ids of SentencePiece models by the sentencepiece library itself.
 
 The library defines what a model's ids are: normalization tables, the order of merges among equal scores, pieces that
 are unused, words and characters as pieces. Conversions to other tokenizers lose one or the other. What it does not
 know is what transformers adds around it: tokens that are matched in the text before SentencePiece sees it, and a space
 that is put before each stretch between them or only before the first. `SentencePieceCodec` does that part.
-
-The file format is sentencepiece_model.proto in protobuf's wire format. Its flags are read here, since the library does
-not tell them, and models are written in it for GGUF files, which hold the same things as lists.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from typing import Any, Literal
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from llmengine.errors import CorruptFileError, UnsupportedModelError
+from llmengine.sentencepiece_model import PieceType, SentencePieceModel, check_charsmap, with_dummy_prefix
 from llmengine.tokenizer_config import TokenizerConfig
 
 Prefix = Literal["always", "first", "never"]
@@ -28,134 +22,11 @@ Prefix = Literal["always", "first", "never"]
 
 SPACE = "\u2581"
 
-_FIRST_BYTE = 0x0A
-"""Of every model: its first field is a piece. Files of other tokenizers are also called tokenizer.model."""
-
-_PIECE, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
-_MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK = 3, 24, 35
-_CHARSMAP, _DUMMY_PREFIX, _REMOVES_SPACES, _ESCAPES = 2, 3, 4, 5
-_SPECIAL_IDS = {"unk": (40, 0), "bos": (41, 1), "eos": (42, 2), "pad": (43, -1)}
-"""Name -> field of the trainer's specification, and its default."""
-
-_VARINT, _LENGTH = 0, 2
-_FIXED_SIZES = {1: 8, 5: 4}
-
-
 _CLASSES = frozenset(
     {"", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast"}
     | {"TokenizersBackend", "SentencePieceBackend", "MistralTokenizer", "InternLM2Tokenizer", "YiTokenizer"}
 )
 """Classes that only encode with the model and add tokens, BOS and EOS around."""
-
-
-class ModelType(IntEnum):
-    """How a model segments text."""
-
-    UNIGRAM = 1
-    BPE = 2
-    WORD = 3
-    CHAR = 4
-
-
-class PieceType(IntEnum):
-    """What a piece is; GGUF's `token_type` has the same numbers."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One piece of a model; its id is its place in the list."""
-
-    text: str
-    score: float
-    type: int
-
-
-@dataclass(frozen=True, slots=True)
-class SentencePieceModel:
-    """A SentencePiece model.
-
-    Attributes:
-        pieces: by id.
-        model_type: see `ModelType`.
-        special_ids: "unk", "bos", "eos", "pad" -> id, of those that the model has.
-        add_dummy_prefix: a space is put before the text, or behind it with `treat_whitespace_as_suffix`.
-        remove_extra_whitespaces: leading and trailing spaces are dropped, and runs of them become one.
-        escape_whitespaces: spaces are U+2581 in pieces.
-        treat_whitespace_as_suffix: a word's space stands behind it.
-        byte_fallback: characters without a piece become the pieces of their bytes.
-        charsmap: the compiled normalization table, empty for none.
-    """
-
-    pieces: tuple[Piece, ...] = field(repr=False)
-    model_type: int = ModelType.UNIGRAM
-    special_ids: Mapping[str, int] = field(default_factory=dict)
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
-    escape_whitespaces: bool = True
-    treat_whitespace_as_suffix: bool = False
-    byte_fallback: bool = False
-    charsmap: bytes = field(default=b"", repr=False)
-
-    def serialized(self) -> bytes:
-        """The model as a tokenizer.model."""
-        pieces = (
-            _field(_PIECE, _field(1, piece.text.encode()) + _field(2, piece.score) + _field(3, int(piece.type)))
-            for piece in self.pieces
-        )
-        trainer = [_field(_MODEL_TYPE, self.model_type), _field(_SUFFIX, int(self.treat_whitespace_as_suffix))]
-        trainer.append(_field(_BYTE_FALLBACK, int(self.byte_fallback)))
-        for name, (number, _) in _SPECIAL_IDS.items():
-            token_id = self.special_ids.get(name, -1)
-            trainer.append(_field(number, token_id % 2**64))
-            if token_id >= 0:
-                trainer.append(_field(number + 5, self.pieces[token_id].text.encode()))
-        flags = (self.add_dummy_prefix, self.remove_extra_whitespaces, self.escape_whitespaces)
-        normalizer = [_field(1, b"user_defined" if self.charsmap else b"identity"), _field(_CHARSMAP, self.charsmap)]
-        normalizer += [_field(number, int(flag)) for number, flag in enumerate(flags, _DUMMY_PREFIX)]
-        return b"".join((*pieces, _field(_TRAINER, b"".join(trainer)), _field(_NORMALIZER, b"".join(normalizer))))
-
-
-def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
-    """Return the model that a tokenizer.model holds; None for a file of another tokenizer.
-
-    Raises `CorruptFileError` naming `source` for data that is damaged, `UnsupportedModelError` for a model that
-    changes text after decoding.
-    """
-    if not data or data[0] != _FIRST_BYTE:
-        return None
-    pieces: list[Piece] = []
-    parts: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}, _DENORMALIZER: {}}
-    try:
-        for number, value in _fields(data):
-            if number == _PIECE:
-                pieces.append(_piece(value))
-            elif number in parts:
-                parts[number] |= dict(_fields(value))
-        trainer, normalizer = parts[_TRAINER], parts[_NORMALIZER]
-        named = {name: _signed(trainer.get(number, default)) for name, (number, default) in _SPECIAL_IDS.items()}
-        charsmap = bytes(normalizer.get(_CHARSMAP, b""))
-    except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise CorruptFileError(f"{source}: is no SentencePiece model: {error}") from error
-    if parts[_DENORMALIZER].get(_CHARSMAP):
-        raise UnsupportedModelError(f"{source}: has a denormalizer_spec, which changes decoded text: not supported")
-    return SentencePieceModel(
-        pieces=tuple(pieces),
-        model_type=trainer.get(_MODEL_TYPE, ModelType.UNIGRAM),
-        special_ids={name: token_id for name, token_id in named.items() if 0 <= token_id < len(pieces)},
-        add_dummy_prefix=bool(normalizer.get(_DUMMY_PREFIX, True)),
-        remove_extra_whitespaces=bool(normalizer.get(_REMOVES_SPACES, True)),
-        escape_whitespaces=bool(normalizer.get(_ESCAPES, True)),
-        treat_whitespace_as_suffix=bool(trainer.get(_SUFFIX, False)),
-        byte_fallback=bool(trainer.get(_BYTE_FALLBACK, False)),
-        charsmap=charsmap,
-    )
 
 
 class SentencePieceCodec:
@@ -182,13 +53,18 @@ class SentencePieceCodec:
         `begin_ids` and `end_ids` are put around a text by `encode(..., add_special_tokens=True)`. Raises
         `CorruptFileError` naming `source` for a model that the library refuses.
         """
-        _check_charsmap(model.charsmap, source)
+        check_charsmap(model.charsmap, source)
         self.model = model
         self.added = dict(added)
         self.prefix = prefix
         self._begin, self._end = list(begin_ids), list(end_ids)
-        self._plain = _processor(replace(model, add_dummy_prefix=False), source)
-        self._spaced = _processor(replace(model, add_dummy_prefix=True), source)
+        # Where the model would put a space and the files say otherwise, one that is in the text is kept, as by
+        # transformers, although SentencePiece drops leading spaces.
+        self._keeps_space = prefix != "always" and model.add_dummy_prefix and model.remove_extra_whitespaces
+        data = model.serialized()
+        spaced = _processor(data, True, source) if prefix != "never" or self._keeps_space else None
+        self._plain: Any = spaced if prefix == "always" else _processor(data, False, source)
+        self._spaced: Any = self._plain if spaced is None else spaced
         self._texts: list[str | None] = [piece.text for piece in model.pieces]
         self._texts += [None] * (max(added, default=-1) + 1 - len(self._texts))
         for token_id, token in added.items():
@@ -259,9 +135,7 @@ class SentencePieceCodec:
 
     def _encode_stretch(self, text: str, is_first: bool) -> list[int]:
         spaced = self.prefix == "always" or (self.prefix == "first" and is_first)
-        # Where the model would put a space and the files say otherwise, one that is in the text is kept, as by
-        # transformers, although SentencePiece drops leading spaces.
-        if not spaced and self.model.add_dummy_prefix and self.model.remove_extra_whitespaces:
+        if not spaced and self._keeps_space:
             spaced = text.startswith((" ", SPACE))
         ids: list[int] = (self._spaced if spaced else self._plain).encode(text)
         return ids
@@ -345,11 +219,11 @@ def _added_tokens(
     return added
 
 
-def _processor(model: SentencePieceModel, source: str) -> Any:
+def _processor(data: bytes, add_dummy_prefix: bool, source: str) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        return SentencePieceProcessor(model_proto=model.serialized())
+        return SentencePieceProcessor(model_proto=with_dummy_prefix(data, add_dummy_prefix))
     except (RuntimeError, ValueError, TypeError) as error:
         raise CorruptFileError(f"{source}: sentencepiece refuses the model: {error}") from error
 
@@ -373,88 +247,3 @@ def _decoder(model: SentencePieceModel, prefix: Prefix) -> Any:
     if prefix != "never" and not model.treat_whitespace_as_suffix:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
-
-
-def _check_charsmap(charsmap: bytes, source: str) -> None:
-    """Raise `CorruptFileError` unless every step in the table stays inside it; the library does not look.
-
-    The table is the size of a double array (darts-clone), its 32-bit units, and the texts that they point to.
-    """
-    if not charsmap:
-        return
-    size = int.from_bytes(charsmap[:4], "little") if len(charsmap) > 4 else 0
-    texts = charsmap[4 + size :]
-    if not size or size % 1024 or not texts or texts[-1]:
-        raise CorruptFileError(f"{source}: precompiled_charsmap is no normalization table: truncated?")
-    units = np.frombuffer(charsmap, "<u4", size // 4, 4).astype(np.int64)
-    is_leaf = units >> 31 == 1
-    offsets = np.where(is_leaf, 0, (units >> 10) << ((units & 512) >> 6))
-    inner = (np.arange(units.size) ^ offsets) | 255
-    values = np.where(is_leaf, units & (2**31 - 1), 0)
-    if inner.max() >= units.size or values.max() >= len(texts):
-        raise CorruptFileError(f"{source}: precompiled_charsmap points outside itself")
-
-
-def _piece(data: bytes) -> Piece:
-    fields = dict(_fields(data))
-    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
-    return Piece(str(fields.get(1, b""), "utf-8"), score, int(fields.get(3, 1)))
-
-
-def _signed(value: int) -> int:
-    """Return what a varint of 64 bits means: -1 is written as 2**64 - 1."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _field(number: int, value: int | float | bytes) -> bytes:
-    """Return a field of a message."""
-    if isinstance(value, float):
-        return _encoded(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, bytes):
-        return _encoded(number << 3 | _LENGTH) + _encoded(len(value)) + value
-    return _encoded(number << 3 | _VARINT) + _encoded(value)
-
-
-def _encoded(value: int) -> bytes:
-    octets = bytearray()
-    while value > 0x7F:
-        octets.append(value & 0x7F | 0x80)
-        value >>= 7
-    octets.append(value)
-    return bytes(octets)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a message: an integer for a varint, else the bytes."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == _VARINT:
-            value, position = _varint(data, position)
-            yield number, value
-            continue
-        if wire_type == _LENGTH:
-            size, position = _varint(data, position)
-        elif wire_type in _FIXED_SIZES:
-            size = _FIXED_SIZES[wire_type]
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {position}")
-        if position + size > len(data):
-            raise ValueError(f"{position + size - len(data)} bytes are missing: truncated?")
-        yield number, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return the integer that begins at `position`, and where it ends."""
-    value = shift = 0
-    while True:
-        octet = data[position]
-        position += 1
-        value |= (octet & 0x7F) << shift
-        if octet < 0x80:
-            return value, position
-        shift += 7
-        if shift > 63:
-            raise ValueError(f"an integer before byte {position} does not end")

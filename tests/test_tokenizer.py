@@ -32,11 +32,11 @@ from llmengine.errors import (
 )
 from llmengine.models.gguf_file import read_gguf
 from llmengine.models.source import open_model
+from llmengine.sentencepiece_model import read_sentencepiece
 from llmengine.tokenizer import ByteTokenizer, ChatTokenizer, IncrementalDetokenizer, adapt_tokenizer
 from llmengine.tokenizer import Tokenizer as TokenizerProtocol
 from llmengine.tokenizer_gguf import build_backend
 from llmengine.tokenizer_loading import LoadedTokenizer, load_tokenizer, tokenizer_from_gguf, tokenizer_to_save
-from llmengine.tokenizer_sentencepiece import read_sentencepiece
 
 SPECS = ("<|end|>", "<s>", "<tool>")
 TEXTS = (

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
+from llmengine.sentencepiece_model import read_sentencepiece
 from llmengine.tokenizer_gguf import build_backend
 from llmengine.tokenizer_loading import load_tokenizer, tokenizer_from_gguf
-from llmengine.tokenizer_sentencepiece import read_sentencepiece
 
 CORPUS = [
     "The quick brown fox 12345.",
@@ -287,6 +287,21 @@ def test_flags_for_bos_and_eos_beside_a_tokenizer_json(
         tokenizer = load_tokenizer(write_json(tmp_path, backend, {"tokenizer_class": name, **flags}), "huggingface")
         assert tokenizer.encode("a") == [letter if token_id == 64 else token_id for token_id in expected]
         assert tokenizer.encode("a", add_special_tokens=False) == [letter]
+
+
+@pytest.mark.parametrize(
+    ("model", "adds_bos"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "gemma2"}, True),
+        ({"model_type": "qwen2"}, False),
+        ({"model_type": "llama", "tokenizer_class": "PreTrainedTokenizerFast"}, False),
+    ],
+)
+def test_the_model_type_stands_for_a_class(tmp_path: Path, model: dict[str, str], adds_bos: bool) -> None:
+    directory = write_json(tmp_path, byte_level(), {"tokenizer_class": None, "add_bos_token": True})
+    (directory / "config.json").write_text(json.dumps(model))
+    assert (load_tokenizer(directory, "huggingface").encode("a")[0] == 256) == adds_bos
 
 
 def test_a_class_has_its_own_bos_where_none_is_named(tmp_path: Path) -> None:
