@@ -47,8 +47,6 @@ class LoadedTokenizer:
         has_chat_template: whether `apply_chat_template` can work.
     """
 
-    _bound: TextBound | None = None
-
     def __init__(
         self,
         backend: Tokenizer,
@@ -102,8 +100,6 @@ class LoadedTokenizer:
 
     def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
         """Return the ids as `encode`; of more than `max_tokens` perhaps a number instead that they are not below."""
-        if self._bound is None:
-            return self.encode(text, add_special_tokens)
         with self._encoding(text):
             return encode_with_limit(self._backend, self._bound, text, max_tokens, add_special_tokens)
 
@@ -207,6 +203,11 @@ class SentencePieceTokenizer(LoadedTokenizer):
         """Return the ids of `text`, as `LoadedTokenizer.encode` does; other threads run meanwhile."""
         check_text(text)
         return self._codec.encode(text, add_special_tokens)
+
+    def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
+        """Return the ids as `encode`; of more than `max_tokens` perhaps a number instead that they are not below."""
+        least = self._codec.min_tokens(text)
+        return least if least > max_tokens else self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens included; ids outside the vocabulary have none."""

@@ -8,6 +8,7 @@ that is put before each stretch between them or only before the first. `Sentence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -72,6 +73,9 @@ class SentencePieceCodec:
         self.vocab_size = len(self._texts)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._ids = {text: token_id for token_id, text in reversed([*enumerate(self._texts)]) if text is not None}
+        keeps_text = model.byte_fallback and not model.charsmap and not model.remove_extra_whitespaces
+        swallows = any(token.lstrip or token.rstrip for token in added.values())
+        self._max_chars = max(map(len, self._ids), default=0) if keeps_text and not swallows else 0
         self._splitter, self._split_ids = _splitter(added)
         self._decoder = _decoder(model, prefix)
 
@@ -84,6 +88,14 @@ class SentencePieceCodec:
             else:
                 ids += self._encode_stretch(text[start:end], is_first=start == 0)
         return ids + self._end if add_special_tokens else ids
+
+    def min_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has at least; 0 where nothing is known.
+
+        A token stands for no more characters than it has, unless text is normalized, runs of unknown characters are one
+        token, or a token swallows the spaces beside it.
+        """
+        return math.ceil(len(text) / self._max_chars) if self._max_chars else 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, added and control tokens included; ids outside the vocabulary have none."""

@@ -441,6 +441,17 @@ def test_bytes_of_each_id(tmp_path: Path) -> None:
         tokenizer.tokenizer_json()
 
 
+@pytest.mark.parametrize("options", [PLAIN, {}])
+def test_text_that_is_too_long_is_not_tokenized(tmp_path: Path, options: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(write_model(tmp_path, train(model_type="bpe", **options), LLAMA), "huggingface")
+    text = "Hello world " * 500
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode_with_limit(text, len(ids)) == ids
+    least = tokenizer.encode_with_limit(text, 10)
+    # Where spaces are dropped, any number of characters may be one token.
+    assert 10 < least <= len(ids) if options and isinstance(least, int) else least == ids
+
+
 def gguf(model: bytes, kind: str = "llama", **changes: Any) -> dict[str, Any]:
     """Return the metadata of a SentencePiece model as a converter writes it."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
