@@ -84,6 +84,8 @@ class WorkerThreads:
 
     def put(self, job: Job) -> None:
         """`submit` a job."""
+        if self._stopped:
+            raise RuntimeError("the threads are stopped")
         self._jobs.put(job)
         try:
             self._idle.get_nowait()
@@ -98,8 +100,6 @@ class WorkerThreads:
 
     def _add_thread(self) -> None:
         with self._lock:
-            if self._stopped:
-                raise RuntimeError("the threads are stopped")
             if self._num_threads >= self._max_threads:
                 self._add_helper()
                 return
