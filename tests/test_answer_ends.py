@@ -17,7 +17,6 @@ from llmengine import (
     LLM,
     ConfigError,
     CorruptFileError,
-    LLMEngineError,
     ModelConfig,
     SamplingParams,
     StructuredOutput,
@@ -123,7 +122,7 @@ def test_what_ends_a_gguf_models_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["eos_token_id", "eot_token_id", "eom_token_id", "fim_pad_token_id", "eos_token_ids"])
 def test_gguf_end_outside_the_vocabulary(tmp_path: Path, key: str) -> None:
-    path = gguf_model(tmp_path / "a.gguf", ["<x>"], {key: [0, 5] if key.endswith("ids") else 5})
+    path = gguf_model(tmp_path / "a.gguf", ["<x>"], {key: [5, 6] if key.endswith("ids") else 5})
     with pytest.raises(CorruptFileError, match=rf"a\.gguf.*{key}.*{FIRST + 5}.*\[0, {FIRST + 1}\)"):
         LLM(ModelConfig(path, num_threads=1))
 
@@ -186,8 +185,8 @@ def test_configurations_name_ends(
     ("files", "name"),
     [
         ({"config.json": 311}, r"config\.json: eos_token_id holds 311"),
-        ({"config.json": [5, 32000]}, r"config\.json: eos_token_id holds 32000"),
-        ({"config.json": 5, "generation_config.json": [5, 400]}, r"generation_config\.json: eos_token_id holds 400"),
+        ({"config.json": [32000, 32001]}, r"config\.json: eos_token_id holds 32000"),
+        ({"config.json": 5, "generation_config.json": 400}, r"generation_config\.json: eos_token_id holds 400"),
     ],
 )
 def test_a_configured_end_outside_the_vocabulary(tmp_path: Path, files: dict[str, Any], name: str) -> None:
@@ -196,6 +195,20 @@ def test_a_configured_end_outside_the_vocabulary(tmp_path: Path, files: dict[str
         write_json(directory / "generation_config.json", eos_token_id=files["generation_config.json"])
     with pytest.raises(CorruptFileError, match=rf"{name}, outside the model's vocabulary \[0, 311\)"):
         LLM(ModelConfig(directory, num_threads=1))
+
+
+def test_an_end_outside_the_vocabulary_beside_a_sound_one_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = hf_model(tmp_path, special=(), eos_token_id=[5, 32000])
+    write_json(directory / "generation_config.json", eos_token_id=[400, 7])
+    assert loaded_ends(directory) == {5, 7}
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("generation_config.json: eos_token_id holds 400" in message for message in messages)
+    assert any("config.json: eos_token_id holds 32000" in message for message in messages)
+    path = gguf_model(tmp_path / "a.gguf", ["<x>"], {"eos_token_ids": [0, 5]})
+    with LLM(ModelConfig(path, num_threads=1)) as llm:
+        assert llm.eos_token_ids == {FIRST}
 
 
 def test_the_tokenizers_ends(tmp_path: Path) -> None:
@@ -297,9 +310,12 @@ def test_a_callers_end_outside_the_vocabulary(tokenizer: Any, given: list[int], 
     assert made[0].closed_by
 
 
-def test_an_out_of_range_end_fails_no_request_with_anything_but_our_errors(tmp_path: Path) -> None:
-    with pytest.raises(LLMEngineError):
-        LLM(ModelConfig(hf_model(tmp_path, eos_token_id=[257, 32000]), num_threads=1), tokenizer=ByteTokenizer())
+def test_structured_output_beside_an_end_outside_the_vocabulary(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    directory = hf_model(tmp_path, eos_token_id=[257, 32000])
+    with LLM(ModelConfig(directory, num_threads=1), tokenizer=ByteTokenizer()) as llm:
+        params = SamplingParams(max_new_tokens=8, structured=StructuredOutput(choice=["a", "b"]))
+        assert llm.generate("hi", params)[0].text in ("a", "b")
 
 
 def letters_then(*ends: int) -> Callable[[Sequence[int]], int]:

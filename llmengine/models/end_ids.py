@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from itertools import chain
 
@@ -9,6 +10,8 @@ from llmengine.end_tokens import gguf_known_end_ids
 from llmengine.errors import CorruptFileError
 from llmengine.models.fields import Fields
 from llmengine.models.fused import unique_ids
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "tokenizer.ggml."
 _GGUF_KEYS = (
@@ -18,20 +21,26 @@ _GGUF_KEYS = (
 
 
 def ids_in_vocabulary(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
-    """Return the ids under `key`; raises `CorruptFileError` naming file, key and id for one outside [0, vocab_size)."""
+    """The ids under `key` that the model can generate, each of them in [0, vocab_size).
+
+    Ids outside are left out with a warning beside ones inside: fine-tunes name an end of turn that their embedding has no
+    row for. Raises `CorruptFileError` naming file, key and id where all are outside: no answer would ever end.
+    """
     ids = fields.token_ids(key)
-    for token_id in ids:
-        if token_id >= vocab_size:
-            raise CorruptFileError(
-                f"{fields.where}: {key} holds {token_id}, outside the model's vocabulary [0, {vocab_size})"
-            )
-    return ids
+    known = tuple(token_id for token_id in ids if token_id < vocab_size)
+    if len(known) < len(ids):
+        outside = next(token_id for token_id in ids if token_id >= vocab_size)
+        message = f"{fields.where}: {key} holds {outside}, outside the model's vocabulary [0, {vocab_size})"
+        if not known:
+            raise CorruptFileError(message)
+        logger.warning("%s; it can never be generated", message)
+    return known
 
 
 def hf_end_ids(config: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]:
     """Return what generation_config.json and config.json, the object `text_config` in it included, name as EOS.
 
-    Raises `CorruptFileError` naming file, key and id for one outside [0, vocab_size).
+    Raises `CorruptFileError` as `ids_in_vocabulary` does.
     """
     places = [generation, config, *([config.fields("text_config")] if config.has("text_config") else [])]
     return unique_ids(chain.from_iterable(ids_in_vocabulary(place, "eos_token_id", vocab_size) for place in places))
@@ -40,7 +49,7 @@ def hf_end_ids(config: Fields, generation: Fields, vocab_size: int) -> tuple[int
 def gguf_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
     """Return the ids that GGUF metadata names as ends of text, turn or message, then those of tokens known to be ends.
 
-    Raises `CorruptFileError` naming file, key and id for one outside [0, vocab_size).
+    Raises `CorruptFileError` as `ids_in_vocabulary` does.
     """
     tokens, types = (metadata.values.get(_PREFIX + name) for name in ("tokens", "token_type"))
     known: Iterable[int] = ()
