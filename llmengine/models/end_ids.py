@@ -23,8 +23,8 @@ _GGUF_KEYS = (
 def ids_in_vocabulary(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
     """The ids under `key` that the model can generate, each of them in [0, vocab_size).
 
-    Ids outside are left out with a warning beside ones inside: fine-tunes name an end of turn that their embedding has no
-    row for. Raises `CorruptFileError` naming file, key and id where all are outside: no answer would ever end.
+    Ids outside are left out with a warning beside ones inside: fine-tunes name an end of turn that their embedding has
+    no row for. Raises `CorruptFileError` naming file, key and id where all are outside: no answer would ever end.
     """
     ids = fields.token_ids(key)
     known = tuple(token_id for token_id in ids if token_id < vocab_size)
