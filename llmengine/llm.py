@@ -8,7 +8,7 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -286,6 +286,28 @@ class LLM:
         """
         spec = RequestSpec(self._params_or_default(sampling_params), as_options(LLM.generate_async, options), streaming)
         return self._intake.submit(prompt, spec, self)
+
+    @takes_options(wait_for_admission=True)
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        **options: Unpack[RequestKeywords],
+    ) -> Generator[GenerationOutput, None, None]:
+        """Submit one request and return a generator of its outputs as tokens arrive; each step blocks this thread.
+
+        Leaving the loop aborts the request, see `RequestHandle.stream`, which does the same for a handle (of a chat,
+        say). In an event loop it blocks that as well: use ``async for`` there.
+
+        Args:
+            prompt, sampling_params: as for `generate_async`.
+            options: see `RequestOptions`.
+
+        Raises, at once or from the generator, what `generate_async` raises.
+        """
+        checked = as_options(LLM.stream, options, wait_for_admission=True)
+        spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming=True)
+        return self._intake.submit(prompt, spec, self).stream()
 
     @overload
     def chat(

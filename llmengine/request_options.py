@@ -52,7 +52,7 @@ class RequestOptions:
         cache_salt: the request shares cached prefix blocks only with requests of an equal salt.
         wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
             raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work as
-            ever. The default is False for a single request, and True for `generate` and beam search.
+            ever. The default is False for a single request, and True for `generate`, `stream` and beam search.
         slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": nothing,
             they come as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
             others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end the

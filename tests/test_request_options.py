@@ -17,7 +17,10 @@ from engine_helpers import oracle, tokens
 from llmengine import LLM, ChatKeywords, InvalidRequestError, RequestKeywords, RequestOptions, SamplingParams
 from llmengine.testing import FakeBackend
 
-METHODS = ["generate", "generate_async", "chat", "chat_async", "beam_search", "beam_search_async"]
+METHODS = ["generate", "generate_async", "stream", "chat", "chat_async", "beam_search", "beam_search_async"]
+WAITING = {"generate", "stream", "beam_search", "beam_search_async"}
+"""Those that wait for room in the queue unless told otherwise."""
+
 PROMPT = [5, 6, 7]
 
 
@@ -39,7 +42,7 @@ def test_signature_and_help_have_each_option(name: str) -> None:
     for field in dataclasses.fields(RequestOptions):
         parameter = parameters[field.name]
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        waits = field.name == "wait_for_admission" and name in ("generate", "beam_search", "beam_search_async")
+        waits = field.name == "wait_for_admission" and name in WAITING
         assert parameter.default == (True if waits else field.default)
         assert method.__doc__.count(f"\n            {field.name}: ") == 1
     assert "options" not in parameters

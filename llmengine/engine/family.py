@@ -10,6 +10,7 @@ from typing import cast
 
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.stream import FamilyStream, OutputStream, Stream
+from llmengine.errors import InvalidRequestError
 from llmengine.outputs import GenerationOutput
 
 _MASK = 2**64 - 1
@@ -38,6 +39,16 @@ class FamilyHandle(RequestHandle):
         self._num_returned = num_returned
         self._num_seen = [0] * len(family.members)
         self._unfinished = list(range(len(family.members)))
+
+    def _another(self, streaming: bool) -> RequestHandle:
+        if streaming and self._num_returned < len(self._family.members):
+            raise InvalidRequestError(
+                f"streaming=True: which {self._num_returned} of {len(self._family.members)} outputs are the best "
+                "(best_of) is known when all are finished"
+            )
+        return FamilyHandle(
+            self._family, self._abort, num_returned=self._num_returned, streaming=streaming, owner=self._owner
+        )
 
     def _final(self) -> GenerationOutput:
         if (failure := self._family.failure) is not None:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from asyncio import get_running_loop, sleep
+from asyncio import Task, get_running_loop, sleep
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from llmengine.engine.stats import RequestStats
-from llmengine.engine.stream import LoopWaiter, OutputStream, attach, request_stats, wait_blocking
+from llmengine.engine.stream import LoopWaiter, OutputStream, Stream, ThreadWaiter, attach, request_stats, wait_blocking
+from llmengine.errors import InvalidRequestError
 from llmengine.outputs import GenerationOutput
 
 
 class RequestHandle(AsyncGenerator[GenerationOutput, None]):
     """One request in progress: an async generator of its outputs, and an awaitable of the final one.
 
-    ``async for output in handle`` yields as tokens arrive (or once, without `streaming`); ``await handle`` and
-    ``handle.result()`` give the final output. The request runs whether or not anybody reads.
+    ``async for output in handle`` yields as tokens arrive (or once, without `streaming`), ``for output in
+    handle.stream()`` the same for a thread; ``await handle`` and ``handle.result()`` give the final output. The request
+    runs whether or not anybody reads.
 
-    The request is aborted, and its KV blocks come back within one step, when
+    The request is aborted, and its KV blocks come back within one step, when `abort()` is called, or when its reader
+    leaves, that is, when
 
-    - `abort()` or `aclose()` is called,
+    - `aclose()` is called, or an ``async with handle:`` or ``with handle:`` block ends,
     - a task that awaits the handle is cancelled (a timeout is a cancellation),
     - the handle is garbage collected, which is what ``break`` out of an ``async for`` over an unnamed handle does.
+
+    With several readers (`subscribe`, `tee`), each a handle of its own, it is the last to leave that aborts it.
 
     Reading raises `EngineDeadError` or `EngineClosedError` when the engine ended first, and the `RequestError` that
     rejected the prompt when that was found after `generate_async` returned.
@@ -32,7 +37,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
     def __init__(
         self,
         stream: OutputStream,
-        abort: Callable[[OutputStream, bool], None],
+        abort: Callable[[Stream, bool], None],
         *,
         streaming: bool,
         owner: object = None,
@@ -47,8 +52,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         self._exhausted = False
         self._ran_on = False
         """The last read found its output there, and let nobody else run."""
-        # Not weakref.finalize, which would keep the stream in a global table and run at interpreter exit as well.
-        stream.consumer = weakref.ref(self, lambda _: None if stream.ended else abort(stream, True))
+        self._leave = _join(self, stream, abort)
 
     @property
     def request_id(self) -> int | str:
@@ -93,17 +97,79 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             raise TimeoutError(f"request {self.request_id!r} did not finish within {timeout} s")
         return self._final()
 
-    def __await__(self) -> Generator[Any, None, GenerationOutput]:
-        return self._wait_final().__await__()
+    def stream(self) -> Generator[GenerationOutput, None, None]:
+        """Yield what ``async for`` would yield, blocking this thread; leaving the loop aborts the request.
 
-    async def _wait_final(self) -> GenerationOutput:
-        waiter = attach(self._stream, self._abort, final_only=True)
+        That is so when the generator is closed or dropped, which ``break`` out of a loop over an unnamed one does.
+        """
+        stream = self._stream
+        waiter: ThreadWaiter | None = None
+        try:
+            while not self._exhausted:
+                if not self._streaming:
+                    wait_blocking(stream, None)
+                if (output := self._take()) is not None:
+                    yield output
+                elif waiter is None:
+                    waiter = ThreadWaiter()
+                    stream.add_waiter(waiter, final_only=False)  # something may have been published before
+                else:
+                    waiter.wait()
+        finally:
+            # The stream knows the waiter weakly. `detach` takes a lock, as a garbage collection must not.
+            self._close()
+
+    def subscribe(self, *, streaming: bool | None = None) -> RequestHandle:
+        """Return another reader of the request, which sees everything from the first token on, however late.
+
+        Each reader has its own place in the output and may be read in a thread or event loop of its own. The request
+        runs until it has finished or the last reader has left; this handle counts as one as long as it exists. For
+        `slow_consumer` the reader that has read most counts.
+
+        Args:
+            streaming: None: as this handle.
+        """
+        return self._another(self._streaming if streaming is None else streaming)
+
+    def tee(self, num_readers: int) -> list[RequestHandle]:
+        """Return so many readers, as of `subscribe`, and leave the request to them: this handle is no reader any more.
+
+        It can still abort the request.
+        """
+        if isinstance(num_readers, bool) or not isinstance(num_readers, int) or num_readers < 1:
+            raise InvalidRequestError(f"num_readers={num_readers!r} is not an integer above 0")
+        readers = [self.subscribe() for _ in range(num_readers)]
+        self._close()
+        return readers
+
+    def _another(self, streaming: bool) -> RequestHandle:
+        return RequestHandle(self._stream, self._abort, streaming=streaming, owner=self._owner)
+
+    def __await__(self) -> Generator[Any, None, GenerationOutput]:
+        return self.wait().__await__()
+
+    def task(self) -> Task[GenerationOutput]:
+        """Return a task of the running event loop that waits for the final output, for `asyncio.wait` say.
+
+        The request is aborted when the task is cancelled, also before it has begun.
+        """
+        leave = self._leave
+        task = get_running_loop().create_task(self.wait(), name=f"llmengine request {self.request_id!r}")
+        task.add_done_callback(lambda task: leave() if task.cancelled() else None)
+        return task
+
+    async def wait(self) -> GenerationOutput:
+        """Return the final output, as ``await handle`` does; for what needs a coroutine or a coroutine function.
+
+        ``group.create_task(handle.wait())``, ``asyncio.run(handle.wait())``, anyio's ``group.start_soon(handle.wait)``.
+        """
+        waiter = attach(self._stream, self._leave, final_only=True)
         try:
             while not self._stream.ended:
                 await waiter
         except BaseException:
             # Cancelled, or the loop closes the coroutine: nobody will read on.
-            self.abort()
+            self._leave()
             raise
         return self._final()
 
@@ -131,15 +197,14 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
                     return output
                 waiter = self._waiter
                 if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
-                    self._waiter = attach(self._stream, self._abort, final_only=not self._streaming)
+                    self._waiter = attach(self._stream, self._leave, final_only=not self._streaming)
                     continue  # something may have been published before
                 waiter.seen = self._seen
                 has_waited = True
                 await waiter
         except BaseException:
             # Cancelled, or the loop closes the coroutine, or the request failed: nobody will read on.
-            self._exhausted = True
-            self.abort()
+            self._close()
             raise
         raise StopAsyncIteration
 
@@ -151,8 +216,8 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             return self._take_last()
         if begin == end or not self._streaming:
             return None
-        self._seen = stream.num_read = end
-        if stream.resume is not None:
+        self._seen = end
+        if stream.slow_consumer != "coalesce":
             stream.mark_read(end)
         return GenerationOutput(stream.log, begin, end)
 
@@ -175,12 +240,48 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         val: BaseException | object = None,
         tb: TracebackType | None = None,
     ) -> GenerationOutput:
-        """Abort the request and raise the exception here, as a generator without a handler would."""
+        """Leave the request and raise the exception here, as a generator without a handler would."""
         await self.aclose()
         error = typ if isinstance(typ, BaseException) else (val if isinstance(val, BaseException) else typ())
         raise error.with_traceback(tb)
 
     async def aclose(self) -> None:
-        """Abort the request and end the iteration. Never waits."""
+        """End the iteration and leave: the request is aborted, unless it has other readers. Never waits."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._exhausted = True
-        self.abort()
+        self._leave()
+
+
+def _join(handle: RequestHandle, stream: Stream, abort: Callable[[Stream, bool], None]) -> Callable[..., None]:
+    """Make the handle one of its stream's readers; return how it leaves. The last to leave aborts the request.
+
+    Leaving takes no lock: garbage collections do it.
+    """
+    place = object()
+
+    def leave(*_: object) -> None:
+        stream.readers.pop(place, None)
+        if not stream.readers and not stream.ended:
+            abort(stream, True)
+
+    # Not weakref.finalize, which would keep the stream in a global table and run at interpreter exit as well.
+    stream.readers[place] = weakref.ref(handle, leave)
+    return leave

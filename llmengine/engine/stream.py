@@ -112,7 +112,7 @@ class LoopWaiter:
 
 
 class ThreadWaiter:
-    """A thread that waits for the end of its stream, or of each of several."""
+    """A thread that waits for something new of its stream, or for the end of it, or of each of several."""
 
     __slots__ = ("__weakref__", "event", "loop", "posted")
 
@@ -120,6 +120,17 @@ class ThreadWaiter:
         self.event = threading.Event()
         self.loop: None = None
         self.posted = False
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until there is something new; False when `timeout_s` seconds passed first.
+
+        What comes after the return is heard of by the next call, and what came before can be seen.
+        """
+        if not self.event.wait(timeout_s):
+            return False
+        self.event.clear()
+        self.posted = False
+        return True
 
 
 Waiter = LoopWaiter | ThreadWaiter
@@ -172,7 +183,8 @@ class OutputStream:
         failure: what each read of a failed stream raises once it finds nothing new.
         waiters: weak references to those to wake for each token; replaced, never changed.
         abort_requested: set before the engine hears of it, so that a request that is not submitted yet never starts.
-        consumer: weak reference to the consumer's handle; its callback aborts the request when that is collected.
+        readers: those that the request runs for, each with a weak reference to its handle, whose callback removes it
+            when that is collected. The last to leave aborts the request.
     """
 
     __slots__ = (
@@ -181,13 +193,13 @@ class OutputStream:
         "_lock",
         "_pid",
         "abort_requested",
-        "consumer",
         "ended",
         "failure",
         "log",
         "max_unread",
         "num_published",
         "num_read",
+        "readers",
         "resume",
         "slow_consumer",
         "waiters",
@@ -204,7 +216,7 @@ class OutputStream:
         self.failure: LLMEngineError | None = None
         self.waiters: tuple[weakref.ref[Waiter], ...] = ()
         self.abort_requested = False
-        self.consumer: weakref.ref[Any] | None = None
+        self.readers: dict[object, weakref.ref[Any]] = {}
         self._final_waiters: tuple[weakref.ref[Waiter], ...] = ()
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -220,8 +232,9 @@ class OutputStream:
         return self.num_published - self.num_read >= self.max_unread and not self._final_waiters
 
     def mark_read(self, num_tokens: int) -> None:
-        """Note that consumers have read so many tokens. A paused request goes on."""
-        self.num_read = num_tokens
+        """Note that a consumer has read so many tokens; the one that has read most counts. A paused request goes on."""
+        with self._lock:
+            self.num_read = max(self.num_read, num_tokens)
         if (resume := self.resume) is not None:
             resume()
 
@@ -239,16 +252,17 @@ class OutputStream:
         return self._end()
 
     def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
-        """Let a waiter hear of what is published from now on (or of the end, as a thread always does)."""
+        """Let a waiter hear of what is published from now on (or of the end)."""
         self._check_process()
         with self._lock:
             if self.ended:
                 return  # which whoever waits sees before
             if isinstance(waiter, LoopWaiter):
                 _waiters_of(waiter.loop).add(waiter)
-                if not final_only:
-                    self.waiters = (*self.waiters, weakref.ref(waiter))
-                    return
+            if not final_only:
+                # Without those of readers that have left.
+                self.waiters = (*(other for other in self.waiters if other() is not None), weakref.ref(waiter))
+                return
             self._final_waiters = (*self._final_waiters, weakref.ref(waiter))
         self.mark_read(self.num_published)
 
@@ -259,7 +273,7 @@ class OutputStream:
             if isinstance(waiter, LoopWaiter):
                 waiter.attached = False
                 _waiters_of(waiter.loop).discard(waiter)
-                self.waiters = tuple(other for other in self.waiters if other is not reference)
+            self.waiters = tuple(other for other in self.waiters if other is not reference)
             if reference in self._final_waiters:
                 self.num_read = self.num_published
                 self._final_waiters = tuple(other for other in self._final_waiters if other is not reference)
@@ -289,6 +303,10 @@ class FamilyStream:
     def __init__(self, members: Sequence[OutputStream]) -> None:
         self.members = tuple(members)
         self.log = members[0].log
+        # Of each member, since the engine keeps those that run.
+        self.readers = members[0].readers
+        for member in members:
+            member.readers = self.readers
 
     @property
     def num_published(self) -> int:
@@ -314,16 +332,6 @@ class FamilyStream:
     def abort_requested(self, value: bool) -> None:
         for member in self.members:
             member.abort_requested = value
-
-    @property
-    def consumer(self) -> Any:
-        """Kept by each member, of which the engine keeps those that run."""
-        return self.members[0].consumer
-
-    @consumer.setter
-    def consumer(self, reference: Any) -> None:
-        for member in self.members:
-            member.consumer = reference
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
         """End all members that have not ended; return the waiters to be woken."""
@@ -361,10 +369,8 @@ def wait_blocking(stream: Stream, timeout_s: float | None) -> bool:
     stream.add_waiter(waiter, final_only=True)
     try:
         while not stream.ended:
-            if not waiter.event.wait(None if deadline is None else deadline - time.monotonic()):
+            if not waiter.wait(None if deadline is None else deadline - time.monotonic()):
                 return stream.ended
-            waiter.event.clear()
-            waiter.posted = False  # from here on the end of another member is heard of, and one before is seen above
         return True
     finally:
         stream.detach(waiter)
