@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmengine.errors import InvalidRequestError
 from llmengine.structured_output import StructuredOutput
+from llmengine.unique_keys import KeyTracker, QuoteTokens, UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -32,6 +34,13 @@ _MAX_CACHED_S = 8.0
 _MAX_STEP_S = 0.25
 """Computing time of one token's grammar step after which its request fails. Fuel usually ends it far earlier."""
 
+
+_ESCAPES = 'nrbtf\\"'
+"""What may follow a backslash in JSON. Not u: with it a key has several spellings, and one that is not ruled out could
+take the place of a property with a type of its own."""
+
+_UNWRITABLE = re.compile(r"(?<!\\)(\\\\)*\\u00|\x7f")
+"""In JSON text: characters that only such an escape stands for."""
 
 _STOP_REASONS = dict.fromkeys(("NoExtension", "NoExtensionBias"), "it has no text that could come next")
 """In words what llguidance gives as an error by the name of a state."""
@@ -48,10 +57,19 @@ class Grammar:
         step_s: computing time of the last `advance`.
     """
 
-    __slots__ = ("_end_ids", "_executor", "_forbidden", "_matcher", "error", "is_complete", "mask", "step_s")
+    __slots__ = ("_end_ids", "_executor", "_forbidden", "_keys", "_matcher", "error", "is_complete", "mask", "step_s")
 
-    def __init__(self, matcher: LLMatcher, executor: LLExecutor, forbidden: Sequence[int], num_bytes: int) -> None:
-        """Stand at the start of the grammar that `matcher` has. `forbidden` ids are never text."""
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        executor: LLExecutor,
+        forbidden: Sequence[int],
+        num_bytes: int,
+        keys: UniqueKeys | None = None,
+    ) -> None:
+        """Stand at the start of the grammar that `matcher` has. `forbidden` ids are never text, and of JSON with `keys`
+        no object has a key twice where another one is possible."""
+        self._keys = keys
         self._matcher = matcher
         self._executor = executor
         self._forbidden = forbidden
@@ -65,7 +83,7 @@ class Grammar:
     def fork(self, stop_token_ids: Iterable[int]) -> Grammar:
         """Return a grammar at the same place for a request that these tokens end."""
         other = object.__new__(Grammar)
-        for name in ("_executor", "_forbidden", "is_complete", "error", "step_s"):
+        for name in ("_executor", "_forbidden", "_keys", "is_complete", "error", "step_s"):
             setattr(other, name, getattr(self, name))
         other._matcher = self._matcher.deep_copy()
         other._end_ids = tuple(stop_token_ids)
@@ -76,7 +94,8 @@ class Grammar:
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of the tokens may come next, one after the other, as text; takes as long as `advance`."""
         text = list(itertools.takewhile(lambda token_id: token_id not in self._end_ids, token_ids))
-        return self._matcher.validate_tokens(text)
+        num_allowed = self._matcher.validate_tokens(text)
+        return num_allowed if self._keys is None else self._keys.num_allowed(text[:num_allowed])
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Go on behind tokens; sets all attributes. Takes milliseconds a token at worst, mostly without the GIL."""
@@ -87,6 +106,8 @@ class Grammar:
                 if self._executor.consume_token_par([(self._matcher, token_id)]) != [True]:
                     self.error = _reason(self._matcher) or f"token {token_id} is not in the grammar"
                     break
+                if self._keys is not None and token_id not in self._end_ids:
+                    self._keys = self._keys.after(token_id)
             else:
                 self._look()
         except Exception as fault:  # of the library: this request's alone
@@ -102,11 +123,26 @@ class Grammar:
         if not self.is_complete:
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
-                self.mask = self._with_ends(mask)
+                self.mask = self._with_ends(self._without_repeats(mask))
                 # What was found while looking through the vocabulary: nothing can follow.
                 self.is_complete = matcher.is_stopped() and matcher.is_accepting()
         if matcher.is_error():
             self.error = _reason(matcher)
+
+    def _without_repeats(self, mask: bytes) -> bytes:
+        """Rule out tokens that would repeat a key, unless nothing else can come next."""
+        repeating = [] if self._keys is None else self._keys.repeating()
+        if not repeating:
+            return mask
+        bits = bytearray(mask)
+        for token_id in repeating:
+            bits[token_id // 8] &= ~(1 << token_id % 8)
+        if any(bits) or self._matcher.is_accepting():
+            return bytes(bits)
+        assert self._keys is not None
+        if self._keys.must_differ:
+            self.error = "only a key that the object already has could come next, and minProperties counts it once"
+        return mask
 
     def _with_ends(self, mask: bytes) -> bytes:
         bits = bytearray(mask[: len(self.mask)].ljust(len(self.mask), b"\0"))
@@ -137,6 +173,7 @@ class GrammarCompiler:
         self._cache: OrderedDict[StructuredOutput, tuple[Grammar, float]] = OrderedDict()
         self._vocabulary: LLTokenizer
         self._executor: LLExecutor
+        self._quotes: QuoteTokens | None = None
         self._fault: str | None = None
         if tokenizer is None:
             self._fault = "needs a tokenizer, and this LLM has none (enable_tokenizer=False)"
@@ -182,12 +219,21 @@ class GrammarCompiler:
         matcher = LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=_limits())
         if matcher.is_error():
             raise _refusal(_reason(matcher))
-        grammar = Grammar(matcher, self._executor, self._forbidden, self._num_bytes)
+        grammar = Grammar(matcher, self._executor, self._forbidden, self._num_bytes, self._unique_keys(spec))
         if grammar.error is not None:
             raise _refusal(grammar.error)
         if grammar.is_complete or not any(grammar.mask):
             raise _refusal("only the empty text matches")
         return grammar
+
+    def _unique_keys(self, spec: StructuredOutput) -> UniqueKeys | None:
+        if spec.json_schema is None:
+            return None
+        if self._quotes is None:  # made twice by two threads at worst
+            self._quotes = QuoteTokens(
+                lambda token_id: self._vocabulary.decode_bytes([token_id]), self._vocabulary.vocab_size
+            )
+        return UniqueKeys(self._quotes, KeyTracker(), '"minProperties"' in str(spec.json_schema))
 
     def _read(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         from llguidance import LLExecutor, LLTokenizer
@@ -287,9 +333,12 @@ def _source(spec: StructuredOutput) -> str:
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
 
     if spec.json_schema is not None:
-        options: Any = {"whitespace_pattern": " "}
+        defaults: Any = {"whitespace_pattern": " "}
+        if _UNWRITABLE.search(str(spec.json_schema)):
+            raise _refusal(r"it has control characters beside \b, \t, \n, \f and \r, which cannot be written")
+        overrides: Any = {"json_allowed_escapes": _ESCAPES, "lenient": False}
         try:
-            return LLMatcher.grammar_from_json_schema(str(spec.json_schema), defaults=options)
+            return LLMatcher.grammar_from_json_schema(str(spec.json_schema), defaults=defaults, overrides=overrides)
         except ValueError as error:
             raise _refusal(str(error)) from error
     if spec.regex is not None:

@@ -21,6 +21,16 @@ GGUF file, or a saved engine. Everything that is not in these tables raises `Uns
 is: mixtures of experts, models that also read images or sound, other architectures, options of a known architecture
 that are not computed.
 
+Only the model's own weights are read and checked. Buffers, tensors of other types than floating point, other parts
+beside the language model (they are named in a warning), copies in other formats, and what an index says beyond the
+names of files do not matter; names may have a prefix (`module.`, `_orig_mod.`, `language_model.`) or lack `model.`, and
+an embedding may have rows beyond the vocabulary.
+
+An adapter in the directory (`adapter_config.json`, `adapter_model.*` and the like: LoRA, IA3, prompt tuning) raises
+`UnsupportedModelError`, as do weights that were saved with one in them, and GGUF files of type `adapter`: merge it
+first, with `merge_and_unload()` in peft. Adapters in subdirectories, such as a training run's `checkpoint-500`, are
+named in a warning and not applied.
+
 ## Families
 
 One decoder computes them all; a family is a row of data. What is not mentioned is as in Llama: RMSNorm before attention
@@ -47,6 +57,10 @@ A model's limit is its `max_position_embeddings`. `linear`, `dynamic` and `yarn`
 keeps the original one there: `max_model_len` may then be up to `factor` times the original context length.
 
 ## GGUF
+
+A model in several files (`NAME-00001-of-00003.gguf`, made by llama-gguf-split or the converter) is loaded by the path
+of any of them, or of their directory; missing ones are named. In a directory, projectors (`mmproj`) and importance
+matrices beside the model are passed over; of several models, give the path of one.
 
 Tensor types:
 {types}.

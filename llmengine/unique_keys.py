@@ -1,0 +1,148 @@
+"""Keys of JSON objects that are there already: a grammar cannot rule them out, since it would have to remember them.
+
+A parser takes the last of two equal keys, so an object with a repeated key has fewer properties than it shows, and
+`minProperties` could be missed. Keys are compared as they are written, so a key must have one spelling only: the
+grammar allows no escapes of the form `\\u0061`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_OPEN_OBJECT, _OPEN_ARRAY, _CLOSE_OBJECT, _CLOSE_ARRAY, _COMMA, _COLON = b"{[}],:"
+_NO_KEYS: frozenset[bytes] = frozenset()
+
+
+class QuoteTokens:
+    """The tokens of a vocabulary that can end a key: those with a quotation mark in their text, few of all.
+
+    Attributes:
+        text_of: gives the bytes of a token.
+        with_two: bytes and id of those with more than one mark, which may hold whole keys.
+    """
+
+    __slots__ = ("_ids", "_texts", "text_of", "with_two")
+
+    def __init__(self, text_of: Callable[[int], bytes], vocab_size: int) -> None:
+        self.text_of = text_of
+        texts = ((text_of(token_id), token_id) for token_id in range(vocab_size))
+        found = sorted((text, token_id) for text, token_id in texts if b'"' in text)
+        self._texts = [text for text, _ in found]
+        self._ids = [token_id for _, token_id in found]
+        self.with_two = [(text, token_id) for text, token_id in found if text.count(b'"') > 1]
+
+    def beginning_with(self, text: bytes) -> Sequence[int]:
+        """Ids of the tokens that begin with `text`, which has a quotation mark."""
+        first = bisect_left(self._texts, text)
+        last = bisect_left(self._texts, text[:-1] + bytes([text[-1] + 1]), first)
+        return self._ids[first:last]
+
+
+class KeyTracker:
+    """Where in a JSON text one is, and which keys the objects have that are open there. Immutable: see `after`.
+
+    Attributes:
+        repeats: the latest piece of text ended a key that its object had already.
+    """
+
+    __slots__ = ("_escaped", "_expects_key", "_frames", "_key", "_quoted", "repeats")
+
+    def __init__(self) -> None:
+        """Stand at the start of a text."""
+        # Of each object and array around the place, the keys so far; None for an array.
+        self._frames: tuple[frozenset[bytes] | None, ...] = ()
+        self._expects_key = False
+        self._quoted = False
+        self._escaped = False
+        self._key: bytes | None = None  # what is written of the key that the place is in
+        self.repeats = False
+
+    def after(self, text: bytes) -> KeyTracker:
+        """Where one is behind more of the text."""
+        other = KeyTracker()
+        other._frames, other._expects_key = self._frames, self._expects_key
+        other._quoted, other._escaped, other._key = self._quoted, self._escaped, self._key
+        for byte in text:
+            if other._quoted:
+                other._read_in_string(byte)
+            else:
+                other._read_structure(byte)
+        return other
+
+    def repeating(self, tokens: QuoteTokens) -> list[int]:
+        """Ids of the tokens that would end a key which the object has."""
+        found: list[int] = []
+        if self._key is not None and self._frames[-1]:
+            for key in self._frames[-1]:
+                if key.startswith(self._key):
+                    found += tokens.beginning_with(key[len(self._key) :] + b'"')
+        found += [token_id for text, token_id in tokens.with_two if self.after(text).repeats]
+        return found
+
+    def _read_in_string(self, byte: int) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif byte == _BACKSLASH:
+            self._escaped = True
+        elif byte == _QUOTE:
+            self._quoted = False
+            if self._key is not None:
+                self._add(self._key)
+            return
+        if self._key is not None:
+            self._key += bytes((byte,))
+
+    def _read_structure(self, byte: int) -> None:
+        if byte == _QUOTE:
+            self._quoted = True
+            self._key = b"" if self._expects_key else None
+        elif byte in (_OPEN_OBJECT, _OPEN_ARRAY):
+            self._frames = (*self._frames, _NO_KEYS if byte == _OPEN_OBJECT else None)
+            self._expects_key = byte == _OPEN_OBJECT
+        elif byte in (_CLOSE_OBJECT, _CLOSE_ARRAY):
+            self._frames = self._frames[:-1]
+            self._expects_key = False
+        elif byte == _COMMA:
+            self._expects_key = bool(self._frames) and self._frames[-1] is not None
+        elif byte == _COLON:
+            self._expects_key = False
+
+    def _add(self, key: bytes) -> None:
+        self._key = None
+        keys = self._frames[-1] if self._frames else None
+        if keys is not None:
+            self.repeats = self.repeats or key in keys
+            self._frames = (*self._frames[:-1], keys | {key})
+
+
+@dataclass(frozen=True, slots=True)
+class UniqueKeys:
+    """A place in a text that is generated, and the vocabulary that it is generated from.
+
+    Attributes:
+        must_differ: a repeated key could break a promise; where nothing else can come next, there is no way on.
+    """
+
+    tokens: QuoteTokens
+    place: KeyTracker
+    must_differ: bool
+
+    def after(self, token_id: int) -> UniqueKeys:
+        """The place behind a token."""
+        return replace(self, place=self.place.after(self.tokens.text_of(token_id)))
+
+    def repeating(self) -> list[int]:
+        """Ids of the tokens that would end a key which the object has."""
+        return self.place.repeating(self.tokens)
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens, one after the other, repeat no key."""
+        keys = self
+        for index, token_id in enumerate(token_ids):
+            keys = keys.after(token_id)
+            if keys.place.repeats:
+                return index
+        return len(token_ids)
