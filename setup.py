@@ -13,12 +13,14 @@ FLAGS = [
     "-std=c++17",
     "-O3",
     "-g0",
+    "-pthread",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-exceptions",
     "-fno-rtti",
 ]
+HEADERS = [f"llmengine/backends/torch/native_{part}.h" for part in ("pool", "products", "vectors")]
 VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -45,7 +47,9 @@ setup(
         Extension(
             f"llmengine.backends.torch._native_{name}",
             ["llmengine/backends/torch/native.cpp"],
+            depends=HEADERS,
             extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-pthread"],
             optional=True,
         )
         for name, flags in VARIANTS.items()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from backend_helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greed
 
 from llmengine.backends.torch.cpu import CpuBackend
 from llmengine.backends.torch.native import (
-    MAX_NATIVE_TOKENS,
+    MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
     NativeInt8Linear,
     NativeUnavailableError,
@@ -94,7 +97,7 @@ def test_equals_torch(tmp_path: Path, native_directory: Path, shape: str, num_th
     before = torch.get_num_threads()
     try:
         native = load_tiny(tmp_path, native_directory=native_directory, num_threads=num_threads, block_size=block_size)
-        assert f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder" in native.info.description
+        assert "in the native decoder" in native.info.description
         entries, tokens = run_mixed_steps(native)
     finally:
         torch.set_num_threads(before)
@@ -114,17 +117,171 @@ def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, native_d
     assert_close(entries, expected_entries)
 
 
-def test_larger_steps_go_through_torch_on_the_same_blocks(tmp_path: Path) -> None:
+def run_large_steps(driver: BackendDriver) -> tuple[list[TokenLogprobs], list[list[int]]]:
+    """Drive chunks of more than `MAX_FEW_TOKENS` tokens, alone and beside decodes; return all that comes out."""
+    length = 2 * MAX_FEW_TOKENS
+    long, other, short = (
+        driver.add(slot, prompt(size), ALL_LOGPROBS) for slot, size in ((2, length + 44), (5, length - 9), (1, 3))
+    )
+    steps = [
+        [(short, 3), (long, length)],
+        [(short, 1), (long, 43), (other, length - 50)],
+        [(short, 1), (long, 1), (other, 41)],
+        *[[(short, 1), (long, 1), (other, 1)]] * 4,
+    ]
+    logprobs = [driver.step(*parts).logprobs for parts in steps]
+    entries = [step[slot] for step in logprobs for slot in sorted(step)]
+    return entries, [request.output_ids for request in (long, other, short)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("num_threads", "block_size", "quant"), [(1, 32, "none"), (3, 4, "none"), (2, 16, "int8")])
+def test_large_steps_equal_torch(
+    tmp_path: Path, native_directory: Path, shape: str, num_threads: int, block_size: int, quant: str
+) -> None:
+    # A seed that leads no greedy choice into a near-tie.
+    save_tiny(tmp_path, seed=1, max_position_embeddings=320, **SHAPES[shape])
+    before = torch.get_num_threads()
+    try:
+        native = load_tiny(
+            tmp_path,
+            native_directory=native_directory,
+            num_threads=num_threads,
+            block_size=block_size,
+            quant=quant,
+        )
+        entries, tokens = run_large_steps(BackendDriver(native))
+    finally:
+        torch.set_num_threads(before)
+    expected_entries, expected_tokens = run_large_steps(
+        BackendDriver(load_tiny(tmp_path, quant=quant, native_directory=NO_NATIVE))
+    )
+    assert tokens == expected_tokens
+    assert_close(entries, expected_entries, tolerance=1e-4 if quant == "none" else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_large_steps_with_half_precision_weights(tmp_path: Path, native_directory: Path, dtype: str) -> None:
+    model = save_tiny(tmp_path / "model", seed=1, max_position_embeddings=320)
+    entries, tokens = run_large_steps(
+        BackendDriver(load_tiny(tmp_path / "model", native_directory=native_directory, dtype=dtype))
+    )
+    model.to(getattr(torch, dtype)).float().save_pretrained(tmp_path / "rounded")
+    expected_entries, expected_tokens = run_large_steps(
+        BackendDriver(load_tiny(tmp_path / "rounded", native_directory=NO_NATIVE))
+    )
+    # On processors with tiles for bfloat16, torch multiplies in that type.
+    if not (dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()):
+        assert tokens == expected_tokens
+        assert_close(entries, expected_entries)
+
+
+def test_nan_that_others_left_in_blocks_does_not_reach_a_large_step(tmp_path: Path) -> None:
     own_name()
-    length = MAX_NATIVE_TOKENS + 40
-    model = save_tiny(tmp_path, max_position_embeddings=2 * length)
+    model = save_tiny(tmp_path, max_position_embeddings=320)
+    poison = 2  # no prompt has it
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = torch.nan
+    model.save_pretrained(tmp_path)
+    expected = run_large_steps(BackendDriver(load_tiny(tmp_path)))
     driver = BackendDriver(load_tiny(tmp_path))
-    first, second = driver.add(0, prompt(length)), driver.add(1, prompt(30))
-    driver.step((first, length - 20))
-    driver.step((first, 20), (second, 10))
-    driver.step((second, 20), (first, 1))
-    outputs = driver.generate([first, second], 12)
-    assert outputs == [reference_greedy(model, prompt(length), 12), reference_greedy(model, prompt(30), 12)]
+    poisoned = [driver.add(slot, [poison] * 300) for slot in (2, 5, 1)]
+    for request in poisoned:
+        driver.step((request, 300))
+        driver.release(request)
+    assert run_large_steps(driver) == expected
+
+
+def test_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    own_name()
+    save_tiny(tmp_path, hidden_size=192, intermediate_size=640)
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 5):
+            for quant in ("none", "int8"):
+                backend = load_tiny(tmp_path, num_threads=num_threads, quant=quant)
+                results.append((quant, run_mixed_steps(backend)))
+                backend.close()
+    finally:
+        torch.set_num_threads(before)
+    for quant, result in results:
+        assert result == next(other for name, other in results if name == quant)
+
+
+def count_threads() -> int:
+    """Threads of all backends in this process."""
+    names = Path("/proc/self/task").glob("*/comm")
+    return sum(name.read_text() == "llmengine-cpu\n" for name in names)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_threads_end_with_the_backend(tmp_path: Path) -> None:
+    own_name()
+    save_tiny(tmp_path)
+    gc.collect()  # backends of other tests, which nobody closed
+    before, num_torch_threads = count_threads(), torch.get_num_threads()
+    try:
+        backends = [load_tiny(tmp_path, num_threads=4) for _ in range(3)]
+        for backend in backends:
+            run_mixed_steps(backend)
+        assert count_threads() == before + 9
+        for backend in backends:
+            backend.close()
+            backend.close()
+    finally:
+        torch.set_num_threads(num_torch_threads)
+    assert count_threads() == before
+
+
+def test_threads_of_torch_are_as_before_a_step(tmp_path: Path) -> None:
+    own_name()
+    save_tiny(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run_mixed_steps(load_tiny(tmp_path))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+_EXIT_CODE = """
+import gc, os, sys
+from pathlib import Path
+import torch
+from backend_helpers import BackendDriver, load_tiny
+
+torch.set_num_threads(3)
+driver = BackendDriver(load_tiny(Path(sys.argv[1])))
+tokens = driver.generate([driver.add(0, [5, 6, 7])], 5)
+child = os.fork()
+if child == 0:
+    assert driver.generate([driver.add(1, [5, 6, 7])], 5) == tokens
+    driver.backend.close()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert driver.generate([driver.add(2, [5, 6, 7])], 5) == tokens
+del driver
+gc.collect()
+driver = BackendDriver(load_tiny(Path(sys.argv[1])))
+assert driver.generate([driver.add(0, [5, 6, 7])], 5) == tokens
+print("done", flush=True)
+raise RuntimeError("while the threads wait")
+"""
+
+
+def test_waiting_threads_hold_up_neither_fork_nor_collection_nor_exit(tmp_path: Path) -> None:
+    own_name()
+    save_tiny(tmp_path)
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _EXIT_CODE, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (process.returncode, process.stdout) == (1, "done\n"), process.stderr
+    assert process.stderr.endswith("RuntimeError: while the threads wait\n")
 
 
 def test_without_the_library_torch_runs_everything_and_the_description_says_so(tmp_path: Path) -> None:
@@ -153,7 +310,7 @@ def test_int8_equals_torch(tmp_path: Path, native_directory: Path, shape: str, n
         entries, tokens = run_mixed_steps(native)
     finally:
         torch.set_num_threads(before)
-    assert "int8 weights, steps of up to" in native.info.description
+    assert "int8 weights, steps in the native decoder" in native.info.description
     expected_entries, expected_tokens = run_mixed_steps(load_tiny(tmp_path, quant="int8", native_directory=NO_NATIVE))
     assert tokens == expected_tokens
     # Activations of 16 bits, in place of float32.

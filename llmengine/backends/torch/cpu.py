@@ -7,6 +7,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,13 @@ from llmengine.backends.torch.attention import AttentionShape, LayerAttention, P
 from llmengine.backends.torch.deterministic import native_pieces, sampling_all, token_pieces
 from llmengine.backends.torch.kv_sizing import context_limit, num_kv_blocks
 from llmengine.backends.torch.native import (
-    MAX_NATIVE_TOKENS,
+    MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
     NativeDecoder,
-    NativeLibrary,
     NativeUnavailableError,
     load_native_library,
 )
+from llmengine.backends.torch.openmp import TorchThreads
 from llmengine.backends.torch.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.torch.weights import CpuModel, load_cpu_model
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
@@ -41,12 +42,15 @@ _logger = logging.getLogger("llmengine.backends.torch.cpu")
 
 _DEFAULT_FRACTION = 0.2
 
+_LEAST_SHARED_ELEMENTS = 4 << 20
+"""Logits of a step, from which on torch's operators take all threads."""
+
 
 class CpuBackend:
     """Implements `batch.Backend` with torch's CPU operators; made, used and closed by one thread.
 
     Activations, logits and KV are float32 whatever the weights are. Where the native decoder is available, it runs the
-    steps of few tokens.
+    steps, but for large ones of some weights (see `NativeDecoder`), and torch's operators take one thread.
 
     Args:
         native_directory: where the native library is looked for.
@@ -57,8 +61,12 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        native_library, native_text = _find_native(arch, limit, native_directory)
-        runs_native = native_library is not None and arch.is_llama(limit)
+        runs_native = arch.is_llama(limit)
+        try:
+            native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
+            native_text = f"no native decoder: it does not compute {arch.architecture} with contexts of {limit} tokens"
+        except NativeUnavailableError as error:
+            native_library, runs_native, native_text = None, False, f"no native decoder: {error}"
         with torch.inference_mode():
             # The fastest format is measured, so it need not be the same the next time.
             row_major = runs_native or config.deterministic
@@ -73,6 +81,9 @@ class CpuBackend:
                 self._native = NativeDecoder(
                     native_library, arch, model.parts, model.lm_head, self._attention, max_model_len
                 )
+                native_text = f"{_native_steps(self._native)} in the native decoder ({native_library.variant})"
+        self._native_library = native_library
+        self._torch_threads = TorchThreads()
         self._model: CpuModel | None = model
         self._deterministic = config.deterministic
         num_slots = config.scheduler_config.max_batch_size
@@ -107,12 +118,13 @@ class CpuBackend:
             self._slots.init_slot(init)
             self._sampler.init_slot(init)
             self._prompt_logprobs.init_slot(init)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._few_torch_threads():
             inputs = self._slots.flatten(batch)
             begin = time.perf_counter()
             prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
             if wanted := self._prompt_logprobs.wanted(inputs):
-                logits, prompt_logprobs = self._forward_with_prompt_logprobs(inputs, wanted)
+                with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
+                    logits, prompt_logprobs = self._forward_with_prompt_logprobs(inputs, wanted)
             else:
                 logits = self._forward(inputs)
             forward_s = time.perf_counter() - begin
@@ -122,7 +134,8 @@ class CpuBackend:
                 )
                 return
             masks = mask_words(batch.masks)
-            samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, masks)
+            with self._torch_threads_for(logits.numel()):
+                samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, masks)
         self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
         self._result = replace(_step_result(batch.step, inputs, samples, forward_s), prompt_logprobs=prompt_logprobs)
 
@@ -131,14 +144,29 @@ class CpuBackend:
         if not self._deterministic:
             return self._forward_at_once(inputs)
         native = self._native
-        pieces = token_pieces(inputs) if native is None else native_pieces(inputs, native.max_tokens)
+        pieces = token_pieces(inputs) if native is None else native_pieces(inputs, MAX_FEW_TOKENS)
         found = [(self._forward_at_once(piece), num_samples) for piece, num_samples in pieces]
         logits = [some[:num_samples] for some, num_samples in found if some is not None]
         return torch.cat(logits) if logits else None
 
+    def _few_torch_threads(self) -> AbstractContextManager[None]:
+        """Keep torch's threads from spinning on the cores of the native decoder's."""
+        return contextlib.nullcontext() if self._native is None else self._torch_threads.one()
+
+    def _torch_threads_for(self, num_elements: int) -> AbstractContextManager[None]:
+        """Give torch's operators all threads where that gains more than starting and ending these costs."""
+        if self._native is None or num_elements < _LEAST_SHARED_ELEMENTS:
+            return contextlib.nullcontext()
+        return self._torch_threads.all()
+
     def _forward_at_once(self, inputs: StepInputs) -> torch.Tensor | None:
-        if self._native is not None and len(inputs.token_ids) <= self._native.max_tokens:
-            return self._native.forward(inputs, self._slots.block_tables)
+        native = self._native
+        if native is not None and (native.max_tokens is None or len(inputs.token_ids) <= native.max_tokens):
+            return native.forward(inputs, self._slots.block_tables)
+        with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
+            return self._forward_by_torch(inputs)
+
+    def _forward_by_torch(self, inputs: StepInputs) -> torch.Tensor | None:
         assert self._model is not None
         assert self._attention is not None
         self._attention.plan(inputs, self._slots.block_tables)
@@ -194,6 +222,9 @@ class CpuBackend:
         self._attention = None
         self._native = None
         self._result = None
+        library, self._native_library = self._native_library, None
+        if library is not None:
+            library.close()
         _trim_heap()
 
 
@@ -205,19 +236,8 @@ def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> l
     ]
 
 
-def _find_native(arch: ModelArch, limit: int, directory: Path) -> tuple[NativeLibrary | None, str]:
-    """Return the native library if it is there, and what the description says of it.
-
-    Args:
-        limit: most tokens of a request.
-    """
-    try:
-        library = load_native_library(directory)
-    except NativeUnavailableError as error:
-        return None, f"no native decoder: {error}"
-    if not arch.is_llama(limit):
-        return library, f"no native decoder: it does not compute {arch.architecture} with contexts of {limit} tokens"
-    return library, f"steps of up to {MAX_NATIVE_TOKENS} tokens in the native decoder ({library.variant})"
+def _native_steps(native: NativeDecoder) -> str:
+    return "steps" if native.max_tokens is None else f"steps of up to {native.max_tokens} tokens"
 
 
 def _trim_heap() -> None:

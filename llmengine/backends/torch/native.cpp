@@ -1,31 +1,16 @@
-// One call runs a step of few tokens through the whole decoder on the CPU: torch's operators spend as long on being
-// called as on computing there. `native.py` describes the model once and passes each step's arrays.
+// One call runs a step through the whole decoder on the CPU: with few tokens, torch's operators spend as long on being
+// called as on computing. `native.py` describes the model once and passes each step's arrays.
 //
 // Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
-// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; everything else is fp32. The threads are those
-// of torch's own OpenMP pool, entered through functions that the caller found in it: a second pool would fight the first
-// for the cores.
-// Nothing is allocated here; the structures belong to the caller and mirror those of `native.py`.
+// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; everything else is fp32. Nothing is allocated
+// during a step; the structures belong to the caller and mirror those of `native.py`.
 
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "native_pool.h"
+#include "native_products.h"
+#include "native_vectors.h"
 
+namespace llmengine {
 namespace {
-
-enum Format : int64_t { kFp32, kBf16, kFp16, kInt8 };
-
-struct Matrix {
-  int64_t format;
-  const void* weight;  // [rows, columns]; int8: panels, see `kPanelRows`
-  const float* scale;  // int8 only: [rows], then zeros to the end of the last panel
-  const float* bias;   // [rows] or null; int8: as long as `scale`
-  int64_t rows, columns;
-};
 
 struct Layer {
   const float *input_norm, *post_attention_norm;
@@ -34,16 +19,9 @@ struct Layer {
   float* values;  // [blocks, block_size, kv_heads, head_dim]
 };
 
-struct Pool {
-  int64_t num_threads;
-  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
-  void (*barrier)();
-  int (*thread_index)();
-  int (*team_size)();
-};
-
 struct Model {
-  Pool pool;
+  Pool* pool;
+  Blas blas;  // null without MKL; steps of more than kMaxFewTokens tokens then need int8 weights
   int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
   int64_t max_context;  // tokens, a multiple of block_size
   const Layer* layers;
@@ -70,388 +48,6 @@ struct Product {
   float* out;      // [num_tokens, rows]
   float* workspace;
 };
-
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(kWidth * 4)));
-typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
-typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
-typedef int16_t Shorts __attribute__((vector_size(kWidth * 4)));
-typedef int8_t Bytes __attribute__((vector_size(kWidth * 2)));
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-
-template <typename To, typename From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-inline Floats load(const float* from) {
-  Floats to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
-
-inline Halves load_halves(const void* from) {
-  Halves to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
-
-inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof(from)); }
-
-inline Floats load(const Bf16* from) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  // GCC makes four instructions of this conversion.
-  const Words words = bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(load_halves(from))));
-#else
-  const Words words = __builtin_convertvector(load_halves(from), Words);
-#endif
-  return bit_cast<Floats>(words << 16);
-}
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(Bf16 value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
-
-inline float to_float(Fp16 value) {
-  // The exponent is moved by a product, which is right for subnormal numbers as well.
-  const uint32_t bits = value.bits, sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
-  const float scaled = bit_cast<float>(rest) * 0x1p112f;
-  const uint32_t infinite = rest >= 0x0f800000 ? 0x7f800000 : 0;
-  return bit_cast<float>(bit_cast<uint32_t>(scaled) | infinite | sign);
-}
-
-inline Floats load(const Fp16* from) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(bit_cast<__m256i>(load_halves(from)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(bit_cast<__m128i>(load_halves(from)));
-#else
-  Floats to;
-  for (int i = 0; i < kWidth; i++) to[i] = to_float(from[i]);
-  return to;
-#endif
-}
-
-inline float sum(Floats values) {
-#if defined(__AVX__) && !defined(__AVX512F__)
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-#else
-  float part[kWidth];
-  store(part, values);
-  for (int width = kWidth / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) part[i] += part[i + width];
-  return part[0];
-#endif
-}
-
-// Says that a sum changes here, and so belongs into a register: GCC else leaves some of a tile's on the stack.
-inline void keep(Ints& value) {
-#if defined(__SSE2__)
-  asm("" : "+v"(value));
-#else
-  (void)value;
-#endif
-}
-
-// sums[i] += x[2 * i] * w[2 * i] + x[2 * i + 1] * w[2 * i + 1]
-template <bool kManySums>
-inline void add_products(Ints& sums, Shorts x, Shorts w) {
-#if defined(__AVX512BW__)
-  const __m512i a = bit_cast<__m512i>(x), b = bit_cast<__m512i>(w);
-#if defined(__AVX512VNNI__)
-  // One instruction for both, but the next one for the same sum waits five cycles for it.
-  sums = kManySums ? bit_cast<Ints>(_mm512_dpwssd_epi32(bit_cast<__m512i>(sums), a, b))
-                   : sums + bit_cast<Ints>(_mm512_madd_epi16(a, b));
-#else
-  sums += bit_cast<Ints>(_mm512_madd_epi16(a, b));
-#endif
-#elif defined(__AVX2__)
-  sums += bit_cast<Ints>(_mm256_madd_epi16(bit_cast<__m256i>(x), bit_cast<__m256i>(w)));
-#elif defined(__SSE2__)
-  sums += bit_cast<Ints>(_mm_madd_epi16(bit_cast<__m128i>(x), bit_cast<__m128i>(w)));
-#else
-  for (int i = 0; i < kWidth; i++) sums[i] += int32_t{x[2 * i]} * w[2 * i] + int32_t{x[2 * i + 1]} * w[2 * i + 1];
-#endif
-  keep(sums);
-}
-
-inline Shorts load_widened(const int8_t* from) {
-#if defined(__AVX512BW__)
-  return bit_cast<Shorts>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif defined(__AVX2__)
-  return bit_cast<Shorts>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof(bytes));
-  return __builtin_convertvector(bytes, Shorts);
-#endif
-}
-
-inline Shorts repeat_pair(const int16_t* from) {
-  int32_t pair;
-  std::memcpy(&pair, from, sizeof(pair));
-  return bit_cast<Shorts>(Ints{} + pair);
-}
-
-// e^x within 2 ulp for x <= 0 (Cephes' polynomial); NaN stays NaN.
-inline float exp_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127) << 23);
-}
-
-// Brings weights into the cache before they are needed: `step` bytes more with each vector of the current ones.
-struct Prefetch {
-  const char* next;
-  int64_t step;
-};
-
-// sums[m][n] = x[m] . w[n] over `size` columns, `kUnroll` vectors at a time.
-template <int kTokens, int kRows, int kUnroll, typename T>
-inline void dot_tile(const float* x, const T* w, int64_t size, Prefetch prefetch, float (&sums)[kTokens][kRows]) {
-  Floats parts[kUnroll][kTokens][kRows] = {};
-  int64_t k = 0;
-  for (; k + kUnroll * kWidth <= size; k += kUnroll * kWidth) {
-    for (int u = 0; u < kUnroll; u++) {
-      __builtin_prefetch(prefetch.next);
-      prefetch.next += prefetch.step;
-      Floats weights[kRows];
-      for (int n = 0; n < kRows; n++) weights[n] = load(w + n * size + k + u * kWidth);
-      for (int m = 0; m < kTokens; m++) {
-        const Floats activations = load(x + m * size + k + u * kWidth);
-        for (int n = 0; n < kRows; n++) parts[u][m][n] += activations * weights[n];
-      }
-    }
-  }
-  for (; k + kWidth <= size; k += kWidth)
-    for (int m = 0; m < kTokens; m++)
-      for (int n = 0; n < kRows; n++) parts[0][m][n] += load(x + m * size + k) * load(w + n * size + k);
-  for (int m = 0; m < kTokens; m++) {
-    for (int n = 0; n < kRows; n++) {
-      for (int u = 1; u < kUnroll; u++) parts[0][m][n] += parts[u][m][n];
-      float total = sum(parts[0][m][n]);
-      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * to_float(w[n * size + rest]);
-      sums[m][n] = total;
-    }
-  }
-}
-
-constexpr int kTileTokens = 4, kTileRows = 3, kUnroll = 3;
-constexpr int64_t kPrefetchBytes = 1024;
-constexpr int64_t kBlockBytes = 96 << 10;  // of weights that stay in a core's second-level cache while all tokens pass
-
-// One row after another for up to four tokens: memory sets the pace, and likes one stream.
-template <int kTokens, typename T, typename Emit>
-void multiply_rows(const float* x, const T* w, int64_t size, int64_t begin, int64_t end, Emit emit) {
-  for (int64_t n = begin; n < end; n++) {
-    const T* row = w + n * size;
-    float sums[kTokens][1];
-    const Prefetch ahead{reinterpret_cast<const char*>(row) + kPrefetchBytes, kWidth * int64_t{sizeof(T)}};
-    dot_tile<kTokens, 1, kUnroll>(x, row, size, ahead, sums);
-    for (int m = 0; m < kTokens; m++) emit(m, n, sums[m][0]);
-  }
-}
-
-template <int kTokens, typename T, typename Emit>
-void multiply_tiles(const float* x, const T* w, int64_t size, int64_t first_token, int64_t begin, int64_t end,
-                    Prefetch ahead, Emit emit) {
-  x += first_token * size;
-  int64_t n = begin;
-  for (; n + kTileRows <= end; n += kTileRows) {
-    float sums[kTokens][kTileRows];
-    dot_tile<kTokens, kTileRows, 1>(x, w + n * size, size, ahead, sums);
-    ahead.next += ahead.step * (size / kWidth);
-    for (int m = 0; m < kTokens; m++)
-      for (int i = 0; i < kTileRows; i++) emit(first_token + m, n + i, sums[m][i]);
-  }
-  for (; n < end; n++) {
-    float sums[kTokens][1];
-    dot_tile<kTokens, 1, 1>(x, w + n * size, size, ahead, sums);
-    for (int m = 0; m < kTokens; m++) emit(first_token + m, n, sums[m][0]);
-  }
-}
-
-// emit(m, n, x[m] . w[n]) for every token m and the rows [begin, end).
-template <typename T, typename Emit>
-void multiply(const float* x, int64_t num_tokens, const Matrix& matrix, int64_t begin, int64_t end, Emit emit) {
-  const T* w = static_cast<const T*>(matrix.weight);
-  const int64_t size = matrix.columns;
-  switch (num_tokens) {
-    case 1: return multiply_rows<1>(x, w, size, begin, end, emit);
-    case 2: return multiply_rows<2>(x, w, size, begin, end, emit);
-    case 3: return multiply_rows<3>(x, w, size, begin, end, emit);
-    case 4: return multiply_rows<4>(x, w, size, begin, end, emit);
-  }
-  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
-  const int64_t row_bytes = size * int64_t{sizeof(T)};
-  const int64_t block = (kBlockBytes / row_bytes / kTileRows + 1) * kTileRows;
-  for (int64_t n = begin; n < end; n += block) {
-    const int64_t stop = n + block < end ? n + block : end;
-    // While the tokens pass over this block, each tile of them fetches its share of the next.
-    const int64_t step = kTileRows * kWidth * int64_t{sizeof(T)} / num_tiles;
-    Prefetch ahead{reinterpret_cast<const char*>(w + stop * size), step};
-    for (int64_t m = 0; m < num_tokens; m += kTileTokens) {
-      switch (num_tokens - m) {
-        case 1: multiply_tiles<1>(x, w, size, m, n, stop, ahead, emit); break;
-        case 2: multiply_tiles<2>(x, w, size, m, n, stop, ahead, emit); break;
-        case 3: multiply_tiles<3>(x, w, size, m, n, stop, ahead, emit); break;
-        default: multiply_tiles<kTileTokens>(x, w, size, m, n, stop, ahead, emit);
-      }
-      ahead.next += (stop - n) * row_bytes / num_tiles;
-    }
-  }
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// What falls to one thread of a team.
-struct Share {
-  int64_t thread, team;
-
-  Range of(int64_t count) const { return {count * thread / team, count * (thread + 1) / team}; }
-};
-
-// Products with int8 weights. Activations become 16-bit integers with one scale for each token: two neighbouring columns
-// are multiplied and added in 32 bits by one instruction on every x86, and the result differs from that with fp32
-// activations by far less than the weights' rounding. 8-bit activations are a fifth faster with AVX2 alone and lose ten
-// times as much.
-constexpr int kPanelRows = 16;  // a panel's weights are [columns / 2, kPanelRows, 2], with a zero after an odd column
-constexpr int kPanelVectors = kPanelRows / kWidth;
-constexpr int kPanelTokens = 12 / kPanelVectors;  // as many sums as registers hold
-constexpr int64_t kChunkBytes = 128 << 10;  // of activations that stay in the second-level cache
-constexpr int64_t kMinChunkTokens = 48;
-constexpr int64_t kUnitsPerThread = 4;
-
-struct Quantized {
-  int16_t* values;  // [tokens, stride]
-  float* scales;    // [tokens]
-  int64_t stride;
-};
-
-inline int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
-
-inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t columns) {
-  return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns)};
-}
-
-// NaN and infinity make the scale so, and with it the token's results.
-void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
-  uint32_t largest_bits = 0;  // floats without a sign order as integers, NaN last
-#pragma omp simd reduction(max : largest_bits)
-  for (int64_t k = 0; k < columns; k++) {
-    const uint32_t bits = bit_cast<uint32_t>(x[k]) & 0x7fffffff;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
-  }
-  float largest = bit_cast<float>(largest_bits);
-  largest = largest < 1e-30f ? 1e-30f : largest;
-  const int64_t safe = INT32_MAX / (128 * columns);  // so that no sum leaves 32 bits
-  const float limit = static_cast<float>(safe < INT16_MAX ? safe : INT16_MAX), factor = limit / largest;
-  int16_t* values = to.values + token * to.stride;
-#pragma omp simd
-  for (int64_t k = 0; k < columns; k++)
-    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(x[k] * factor + 12582912.0f));  // rounded, see exp_negative
-  if (columns < to.stride) values[columns] = 0;
-  to.scales[token] = largest / limit;
-}
-
-// out[m] (+)= x[m] . w + bias for `kTokens` tokens and one panel.
-template <int kTokens>
-void multiply_panel(const Quantized& x, int64_t m, const Matrix& matrix, int64_t panel, Prefetch prefetch, float* out,
-                    bool accumulate) {
-  const int16_t* values = x.values + m * x.stride;
-  const int8_t* weights = static_cast<const int8_t*>(matrix.weight) + panel * kPanelRows * x.stride;
-  Ints sums[kTokens][kPanelVectors] = {};
-  for (int64_t k = 0; k < x.stride; k += 2) {
-    __builtin_prefetch(prefetch.next);
-    prefetch.next += prefetch.step;
-    Shorts w[kPanelVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kPanelVectors; v++) w[v] = load_widened(weights + k * kPanelRows + 2 * v * kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < kTokens; i++) {
-      const Shorts pair = repeat_pair(values + i * x.stride + k);
-#pragma GCC unroll 16
-      for (int v = 0; v < kPanelVectors; v++) add_products<(kTokens > 4)>(sums[i][v], pair, w[v]);
-    }
-  }
-  const int64_t n = panel * kPanelRows, rest = matrix.rows - n;
-#pragma GCC unroll 16
-  for (int i = 0; i < kTokens; i++) {
-    float *row = out + (m + i) * matrix.rows + n, edge[kPanelRows] = {};
-    float* to = rest < kPanelRows ? edge : row;
-    if (rest < kPanelRows && accumulate) std::memcpy(edge, row, rest * sizeof(float));
-#pragma GCC unroll 16
-    for (int v = 0; v < kPanelVectors; v++) {
-      Floats result = __builtin_convertvector(sums[i][v], Floats) * (load(matrix.scale + n + v * kWidth) * x.scales[m + i]);
-      if (matrix.bias) result += load(matrix.bias + n + v * kWidth);
-      if (accumulate) result += load(to + v * kWidth);
-      store(to + v * kWidth, result);
-    }
-    if (rest < kPanelRows) std::memcpy(row, edge, rest * sizeof(float));
-  }
-}
-
-template <int kTokens, typename... Arguments>
-inline void multiply_panel_for(int64_t num_tokens, const Arguments&... arguments) {
-  if constexpr (kTokens > 1)
-    if (num_tokens < kTokens) return multiply_panel_for<kTokens - 1>(num_tokens, arguments...);
-  multiply_panel<kTokens>(arguments...);
-}
-
-// One thread's share of out (+)= x . w + bias: some panels for some chunks of tokens.
-void multiply_panels(const Quantized& x, int64_t num_tokens, const Matrix& matrix, Share share, float* out,
-                     bool accumulate) {
-  const int64_t panels = (matrix.rows + kPanelRows - 1) / kPanelRows, panel_bytes = kPanelRows * x.stride;
-  int64_t chunk = kChunkBytes / (2 * x.stride), chunks;
-  chunk = chunk < kMinChunkTokens ? kMinChunkTokens : chunk;
-  for (chunk = chunk < num_tokens ? chunk : num_tokens;; chunk /= 2) {
-    chunk = (chunk + kPanelTokens - 1) / kPanelTokens * kPanelTokens;
-    chunks = (num_tokens + chunk - 1) / chunk;
-    if (chunk == kPanelTokens || chunks * panels >= kUnitsPerThread * share.team) break;
-  }
-  const Range units = share.of(chunks * panels);
-  for (int64_t unit = units.begin; unit < units.end; unit++) {
-    const int64_t panel = unit % panels, begin = unit / panels * chunk;
-    const int64_t end = begin + chunk < num_tokens ? begin + chunk : num_tokens;
-    const int64_t tiles = (end - begin + kPanelTokens - 1) / kPanelTokens;
-    // While the tokens pass over this panel, each tile of them fetches its share of the next.
-    const char* next = static_cast<const char*>(matrix.weight) + (panel + 1) * panel_bytes;
-    for (int64_t m = begin; m < end; m += kPanelTokens) {
-      multiply_panel_for<kPanelTokens>(end - m, x, m, matrix, panel, Prefetch{next, (2 * kPanelRows + tiles - 1) / tiles}, out, accumulate);
-      next += panel_bytes / tiles;
-    }
-  }
-}
 
 // Rows of a KV block and their factors; strides in floats.
 struct WeightedRows {
@@ -484,6 +80,7 @@ template <int kHeads>
 inline void weighted_sums(const WeightedRows& block, bool accumulate) {
   int64_t j = 0;
   for (; j + 4 * kWidth <= block.size; j += 4 * kWidth) weighted_columns<kHeads, 4>(block, j, accumulate);
+  for (; j + 2 * kWidth <= block.size; j += 2 * kWidth) weighted_columns<kHeads, 2>(block, j, accumulate);
   for (; j + kWidth <= block.size; j += kWidth) weighted_columns<kHeads, 1>(block, j, accumulate);
   for (; j < block.size; j++) {
     for (int h = 0; h < kHeads; h++) {
@@ -498,26 +95,60 @@ inline void weighted_sums(const WeightedRows& block, bool accumulate) {
 
 constexpr int64_t kMaxSharedHeads = 3;  // as many as leave registers for the rows
 
-// Shares of the work that threads take one at a time.
-class Counter {
- public:
-  int64_t next() { return value_.fetch_add(1, std::memory_order_relaxed); }
-  void reset() { value_.store(0, std::memory_order_relaxed); }
+constexpr int64_t kSmallPhase = 16 << 10;  // numbers that one thread computes sooner than several come together
+constexpr int64_t kNumbersAtATime = 4 << 10;
+constexpr int64_t kMaxFewTokens = 128;  // in steps of more, products and attention work on tiles of tokens
+constexpr int64_t kTileSums = 6;        // rows of a tile that share a load
+constexpr int64_t kMostTileRows = 48, kTileScores = 256 << 10;
 
- private:
-  std::atomic<int64_t> value_{0};
+// A phase of `count` units with so many numbers each.
+inline Phase light_phase(int64_t count, int64_t numbers) {
+  return {count, kNumbersAtATime / numbers, count * numbers <= kSmallPhase};
+}
+
+// Attention of a tile: up to `tokens` neighbouring tokens of one request, with `heads` heads that share their keys.
+struct TileShape {
+  int64_t heads, tokens, head_groups;
 };
 
-// One step, shared by the threads of a team; each runs `run` and meets the others at barriers.
-class Runner {
+inline TileShape tile_shape(const Model& model) {
+  const int64_t per_kv = model.num_heads / model.num_kv_heads;
+  int64_t rows = kTileScores / model.max_context;
+  rows = rows < kTileSums ? kTileSums : rows < kMostTileRows ? rows : kMostTileRows;
+  const int64_t heads = per_kv < rows ? per_kv : rows;
+  return {heads, rows / heads, (per_kv + heads - 1) / heads};
+}
+
+// Floats that a step needs: for each token, and for each thread.
+inline int64_t widest_input(const Model& model) {
+  const int64_t query_size = model.num_heads * model.head_dim, inner = model.layers[0].down.columns;
+  const int64_t hidden = model.embedding.columns, wider = inner > query_size ? inner : query_size;
+  return wider > hidden ? wider : hidden;
+}
+
+inline int64_t thread_floats(const Model& model, int64_t num_tokens) {
+  if (num_tokens <= kMaxFewTokens) return kMaxSharedHeads * model.max_context;
+  const TileShape tile = tile_shape(model);
+  const int64_t attention = tile.heads * tile.tokens * (model.max_context + 2 * model.head_dim);
+  const int64_t weights = kMostBlockRows * widest_input(model);
+  return attention > weights ? attention : weights;
+}
+
+inline int64_t token_floats(const Model& model) {
+  const int64_t query_size = model.num_heads * model.head_dim, kv_size = model.num_kv_heads * model.head_dim;
+  const int64_t quantized = 1 + even(widest_input(model)) / 2;
+  return 2 * model.embedding.columns + 2 * query_size + 2 * kv_size + 3 * model.layers[0].down.columns + quantized;
+}
+
+// One step.
+class Runner final : public Job {
  public:
-  Runner(const Model& model, const Step& step) : model_(model), step_(step) {
+  Runner(const Model& model, const Step& step) : model_(model), step_(step), num_tokens_(step.num_tokens) {
     hidden_ = model.embedding.columns;
     query_size_ = model.num_heads * model.head_dim;
     kv_size_ = model.num_kv_heads * model.head_dim;
     qkv_size_ = query_size_ + 2 * kv_size_;
     inner_ = model.layers[0].down.columns;
-    const int64_t widest = inner_ > query_size_ ? inner_ : query_size_;
     float* next = step.workspace;
     const auto take = [&](int64_t columns) {
       float* taken = next;
@@ -530,51 +161,106 @@ class Runner {
     attended_ = take(query_size_);
     gate_up_ = take(2 * inner_);
     gated_ = take(inner_);
-    quantized_ = take(1 + even(widest) / 2);
-    scores_ = next;
+    quantized_ = take(1 + even(widest_input(model)) / 2);
+    scratch_ = next;
+    thread_floats_ = thread_floats(model, step.num_tokens);
   }
 
-  // What one thread of the team does.
-  void run(Share share) {
-    float* scores = scores_ + share.thread * kMaxSharedHeads * model_.max_context;
-    int64_t num_tokens = step_.num_tokens;
-    embed(share.of(num_tokens));
-    for (int64_t index = 0; index < model_.num_layers; index++) {
-      const Layer& layer = model_.layers[index];
-      norm(layer.input_norm, share.of(num_tokens));
-      project(layer.qkv, normed_, num_tokens, share, qkv_, false);
-      if (share.thread == 0) units_.reset();
-      model_.pool.barrier();
-      rotate_and_write(layer, share.of(num_tokens * (model_.num_heads + 2 * model_.num_kv_heads)));
-      model_.pool.barrier();
-      attend_all(layer, num_tokens, share.team, scores);
-      model_.pool.barrier();
-      if (index + 1 == model_.num_layers && step_.num_logits < num_tokens) {
-        num_tokens = step_.num_logits;
-        if (num_tokens == 0) return;
-        if (share.thread == 0) keep_logit_tokens();
-        model_.pool.barrier();
-      }
-      project(layer.o, attended_, num_tokens, share, x_, true);
-      model_.pool.barrier();
-      norm(layer.post_attention_norm, share.of(num_tokens));
-      project(layer.gate_up, normed_, num_tokens, share, gate_up_, false);
-      model_.pool.barrier();
-      gate(share.of(num_tokens));
-      project(layer.down, gated_, num_tokens, share, x_, true);
-      model_.pool.barrier();
+  bool begin_phase(int64_t index, Phase* phase) override {
+    if (index > 0 && index <= kPhasesPerLayer * model_.num_layers) return begin_layer_phase(index, phase);
+    if (index == 0)
+      *phase = light_phase(num_tokens_, 2 * hidden_);
+    else if (index == kPhasesPerLayer * model_.num_layers + 1)
+      *phase = product_phase(model_.lm_head);
+    else
+      return false;
+    return true;
+  }
+
+  void run(int64_t index, Range units, int64_t thread) override {
+    const int64_t layer_index = (index - 1) / kPhasesPerLayer;
+    float* scratch = scratch_ + thread * thread_floats_;
+    if (index == 0) return embed(units);
+    if (layer_index == model_.num_layers) return multiply(model_.lm_head, normed_, units, step_.logits, false, scratch);
+    const Layer& layer = model_.layers[layer_index];
+    switch ((index - 1) % kPhasesPerLayer) {
+      case kQkv: return multiply(layer.qkv, normed_, units, qkv_, false, scratch);
+      case kRotate: return rotate_and_write(layer, units);
+      case kAttend: return is_large() ? attend_tiles(layer, units, scratch) : attend_units(layer, units, scratch);
+      case kQuantizeAttended: return quantize_tokens(layer.o, attended_, units);
+      case kO: return multiply(layer.o, attended_, units, x_, true, scratch);
+      case kPostAttentionNorm: return norm(layer.post_attention_norm, layer.gate_up, units);
+      case kGateUp: return multiply(layer.gate_up, normed_, units, gate_up_, false, scratch);
+      case kGate: return gate(layer.down, units);
+      case kDown: return multiply(layer.down, gated_, units, x_, true, scratch);
+      case kNextNorm:
+        return layer_index + 1 < model_.num_layers ? norm((&layer)[1].input_norm, (&layer)[1].qkv, units)
+                                                   : norm(model_.final_norm, model_.lm_head, units);
     }
-    norm(model_.final_norm, share.of(num_tokens));
-    project(model_.lm_head, normed_, num_tokens, share, step_.logits, false);
   }
 
  private:
+  enum LayerPhase {
+    kQkv, kRotate, kAttend, kQuantizeAttended, kO, kPostAttentionNorm, kGateUp, kGate, kDown, kNextNorm, kPhasesPerLayer
+  };
+
+  bool begin_layer_phase(int64_t index, Phase* phase) {
+    const int64_t layer_index = (index - 1) / kPhasesPerLayer;
+    const Layer& layer = model_.layers[layer_index];
+    const int64_t num_heads = model_.num_heads + 2 * model_.num_kv_heads;
+    switch ((index - 1) % kPhasesPerLayer) {
+      case kQkv: *phase = product_phase(layer.qkv); break;
+      case kRotate: *phase = light_phase(num_tokens_ * num_heads, model_.head_dim); break;
+      case kAttend:
+        if (layer_index + 1 == model_.num_layers && step_.num_logits == 0) return false;
+        *phase = attention_phase();
+        break;
+      case kQuantizeAttended:
+        if (layer_index + 1 == model_.num_layers && step_.num_logits < num_tokens_) keep_logit_tokens();
+        *phase = layer.o.format == kInt8 ? light_phase(num_tokens_, query_size_) : Phase{0, 1};
+        break;
+      case kO: *phase = product_phase(layer.o); break;
+      case kPostAttentionNorm: case kNextNorm: *phase = light_phase(num_tokens_, hidden_); break;
+      case kGateUp: *phase = product_phase(layer.gate_up); break;
+      case kGate: *phase = light_phase(num_tokens_, 4 * inner_); break;
+      case kDown: *phase = product_phase(layer.down); break;
+    }
+    return true;
+  }
+
+  Phase product_phase(const Matrix& matrix) {
+    if (matrix.format != kInt8 && num_tokens_ > kMaxFewTokens) {
+      block_units_ = block_units(num_tokens_, matrix, model_.pool->size());
+      return {block_units_.count, 1};
+    }
+    if (matrix.format != kInt8) return {matrix.rows, row_grain(num_tokens_, matrix)};
+    panel_units_ = panel_units(num_tokens_, matrix, model_.pool->size());
+    return {panel_units_.count, panel_units_.grain};
+  }
+
+  void multiply(const Matrix& matrix, const float* x, Range units, float* out, bool accumulate, float* scratch) {
+    if (matrix.format == kInt8) {
+      const Quantized quantized = quantized_at(quantized_, num_tokens_, matrix.columns);
+      return multiply_panels(quantized, num_tokens_, matrix, panel_units_, units, out, accumulate);
+    }
+    if (num_tokens_ > kMaxFewTokens)
+      return multiply_blocks(model_.blas, x, num_tokens_, matrix, block_units_, units, out, accumulate, scratch);
+    multiply_rows(x, num_tokens_, matrix, units, out, accumulate);
+  }
+
+  void quantize_tokens(const Matrix& matrix, const float* x, Range tokens) {
+    if (matrix.format != kInt8) return;
+    const Quantized quantized = quantized_at(quantized_, num_tokens_, matrix.columns);
+    for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(x + m * matrix.columns, matrix.columns, m, quantized);
+  }
+
   void embed(Range tokens) {
     switch (model_.embedding.format) {
-      case kBf16: return embed_as<Bf16>(tokens);
-      case kFp16: return embed_as<Fp16>(tokens);
+      case kBf16: embed_as<Bf16>(tokens); break;
+      case kFp16: embed_as<Fp16>(tokens); break;
       default: embed_as<float>(tokens);
     }
+    norm(model_.layers[0].input_norm, model_.layers[0].qkv, tokens);
   }
 
   template <typename T>
@@ -585,7 +271,8 @@ class Runner {
     }
   }
 
-  void norm(const float* weight, Range tokens) {
+  // Prepares the product with `matrix`.
+  void norm(const float* weight, const Matrix& matrix, Range tokens) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float* x = x_ + m * hidden_;
       float squares = 0.0f;
@@ -595,34 +282,11 @@ class Runner {
 #pragma omp simd
       for (int64_t k = 0; k < hidden_; k++) normed_[m * hidden_ + k] = x[k] * weight[k] * factor;
     }
+    quantize_tokens(matrix, normed_, tokens);
   }
 
-  // Begins with a barrier: a thread may have written its share of the tokens in `x` just before.
-  void project(const Matrix& matrix, const float* x, int64_t num_tokens, Share share, float* out, bool accumulate) {
-    if (matrix.format == kInt8) {
-      const Quantized quantized = quantized_at(quantized_, num_tokens, matrix.columns);
-      const Range tokens = share.of(num_tokens);
-      for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(x + m * matrix.columns, matrix.columns, m, quantized);
-      model_.pool.barrier();
-      return multiply_panels(quantized, num_tokens, matrix, share, out, accumulate);
-    }
-    model_.pool.barrier();
-    const float* bias = matrix.bias;
-    const int64_t stride = matrix.rows;
-    const Range rows = share.of(stride);
-    const auto emit = [=](int64_t m, int64_t n, float value) {
-      if (bias) value += bias[n];
-      if (accumulate) value += out[m * stride + n];
-      out[m * stride + n] = value;
-    };
-    switch (matrix.format) {
-      case kBf16: return multiply<Bf16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
-      case kFp16: return multiply<Fp16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
-      default: multiply<float>(x, num_tokens, matrix, rows.begin, rows.end, emit);
-    }
-  }
-
-  void gate(Range tokens) {
+  // Likewise.
+  void gate(const Matrix& matrix, Range tokens) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float *gate = gate_up_ + m * 2 * inner_, *up = gate + inner_;
       float* out = gated_ + m * inner_;
@@ -632,6 +296,7 @@ class Runner {
         out[k] = gate[k] * (gate[k] < 0.0f ? e : 1.0f) / (1.0f + e) * up[k];
       }
     }
+    quantize_tokens(matrix, gated_, tokens);
   }
 
   void rotate_and_write(const Layer& layer, Range units) {
@@ -661,13 +326,24 @@ class Runner {
     }
   }
 
-  // Shares are one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
-  void attend_all(const Layer& layer, int64_t num_tokens, int64_t team, float* scores) {
+  bool is_large() const { return step_.num_tokens > kMaxFewTokens; }
+
+  // Units are one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
+  Phase attention_phase() {
     const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
-    int64_t shared = per_kv < kMaxSharedHeads ? per_kv : kMaxSharedHeads;
-    if (num_tokens * num_kv < 2 * team) shared = 1;
-    const int64_t per_group = (per_kv + shared - 1) / shared, num_units = num_tokens * num_kv * per_group;
-    for (int64_t unit = units_.next(); unit < num_units; unit = units_.next()) {
+    if (is_large()) {
+      const TileShape tile = tile_shape(model_);
+      return {(num_tokens_ + tile.tokens - 1) / tile.tokens * num_kv * tile.head_groups, 1};
+    }
+    shared_heads_ = per_kv < kMaxSharedHeads ? per_kv : kMaxSharedHeads;
+    if (num_tokens_ * num_kv < 2 * model_.pool->size()) shared_heads_ = 1;
+    return {num_tokens_ * num_kv * ((per_kv + shared_heads_ - 1) / shared_heads_), 1};
+  }
+
+  void attend_units(const Layer& layer, Range units, float* scores) {
+    const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv, shared = shared_heads_;
+    const int64_t per_group = (per_kv + shared - 1) / shared;
+    for (int64_t unit = units.begin; unit < units.end; unit++) {
       const int64_t m = unit / (num_kv * per_group), kv_head = unit / per_group % num_kv;
       const int64_t first = unit % per_group * shared, count = per_kv - first < shared ? per_kv - first : shared;
       const int64_t head = kv_head * per_kv + first;
@@ -716,7 +392,87 @@ class Runner {
     return total;
   }
 
+  void attend_tiles(const Layer& layer, Range units, float* scratch) {
+    const TileShape tile = tile_shape(model_);
+    const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
+    for (int64_t unit = units.begin; unit < units.end; unit++) {
+      const int64_t first = unit / (num_kv * tile.head_groups) * tile.tokens;
+      const int64_t kv_head = unit / tile.head_groups % num_kv;
+      const int64_t group = unit % tile.head_groups * tile.heads, left = per_kv - group;
+      const Range heads{kv_head * per_kv + group, kv_head * per_kv + group + (left < tile.heads ? left : tile.heads)};
+      const int64_t last = first + tile.tokens < num_tokens_ ? first + tile.tokens : num_tokens_;
+      for (int64_t begin = first, end; begin < last; begin = end) {
+        for (end = begin + 1; end < last && follows(end); end++) {}
+        attend_tile(layer, {begin, end}, kv_head, heads, scratch);
+      }
+    }
+  }
+
+  // Whether token m continues the request of the token before it.
+  bool follows(int64_t m) const {
+    return step_.token_slots[m] == step_.token_slots[m - 1] && step_.positions[m] == step_.positions[m - 1] + 1;
+  }
+
+  // Neighbouring tokens of one request, rows of a tile: token after token, and head after head of each.
+  void attend_tile(const Layer& layer, Range tokens, int64_t kv_head, Range heads, float* scratch) {
+    const int64_t dim = model_.head_dim, size = model_.block_size, num_kv = model_.num_kv_heads;
+    const int64_t num_heads = heads.end - heads.begin, rows = (tokens.end - tokens.begin) * num_heads;
+    const int64_t stride = model_.max_context, context = step_.positions[tokens.end - 1] + 1;
+    const int64_t shared = step_.positions[tokens.begin] + 1;  // keys that all rows see
+    float *queries = scratch, *out = queries + rows * dim, *scores = out + rows * dim;
+    const int32_t* blocks = block_table(tokens.begin);
+    for (int64_t row = 0; row < rows; row++)
+      std::memcpy(queries + row * dim, tile_row(qkv_, qkv_size_, tokens, heads, row), dim * sizeof(float));
+    for (int64_t begin = 0; begin < context; begin += size) {
+      const float* keys = layer.keys + (blocks[begin / size] * num_kv + kv_head) * dim * size;
+      sum_tile({queries, dim, dim, keys, size, size, scores + begin, stride}, rows, false);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t own = shared + row / num_heads;
+      const float factor = 1.0f / exponentials(scores + row * stride, own);
+#pragma omp simd
+      for (int64_t i = 0; i < own; i++) scores[row * stride + i] *= factor;
+    }
+    for (int64_t begin = 0; begin < context; begin += size) {
+      const float* values = layer.values + (blocks[begin / size] * size * num_kv + kv_head) * dim;
+      const int64_t common = shared - begin < size ? shared - begin : size;
+      if (common > 0)
+        sum_tile({scores + begin, stride, common, values, kv_size_, dim, out, dim}, rows, begin > 0);
+      // What a row does not see may hold anything, and is not multiplied, not even by zero.
+      const int64_t done = common > 0 ? common : 0;
+      for (int64_t row = 0; row < rows; row++) {
+        const int64_t own = shared + row / num_heads - begin, count = (own < size ? own : size) - done;
+        const float* factors = scores + row * stride + begin + done;
+        if (count <= 0) continue;
+        weighted_sums<1>({factors, stride, count, values + done * kv_size_, kv_size_, dim, out + row * dim, dim},
+                         begin + done > 0);
+      }
+    }
+    for (int64_t row = 0; row < rows; row++)
+      std::memcpy(tile_row(attended_, query_size_, tokens, heads, row), out + row * dim, dim * sizeof(float));
+  }
+
+  float* tile_row(float* from, int64_t token_size, Range tokens, Range heads, int64_t row) const {
+    const int64_t num_heads = heads.end - heads.begin;
+    return from + (tokens.begin + row / num_heads) * token_size + (heads.begin + row % num_heads) * model_.head_dim;
+  }
+
+  static void sum_tile(WeightedRows tile, int64_t rows, bool accumulate) {
+    for (; rows >= kTileSums; rows -= kTileSums) {
+      weighted_sums<kTileSums>(tile, accumulate);
+      tile.factors += kTileSums * tile.factor_stride;
+      tile.out += kTileSums * tile.out_stride;
+    }
+    for (; rows > 0; rows--) {
+      weighted_sums<1>(tile, accumulate);
+      tile.factors += tile.factor_stride;
+      tile.out += tile.out_stride;
+    }
+  }
+
+  // Goes on with the tokens that want logits.
   void keep_logit_tokens() {
+    num_tokens_ = step_.num_logits;
     for (int64_t i = 0; i < step_.num_logits; i++) {
       const int64_t from = step_.logit_tokens[i];  // never before i: the tokens rise
       std::memmove(x_ + i * hidden_, x_ + from * hidden_, hidden_ * sizeof(float));
@@ -730,46 +486,74 @@ class Runner {
 
   const Model& model_;
   const Step& step_;
+  int64_t num_tokens_;  // those of the step, and after the last attention those that want logits
   int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
-  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *quantized_, *scores_;
-  Counter units_;
+  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *quantized_;
+  float* scratch_;  // each thread's, one after the other
+  int64_t thread_floats_;
+  PanelUnits panel_units_;  // of the phase that runs
+  BlockUnits block_units_;  // likewise
+  int64_t shared_heads_;    // likewise
 };
 
-// Calls `work` with its share on each thread of the pool.
-template <typename Work>
-void run_team(const Pool& pool, const Work& work) {
-  struct Call {
-    const Pool& pool;
-    const Work& work;
-  } call{pool, work};
-  const auto enter = [](void* argument) {
-    const Call& called = *static_cast<Call*>(argument);
-    called.work(Share{called.pool.thread_index(), called.pool.team_size()});
-  };
-  pool.parallel(enter, &call, static_cast<unsigned>(pool.num_threads), 0);
-}
+// A product alone: rounds the activations, then multiplies.
+class ProductRunner final : public Job {
+ public:
+  ProductRunner(const Product& product, int64_t num_threads)
+      : product_(product), quantized_(quantized_at(product.workspace, product.num_tokens, product.matrix.columns)),
+        panel_units_(panel_units(product.num_tokens, product.matrix, num_threads)) {}
+
+  bool begin_phase(int64_t index, Phase* phase) override {
+    if (index == 0) *phase = light_phase(product_.num_tokens, product_.matrix.columns);
+    if (index == 1) *phase = {panel_units_.count, panel_units_.grain};
+    return index < 2;
+  }
+
+  void run(int64_t index, Range units, int64_t) override {
+    const Matrix& matrix = product_.matrix;
+    if (index == 1)
+      return multiply_panels(quantized_, product_.num_tokens, matrix, panel_units_, units, product_.out,
+                             product_.accumulate != 0);
+    for (int64_t m = units.begin; m < units.end; m++)
+      quantize(product_.x + m * matrix.columns, matrix.columns, m, quantized_);
+  }
+
+ private:
+  const Product& product_;
+  const Quantized quantized_;
+  const PanelUnits panel_units_;
+};
 
 }  // namespace
+}  // namespace llmengine
 
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 3; }
+int llmengine_native_version() { return 4; }
 
-void llmengine_forward(const Model* model, const Step* step) {
-  Runner runner(*model, *step);
-  run_team(model->pool, [&](Share share) { runner.run(share); });
+llmengine::Pool* llmengine_start_pool(int64_t num_threads, llmengine::Parallel parallel) {
+  return new llmengine::Pool(num_threads, parallel);
 }
 
-void llmengine_multiply_int8(const Pool* pool, const Product* product) {
-  const Matrix& matrix = product->matrix;
-  const int64_t num_tokens = product->num_tokens, columns = matrix.columns;
-  const Quantized quantized = quantized_at(product->workspace, num_tokens, columns);
-  run_team(*pool, [&](Share share) {
-    const Range tokens = share.of(num_tokens);
-    for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(product->x + m * columns, columns, m, quantized);
-    pool->barrier();
-    multiply_panels(quantized, num_tokens, matrix, share, product->out, product->accumulate != 0);
-  });
+int64_t llmengine_pool_size(const llmengine::Pool* pool) { return pool->size(); }
+
+// Nobody may be using it.
+void llmengine_stop_pool(llmengine::Pool* pool) { delete pool; }
+
+// Floats of the workspace for steps of up to so many tokens.
+int64_t llmengine_workspace_size(const llmengine::Model* model, int64_t num_tokens) {
+  return num_tokens * llmengine::token_floats(*model) +
+         model->pool->size() * llmengine::thread_floats(*model, num_tokens);
+}
+
+void llmengine_forward(const llmengine::Model* model, const llmengine::Step* step) {
+  llmengine::Runner runner(*model, *step);
+  model->pool->run(&runner);
+}
+
+void llmengine_multiply_int8(llmengine::Pool* pool, const llmengine::Product* product) {
+  llmengine::ProductRunner runner(*product, pool->size());
+  pool->run(&runner);
 }
 }

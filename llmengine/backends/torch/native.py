@@ -1,17 +1,18 @@
-"""The native decoder: a step of few tokens as one call into a compiled library, if the installation has it.
+"""The native decoder: a step as one call into a compiled library, if the installation has it.
 
-Of larger steps the library computes the products with int8 weights, and torch the rest.
+Steps that it does not run go through torch's operators. Of these it computes the products with int8 weights.
 
-The library computes on the same weights and KV blocks as the torch path, on the threads of torch's own OpenMP pool.
-`native.cpp` is its source; the structures here mirror those there.
+The library computes on the same weights and KV blocks as the torch path, on threads of its own, which give their cores
+up when they have to wait. `native.cpp` is its source; the structures here mirror those there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sysconfig
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,26 +24,24 @@ from torch import Tensor
 
 from llmengine.backends.inputs import StepInputs
 from llmengine.backends.torch.attention import PagedAttention
+from llmengine.backends.torch.openmp import torch_function
 from llmengine.models.arch import ModelArch
 
-MAX_NATIVE_TOKENS = 128
-"""Steps of more tokens go through torch's operators, whose matrix products are then as fast."""
+MAX_FEW_TOKENS = 128
+"""In steps of more tokens, products and attention take tiles of tokens; fp32, bf16 and fp16 weights then need MKL."""
 
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
 
-_VERSION = 3
+_logger = logging.getLogger("llmengine.backends.torch.native")
+
+_VERSION = 4
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _PANEL_ROWS = 16
 """Rows of an int8 matrix that lie together."""
-
-_POOL_FUNCTIONS = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-
-_MAX_SHARED_HEADS = 3
-"""Rows of scores that each thread needs."""
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
@@ -76,19 +75,11 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _Pool(ctypes.Structure):
-    _fields_ = (
-        ("num_threads", _Int),
-        ("parallel", _Pointer),
-        ("barrier", _Pointer),
-        ("thread_index", _Pointer),
-        ("team_size", _Pointer),
-    )
-
-
 class _Model(ctypes.Structure):
     _fields_ = (
-        ("pool", _Pool),
+        ("pool", _Pointer),
+        ("sgemm", _Pointer),
+        ("set_thread_limit", _Pointer),
         ("num_layers", _Int),
         ("num_heads", _Int),
         ("num_kv_heads", _Int),
@@ -130,21 +121,44 @@ class _Product(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
 class NativeLibrary:
-    """The loaded library and the entry points of torch's OpenMP pool."""
+    """The loaded library and the threads that it runs on, the caller among them; for one caller at a time.
 
-    variant: str
-    library: ctypes.CDLL
-    pool_functions: tuple[int, ...]
+    Args:
+        variant: of the library.
+        library: it.
+        num_threads: how many.
+        borrowed: whether they are torch's OpenMP threads, if it has these: for products between torch's operators.
+            Otherwise they are the library's own, which end with `close()`.
+    """
 
-    def pool(self) -> _Pool:
-        """Return the pool with as many threads as torch uses."""
-        return _Pool(torch.get_num_threads(), *self.pool_functions)
+    def __init__(self, variant: str, library: ctypes.CDLL, num_threads: int, borrowed: bool) -> None:
+        self.variant = variant
+        self.library = library
+        library.llmengine_start_pool.restype = _Pointer
+        library.llmengine_start_pool.argtypes = (_Int, _Pointer)
+        library.llmengine_pool_size.restype = library.llmengine_workspace_size.restype = _Int
+        library.llmengine_workspace_size.argtypes = (_Pointer, _Int)
+        library.llmengine_forward.argtypes = (_Pointer, _Pointer)
+        library.llmengine_multiply_int8.argtypes = (_Pointer, _Pointer)
+        library.llmengine_forward.restype = library.llmengine_multiply_int8.restype = None
+        library.llmengine_stop_pool.restype = None
+        library.llmengine_pool_size.argtypes = library.llmengine_stop_pool.argtypes = (_Pointer,)
+        parallel = torch_function("GOMP_parallel") if borrowed else None
+        self.pool = library.llmengine_start_pool(num_threads, parallel)
+        self.close = weakref.finalize(self, library.llmengine_stop_pool, self.pool)
+        # At the interpreter's exit the engine that runs on the threads closes its backend, not this.
+        self.close.atexit = False
+        started = int(library.llmengine_pool_size(self.pool))
+        if started < num_threads:
+            _logger.warning("the system started only %d of %d threads", started, num_threads)
 
 
-def load_native_library(directory: Path) -> NativeLibrary:
-    """Load the variant for this processor from `directory`. Raises `NativeUnavailableError`."""
+def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> NativeLibrary:
+    """Load the variant for this processor from `directory`, with as many threads as torch uses.
+
+    `borrowed_threads`: see `NativeLibrary`. Raises `NativeUnavailableError`.
+    """
     variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "generic")
     if variant == "avx512" and torch.cpu._is_vnni_supported():
         variant = "avx512vnni"
@@ -158,16 +172,7 @@ def load_native_library(directory: Path) -> NativeLibrary:
         raise NativeUnavailableError(f"{path.name} cannot be loaded: {error}") from error
     if version != _VERSION:
         raise NativeUnavailableError(f"{path.name} is from another version: reinstall this package")
-    return NativeLibrary(variant, library, _openmp_pool())
-
-
-def _openmp_pool() -> tuple[int, ...]:
-    try:
-        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        pointers = (ctypes.cast(getattr(torch_library, name), _Pointer).value for name in _POOL_FUNCTIONS)
-        return tuple(pointer for pointer in pointers if pointer is not None)
-    except (OSError, AttributeError) as error:
-        raise NativeUnavailableError("this build of torch does not use GNU OpenMP") from error
+    return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
 
 
 class Part(Protocol):
@@ -191,7 +196,6 @@ class NativeInt8Linear:
     def __init__(self, library: NativeLibrary, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self._library = library
         self._function = library.library.llmengine_multiply_int8
-        self._function.restype = None
         rows, columns = weight.shape
         missing = -rows % _PANEL_ROWS
         self._packed = F.pad(weight, (0, columns % 2, 0, missing)).view(-1, _PANEL_ROWS, (columns + 1) // 2, 2)
@@ -221,7 +225,7 @@ class NativeInt8Linear:
             out=out.data_ptr(),
             workspace=workspace.data_ptr(),
         )
-        self._function(ctypes.byref(self._library.pool()), ctypes.byref(product))
+        self._function(self._library.pool, ctypes.byref(product))
         return out
 
     @property
@@ -244,8 +248,22 @@ def _quantized_size(columns: int) -> int:
     return 1 + (columns + 1) // 2
 
 
+def _matrices(layer: _Layer) -> tuple[_Matrix, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _takes_many(matrix_format: int, has_blas: bool) -> bool:
+    """True if a matrix of this format is multiplied as fast as by torch where there are many tokens."""
+    if matrix_format == _FORMATS[torch.bfloat16] and torch.cpu._is_amx_tile_supported():
+        return False
+    return has_blas or matrix_format == _FORMATS[torch.int8]
+
+
 class NativeDecoder:
     """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
+
+    There is no limit, `max_tokens` is None, for int8 weights and where torch brings MKL along. But the tile units of a
+    processor make torch's products with bf16 weights faster by far.
 
     Args:
         parts: by canonical name (less ".weight"); matrices are `NativeInt8Linear` or row-major float32, bfloat16 or
@@ -262,19 +280,19 @@ class NativeDecoder:
         lm_head: Part,
         attention: PagedAttention,
         max_context: int,
-        max_tokens: int = MAX_NATIVE_TOKENS,
     ) -> None:
-        self.max_tokens = max_tokens
         self._kept: list[object] = [attention]
         self._vocab_size = arch.vocab_size
-        self._forward = library.library.llmengine_forward
-        self._forward.restype = None
+        sgemm, set_thread_limit = (torch_function(name) for name in ("sgemm_", "MKL_Set_Num_Threads_Local"))
+        self._library = library.library
         layers = (_Layer * arch.num_layers)(
             *(self._layer(f"layers.{index}.", parts, attention, index) for index in range(arch.num_layers))
         )
         block_size = attention.shape.block_size
         self._model = _Model(
-            pool=library.pool(),
+            pool=library.pool,
+            sgemm=sgemm,
+            set_thread_limit=set_thread_limit,
             num_layers=arch.num_layers,
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
@@ -288,19 +306,18 @@ class NativeDecoder:
             norm_eps=arch.rms_norm_eps,
             rope=self._vector(attention.rope_table),
         )
-        query_size, inner = arch.num_heads * arch.head_dim, arch.intermediate_size
-        qkv_size = query_size + 2 * arch.num_kv_heads * arch.head_dim
-        quantized_size = _quantized_size(max(arch.hidden_size, query_size, inner))
-        per_token = 2 * arch.hidden_size + qkv_size + query_size + 3 * inner + quantized_size
-        scores_size = self._model.pool.num_threads * _MAX_SHARED_HEADS * self._model.max_context
-        self._workspace = torch.empty(max_tokens * per_token + scores_size)
+        matrices = [self._model.lm_head, *(matrix for layer in layers for matrix in _matrices(layer))]
+        has_blas = sgemm is not None and set_thread_limit is not None
+        self.max_tokens = None if all(_takes_many(matrix.format, has_blas) for matrix in matrices) else MAX_FEW_TOKENS
+        self._workspace = self._new_workspace(MAX_FEW_TOKENS)
         self._kept += [layers, library]
 
     def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
         """Return fp32 logits [num_samples, vocab], None without samples; write the KV of all tokens."""
         num_tokens, num_logits = len(inputs.token_ids), len(inputs.sample_tokens)
-        assert num_tokens <= self.max_tokens
+        assert self.max_tokens is None or num_tokens <= self.max_tokens
         logits = torch.empty(num_logits, self._vocab_size)
+        workspace = self._workspace if num_tokens <= MAX_FEW_TOKENS else self._new_workspace(num_tokens)
         step = _Step(
             num_tokens=num_tokens,
             num_logits=num_logits,
@@ -310,11 +327,14 @@ class NativeDecoder:
             token_slots=inputs.token_slots.ctypes.data,
             logit_tokens=inputs.sample_tokens.ctypes.data,
             block_tables=block_tables.ctypes.data,
-            workspace=self._workspace.data_ptr(),
+            workspace=workspace.data_ptr(),
             logits=logits.data_ptr(),
         )
-        self._forward(ctypes.byref(self._model), ctypes.byref(step))
+        self._library.llmengine_forward(ctypes.byref(self._model), ctypes.byref(step))
         return logits if num_logits else None
+
+    def _new_workspace(self, num_tokens: int) -> Tensor:
+        return torch.empty(self._library.llmengine_workspace_size(ctypes.byref(self._model), num_tokens))
 
     def _layer(self, prefix: str, parts: Mapping[str, Part], attention: PagedAttention, index: int) -> _Layer:
         return _Layer(

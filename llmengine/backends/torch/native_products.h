@@ -1,0 +1,332 @@
+// Products of activations with a weight matrix: dot products for fp32, bf16 and fp16 weights, panels for int8.
+
+#pragma once
+
+#include "native_pool.h"
+#include "native_vectors.h"
+
+namespace llmengine {
+
+enum Format : int64_t { kFp32, kBf16, kFp16, kInt8 };
+
+struct Matrix {
+  int64_t format;
+  const void* weight;  // [rows, columns]; int8: panels, see `kPanelRows`
+  const float* scale;  // int8 only: [rows], then zeros to the end of the last panel
+  const float* bias;   // [rows] or null; int8: as long as `scale`
+  int64_t rows, columns;
+};
+
+// Brings weights into the cache before they are needed: `step` bytes more with each vector of the current ones.
+struct Prefetch {
+  const char* next;
+  int64_t step;
+};
+
+// sums[m][n] = x[m] . w[n] over `size` columns, `kUnroll` vectors at a time.
+template <int kTokens, int kRows, int kUnroll, typename T>
+inline void dot_tile(const float* x, const T* w, int64_t size, Prefetch prefetch, float (&sums)[kTokens][kRows]) {
+  Floats parts[kUnroll][kTokens][kRows] = {};
+  int64_t k = 0;
+  for (; k + kUnroll * kWidth <= size; k += kUnroll * kWidth) {
+    for (int u = 0; u < kUnroll; u++) {
+      __builtin_prefetch(prefetch.next);
+      prefetch.next += prefetch.step;
+      Floats weights[kRows];
+      for (int n = 0; n < kRows; n++) weights[n] = load(w + n * size + k + u * kWidth);
+      for (int m = 0; m < kTokens; m++) {
+        const Floats activations = load(x + m * size + k + u * kWidth);
+        for (int n = 0; n < kRows; n++) parts[u][m][n] += activations * weights[n];
+      }
+    }
+  }
+  for (; k + kWidth <= size; k += kWidth)
+    for (int m = 0; m < kTokens; m++)
+      for (int n = 0; n < kRows; n++) parts[0][m][n] += load(x + m * size + k) * load(w + n * size + k);
+  for (int m = 0; m < kTokens; m++) {
+    for (int n = 0; n < kRows; n++) {
+      for (int u = 1; u < kUnroll; u++) parts[0][m][n] += parts[u][m][n];
+      float total = sum(parts[0][m][n]);
+      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * to_float(w[n * size + rest]);
+      sums[m][n] = total;
+    }
+  }
+}
+
+constexpr int kTileTokens = 4, kTileRows = 3, kUnroll = 3;
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kMostBlockRows = 192, kMostBlockTokens = 256, kLeastBlockRows = 48;
+constexpr int64_t kStreamBytes = 48 << 10;  // of weights that pass once
+constexpr int64_t kBlockBytes = 96 << 10;  // of weights that stay in a core's second-level cache while all tokens pass
+
+// One row after another for up to four tokens: memory sets the pace, and likes one stream.
+template <int kTokens, typename T, typename Emit>
+void multiply_few(const float* x, const T* w, int64_t size, int64_t begin, int64_t end, Emit emit) {
+  for (int64_t n = begin; n < end; n++) {
+    const T* row = w + n * size;
+    float sums[kTokens][1];
+    const Prefetch ahead{reinterpret_cast<const char*>(row) + kPrefetchBytes, kWidth * int64_t{sizeof(T)}};
+    dot_tile<kTokens, 1, kUnroll>(x, row, size, ahead, sums);
+    for (int m = 0; m < kTokens; m++) emit(m, n, sums[m][0]);
+  }
+}
+
+template <int kTokens, typename T, typename Emit>
+void multiply_tiles(const float* x, const T* w, int64_t size, int64_t first_token, int64_t begin, int64_t end,
+                    Prefetch ahead, Emit emit) {
+  x += first_token * size;
+  int64_t n = begin;
+  for (; n + kTileRows <= end; n += kTileRows) {
+    float sums[kTokens][kTileRows];
+    dot_tile<kTokens, kTileRows, 1>(x, w + n * size, size, ahead, sums);
+    ahead.next += ahead.step * (size / kWidth);
+    for (int m = 0; m < kTokens; m++)
+      for (int i = 0; i < kTileRows; i++) emit(first_token + m, n + i, sums[m][i]);
+  }
+  for (; n < end; n++) {
+    float sums[kTokens][1];
+    dot_tile<kTokens, 1, 1>(x, w + n * size, size, ahead, sums);
+    for (int m = 0; m < kTokens; m++) emit(first_token + m, n, sums[m][0]);
+  }
+}
+
+// Rows of a matrix that a thread takes at a time.
+inline int64_t row_grain(int64_t num_tokens, const Matrix& matrix) {
+  const int64_t row_bytes = matrix.columns * (matrix.format == kFp32 ? 4 : 2);
+  const int64_t bytes = num_tokens <= kTileTokens ? kStreamBytes : kBlockBytes;
+  return (bytes / row_bytes / kTileRows + 1) * kTileRows;
+}
+
+// emit(m, n, x[m] . w[n]) for every token m and the rows [begin, end). How rows are cut into ranges changes no result.
+template <typename T, typename Emit>
+void multiply_range(const float* x, int64_t num_tokens, const Matrix& matrix, int64_t begin, int64_t end, Emit emit) {
+  const T* w = static_cast<const T*>(matrix.weight);
+  const int64_t size = matrix.columns;
+  switch (num_tokens) {
+    case 1: return multiply_few<1>(x, w, size, begin, end, emit);
+    case 2: return multiply_few<2>(x, w, size, begin, end, emit);
+    case 3: return multiply_few<3>(x, w, size, begin, end, emit);
+    case 4: return multiply_few<4>(x, w, size, begin, end, emit);
+  }
+  const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t row_bytes = size * int64_t{sizeof(T)};
+  const int64_t block = (kBlockBytes / row_bytes / kTileRows + 1) * kTileRows;
+  for (int64_t n = begin; n < end; n += block) {
+    const int64_t stop = n + block < end ? n + block : end;
+    // While the tokens pass over this block, each tile of them fetches its share of the next.
+    const int64_t step = kTileRows * kWidth * int64_t{sizeof(T)} / num_tiles;
+    Prefetch ahead{reinterpret_cast<const char*>(w + stop * size), step};
+    for (int64_t m = 0; m < num_tokens; m += kTileTokens) {
+      switch (num_tokens - m) {
+        case 1: multiply_tiles<1>(x, w, size, m, n, stop, ahead, emit); break;
+        case 2: multiply_tiles<2>(x, w, size, m, n, stop, ahead, emit); break;
+        case 3: multiply_tiles<3>(x, w, size, m, n, stop, ahead, emit); break;
+        default: multiply_tiles<kTileTokens>(x, w, size, m, n, stop, ahead, emit);
+      }
+      ahead.next += (stop - n) * row_bytes / num_tiles;
+    }
+  }
+}
+
+// Rows [begin, end) of out (+)= x . w + bias.
+inline void multiply_rows(const float* x, int64_t num_tokens, const Matrix& matrix, Range rows, float* out,
+                          bool accumulate) {
+  const float* bias = matrix.bias;
+  const int64_t stride = matrix.rows;
+  const auto emit = [=](int64_t m, int64_t n, float value) {
+    if (bias) value += bias[n];
+    if (accumulate) value += out[m * stride + n];
+    out[m * stride + n] = value;
+  };
+  switch (matrix.format) {
+    case kBf16: return multiply_range<Bf16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+    case kFp16: return multiply_range<Fp16>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+    default: multiply_range<float>(x, num_tokens, matrix, rows.begin, rows.end, emit);
+  }
+}
+
+// MKL's single-precision product, which torch brings along on x86: twice as fast as the tiles above for many tokens.
+struct Blas {
+  void (*sgemm)(const char*, const char*, const int32_t*, const int32_t*, const int32_t*, const float*, const float*,
+                const int32_t*, const float*, const int32_t*, const float*, float*, const int32_t*);
+  int (*set_thread_limit)(int);  // of the calling thread; returns what it was
+};
+
+// How such a product is cut: its units are all blocks of rows with the first tokens, then with the next.
+struct BlockUnits {
+  int64_t rows, tokens, row_blocks, count;
+};
+
+inline BlockUnits block_units(int64_t num_tokens, const Matrix& matrix, int64_t num_threads) {
+  for (int64_t rows = kMostBlockRows, tokens = kMostBlockTokens;; rows = rows / 2, tokens = tokens / 2) {
+    const int64_t row_blocks = (matrix.rows + rows - 1) / rows;
+    const int64_t count = row_blocks * ((num_tokens + tokens - 1) / tokens);
+    if (count >= kUnitsPerThread * num_threads || rows == kLeastBlockRows) return {rows, tokens, row_blocks, count};
+  }
+}
+
+template <typename T>
+const float* widened(const Matrix& matrix, Range rows, float* to) {
+  const T* from = static_cast<const T*>(matrix.weight) + rows.begin * matrix.columns;
+  const int64_t size = (rows.end - rows.begin) * matrix.columns;
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) store(to + i, load(from + i));
+  for (; i < size; i++) to[i] = to_float(from[i]);
+  return to;
+}
+
+inline const float* float_rows(const Matrix& matrix, Range rows, float* scratch) {
+  switch (matrix.format) {
+    case kBf16: return widened<Bf16>(matrix, rows, scratch);
+    case kFp16: return widened<Fp16>(matrix, rows, scratch);
+    default: return static_cast<const float*>(matrix.weight) + rows.begin * matrix.columns;
+  }
+}
+
+// Some units of out (+)= x . w + bias; `scratch`: [cut.rows, columns].
+inline void multiply_blocks(const Blas& blas, const float* x, int64_t num_tokens, const Matrix& matrix,
+                            const BlockUnits& cut, Range units, float* out, bool accumulate, float* scratch) {
+  const int limit = blas.set_thread_limit(1);
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    const int64_t n = unit % cut.row_blocks * cut.rows, m = unit / cut.row_blocks * cut.tokens;
+    const Range rows{n, n + cut.rows < matrix.rows ? n + cut.rows : matrix.rows};
+    const int64_t end = m + cut.tokens < num_tokens ? m + cut.tokens : num_tokens;
+    const float* weight = float_rows(matrix, rows, scratch);
+    const int32_t num_rows = rows.end - rows.begin, tokens = end - m, size = matrix.columns, stride = matrix.rows;
+    const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+    blas.sgemm("T", "N", &num_rows, &tokens, &size, &one, weight, &size, x + m * size, &size, &beta,
+               out + m * stride + n, &stride);
+    for (int64_t i = m; matrix.bias && i < end; i++)
+      for (int64_t j = rows.begin; j < rows.end; j++) out[i * stride + j] += matrix.bias[j];
+  }
+  blas.set_thread_limit(limit);
+}
+
+// Products with int8 weights. Activations become 16-bit integers with one scale for each token: two neighbouring
+// columns are multiplied and added in 32 bits by one instruction on every x86, and the result differs from that with
+// fp32 activations by far less than the weights' rounding. 8-bit activations are a fifth faster with AVX2 alone and lose ten
+// times as much.
+constexpr int kPanelRows = 16;  // a panel's weights are [columns / 2, kPanelRows, 2], with a zero after an odd column
+constexpr int kPanelVectors = kPanelRows / kWidth;
+constexpr int kPanelTokens = 12 / kPanelVectors;  // as many sums as registers hold
+constexpr int64_t kChunkBytes = 128 << 10;  // of activations that stay in the second-level cache
+constexpr int64_t kMinChunkTokens = 48;
+constexpr int64_t kGrainProducts = 512 << 10;
+
+struct Quantized {
+  int16_t* values;  // [tokens, stride]
+  float* scales;    // [tokens]
+  int64_t stride;
+};
+
+inline int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
+
+inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t columns) {
+  return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns)};
+}
+
+// NaN and infinity make the scale so, and with it the token's results.
+inline void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
+  uint32_t largest_bits = 0;  // floats without a sign order as integers, NaN last
+#pragma omp simd reduction(max : largest_bits)
+  for (int64_t k = 0; k < columns; k++) {
+    const uint32_t bits = bit_cast<uint32_t>(x[k]) & 0x7fffffff;
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  float largest = bit_cast<float>(largest_bits);
+  largest = largest < 1e-30f ? 1e-30f : largest;
+  const int64_t safe = INT32_MAX / (128 * columns);  // so that no sum leaves 32 bits
+  const float limit = static_cast<float>(safe < INT16_MAX ? safe : INT16_MAX), factor = limit / largest;
+  int16_t* values = to.values + token * to.stride;
+#pragma omp simd
+  for (int64_t k = 0; k < columns; k++)
+    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(x[k] * factor + 12582912.0f));  // rounded, see exp_negative
+  if (columns < to.stride) values[columns] = 0;
+  to.scales[token] = largest / limit;
+}
+
+// out[m] (+)= x[m] . w + bias for `kTokens` tokens and one panel.
+template <int kTokens>
+void multiply_panel(const Quantized& x, int64_t m, const Matrix& matrix, int64_t panel, Prefetch prefetch, float* out,
+                    bool accumulate) {
+  const int16_t* values = x.values + m * x.stride;
+  const int8_t* weights = static_cast<const int8_t*>(matrix.weight) + panel * kPanelRows * x.stride;
+  Ints sums[kTokens][kPanelVectors] = {};
+  for (int64_t k = 0; k < x.stride; k += 2) {
+    __builtin_prefetch(prefetch.next);
+    prefetch.next += prefetch.step;
+    Shorts w[kPanelVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; v++) w[v] = load_widened(weights + k * kPanelRows + 2 * v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTokens; i++) {
+      const Shorts pair = repeat_pair(values + i * x.stride + k);
+#pragma GCC unroll 16
+      for (int v = 0; v < kPanelVectors; v++) add_products<(kTokens > 4)>(sums[i][v], pair, w[v]);
+    }
+  }
+  const int64_t n = panel * kPanelRows, rest = matrix.rows - n;
+#pragma GCC unroll 16
+  for (int i = 0; i < kTokens; i++) {
+    float *row = out + (m + i) * matrix.rows + n, edge[kPanelRows] = {};
+    float* to = rest < kPanelRows ? edge : row;
+    if (rest < kPanelRows && accumulate) std::memcpy(edge, row, rest * sizeof(float));
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; v++) {
+      const Floats scale = load(matrix.scale + n + v * kWidth) * x.scales[m + i];
+      Floats result = __builtin_convertvector(sums[i][v], Floats) * scale;
+      if (matrix.bias) result += load(matrix.bias + n + v * kWidth);
+      if (accumulate) result += load(to + v * kWidth);
+      store(to + v * kWidth, result);
+    }
+    if (rest < kPanelRows) std::memcpy(row, edge, rest * sizeof(float));
+  }
+}
+
+template <int kTokens, typename... Arguments>
+inline void multiply_panel_for(int64_t num_tokens, const Arguments&... arguments) {
+  if constexpr (kTokens > 1)
+    if (num_tokens < kTokens) return multiply_panel_for<kTokens - 1>(num_tokens, arguments...);
+  multiply_panel<kTokens>(arguments...);
+}
+
+// How the product is cut: its units are all panels with the first tokens, then all panels with the next.
+struct PanelUnits {
+  int64_t panels, chunk, count, grain;
+};
+
+inline PanelUnits panel_units(int64_t num_tokens, const Matrix& matrix, int64_t num_threads) {
+  const int64_t stride = even(matrix.columns), panels = (matrix.rows + kPanelRows - 1) / kPanelRows;
+  int64_t chunk = kChunkBytes / (2 * stride), chunks;
+  chunk = chunk < kMinChunkTokens ? kMinChunkTokens : chunk;
+  for (chunk = chunk < num_tokens ? chunk : num_tokens;; chunk /= 2) {
+    chunk = (chunk + kPanelTokens - 1) / kPanelTokens * kPanelTokens;
+    chunks = (num_tokens + chunk - 1) / chunk;
+    if (chunk == kPanelTokens || chunks * panels >= kUnitsPerThread * num_threads) break;
+  }
+  const int64_t tokens = chunk < num_tokens ? chunk : num_tokens;
+  const int64_t by_bytes = kStreamBytes / (kPanelRows * stride);
+  const int64_t by_work = kGrainProducts / (kPanelRows * stride * tokens);
+  return {panels, chunk, chunks * panels, by_bytes < by_work ? by_bytes : by_work};
+}
+
+// Some units of out (+)= x . w + bias.
+inline void multiply_panels(const Quantized& x, int64_t num_tokens, const Matrix& matrix, const PanelUnits& cut,
+                            Range units, float* out, bool accumulate) {
+  const int64_t panel_bytes = kPanelRows * x.stride;
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    const int64_t panel = unit % cut.panels, begin = unit / cut.panels * cut.chunk;
+    const int64_t end = begin + cut.chunk < num_tokens ? begin + cut.chunk : num_tokens;
+    const int64_t tiles = (end - begin + kPanelTokens - 1) / kPanelTokens;
+    // While the tokens pass over this panel, each tile of them fetches its share of the next.
+    const char* next = static_cast<const char*>(matrix.weight) + (panel + 1) * panel_bytes;
+    for (int64_t m = begin; m < end; m += kPanelTokens) {
+      const Prefetch ahead{next, (2 * kPanelRows + tiles - 1) / tiles};
+      multiply_panel_for<kPanelTokens>(end - m, x, m, matrix, panel, ahead, out, accumulate);
+      next += panel_bytes / tiles;
+    }
+  }
+}
+
+}  // namespace llmengine
