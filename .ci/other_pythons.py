@@ -18,7 +18,7 @@ TEST_PACKAGES = ("pytest", "pytest-asyncio", "pytest-xdist", "hypothesis", "llgu
 TESTS = """
 admission cancellation chat_template config detokenizer fair_queue garbage generate kv_cache lifecycle
 loops_and_threads outputs pace public_api quiet_moments run_ahead sampling_params scheduler scheduler_fairness
-scheduler_properties streaming tenants
+scheduler_properties streaming tenants gone_loops preparation tokenizer_bounds
 """
 
 

@@ -26,10 +26,10 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Context
+from operator import length_hint
 from typing import Any
 
 from llmengine.engine.stats import RequestState, RequestStats
@@ -423,30 +423,29 @@ def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
 
 def wake(waiters: Iterable[Waiter]) -> None:
     """Wake each consumer, one call per event loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, deque[LoopWaiter]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[LoopWaiter]] = {}
     for waiter in waiters:
         if isinstance(waiter, ThreadWaiter):
             waiter.event.set()
         else:
-            by_loop.setdefault(waiter.loop, deque()).append(waiter)
+            by_loop.setdefault(waiter.loop, []).append(waiter)
     for loop, group in by_loop.items():
         with suppress(RuntimeError):  # the loop is closed, see `abort_orphans`
-            loop.call_soon_threadsafe(_deliver, group)
+            loop.call_soon_threadsafe(_deliver, iter(group))
 
 
-def _deliver(waiters: deque[LoopWaiter]) -> None:
+def _deliver(waiters: Iterator[LoopWaiter]) -> None:
     """Let the tasks go on that wait and have something to read, now and here. In their event loop only.
 
     A waiter where no task waits leaves its stream, which would otherwise wake the event loop for nothing.
     """
     waiter = stream = resume = rest = None
-    if len(waiters) > 1:
+    if length_hint(waiters) > 1:
         # For those that are left where a task runs the loop in itself until another one has read (as nest_asyncio
         # lets it), or raises what its event loop does not catch (KeyboardInterrupt, SystemExit).
-        rest = waiters[0].loop.call_soon(_deliver, waiters)
+        rest = asyncio.get_running_loop().call_soon(_deliver, waiters)
     try:
-        while waiters:
-            waiter = waiters.popleft()
+        for waiter in waiters:
             waiter.posted = False
             stream, resume = waiter.stream, waiter.resume
             if resume is None:
