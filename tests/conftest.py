@@ -1,6 +1,7 @@
 """Settings of the whole test suite: hypothesis examples are the same in every run, and files run side by side."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.loadscopereorder = False  # that would leave files of few, long tests for the end
 
 
-@pytest.fixture(autouse=True)
-def the_cpu_unless_a_device_is_named(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def the_cpu_unless_a_device_is_named(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let `device="auto"` be the CPU, so that a test expects the same on a machine with a GPU as on one without."""
-    if request.path.parent.name in NEEDS_DEVICE:
-        return
     from llmengine import backends
 
     choose = backends.choose_device
-    monkeypatch.setattr(backends, "choose_device", lambda name: choose("cpu" if name == "auto" else name))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in NEEDS_DEVICE:
+            patch.setattr(backends, "choose_device", lambda name: choose("cpu" if name == "auto" else name))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
