@@ -77,9 +77,8 @@ async def test_a_deadline_passes_meanwhile(submit: Submit, name: str) -> None:
     tokenizer = StuckTokenizer()
     with make_llm(tokenizer=tokenizer, scheduler=SchedulerConfig(max_queued_requests=1)) as llm:
         async with timeout():
-            handle = submit(llm, **{name: 0.05})
-            await asyncio.to_thread(tokenizer.wait_begun)
-            output = await handle
+            # On a busy machine perhaps before a thread has begun, which is as well.
+            output = await submit(llm, **{name: 0.05})
             assert (output.finish_reason, output.num_tokens) == ("timeout", 0)
             # Its place is free, though the thread goes on.
             assert (await llm.generate_async("ab", tokens(3))).token_ids == oracle(b"ab", 3)
