@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_PACKAGES = ("pytest", "pytest-asyncio", "pytest-xdist", "hypothesis", "llguidance")
 TESTS = """
 admission cancellation chat_template config detokenizer fair_queue garbage generate kv_cache lifecycle
-loops_and_threads outputs pace public_api quiet_moments run_ahead sampling_params scheduler scheduler_fairness
-scheduler_properties streaming tenants gone_loops preparation tokenizer_bounds
+loops_and_threads outputs pace public_api quiet_moments readers request_ids request_options run_ahead sampling_params
+scheduler scheduler_fairness scheduler_properties streaming tenants gone_loops preparation tokenizer_bounds
 """
 
 

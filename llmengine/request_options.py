@@ -95,6 +95,11 @@ class RequestOptions:
             raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
         _check_request_id(self.request_id)
 
+    @property
+    def has_deadline(self) -> bool:
+        """True when the request may end with "timeout"."""
+        return self.deadline_s is not None or self.first_token_deadline_s is not None
+
     def replace(self, **changes: Any) -> RequestOptions:
         """Return a copy with `changes`, checked again."""
         return dataclasses.replace(self, **changes)

@@ -8,13 +8,23 @@ import math
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import oracle, tokens
+from engine_helpers import WAIT_S, GatedTokenizer, bounded, make_llm, oracle, tokens
 
-from llmengine import LLM, ChatKeywords, InvalidRequestError, RequestKeywords, RequestOptions, SamplingParams
+from llmengine import (
+    LLM,
+    ChatKeywords,
+    InvalidRequestError,
+    QueueFullError,
+    RequestKeywords,
+    RequestOptions,
+    SamplingParams,
+    SchedulerConfig,
+)
 from llmengine.testing import FakeBackend
 
 METHODS = ["generate", "generate_async", "stream", "chat", "chat_async", "beam_search", "beam_search_async"]
@@ -124,6 +134,23 @@ def test_unknown_keyword_of_beam_search_has_no_sampling_parameters() -> None:
             llm.beam_search(PROMPT, temperature=1)  # type: ignore[call-arg]
 
 
+def test_deadline_of_generate_counts_from_the_call() -> None:
+    tokenizer = GatedTokenizer()
+    with make_llm(tokenizer=tokenizer, scheduler=SchedulerConfig(max_queued_requests=1)) as llm:
+        first = llm.generate_async("a", tokens(2))  # has the only place, and is being tokenized
+        prompts: list[Any]
+        for prompts in ([PROMPT, PROMPT], ["b"]):
+            outputs = bounded(partial(llm.generate, prompts, tokens(2), deadline_s=0.01))
+            assert {output.finish_reason for output in outputs} == {"timeout"}
+        beams = bounded(partial(llm.beam_search, [PROMPT], 2, max_new_tokens=2, deadline_s=0.01))
+        assert [beam.finish_reason for beam in beams[0].outputs] == ["timeout"]
+        with pytest.raises(QueueFullError):
+            llm.generate([PROMPT], tokens(2), wait_for_admission=False)
+        tokenizer.gate.set()
+        assert first.result(WAIT_S).finish_reason == "length"
+        assert llm.generate([PROMPT, "b"], tokens(2), deadline_s=1000)[1].finish_reason == "length"
+
+
 RIGHT = """
     from typing import Unpack, assert_type
     from llmengine import LLM, ChatKeywords, GenerationOutput, RequestHandle, RequestKeywords, SamplingParams
@@ -173,6 +200,7 @@ def _mypy(directory: Path, **files: str) -> list[str]:
 
 @pytest.mark.slow
 def test_type_checkers_know_the_options(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")  # which other interpreters than the main one may lack
     mistakes = textwrap.dedent(WRONG).strip().splitlines()
     wrong = "from llmengine import LLM\nllm = LLM('x')\n" + "\n".join(mistakes)
     found = _mypy(tmp_path, right=RIGHT, wrong=wrong)

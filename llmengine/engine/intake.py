@@ -134,8 +134,13 @@ class Intake:
         return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
     def submit_blocking(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
-        """Submit, tokenizing on this thread and waiting for room in the queue if that is wanted."""
+        """Submit, tokenizing on this thread and waiting for room in the queue if that is wanted.
+
+        A deadline passes while that goes on as well, so such a request is left to the engine.
+        """
         admission, options = self._engine.admission, spec.options
+        if options.has_deadline:
+            return self.submit(prompt, spec, owner)
         acquire = partial(admission.acquire_blocking, options.tenant, options.priority)
         return self._submit_now(
             self._encode(prompt), spec, owner, acquire if options.wait_for_admission else admission.acquire_nowait
