@@ -96,7 +96,7 @@ class NullBackend:
             self.began = self.ended = now
         started = max(now, self._launched[-1][0] if self._launched else self.ended)
         token_id = batch.step % _VOCAB_SIZE
-        result = StepResult(batch.step, {row.slot: (token_id,) for row in batch.rows if row.max_samples})
+        result = StepResult(batch.step, {row.slot: (token_id,) for row in batch.rows if row.sample})
         self._launched.append((started + self._step_s, result))
 
     def collect(self) -> StepResult:

@@ -300,7 +300,7 @@ class Simulation:
     def _step(self, batch: Batch) -> None:
         step_s = self._cost.step_s(batch)
         self._pass_time(step_s)
-        result = StepResult(batch.step, {row.slot: (0,) for row in batch.rows if row.max_samples})
+        result = StepResult(batch.step, {row.slot: (0,) for row in batch.rows if row.sample})
         num_first = 0
         changed = self._scheduler.update(result)
         served = self._window.served

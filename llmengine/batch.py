@@ -59,8 +59,8 @@ class BatchRow:
         token_ids: their ids; one fewer than num_tokens when the last is the slot's latest sampled token.
         new_block_ids: blocks appended to the slot's block table before this step (after `SlotInit`: the whole table).
             Token at position p lives in block_table[p // block_size], row p % block_size.
-        max_samples: most tokens that the step may sample for the row, at most `BackendInfo.max_samples`; 0: none. The
-            first follows from the last position's logits and becomes the token at start + num_tokens.
+        sample: most tokens that the step may sample for the row, at most `BackendInfo.max_samples`; 0: none. The first
+            follows from the last position's logits and becomes the token at start + num_tokens.
     """
 
     slot: int
@@ -68,7 +68,7 @@ class BatchRow:
     num_tokens: int
     token_ids: Sequence[int]
     new_block_ids: Sequence[int]
-    max_samples: int
+    sample: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ class StepResult:
 
     Attributes:
         step: the batch's step number.
-        token_ids: slot -> ids of the sampled tokens in order, 1 to `max_samples` of them, for each row with
-            `max_samples` that did not fail.
+        token_ids: slot -> ids of the sampled tokens in order, 1 to `BatchRow.sample` of them, for each row with
+            `sample` that did not fail; an int stands for a sequence of one.
         logprobs: slot -> log-probabilities of each of them, for rows whose parameters ask for them.
         prompt_logprobs: slot -> log-probabilities of the row's prompt tokens at positions start + 1 to
             min(start + num_tokens, num_prompt_tokens - 1), for rows whose parameters ask for them.
@@ -116,7 +116,7 @@ class StepResult:
     """
 
     step: int
-    token_ids: Mapping[int, Sequence[int]]
+    token_ids: Mapping[int, int | Sequence[int]]
     logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, Sequence[TokenLogprobs]] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)

@@ -133,7 +133,7 @@ class FakeBackend:
             self._write(row.slot, row.start, ids)
             if self._slots[row.slot].sampling_params.prompt_logprobs is not None:
                 prompt_logprobs[row.slot] = self._score_prompt(row)
-            if not row.max_samples:
+            if not row.sample:
                 continue
             sampled = self._sample(row, batch.masks.get(row.slot))
             if not sampled:
@@ -162,7 +162,7 @@ class FakeBackend:
         """Tokens that follow the row's, as many as the context says; none where its logits are not finite."""
         end = row.start + row.num_tokens
         context = self._read(row.slot, end)
-        count = 1 + sum(context) % row.max_samples
+        count = 1 + sum(context) % row.sample
         sampled: list[int] = []
         while len(sampled) < count:
             token_id = self._next_token([*context, *sampled])

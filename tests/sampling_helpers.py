@@ -90,7 +90,7 @@ class SamplingBackend:
         for init in batch.slot_inits:
             self._contexts[init.slot] = list(init.token_ids)
             self._sampler.init_slot(init)
-        rows = [row for row in batch.rows if row.max_samples]
+        rows = [row for row in batch.rows if row.sample]
         ends = [row.start + row.num_tokens for row in rows]
         token_ids: dict[int, tuple[int]] = {}
         if rows:

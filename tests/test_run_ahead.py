@@ -17,8 +17,8 @@ from llmengine.engine.handle import RequestHandle
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.testing import FakeBackend
 
-DECODE = Batch(1, [BatchRow(slot, 5, 1, (), (), max_samples=1) for slot in range(8)])
-PROMPT = Batch(1, [BatchRow(0, 0, 512, range(512), (), max_samples=1)])
+DECODE = Batch(1, [BatchRow(slot, 5, 1, (), (), sample=1) for slot in range(8)])
+PROMPT = Batch(1, [BatchRow(0, 0, 512, range(512), (), sample=1)])
 BUSY = StepResult(1, {}, forward_s=0.010, idle_s=0.0001)
 IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
 

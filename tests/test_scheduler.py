@@ -54,7 +54,7 @@ def test_prompt_is_computed_in_chunks_in_order() -> None:
     steps = Steps(max_batch_size=4, max_tokens_per_step=8, max_tokens_per_mixed_step=4)
     steps.submit(prompt_of(20), 4)
     rows = [steps.step().rows[0] for _ in range(3)]
-    assert [(row.start, row.num_tokens, row.max_samples) for row in rows] == [(0, 8, 0), (8, 8, 0), (16, 4, 1)]
+    assert [(row.start, row.num_tokens, row.sample) for row in rows] == [(0, 8, 0), (8, 8, 0), (16, 4, 1)]
 
 
 def test_mixed_step_has_the_lower_budget_and_decodes_come_first() -> None:

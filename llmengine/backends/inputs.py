@@ -83,7 +83,7 @@ class SlotTable:
         row_starts = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(counts, out=row_starts[1:])
         assert len(token_ids) == row_starts[-1], "a row brings num_tokens ids, or one fewer"
-        samples = _array([index for index, row in enumerate(rows) if row.max_samples])
+        samples = _array([index for index, row in enumerate(rows) if row.sample])
         return StepInputs(
             token_ids=_array(token_ids),
             positions=np.arange(len(token_ids)) + np.repeat(starts - row_starts[:-1], counts),

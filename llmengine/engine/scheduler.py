@@ -214,9 +214,9 @@ class Scheduler:
                 self.finish(request, "error", RequestFailedError(errors[slot]))
                 changed.append(request)
                 continue
-            if row.max_samples:
+            if row.sample:
                 changed.append(request)
-                if row.max_samples > 1 and request.grammar is None:
+                if row.sample > 1 and request.grammar is None:
                     request.is_awaited = False
                 reason = self._append(request, token_ids[slot], logprobs.get(slot) if logprobs else None)
                 num_kept = len(request.token_ids) - end
@@ -233,9 +233,11 @@ class Scheduler:
         return changed
 
     def _append(
-        self, request: Request, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
+        self, request: Request, token_ids: int | Sequence[int], logprobs: Sequence[TokenLogprobs] | None
     ) -> FinishReason | None:
         """Append what a step sampled, or as much of it as the request can have; return why it ends, if it does."""
+        if isinstance(token_ids, int):
+            token_ids = (token_ids,)
         grammar = request.grammar
         if grammar is None:
             return request.append(token_ids, logprobs)

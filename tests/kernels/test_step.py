@@ -42,10 +42,10 @@ def make_buffer(device: str) -> tuple[StepBuffer, SlotState]:
 MIXED = Batch(
     step=1,
     rows=[
-        BatchRow(2, 3, 6, [10, 11, 12, 13, 14, 15], [4, 5], max_samples=1),
-        BatchRow(0, 7, 1, [], [], max_samples=1),
-        BatchRow(4, 0, 2, [20, 21], [9], max_samples=0),
-        BatchRow(1, 2, 1, [], [7], max_samples=1),
+        BatchRow(2, 3, 6, [10, 11, 12, 13, 14, 15], [4, 5], sample=1),
+        BatchRow(0, 7, 1, [], [], sample=1),
+        BatchRow(4, 0, 2, [20, 21], [9], sample=0),
+        BatchRow(1, 2, 1, [], [7], sample=1),
     ],
     slot_inits=[make_init(1, [30, 31, 32]), make_init(4, [20, 21, 22])],
 )

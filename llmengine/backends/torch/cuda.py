@@ -296,7 +296,7 @@ class CudaBackend:
         draws = self._sampler.draws(rows)
         if decodes and not batch.slot_inits and batch.num_tokens == len(rows):
             return replace(self._decode_bucket(len(rows)), draws=draws)
-        num_samples = sum(row.max_samples > 0 for row in rows)
+        num_samples = sum(row.sample > 0 for row in rows)
         return Bucket(
             _round_up(self._mixed_sizes, batch.num_tokens),
             _round_up(self._sample_sizes, num_samples),

@@ -135,7 +135,7 @@ class StepBuffer:
         if bucket.mixed:
             num_tokens, sampled = self._fill_mixed(host, rows, starts, batch.slot_inits)
         else:
-            num_tokens, sampled = len(rows), [row.slot if row.max_samples else -1 for row in rows]
+            num_tokens, sampled = len(rows), [row.slot if row.sample else -1 for row in rows]
             host["token_ids"][:num_tokens] = [row.token_ids[0] if row.token_ids else FROM_SLOT for row in rows]
             host["positions"][:num_tokens] = starts
             host["token_slots"][:num_tokens] = slots
@@ -181,7 +181,7 @@ class StepBuffer:
         host["token_slots"][:num_tokens] = np.repeat(host["row_slots"][:num_rows], lengths)
         host["context_lens"][:num_rows] = starts + lengths
         self._fill_query_blocks(host, lengths)
-        sampled = np.flatnonzero([row.max_samples for row in rows])
+        sampled = np.flatnonzero([row.sample for row in rows])
         host["sample_tokens"][: len(sampled)] = row_starts[1:][sampled] - 1
         host["sample_positions"][: len(sampled)] = (starts + lengths)[sampled]
         return num_tokens, host["row_slots"][sampled].tolist()
