@@ -501,7 +501,7 @@ def _plan_files(place: Path) -> Target:
 _TOKENIZER_CONFIG = {
     "bos_token": "<s>",
     "eos_token": {"content": "</s>", "special": True},
-    "added_tokens_decoder": {"270": {"content": "<tool>", "special": False, "lstrip": False, "normalized": False}},
+    "added_tokens_decoder": {"42": {"content": "<tool>", "special": False, "lstrip": False, "normalized": False}},
     "chat_template": [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "x"}],
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
