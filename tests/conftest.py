@@ -17,9 +17,8 @@ NEEDS_DEVICE = ("kernels", "tensorrt")
 """Directories whose tests run on the GPU where there is one, by the fixture `device`."""
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if IS_WORKER:  # both are read when torch is imported
+if IS_WORKER:  # read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.hookimpl(tryfirst=True)

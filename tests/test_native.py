@@ -345,6 +345,20 @@ def test_int8_product(native_directory: Path, rows: int, columns: int, num_token
     assert torch.equal(tensors["bias"], bias)
 
 
+def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> None:
+    weight, x = torch.randint(-128, 128, (333, 96), dtype=torch.int8), torch.randn(50, 96)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        libraries = [load_native_library(native_directory, borrowed_threads=borrowed) for borrowed in (False, True)]
+        own, borrowed = (NativeInt8Linear(library, weight, torch.rand(333).fill_(0.1), None) for library in libraries)
+        expected = own(x)
+        for _ in range(20):
+            assert torch.equal(borrowed(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_int8_sums_of_the_largest_products_fit_into_32_bits(native_directory: Path) -> None:
     columns = 9000
     weight = torch.full((16, columns), -128, dtype=torch.int8)

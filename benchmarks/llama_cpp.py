@@ -1,0 +1,58 @@
+"""llama.cpp as a process that `benchmarks.contention` starts in an interpreter with the package xllamacpp.
+
+    python llama_cpp.py MODEL.gguf THREADS
+
+Reads {"prompts": [[id, ...], ...], "num_tokens": n} a line, generates greedily for all prompts at once, and answers
+with the seconds that it took. Imports nothing of this project.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import xllamacpp
+
+_MOST_PROMPTS = 16
+_MOST_TOKENS = 2048
+
+
+def main() -> None:
+    """Load the model, then answer until standard input ends."""
+    model, threads = sys.argv[1], int(sys.argv[2])
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_parallel = _MOST_PROMPTS
+    params.n_ctx = _MOST_PROMPTS * _MOST_TOKENS
+    params.n_batch = params.n_ubatch = 1024
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup = False
+    server = xllamacpp.Server(params)
+
+    def complete(prompt: list[int], num_tokens: int) -> None:
+        request: dict[str, Any] = {
+            "prompt": prompt,
+            "n_predict": num_tokens,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
+        answer = server.handle_completions(request)
+        found = answer.get("usage", {}).get("completion_tokens", answer.get("tokens_predicted"))
+        if found != num_tokens:
+            raise RuntimeError(f"{found} tokens where {num_tokens} were asked for: {str(answer)[:500]}")
+
+    print("answer: ready", flush=True)
+    with ThreadPoolExecutor(_MOST_PROMPTS) as pool:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            began = time.perf_counter()
+            list(pool.map(complete, asked["prompts"], [asked["num_tokens"]] * len(asked["prompts"])))
+            print(f"answer: {time.perf_counter() - began}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
