@@ -17,10 +17,15 @@ def loops() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "sched_setaffinity" in " ".join(child.cmdline())]
 
 
-def test_busy_loops_run_meanwhile_and_end_with_an_error() -> None:
-    with pytest.raises(ValueError, match="stop"), contention.busy_loops(2):
+def stop_among_loops() -> None:
+    with contention.busy_loops(2):
         assert len(loops()) == 2
         raise ValueError("stop")
+
+
+def test_busy_loops_run_meanwhile_and_end_with_an_error() -> None:
+    with pytest.raises(ValueError, match="stop"):
+        stop_among_loops()
     assert loops() == []
 
 

@@ -79,7 +79,7 @@ def run_mixed_steps(backend: CpuBackend) -> tuple[list[TokenLogprobs], list[list
         [(long, 1), (short, 1)],
     ]
     logprobs = [driver.step(*parts).logprobs for parts in steps]
-    entries = [step[slot] for step in logprobs for slot in sorted(step)]
+    entries = [entry for step in logprobs for slot in sorted(step) for entry in step[slot]]
     return entries, [request.output_ids for request in (long, short, middle)]
 
 
@@ -130,7 +130,7 @@ def run_large_steps(driver: BackendDriver) -> tuple[list[TokenLogprobs], list[li
         *[[(short, 1), (long, 1), (other, 1)]] * 4,
     ]
     logprobs = [driver.step(*parts).logprobs for parts in steps]
-    entries = [step[slot] for step in logprobs for slot in sorted(step)]
+    entries = [entry for step in logprobs for slot in sorted(step) for entry in step[slot]]
     return entries, [request.output_ids for request in (long, other, short)]
 
 
