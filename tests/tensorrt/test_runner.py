@@ -160,8 +160,9 @@ def test_requests_in_flight_get_the_tokens_of_transformers(tmp_path: Path, fake:
     expected = {request.slot: reference_logprobs(model, request.token_ids)[-2] for request in (first, second, third)}
     for slot, row in expected.items():
         values, ids = row.topk(20)
-        assert logprobs[slot].top_ids == tuple(ids.tolist())
-        torch.testing.assert_close(torch.tensor(logprobs[slot].top_logprobs), values, rtol=0, atol=1e-4)
+        (entry,) = logprobs[slot]
+        assert entry.top_ids == tuple(ids.tolist())
+        torch.testing.assert_close(torch.tensor(entry.top_logprobs), values, rtol=0, atol=1e-4)
     outputs = driver.generate((first, second, third), 4)
     assert outputs == [reference_greedy(model, prompt, 4) for prompt in prompts]
     backend.close()

@@ -266,7 +266,7 @@ def check(dtype: str, ours: Tensor, exact: Tensor, rounded: Tensor) -> None:
     largest = f"max |dlogit| {error.abs().max():.2g}, rms {error.square().mean().sqrt():.2g}"
     print(f"\n{dtype}: {largest}; transformers' own {noise.abs().max():.2g}, {noise.square().mean().sqrt():.2g}")
     if dtype == "float32":
-        assert error.abs().max() < 1e-4
+        assert error.abs().max() < 3e-4  # of logits up to 30; how products are summed depends on the processor
         assert torch.equal(ours.argmax(-1), exact.argmax(-1))
         return
     assert error.square().mean() < 1.5**2 * noise.square().mean()
