@@ -237,6 +237,8 @@ def test_an_added_token_that_is_not_special_ends_a_turn_as_well(tmp_path: Path) 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken("<|im_end|>", normalized=False), AddedToken("</s>", normalized=False)])
     tokenizer.save(str(directory / "tokenizer.json"))
+    assert loaded_ends(directory) == {256, 257}  # </s> is the EOS of Llama's tokenizers
+    write_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert loaded_ends(directory) == {256}
 
 

@@ -149,7 +149,7 @@ def test_errors_and_logs_name_the_request(caplog: pytest.LogCaptureFixture) -> N
         with pytest.raises(InvalidRequestError) as refusal:
             llm.generate_async([-1], request_id="never submitted")
         assert refusal.value.request_id is None
-    with caplog.at_level(logging.ERROR), make_llm(on_step=die) as llm:
+    with caplog.at_level(logging.ERROR, "llmengine"), make_llm(on_step=die) as llm:
         handles = [llm.generate_async([n], tokens(3), request_id=f"r{n}") for n in range(2)]
         for n, handle in enumerate(handles):
             with pytest.raises(EngineDeadError) as death:

@@ -105,9 +105,10 @@ def test_log_probabilities_of_many_rows_are_made_of_a_few_at_a_time(
         if slot >= 0:
             expected = real(logits[row], dim=0).cpu()
             values, ids = expected.topk(2)
-            assert entries[slot].logprob == pytest.approx(float(expected.min()))
-            assert entries[slot].top_ids == tuple(ids.tolist())
-            assert entries[slot].top_logprobs == pytest.approx(values.tolist())
+            [entry] = entries[slot]
+            assert entry.logprob == pytest.approx(float(expected.min()))
+            assert entry.top_ids == tuple(ids.tolist())
+            assert entry.top_logprobs == pytest.approx(values.tolist())
     assert len(entries) == 7
 
 
