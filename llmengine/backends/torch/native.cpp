@@ -544,7 +544,7 @@ void llmengine_stop_pool(llmengine::Pool* pool) { delete pool; }
 // Floats of the workspace for steps of up to so many tokens.
 int64_t llmengine_workspace_size(const llmengine::Model* model, int64_t num_tokens) {
   return num_tokens * llmengine::token_floats(*model) +
-         model->pool->size() * llmengine::thread_floats(*model, num_tokens);
+         model->pool->max_threads() * llmengine::thread_floats(*model, num_tokens);
 }
 
 void llmengine_forward(const llmengine::Model* model, const llmengine::Step* step) {

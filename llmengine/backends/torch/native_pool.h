@@ -7,6 +7,11 @@
 //
 // A thread without work spins for some tens of microseconds, about the time that waking it would take, and then sleeps.
 //
+// Beside other programs that want the same cores, as many threads as cores get half of them at best, and wait for whichever
+// has lost its core. So while the threads wait for cores (Linux says for how long, `run_delay`), spare threads help: a thread
+// that has its core back too late finds its range taken. They have no ranges of their own, and sleep otherwise. The caller
+// rests meanwhile: a thread that has slept is given a core at once, and what comes behind the job is the caller's alone.
+//
 // The job belongs to the caller and may be gone at any moment, except for a thread that has taken units and not yet
 // reported them. Units are therefore taken from the pool's own memory: one word has the number of the phase and of its
 // units, and each range's word has the number of the phase in which it was last taken from. A thread that comes late
@@ -17,6 +22,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 
 #include <pthread.h>
 #include <signal.h>
@@ -60,18 +66,10 @@ class Pool {
   // `num_threads` includes the caller of `run`. There are fewer if the system refuses to start them. With `parallel` the
   // pool starts none and borrows OpenMP's: for jobs between parallel regions of others, whose threads spin meanwhile.
   explicit Pool(int64_t num_threads, Parallel parallel = nullptr)
-      : slots_(new Slot[num_threads]), owner_(getpid()), parallel_(parallel), size_(num_threads) {
+      : slots_(new Slot[num_threads + kMaxSpares]), owner_(getpid()), parallel_(parallel), size_(num_threads) {
     if (parallel) return;
-    sigset_t all, before;
-    sigfillset(&all);  // signals are for the application's threads
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (size_ = 1; size_ < num_threads; size_++) {
-      Slot& slot = slots_[size_];
-      slot.pool = this;
-      slot.index = size_;
-      if (pthread_create(&slot.handle, nullptr, &Pool::start, &slot) != 0) break;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    start_threads(num_threads);
+    if (started_ < num_threads) size_ = started_;
   }
 
   ~Pool() {
@@ -79,19 +77,27 @@ class Pool {
     stopped_.store(true, std::memory_order_relaxed);
     publish({0, 1});
     wake(INT32_MAX);
-    for (int64_t i = 1; i < size_ && !parallel_; i++) pthread_join(slots_[i].handle, nullptr);
+    call_spares(true);
+    for (int64_t i = 1; i < started_; i++) pthread_join(slots_[i].handle, nullptr);
     delete[] slots_;
   }
 
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
+  // Threads among which the units of a phase are divided.
   int64_t size() const { return size_; }
+
+  // Above the highest `thread` that a job is given.
+  int64_t max_threads() const { return parallel_ || size_ == 1 ? size_ : size_ + kMaxSpares; }
 
   // Runs all phases of the job. For one caller at a time.
   void run(Job* job) {
     job_ = job;
     index_ = -1;
+#if defined(__linux__)
+    slots_[0].id = static_cast<int>(syscall(SYS_gettid));
+#endif
     advance(0);
     if (!parallel_ || size_ == 1) return work_to_end(0);
     next_borrowed_.store(0, std::memory_order_relaxed);
@@ -107,10 +113,14 @@ class Pool {
     std::atomic<uint64_t> taken{0};  // low half: number of the phase; high half: units taken of this thread's range
     Pool* pool = nullptr;
     int64_t index = 0;
+    std::atomic<int> id{0};  // the system's
     pthread_t handle{};
   };
 
-  static constexpr int64_t kSpinMicroseconds = 50;
+  static constexpr int64_t kSpinMicroseconds = 50, kCrowdedSpinMicroseconds = 5;
+  static constexpr int64_t kMaxSpares = 8;
+  static constexpr int64_t kLookNanoseconds = 20'000'000, kCrowdedNanoseconds = 400'000'000;
+  static constexpr int64_t kMaxLookedAt = 4;  // threads whose waiting stands for that of all
   static constexpr int kWakeUps = 2;  // at a time; each thread that wakes up wakes as many
 
   // What `current_` holds: the number of the phase (32 bits), its units (24) and grain (8).
@@ -119,17 +129,34 @@ class Pool {
   static int64_t grain(uint64_t current) { return static_cast<int64_t>(current >> 56); }
 
   static void* start(void* argument) {
-    const Slot* slot = static_cast<Slot*>(argument);
+    Slot* slot = static_cast<Slot*>(argument);
 #if defined(__linux__)
-    prctl(PR_SET_NAME, "llmengine-cpu");
+    slot->id = static_cast<int>(syscall(SYS_gettid));
+    prctl(PR_SET_NAME, slot->index < slot->pool->size_ ? "llmengine-cpu" : "llmengine-spare");
 #endif
     slot->pool->serve(slot->index);
     return nullptr;
   }
 
+  // Starts threads until there are `count`, the caller of `run` included, or the system refuses.
+  void start_threads(int64_t count) {
+    sigset_t all, before;
+    sigfillset(&all);  // signals are for the application's threads
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; started_ < count; started_++) {
+      Slot& slot = slots_[started_];
+      slot.pool = this;
+      slot.index = started_;
+      if (pthread_create(&slot.handle, nullptr, &Pool::start, &slot) != 0) break;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
   void serve(int64_t thread) {
     uint64_t seen = 0;
-    for (;;) {
+    // Looked at again behind `work`: what that has seen may be the end already.
+    while (!stopped_.load(std::memory_order_relaxed)) {
+      if (thread >= size_) wait_until_called();
       wait(seen, thread);
       if (stopped_.load(std::memory_order_relaxed)) return;
       seen = work(thread);
@@ -138,6 +165,7 @@ class Pool {
 
   void work_to_end(int64_t thread) {
     for (;;) {
+      if (thread == 0) rest();
       const uint64_t seen = work(thread);
       if (num_units(seen) == 0) return;
       wait(seen, thread);
@@ -149,7 +177,7 @@ class Pool {
     for (;;) {
       const uint64_t current = current_.load(std::memory_order_acquire);
       for (int64_t i = 0; num_units(current) && i < size_; i++) {
-        const int64_t slot = thread + i < size_ ? thread + i : thread + i - size_;
+        const int64_t slot = (thread + i) % size_;
         int64_t done = 0;
         for (Range units; take(current, slot, slot == thread, &units); done += units.end - units.begin)
           job_->run(index_, units, thread);
@@ -183,6 +211,7 @@ class Pool {
 
   // Begins the next phase. Nobody else is here, and nobody has units.
   void advance(int64_t thread) {
+    look_around();
     Phase phase;
     while (job_->begin_phase(++index_, &phase)) {
       if (phase.count == 0) continue;
@@ -191,11 +220,13 @@ class Pool {
         continue;
       }
       publish(phase);
-      if (phase.count > 1) wake(kWakeUps);
+      // The caller rests where the spare threads are called, and leaves even a single unit to others.
+      if (phase.count > 1 || (thread == 0 && crowded_.load(std::memory_order_relaxed))) wake(kWakeUps);
       return;
     }
     publish({0, 1});
     // From here on the caller may have returned, and begun another job.
+    disturb();
     if ((thread != 0 && caller_sleeps_.load(std::memory_order_seq_cst)) || parallel_) wake(INT32_MAX);
   }
 
@@ -208,7 +239,9 @@ class Pool {
 
   // Returns when the phase is another one than `seen`.
   void wait(uint64_t seen, int64_t thread) {
-    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(kSpinMicroseconds);
+    const bool crowded = crowded_.load(std::memory_order_relaxed);
+    const auto until = std::chrono::steady_clock::now() +
+                       std::chrono::microseconds(crowded ? kCrowdedSpinMicroseconds : kSpinMicroseconds);
     do {
       for (int i = 0; i < 16; i++) {
         if (current_.load(std::memory_order_acquire) != seen) return;
@@ -222,6 +255,41 @@ class Pool {
     if (thread == 0) caller_sleeps_.store(false, std::memory_order_relaxed);
     if (num_units(current_.load(std::memory_order_relaxed)) > 1) wake(kWakeUps);
   }
+
+  // Calls the spare threads for a while when the others have waited for cores, then sees how it is without them.
+  void look_around() {
+#if defined(__linux__)
+    if (size_ == 1 || parallel_) return;
+    const int64_t now = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+    if (now < look_again_) return;
+    const int64_t delay = run_delay(), looked_at = size_ < kMaxLookedAt ? size_ : kMaxLookedAt;
+    const bool was_crowded = crowded_.load(std::memory_order_relaxed);
+    const bool is_crowded = !was_crowded && delay_ >= 0 && delay - delay_ > (now - looked_) * looked_at / 8;
+    if (is_crowded) start_threads(size_ + kMaxSpares);
+    if (is_crowded != was_crowded) call_spares(is_crowded);
+    looked_ = now;
+    delay_ = delay;
+    look_again_ = now + (is_crowded ? kCrowdedNanoseconds : kLookNanoseconds);
+#endif
+  }
+
+#if defined(__linux__)
+  // Nanoseconds that the first threads were ready to run and had no core, since they began; -1 where that is not known.
+  int64_t run_delay() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < size_ && i < kMaxLookedAt; i++) {
+      char path[64];
+      snprintf(path, sizeof path, "/proc/self/task/%d/schedstat", slots_[i].id.load(std::memory_order_relaxed));
+      FILE* file = fopen(path, "re");
+      long long on_core, waiting;
+      const bool known = file && fscanf(file, "%lld %lld", &on_core, &waiting) == 2;
+      if (file) fclose(file);
+      if (!known) return -1;
+      sum += waiting;
+    }
+    return sum;
+  }
+#endif
 
   static void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -242,7 +310,37 @@ class Pool {
     if (sleepers_.load(std::memory_order_seq_cst) > 0)
       syscall(SYS_futex, number_address(), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
   }
+  void wait_until_called() {
+    while (!crowded_.load(std::memory_order_acquire))
+      syscall(SYS_futex, &crowded_, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
+  }
+  void call_spares(bool called) {
+    crowded_.store(called, std::memory_order_seq_cst);
+    if (called)
+      syscall(SYS_futex, &crowded_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    else
+      disturb();
+  }
+  // The caller's, until the job ends or the spare threads are not called any more.
+  void rest() {
+    resting_.store(true, std::memory_order_seq_cst);
+    for (;;) {
+      const int32_t seen = disturbed_.load(std::memory_order_seq_cst);
+      if (!crowded_.load(std::memory_order_seq_cst) || num_units(current_.load(std::memory_order_seq_cst)) == 0) break;
+      syscall(SYS_futex, &disturbed_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    }
+    resting_.store(false, std::memory_order_relaxed);
+  }
+  void disturb() {
+    if (!resting_.load(std::memory_order_seq_cst)) return;
+    disturbed_.fetch_add(1, std::memory_order_seq_cst);
+    syscall(SYS_futex, &disturbed_, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+  }
 #else
+  void wait_until_called() {}
+  void call_spares(bool) {}
+  void rest() {}
+  void disturb() {}
   void sleep(uint64_t seen) {
     pthread_mutex_lock(&mutex_);
     while (current_.load(std::memory_order_seq_cst) == seen) pthread_cond_wait(&changed_, &mutex_);
@@ -261,7 +359,11 @@ class Pool {
   Slot* const slots_;
   const pid_t owner_;
   const Parallel parallel_;
-  int64_t size_;
+  int64_t size_, started_ = 1;
+  int64_t looked_ = 0, delay_ = -1, look_again_ = 0;  // of `look_around`
+  std::atomic<int32_t> crowded_{0};  // whether the spare threads are called
+  std::atomic<int32_t> disturbed_{0};
+  std::atomic<bool> resting_{false};
   alignas(64) std::atomic<uint64_t> current_{0};
   alignas(64) std::atomic<int64_t> remaining_{0};
   alignas(64) std::atomic<int32_t> sleepers_{0};
