@@ -89,6 +89,7 @@ class _Engine:
 
         config = ModelConfig(
             model,
+            device="cpu",
             dtype="auto" if weights == "int8" else weights,  # type: ignore[arg-type]
             quant_config=QuantConfig(weights="int8" if weights == "int8" else "none"),
             kv_cache_config=KvCacheConfig(enable_prefix_caching=False),

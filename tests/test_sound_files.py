@@ -255,7 +255,6 @@ CONFIGS: list[dict[str, Any]] = [
     {"architectures": ["LlamaForCausalLM", "LlamaModel"]},
     {"architectures": None},
     {"architectures": []},
-    {"architectures": "LlamaForCausalLM"},
     {"dtype": None},
     {"dtype": "half"},
     {"dtype": "float"},
@@ -279,6 +278,7 @@ def test_configs_that_transformers_takes(directory: Path, changes: dict[str, Any
     "changes",
     [
         {"vocab_size": 96.0},
+        {"architectures": "LlamaForCausalLM"},
         {"num_hidden_layers": 2.0, "num_attention_heads": 4.0},
         {"dtype": "auto"},
         {"dtype": None, "torch_dtype": "auto"},

@@ -89,7 +89,7 @@ def test_sound_plans_pass(kind: str, dtype: Any, heavy: bool, ways: str) -> None
         sizes, tensors = given(spec, rows, heavy=heavy, seed=rows)
         for check in checked(spec, sizes, tensors, simulate(spec, tensors, SOUND[ways])).values():
             assert check.ratio < 0.75, check
-            assert check.rms_error < 1.25
+            assert check.rms_error < 1.5
 
 
 @pytest.mark.slow

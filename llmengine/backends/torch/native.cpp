@@ -87,7 +87,7 @@ inline void weighted_sums(const WeightedRows& block, bool accumulate) {
       float& out = block.out[h * block.out_stride + j];
       float part = accumulate ? out : 0.0f;
       for (int64_t i = 0; i < block.count; i++)
-        part += block.factors[h * block.factor_stride + i] * block.rows[i * block.row_stride + j];
+        part = multiply_add(block.factors[h * block.factor_stride + i], block.rows[i * block.row_stride + j], part);
       out = part;
     }
   }

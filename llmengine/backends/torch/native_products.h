@@ -47,7 +47,8 @@ inline void dot_tile(const float* x, const T* w, int64_t size, Prefetch prefetch
     for (int n = 0; n < kRows; n++) {
       for (int u = 1; u < kUnroll; u++) parts[0][m][n] += parts[u][m][n];
       float total = sum(parts[0][m][n]);
-      for (int64_t rest = k; rest < size; rest++) total += x[m * size + rest] * to_float(w[n * size + rest]);
+      for (int64_t rest = k; rest < size; rest++)
+        total = multiply_add(x[m * size + rest], to_float(w[n * size + rest]), total);
       sums[m][n] = total;
     }
   }

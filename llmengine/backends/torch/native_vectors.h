@@ -55,6 +55,16 @@ inline Halves load_halves(const void* from) {
   return to;
 }
 
+// a * b + c, rounded once wherever the processor can: compilers choose anew in each loop, and a number would then depend on
+// the loop that it comes from.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof(from)); }
 
 inline Floats load(const Bf16* from) {
