@@ -137,24 +137,25 @@ class Request:
             return 0
         return self.num_tokens - self.num_computed_tokens
 
-    def append(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> FinishReason | None:
+    def extend(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> FinishReason | None:
         """Add a step's tokens to the output, up to the one that ends the request, and return why it does, if it does.
 
         `num_tokens` counts one of them already.
         """
-        if not self.stream.log.token_ids:
-            self.stream.log.first_token = time.monotonic()
         for index, token_id in enumerate(token_ids):
             if index:
                 self.num_tokens += 1
-            reason = self._append(token_id, logprobs[index] if logprobs is not None else None)
+            reason = self.append(token_id, logprobs[index] if logprobs is not None else None)
             if reason is not None:
                 return reason
         return None
 
-    def _append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
+        """Add a sampled token to the output, detokenize it, and return why the request ends with it, if it does."""
         log = self.stream.log
         output_ids = log.token_ids
+        if not output_ids:
+            log.first_token = time.monotonic()
         self.token_ids.append(token_id)
         output_ids.append(token_id)
         if logprobs is not None and log.logprobs is not None:

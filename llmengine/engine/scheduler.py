@@ -216,14 +216,18 @@ class Scheduler:
                 continue
             if row.sample:
                 changed.append(request)
-                if row.sample > 1 and request.grammar is None:
-                    request.is_awaited = False
-                reason = self._append(request, token_ids[slot], logprobs.get(slot) if logprobs else None)
-                num_kept = len(request.token_ids) - end
-                num_sampled += num_kept
-                if num_kept > 1 and request.num_preemptions == num_preemptions:
-                    end += num_kept - 1
-                    request.num_computed_tokens = end
+                sampled = token_ids[slot]
+                if row.sample == 1 and request.grammar is None:  # nearly all rows of nearly all steps
+                    token_id = sampled if isinstance(sampled, int) else sampled[0]
+                    reason = request.append(token_id, logprobs[slot][0] if logprobs and slot in logprobs else None)
+                    num_sampled += 1
+                else:
+                    reason = self._append(request, sampled, logprobs.get(slot) if logprobs else None)
+                    num_kept = len(request.token_ids) - end
+                    num_sampled += num_kept
+                    if num_kept > 1 and request.num_preemptions == num_preemptions:
+                        end += num_kept - 1
+                        request.num_computed_tokens = end
             # A decode fills a block only with its last token.
             if (end - row.start > 1 or end % block_size == 0) and request.num_preemptions == num_preemptions:
                 self.kv_cache.register(request.blocks, request.token_ids, end)
@@ -240,11 +244,12 @@ class Scheduler:
             token_ids = (token_ids,)
         grammar = request.grammar
         if grammar is None:
-            return request.append(token_ids, logprobs)
+            request.is_awaited = False
+            return request.extend(token_ids, logprobs)
         if len(token_ids) > 1:
             token_ids = token_ids[: max(1, grammar.num_allowed(token_ids))]
         num_before = len(request.token_ids)
-        reason = request.append(token_ids, logprobs)
+        reason = request.extend(token_ids, logprobs)
         if reason not in (None, "length"):
             return reason
         # The grammar says whether the text is whole with these tokens.
