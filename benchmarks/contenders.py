@@ -26,6 +26,7 @@ class EngineRunner:
 
         config = ModelConfig(
             model,
+            device="cpu",
             quant_config=QuantConfig(weights=weights),  # type: ignore[arg-type]
             kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
             # For throughput: nobody watches single tokens here, so prompts need not come in small pieces.

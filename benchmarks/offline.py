@@ -167,7 +167,8 @@ def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, Conten
 _STARTUP_CODE = """
 import sys
 from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
-config = ModelConfig(sys.argv[1], quant_config=QuantConfig(weights=sys.argv[2]), num_threads=int(sys.argv[3]))
+weights, threads = QuantConfig(weights=sys.argv[2]), int(sys.argv[3])
+config = ModelConfig(sys.argv[1], device="cpu", quant_config=weights, num_threads=threads)
 llm = LLM(config)
 print(llm.generate("Once upon a time", SamplingParams(max_new_tokens=1))[0].num_tokens, flush=True)
 llm.close()

@@ -218,7 +218,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model: Path) -> None:
     # So many that it cannot be done before the signal comes.
     prompts = [f"Hello {index}" for index in range(500)]
     command = [sys.executable, "-m", "llmengine", "generate", str(model), *prompts, "--max-new-tokens", "1000"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipe = subprocess.PIPE
     # A shell that runs the tests in its background has them ignore the signal, and children inherit that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
