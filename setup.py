@@ -20,7 +20,7 @@ FLAGS = [
     "-fno-exceptions",
     "-fno-rtti",
 ]
-HEADERS = [f"llmengine/backends/torch/native_{part}.h" for part in ("pool", "products", "vectors")]
+HEADERS = [f"llmengine/backends/cpu/native_{part}.h" for part in ("pool", "products", "vectors")]
 VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -45,8 +45,8 @@ setup(
     cmdclass={"bdist_wheel": TaggedByContent},
     ext_modules=[
         Extension(
-            f"llmengine.backends.torch._native_{name}",
-            ["llmengine/backends/torch/native.cpp"],
+            f"llmengine.backends.cpu._native_{name}",
+            ["llmengine/backends/cpu/native.cpp"],
             depends=HEADERS,
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-pthread"],

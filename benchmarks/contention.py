@@ -31,8 +31,8 @@ import torch
 
 from benchmarks.contenders import Contender
 from benchmarks.report import append_json, format_table, machine, median
-from llmengine.demo import find_demo_model
-from llmengine.models.source import open_model
+from llmengine.checkpoints.opening import open_model
+from llmengine.cli.demo import find_demo_model
 
 GOAL = 0.6
 WEIGHTS = ("int8", "float32", "bfloat16")

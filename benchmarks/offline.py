@@ -29,8 +29,8 @@ import torch
 
 from benchmarks.contenders import PEERS, Contender, make_contender
 from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
-from llmengine.demo import find_demo_model
-from llmengine.models.source import open_model
+from llmengine.checkpoints.opening import open_model
+from llmengine.cli.demo import find_demo_model
 
 ENGINES = ("llmengine", "llmengine int8")
 STARTUP_GOAL_S = 5.0

@@ -15,8 +15,8 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from llmengine.checkpoints.opening import open_model
 from llmengine.models.arch import ModelArch, fused_parts
-from llmengine.models.source import open_model
 
 
 class Variant(NamedTuple):

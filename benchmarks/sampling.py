@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmengine.backends.sampler import Sampler
+from llmengine.backends.cpu.sampler import Sampler
 from llmengine.batch import SlotInit
 from llmengine.sampling_params import SamplingParams
 

@@ -37,7 +37,7 @@ from llmengine import (
     RequestHandle,
     SamplingParams,
 )
-from llmengine.demo import find_demo_model
+from llmengine.cli.demo import find_demo_model
 from llmengine.testing import FakeBackend
 
 _REPORT_EVERY_S = 10.0

@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.report import format_table
 from benchmarks.shapes import SHAPES, write_shape
-from llmengine.backends.tensorrt.plans import BuiltPlan, PlanJob, build_plans, spool_weights
+from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans, spool_weights
 from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, plans_of, segments_of
-from llmengine.demo import find_demo_model
+from llmengine.checkpoints.opening import open_model
+from llmengine.cli.demo import find_demo_model
 from llmengine.errors import EngineError
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.models.source import open_model
 
 SMOLLM2 = "SmolLM2"
 SHAPE_70B = {

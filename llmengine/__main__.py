@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from llmengine.cli import main
+from llmengine.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,9 +19,8 @@ import anyio.to_thread
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
-from llmengine.chat_messages import Messages, is_several
+from llmengine.chat.messages import Messages, is_several
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.end_tokens import tokenizer_end_ids
 from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
@@ -42,10 +41,11 @@ from llmengine.request_options import (
     unknown_keyword,
 )
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import Tokenizer, adapt_tokenizer
+from llmengine.tokenizer.end_tokens import tokenizer_end_ids
+from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
-    from llmengine.models.source import ModelSource
+    from llmengine.checkpoints.opening import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class LLM:
         async_mode: bool = False,
     ) -> None:
         from llmengine.backends import choose_device, load_backend
-        from llmengine.models.source import open_model
+        from llmengine.checkpoints.opening import open_model
 
         given = config if isinstance(config, ModelConfig) else ModelConfig(config)
         resolved = given.resolve()
@@ -467,9 +467,9 @@ class LLM:
         """
         if self._loaded is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
-        from llmengine.models.engine_dir import keeps_values, save_model
-        from llmengine.models.saved_plans import PlanHolder
-        from llmengine.tokenizer_loading import tokenizer_to_save
+        from llmengine.checkpoints.engine_dir import keeps_values, save_model
+        from llmengine.checkpoints.saved_plans import PlanHolder
+        from llmengine.tokenizer.loading import tokenizer_to_save
 
         config, source = self._loaded
         quantization: dict[str, Any] = dict(source.quantization)
@@ -583,7 +583,7 @@ def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool)
         return None
     if tokenizer is not None:
         return adapt_tokenizer(tokenizer)
-    from llmengine.tokenizer_loading import source_tokenizer
+    from llmengine.tokenizer.loading import source_tokenizer
 
     return source_tokenizer(source)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmengine.checkpoints.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
+from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.opening import ModelSource, open_model
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.errors import LLMEngineError, ModelLoadError
-from llmengine.models.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
-from llmengine.models.fields import Fields
-from llmengine.models.source import ModelSource, open_model
 
 if TYPE_CHECKING:
-    from llmengine.backends.tensorrt.build import BuildOptions, EngineBuild
+    from llmengine.backends.tensorrt.build_engine import BuildOptions, EngineBuild
     from llmengine.backends.tensorrt.spec import WeightMode
     from llmengine.backends.tensorrt.weight_choice import LayerTimes
 
@@ -51,9 +51,9 @@ def build(
         weight_mode=weight_mode,
     )
     source = open_model(model, load_format)
-    from llmengine.backends.tensorrt.build import build_engine
+    from llmengine.backends.tensorrt.build_engine import build_engine
     from llmengine.backends.tensorrt.build_progress import BuildProgress
-    from llmengine.tokenizer_loading import tokenizer_to_save
+    from llmengine.tokenizer.loading import tokenizer_to_save
 
     return build_engine(source, directory, options, tokenizer_to_save(source), BuildProgress(write))
 
@@ -65,14 +65,14 @@ def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) 
     """
     options = _options(model, scheduler_config)
     source = open_model(model)
-    from llmengine.backends.tensorrt.build import measure_layer as measure
+    from llmengine.backends.tensorrt.build_engine import measure_layer as measure
 
     return measure(source, options)
 
 
 def _options(model: Path, scheduler_config: SchedulerConfig | None, **chosen: Any) -> BuildOptions:
     limits = ModelConfig(model, scheduler_config=scheduler_config or SchedulerConfig()).resolve(accelerator=True)
-    from llmengine.backends.tensorrt.build import BuildOptions
+    from llmengine.backends.tensorrt.build_engine import BuildOptions
 
     return BuildOptions(
         max_batch_size=limits.scheduler_config.max_batch_size,
@@ -156,7 +156,7 @@ def verify(directory: Path) -> Findings:
     elif source.plans is None:
         findings.device = "not run on a GPU: there are no plans"
     else:
-        from llmengine.backends.tensorrt.check import check_plans
+        from llmengine.backends.tensorrt.check_engine import check_plans
 
         problems, findings.device = check_plans(source)
         findings.problems += problems

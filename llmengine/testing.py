@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmengine.batch import Backend, BackendInfo, Batch, BatchRow, SlotInit, StepResult, TokenLogprobs
-from llmengine.tokenizer import ByteTokenizer
+from llmengine.tokenizer.protocol import ByteTokenizer
 
 NextToken = Callable[[Sequence[int]], int | None]
 """Maps a context's token ids to the next one; None: this row's logits are not finite."""
@@ -41,7 +41,7 @@ class ChatByteTokenizer(ByteTokenizer):
     """
 
     def __init__(self, chat_template: str = CHAT_TEMPLATE) -> None:
-        from llmengine.chat_template import ChatTemplates
+        from llmengine.chat.template import ChatTemplates
 
         self._templates = ChatTemplates({"default": chat_template}, {}, "ChatByteTokenizer")
         self._templates.choose()
@@ -57,7 +57,7 @@ class ChatByteTokenizer(ByteTokenizer):
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return what the template writes; see `llmengine.chat_template.ChatTemplate.render`."""
+        """Return what the template writes; see `llmengine.chat.template.ChatTemplate.render`."""
         return self._templates.render(messages, add_generation_prompt, tools, variables)
 
     def chat_template_variables(self, chat_template: str | None = None, *, has_tools: bool = False) -> frozenset[str]:

@@ -13,7 +13,7 @@ MAX_PROCESSES = 4
 settings.register_profile("llmengine", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("llmengine")
 
-NEEDS_DEVICE = ("kernels", "tensorrt")
+NEEDS_DEVICE = ("kernels", "cuda", "tensorrt")
 """Directories whose tests run on the GPU where there is one, by the fixture `device`."""
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from backend_helpers import save_tiny
-from engine_helpers import StepGate, assert_idle, bounded, in_loop, make_llm, oracle
 from transformers import LlamaForCausalLM
 
 from llmengine import (
@@ -25,6 +23,8 @@ from llmengine import (
 )
 from llmengine.batch import Batch
 from llmengine.testing import FakeBackend
+from tests.backends.helpers import save_tiny
+from tests.engine.helpers import StepGate, assert_idle, bounded, in_loop, make_llm, oracle
 
 PROMPTS = [list(range(30, 53)), [7, 8, 9], [100, 3, 77, 5, 200, 41, 12, 18]]
 EOS = [2, 9, 31, 55, 90, 120, 200, 222]

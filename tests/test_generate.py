@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_helpers import (
+
+from llmengine.config import SchedulerConfig
+from llmengine.errors import ConfigError, InvalidRequestError
+from llmengine.sampling_params import SamplingParams
+from tests.engine.helpers import (
     WAIT_S,
     StepGate,
     assert_idle,
@@ -21,10 +25,6 @@ from engine_helpers import (
     timeout,
     tokens,
 )
-
-from llmengine.config import SchedulerConfig
-from llmengine.errors import ConfigError, InvalidRequestError
-from llmengine.sampling_params import SamplingParams
 
 
 class FewIds(list[int]):

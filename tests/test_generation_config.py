@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llmengine import LLM, ModelConfig, SamplingParams
+from llmengine.checkpoints.opening import open_model
 from llmengine.errors import CorruptFileError, InvalidRequestError, PromptTooLongError, UnsupportedModelError
-from llmengine.models.source import open_model
 
 PROMPT = [5, 9, 3, 7, 5, 9]
 

@@ -9,53 +9,39 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 DATA = {
     *("errors", "checks", "config", "sampling_params", "request_options", "structured_output", "outputs", "batch"),
-    *("end_tokens", "generation_config"),
+    *("generation_config", "tokenizer.end_tokens"),
 }
 
-# layer -> the layers it may import; a layer is a package or a module directly under llmengine. Each may import itself.
+# Layer -> the layers it may import beside itself. A layer is a folder or a module; the longest name that fits counts.
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(DATA, DATA),
-    "chat_messages": DATA,
-    "chat_sandbox": {*DATA, "chat_messages"},
-    "chat_template": {*DATA, "chat_messages", "chat_sandbox"},
-    "stop_strings": set(),
-    "detokenizer": {"tokenizer", "stop_strings"},
-    "tokenizer_bounds": set(),
-    "tokenizer": {*DATA, "chat_template", "detokenizer", "tokenizer_bounds"},
-    "tokenizer_config": DATA,
-    "tokenizer_gguf": {*DATA, "sentencepiece_model", "tokenizer_sentencepiece"},
-    "tokenizer_json": {*DATA, "tokenizer_config"},
-    "sentencepiece_model": DATA,
-    "tokenizer_sentencepiece": {*DATA, "tokenizer_config", "sentencepiece_model"},
-    "tokenizer_loading": {
-        *DATA,
-        "tokenizer",
-        "tokenizer_bounds",
-        "tokenizer_config",
-        "tokenizer_gguf",
-        "tokenizer_json",
-        "sentencepiece_model",
-        "tokenizer_sentencepiece",
-        "chat_template",
-        "models",
-    },
-    "grammar": {*DATA, "tokenizer", "unique_keys"},
-    "unique_keys": set(),
-    "engine": {*DATA, "tokenizer", "detokenizer", "chat_messages", "grammar"},
-    "testing": {*DATA, "tokenizer", "chat_template"},
+    "chat": DATA,
+    "tokenizer.stop_strings": set(),
+    "tokenizer.bounds": set(),
+    "tokenizer.detokenizer": {"tokenizer.protocol", "tokenizer.stop_strings"},
+    "tokenizer.protocol": {*DATA, "chat", "tokenizer.bounds", "tokenizer.detokenizer"},
+    "tokenizer": {*DATA, "chat", "checkpoints", "tokenizer.bounds", "tokenizer.protocol"},
+    "structured": {*DATA, "tokenizer.protocol"},
+    "engine": {*DATA, "chat", "structured", "tokenizer.detokenizer", "tokenizer.protocol"},
+    "testing": {*DATA, "chat", "tokenizer.protocol"},
     "user_cache": set(),
     "kernels": {"user_cache"},
     "models": DATA,
-    "backends": {*DATA, "models", "kernels", "user_cache"},
-    "saved_engines": {*DATA, "backends", "models", "tokenizer_loading"},
+    "models.doc": {*DATA, "models", "checkpoints"},
+    "checkpoints": {*DATA, "models"},
+    "backends": {*DATA, "models", "checkpoints", "kernels", "user_cache"},
+    "saved_engines": {*DATA, "backends", "checkpoints", "models", "tokenizer"},
     "beam_search": {*DATA, "engine"},
-    "llm": {*DATA, "tokenizer", "chat_messages", "tokenizer_loading", "engine", "backends", "models", "beam_search"},
-    "demo": {*DATA, "__init__", "llm", "tokenizer"},
-    "cli": {*DATA, "__init__", "llm", "demo", "cli_engines"},
-    "cli_engines": {*DATA, "__init__", "models", "saved_engines"},
+    "llm": {
+        *DATA,
+        *("backends", "beam_search", "chat", "checkpoints", "engine", "models", "tokenizer"),
+        *("tokenizer.protocol", "tokenizer.detokenizer"),
+    },
+    "cli": {*DATA, "__init__", "checkpoints", "llm", "saved_engines", "tokenizer.protocol"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search"},
 }
@@ -64,21 +50,31 @@ THIRD_PARTY: dict[str, set[str]] = {
     "user_cache": set(),
     "__init__": set(),
     "engine": {"anyio"},
-    "grammar": {"llguidance"},
+    "structured": {"llguidance"},
     "testing": set(),
-    "tokenizer": set(),
-    "tokenizer_bounds": set(),
+    "tokenizer.bounds": set(),
+    "tokenizer.detokenizer": set(),
+    "tokenizer.protocol": set(),
+    "tokenizer.stop_strings": set(),
+    "chat": {"jinja2"},
     "beam_search": set(),
     "llm": {"anyio", "rich"},
     "kernels": {"torch", "triton"},
 }
 
 
+def layer_of(module: str) -> str:
+    """The layer of a module, named from inside the package: the longest name in `ALLOWED` that it begins with."""
+    parts = module.split(".")
+    names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((name for name in names if name in ALLOWED), parts[0])
+
+
 def sources() -> Iterator[tuple[str, Path]]:
     """Yield (layer, file) for each module of the package."""
     for path in sorted((ROOT / "llmengine").rglob("*.py")):
-        first = path.relative_to(ROOT / "llmengine").parts[0]
-        yield first.removesuffix(".py"), path
+        module = ".".join(path.relative_to(ROOT / "llmengine").with_suffix("").parts)
+        yield layer_of(module), path
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -96,15 +92,15 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def _from_root(name: str) -> str:
-    """Return the module that `from llmengine import name` imports: a layer, or the root for an exported name."""
+    """Return the module that `from llmengine import name` imports: one of the package's, or the root for an export."""
     package = ROOT / "llmengine"
     return f"llmengine.{name}" if (package / name).is_dir() or (package / f"{name}.py").exists() else "llmengine"
 
 
 def first_party(path: Path) -> set[str]:
     """Return the layers that a file imports."""
-    parts = [name.split(".") for name in imported(path)]
-    return {names[1] if len(names) > 1 else "__init__" for names in parts if names[0] == "llmengine"}
+    names = [name.partition(".") for name in imported(path)]
+    return {layer_of(rest or "__init__") for first, _, rest in names if first == "llmengine"}
 
 
 def third_party(path: Path) -> set[str]:
@@ -127,8 +123,7 @@ def test_only_llm_wires_engine_and_backends() -> None:
 
 
 def test_heavy_libraries_are_below_llm_only() -> None:
-    tokenizers = {f"tokenizer_{part}" for part in ("config", "gguf", "json", "loading", "sentencepiece")}
-    allowed = {"models", "backends", "kernels", *tokenizers, "demo", "cli"}
+    allowed = {"models", "checkpoints", "backends", "kernels", "tokenizer", "cli"}
     heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers", "sentencepiece"}
     for layer, path in sources():
         assert layer in allowed or not third_party(path) & heavy, path
@@ -149,7 +144,7 @@ def test_import_scan_sees_every_form(tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
     file.write_text(
         "import llmengine.engine.engine as e, torch\nfrom llmengine import llm, LLM\n"
-        "def f():\n    from llmengine.backends.inputs import x\n    import numpy.random\n"
+        "def f():\n    from llmengine.backends.cpu.step_inputs import x\n    import numpy.random\n"
     )
     assert first_party(file) == {"engine", "llm", "backends", "__init__"}
     assert third_party(file) == {"torch", "numpy"}

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_helpers import save_tiny
-from engine_helpers import (
+
+from llmengine import LLM, GenerationOutput, InvalidRequestError, KvCacheConfig, ModelConfig, QueueFullError
+from llmengine.config import SchedulerConfig
+from llmengine.engine.family import child_seed
+from llmengine.engine.request import RequestStatus
+from llmengine.sampling_params import SamplingParams
+from tests.backends.helpers import save_tiny
+from tests.engine.helpers import (
     StepGate,
     Steps,
     assert_concatenates,
@@ -20,12 +26,6 @@ from engine_helpers import (
     oracle,
     tokens,
 )
-
-from llmengine import LLM, GenerationOutput, InvalidRequestError, KvCacheConfig, ModelConfig, QueueFullError
-from llmengine.config import SchedulerConfig
-from llmengine.engine.family import child_seed
-from llmengine.engine.request import RequestStatus
-from llmengine.sampling_params import SamplingParams
 
 PROMPT = list(range(5, 24))
 """19 tokens: four full blocks of four, and three tokens."""

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from engine_helpers import WAIT_S
 
 import llmengine
+from tests.engine.helpers import WAIT_S
 
 PUBLIC = {
     "LLM",
@@ -101,7 +101,7 @@ USE = (
     + """
 from llmengine import LLM, SamplingParams
 from llmengine.testing import FakeBackend
-from llmengine.tokenizer import ByteTokenizer
+from llmengine.tokenizer.protocol import ByteTokenizer
 
 async def main():
     loop = asyncio.get_running_loop()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import WAIT_S, GatedTokenizer, bounded, make_llm, oracle, tokens
 
 from llmengine import (
     LLM,
@@ -26,6 +25,8 @@ from llmengine import (
     SchedulerConfig,
 )
 from llmengine.testing import FakeBackend
+from tests import ROOT
+from tests.engine.helpers import WAIT_S, GatedTokenizer, bounded, make_llm, oracle, tokens
 
 METHODS = ["generate", "generate_async", "stream", "chat", "chat_async", "beam_search", "beam_search_async"]
 WAITING = {"generate", "stream", "beam_search", "beam_search_async"}
@@ -154,7 +155,7 @@ def test_deadline_of_generate_counts_from_the_call() -> None:
 RIGHT = """
     from typing import Unpack, assert_type
     from llmengine import LLM, ChatKeywords, GenerationOutput, RequestHandle, RequestKeywords, SamplingParams
-    from llmengine.tokenizer import ChatTokenizer
+    from llmengine.tokenizer.protocol import ChatTokenizer
 
     def ask(llm: LLM, text: str, **options: Unpack[RequestKeywords]) -> GenerationOutput:
         options.setdefault("deadline_s", 3)
@@ -191,7 +192,7 @@ def _mypy(directory: Path, **files: str) -> list[str]:
     for name, code in files.items():
         (directory / f"{name}.py").write_text(textwrap.dedent(code))
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-incremental", "."]
-    root = str(Path(__file__).parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         command, cwd=directory, env={"PYTHONPATH": root}, capture_output=True, text=True, timeout=300, check=False
     )

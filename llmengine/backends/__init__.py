@@ -10,8 +10,8 @@ from llmengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmengine.batch import SavableBackend
+    from llmengine.checkpoints.opening import ModelSource
     from llmengine.config import ModelConfig
-    from llmengine.models.source import ModelSource
 
 __all__ = ["choose_device", "load_backend"]
 
@@ -55,7 +55,7 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
             raise ConfigError("backend='tensorrt' needs a CUDA device, and device is 'cpu'; use 'auto' or 'torch'")
         if config.attention_backend == "flashinfer":
             raise ConfigError("attention_backend='flashinfer' needs a CUDA device, and device is 'cpu'; use 'auto'")
-        from llmengine.backends.torch.cpu import CpuBackend
+        from llmengine.backends.cpu.backend import CpuBackend
 
         return CpuBackend(config, source)
     if config.deterministic and config.backend == "tensorrt":
@@ -70,8 +70,8 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
-    from llmengine.backends.torch.cuda import CudaBackend
-    from llmengine.backends.torch.cuda_generic import torch_because
+    from llmengine.backends.cuda.backend import CudaBackend
+    from llmengine.backends.cuda.generic_segments import torch_because
 
     if config.backend == "torch":
         return CudaBackend(config, source, torch.device(device))

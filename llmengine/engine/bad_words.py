@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmengine.errors import InvalidRequestError
-from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text
+from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer, check_text
 
 WordIds = tuple[int, ...]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmengine.chat_messages import plain, plain_messages
+from llmengine.chat.messages import plain, plain_messages
 from llmengine.errors import InvalidRequestError
 from llmengine.request_options import TEMPLATE_NAMES, is_sampling_parameter, unknown_keyword
-from llmengine.tokenizer import ChatTokenizer, Tokenizer
+from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer
 
 _PROBE = "llmengine_no_such_variable"
 

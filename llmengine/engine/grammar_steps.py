@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from llmengine.engine.request import Request, RequestStatus
-from llmengine.grammar import Grammar
+from llmengine.structured.grammar import Grammar
 
 _NUM_THREADS = 4
 _GRACE_S = 0.001

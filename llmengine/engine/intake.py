@@ -18,7 +18,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 from llmengine.batch import BackendInfo
-from llmengine.detokenizer import IncrementalDetokenizer, TokenTexts
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
 from llmengine.engine.chat_prompt import ChatPrompt, ChatRenderer
@@ -35,11 +34,12 @@ from llmengine.errors import (
     PromptTooLongError,
     RequestFailedError,
 )
-from llmengine.grammar import GrammarCompiler
 from llmengine.outputs import OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer import ChatTokenizer, Tokenizer, check_text, without_second_bos
+from llmengine.structured.grammar import GrammarCompiler
+from llmengine.tokenizer.detokenizer import IncrementalDetokenizer, TokenTexts
+from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer, check_text, without_second_bos
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""

@@ -8,15 +8,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from llmengine.batch import TokenLogprobs
-from llmengine.detokenizer import IncrementalDetokenizer
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.fair_queue import TenantShare
 from llmengine.engine.kv_cache import BlockTable
 from llmengine.engine.stream import OutputStream
 from llmengine.errors import RequestFailedError
-from llmengine.grammar import Grammar
 from llmengine.outputs import FinishReason
 from llmengine.sampling_params import SamplingParams
+from llmengine.structured.grammar import Grammar
+from llmengine.tokenizer.detokenizer import IncrementalDetokenizer
 
 
 class RequestStatus(enum.Enum):

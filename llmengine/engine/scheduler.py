@@ -21,8 +21,8 @@ from llmengine.engine.pace import PromptPace
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.stats import EngineCounters
 from llmengine.errors import RequestFailedError
-from llmengine.grammar import Grammar
 from llmengine.outputs import FinishReason
+from llmengine.structured.grammar import Grammar
 
 
 def _nothing() -> None:

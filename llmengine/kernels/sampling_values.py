@@ -66,6 +66,6 @@ def _mix(state):
 
 @triton.jit
 def uniform(seed, position):
-    """float64 in [0, 1) from int64 seed and position: bit for bit `llmengine.backends.sampler.uniform`."""
+    """float64 in [0, 1) from int64 seed and position: bit for bit `llmengine.backends.cpu.sampler.uniform`."""
     state = _mix(seed.to(tl.uint64)) ^ position.to(tl.uint64)
     return (_mix(_mix(state)) >> 11).to(tl.int64).to(tl.float64) * (1.0 / 9007199254740992.0)

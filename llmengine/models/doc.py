@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from llmengine.checkpoints.gguf_file import BLOCK_SIZES
+from llmengine.checkpoints.huggingface_config import arch_from_hf_config
 from llmengine.models.arch import ROPE_TYPES, ModelArch
 from llmengine.models.families import FAMILIES, ModelFamily
-from llmengine.models.gguf_file import BLOCK_SIZES
-from llmengine.models.hf_config import arch_from_hf_config
 
 _CONTEXT = 1024
 _WIDTH = 120

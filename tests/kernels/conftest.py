@@ -1,5 +1,5 @@
 """Kernel tests run on the GPU where there is one, else through Triton's interpreter."""
 
-from device_fixture import device
+from tests.device_fixture import device
 
 __all__ = ["device"]

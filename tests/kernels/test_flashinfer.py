@@ -16,22 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from backend_helpers import BackendDriver, save_tiny
-from test_cuda_backend import SMALL, make_prompt
 from test_paged_attention import Case, copy_into, make_case, norms, rotations
 from torch import Tensor
 
 from llmengine.backends import load_backend
-from llmengine.backends.torch import cuda_attention, cuda_model
-from llmengine.backends.torch.cuda import CudaBackend
-from llmengine.backends.torch.cuda_attention import DecodeChoice, choose_decode
+from llmengine.backends.cuda import attention_choice, model
+from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode
+from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.errors import ConfigError
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_reference import decode_attention_reference, rope_and_write_reference
 from llmengine.kernels.flashinfer_attention import FlashInferDecode, unsupported
 from llmengine.kernels.step import NUM_DECODES
-from llmengine.models.source import open_model
+from tests.backends.cuda.test_backend import SMALL, make_prompt
+from tests.backends.helpers import BackendDriver, save_tiny
 
 HAS_REAL = importlib.util.find_spec("flashinfer") is not None
 HOPPER = (9, 0)
@@ -367,8 +367,8 @@ def test_a_model_measures_all_of_its_layers_when_it_is_loaded(
         num_timed += 1
         return float(-num_timed)  # the later, the faster: FlashInfer
 
-    monkeypatch.setattr(cuda_model, "time_graph", time_graph)
-    monkeypatch.setattr(cuda_attention, "CONTEXT_TOKENS", 20)
+    monkeypatch.setattr(model, "time_graph", time_graph)
+    monkeypatch.setattr(attention_choice, "CONTEXT_TOKENS", 20)
     save_tiny(tmp_path, **SMALL, num_hidden_layers=1)
     backend = CudaBackend(config_of(tmp_path, "measure", 4), open_model(tmp_path), torch.device(device, 0))
     assert num_timed == 2, "one row, by both"

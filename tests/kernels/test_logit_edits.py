@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from sampling_helpers import EDITS, SlotHistory
 from torch import Tensor
 
+from llmengine.backends.cpu.sampler import Sampler
+from llmengine.backends.cuda.sampling import DeviceSampler
+from llmengine.backends.cuda.step_buffer import Bucket, StepBuffer, StepLimits
+from llmengine.backends.cuda.stream import HostStream
 from llmengine.backends.logit_edits import NO_MASKS
-from llmengine.backends.sampler import Sampler
-from llmengine.backends.torch.cuda_sampling import DeviceSampler
-from llmengine.backends.torch.cuda_step import Bucket, StepBuffer, StepLimits
-from llmengine.backends.torch.cuda_stream import HostStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import SlotState
 from llmengine.sampling_params import SamplingParams
+from tests.backends.sampling_helpers import EDITS, SlotHistory
 
 VOCAB = 24
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.backends import sampler
+from llmengine.backends.cpu import sampler
 from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
 from llmengine.kernels.sampling_reference import distribution_reference, sample_greedy_reference
 from llmengine.kernels.sampling_values import uniform

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from llmengine.backends.torch.cuda_step import Bucket, SlotTables, StepBuffer, StepLimits
-from llmengine.backends.torch.cuda_stream import CudaStream, HostStream
+from llmengine.backends.cuda.step_buffer import Bucket, SlotTables, StepBuffer, StepLimits
+from llmengine.backends.cuda.stream import CudaStream, HostStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
     FROM_SLOT,

@@ -14,26 +14,26 @@ from typing import cast
 
 import torch
 
-from llmengine.backends.tensorrt.api import Library, load_library
+from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.fused_segments import MadeSegments, SegmentsContext
+from llmengine.backends.cuda.generic_segments import make_cuda_segments, torch_because
+from llmengine.backends.cuda.model import CudaWeights, load_weights
 from llmengine.backends.tensorrt.build_progress import BuildProgress
-from llmengine.backends.tensorrt.plan_cache import PlanCache
+from llmengine.backends.tensorrt.builder import default_workers
+from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.library import Library, load_library
+from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans, producer_of
 from llmengine.backends.tensorrt.plan_set import PlanSet
-from llmengine.backends.tensorrt.plan_store import PlanRequest, get_plans, producer_of
-from llmengine.backends.tensorrt.plans import default_workers
-from llmengine.backends.tensorrt.runner import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
+from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType
 from llmengine.backends.tensorrt.step_times import speedup, time_us, timed_sizes
 from llmengine.backends.tensorrt.verify import Verification, verify_plans
-from llmengine.backends.torch.cuda import CudaBackend
-from llmengine.backends.torch.cuda_generic import make_cuda_segments, torch_because
-from llmengine.backends.torch.cuda_model import CudaWeights, load_weights
-from llmengine.backends.torch.cuda_segments import MadeSegments, SegmentsContext
+from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.saved_plans import SavedPlans
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
 from llmengine.models.decoder import Segments, forward
-from llmengine.models.saved_plans import SavedPlans
-from llmengine.models.source import ModelSource
 
 _logger = logging.getLogger("llmengine.tensorrt")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmengine.backends.tensorrt.api import Library, not_none
+from llmengine.backends.tensorrt.library import Library, not_none
 from llmengine.backends.tensorrt.spec import SegmentSpec, TensorSpec, WeightSpec
 
 RawArray = npt.NDArray[np.uint8]

@@ -21,9 +21,9 @@ from llmengine.backends.tensorrt.spec import (
     plans_of,
     spec_from_dict,
 )
+from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
 from llmengine.errors import CorruptFileError
-from llmengine.models.fields import Fields
-from llmengine.models.saved_plans import SavedFile, SavedPlans
 
 _logger = logging.getLogger("llmengine.tensorrt")
 

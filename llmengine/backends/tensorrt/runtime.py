@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.api import Library, accepted, not_none
+from llmengine.backends.tensorrt.library import Library, accepted, not_none
 from llmengine.backends.tensorrt.spec import ProfileSpec, SegmentSpec
 from llmengine.errors import EngineError, OutOfMemoryError
 

@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from llmengine.checkpoints.fields import MAX_SIZE, Fields
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import Activation, ModelArch, canonical_shapes
-from llmengine.models.fields import MAX_SIZE, Fields
 
 SegmentKind = Literal["first", "mid", "last"]
 WeightMode = Literal["inputs", "constants"]

@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 
-from llmengine.backends.tensorrt.api import Library
-from llmengine.backends.tensorrt.plan_cache import PlanCache
+from llmengine.backends.tensorrt.builder import build_plans
+from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.library import Library
+from llmengine.backends.tensorrt.obtain import BuildPlans, PlanRequest, get_layer_plan
 from llmengine.backends.tensorrt.plan_set import PlanSet
-from llmengine.backends.tensorrt.plan_store import BuildPlans, PlanRequest, get_layer_plan
-from llmengine.backends.tensorrt.plans import build_plans
 from llmengine.backends.tensorrt.runtime import (
     LoadedPlan,
     PlanContext,
@@ -30,7 +30,7 @@ from llmengine.backends.tensorrt.runtime import (
 from llmengine.backends.tensorrt.spec import WeightMode
 from llmengine.backends.tensorrt.step_times import speedup, time_us, timed_sizes
 from llmengine.backends.tensorrt.verify import bound_tensors
-from llmengine.models.fused import ModelSource
+from llmengine.checkpoints.source import ModelSource
 
 LEAST_GAIN = 1.05
 """How much faster constants must be to be worth minutes of building and a second copy of the weights."""

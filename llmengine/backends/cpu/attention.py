@@ -1,0 +1,337 @@
+"""Paged attention with torch's own CPU operators: KV blocks are read in place for decodes, gathered once for prefills.
+
+Decode. A block's keys are stored transposed, [num_kv_heads, head_dim, block_size], so one block's scores of one head
+are a weighted sum of head_dim rows of the pool, weighted by q; the output of a head is a weighted sum of value rows,
+weighted by the probabilities. Both sums are `embedding_bag` with weights per sample, which reads rows wherever they
+are: no gather, half the time of gathering blocks and SDPA at 16 requests, a third at 64. Index tensors are built once
+a step and serve all layers.
+
+Prefill. One request after another through SDPA, causal on its own fresh k and v, or over its gathered context.
+
+A sliding window reads only the blocks that it touches. Layers with the same window share what is planned for it.
+
+Rows that were never written, or whose block a former request left behind, are never multiplied, not even by zero
+(0 * NaN is NaN): scores are overwritten beyond the context, values are taken from `NULL_BLOCK`, which stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmengine.backends.cpu.step_inputs import StepInputs
+from llmengine.batch import NULL_BLOCK
+from llmengine.models.decoder import Norm
+
+_MAX_PADDING = 1.5
+"""Decodes share one group while the longest context has at most this many times the blocks of the shortest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Sizes and factors that every layer shares.
+
+    Attributes:
+        score_scale: what scores are multiplied by.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_blocks: int
+    block_size: int
+    score_scale: float
+    soft_cap: float | None = None
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block's keys and values over all layers, fp32."""
+        return 8 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What a layer's attention has of its own.
+
+    Attributes:
+        rope_table: see `models.rope`.
+        sliding_window: a token attends to this many tokens, itself included; None for all before it.
+        q_norm: of q [num_tokens, num_heads, head_dim] before the rotation; None without, and then k_norm is too.
+        k_norm: likewise of k.
+    """
+
+    rope_table: Tensor
+    sliding_window: int | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Rows [begin, end) of one token each; `num_blocks` blocks of each are read.
+
+    Attributes:
+        key_rows: [rows * num_heads * num_blocks * head_dim], rows of the keys [.., block_size].
+        key_bags: where each bag of head_dim rows begins.
+        value_rows: [rows * num_heads * num_blocks * block_size], rows of the values [.., head_dim].
+        value_bags: where each bag of num_blocks * block_size rows begins.
+        beyond: bool [rows, 1, num_blocks * block_size], positions that are not in the context.
+    """
+
+    begin: int
+    end: int
+    num_blocks: int
+    key_rows: Tensor
+    key_bags: Tensor
+    value_rows: Tensor
+    value_bags: Tensor
+    beyond: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """Tokens [begin, end) of one request; they attend to the keys of positions [first_key, context_len).
+
+    Attributes:
+        blocks: of these positions, None if they are all in the step.
+        mask: what is added to the scores, None for a causal mask over the step's own tokens.
+    """
+
+    begin: int
+    end: int
+    first_key: int
+    context_len: int
+    blocks: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a step's rows read, for all layers with the same window."""
+
+    groups: list[_DecodeGroup]
+    prefills: list[_Prefill]
+
+
+class PagedAttention:
+    """KV pools of all layers (fp32, zeros that the system maps on first touch) and attention over them.
+
+    `plan` once a step, then `attend` once a layer.
+    """
+
+    def __init__(self, shape: AttentionShape, layers: Sequence[LayerAttention]) -> None:
+        assert len(layers) == shape.num_layers
+        self.shape = shape
+        self.layers = layers
+        blocks, heads, dim, size = shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
+        self.keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
+        self.values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
+        # Views made once: (written keys [blocks, size, heads, dim], key rows, written values, value rows).
+        self._views = [
+            (key.permute(0, 3, 1, 2), key.view(-1, size), value.view(-1, heads, dim), value.view(-1, dim))
+            for key, value in zip(self.keys, self.values, strict=True)
+        ]
+        num_rows = blocks * heads * max(dim, size)
+        self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
+        num_rotated = shape.num_heads + heads
+        self._head_scales = torch.ones(num_rotated, 1)
+        self._head_scales[: shape.num_heads] = shape.score_scale
+        self._tables = {id(layer.rope_table): layer.rope_table for layer in layers}
+        self._windows = {layer.sliding_window for layer in layers}
+
+    @property
+    def rope_table(self) -> Tensor:
+        """The first layer's, where all have the same."""
+        return self.layers[0].rope_table
+
+    def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
+        """Prepare for one step: rotations, where keys and values go, and what each row reads."""
+        size = self.shape.block_size
+        positions = torch.from_numpy(inputs.positions)
+        self._rotations = {key: self._rotation(table[positions]) for key, table in self._tables.items()}
+        blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
+        offsets = inputs.positions % size
+        self._blocks, self._offsets = torch.from_numpy(blocks), torch.from_numpy(offsets)
+        self._token_rows = torch.from_numpy(blocks * size + offsets)
+        self._plans = {window: self._plan_window(inputs, block_tables, window) for window in self._windows}
+
+    def _rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what q and k, and their partners, are multiplied by; q comes out scaled for the scores."""
+        cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1) * self._head_scales, torch.cat((-sin, sin), dim=-1) * self._head_scales
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """`models.decoder.Attend`: rotate, write keys and values, attend."""
+        shape = self.shape
+        num_tokens, num_heads, num_kv = qkv.shape[0], shape.num_heads, shape.num_kv_heads
+        heads = qkv.view(num_tokens, num_heads + 2 * num_kv, shape.head_dim)
+        unrotated, own = heads[:, : num_heads + num_kv], self.layers[layer]
+        if own.q_norm is not None and own.k_norm is not None:
+            unrotated = torch.cat((own.q_norm(unrotated[:, :num_heads]), own.k_norm(unrotated[:, num_heads:])), dim=1)
+        cos, sin = self._rotations[id(own.rope_table)]
+        rotated = torch.addcmul(unrotated * cos, unrotated.roll(shape.head_dim // 2, -1), sin)
+        q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_heads + num_kv :]
+        written_keys, key_rows, written_values, value_rows = self._views[layer]
+        written_keys.index_put_((self._blocks, self._offsets), k)
+        written_values.index_copy_(0, self._token_rows, v)
+        plan = self._plans[own.sliding_window]
+        if len(plan.groups) == 1 and not plan.prefills:
+            return self._decode(q, key_rows, value_rows, plan.groups[0])
+        result = qkv.new_empty(num_tokens, num_heads * shape.head_dim)
+        for group in plan.groups:
+            result[group.begin : group.end] = self._decode(q[group.begin : group.end], key_rows, value_rows, group)
+        for prefill in plan.prefills:
+            part = slice(prefill.begin, prefill.end)
+            result[part] = self._prefill(q[part], k[part], v[part], layer, prefill)
+        return result
+
+    def _decode(self, q: Tensor, key_rows: Tensor, value_rows: Tensor, group: _DecodeGroup) -> Tensor:
+        num_rows, num_heads = q.shape[:2]
+        weights = q[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
+        scores = _bag(key_rows, group.key_rows, group.key_bags, weights).view(num_rows, num_heads, -1)
+        if self.shape.soft_cap is not None:
+            _cap(scores, self.shape.soft_cap)
+        probabilities = torch.softmax(scores.masked_fill_(group.beyond, -torch.inf), dim=-1)
+        return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, layer: int, prefill: _Prefill) -> Tensor:
+        shape = self.shape
+        if prefill.blocks is not None:
+            k = self.keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
+            v = self.values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
+            num_keys = prefill.context_len - prefill.first_key
+            k, v = k[:num_keys], v[:num_keys]
+        if shape.soft_cap is not None:
+            assert prefill.mask is not None
+            return _capped_attention(q, k, v, prefill.mask, shape.soft_cap)
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=prefill.mask,
+            is_causal=prefill.mask is None,
+            scale=1.0,
+            enable_gqa=shape.num_heads != shape.num_kv_heads,
+        )
+        return attended[0].transpose(0, 1).reshape(q.shape[0], -1)
+
+    def _plan_window(self, inputs: StepInputs, block_tables: NDArray[np.int32], window: int | None) -> _Plan:
+        rows = range(inputs.num_decodes, len(inputs.row_slots))
+        prefills = [self._plan_prefill(inputs, block_tables, row, window) for row in rows]
+        return _Plan(self._plan_decodes(inputs, block_tables, window), prefills)
+
+    def _plan_decodes(
+        self, inputs: StepInputs, block_tables: NDArray[np.int32], window: int | None
+    ) -> list[_DecodeGroup]:
+        """Cut the decodes, which come by growing context, into groups that read a similar number of blocks."""
+        size, context_lens = self.shape.block_size, inputs.context_lens[: inputs.num_decodes]
+        ends = -(-context_lens // size)
+        # A window touches at most so many blocks, however it lies.
+        num_blocks = ends if window is None else np.minimum(ends, (window + 2 * size - 2) // size)
+        groups, begin = [], 0
+        while begin < inputs.num_decodes:
+            end = int(np.searchsorted(num_blocks, max(num_blocks[begin] * _MAX_PADDING, 4), side="right"))
+            first = (ends - num_blocks)[begin:end, None]
+            columns = first + np.arange(num_blocks[end - 1])
+            slots = inputs.row_slots[begin:end, None]
+            table = block_tables[slots, np.minimum(columns, block_tables.shape[1] - 1)]
+            positions = (columns[:, :, None] * size + np.arange(size)).reshape(len(table), -1)
+            beyond = positions >= context_lens[begin:end, None]
+            if window is not None:
+                beyond |= positions < context_lens[begin:end, None] - window
+            groups.append(self._plan_group(begin, end, table, beyond))
+            begin = end
+        return groups
+
+    def _plan_group(self, begin: int, end: int, table: NDArray[np.int32], beyond: NDArray[np.bool_]) -> _DecodeGroup:
+        """Return the group that reads the blocks `table` [rows, num_blocks], less the positions `beyond`."""
+        shape, index = self.shape, self._index_type
+        heads, dim, size, repeat = (
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            shape.num_heads // shape.num_kv_heads,
+        )
+        rows, num_blocks = table.shape
+        table, head = table.astype(index), np.arange(heads, dtype=index)
+        key_rows = (table[:, None, None, :, None] * heads + head[:, None, None, None]) * dim + np.arange(
+            dim, dtype=index
+        )
+        key_rows = np.broadcast_to(key_rows, (rows, heads, repeat, num_blocks, dim)).flatten()
+        slots = (table[:, :, None] * size + np.arange(size, dtype=index)).reshape(rows, -1)
+        slots[beyond] = NULL_BLOCK * size
+        value_rows = slots[:, None, None, :] * heads + head[:, None, None]
+        value_rows = np.broadcast_to(value_rows, (rows, heads, repeat, num_blocks * size)).flatten()
+        return _DecodeGroup(
+            begin=begin,
+            end=end,
+            num_blocks=num_blocks,
+            key_rows=torch.from_numpy(key_rows),
+            key_bags=torch.from_numpy(np.arange(0, len(key_rows), dim, dtype=index)),
+            value_rows=torch.from_numpy(value_rows),
+            value_bags=torch.from_numpy(np.arange(0, len(value_rows), num_blocks * size, dtype=index)),
+            beyond=torch.from_numpy(beyond)[:, None, :],
+        )
+
+    def _plan_prefill(
+        self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int, window: int | None
+    ) -> _Prefill:
+        size = self.shape.block_size
+        begin, end = int(inputs.row_starts[row]), int(inputs.row_starts[row + 1])
+        context_len = int(inputs.context_lens[row])
+        start = context_len - (end - begin)
+        if start == 0:
+            needs_mask = self.shape.soft_cap is not None or (window is not None and window < context_len)
+            mask = _mask(0, context_len, 0, window) if needs_mask else None
+            return _Prefill(begin, end, 0, context_len, None, mask)
+        first_block = 0 if window is None else max(0, start - window + 1) // size
+        table = block_tables[inputs.row_slots[row], first_block : -(-context_len // size)]
+        mask = _mask(start, context_len, first_block * size, window)
+        return _Prefill(begin, end, first_block * size, context_len, torch.from_numpy(table.astype(np.int64)), mask)
+
+
+def _mask(start: int, end: int, first_key: int, window: int | None) -> Tensor:
+    """Return fp32 [end - start, end - first_key]: -inf where a query at [start, end) does not attend to a key."""
+    mask = torch.full((end - start, end - first_key), -torch.inf).triu_(start - first_key + 1)
+    if window is not None:
+        before = torch.ones(mask.shape, dtype=torch.bool).tril_(start - first_key - window)
+        mask.masked_fill_(before, -torch.inf)
+    return mask
+
+
+def _cap(scores: Tensor, soft_cap: float) -> Tensor:
+    """Return `scores`, soft-capped in place."""
+    return scores.div_(soft_cap).tanh_().mul_(soft_cap)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
+    """Return [num_queries, heads * dim] for scaled q [num_queries, heads, dim], KV head after KV head.
+
+    `scaled_dot_product_attention` has no soft cap.
+    """
+    result = q.new_empty(q.shape)
+    group = q.shape[1] // k.shape[1]
+    for head in range(k.shape[1]):
+        heads = slice(head * group, (head + 1) * group)
+        scores = torch.matmul(q[:, heads].transpose(0, 1), k[:, head].t())
+        probabilities = torch.softmax(_cap(scores, soft_cap).add_(mask), dim=-1)
+        result[:, heads] = torch.matmul(probabilities, v[:, head]).transpose(0, 1)
+    return result.flatten(1)
+
+
+def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """Return [num_bags, columns]: for each bag the sum of its rows times their weights."""
+    return torch.embedding_bag(rows, indices, bags, False, 0, False, weights, False)[0]
+
+
+def _lazy_zeros(*shape: int) -> Tensor:
+    # numpy asks the system for zeroed pages; torch.zeros would write, and so occupy, the whole pool at once.
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))

@@ -1,0 +1,277 @@
+"""The CPU backend: one step at a time, run to its end in `launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+
+from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
+from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
+from llmengine.backends.cpu.native import (
+    MAX_FEW_TOKENS,
+    NATIVE_DIRECTORY,
+    NativeDecoder,
+    NativeUnavailableError,
+    load_native_library,
+)
+from llmengine.backends.cpu.openmp import TorchThreads
+from llmengine.backends.cpu.sampler import Sampler, Samples, no_token_message
+from llmengine.backends.cpu.step_inputs import SlotTable, StepInputs
+from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
+from llmengine.backends.kv_layout import context_limit, num_kv_blocks
+from llmengine.backends.logit_edits import mask_words
+from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
+from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
+from llmengine.checkpoints.opening import ModelSource
+from llmengine.config import ModelConfig
+from llmengine.models.arch import ModelArch
+from llmengine.models.decoder import forward, forward_to_last
+from llmengine.models.rope import layer_tables
+
+_logger = logging.getLogger("llmengine.backends.cpu.backend")
+
+_DEFAULT_FRACTION = 0.2
+
+_LEAST_SHARED_ELEMENTS = 4 << 20
+"""Logits of a step, from which on torch's operators take all threads."""
+
+
+class CpuBackend:
+    """Implements `batch.Backend` with torch's CPU operators; made, used and closed by one thread.
+
+    Activations, logits and KV are float32 whatever the weights are. Where the native decoder is available, it runs the
+    steps, but for large ones of some weights (see `NativeDecoder`), and torch's operators take one thread.
+
+    Args:
+        native_directory: where the native library is looked for.
+    """
+
+    def __init__(self, config: ModelConfig, source: ModelSource, native_directory: Path = NATIVE_DIRECTORY) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        arch = source.arch
+        limit = context_limit(config, arch)
+        runs_native = arch.is_llama(limit)
+        try:
+            native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
+            native_text = f"no native decoder: it does not compute {arch.architecture} with contexts of {limit} tokens"
+        except NativeUnavailableError as error:
+            native_library, runs_native, native_text = None, False, f"no native decoder: {error}"
+        with torch.inference_mode():
+            # The fastest format is measured, so it need not be the same the next time.
+            row_major = runs_native or config.deterministic
+            model = load_cpu_model(config, source, native_library, row_major=row_major)
+            shape = _size_kv_cache(config, arch, limit)
+            max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
+            self._attention: PagedAttention | None = PagedAttention(
+                shape, _attention_layers(arch, model, max_model_len)
+            )
+            self._native: NativeDecoder | None = None
+            if native_library is not None and runs_native:
+                self._native = NativeDecoder(
+                    native_library, arch, model.parts, model.lm_head, self._attention, max_model_len
+                )
+                native_text = f"{_native_steps(self._native)} in the native decoder ({native_library.variant})"
+        self._native_library = native_library
+        self._torch_threads = TorchThreads()
+        self._model: CpuModel | None = model
+        self._deterministic = config.deterministic
+        num_slots = config.scheduler_config.max_batch_size
+        self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
+        self._sampler = Sampler(num_slots, arch.vocab_size)
+        self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
+        self._result: StepResult | None = None
+        self._info = BackendInfo(
+            description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
+            + native_text
+            + (", deterministic" if config.deterministic else ""),
+            vocab_size=arch.vocab_size,
+            max_model_len=max_model_len,
+            num_blocks=shape.num_blocks,
+            block_size=shape.block_size,
+            kv_bytes_per_block=shape.bytes_per_block,
+            weight_bytes=model.size_bytes,
+            max_steps_in_flight=1,
+            has_prompt_logprobs=True,
+        )
+        _logger.info("%s; KV cache of %d tokens", self._info.description, (shape.num_blocks - 1) * shape.block_size)
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def launch(self, batch: Batch) -> None:
+        """Run one step to its end; `collect` hands out its result."""
+        assert self._result is None, "one step in flight at most"
+        assert self._model is not None, "the backend is closed"
+        for init in batch.slot_inits:
+            self._slots.init_slot(init)
+            self._sampler.init_slot(init)
+            self._prompt_logprobs.init_slot(init)
+        with torch.inference_mode(), self._few_torch_threads():
+            inputs = self._slots.flatten(batch)
+            begin = time.perf_counter()
+            prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+            if wanted := self._prompt_logprobs.wanted(inputs):
+                with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
+                    logits, prompt_logprobs = self._forward_with_prompt_logprobs(inputs, wanted)
+            else:
+                logits = self._forward(inputs)
+            forward_s = time.perf_counter() - begin
+            if logits is None:
+                self._result = StepResult(
+                    step=batch.step, token_ids={}, prompt_logprobs=prompt_logprobs, forward_s=forward_s
+                )
+                return
+            masks = mask_words(batch.masks)
+            with self._torch_threads_for(logits.numel()):
+                samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, masks)
+        self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
+        self._result = replace(_step_result(batch.step, inputs, samples, forward_s), prompt_logprobs=prompt_logprobs)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
+        """Return the logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        if not self._deterministic:
+            return self._forward_at_once(inputs)
+        native = self._native
+        pieces = token_pieces(inputs) if native is None else native_pieces(inputs, MAX_FEW_TOKENS)
+        found = [(self._forward_at_once(piece), num_samples) for piece, num_samples in pieces]
+        logits = [some[:num_samples] for some, num_samples in found if some is not None]
+        return torch.cat(logits) if logits else None
+
+    def _few_torch_threads(self) -> AbstractContextManager[None]:
+        """Keep torch's threads from spinning on the cores of the native decoder's."""
+        return contextlib.nullcontext() if self._native is None else self._torch_threads.one()
+
+    def _torch_threads_for(self, num_elements: int) -> AbstractContextManager[None]:
+        """Give torch's operators all threads where that gains more than starting and ending these costs."""
+        if self._native is None or num_elements < _LEAST_SHARED_ELEMENTS:
+            return contextlib.nullcontext()
+        return self._torch_threads.all()
+
+    def _forward_at_once(self, inputs: StepInputs) -> torch.Tensor | None:
+        native = self._native
+        if native is not None and (native.max_tokens is None or len(inputs.token_ids) <= native.max_tokens):
+            return native.forward(inputs, self._slots.block_tables)
+        with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
+            return self._forward_by_torch(inputs)
+
+    def _forward_by_torch(self, inputs: StepInputs) -> torch.Tensor | None:
+        assert self._model is not None
+        assert self._attention is not None
+        self._attention.plan(inputs, self._slots.block_tables)
+        every = len(inputs.sample_tokens) == len(inputs.token_ids)
+        sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
+        x = self._model.embed(torch.from_numpy(inputs.token_ids))
+        return forward(self._model.segments, x, self._attention.attend, sample_tokens)
+
+    def _forward_with_prompt_logprobs(
+        self, inputs: StepInputs, wanted: Sequence[WantedLogprobs]
+    ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
+        """Return what `_forward` does, and log-probabilities of prompt tokens."""
+        if self._deterministic:
+            # These tokens are computed again, which writes the same keys and values.
+            logits = self._forward(inputs)
+            return logits, self._prompt_logprobs.compute(wanted, partial(self._logits_after, inputs))
+        model, attention = self._model, self._attention
+        assert model is not None
+        assert attention is not None
+        attention.plan(inputs, self._slots.block_tables)
+        x = model.embed(torch.from_numpy(inputs.token_ids))
+        attended, x = forward_to_last(model.segments, x, attention.attend)
+        last = partial(model.segments.last, attended, x)
+        prompt_logprobs = self._prompt_logprobs.compute(wanted, last)
+        samples = torch.from_numpy(inputs.sample_tokens)
+        return last(samples) if len(samples) else None, prompt_logprobs
+
+    def _logits_after(self, inputs: StepInputs, tokens: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits [n, vocab] of the step's tokens int64 [n], which follow each other."""
+        logits = self._forward(sampling_all(inputs, slice(int(tokens[0]), int(tokens[-1]) + 1)))
+        assert logits is not None
+        return logits
+
+    def collect(self) -> StepResult:
+        """Return the result of the step that was launched."""
+        result, self._result = self._result, None
+        assert result is not None, "collect() follows launch()"
+        return result
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the canonical weights as they are used, in `canonical_shapes` order, one copy at a time.
+
+        An int8 matrix comes as `X.weight` (int8 [out, in]) followed by `X.weight_scale` (fp32 [out]); a loader that
+        streams both back gets the same tokens. With tied embeddings the output matrix is not among them: it is
+        made from `embed_tokens.weight` again, in the same way.
+        """
+        assert self._model is not None, "the backend is closed"
+        return self._model.canonical()
+
+    def close(self) -> None:
+        """Release weights and KV cache, back to the system; idempotent."""
+        self._model = None
+        self._attention = None
+        self._native = None
+        self._result = None
+        library, self._native_library = self._native_library, None
+        if library is not None:
+            library.close()
+        _trim_heap()
+
+
+def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> list[LayerAttention]:
+    tables = layer_tables(arch, max_model_len)
+    return [
+        LayerAttention(tables[index], arch.layer(index).sliding_window, *model.qk_norms[index])
+        for index in range(arch.num_layers)
+    ]
+
+
+def _native_steps(native: NativeDecoder) -> str:
+    return "steps" if native.max_tokens is None else f"steps of up to {native.max_tokens} tokens"
+
+
+def _trim_heap() -> None:
+    """Have glibc return freed memory: it keeps the small half of a model's matrices in its heap otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: float) -> StepResult:
+    slots = inputs.sample_slots.tolist()
+    token_ids = dict(zip(slots, zip(samples.token_ids, strict=True), strict=True))
+    logprobs = {slots[row]: (value,) for row, value in samples.logprobs.items()}
+    errors = {}
+    if any(samples.failed):
+        for slot, position, failed in zip(slots, inputs.sample_positions.tolist(), samples.failed, strict=True):
+            if failed:
+                errors[slot] = no_token_message(position)
+                del token_ids[slot]
+                logprobs.pop(slot, None)
+    return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
+
+
+def _size_kv_cache(config: ModelConfig, arch: ModelArch, limit: int) -> AttentionShape:
+    """Return the attention's sizes with as many blocks as there is room for."""
+    shape = AttentionShape(
+        num_layers=arch.num_layers,
+        num_heads=arch.num_heads,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+        num_blocks=1,
+        block_size=config.kv_cache_config.block_size,
+        score_scale=arch.score_scale,
+        soft_cap=arch.attention_soft_cap,
+    )
+    free_bytes = psutil.virtual_memory().available
+    num_blocks = num_kv_blocks(config, limit, shape.bytes_per_block, free_bytes, _DEFAULT_FRACTION)
+    return replace(shape, num_blocks=num_blocks)

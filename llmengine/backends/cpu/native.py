@@ -1,0 +1,369 @@
+"""The native decoder: a step as one call into a compiled library, if the installation has it.
+
+Steps that it does not run go through torch's operators. Of these it computes the products with int8 weights.
+
+The library computes on the same weights and KV blocks as the torch path, on threads of its own, which give their cores
+up when they have to wait. `native.cpp` is its source; the structures here mirror those there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sysconfig
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmengine.backends.cpu.attention import PagedAttention
+from llmengine.backends.cpu.openmp import torch_function
+from llmengine.backends.cpu.step_inputs import StepInputs
+from llmengine.models.arch import ModelArch
+
+MAX_FEW_TOKENS = 128
+"""In steps of more tokens, products and attention take tiles of tokens; fp32, bf16 and fp16 weights then need MKL."""
+
+NATIVE_DIRECTORY = Path(__file__).parent
+"""Where the installation puts the library."""
+
+_logger = logging.getLogger("llmengine.backends.cpu.native")
+
+_VERSION = 4
+_VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
+"""What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_PANEL_ROWS = 16
+"""Rows of an int8 matrix that lie together."""
+
+_Pointer = ctypes.c_void_p
+_Int = ctypes.c_int64
+
+
+class NativeUnavailableError(Exception):
+    """The native decoder cannot be used here; the message says why, for the backend's description."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("format", _Int),
+        ("weight", _Pointer),
+        ("scale", _Pointer),
+        ("bias", _Pointer),
+        ("rows", _Int),
+        ("columns", _Int),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", _Pointer),
+        ("post_attention_norm", _Pointer),
+        ("qkv", _Matrix),
+        ("o", _Matrix),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("keys", _Pointer),
+        ("values", _Pointer),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("pool", _Pointer),
+        ("sgemm", _Pointer),
+        ("set_thread_limit", _Pointer),
+        ("num_layers", _Int),
+        ("num_heads", _Int),
+        ("num_kv_heads", _Int),
+        ("head_dim", _Int),
+        ("block_size", _Int),
+        ("max_context", _Int),
+        ("layers", _Pointer),
+        ("embedding", _Matrix),
+        ("lm_head", _Matrix),
+        ("final_norm", _Pointer),
+        ("norm_eps", ctypes.c_float),
+        ("rope", _Pointer),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", _Int),
+        ("num_logits", _Int),
+        ("table_stride", _Int),
+        ("token_ids", _Pointer),
+        ("positions", _Pointer),
+        ("token_slots", _Pointer),
+        ("logit_tokens", _Pointer),
+        ("block_tables", _Pointer),
+        ("workspace", _Pointer),
+        ("logits", _Pointer),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("matrix", _Matrix),
+        ("num_tokens", _Int),
+        ("accumulate", _Int),
+        ("x", _Pointer),
+        ("out", _Pointer),
+        ("workspace", _Pointer),
+    )
+
+
+class NativeLibrary:
+    """The loaded library and the threads that it runs on, the caller among them; for one caller at a time.
+
+    Args:
+        variant: of the library.
+        library: it.
+        num_threads: how many.
+        borrowed: whether they are torch's OpenMP threads, if it has these: for products between torch's operators.
+            Otherwise they are the library's own, which end with `close()`.
+    """
+
+    def __init__(self, variant: str, library: ctypes.CDLL, num_threads: int, borrowed: bool) -> None:
+        self.variant = variant
+        self.library = library
+        library.llmengine_start_pool.restype = _Pointer
+        library.llmengine_start_pool.argtypes = (_Int, _Pointer)
+        library.llmengine_pool_size.restype = library.llmengine_workspace_size.restype = _Int
+        library.llmengine_workspace_size.argtypes = (_Pointer, _Int)
+        library.llmengine_forward.argtypes = (_Pointer, _Pointer)
+        library.llmengine_multiply_int8.argtypes = (_Pointer, _Pointer)
+        library.llmengine_forward.restype = library.llmengine_multiply_int8.restype = None
+        library.llmengine_stop_pool.restype = None
+        library.llmengine_pool_size.argtypes = library.llmengine_stop_pool.argtypes = (_Pointer,)
+        parallel = torch_function("GOMP_parallel") if borrowed else None
+        self.pool = library.llmengine_start_pool(num_threads, parallel)
+        self.close = weakref.finalize(self, library.llmengine_stop_pool, self.pool)
+        # At the interpreter's exit the engine that runs on the threads closes its backend, not this.
+        self.close.atexit = False
+        started = int(library.llmengine_pool_size(self.pool))
+        if started < num_threads:
+            _logger.warning("the system started only %d of %d threads", started, num_threads)
+
+
+def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> NativeLibrary:
+    """Load the variant for this processor from `directory`, with as many threads as torch uses.
+
+    `borrowed_threads`: see `NativeLibrary`. Raises `NativeUnavailableError`.
+    """
+    variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "generic")
+    if variant == "avx512" and torch.cpu._is_vnni_supported():
+        variant = "avx512vnni"
+    path = directory / f"_native_{variant}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        raise NativeUnavailableError("it was not built when this package was installed")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.llmengine_native_version()
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailableError(f"{path.name} cannot be loaded: {error}") from error
+    if version != _VERSION:
+        raise NativeUnavailableError(f"{path.name} is from another version: reinstall this package")
+    return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
+
+
+class Part(Protocol):
+    """A norm, an embedding or a matrix that can give its canonical tensors."""
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", ...), and ("bias", ...) where there is one."""
+
+
+class NativeInt8Linear:
+    """`linear.CpuLinear` of int8 weights with one scale for each output row; activations are rounded to 16 bits.
+
+    A token's result does not depend on the tokens beside it.
+
+    Args:
+        weight: int8 [out_features, in_features].
+        scale: fp32 [out_features].
+        bias: fp32 [out_features] or None.
+    """
+
+    def __init__(self, library: NativeLibrary, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self._library = library
+        self._function = library.library.llmengine_multiply_int8
+        rows, columns = weight.shape
+        missing = -rows % _PANEL_ROWS
+        self._packed = F.pad(weight, (0, columns % 2, 0, missing)).view(-1, _PANEL_ROWS, (columns + 1) // 2, 2)
+        self._packed = self._packed.transpose(1, 2).contiguous()
+        self._scale = F.pad(scale.float(), (0, missing))
+        self._bias = None if bias is None else F.pad(bias.float(), (0, missing))
+        self.matrix = _Matrix(
+            format=_FORMATS[torch.int8],
+            weight=self._packed.data_ptr(),
+            scale=self._scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            rows=rows,
+            columns=columns,
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return fp32 x @ weight.T + bias + residual; `residual` is overwritten by it."""
+        x = x.contiguous()
+        num_tokens = len(x)
+        out = x.new_empty(num_tokens, self.matrix.rows) if residual is None else residual.contiguous()
+        workspace = torch.empty(num_tokens * _quantized_size(self.matrix.columns))
+        product = _Product(
+            matrix=self.matrix,
+            num_tokens=num_tokens,
+            accumulate=residual is not None,
+            x=x.data_ptr(),
+            out=out.data_ptr(),
+            workspace=workspace.data_ptr(),
+        )
+        self._function(self._library.pool, ctypes.byref(product))
+        return out
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return self._packed.nbytes + self._scale.nbytes
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ("weight", a row-major copy), ("weight_scale", ...), and ("bias", ...) if there is one."""
+        rows, columns = self.matrix.rows, self.matrix.columns
+        weight = self._packed.transpose(1, 2).reshape(self._packed.shape[0] * _PANEL_ROWS, -1)
+        yield "weight", weight[:rows, :columns].contiguous()
+        yield "weight_scale", self._scale[:rows]
+        if self._bias is not None:
+            yield "bias", self._bias[:rows]
+
+
+def _quantized_size(columns: int) -> int:
+    """Return the floats that a token's 16-bit activations and their scale take."""
+    return 1 + (columns + 1) // 2
+
+
+def _matrices(layer: _Layer) -> tuple[_Matrix, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _takes_many(matrix_format: int, has_blas: bool) -> bool:
+    """True if a matrix of this format is multiplied as fast as by torch where there are many tokens."""
+    if matrix_format == _FORMATS[torch.bfloat16] and torch.cpu._is_amx_tile_supported():
+        return False
+    return has_blas or matrix_format == _FORMATS[torch.int8]
+
+
+class NativeDecoder:
+    """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
+
+    There is no limit, `max_tokens` is None, for int8 weights and where torch brings MKL along. But the tile units of a
+    processor make torch's products with bf16 weights faster by far.
+
+    Args:
+        parts: by canonical name (less ".weight"); matrices are `NativeInt8Linear` or row-major float32, bfloat16 or
+            float16. They are used where they are, as are the attention's KV pools.
+        lm_head: the output matrix, which may be none of `parts`.
+        max_context: tokens, of any request.
+    """
+
+    def __init__(
+        self,
+        library: NativeLibrary,
+        arch: ModelArch,
+        parts: Mapping[str, Part],
+        lm_head: Part,
+        attention: PagedAttention,
+        max_context: int,
+    ) -> None:
+        self._kept: list[object] = [attention]
+        self._vocab_size = arch.vocab_size
+        sgemm, set_thread_limit = (torch_function(name) for name in ("sgemm_", "MKL_Set_Num_Threads_Local"))
+        self._library = library.library
+        layers = (_Layer * arch.num_layers)(
+            *(self._layer(f"layers.{index}.", parts, attention, index) for index in range(arch.num_layers))
+        )
+        block_size = attention.shape.block_size
+        self._model = _Model(
+            pool=library.pool,
+            sgemm=sgemm,
+            set_thread_limit=set_thread_limit,
+            num_layers=arch.num_layers,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            block_size=block_size,
+            max_context=-(-max_context // block_size) * block_size,
+            layers=ctypes.addressof(layers),
+            embedding=self._matrix(parts["embed_tokens"]),
+            lm_head=self._matrix(lm_head),
+            final_norm=self._norm(parts["final_norm"]),
+            norm_eps=arch.rms_norm_eps,
+            rope=self._vector(attention.rope_table),
+        )
+        matrices = [self._model.lm_head, *(matrix for layer in layers for matrix in _matrices(layer))]
+        has_blas = sgemm is not None and set_thread_limit is not None
+        self.max_tokens = None if all(_takes_many(matrix.format, has_blas) for matrix in matrices) else MAX_FEW_TOKENS
+        self._workspace = self._new_workspace(MAX_FEW_TOKENS)
+        self._kept += [layers, library]
+
+    def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
+        """Return fp32 logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        num_tokens, num_logits = len(inputs.token_ids), len(inputs.sample_tokens)
+        assert self.max_tokens is None or num_tokens <= self.max_tokens
+        logits = torch.empty(num_logits, self._vocab_size)
+        workspace = self._workspace if num_tokens <= MAX_FEW_TOKENS else self._new_workspace(num_tokens)
+        step = _Step(
+            num_tokens=num_tokens,
+            num_logits=num_logits,
+            table_stride=block_tables.shape[1],
+            token_ids=inputs.token_ids.ctypes.data,
+            positions=inputs.positions.ctypes.data,
+            token_slots=inputs.token_slots.ctypes.data,
+            logit_tokens=inputs.sample_tokens.ctypes.data,
+            block_tables=block_tables.ctypes.data,
+            workspace=workspace.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        self._library.llmengine_forward(ctypes.byref(self._model), ctypes.byref(step))
+        return logits if num_logits else None
+
+    def _new_workspace(self, num_tokens: int) -> Tensor:
+        return torch.empty(self._library.llmengine_workspace_size(ctypes.byref(self._model), num_tokens))
+
+    def _layer(self, prefix: str, parts: Mapping[str, Part], attention: PagedAttention, index: int) -> _Layer:
+        return _Layer(
+            input_norm=self._norm(parts[prefix + "input_norm"]),
+            post_attention_norm=self._norm(parts[prefix + "post_attention_norm"]),
+            qkv=self._matrix(parts[prefix + "qkv"]),
+            o=self._matrix(parts[prefix + "o"]),
+            gate_up=self._matrix(parts[prefix + "gate_up"]),
+            down=self._matrix(parts[prefix + "down"]),
+            keys=attention.keys[index].data_ptr(),
+            values=attention.values[index].data_ptr(),
+        )
+
+    def _norm(self, part: Part) -> int:
+        return self._vector(dict(part.canonical())["weight"])
+
+    def _matrix(self, part: Part) -> _Matrix:
+        self._kept.append(part)
+        if isinstance(part, NativeInt8Linear):
+            return part.matrix
+        tensors = dict(part.canonical())
+        weight, bias = tensors["weight"], tensors.get("bias")
+        assert weight.is_contiguous()
+        rows, columns = weight.shape
+        bias_address = None if bias is None else self._vector(bias)
+        return _Matrix(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
+
+    def _vector(self, tensor: Tensor) -> int:
+        """Return the address of `tensor` as contiguous fp32."""
+        tensor = tensor.float().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()

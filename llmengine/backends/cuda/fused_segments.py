@@ -1,0 +1,297 @@
+"""A decoder's dense compute on CUDA: fused kernels, with activations at fixed addresses so that graphs can hold it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+from llmengine.backends.cuda.compile_threads import compile_threads
+from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.kernels.cublaslt import CublasConfig
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
+from llmengine.kernels.gemm_config import GemmShape, Operation, SkinnyConfig, fixed_config
+from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
+from llmengine.kernels.timing import time_graph
+from llmengine.models.arch import ModelArch
+from llmengine.models.decoder import Segments, finish_logits
+
+_OPERATIONS: dict[str, Operation] = {
+    "qkv": "norm_linear",
+    "o": "linear_add",
+    "gate_up": "norm_linear_silu",
+    "down": "linear_add",
+}
+"""A layer's matrices, and what each is used in."""
+
+_COLD_BYTES = 160 << 20
+"""Weights that a measurement goes through before it meets one again; three times an H100's L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's products with their weights bound: (input, where the result goes)."""
+
+    qkv: BoundLinear
+    o: BoundLinear
+    gate_up: BoundLinear
+    down: BoundLinear
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentsContext:
+    """What segments are made from.
+
+    Attributes:
+        tensors: canonical weights on the device, in their places but perhaps not filled yet.
+        logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
+        pdl: kernels may start before those ahead of them have ended.
+    """
+
+    arch: ModelArch
+    tensors: dict[str, Tensor]
+    config: ModelConfig
+    logits: Tensor
+    pdl: bool
+
+
+def _no_tuning(_: float) -> None:
+    """Leave everything as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeSegments:
+    """What runs between attentions.
+
+    Attributes:
+        description: what it is, for people.
+        tune: takes seconds; chooses the fastest of what it has, on the weights in their places, and needs no graph to
+            exist. Called once.
+        compilations: of what the first steps run; each on any thread. They may launch kernels, whose results are junk.
+    """
+
+    segments: Segments
+    description: str
+    tune: Callable[[float], None] = _no_tuning
+    compilations: Sequence[Callable[[], None]] = ()
+
+
+MakeSegments = Callable[[SegmentsContext], MadeSegments]
+
+
+def fused_segments(context: SegmentsContext) -> MadeSegments:
+    """Return Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
+    assert context.arch.has_llama_segments, context.arch.architecture
+    config = context.config
+    fused = FusedSegments(
+        context.arch, context.tensors, config.scheduler_config, context.logits, context.pdl, config.deterministic
+    )
+    return MadeSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
+
+
+class FusedSegments:
+    """`models.decoder.Segments`; nothing in it allocates or looks at a value.
+
+    Args:
+        tensors: canonical weights on the device.
+        logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
+        pdl: kernels may start before those ahead of them have ended.
+        deterministic: a token's result does not depend on the tokens beside it, to the last bit.
+    """
+
+    def __init__(
+        self,
+        arch: ModelArch,
+        tensors: dict[str, Tensor],
+        scheduler: SchedulerConfig,
+        logits: Tensor,
+        pdl: bool,
+        deterministic: bool = False,
+    ) -> None:
+        max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
+        embedding = tensors["embed_tokens.weight"]
+        self._device, dtype = embedding.device, embedding.dtype
+
+        def buffer(rows: int, columns: int) -> Tensor:
+            return torch.zeros((rows, columns), dtype=dtype, device=self._device)
+
+        q_size = arch.num_heads * arch.head_dim
+        self._qkv = buffer(max_tokens, q_size + 2 * arch.num_kv_heads * arch.head_dim)
+        self._inner = buffer(max_tokens, arch.intermediate_size)
+        self._sampled_attended = buffer(max_rows, q_size)
+        self._sampled_x = buffer(max_rows, arch.hidden_size)
+        self._logits = logits
+        self._logit_scale, self._logit_soft_cap = arch.logit_scale, arch.logit_soft_cap
+        self._kernels = LinearKernels(self._device, pdl=pdl)
+        self._choices = None if deterministic else _choices_of(self._kernels, self._device)
+        untuned = partial(fixed_config, max_shared=max_shared_bytes(self._device)) if deterministic else _plain
+        self._choose = untuned if self._choices is None else self._choices.choose
+        ops = LinearOps(self._kernels, self._choose)
+        self._layers = [
+            _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
+        ]
+        head = embedding if arch.tie_word_embeddings else tensors["lm_head.weight"]
+        self._lm_head = ops.norm_linear(tensors["final_norm.weight"], arch.rms_norm_eps, head)
+        self._layer_shapes = [
+            (operation, *tensors[f"layers.0.{name}.weight"].shape) for name, operation in _OPERATIONS.items()
+        ]
+        self._head_shape, self._dtype = head.shape, dtype
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def compilations(self, will_tune: bool = False) -> list[Callable[[], None]]:
+        """Return calls that compile what steps of decodes begin with, about a kernel each.
+
+        Args:
+            will_tune: also what `tune` measures first; its time is better spent on measuring.
+        """
+        max_rows = len(self._logits)
+        x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
+
+        def run_first_products() -> None:  # one after the other, since they have the norm in common
+            self._layers[0].qkv(x, qkv)
+            self._layers[0].gate_up(x, inner)
+
+        products: dict[tuple[GemmShape, SkinnyConfig], Callable[[], None]] = {}
+        for rows in [rows for rows in ROW_BUCKETS if rows <= max_rows]:
+            for shape in self._shapes(rows):
+                configs = [self._choose(shape)]
+                choices = self._choices if will_tune and rows == ROW_BUCKETS[0] else None
+                if choices is not None and choices.missing([shape]):
+                    configs += choices.candidates(shape)
+                for config in configs:
+                    if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
+                        products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
+        return [run_first_products, *products.values()]
+
+    def tune(self, budget_s: float) -> None:
+        """Measure which products are fastest for the model's shapes, those of the smallest steps first."""
+        deadline = time.monotonic() + budget_s
+        for rows in [rows for rows in ROW_BUCKETS if rows < 2 * len(self._qkv)]:
+            if self._choices is None or time.monotonic() >= deadline:
+                return
+            shapes = self._choices.missing(self._shapes(rows))
+            self._compile_candidates(self._choices, shapes, deadline)
+            if self._choices.measure(shapes, deadline - time.monotonic(), self._time_us):
+                return
+
+    def _shapes(self, num_rows: int) -> list[GemmShape]:
+        """Return the products of a step of `num_rows` tokens in the order of their use."""
+        shapes: list[GemmShape] = []
+        for operation, n, k in self._layer_shapes:
+            outputs = n // 2 if operation == "norm_linear_silu" else n
+            shapes.append(GemmShape(operation, num_rows, outputs, k, self._dtype, self._dtype))
+        if num_rows <= len(self._logits):
+            vocab, hidden = self._head_shape
+            shapes.append(GemmShape("norm_linear", num_rows, vocab, hidden, self._dtype, torch.float32))
+        return shapes
+
+    def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
+        """Compile what will be timed, on threads; what is not begun at the deadline is left."""
+
+        def compile_in_time(shape: GemmShape, config: SkinnyConfig) -> None:
+            if time.monotonic() < deadline:
+                self._compile(shape, config)
+
+        with compile_threads() as threads:
+            jobs = [
+                threads.submit(compile_in_time, shape, config)
+                for shape in shapes
+                for config in choices.candidates(shape)
+                if isinstance(config, SkinnyConfig)
+            ]
+        for job in jobs:
+            job.result()
+
+    def _compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
+        with torch.cuda.device(self._device):
+            self._kernels.compile(shape, config)
+
+    def _time_us(self, shape: GemmShape) -> float:
+        """Return the microseconds of the products of a few layers (of all of a small model), or of one and the LM head.
+
+        For the largest steps if the shape has more rows than those have.
+        """
+        num_rows = min(shape.num_rows, len(self._qkv))
+        is_head = (shape.n, shape.k) == self._head_shape
+        layer_bytes = sum(n * k for _, n, k in self._layer_shapes) * self._dtype.itemsize
+        num_layers = 1 if is_head else min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
+        x, attended = (
+            torch.randn((num_rows, columns), dtype=self._dtype, device=self._device)
+            for columns in (self._sampled_x.shape[1], self._sampled_attended.shape[1])
+        )
+
+        def run() -> None:
+            for layer in range(num_layers):
+                self._layers[layer].qkv(x, self._qkv[:num_rows])
+                self._finish(layer, attended, x)
+            if is_head:
+                self._lm_head(x, self._logits[:num_rows])
+
+        try:
+            return time_graph([run])
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+
+    def first(self, x: Tensor) -> Tensor:
+        qkv = self._qkv[: len(x)]
+        self._layers[0].qkv(x, qkv)
+        return qkv
+
+    def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._finish(layer, attended, x)
+        qkv = self._qkv[: len(x)]
+        self._layers[layer + 1].qkv(x, qkv)
+        return x, qkv
+
+    def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
+        if sample_tokens is not None:
+            num_samples = len(sample_tokens)
+            attended = torch.index_select(attended, 0, sample_tokens, out=self._sampled_attended[:num_samples])
+            x = torch.index_select(x, 0, sample_tokens, out=self._sampled_x[:num_samples])
+        self._finish(len(self._layers) - 1, attended, x)
+        logits = self._logits[: len(x)]
+        self._lm_head(x, logits)
+        finish_logits(logits, self._logit_scale, self._logit_soft_cap)
+        return logits
+
+    def _finish(self, layer: int, attended: Tensor, x: Tensor) -> None:
+        """Add to x what comes after the layer's attention."""
+        inner = self._inner[: len(x)]
+        self._layers[layer].o(attended, x)
+        self._layers[layer].gate_up(x, inner)
+        self._layers[layer].down(inner, x)
+
+
+def _bind_layer(ops: LinearOps, tensors: dict[str, Tensor], prefix: str, eps: float) -> _Layer:
+    def get(name: str) -> Tensor:
+        return tensors[prefix + name]
+
+    def bias(name: str) -> Tensor | None:
+        return tensors.get(prefix + name)
+
+    return _Layer(
+        qkv=ops.norm_linear(get("input_norm.weight"), eps, get("qkv.weight"), bias("qkv.bias")),
+        o=ops.linear_add(get("o.weight"), bias("o.bias")),
+        gate_up=ops.norm_linear_silu(
+            get("post_attention_norm.weight"), eps, get("gate_up.weight"), bias("gate_up.bias")
+        ),
+        down=ops.linear_add(get("down.weight"), bias("down.bias")),
+    )
+
+
+def _choices_of(kernels: LinearKernels, device: torch.device) -> GemmChoices | None:
+    return cuda_choices(kernels, device) if device.type == "cuda" else None
+
+
+def _plain(_: GemmShape) -> CublasConfig:
+    """Choose torch's product: there is no device to measure on."""
+    return CublasConfig()

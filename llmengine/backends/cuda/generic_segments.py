@@ -1,0 +1,124 @@
+"""A decoder's dense compute on CUDA for models that the fused kernels do not know: torch's functions, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llmengine.backends.cuda.fused_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
+from llmengine.kernels.cublaslt import CublasConfig
+from llmengine.kernels.gemm_config import GemmShape, fixed_config
+from llmengine.kernels.limits import max_shared_bytes
+from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
+from llmengine.kernels.norm import rms_norm
+from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
+
+
+def make_cuda_segments(context: SegmentsContext) -> MadeSegments:
+    """Return fused kernels where they compute the model, else `generic_segments`."""
+    return fused_segments(context) if context.arch.has_llama_segments else generic_segments(context)
+
+
+def torch_because(reason: str) -> MakeSegments:
+    """Return `make_cuda_segments` with a description that says why it is these."""
+
+    def make(context: SegmentsContext) -> MadeSegments:
+        made = make_cuda_segments(context)
+        return replace(made, description=f"{made.description} ({reason})")
+
+    return make
+
+
+def generic_segments(context: SegmentsContext) -> MadeSegments:
+    """Return segments of any architecture. They allocate their results, which a graph capture keeps in its pool."""
+    arch, tensors = context.arch, context.tensors
+    # Without programmatic launch, since the torch functions between do not know of it.
+    device = context.logits.device
+    choose = partial(fixed_config, max_shared=max_shared_bytes(device)) if context.config.deterministic else _cublas
+    ops = LinearOps(LinearKernels(device), choose)
+
+    def norm(name: str) -> Norm | None:
+        weight = tensors.get(f"{name}.weight")
+        return None if weight is None else CudaNorm(weight, arch.rms_norm_eps)
+
+    def linear(name: str) -> CudaLinear:
+        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        return CudaLinear(ops.norm_linear(None, 0.0, weight, bias), weight.shape[0])
+
+    def layer(prefix: str) -> DecoderLayer:
+        return DecoderLayer(
+            qkv=linear(prefix + "qkv"),
+            o=linear(prefix + "o"),
+            gate_up=linear(prefix + "gate_up"),
+            down=linear(prefix + "down"),
+            input_norm=norm(prefix + "input_norm"),
+            attention_out_norm=norm(prefix + "attention_out_norm"),
+            post_attention_norm=norm(prefix + "post_attention_norm"),
+            mlp_out_norm=norm(prefix + "mlp_out_norm"),
+        )
+
+    head = tensors["embed_tokens.weight" if arch.tie_word_embeddings else "lm_head.weight"]
+    segments = TorchSegments(
+        layers=[layer(f"layers.{index}.") for index in range(arch.num_layers)],
+        final_norm=CudaNorm(tensors["final_norm.weight"], arch.rms_norm_eps),
+        lm_head=CudaLinear(ops.norm_linear(None, 0.0, head), len(head), context.logits),
+        act_and_mul=ACT_AND_MUL[arch.hidden_act],
+        logit_scale=arch.logit_scale,
+        logit_soft_cap=arch.logit_soft_cap,
+    )
+    products = "Triton products of a fixed order" if context.config.deterministic else "cuBLASLt"
+    return MadeSegments(segments, f"{products} and torch functions")
+
+
+def _cublas(_: GemmShape) -> CublasConfig:
+    return CublasConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class CudaNorm:
+    """`models.decoder.Norm`; the weight may have another dtype than x."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the normalised [num_tokens, hidden]."""
+        normed = torch.empty_like(x)
+        rms_norm(x, self.weight, self.eps, normed)
+        return normed
+
+
+@dataclass(frozen=True, slots=True)
+class CudaLinear:
+    """`models.decoder.Linear`.
+
+    Attributes:
+        product: the weight, bound.
+        out_features: columns of the result.
+        out: where results go; None: into new tensors of the input's dtype.
+    """
+
+    product: BoundLinear
+    out_features: int
+    out: Tensor | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the product, [num_tokens, out_features]."""
+        y = x.new_empty(len(x), self.out_features) if self.out is None else self.out[: len(x)]
+        self.product(x, y)
+        return y if residual is None else y.add_(residual)
+
+
+def head_norm(weight: Tensor, eps: float) -> Callable[[Tensor], None]:
+    """Return what normalises q or k of all heads, [num_tokens, len(weight)], in place."""
+
+    def apply(x: Tensor) -> None:
+        normed = x.contiguous()
+        rms_norm(normed, weight, eps, normed)
+        x.copy_(normed)
+
+    return apply

@@ -1,0 +1,116 @@
+"""CUDA graphs of whole steps, captured by bucket, within a budget of time and memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from llmengine.backends.cuda.stream import StepStream
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+_logger = logging.getLogger("llmengine.backends.cuda.backend")
+
+CAPTURE_BUDGET_S = 30.0
+"""Most seconds that all captures of a model may take; later buckets run eagerly."""
+
+CAPTURE_BUDGET_BYTES = 1 << 30
+"""Most device memory that all captures may take."""
+
+_SHARE_AHEAD = 0.5
+"""Share of the budgets for what was captured before anybody asked for it."""
+
+
+class GraphCache(Generic[KeyT]):
+    """Runs functions of fixed device addresses: eagerly the first two times, as a graph from then on.
+
+    The second time pays for the capture as well, unless `capture` was called in a quiet moment. A function must not
+    synchronise, must launch the same work whenever it is called with the same key, and must keep no tensor that it
+    allocated. Graphs hold raw addresses: whoever owns the tensors clears the cache before they go.
+    """
+
+    def __init__(self, device: torch.device, stream: StepStream) -> None:
+        self._stream = stream
+        self._device = device
+        self._graphs: dict[KeyT, Any] = {}
+        self._seen: dict[KeyT, None] = {}
+        self._may_capture = True
+        self._spent_s = 0.0
+        self._spent_bytes = 0
+
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._graphs
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def may_capture_ahead(self) -> bool:
+        """Whether `capture` may be called for what has not been needed yet."""
+        return self._may_capture and (
+            self._spent_s < _SHARE_AHEAD * CAPTURE_BUDGET_S and self._spent_bytes < _SHARE_AHEAD * CAPTURE_BUDGET_BYTES
+        )
+
+    def seen(self) -> Iterator[KeyT]:
+        """Yield the keys that have run and have no graph yet."""
+        return (key for key in self._seen if key not in self._graphs)
+
+    def run(self, key: KeyT, function: Callable[[], None]) -> None:
+        """Queue the work of `function` in the current stream."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._stream.replay(graph)
+            return
+        function()
+        if key in self._seen:
+            self._capture(key, function)
+        self._seen[key] = None
+
+    def capture(self, key: KeyT, function: Callable[[], None]) -> None:
+        """Capture the function after it has run once, which loads what it needs.
+
+        If the device is too full for that, `torch.OutOfMemoryError` is raised, and nothing is captured from then on.
+        """
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            self._may_capture = False
+            raise
+        self._capture(key, function)
+
+    def drop(self, stale: Callable[[KeyT], bool]) -> None:
+        """Drop the graphs of such keys; nothing may be running."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if not stale(key)}
+
+    def clear(self) -> None:
+        """Drop all graphs; nothing may be running."""
+        self._graphs.clear()
+
+    def _capture(self, key: KeyT, function: Callable[[], None]) -> None:
+        if not self._may_capture:
+            return
+        began, free = time.perf_counter(), self._free_bytes()
+        try:
+            self._graphs[key] = self._stream.capture(function)
+        except RuntimeError as failure:  # torch.cuda.OutOfMemoryError among them
+            self._may_capture = False
+            _logger.warning("step %s runs eagerly from now on, as do new ones: capture failed: %s", key, failure)
+            return
+        self._spent_s += time.perf_counter() - began
+        self._spent_bytes += max(0, free - self._free_bytes())
+        _logger.debug("captured %s in %.3f s", key, time.perf_counter() - began)
+        if self._spent_s > CAPTURE_BUDGET_S or self._spent_bytes > CAPTURE_BUDGET_BYTES:
+            self._may_capture = False
+            _logger.warning(
+                "captured %d step sizes in %.1f s and %.0f MiB, the most allowed; further ones run eagerly",
+                len(self._graphs),
+                self._spent_s,
+                self._spent_bytes / 2**20,
+            )
+
+    def _free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0

@@ -1,0 +1,301 @@
+"""A dense decoder on CUDA: weights on the device, paged attention, one forward pass for any bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from llmengine.backends.cuda.attention_choice import choose_decode, decode_step
+from llmengine.backends.cuda.fused_segments import MakeSegments, SegmentsContext
+from llmengine.backends.cuda.generic_segments import head_norm
+from llmengine.backends.cuda.step_buffer import Bucket
+from llmengine.backends.cuda.upload import Uploads
+from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import weight_layout
+from llmengine.config import ModelConfig
+from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.attention_decode import attention_workspace, decode_attention
+from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
+from llmengine.kernels.flashinfer_attention import FlashInferDecode
+from llmengine.kernels.norm import MAX_HIDDEN
+from llmengine.kernels.sampling import MAX_VOCAB
+from llmengine.kernels.step import DeviceStep, SlotState, begin_step
+from llmengine.kernels.timing import time_graph
+from llmengine.models.arch import ModelArch
+from llmengine.models.decoder import Attend, forward_to_last
+from llmengine.models.rope import layer_tables
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class CudaWeights:
+    """All weights on the device by canonical name; matrices are [out_features, in_features], row-major."""
+
+    by_name: dict[str, Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return sum(tensor.nbytes for tensor in self.by_name.values())
+
+    def canonical(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the canonical weights, one copy in host memory at a time."""
+        for name, tensor in self.by_name.items():
+            yield name, tensor.cpu()
+
+
+def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaWeights:
+    """Return room for all weights of `source` on the device, not filled yet.
+
+    Raises `ConfigError` for quantized weights, `UnsupportedModelError` for a model that is larger than the kernels
+    take, `OutOfMemoryError` if they do not fit.
+    """
+    _check_sizes(source.arch)
+    if "int8" in (config.quant_config.weights, source.quantization.get("weights")):
+        raise ConfigError("quant_config.weights='int8' is not available on CUDA in this version; use 'none'")
+    dtype = _DTYPES[source.checkpoint_dtype if config.dtype == "auto" else config.dtype]
+    layout = weight_layout(source.arch, str(dtype).removeprefix("torch."), {})
+    needed = sum(torch.Size(shape).numel() for _, shape in layout.values()) * dtype.itemsize
+    with fitting(f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"):
+        return CudaWeights(
+            {
+                name: torch.empty(shape, dtype=getattr(torch, stored), device=device)
+                for name, (stored, shape) in layout.items()
+            }
+        )
+
+
+@contextmanager
+def fitting(component: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Have a full device raise an `OutOfMemoryError` that names the component, what was left, and what helps.
+
+    A device whose programs have less memory than the kernels need raises `ConfigError`.
+    """
+    try:
+        yield
+    except OutOfResources as failure:
+        raise ConfigError(
+            f"{device} is too small for a CUDA kernel, which needs {failure.required} of {failure.name}, of which "
+            f"there are {failure.limit}; use device='cpu'"
+        ) from failure
+    except torch.OutOfMemoryError as failure:
+        free, total = torch.cuda.mem_get_info(device)
+        raise OutOfMemoryError(
+            f"{component} do not fit on {device}, {free / 2**20:.0f} of {total / 2**20:.0f} MiB were left when it was "
+            f"full; {advice}, or free memory there"
+        ) from failure
+
+
+def _check_sizes(arch: ModelArch) -> None:
+    sizes = {"vocab_size": (arch.vocab_size, MAX_VOCAB), "hidden_size": (arch.hidden_size, MAX_HIDDEN)}
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise UnsupportedModelError(
+                f"{name}={size} is above the {most} that the CUDA kernels take; use device='cpu'"
+            )
+
+
+def load_weights(weights: CudaWeights, source: ModelSource) -> None:
+    """Stream the weights of `source` into their places; host memory peaks at one fused tensor and what `Uploads` has.
+
+    The last copies may still be on their way, in the current stream.
+    """
+    embedding = weights.by_name["embed_tokens.weight"]
+    uploads = Uploads(embedding.device)
+    for name, tensor in source.weights(embedding.dtype):
+        uploads.copy(weights.by_name[name], tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerAttention:
+    """What a layer's attention has of its own; see `kernels.attention`.
+
+    Attributes:
+        projection_norms: of all of q and all of k, in place, ahead of the kernels.
+    """
+
+    config: AttentionConfig
+    rope_table: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    projection_norms: tuple[Callable[[Tensor], None], ...]
+
+
+class CudaModel:
+    """A decoder's weights, its forward pass for any bucket, and the buffers of the largest step.
+
+    Attributes:
+        logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address.
+        query_block: query tokens of a program of the prefill attention.
+        made: what computes between the attentions.
+    """
+
+    def __init__(
+        self, arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, make_segments: MakeSegments
+    ) -> None:
+        self.weights = weights
+        self.embedding = weights.by_name["embed_tokens.weight"]
+        device, dtype = self.embedding.device, self.embedding.dtype
+        self._arch = arch
+        self._layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
+        attention = self._layers[0].config
+        self.query_block = query_block_size(attention, dtype)
+        max_tokens = config.scheduler_config.max_tokens_per_step
+        self._hidden = torch.zeros((max_tokens, arch.hidden_size), dtype=dtype, device=device)
+        self._attended = torch.zeros((max_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device)
+        self._workspace = attention_workspace(attention, _num_sms(device), device)
+        self._pdl = _has_pdl(device)
+        self._has_decodes = not config.deterministic
+        max_rows = config.scheduler_config.max_batch_size
+        self.logits = torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device)
+        context = SegmentsContext(arch, weights.by_name, config, self.logits, self._pdl)
+        self.made = make_segments(context)
+        attentions = [layer.config for layer in self._layers]
+        self._decode = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
+
+    def forward_to_last(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Return what `last` takes of all tokens, [bucket.num_tokens, ...] each, and write their KV.
+
+        Nothing in both looks at a value, and what some segments allocate is torch's, so that a CUDA graph can hold it.
+
+        Args:
+            kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
+        """
+        x = self._hidden[: bucket.num_tokens]
+        begin_step(step, state, self.embedding, x)
+        if self._arch.embedding_scale != 1.0:
+            x.mul_(self._arch.embedding_scale)
+        num_rows = min(bucket.num_tokens, len(step.row_slots))
+        flashinfer = self._decode.of(num_rows)
+        if flashinfer is not None:
+            flashinfer.begin(step, num_rows)
+        return forward_to_last(self.made.segments, x, self._attend(step, kv, bucket, flashinfer))
+
+    def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """Return fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
+
+        Args:
+            attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
+            tokens: int32, at most max_batch_size; None: all in their order.
+        """
+        return self.made.segments.last(attended, x, tokens)
+
+    def compilations(
+        self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: Tensor
+    ) -> list[Callable[[], None]]:
+        """Return calls that compile what computes around the segments, about a kernel each; results are junk.
+
+        Args:
+            steps: one without rows for each kind of bucket, mixed or not.
+        """
+        calls: dict[Hashable, Callable[[], None]] = {}
+        kinds = {layer.config: index for index, layer in enumerate(self._layers)}
+        for bucket, step in steps.items():
+            x = self._hidden[: bucket.num_tokens]
+            calls[begin_step] = partial(begin_step, step, state, self.embedding, x)
+            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+            qkv = torch.zeros((bucket.num_tokens, width), dtype=kv.dtype, device=kv.device)
+            for config, layer in kinds.items():
+                for launch in self._attention(layer, qkv, step, kv, bucket, None):
+                    # Decodes attend in steps of both kinds, by one kernel.
+                    calls[config, launch.func] = launch
+        return list(calls.values())
+
+    @property
+    def description(self) -> str:
+        """What computes, for people."""
+        return ", ".join(filter(None, (self.made.description, self._decode.description)))
+
+    def tune_attention(self, state: SlotState, kv: Tensor) -> None:
+        """Measure who attends for decodes if that was asked for; before any graph exists. Writes junk to `kv`."""
+
+        def time_us(num_rows: int, flashinfer: FlashInferDecode | None) -> float:
+            step = decode_step(num_rows, state.block_tables, kv.shape[1], self._layers[0].config.block_size)
+            attend = self._attend(step, kv, Bucket(num_rows, num_rows, mixed=False), flashinfer)
+            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+            qkv = torch.randn((num_rows, width), device=kv.device).to(kv.dtype)
+
+            def run() -> None:
+                if flashinfer is not None:
+                    flashinfer.begin(step, num_rows)
+                for layer in range(len(self._layers)):
+                    attend(layer, qkv)
+
+            return time_graph([run])
+
+        self._decode.measure(time_us)
+
+    def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            for launch in self._attention(layer, qkv, step, kv, bucket, flashinfer):
+                launch()
+            return self._attended[: bucket.num_tokens]
+
+        return attend
+
+    def _attention(
+        self,
+        layer: int,
+        qkv: Tensor,
+        step: DeviceStep,
+        kv: Tensor,
+        bucket: Bucket,
+        flashinfer: FlashInferDecode | None,
+    ) -> Iterator[partial[None]]:
+        """Yield the launches of a layer's attention, whose result is in `_attended`."""
+        arch, attended, pdl = self._arch, self._attended[: bucket.num_tokens], self._pdl
+        own = self._layers[layer]
+        q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        for norm, part in zip(own.projection_norms, qkv.split((q_size, kv_size, kv_size), dim=1), strict=False):
+            yield partial(norm, part)
+        norms, eps = (own.q_norm, own.k_norm), arch.rms_norm_eps
+        shared = (step, qkv, kv[layer], own.rope_table, own.config)
+        if flashinfer is not None:
+            yield partial(flashinfer.attend, *shared, attended, *norms, eps, pdl=pdl)
+        elif bucket.mixed:
+            yield partial(rope_and_write, *shared, *norms, eps, pdl=pdl)
+        if bucket.mixed:
+            yield partial(prefill_attention, step, qkv, kv[layer], own.config, attended, pdl=pdl)
+        if flashinfer is None and self._has_decodes:
+            yield partial(decode_attention, *shared, attended, self._workspace, *norms, eps, pdl=pdl)
+
+
+def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[_LayerAttention]:
+    device = weights.by_name["embed_tokens.weight"].device
+    on_host = layer_tables(arch, limit)
+    tables = {id(table): table.to(device) for table in on_host}
+    layers = []
+    for index, table in enumerate(on_host):
+        window = arch.layer(index).sliding_window or limit
+        config = AttentionConfig(
+            arch.num_heads,
+            arch.num_kv_heads,
+            arch.head_dim,
+            block_size,
+            scale=arch.score_scale,
+            sliding_window=window if window < limit else 0,
+            soft_cap=arch.attention_soft_cap or 0.0,
+        )
+        q_norm, k_norm = (weights.by_name.get(f"layers.{index}.{name}_norm.weight") for name in ("q", "k"))
+        projection_norms: tuple[Callable[[Tensor], None], ...] = ()
+        if arch.qk_norm == "projection" and q_norm is not None and k_norm is not None:
+            projection_norms = (head_norm(q_norm, arch.rms_norm_eps), head_norm(k_norm, arch.rms_norm_eps))
+            q_norm = k_norm = None
+        layers.append(_LayerAttention(config, tables[id(table)], q_norm, k_norm, projection_norms))
+    return layers
+
+
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _has_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,164 @@
+"""Saved engines with plans, built without running them: for the GPU at hand or, where the library can, for others."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+
+from llmengine.backends.tensorrt.build_progress import BuildProgress
+from llmengine.backends.tensorrt.builder import default_workers
+from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.library import Library, load_library
+from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans, producer_of
+from llmengine.backends.tensorrt.plan_set import Flavour, PlanSet
+from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType, WeightMode
+from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
+from llmengine.checkpoints.engine_dir import require_replaceable, save_model
+from llmengine.checkpoints.source import ModelSource
+from llmengine.errors import ConfigError, UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        compute_capabilities: 89 for SM 8.9; empty for the first GPU of this machine.
+        flavour: "auto": whichever library is installed.
+        dtype: "auto": the checkpoint's.
+        weight_mode: None: as in the saved engine that is built again, else "inputs". "fastest": a layer is timed both
+            ways on this machine's GPU, which must be what is built for.
+        max_batch_size: most requests in one step.
+        max_tokens_per_step: most tokens in one step.
+    """
+
+    max_batch_size: int
+    max_tokens_per_step: int
+    compute_capabilities: tuple[int, ...] = ()
+    flavour: Literal["auto"] | Flavour = "auto"
+    dtype: Literal["auto"] | PlanDType = "auto"
+    weight_mode: Literal["fastest"] | WeightMode | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBuild:
+    """What was built, and the seconds that it took.
+
+    Attributes:
+        layer_times: what decided how the plans have their weights; None where nothing was measured.
+    """
+
+    plans: PlanSet
+    plans_s: float
+    save_s: float
+    layer_times: LayerTimes | None = None
+
+
+def build_engine(
+    source: ModelSource,
+    directory: Path,
+    options: BuildOptions,
+    tokenizer: object,
+    progress: BuildProgress | None = None,
+    cache: PlanCache | None = None,
+) -> EngineBuild:
+    """Build the plans of a model and write them with its weights as an engine directory.
+
+    Raises what `get_plans` and `save_model` raise; `ConfigError` also if no compute capability is given and there is no
+    GPU, or if another is to be measured.
+    """
+    require_replaceable(directory)
+    library, request = _prepare(source, options)
+    begin = time.perf_counter()
+    times = None
+    if options.weight_mode == "fastest":
+        times = _measure(library, request, source, cache)
+        request = dataclasses.replace(request, weight_mode="inputs" if times is None else times.fastest)
+    plans = get_plans(request, source, default_workers(library), cache=cache, progress=progress)
+    built = time.perf_counter()
+    save_model(
+        directory,
+        source,
+        source.weights(getattr(torch, request.dtype)),
+        dtype=request.dtype,
+        quantization={},
+        tokenizer=tokenizer,
+        plans=plans.to_saved(),
+    )
+    return EngineBuild(plans, built - begin, time.perf_counter() - built, times)
+
+
+def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache | None = None) -> LayerTimes | None:
+    """Return what `weight_mode="fastest"` would decide by, for this machine's GPU; None for a model of one layer."""
+    return _measure(*_prepare(source, options), source, cache)
+
+
+def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
+    if source.quantization.get("weights", "none") != "none":
+        raise UnsupportedModelError(
+            f"{source.path}: its weights are {source.quantization['weights']}; plans are built from a checkpoint that "
+            "is not quantized"
+        )
+    library = _find_library(options.flavour)
+    target, device_name = _target(library, options.compute_capabilities)
+    dtype = cast(PlanDType, source.checkpoint_dtype if options.dtype == "auto" else options.dtype)
+    assert dtype in get_args(PlanDType)
+    request = PlanRequest(
+        arch=source.arch,
+        dtype=dtype,
+        max_batch_size=options.max_batch_size,
+        max_tokens_per_step=options.max_tokens_per_step,
+        producer=producer_of(library, target, device_name),
+        weight_mode=None if options.weight_mode == "fastest" else options.weight_mode,
+    )
+    return library, request
+
+
+def _measure(library: Library, request: PlanRequest, source: ModelSource, cache: PlanCache | None) -> LayerTimes | None:
+    """Time a layer on this machine's GPU; raises `ConfigError` if it is not the only target."""
+    (here, _), target = _device(), request.producer.target
+    if target.compute_capabilities != here:
+        found = BuildTarget(here) if here else "there is none"
+        raise ConfigError(
+            f"weight_mode='fastest' is measured on this machine's GPU ({found}), not for {target}; choose 'inputs' or "
+            "'constants'"
+        )
+    return time_layer(request, source, library, torch.device("cuda", 0), cache)
+
+
+def _find_library(flavour: Literal["auto"] | Flavour) -> Library:
+    """Return the installed library; raises `ConfigError` if there is none, or another than `flavour`."""
+    library = load_library()
+    if flavour not in ("auto", library.name):
+        raise ConfigError(f"flavour={flavour!r}: {library} is what is found here; install {flavour} instead of it")
+    return library
+
+
+def _target(library: Library, compute_capabilities: tuple[int, ...]) -> tuple[BuildTarget, str | None]:
+    """Return what to build for, and the name of this machine's GPU if it is for that."""
+    here, name = _device()
+    target = BuildTarget(compute_capabilities or here)
+    if not target.compute_capabilities:
+        raise ConfigError("there is no GPU here to build for; name compute capabilities, such as 89 for SM 8.9")
+    library.check_target(target)
+    if target.compute_capabilities == here:
+        return target, name
+    if not library.features.target_capabilities:
+        raise ConfigError(
+            f"{library} builds for the GPU of this machine only ({BuildTarget(here) if here else 'there is none'}), "
+            f"not for {target}; tensorrt_rtx builds for others"
+        )
+    return target, None
+
+
+def _device() -> tuple[tuple[int, ...], str | None]:
+    """Return compute capability and name of the first GPU; empty and None if there is none."""
+    if not torch.cuda.is_available():
+        return (), None
+    major, minor = torch.cuda.get_device_capability(0)
+    return (10 * major + minor,), torch.cuda.get_device_name(0)

@@ -1,0 +1,135 @@
+"""`TensorRtSegments`: a decoder's dense compute by TensorRT plans, beside our attention on one stream.
+
+::
+
+    x ─▶ first ─▶ qkv ─▶ attention 0 ─▶ attended ─▶ mid 0 ─▶ x', qkv ─▶ attention 1 ─▶ ... ─▶ last ─▶ logits
+
+Everything has a fixed address: two hidden states in turn (a plan's inputs and outputs must not overlap), one qkv, the
+weights where the torch backend keeps them, so that they are in memory once. A context exists for each plan and bucket
+and serves all layers: before each layer it is given that layer's addresses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmengine.backends.cuda.fused_segments import SegmentsContext
+from llmengine.backends.tensorrt.plan_set import PlanSet
+from llmengine.backends.tensorrt.runtime import (
+    ALIGNMENT,
+    LoadedPlan,
+    PlanContext,
+    PlanRuntime,
+    Sizes,
+    current_stream,
+    scratch_memory,
+)
+from llmengine.backends.tensorrt.spec import PlacedSegment, plans_of
+from llmengine.errors import EngineError
+
+
+def load_plans(runtime: PlanRuntime, plan_set: PlanSet) -> dict[str, LoadedPlan]:
+    """Return every plan, by its name; raises `EngineError` for one that cannot be used on this device."""
+    return {
+        name: runtime.load(name, plan_set.plans[name].read(), segment.spec)
+        for name, segment in plans_of(plan_set.segments).items()
+    }
+
+
+class TensorRtSegments:
+    """`models.decoder.Segments`.
+
+    Several threads may use it, in one stream. The first call with a size makes contexts; after that nothing allocates
+    or looks at a value, so that a CUDA graph can hold it.
+
+    Args:
+        segments: in the order in which they run.
+        plans: by plan name. They share one block of scratch memory, since they run one after the other.
+
+    Raises `EngineError` for plans that do not take the largest step, or other weights than the model has.
+    """
+
+    def __init__(
+        self, segments: Sequence[PlacedSegment], plans: Mapping[str, LoadedPlan], context: SegmentsContext
+    ) -> None:
+        arch, scheduler = context.arch, context.config.scheduler_config
+        device, dtype = context.logits.device, context.tensors["embed_tokens.weight"].dtype
+        max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
+        for plan in plans.values():
+            plan.profile_for(Sizes(max_tokens, max_rows))
+
+        def buffer(columns: int) -> Tensor:
+            return torch.zeros((max_tokens, columns), dtype=dtype, device=device)
+
+        self._hidden = (buffer(arch.hidden_size), buffer(arch.hidden_size))
+        self._qkv = buffer((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim)
+        self._logits = context.logits
+        self._all_tokens = torch.arange(max_rows, dtype=torch.int32, device=device)
+        self._segments = segments
+        self._plans = plans
+        self._weights = context.tensors  # keeps them alive
+        self._weight_addresses = [_weight_addresses(segment, context.tensors) for segment in segments]
+        self._memory = scratch_memory(list(plans.values()), device)
+        self._device = device
+        self._contexts: dict[tuple[str, Sizes], PlanContext] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._segments) - 1
+
+    def first(self, x: Tensor) -> Tensor:
+        qkv = self._qkv[: len(x)]
+        self._run(0, Sizes(len(x)), {"x": x, "qkv": qkv})
+        return qkv
+
+    def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_out, qkv = self._hidden[layer % 2][: len(x)], self._qkv[: len(x)]
+        self._run(layer + 1, Sizes(len(x)), {"attended": attended, "x": x, "x_out": x_out, "qkv": qkv})
+        return x_out, qkv
+
+    def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
+        if sample_tokens is None:
+            sample_tokens = self._all_tokens[: len(x)]
+        logits = self._logits[: len(sample_tokens)]
+        tensors = {"attended": attended, "x": x, "sample_tokens": sample_tokens, "logits": logits}
+        self._run(-1, Sizes(len(x), len(sample_tokens)), tensors)
+        return logits
+
+    def _run(self, index: int, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
+        segment = self._segments[index]
+        addresses = {**self._weight_addresses[index], **{name: _address(t) for name, t in tensors.items()}}
+        stream = current_stream(self._device)
+        # A context takes its addresses and is queued in one go; so are the plan's kernels, which share the scratch.
+        with self._lock:
+            key = (segment.plan_name, sizes)
+            if key not in self._contexts:
+                self._contexts[key] = self._plans[segment.plan_name].context(sizes, self._memory, stream)
+            self._contexts[key].run(addresses, stream)
+
+
+def _weight_addresses(segment: PlacedSegment, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return name in the plan -> address, of the weights that the plan takes as inputs."""
+    addresses = {}
+    for weight in segment.spec.weight_inputs:
+        name = weight.canonical(segment.layer)
+        tensor = tensors[name]
+        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        if found != (weight.dtype, weight.shape):
+            raise EngineError(
+                f"weight {name!r} is {found[0]} {list(found[1])}, plan {segment.plan_name!r} takes {weight.dtype} "
+                f"{list(weight.shape)}"
+            )
+        addresses[weight.name] = _address(tensor)
+    return addresses
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    address = tensor.data_ptr()
+    assert address % ALIGNMENT == 0 or tensor.device.type == "cpu", f"{address:#x} is not aligned"
+    return address

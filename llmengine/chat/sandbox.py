@@ -1,0 +1,342 @@
+"""The sandbox of chat templates: what a template may call, and how much it may write, loop and take.
+
+Hugging Face's conventions: `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML are there; blocks
+are trimmed; `{% generation %}`, `{% break %}` and `{% continue %}` are tags.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.ext import loopcontrols as LoopControls
+from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+from llmengine.chat.messages import mark_written
+from llmengine.errors import InvalidRequestError
+
+MAX_PROMPT_CHARS = 16_000_000
+"""Most characters that a template may write."""
+
+MAX_RANGE_ITEMS = 1_000_000
+"""Most items of all `range()` calls of one rendering together."""
+
+MAX_STEPS = 1_000_000
+"""Most turns of loops and calls of one rendering together."""
+
+_MAX_MADE_CHARS = 16 * MAX_PROMPT_CHARS
+_MAX_INT_BITS = 1 << 16
+_MAX_REPEATED = 1_000_000
+
+
+class Absent(jinja2.Undefined):
+    """The content of a message that has none: undefined, none, and an empty text, whichever a template asks for."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr("", name)
+
+    def __getitem__(self, key: Any) -> jinja2.Undefined:  # type: ignore[override]
+        return jinja2.Undefined(name=str(key))
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+
+class Message(dict[str, Any]):
+    """A message; its content may be absent."""
+
+    __slots__ = ()
+
+    def __missing__(self, key: str) -> Any:
+        if key != "content":
+            raise KeyError(key)
+        return Absent(name="content")
+
+
+def range_with_budget() -> Callable[..., range]:
+    """Return a `range` whose items are counted together."""
+    num_items = 0
+
+    def bounded_range(*bounds: int) -> range:
+        nonlocal num_items
+        items = range(*bounds)
+        num_items += len(items)
+        if num_items > MAX_RANGE_ITEMS:
+            raise InvalidRequestError(f"the chat template loops over more than {MAX_RANGE_ITEMS} range() items")
+        return items
+
+    return bounded_range
+
+
+class Budget:
+    """What one writing of a template has used, and by which moment it has to be done."""
+
+    def __init__(self, max_s: float = math.inf, deadline: float = math.inf) -> None:
+        self._steps = 0
+        self._chars = 0
+        self._max_s, self._deadline = max_s, deadline
+
+    def step(self) -> None:
+        """Count a turn of a loop or a call; raises `InvalidRequestError` once there are too many or it is too late."""
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise InvalidRequestError(f"the chat template takes more than {MAX_STEPS} turns of loops and calls")
+        if time.monotonic() > self._deadline:
+            raise InvalidRequestError(f"the chat template takes more than {self._max_s:g} s")
+
+    def made(self, value: Any) -> Any:
+        """Return `value`, a new one, once its size is counted."""
+        self.step()
+        size = _size(value)
+        _require_room(size)
+        self._chars += size
+        if self._chars > _MAX_MADE_CHARS:
+            raise InvalidRequestError(f"the chat template makes values of more than {_MAX_MADE_CHARS} characters")
+        return value
+
+
+BUDGET: ContextVar[Budget] = ContextVar("llmengine_chat_template_budget")
+
+
+def _made(value: Any) -> Any:
+    budget = BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
+    return (Budget() if budget is None else budget).made(value)
+
+
+def _require_room(num_chars: int) -> None:
+    if num_chars > MAX_PROMPT_CHARS:
+        raise InvalidRequestError(f"the chat template makes a value of more than {MAX_PROMPT_CHARS} characters")
+
+
+def _size(value: Any) -> int:
+    """Return about how many characters and items `value` has when it is written out."""
+    return _nested_size(value, {})
+
+
+def _nested_size(value: Any, known: dict[int, int]) -> int:
+    """`known` holds the sizes by id: what is in there twice is counted twice and walked once."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+        raise InvalidRequestError(f"the chat template makes an integer of more than {_MAX_INT_BITS} bits")
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    if id(value) not in known:
+        items: Iterable[Any] = value
+        if isinstance(value, dict):
+            items = itertools.chain(dict.keys(value), dict.values(value))  # what counts does not read
+        known[id(value)] = 1 + sum(_nested_size(item, known) for item in items)
+    return known[id(value)]
+
+
+class _Counted:
+    """Iterates over `items`; each turn is a step."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        budget = BUDGET.get()
+        for item in self._items:
+            budget.step()
+            yield item
+
+
+class _CountedSized(_Counted):
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _counted(items: Any) -> _Counted:
+    return (_CountedSized if isinstance(items, Sized) else _Counted)(items)
+
+
+class _Namespace(Namespace):
+    """One whose text does not repeat what is in it, which may be other namespaces."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
+_SPREADING = ("expandtabs", "indent", "tojson")
+
+
+def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
+    """Raise `InvalidRequestError` if the filter or string method `name` would make too large a value of `value`."""
+    number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
+    longest = max((len(item) for item in arguments if isinstance(item, str)), default=0)
+    if name in _PADDING:
+        _require_room(number)
+    elif name in _SPREADING:
+        _require_room(_size(value) * (1 + number + longest))
+    elif name == "replace" and len(arguments) >= 2 and isinstance(value, str):
+        _require_room(len(value) + value.count(str(arguments[0])) * longest)
+    elif name == "join" and isinstance(value, list | tuple | str):
+        _require_room(_size(value) + len(value) * longest)
+    elif name == "format" and isinstance(value, str):
+        _check_widths(_WIDE_PERCENT, value)
+    elif name == "sum" and any(isinstance(item, list | tuple) for item in arguments):
+        raise InvalidRequestError("the chat template adds up lists, which takes too long")
+
+
+_WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*[0-9]*\.?([0-9]{5}|\*)")
+_WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*([0-9]{5}|\{)")
+
+
+def _check_widths(wide: re.Pattern[str], pattern: str) -> None:
+    if wide.search(pattern):
+        raise InvalidRequestError(f"the chat template formats with a width that may be too large: {pattern!r:.100}")
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment comes first
+
+    @functools.wraps(function)
+    def bounded(*arguments: Any, **keywords: Any) -> Any:
+        value, *given = arguments[skipped:]
+        _check_growth(name, value, [*given, *keywords.values()])
+        return _made(function(*arguments, **keywords))
+
+    return bounded
+
+
+class SandboxedTemplates(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControls])
+        self.filters["tojson"] = _tojson
+        for name in ("urlize", "xmlattr", "wordwrap"):  # they write more than can be told from what they are given
+            del self.filters[name]
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {_COUNTED: _counted, _CONCAT: _concat, _MADE: _made}
+        self.tests["none"] = lambda value: value is None or isinstance(value, Absent)
+        del self.globals["lipsum"]
+        self.globals["namespace"] = _Namespace
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Have what loops and what makes values without a filter, call or operator pass through filters that count."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = _filtered(loop.iter, _COUNTED)
+        for block in tree.find_all(nodes.AssignBlock):
+            block.filter = _filtered(block.filter, _MADE)
+        return _ValuesCounted().visit(tree)  # type: ignore[no-any-return]
+
+    def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        """Call a function, macro or method: one step, and a value of bounded size."""
+        if isinstance(called, LoopContext) and arguments:
+            arguments = (_counted(arguments[0]), *arguments[1:])
+        value = getattr(called, "__self__", None)
+        if isinstance(value, str):
+            _check_growth(called.__name__, value, [*arguments, *keywords.values()])
+            if called.__name__ == "join" and arguments:
+                _check_growth("join", arguments[0], [value])
+        return _made(super().call(context, called, *arguments, **keywords))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return what `str.format` is replaced by, None for anything else."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(_WIDE_BRACES, value.__self__)
+        return wrapped
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Repeat, raise and format within limits, which are the cheap ways to make an enormous value."""
+        if operator == "**":
+            if not (isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 64):
+                raise InvalidRequestError("the chat template raises to a power above 64")
+        elif operator == "*":
+            for items, count in ((left, right), (right, left)):
+                is_repeat = isinstance(items, str | list | tuple) and isinstance(count, int)
+                if is_repeat and len(items) * count > _MAX_REPEATED:
+                    raise InvalidRequestError(f"the chat template repeats a value to above {_MAX_REPEATED} items")
+        elif operator == "%" and isinstance(left, str):
+            _check_widths(_WIDE_PERCENT, left)
+        return _made(super().call_binop(context, operator, left, right))
+
+
+_COUNTED, _CONCAT, _MADE = "llmengine_counted", "llmengine_concat", "llmengine_made"
+
+
+def _concat(items: Sequence[Any]) -> str:
+    _require_room(_size(items))
+    return "".join(map(str, items))
+
+
+def _filtered(node: nodes.Node | None, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+class _ValuesCounted(NodeTransformer):
+    """Passes what `~` and literals make through filters."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(_filtered(nodes.List(node.nodes), _CONCAT), _MADE)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE) if node.ctx == "load" else node
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's text for training; here its body is simply written."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own declaration)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    mark_written(value)
+    value = None if isinstance(value, Absent) else value
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,385 @@
+"""Chat messages to prompt text, through the Jinja templates that come with models.
+
+Hugging Face's conventions: `messages`, `tools`, `documents`, `add_generation_prompt` and the special tokens are
+variables; what else a template reads are variables of its own. What it does not read cannot be given: it would be
+lost without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+
+from llmengine.chat.messages import Conversation, plain, plain_documents, plain_messages, plain_tools
+from llmengine.chat.sandbox import (
+    BUDGET,
+    MAX_PROMPT_CHARS,
+    MAX_RANGE_ITEMS,
+    MAX_STEPS,
+    Budget,
+    Message,
+    SandboxedTemplates,
+    range_with_budget,
+)
+from llmengine.errors import InvalidRequestError, ModelLoadError
+
+__all__ = ["MAX_PROMPT_CHARS", "MAX_RANGE_ITEMS", "MAX_RENDER_S", "MAX_STEPS", "ChatTemplate", "ChatTemplates"]
+
+MAX_RENDER_S = 5.0
+"""Most seconds of one rendering, looked at in each step."""
+
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+_RESERVED = (*_OURS, "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")
+_FAULTS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+_MAX_SINGLE_STEPS = 8
+_MAX_KNOWN_ROLES = 64
+_NEEDLE = "needle-7f3a"
+_CONTINUES = "CONTINUES-HERE-7f3a "
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """A compiled template; `render` may run in several threads at once.
+
+    The template is sandboxed: it sees plain JSON data only, cannot change it, and reaches no Python internals. Bounded
+    are the text and every value that operators, filters, calls and blocks make (`MAX_PROMPT_CHARS` each, 16 times that
+    together), turns of loops and calls (`MAX_STEPS`, `MAX_RANGE_ITEMS`), and the time (`MAX_RENDER_S`).
+
+    Raises `ModelLoadError` when `source` is no template.
+
+    Attributes:
+        variables: the names that it reads and does not define, `messages` and special tokens among them.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any] | None = None, where: str = "tokenizer") -> None:
+        self._special_tokens = dict(variables or {})
+        environment = SandboxedTemplates()
+        try:
+            tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
+            self._reads_messages = "messages" in self.variables
+            self._mentioned = frozenset(_mentioned(tree))
+            code = environment.compile(tree)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ModelLoadError(
+                f"{where}: the chat template does not compile: {error}; template: {source:.200}"
+            ) from error
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        self._takes_text: bool | None = None
+        self._knows_role: dict[str, bool] = {}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the prompt of `messages`, each a dict with "role" and "content" (or "tool_calls").
+
+        Args:
+            messages: content is text, or a list of text parts; arguments of tool calls are objects or JSON text. The
+                template gets what it reads, whichever was given.
+            add_generation_prompt: end with the header of an answer; None: unless the final message is continued.
+            tools: functions as JSON Schema, in OpenAI's form or without its wrapper.
+            variables: `documents`; `continue_final_message`, True or the name of the field to go on with, as in
+                transformers; and variables of the template's own.
+
+        Raises `InvalidRequestError` for malformed messages, for what the template itself rejects, quoting it, for
+        tools, tool calls, roles and variables of which the template writes nothing, and for a text or loop above the
+        limits.
+        """
+        given = {name: value for name, value in (variables or {}).items() if value is not None}
+        documents = plain_documents(given.pop("documents", None))
+        field = _field_to_continue(given.pop("continue_final_message", False), add_generation_prompt)
+        tools = plain_tools(tools)
+        self._check_variables(given, tools=tools, documents=documents)
+        context = {**self._special_tokens, **{name: plain(value, name) for name, value in given.items()}}
+        context |= {"tools": tools, "documents": documents}
+        context["add_generation_prompt"] = not field if add_generation_prompt is None else add_generation_prompt
+        deadline = time.monotonic() + MAX_RENDER_S
+        plainly = plain_messages(messages)
+        ending = _mark_ending(plainly, field) if field else ""
+        conversation = self._conversation(plainly, deadline)
+        try:
+            text = self._write_flexibly(conversation, context, deadline)
+        except InvalidRequestError:
+            raise
+        except RecursionError as error:
+            raise InvalidRequestError("the chat template recurses without end on these messages") from error
+        except _FAULTS as error:
+            raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
+        return _cut_ending(text, ending, field) if field else text
+
+    def _check_variables(self, given: Iterable[str], **ours: object) -> None:
+        for name in given:
+            if name in _RESERVED:
+                raise InvalidRequestError(f"chat template variable {name!r} is reserved or not supported")
+            if name not in self.variables:
+                own = self.variables.difference(_OURS, self._special_tokens)
+                raise InvalidRequestError(unknown_variable(name, own))
+        for name, value in ours.items():
+            if value is not None and name not in self.variables and self._reads_messages:
+                raise InvalidRequestError(
+                    f"the chat template does not use {name}, so that they would be lost: leave them out, or choose "
+                    "another template by chat_template="
+                )
+
+    def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
+        for message in messages:
+            if message["role"] == "developer" and "developer" not in self._mentioned:
+                message["role"] = "system"  # OpenAI's newer name of it
+        if self._takes_text is None:
+            self._takes_text = self._can_take_text(deadline)
+        conversation = Conversation(messages, Message, as_parts=not self._takes_text)
+        if not self._reads_messages:
+            return conversation
+        for index, message in enumerate(conversation.messages):
+            role = message["role"]
+            if message.get("content") and not self._is_role_known(role, deadline):
+                raise InvalidRequestError(
+                    f"messages[{index}] would be lost: the chat template writes nothing of role {role!r:.100}"
+                )
+            if "function_call" in message and "function_call" not in self._mentioned:
+                raise InvalidRequestError(
+                    f'messages[{index}]["function_call"] is of an older interface, and the chat template does not use '
+                    'it: send "tool_calls"'
+                )
+        if conversation.has_tool_calls and not self._can_write_tool_calls(deadline):
+            raise InvalidRequestError('the chat template does not use "tool_calls", so that they would be lost')
+        return conversation
+
+    def _write_flexibly(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
+        """Write with the first forms that the template reads.
+
+        What it did not read while it went through all messages gets its next form. Where it failed, what it did not
+        come to may be as it should be: one value at a time is changed then, the earliest first.
+        """
+        num_faults = 0
+        while True:
+            for value in conversation.flexible:
+                value.forget()
+            text, fault = "", None
+            try:
+                text = self._write({**context, "messages": conversation.messages}, deadline)
+            except InvalidRequestError:
+                raise
+            except _FAULTS as error:
+                fault = error
+            unread = [value for value in conversation.flexible if not value.was_read()]
+            if fault is not None:
+                num_faults += 1
+                unread = unread or conversation.flexible
+            if fault is not None and num_faults <= _MAX_SINGLE_STEPS:
+                changed = any(value.advance() for value in unread)
+            else:
+                changed = sum([value.advance() for value in unread]) > 0
+            if not changed:
+                if fault is not None:
+                    raise fault
+                return text
+
+    def _write(self, context: Mapping[str, Any], deadline: float) -> str:
+        pieces = []
+        num_chars = 0
+        token = BUDGET.set(Budget(MAX_RENDER_S, deadline))
+        try:
+            for piece in self._template.generate({**context, "range": range_with_budget()}):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_PROMPT_CHARS:
+                    raise InvalidRequestError(f"the chat template wrote more than {MAX_PROMPT_CHARS} characters")
+        finally:
+            BUDGET.reset(token)
+        return "".join(pieces)
+
+    def _probe(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
+        """Return what the template writes of `messages`, None where it fails."""
+        context = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
+        try:
+            return self._write({**context, "messages": list(map(Message, messages))}, deadline)
+        except InvalidRequestError:
+            raise
+        except _FAULTS:
+            return None
+
+    def _can_take_text(self, deadline: float) -> bool:
+        """Say whether content may be text: it may unless only parts come out."""
+        part = {"type": "text", "text": _NEEDLE}
+        if "text" not in self._mentioned or _NEEDLE in (self._probe([_message("user", _NEEDLE)], deadline) or ""):
+            return True
+        return _NEEDLE not in (self._probe([_message("user", [part])], deadline) or "")
+
+    def _is_role_known(self, role: str, deadline: float) -> bool:
+        """Say whether messages of `role` come out, or are rejected, where those of a user come out."""
+        if role in self._mentioned or role == "user":
+            return True
+        known = self._knows_role.get(role)
+        if known is None:
+            known = self._can_write(role, deadline) or not self._can_write("user", deadline)
+            if len(self._knows_role) < _MAX_KNOWN_ROLES:
+                self._knows_role[role] = known
+        return known
+
+    def _can_write(self, role: str, deadline: float) -> bool:
+        written = [self._probe(messages, deadline) for messages in self._conversations_with(role)]
+        return written.count(None) == len(written) or any(_NEEDLE in text for text in written if text is not None)
+
+    def _conversations_with(self, role: str) -> Iterator[list[Mapping[str, Any]]]:
+        def text(string: str) -> Any:
+            return string if self._takes_text else [{"type": "text", "text": string}]
+
+        user, answer = _message("user", text("a")), _message("assistant", text("b"))
+        probe = _message(role, text(_NEEDLE))
+        yield [probe]
+        yield [probe, user]
+        yield [user, probe]
+        yield [user, answer, probe]
+
+    def _can_write_tool_calls(self, deadline: float) -> bool:
+        if "tool_calls" in self._mentioned:
+            return True
+        call = {"type": "function", "function": {"name": _NEEDLE, "arguments": {}}}
+        written = self._probe([_message("user", "a"), {**_message("assistant", "b"), "tool_calls": [call]}], deadline)
+        return written is not None and _NEEDLE in written
+
+
+class ChatTemplates:
+    """The templates of one model, of which each conversation takes one.
+
+    Args:
+        sources: by name: "default", "tool_use" for conversations with tools, others that `chat_template=` chooses.
+        special_tokens: such as "bos_token", as variables.
+        where: the file, for messages.
+    """
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any], where: str) -> None:
+        self.sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+        self._where = where
+        self._compiled: dict[str, ChatTemplate] = {}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """Like `ChatTemplate.render`; of `variables`, `chat_template` is the name of a template, or a template.
+
+        Raises `InvalidRequestError` also where there is none of that name, and for a given one that does not compile;
+        `ModelLoadError` where the model's own does not.
+        """
+        others = dict(variables)
+        template = self.choose(others.pop("chat_template", None), has_tools=bool(tools))
+        return template.render(messages, add_generation_prompt, tools, others)
+
+    def choose(self, chat_template: str | None = None, *, has_tools: bool = False) -> ChatTemplate:
+        """Return the template that `chat_template` names or is; None: the model's for such a conversation."""
+        if chat_template is None:
+            return self._named(self._default_name(has_tools))
+        if not isinstance(chat_template, str):
+            raise InvalidRequestError(f"chat_template is a {type(chat_template).__name__}, not a string")
+        if chat_template in self.sources:
+            return self._named(chat_template)
+        if "{" not in chat_template:
+            raise InvalidRequestError(
+                f"chat_template={chat_template!r:.100} is neither a template nor one of the model's: "
+                f"{', '.join(self.sources) or 'it has none'}"
+            )
+        try:
+            return ChatTemplate(chat_template, self._special_tokens, "chat_template")
+        except ModelLoadError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def _default_name(self, has_tools: bool) -> str:
+        if has_tools and "tool_use" in self.sources:
+            return "tool_use"
+        if "default" in self.sources:
+            return "default"
+        if not self.sources:
+            raise InvalidRequestError(
+                "this model has no chat template: send a prompt, or put a chat_template.jinja beside its tokenizer"
+            )
+        if len(self.sources) > 1:
+            raise InvalidRequestError(
+                f"the model has several chat templates and none is the default: pass chat_template=, one of "
+                f"{', '.join(map(repr, self.sources))}"
+            )
+        return next(iter(self.sources))
+
+    def _named(self, name: str) -> ChatTemplate:
+        template = self._compiled.get(name)
+        if template is None:
+            template = self._compiled[name] = ChatTemplate(self.sources[name], self._special_tokens, self._where)
+        return template
+
+
+def unknown_variable(name: str, known: Iterable[str]) -> str:
+    """Return a message about a variable that a template does not read, with the nearest of those that it does."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, [*names, *_OURS], n=1)
+    others = f"its variables are {', '.join(names)}" if names else "it has none"
+    hint = f"did you mean {nearest[0]}?" if nearest else others
+    return f"{name!r:.100} is not a variable of the chat template, so that it would be lost; {hint}"
+
+
+def _mentioned(tree: nodes.Template) -> Iterator[str]:
+    """Yield the attributes and strings of a template."""
+    for node in tree.find_all((nodes.Getattr, nodes.Const)):
+        name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else None
+        if isinstance(name, str):
+            yield name
+
+
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _field_to_continue(given: bool | str, add_generation_prompt: bool | None) -> str:
+    """Return the name of the final message's field that the answer goes on with, "" for none."""
+    if not isinstance(given, bool | str):
+        raise InvalidRequestError(f"continue_final_message={given!r:.100} is neither a bool nor the name of a field")
+    if given and add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt contradict each other: an answer goes on with the final "
+            "message, or begins after it"
+        )
+    return given if isinstance(given, str) else "content" if given else ""
+
+
+def _mark_ending(messages: list[dict[str, Any]], field: str) -> str:
+    """Mark the end of the final message's `field` and return its text."""
+    final = messages[-1]
+    value = final.get(field)
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        if parts:
+            text: str = parts[-1]["text"]
+            parts[-1]["text"] = text + _CONTINUES
+            return text
+    elif isinstance(value, str):
+        # Reasoning has several names; the template reads one of them.
+        for name in {field, *(_REASONING if field in _REASONING else ())}:
+            if final.get(name) == value:
+                final[name] = value + _CONTINUES
+        return value
+    raise InvalidRequestError(f'continue_final_message: the final message has no text in "{field}" to go on with')
+
+
+def _cut_ending(text: str, ending: str, field: str) -> str:
+    """Cut the text after what `_mark_ending` marked."""
+    at = text.rfind(_CONTINUES.strip())
+    if at < 0 or ending.strip() not in text:
+        raise InvalidRequestError(
+            f'continue_final_message: the chat template does not write the final message\'s "{field}" as it is, so '
+            f"that it cannot be gone on with; message: {ending!r:.100}"
+        )
+    # A template that trims has trimmed the mark; then the text before it is to be trimmed as well.
+    return text[:at] if text.startswith(_CONTINUES, at) else text[:at].rstrip()

@@ -1,0 +1,58 @@
+"""Random weights for a config.json without weights: for benchmarks and tests of sizes, not of text."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmengine.checkpoints.huggingface import read_hf_metadata
+from llmengine.checkpoints.source import ModelSource, WeightStream, weight_layout
+from llmengine.models.arch import ModelArch
+
+if TYPE_CHECKING:
+    import torch
+
+_SEED = 0
+_STD = 0.02
+_NOISE_LENGTH = (1 << 20) + 7
+
+
+def open_dummy(directory: Path) -> ModelSource:
+    """Return a source of random weights shaped by the directory's config.json; other weight files are not read."""
+    metadata = read_hf_metadata(directory)
+    return ModelSource(
+        kind="dummy",
+        path=directory,
+        arch=metadata.arch,
+        checkpoint_dtype=metadata.dtype or "float32",
+        generation_config=dict(metadata.generation_config.values),
+        eos_token_ids=metadata.eos_token_ids,
+        bos_token_id=metadata.bos_token_id,
+        tokenizer_path=directory,
+        stream=lambda dtype: stream_dummy(metadata.arch, dtype),
+    )
+
+
+def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
+    """Yield canonical weights ~ N(0, 0.02), norms 1; the same on every call.
+
+    One block of noise is repeated, rotated per tensor: drawing each weight would take longer than reading a file. The
+    block's odd length keeps rows of a matrix different.
+    """
+    import torch
+
+    layout = weight_layout(arch, str(dtype).removeprefix("torch."), {})
+    length = min(_NOISE_LENGTH, max(prod(shape) for _, shape in layout.values()))
+    noise = torch.empty(length).normal_(0.0, _STD, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
+    for index, (name, (stored_dtype, shape)) in enumerate(layout.items()):
+        tensor = torch.empty(shape, dtype=getattr(torch, stored_dtype))
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            shifted = noise.roll(index * 8191)
+            flat, whole = tensor.view(-1), tensor.numel() // length
+            # One copy: thousands of small ones would wait for the interpreter beside threads that compile.
+            flat[: whole * length].view(whole, length).copy_(shifted.expand(whole, length))
+            flat[whole * length :].copy_(shifted[: flat.numel() - whole * length])
+        yield name, tensor

@@ -1,0 +1,512 @@
+"""Engine directories: what `LLM.save()` writes and `ModelConfig(model_dir=...)` loads.
+
+::
+
+    engine.json                    manifest: versions, dtype, architecture, size and sha256 of every other file
+    weights.rank0.safetensors      canonical fused weights
+    plans/*                        what a backend built for the model, where it built anything
+    tokenizer/**                   the tokenizer's files
+
+A directory appears under its name complete or not at all: it is written beside it, synced and renamed. engine.json
+carries its own sha256 and is read only in the exact bytes that are written here, so that an altered one is found out
+like any other file. Damaged weights, tokenizer files and manifests are refused; plans are only checked by the backend
+that uses them, which can build them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from llmengine.checkpoints.arch_json import arch_from_dict, arch_to_dict
+from llmengine.checkpoints.end_ids import ids_in_vocabulary
+from llmengine.checkpoints.fields import Fields, read_json_object
+from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
+from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
+from llmengine.checkpoints.source import (
+    COPY_ELEMENTS,
+    ModelSource,
+    WeightStream,
+    check_tensors,
+    unique_ids,
+    weight_layout,
+)
+from llmengine.checkpoints.whole_directory import files_below, sync_file, whole_directory
+from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
+from llmengine.models.arch import ModelArch, RopeConfig
+from llmengine.tokenizer.end_tokens import tokenizer_end_ids
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST_NAME = "engine.json"
+WEIGHTS_NAME = "weights.rank0.safetensors"
+TOKENIZER_DIR = "tokenizer"
+PLANS_DIR = "plans"
+FORMAT_VERSION = 2
+"""2 added `plans`; 1 is still read."""
+
+_SEAL = "manifest_sha256"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What is taken from a source directory, where present."""
+
+_BACKENDS = ("torch", "tensorrt")
+_COPY_BYTES = 1 << 22
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """The keys of engine.json.
+
+    Attributes:
+        backend: what saved it; every backend loads it.
+        plans: `SavedPlans.facts`, None where there are no plans.
+    """
+
+    format_version: int
+    backend: str
+    llmengine_version: str
+    torch_version: str
+    dtype: str
+    quantization: dict[str, Any]
+    parallel: dict[str, int]
+    arch: dict[str, Any]
+    model_config_hash: str
+    generation_config: dict[str, Any]
+    eos_token_ids: list[int]
+    bos_token_id: int | None
+    plans: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+
+
+def save_engine(
+    directory: str | Path,
+    *,
+    arch: ModelArch,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    dtype: str,
+    quantization: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+    eos_token_ids: Sequence[int],
+    bos_token_id: int | None,
+    tokenizer_files: Mapping[str, bytes] | Path,
+    plans: SavedPlans | None = None,
+) -> None:
+    """Write an engine directory; `weights` come one at a time, as `weight_layout(arch, dtype, quantization)` orders.
+
+    `tokenizer_files` maps file names to contents, or is a directory from which `TOKENIZER_FILES` are taken. An existing
+    engine directory is replaced once the new one is complete, as `whole_directory` does; a path that is not
+    replaceable is refused with `ConfigError`. A failed write raises `EngineError` and leaves nothing behind.
+    """
+    import torch
+
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {_DTYPES}")
+    layout = weight_layout(arch, dtype, quantization)
+    manifest = _Manifest(
+        format_version=FORMAT_VERSION,
+        backend="torch" if plans is None else "tensorrt",
+        llmengine_version=_package_version(),
+        torch_version=str(torch.__version__),
+        dtype=dtype,
+        quantization=dict(quantization),
+        parallel={"tp_size": 1, "pp_size": 1},
+        arch=arch_to_dict(arch),
+        model_config_hash=model_config_hash(arch_to_dict(arch), dtype, quantization),
+        generation_config=dict(generation_config),
+        eos_token_ids=list(eos_token_ids),
+        bos_token_id=bos_token_id,
+        plans=None if plans is None else dict(plans.facts),
+        files={},
+    )
+    target = require_replaceable(directory)
+    try:
+        with whole_directory(target) as staging:
+            (staging / TOKENIZER_DIR).mkdir()
+            _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
+            if plans is not None:
+                _write_plans(staging, manifest, plans.files)
+            _write_weights(staging, manifest, layout, weights)
+            _write_manifest(staging, manifest)
+            require_replaceable(target)  # once more: writing took long, and what was put there meanwhile is not ours
+    except OSError as error:
+        raise EngineError(f"{target}: saving failed, the directory is as it was before: {_reason(error)}") from error
+
+
+def save_model(
+    directory: str | Path,
+    source: ModelSource,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: str,
+    quantization: Mapping[str, Any],
+    tokenizer: object,
+    plans: SavedPlans | None = None,
+) -> None:
+    """Write a loaded model as an engine directory; raises as `save_engine` does.
+
+    `weights` are the canonical weights as a backend uses them; those in float are stored in `dtype`. A `tokenizer`
+    with a method save(directory) writes its files; without one those of the source are copied. What it names as ends
+    of an answer is kept beside what the source names.
+    """
+    import torch
+
+    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(source.arch, dtype, quantization).items()}
+    ends = sorted(tokenizer_end_ids(tokenizer, source.arch.vocab_size))
+
+    def save(tokenizer_files: Mapping[str, bytes] | Path) -> None:
+        save_engine(
+            directory,
+            arch=source.arch,
+            weights=((name, _as_stored(name, tensor, stored[name])) for name, tensor in weights),
+            dtype=dtype,
+            quantization=quantization,
+            generation_config=source.generation_config,
+            eos_token_ids=unique_ids((*source.eos_token_ids, *ends)),
+            bos_token_id=source.bos_token_id,
+            tokenizer_files=tokenizer_files,
+            plans=plans,
+        )
+
+    write_tokenizer = getattr(tokenizer, "save", None)
+    if write_tokenizer is None:
+        save(_source_tokenizer(source))
+        return
+    with tempfile.TemporaryDirectory(prefix="llmengine-") as scratch:
+        write_tokenizer(Path(scratch))
+        save(_read_tree(Path(scratch)))
+
+
+def _source_tokenizer(source: ModelSource) -> Mapping[str, bytes] | Path:
+    if source.kind == "engine":
+        if not source.tokenizer_path.is_dir():
+            raise ModelLoadError(f"{source.tokenizer_path}: has gone since the model was loaded, it cannot be saved")
+        return _read_tree(source.tokenizer_path)
+    return source.tokenizer_path if source.tokenizer_path.is_dir() else {}
+
+
+def _read_tree(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def _as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if name.endswith("weight_scale") or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
+def keeps_values(
+    arch: ModelArch, weights: Iterable[tuple[str, torch.Tensor]], dtype: str, quantization: Mapping[str, Any]
+) -> bool:
+    """Return whether weights, as a backend uses them, are the same after `save_model` in `dtype`."""
+    import torch
+
+    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(arch, dtype, quantization).items()}
+    return all(
+        torch.equal(piece, piece.to(stored[name]).to(piece.dtype))
+        for name, tensor in weights
+        for piece in tensor.reshape(-1).split(COPY_ELEMENTS)
+    )
+
+
+def model_config_hash(arch: Mapping[str, Any], dtype: str, quantization: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of what decides whether a built engine fits a model; `arch` as the manifest has it."""
+    key = {"arch": dict(arch), "dtype": dtype, "quantization": dict(quantization)}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def open_engine(directory: Path) -> ModelSource:
+    """Return the source of a saved engine directory.
+
+    Checks here: manifest, presence and size of every file but the plans, contents of the tokenizer's. `weights` checks
+    the contents of the weights file before it yields the first tensor, and who uses a plan checks that. Raises
+    `CorruptFileError` naming file, found and expected; `UnsupportedModelError` for another format version, backend or
+    parallel size.
+    """
+    fields = read_manifest(directory)
+    files = read_files(directory, fields)
+    source = described_engine(directory, fields, files)
+    for name, file in files.items():
+        if name == WEIGHTS_NAME:
+            file.check_size()
+        elif not _is_plan(name):
+            file.check()
+    return source
+
+
+def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedFile]) -> ModelSource:
+    """Return the source that a manifest, read as `fields` and `files`, describes; looks at no file."""
+    arch = arch_from_dict(_arch_values(fields), f"{fields.where}: arch")
+    dtype = fields.string("dtype")
+    quantization = dict(fields.fields("quantization").values)
+    layout = weight_layout(arch, dtype, quantization)
+    expected_hash = model_config_hash(fields.fields("arch").values, dtype, quantization)
+    if fields.string("model_config_hash") != expected_hash:
+        raise fields.error("model_config_hash", f"{expected_hash} for its arch, dtype and quantization")
+    plans = {name.removeprefix(f"{PLANS_DIR}/"): file for name, file in files.items() if _is_plan(name)}
+    bos = fields.token_ids("bos_token_id")
+    return ModelSource(
+        kind="engine",
+        path=directory,
+        arch=arch,
+        checkpoint_dtype=dtype,
+        generation_config=dict(fields.fields("generation_config").values),
+        eos_token_ids=ids_in_vocabulary(fields, "eos_token_ids", arch.vocab_size),
+        bos_token_id=bos[0] if bos else None,
+        tokenizer_path=directory / TOKENIZER_DIR,
+        stream=lambda wanted: _stream(
+            directory / WEIGHTS_NAME,
+            files[WEIGHTS_NAME],
+            layout,
+            weight_layout(arch, str(wanted).removeprefix("torch."), quantization),
+        ),
+        quantization=quantization,
+        plans=SavedPlans(dict(fields.fields("plans").values), plans) if fields.has("plans") else None,
+    )
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    """Return the bytes of engine.json: `content`, and the sha256 of `content` as it is written without it."""
+    digest = hashlib.sha256(_encode(content)).hexdigest()
+    return _encode({**content, _SEAL: digest})
+
+
+def _encode(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("llmengine")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _tokenizer_contents(source: Mapping[str, bytes] | Path) -> dict[str, bytes]:
+    if isinstance(source, Path):
+        return {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    for name in source:
+        if not _is_inside(name):
+            raise ConfigError(f"tokenizer file {name!r} is not a relative path")
+    return dict(source)
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether `name` is a plain relative path, written in the one canonical way."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and name != "."
+
+
+def require_replaceable(directory: str | Path) -> Path:
+    """Return the path, absolute and without links, at which an engine for `directory` is written.
+
+    Raises `ConfigError` unless it is absent, an empty directory, or an engine directory with nothing else; and if the
+    current directory is there, which would be gone after that.
+    """
+    try:
+        target = Path(os.path.realpath(directory))
+        if os.path.lexists(target):
+            _check_replaceable(target)
+    except OSError as error:
+        raise ConfigError(f"{str(directory)!r}: no engine can be saved there: {_reason(error)}") from error
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.is_dir():
+        raise ConfigError(f"{target}: exists and is no directory; choose another name")
+    if _current_directory().is_relative_to(target):
+        raise ConfigError(f"{target}: would be replaced while it is, or holds, the current directory; choose another")
+    if not any(target.iterdir()):
+        return
+    if not (target / MANIFEST_NAME).exists():
+        raise ConfigError(f"{target}: is neither empty nor a saved engine; choose another directory")
+    try:
+        known = set(read_json_object(target / MANIFEST_NAME).fields("files").values)
+    except ModelLoadError as error:
+        raise ConfigError(f"{target}: is not overwritten because its manifest cannot be read: {error}") from error
+    foreign = sorted(files_below(target) - known - {MANIFEST_NAME})
+    if foreign:
+        raise ConfigError(f"{target}: holds files that are not the saved engine's: {', '.join(foreign[:4])}")
+
+
+def _current_directory() -> Path:
+    """Return the current directory, an empty path if it has been removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path()
+
+
+def _reason(error: OSError) -> str:
+    """Return why a call of the system failed, and for which file where that is known."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)}"
+
+
+def _write_tokenizer(staging: Path, manifest: _Manifest, tokenizer: Mapping[str, bytes]) -> None:
+    for name, contents in tokenizer.items():
+        _write_file(staging, manifest, f"{TOKENIZER_DIR}/{name}", SavedFile.of(contents))
+
+
+def _write_plans(staging: Path, manifest: _Manifest, files: Mapping[str, SavedFile]) -> None:
+    for name, file in files.items():
+        _write_file(staging, manifest, f"{PLANS_DIR}/{name}", file)
+
+
+def _write_weights(
+    staging: Path,
+    manifest: _Manifest,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    with (staging / WEIGHTS_NAME).open("wb") as file:
+        sha256 = write_tensors(file, layout, weights)
+        sync_file(file)
+        manifest.files[WEIGHTS_NAME] = {"size_bytes": file.tell(), "sha256": sha256}
+
+
+def _write_manifest(staging: Path, manifest: _Manifest) -> None:
+    """Write the manifest, the last of the files."""
+    with (staging / MANIFEST_NAME).open("wb") as file:
+        file.write(_sealed(dataclasses.asdict(manifest)))
+        sync_file(file)
+
+
+def _write_file(staging: Path, manifest: _Manifest, name: str, source: SavedFile) -> None:
+    """Write and sync a copy of `source`, and enter it in the manifest; raises `CorruptFileError` for an altered one."""
+    target = staging / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        for piece in _pieces(source):
+            digest.update(piece)
+            file.write(piece)
+        sync_file(file)
+        written = (file.tell(), digest.hexdigest())
+    if written != (source.size_bytes, source.sha256):
+        raise CorruptFileError(f"{source.content!s:.200}: was altered since it was built or loaded; it is not saved")
+    manifest.files[name] = {"size_bytes": written[0], "sha256": written[1]}
+
+
+def _pieces(source: SavedFile) -> Iterator[bytes]:
+    if isinstance(source.content, bytes):
+        yield source.content
+        return
+    with source.content.open("rb") as file:
+        while piece := file.read(_COPY_BYTES):
+            yield piece
+
+
+def read_manifest(directory: Path) -> Fields:
+    """Return the checked manifest of an engine directory; raises as `open_engine` does."""
+    path = directory / MANIFEST_NAME
+    fields = read_json_object(path)
+    version = fields.integer("format_version")
+    if not 1 <= version <= FORMAT_VERSION:
+        age, remedy = ("a newer", "update llmengine, or") if version > FORMAT_VERSION else ("an older", "please")
+        raise UnsupportedModelError(
+            f"{path}: format_version {version} is of {age} llmengine, this one reads 1 to {FORMAT_VERSION}: {remedy} "
+            "save the engine again from its checkpoint"
+        )
+    fields.require_only(_keys(version) | {_SEAL})
+    content = {key: value for key, value in fields.values.items() if key != _SEAL}
+    if path.read_bytes() != _sealed(content):
+        raise CorruptFileError(f"{path}: its contents are not those expected by its {_SEAL}: altered after saving")
+    for key in ("llmengine_version", "torch_version"):
+        fields.string(key)
+    if fields.string("dtype") not in _DTYPES:
+        raise fields.error("dtype", f"one of {', '.join(_DTYPES)}")
+    if fields.string("backend") not in _BACKENDS:
+        raise UnsupportedModelError(
+            f"{path}: backend {fields.string('backend')!r} is not supported; supported: {', '.join(_BACKENDS)}"
+        )
+    parallel = fields.fields("parallel")
+    parallel.require_only({"tp_size", "pp_size"})
+    if (sizes := (parallel.integer("tp_size"), parallel.integer("pp_size"))) != (1, 1):
+        raise UnsupportedModelError(f"{path}: saved for tp_size={sizes[0]}, pp_size={sizes[1]}; only 1 x 1 runs")
+    return fields
+
+
+def _keys(version: int) -> set[str]:
+    """Return the keys of a manifest, without its seal."""
+    keys = {item.name for item in dataclasses.fields(_Manifest)}
+    return keys if version == FORMAT_VERSION else keys - {"plans"}
+
+
+def read_files(directory: Path, manifest: Fields) -> dict[str, SavedFile]:
+    """Return name -> file, as the manifest lists them; every name is checked to stay inside the directory."""
+    table = manifest.fields("files")
+    files: dict[str, SavedFile] = {}
+    for name in table.values:
+        if name != WEIGHTS_NAME and not (_is_inside(name) and (name.startswith(f"{TOKENIZER_DIR}/") or _is_plan(name))):
+            raise CorruptFileError(f"{table.where}: {name!r} is not a file of an engine directory")
+        entry = table.fields(name)
+        entry.require_only({"size_bytes", "sha256"})
+        files[name] = SavedFile(directory / name, entry.integer("size_bytes"), entry.string("sha256"))
+    if WEIGHTS_NAME not in files:
+        raise table.error(WEIGHTS_NAME, "size and sha256 of the weights")
+    return files
+
+
+def _arch_values(manifest: Fields) -> dict[str, Any]:
+    """Return the architecture; an engine of format 1 has the defaults for what was added since."""
+    values = dict(manifest.fields("arch").values)
+    if manifest.integer("format_version") > 1:
+        return values
+    rope = {**_defaults(RopeConfig), **manifest.fields("arch").fields("rope").values}
+    return {**_defaults(ModelArch), **values, "rope": rope}
+
+
+def _defaults(kind: type[ModelArch] | type[RopeConfig]) -> dict[str, Any]:
+    defaults = {item.name: item.default for item in dataclasses.fields(kind)}
+    known = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in known.items()}
+
+
+def _is_plan(name: str) -> bool:
+    return name.startswith(f"{PLANS_DIR}/")
+
+
+def _stream(
+    path: Path,
+    saved: SavedFile,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> WeightStream:
+    """Yield the saved tensors, which are in `layout`, as `wanted`; only floating-point dtypes may differ."""
+    import torch
+
+    saved.check()
+    entries = read_entries(path)
+    shapes = {name: shape for name, (_, shape) in layout.items()}
+    check_tensors(shapes, {name: entry.shape for name, entry in entries.items()}, str(path))
+    for name, (dtype, _) in layout.items():
+        if (found := DTYPE_NAMES.get(entries[name].dtype, entries[name].dtype)) != dtype:
+            raise CorruptFileError(f"{path}: tensor {name!r} is {found}, expected {dtype}")
+    with path.open("rb") as file:
+        for name, (dtype, shape) in wanted.items():
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            read_tensor(file, entries[name], tensor)
+            yield name, tensor

@@ -1,0 +1,159 @@
+"""Models in GGUF files: architecture from the metadata, weights dequantized into canonical layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from llmengine.checkpoints.end_ids import gguf_end_ids
+from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.gguf_arch import ROPE_TENSORS, arch_from_gguf
+from llmengine.checkpoints.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
+from llmengine.checkpoints.gguf_split import read_split_gguf
+from llmengine.checkpoints.source import (
+    COPY_ELEMENTS,
+    ModelSource,
+    WeightStream,
+    check_tensors,
+    read_exactly,
+    stored_parts,
+    stored_shapes,
+    stream_fused,
+)
+from llmengine.errors import UnsupportedModelError
+from llmengine.models.arch import ModelArch
+from llmengine.models.families import family_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["GgufFile", "GgufTensor", "open_gguf", "read_gguf"]
+
+_STORED_NAMES = {
+    "embed_tokens": "token_embd",
+    "final_norm": "output_norm",
+    "lm_head": "output",
+    "input_norm": "attn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attention_out_norm": "post_attention_norm",
+    "post_attention_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "mlp_out_norm": "post_ffw_norm",
+}
+_FUSED_NAMES = {**dict.fromkeys("qkv", "attn_qkv"), **dict.fromkeys(("gate", "up"), "ffn_up")}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def open_gguf(path: Path) -> ModelSource:
+    """Return the checkpoint of a GGUF file, or of several into which one was split and of which `path` is any; reads
+    everything but the tensors."""
+    gguf = read_split_gguf(path)
+    path = gguf.path
+    metadata = Fields(gguf.metadata, str(path))
+    arch = arch_from_gguf(gguf, metadata)
+    stored_name = stored_names(arch)
+    _check_tensors(gguf, stored_shapes(arch, stored_name))
+    bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
+    return ModelSource(
+        kind="gguf",
+        path=path,
+        arch=arch,
+        checkpoint_dtype=_DTYPES.get(gguf.tensors[stored_name("layers.0.down.weight")].type, "float16"),
+        generation_config={},
+        eos_token_ids=gguf_end_ids(metadata, arch.vocab_size),
+        bos_token_id=bos[0] if bos else None,
+        tokenizer_path=path,
+        stream=lambda dtype: _stream(gguf, arch, dtype),
+        gguf=gguf,
+    )
+
+
+def stored_names(arch: ModelArch) -> Callable[[str], str]:
+    """Return what gives a part's name in GGUF: `layers.0.q.weight` is `blk.0.attn_q.weight`."""
+    names = _STORED_NAMES | (_FUSED_NAMES if family_of(arch).stored_fused else {})
+
+    def stored_name(part: str) -> str:
+        *layer, module, kind = part.split(".")
+        prefix = f"blk.{layer[1]}." if layer else ""
+        return f"{prefix}{names[module]}.{kind}"
+
+    return stored_name
+
+
+def _check_tensors(gguf: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the file has the `expected` tensors, of types that can be read, and no others that count."""
+
+    def is_harmless(name: str) -> bool:
+        tensor = gguf.tensors[name]
+        is_known = name in ROPE_TENSORS or name.endswith(".attn_rot_embd.weight")
+        return is_known or tensor.type not in BLOCK_SIZES or 0 in tensor.shape
+
+    for name in expected:
+        tensor = gguf.tensors.get(name)
+        if tensor is not None and tensor.type not in BLOCK_SIZES:
+            raise UnsupportedModelError(
+                f"{tensor.path}: tensor {name!r} has {tensor.type}; supported are {', '.join(BLOCK_SIZES)}"
+            )
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    padded = ("token_embd.weight", "output.weight")
+    check_tensors(
+        expected,
+        shapes,
+        str(gguf.path),
+        is_harmless,
+        lambda name: str(gguf.tensors[name].path),
+        may_be_padded=padded,
+    )
+
+
+def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream:
+    interleaved, places = family_of(arch).gguf_interleaves_qk, stored_parts(arch, stored_names(arch))
+    with ExitStack() as stack:
+        paths = sorted({gguf.tensors[place.tensor].path for place in places.values()})
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
+
+        def read_part(part: str, out: torch.Tensor) -> None:
+            is_rotated = interleaved and part.split(".")[-2] in ("q", "k")
+            place = places[part]
+            tensor = gguf.tensors[place.tensor].rows(place.first_row, place.num_rows)
+            _read_tensor(files[tensor.path], tensor, out, arch.head_dim if is_rotated else 1)
+
+        yield from stream_fused(arch, dtype, read_part)
+
+
+def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
+    """Fill `out` (contiguous, of the tensor's shape) a bounded number of rows at a time.
+
+    With head_dim > 1 the rows of each head are brought back from interleaved order (0, d/2, 1, d/2 + 1, ...) to halves
+    (0, 1, ..., d/2, ...), on the raw bytes, which are fewer.
+    """
+    import torch
+
+    from llmengine.checkpoints.gguf_dequant import dequantize
+
+    if out.dim() == 1 and tensor.type not in _DTYPES:
+        raise UnsupportedModelError(f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type})")
+    num_columns = tensor.shape[-1]
+    rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
+    row_bytes = tensor.size_bytes // rows.shape[0]
+    step = max(1, COPY_ELEMENTS // (rows.shape[1] * head_dim)) * head_dim
+    file.seek(tensor.offset)
+    for piece in torch.split(rows, step):
+        raw = torch.empty((piece.shape[0], row_bytes), dtype=torch.uint8)
+        read_exactly(file, raw, f"{tensor.path}: tensor {tensor.name!r}")
+        data = raw.numpy()
+        if head_dim > 1:
+            data = data.reshape(-1, head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1, row_bytes)
+        converted = piece if piece.dtype == torch.float32 else torch.empty(piece.shape)
+        dequantize(data, tensor.type, converted.numpy())
+        if converted is not piece:
+            piece.copy_(converted)

@@ -1,0 +1,106 @@
+"""GGUF models that lie in several files, as llama-gguf-split and the converter write them.
+
+Each file is a whole GGUF file: `NAME-00002-of-00003.gguf` has some of the tensors, and in its metadata `split.no`,
+counted from 0, `split.count` and `split.tensors.count`, of all files. Only the first has the model's metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf
+from llmengine.errors import CorruptFileError, ModelLoadError
+
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_MAX_PARTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a file's name says: it is number `number`, from 1, of `count`."""
+
+    path: Path
+    stem: str
+    number: int
+    count: int
+    suffix: str
+
+    def sibling(self, number: int) -> Path:
+        return self.path.with_name(f"{self.stem}-{number:05d}-of-{self.count:05d}{self.suffix}")
+
+
+def first_files(paths: Iterable[Path]) -> list[Path]:
+    """Return one file of each model among GGUF files: of those that are split, the first that is there."""
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(paths):
+        part = _part(path)
+        found.setdefault((part.stem, part.count) if part else (path.name, 0), path)
+    return list(found.values())
+
+
+def read_split_gguf(path: Path) -> GgufFile:
+    """Return a GGUF file, or all files of a split one of which `path` is any, as one.
+
+    Raises what `read_gguf` raises, `CorruptFileError` naming the files that are missing or contradict each other, and
+    `ModelLoadError` for one of several files whose name does not tell the others.
+    """
+    given = read_gguf(path)
+    num_files = Fields(given.metadata, str(path)).integer("split.count", 0, high=_MAX_PARTS)
+    if num_files <= 1:
+        return given
+    part = _part(path)
+    if part is None:
+        number = _number(given, num_files)
+        raise ModelLoadError(
+            f"{path}: is file {number} of {num_files} of a split model, and the others are found by its name: call it "
+            f"NAME-{number:05d}-of-{num_files:05d}.gguf as llama-gguf-split does, or merge them with its --merge"
+        )
+    if part.count != num_files:
+        raise CorruptFileError(f"{path}: split.count={num_files} contradicts its name, which says {part.count}")
+    paths = [part.sibling(number) for number in range(1, num_files + 1)]
+    missing = [file.name for file in paths if not file.is_file()]
+    if missing:
+        raise CorruptFileError(
+            f"{path}: is file {part.number} of {num_files} of a split model, and {len(missing)} of them are not there: "
+            + ", ".join(missing[:8])
+            + (", ..." if len(missing) > 8 else "")
+        )
+    return _joined([given if file == path else read_gguf(file) for file in paths])
+
+
+def _joined(files: list[GgufFile]) -> GgufFile:
+    """Return the files of a split model, in order, as one."""
+    tensors: dict[str, GgufTensor] = {}
+    for index, file in enumerate(files):
+        if (number := _number(file, len(files))) != index + 1:
+            raise CorruptFileError(f"{file.path}: split.no={number - 1} contradicts its name, expected {index}")
+        twice = tensors.keys() & file.tensors.keys()
+        if twice:
+            raise CorruptFileError(f"{file.path}: tensor {min(twice)!r} is also in {tensors[min(twice)].path.name}")
+        tensors |= file.tensors
+    first = files[0]
+    total = Fields(first.metadata, str(first.path)).integer("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CorruptFileError(
+            f"{first.path}: split.tensors.count={total}, but its {len(files)} files have {len(tensors)} tensors"
+        )
+    return replace(first, tensors=tensors)
+
+
+def _number(file: GgufFile, num_files: int) -> int:
+    """Return which of the files it is, from 1; raises `CorruptFileError` unless it is one of so many."""
+    fields = Fields(file.metadata, str(file.path))
+    if fields.integer("split.count", 0) != num_files:
+        raise fields.error("split.count", f"{num_files}, as in the other files")
+    return fields.integer("split.no", high=num_files - 1) + 1
+
+
+def _part(path: Path) -> _Part | None:
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None:
+        return None
+    return _Part(path, match["stem"], int(match["number"]), int(match["count"]), match["suffix"])

@@ -1,0 +1,245 @@
+"""Hugging Face directories: config.json with safetensors or pytorch_model.bin files, single or sharded."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmengine.checkpoints.end_ids import hf_end_ids
+from llmengine.checkpoints.fields import Fields, read_json_object
+from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints.huggingface_tensors import (
+    EMBEDDING,
+    HEAD,
+    Stored,
+    TensorT,
+    indexed_shards,
+    merged,
+    stored_names,
+    weights_of,
+)
+from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
+from llmengine.checkpoints.source import ModelSource, WeightStream, stored_parts, stream_fused
+from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
+from llmengine.generation_config import generation_keys
+from llmengine.models.arch import ModelArch
+from llmengine.models.families import family_of
+from llmengine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What a directory's weights are in, or the index that names their files; the first that is there counts."""
+
+_OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
+"""Of files that may have weights in another form, to be named where there are none in ours."""
+
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    OverflowError,
+)
+"""What torch.load raises for damaged files; it has no error of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class HfMetadata:
+    """What the JSON files of a Hugging Face directory say."""
+
+    arch: ModelArch
+    dtype: str | None
+    generation_config: Fields
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+def read_hf_metadata(directory: Path) -> HfMetadata:
+    """Read config.json and generation_config.json, the second optional."""
+    config = read_json_object(directory / "config.json")
+    generation_path = directory / "generation_config.json"
+    if generation_path.exists():
+        generation = read_json_object(generation_path)
+    else:
+        generation = Fields(generation_keys(config.values), config.where)
+    _check_generation(generation)
+    bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
+    arch = arch_from_hf_config(config.values, config.where)
+    return HfMetadata(
+        arch=arch,
+        dtype=_config_dtype(config),
+        generation_config=generation,
+        eos_token_ids=hf_end_ids(config, generation, arch.vocab_size),
+        bos_token_id=bos[0] if bos else None,
+    )
+
+
+def _check_generation(generation: Fields) -> None:
+    """Raise `CorruptFileError` for malformed values; `LLM` tells of keys that cannot be honoured."""
+    try:
+        SamplingParams.from_generation_config(generation.values)
+    except InvalidRequestError as error:
+        raise CorruptFileError(f"{generation.where}: {error}") from error
+    except UnsupportedModelError:
+        pass
+
+
+def open_hf(directory: Path) -> ModelSource:
+    """Return the checkpoint of a Hugging Face directory; reads JSON files and safetensors headers only."""
+    metadata = read_hf_metadata(directory)
+    arch = metadata.arch
+    file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
+    if file_name is None:
+        others = sorted(entry.name for entry in directory.iterdir() if entry.suffix in _OTHER_SUFFIXES)
+        raise ModelLoadError(
+            f"{directory}: has config.json but no weights; looked for {', '.join(WEIGHT_FILES)} "
+            f"(load_format='dummy' makes random ones){'; found: ' + ', '.join(others[:8]) if others else ''}"
+        )
+    shards = indexed_shards(directory, file_name)
+    if "safetensors" in file_name:
+        weights = weights_of(arch, directory, merged(directory, shards, _read_safetensors))
+        found = weights[EMBEDDING].dtype
+    elif metadata.dtype is None:
+        found = _bin_weights(directory, arch, shards)[EMBEDDING].dtype
+
+    def stream(dtype: torch.dtype) -> WeightStream:
+        if "safetensors" in file_name:
+            return _stream_safetensors(arch, weights, dtype)
+        return _stream_bin(directory, arch, shards, dtype)
+
+    return ModelSource(
+        kind="huggingface",
+        path=directory,
+        arch=arch,
+        checkpoint_dtype=metadata.dtype or _supported_dtype(found, str(directory)),
+        generation_config=dict(metadata.generation_config.values),
+        eos_token_ids=metadata.eos_token_ids,
+        bos_token_id=metadata.bos_token_id,
+        tokenizer_path=directory,
+        stream=stream,
+    )
+
+
+def _config_dtype(config: Fields) -> str | None:
+    """Return the dtype that config.json names, None where it leaves it to the files."""
+    key = next((key for key in ("dtype", "torch_dtype") if config.has(key)), None)
+    name = config.string(key).removeprefix("torch.") if key else "auto"
+    return None if name == "auto" else _supported_dtype(_DTYPE_ALIASES.get(name, name), config.where)
+
+
+def _supported_dtype(name: str, where: str) -> str:
+    if name not in ("float32", "float16", "bfloat16"):
+        raise UnsupportedModelError(f"{where}: dtype {name!r} is not supported; use float32, float16 or bfloat16")
+    return name
+
+
+def _read_safetensors(path: Path) -> Iterator[Stored[TensorEntry]]:
+    for name, entry in read_entries(path).items():
+        yield Stored(path, name, DTYPE_NAMES.get(entry.dtype, entry.dtype), entry.shape, entry)
+
+
+def _stream_safetensors(
+    arch: ModelArch, weights: Mapping[str, Stored[TensorEntry]], dtype: torch.dtype
+) -> WeightStream:
+    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
+    with ExitStack() as stack:
+        paths = sorted({weight.path for weight in weights.values()})
+        files = {path: stack.enter_context(path.open("rb")) for path in paths}
+        num_rows = arch.vocab_size
+        _check_tied(arch, weights, lambda one, two: holds_same(files, one.rows(0, num_rows), two.rows(0, num_rows)))
+
+        def read_part(part: str, out: torch.Tensor) -> None:
+            place = places[part]
+            entry = weights[place.tensor].tensor.rows(place.first_row, place.num_rows)
+            read_tensor(files[entry.path], entry, out)
+            read_norm(part, out)
+
+        yield from stream_fused(arch, dtype, read_part)
+
+
+def _check_tied(
+    arch: ModelArch, weights: Mapping[str, Stored[TensorT]], are_equal: Callable[[TensorT, TensorT], bool]
+) -> None:
+    """Raise `CorruptFileError` for a stored output projection that differs from the embedding that it is tied to."""
+    if not arch.tie_word_embeddings or HEAD not in weights:
+        return
+    head, embedding = weights[HEAD], weights[EMBEDDING]
+    if not are_equal(head.tensor, embedding.tensor):
+        raise CorruptFileError(
+            f"{head.path.parent}: tensors {head.name!r} and {embedding.name!r} differ, contrary to "
+            "tie_word_embeddings=true in config.json; set that to false to use both"
+        )
+
+
+def _plus_one(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
+    """Return what makes a norm's stored weights those that x is multiplied by."""
+    adds = family_of(arch).norms_plus_one
+
+    def add(part: str, out: torch.Tensor) -> None:
+        if adds and part.endswith("norm.weight"):
+            out.add_(1.0)
+
+    return add
+
+
+def _bin_weights(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]) -> dict[str, Stored[torch.Tensor]]:
+    """Return the model's weights in .bin files, memory-mapped where the format allows it, checked."""
+    return weights_of(arch, directory, merged(directory, shards, _read_bin))
+
+
+def _read_bin(path: Path) -> Iterator[Stored[torch.Tensor]]:
+    for name, tensor in _load_state_dict(path).items():
+        yield Stored(path, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.detach())
+
+
+def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _UNPICKLING_ERRORS as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise CorruptFileError(f"{path}: torch.load(weights_only=True) refuses it: {reason}") from error
+    if not isinstance(state, dict):
+        raise CorruptFileError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise CorruptFileError(f"{path}: {name!r} is no tensor")
+    return state
+
+
+def _stream_bin(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]], dtype: torch.dtype) -> WeightStream:
+    weights = _bin_weights(directory, arch, shards)
+    num_rows = arch.vocab_size
+    _check_tied(arch, weights, lambda one, other: one.dtype == other.dtype and one[:num_rows].equal(other[:num_rows]))
+    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
+
+    def read_part(part: str, out: torch.Tensor) -> None:
+        place = places[part]
+        out.copy_(weights[place.tensor].tensor[place.first_row : place.first_row + place.num_rows])
+        read_norm(part, out)
+
+    yield from stream_fused(arch, dtype, read_part)

@@ -1,0 +1,212 @@
+"""Which of the tensors in a Hugging Face directory's files are the model's, under which names.
+
+Files hold more than a model's weights, and name them in more than one way. What cannot change the result is left out:
+buffers, tensors of other types, parts of a larger model. What could is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from llmengine.checkpoints.adapters import refuse_adapter_tensors
+from llmengine.checkpoints.fields import read_json_object
+from llmengine.checkpoints.source import check_tensors, stored_shapes
+from llmengine.errors import CorruptFileError, UnsupportedModelError
+from llmengine.models.arch import ModelArch
+from llmengine.models.families import family_of
+
+logger = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""Types of tensors that weights can be read from."""
+
+_STORED_NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "input_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "o": "self_attn.o_proj",
+    "attention_out_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+_SANDWICH_NAMES = {"post_attention_norm": "pre_feedforward_layernorm"}
+_FUSED_NAMES = {
+    **dict.fromkeys("qkv", "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+}
+
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|rope\.freqs|masked_bias|position_ids|attention_mask|causal_mask|[qkv]_scale|kv_scale)$"
+)
+"""Names of buffers that older versions of libraries saved, and of scales for quantized KV caches."""
+
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale"
+    r"|absmax|quant_map|SCB)$|\.weight\.(absmax|quant_map|quant_state)"
+)
+_EMBEDDING_END = re.compile(r"(?P<prefix>(.*\.)?)embed_tokens\.weight")
+
+TensorT = TypeVar("TensorT")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Generic[TensorT]):
+    """A tensor in a file: `name` as the file has it, `dtype` in torch's words where torch has one for it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: TensorT
+
+
+def stored_names(arch: ModelArch) -> Callable[[str], str]:
+    """Return what gives a part's name in Hugging Face's files.
+
+    `layers.0.q.weight` is `model.layers.0.self_attn.q_proj.weight`; all parts of a tensor have its name.
+    """
+    names = dict(_STORED_NAMES)
+    if arch.norm_placement == "both":
+        names |= _SANDWICH_NAMES
+    if family_of(arch).stored_fused:
+        names |= _FUSED_NAMES
+
+    def stored_name(part: str) -> str:
+        *layer, module, kind = part.split(".")
+        prefix = f"model.{'.'.join(layer)}." if layer else ""
+        return f"{prefix}{names[module]}.{kind}"
+
+    return stored_name
+
+
+def indexed_shards(directory: Path, file_name: str) -> dict[str, set[str]]:
+    """Return file -> names of the tensors that the index places there; no names for a file without an index.
+
+    What an index says beyond the names of the files counts only where two of them have a tensor of one name: some
+    indices name tensors that were left out of the files later, or leave out some that are there.
+    """
+    if not file_name.endswith(".index.json"):
+        return {file_name: set()}
+    index = read_json_object(directory / file_name)
+    weight_map = index.fields("weight_map")
+    shards: dict[str, set[str]] = {}
+    for tensor in weight_map.values:
+        file = weight_map.string(tensor)
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise weight_map.error(tensor, "the name of a file in the same directory")
+        shards.setdefault(file, set()).add(tensor)
+    if not shards:
+        raise index.error("weight_map", "at least one tensor")
+    missing = [file for file in shards if not (directory / file).is_file()]
+    if missing:
+        raise CorruptFileError(f"{index.where}: names files that are not there: {', '.join(sorted(missing))}")
+    return shards
+
+
+def merged(
+    directory: Path, shards: Mapping[str, set[str]], read: Callable[[Path], Iterable[Stored[TensorT]]]
+) -> dict[str, Stored[TensorT]]:
+    """Return the tensors of all files by name; the index decides between two of one name."""
+    found: dict[str, Stored[TensorT]] = {}
+    for file, indexed in shards.items():
+        for tensor in read(directory / file):
+            first = found.get(tensor.name)
+            if first is None or tensor.name in indexed:
+                found[tensor.name] = tensor
+            elif tensor.name not in shards[first.path.relative_to(directory).as_posix()]:
+                raise CorruptFileError(
+                    f"{tensor.path}: tensor {tensor.name!r} is also in {first.path.name}, and the index names neither"
+                )
+    return found
+
+
+def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[TensorT]]) -> dict[str, Stored[TensorT]]:
+    """Return the model's weights among `tensors`, by the names of `stored_names`, checked.
+
+    Raises `CorruptFileError` for a missing or misshapen weight and for tensors that the model should have a place for,
+    `UnsupportedModelError` for weights of another type, quantized ones, and an adapter's.
+    """
+    refuse_adapter_tensors(tensors, str(directory))
+    inside = _canonical_names(tensors)
+    others = [name for name in tensors if name not in inside and not _is_buffer(tensors[name])]
+    if others:
+        logger.warning("%s: not part of the language model and ignored: %s", directory, _listed(others))
+    named = {inside[name]: tensor for name, tensor in tensors.items() if name in inside}
+    expected = stored_shapes(arch, stored_names(arch))
+    _refuse_quantized(directory, [name for name in expected if name not in named], tensors)
+    for name in expected:
+        if name in named and named[name].dtype not in WEIGHT_DTYPES:
+            tensor = named[name]
+            raise UnsupportedModelError(
+                f"{tensor.path}: tensor {tensor.name!r} has dtype {tensor.dtype}; weights can be read from "
+                f"{', '.join(WEIGHT_DTYPES)}"
+            )
+
+    def is_harmless(name: str) -> bool:
+        return _is_buffer(named[name]) or (name == HEAD and arch.tie_word_embeddings)
+
+    shapes = {name: tensor.shape for name, tensor in named.items()}
+    check_tensors(
+        expected,
+        shapes,
+        str(directory),
+        is_harmless,
+        lambda name: str(named[name].path),
+        may_be_padded=(EMBEDDING, HEAD),
+    )
+    return named
+
+
+def _is_buffer(tensor: Stored[TensorT]) -> bool:
+    """Return whether a tensor that is no weight is nothing to worry about either."""
+    return _BUFFER.search(tensor.name) is not None or tensor.dtype not in WEIGHT_DTYPES or 0 in tensor.shape
+
+
+def _canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Return name in the files -> name as transformers writes it, for all tensors of the language model.
+
+    The model may have been saved without its head (`layers.0...`), or as a part of something: `module.`, `_orig_mod.`,
+    `language_model.`. What comes before the embedding's name comes before all.
+    """
+    names = list(names)
+    prefixes = [match["prefix"] for name in names if (match := _EMBEDDING_END.fullmatch(name))]
+    if "model." in prefixes or len(prefixes) != 1:
+        return {name: name for name in names if name.startswith(("model.", "lm_head."))}
+    prefix = prefixes[0]
+    outer = prefix.removesuffix("model.") if prefix == "model." or prefix.endswith(".model.") else ""
+    canonical = {}
+    for name in names:
+        if name.startswith((f"{outer}lm_head.", "lm_head.")):
+            canonical[name] = name[name.index("lm_head.") :]
+        elif name.startswith(prefix):
+            canonical[name] = f"model.{name.removeprefix(prefix)}"
+    return canonical
+
+
+def _refuse_quantized(directory: Path, missing: list[str], names: Iterable[str]) -> None:
+    found = [name for name in names if _QUANTIZED.search(name)]
+    if missing and found:
+        raise UnsupportedModelError(
+            f"{directory}: the weights are quantized ({_listed(found)}): quantized Hugging Face checkpoints are not "
+            "supported; load the unquantized one and set quant_config"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

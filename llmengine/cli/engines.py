@@ -1,0 +1,199 @@
+"""The commands for saved engines: `build`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmengine.checkpoints.saved_plans import size_text
+from llmengine.config import BY_DEVICE, SchedulerConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_WEIGHTS_HELP = (
+    "what plans do with weights: 'inputs' leaves them out, so that one plan serves all layers (default); 'constants' "
+    "builds them in; 'fastest' times a layer both ways on this machine's GPU"
+)
+
+
+def add_engine_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `llmengine`."""
+    build = commands.add_parser("build", help="build a model's TensorRT plans and save them with its weights")
+    build.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, .gguf file or saved engine")
+    build.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a saved engine is replaced")
+    build.add_argument(
+        "--sm",
+        type=_capabilities,
+        default=(),
+        metavar="LIST",
+        help="compute capabilities to build for, such as 89,120 (default: this machine's first GPU)",
+    )
+    build.add_argument("--flavour", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto")
+    build.add_argument(
+        "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: the checkpoint's"
+    )
+    build.add_argument("--weights", choices=("inputs", "constants", "fastest"), help=_WEIGHTS_HELP)
+    build.add_argument("--max-batch-size", type=positive_int, default=BY_DEVICE, metavar="N", help="requests in a step")
+    build.add_argument("--max-tokens-per-step", type=positive_int, default=BY_DEVICE, metavar="N")
+    build.add_argument("--dummy", action="store_true", help="random weights, from the directory's config.json alone")
+    build.set_defaults(run=_build)
+
+    inspect = commands.add_parser("inspect", help="show what a saved engine holds")
+    inspect.add_argument("directory", type=Path, metavar="DIR")
+    inspect.add_argument("--json", action="store_true", help="print the manifest")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check a saved engine's files, and its plans where they can run")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verify.set_defaults(run=_verify)
+
+
+def positive_int(text: str) -> int:
+    """Return the number that an argument stands for; a usage error if it is not an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return int(text)
+
+
+def _capabilities(text: str) -> tuple[int, ...]:
+    """Return (89, 120) for "89,120" and for "8.9,12.0"."""
+    try:
+        found = tuple(int(part.strip().replace(".", "")) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of compute capabilities such as 89,120") from None
+    if not all(50 <= value <= 999 for value in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of compute capabilities such as 89,120")
+    return found
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from llmengine import saved_engines
+
+    built = saved_engines.build(
+        arguments.model,
+        arguments.output,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        compute_capabilities=arguments.sm,
+        flavour=arguments.flavour,
+        dtype=arguments.dtype,
+        weight_mode=arguments.weights,
+        scheduler_config=SchedulerConfig(
+            max_batch_size=arguments.max_batch_size, max_tokens_per_step=arguments.max_tokens_per_step
+        ),
+        load_format="dummy" if arguments.dummy else "auto",
+    )
+    facts = saved_engines.inspect(arguments.output)
+    print(
+        f"{arguments.output}: {size_text(facts['size_bytes'])}, of this {size_text(built.plans.size_bytes)} in "
+        f"{len(built.plans.plans)} plans; plans took {built.plans_s:.1f} s, saving {built.save_s:.1f} s"
+    )
+    if built.layer_times is not None:
+        print(f"{built.layer_times}; the plans have them as {built.layer_times.fastest}")
+    ran = "no plan was run" if built.layer_times is None else "no other plan was run"
+    print(f"built with {built.plans.producer}; {ran}: `LLM` verifies all on the GPU that loads them")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from llmengine import saved_engines
+
+    facts = saved_engines.inspect(arguments.directory)
+    if arguments.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return 0
+    for name, text in _summary(facts):
+        print(f"{name:<12}{text}")
+    if facts.get("plans"):
+        from rich.console import Console
+
+        print()
+        # Not wrapped in a pipe: whoever reads it there has no width.
+        width = None if sys.stdout.isatty() else 200
+        Console(width=width, force_terminal=sys.stdout.isatty(), highlight=False, emoji=False, markup=False).print(
+            _plans(facts)
+        )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from llmengine import saved_engines
+
+    findings = saved_engines.verify(arguments.directory)
+    if arguments.json:
+        values = {"sound": findings.sound, "files": findings.files, "problems": findings.problems}
+        print(json.dumps({**values, "device": findings.device}, indent=2, ensure_ascii=False))
+    else:
+        for name, problem in findings.files.items():
+            print(f"{'ok' if problem is None else 'BAD':<5}{name if problem is None else problem}")
+        for problem in findings.problems:
+            print(f"{'BAD':<5}{problem}")
+        print(f"plans: {findings.device}")
+    return 0 if findings.sound else 1
+
+
+def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, text) of the lines above the table."""
+    from llmengine.saved_engines import verified
+
+    arch, plans = facts["arch"], facts.get("plans")
+    weights = next(entry for name, entry in facts["files"].items() if name.startswith("weights."))
+    quantization = facts["quantization"].get("weights", "none")
+    lines = [
+        ("engine", f"{facts['directory']}, {size_text(facts['size_bytes'])}, format {facts['format_version']}"),
+        ("saved by", f"llmengine {facts['llmengine_version']}, torch {facts['torch_version']}"),
+        (
+            "model",
+            f"{arch['architecture']}, {arch['num_layers']} layers, hidden {arch['hidden_size']}, {arch['num_heads']} "
+            f"heads ({arch['num_kv_heads']} KV) of {arch['head_dim']}, vocabulary {arch['vocab_size']}, context "
+            f"{arch['max_position_embeddings']}",
+        ),
+        (
+            "weights",
+            f"{facts['dtype']}, {'not quantized' if quantization == 'none' else quantization}, "
+            f"{size_text(weights['size_bytes'])}, sha256 {weights['sha256'][:16]}...",
+        ),
+    ]
+    if not plans:
+        return [*lines, ("plans", "none: loads on the torch backend, builds its plans on TensorRT")]
+    capabilities = ", ".join(f"{value / 10:.1f}" for value in plans["compute_capabilities"])
+    device = f", measured on {plans['device_name']}" if plans["device_name"] else ""
+    first = next(iter(plans["plans"].values()))["segment"]
+    limits = ", ".join(f"{item['name']} to {item['tokens']['max']} tokens" for item in first["profiles"])
+    return [
+        *lines,
+        ("plans", f"{plans['flavour']} {plans['version']}, compute capability {capabilities}{device}"),
+        ("limits", f"{limits}; weights as {first['weight_mode']}"),
+        ("verified", verified(plans["verification"])),
+    ]
+
+
+def _plans(facts: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("plan", "size", "build", "peak memory"):
+        table.add_column(name, justify="left" if name == "plan" else "right", no_wrap=True)
+    for name in ("inputs", "weights", "outputs"):
+        table.add_column(name)
+    for name, plan in facts["plans"]["plans"].items():
+        segment, peak = plan["segment"], plan["peak_host_bytes"]
+        table.add_row(
+            name,
+            size_text(facts["files"][f"plans/{name}.plan"]["size_bytes"]),
+            f"{plan['build_s']:.2f} s",
+            "?" if peak is None else size_text(peak),
+            _tensors(segment["inputs"]),
+            f"{len(segment['weights'])} as {segment['weight_mode']}",
+            _tensors(segment["outputs"]),
+        )
+    return table
+
+
+def _tensors(tensors: list[dict[str, Any]]) -> str:
+    return "\n".join(f"{item['name']} {item['dtype']} [{', '.join(map(str, item['shape']))}]" for item in tensors)

@@ -1,0 +1,286 @@
+"""Token ids to text: the rule for leading spaces, and generated ids that become text while they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from llmengine.tokenizer.stop_strings import StopMatcher
+
+if TYPE_CHECKING:
+    from llmengine.tokenizer.protocol import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_MAX_HELD_CHARS = 3
+_MAX_WINDOW = 16
+_NUM_CONTEXT_TOKENS = 8
+_LETTERS = "ae0."
+
+
+class TokenTexts:
+    """What tokens of one tokenizer read as, depending on where they stand: the rule for leading spaces.
+
+    SentencePiece's tokenizers have a word's space in its token, and put one before a text that has none; so their
+    decoders drop the first space of what they are given. The rule, for every tokenizer:
+
+    - A prompt's text begins with its first token, and anew behind each special token. Only a token that begins a text
+      loses its space, if its tokenizer drops it.
+    - Generated text continues the prompt's: prompt and text together read as the tokens do. It begins a text where the
+      prompt ends with a special token (BOS alone, a chat's end of turn), and from its first token that is not special.
+    - Structured output never begins a text: the form was matched against the tokens' bytes, and these are the text.
+
+    Safe to use from several threads.
+    """
+
+    __slots__ = ("_decode", "_encode", "_letter", "_special_ids")
+
+    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int] = frozenset()) -> None:
+        """`special_ids` are special beside the tokenizer's own."""
+        self._encode = tokenizer.encode
+        self._decode = tokenizer.decode
+        self._special_ids = special_ids.union(getattr(tokenizer, "special_ids", ()))
+        self._letter: tuple[list[int], str] | None = None
+
+    def is_special(self, token_id: int) -> bool:
+        """Return whether a text begins anew behind the token in a prompt."""
+        return token_id in self._special_ids
+
+    def context(self, prompt_token_ids: Sequence[int], structured: bool) -> tuple[list[int], str]:
+        """Return ids to decode generated ones behind, so that they read as they do behind the prompt, and their text.
+
+        There are none where these begin a text.
+        """
+        context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
+        for index in range(len(context) - 1, -1, -1):
+            if context[index] in self._special_ids:
+                del context[: index + 1]
+                break
+        text = self._decode(context) if context else ""
+        if not text and not any(map(self.has_text, context)):
+            context = []
+        if text.endswith(_REPLACEMENT) or (structured and not context):
+            letter, text = self._behind_letter()
+            return list(letter), text
+        return context, text
+
+    def read(self, token_id: int, begins: bool) -> str:
+        """Return what the token adds to a text that it begins or continues; U+FFFD for a part of a character."""
+        text = self._decode([token_id])
+        if begins or token_id in self._special_ids:
+            return text
+        letter, shown = self._behind_letter()
+        behind = self._decode([*letter, token_id])
+        return behind[len(shown) :] if behind.startswith(shown) else text
+
+    def reader(
+        self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], structured: bool
+    ) -> Callable[[int, int], str]:
+        """Return what reads a token at a position of the prompt and the ids generated behind it, which may grow."""
+        return partial(self._read_at, prompt_token_ids, token_ids, structured)
+
+    def _read_at(
+        self, prompt: Sequence[int], generated: Sequence[int], structured: bool, position: int, token_id: int
+    ) -> str:
+        if position > len(prompt):
+            begins = not any(map(self.has_text, islice(generated, position - len(prompt))))
+            position = len(prompt)
+        else:
+            begins = True
+        if begins and position == len(prompt):
+            begins = not structured
+        while begins and position and prompt[position - 1] not in self._special_ids:
+            begins = not self.has_text(prompt[position - 1])
+            position -= 1
+        return self.read(token_id, begins)
+
+    def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """Return the text of ids that were generated behind a prompt, without special tokens."""
+        detokenizer = IncrementalDetokenizer(self, prompt_token_ids, self._special_ids)
+        return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the tokenizer's text of ids."""
+        return self._decode(token_ids)
+
+    def has_text(self, token_id: int) -> bool:
+        """Return whether a text has begun behind the token: not behind special ones, nor ids without a token."""
+        return token_id not in self._special_ids and self.read(token_id, begins=False) != ""
+
+    def _behind_letter(self) -> tuple[list[int], str]:
+        """Return a token that is a letter, as ids, and its text; none where the tokenizer has no such token."""
+        if self._letter is None:
+            self._letter = next(filter(None, map(self._find, _LETTERS)), ([], ""))
+        return self._letter
+
+    def _find(self, letter: str) -> tuple[list[int], str] | None:
+        for token_id in reversed(self._encode(letter)):
+            if token_id not in self._special_ids and self._decode([token_id]).strip() == letter:
+                return [token_id], self._decode([token_id])
+        return None
+
+
+class IncrementalDetokenizer:
+    """Turns generated ids, one at a time, into pieces of text that are final.
+
+    The pieces concatenate to the final text: that of the generated ids in the context of the prompt, cut just before
+    the stop string that matched. Each push decodes a bounded window (the ids of the last piece as context, then those
+    not yet shown), so its cost does not depend on how much was generated.
+
+    UTF-8: the last U+FFFD characters of the window, at most three, may be an unfinished character and wait for the
+    next ids; whatever stands before them is given out, so invalid bytes are delayed by at most three further ids that
+    have text. For byte-level tokenizers the final text is exactly `decode(generated ids)`. Where a decoder looks
+    further back (SentencePiece turns a whole run of byte tokens into U+FFFD when one is invalid), what was given out
+    stays.
+
+    Leading spaces: as `TokenTexts` says. Tokenizers that drop the first token's space see the last prompt tokens before
+    the first generated one, back to the latest special token.
+
+    Stops: as `StopMatcher` says; the ids in `skip_special_ids` are its hidden tokens, and so is the one that ends the
+    answer. Only generated text counts. Where the text ends depends on neither token borders nor the order of `stop`,
+    and never waits for a longer match once the text holds one.
+
+    Args:
+        tokenizer: or its `TokenTexts`.
+        skip_special_ids: ids that are not shown.
+        structured: the text is a structured output's.
+
+    Attributes:
+        stopped: the stop string that matched, or None.
+    """
+
+    __slots__ = ("_decode", "_ids", "_matcher", "_num_context", "_shown", "_skip_special_ids", "_texts", "stopped")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | TokenTexts,
+        prompt_token_ids: Sequence[int],
+        skip_special_ids: frozenset[int] = frozenset(),
+        stop: Sequence[str] = (),
+        *,
+        structured: bool = False,
+    ) -> None:
+        self.stopped: str | None = None
+        self._texts = tokenizer if isinstance(tokenizer, TokenTexts) else TokenTexts(tokenizer, skip_special_ids)
+        self._decode = tokenizer.decode
+        self._skip_special_ids = skip_special_ids
+        self._matcher = StopMatcher(stop) if stop else None
+        # _ids[:_num_context] were shown entirely; _shown is what was given out of decode(_ids), context included.
+        self._ids, self._shown = self._texts.context(prompt_token_ids, structured)
+        self._num_context = len(self._ids)
+
+    def push(self, token_id: int, check_stop: bool = True) -> str:
+        """Append a generated id and return the text that is final now, "" while it is held back.
+
+        With `check_stop=False` a stop that becomes complete with this id is ordinary text; one that only begins with
+        it may still match later. Must not be called once `stopped` is set.
+        """
+        assert self.stopped is None, "push() after a stop string matched"
+        if token_id in self._skip_special_ids:
+            return self._hide(token_id, check_stop)
+        if not self._ids and self._texts.is_special(token_id):
+            piece = self._decode([token_id])  # a text does not begin with it
+        else:
+            piece = self._next_piece(token_id)
+        if self._matcher is None or not piece:
+            return piece
+        piece, self.stopped = self._matcher.feed(piece, check_stop)
+        return piece
+
+    def end(self, token_id: int) -> str:
+        """Let the answer end at an id that is not shown; return the text that is final now.
+
+        A stop string may end with the id's text. Followed by `finish`.
+        """
+        if self._matcher is None:
+            return ""
+        piece, self.stopped = self._matcher.feed(self._flush(), True)
+        return piece if self.stopped is not None else piece + self._hide(token_id, True)
+
+    def finish(self) -> str:
+        """Return what was held back, with unfinished characters as U+FFFD; a second call returns ""."""
+        if self.stopped is not None:
+            return ""
+        piece = self._flush()
+        if self._matcher is None:
+            return piece
+        piece, self.stopped = self._matcher.feed(piece, True)
+        return piece if self.stopped is not None else piece + self._matcher.flush()
+
+    def _hide(self, token_id: int, check_stop: bool) -> str:
+        if self._matcher is None:
+            return ""
+        piece, self.stopped = self._matcher.feed_hidden(self._decode([token_id]), check_stop)
+        return piece
+
+    def _flush(self) -> str:
+        """Empty the window and return the text in it that was not given out."""
+        piece = self._decode(self._ids)[len(self._shown) :] if len(self._ids) > self._num_context else ""
+        self._ids, self._shown, self._num_context = [], "", 0
+        return piece
+
+    def _next_piece(self, token_id: int) -> str:
+        """Append to the window and return the text that later ids cannot change."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if not text.startswith(self._shown):
+            text = self._drop_context()
+        num_shown = len(self._shown)
+        num_final = len(text)
+        floor = max(num_shown, num_final - _MAX_HELD_CHARS)
+        while num_final > floor and text[num_final - 1] == _REPLACEMENT:
+            num_final -= 1
+        if num_final == len(text):
+            self._start_window(text)
+        elif len(self._ids) - self._num_context > _MAX_WINDOW:
+            num_final = self._shrink_window(text, num_final)
+        else:
+            self._shown = text[:num_final]
+        return text[num_shown:num_final]
+
+    def _drop_context(self) -> str:
+        """The decoder rewrote text that was given out: return the text of the other ids, less the context.
+
+        As much of it counts as shown as was shown of them before, so that nothing is given out twice.
+        """
+        context, self._ids = self._ids[: self._num_context], self._ids[self._num_context :]
+        num_context_chars = len(self._decode(context)) if context else 0
+        text = self._decode(self._ids)
+        self._num_context, self._shown = 0, text[: max(0, len(self._shown) - num_context_chars)]
+        return text
+
+    def _start_window(self, text: str) -> None:
+        """Everything is shown: the ids since the context become the next context."""
+        if text == self._shown and self._num_context == len(self._ids) - 1:
+            if text or not self._texts.has_text(self._ids[-1]):
+                self._ids.pop()  # an id without text is no context
+            self._num_context = len(self._ids)  # of a first space that the decoder drops, it is
+            return
+        del self._ids[: self._num_context]
+        self._num_context = len(self._ids)
+        self._shown = self._decode(self._ids)
+
+    def _shrink_window(self, text: str, num_final: int) -> int:
+        """Cut a window of invalid bytes at a character border and return how much of `text` is shown now.
+
+        A cut where both sides decode to what they were together is a border. Byte-level tokenizers have one within
+        the last four ids with text, unless ids without text stand between: those go first. A decoder without such a
+        border (none is known) gets everything shown.
+        """
+        ids = [token_id for token_id in self._ids if self._decode([token_id])]
+        if self._decode(ids) != text:
+            ids = self._ids
+        for cut in range(len(ids) - 1, 0, -1):
+            head, tail = self._decode(ids[:cut]), self._decode(ids[cut:])
+            if tail and head + tail == text:
+                num_final = max(num_final, len(head))
+                self._ids, self._num_context = ids[cut:], 0
+                self._shown = text[len(head) : num_final]
+                return num_final
+        if len(ids) < len(self._ids):
+            self._ids, self._num_context = ids, 0
+            self._shown = text[:num_final]
+            return num_final
+        self._start_window(text)
+        return len(text)

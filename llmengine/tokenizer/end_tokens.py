@@ -1,0 +1,78 @@
+"""Tokens that are known to end an answer, also in a model whose files do not say so.
+
+Many files name one end only, the base model's end of text, while the chat template ends turns with another token: so
+do fine-tunes of Llama 3 and ChatML models, Phi-3 and Gemma. llama.cpp therefore takes tokens as ends by their text; the
+names, and the models that use one of them for something else, are those of its vocabulary loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+from llmengine.errors import ConfigError
+
+END_TOKENS = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),  # Llama 3, Granite
+        *("<|im_end|>", "<|endoftext|>"),  # ChatML, GPT-2
+        *("<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),  # Phi-3, gpt-oss, Solar
+        *("<end_of_turn>", "<eos>", "<turn|>", "<|tool_response>"),  # Gemma
+        *("<EOT>", "_<EOT>", "\u2581<EOT>", "[EOT]", "[EOS]"),  # Code Llama, Kimi
+        *("<end_of_utterance>", "</s>"),  # SmolVLM, Llama 2
+    }
+)
+"""Texts of tokens that end a text, a turn or a message."""
+
+FILL_IN_END_TOKENS = frozenset(
+    {
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+        "<|file_sep|>",
+    }
+)
+"""Texts of tokens behind which a code model goes on with another file. llama.cpp ends there, transformers does not."""
+
+_GGUF_CONTROL = 3
+
+
+def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer, of `token_ids`, which maps tokens of `END_TOKENS` to ids.
+
+    `special` are those of them that are never ordinary text: "</s>" is an HTML tag in Gemma's vocabulary.
+    """
+    ends = dict(token_ids)
+    calls = ends.keys() & {"<|call|>", "<|calls|>"}
+    if calls and ends.keys() & {"<|return|>", "<|flush|>"}:
+        ends.pop("<|end|>", None)  # ends a message there, behind which the answer goes on
+    if "</s>" not in special or "<|tool_response>" in ends:
+        ends.pop("</s>", None)
+    return frozenset(ends.values())
+
+
+def gguf_known_end_ids(tokens: Sequence[object], types: Sequence[object] | None) -> frozenset[int]:
+    """Return the ids of a GGUF file's tokens that end an answer by their text, whatever their type."""
+    names = END_TOKENS | FILL_IN_END_TOKENS
+    found = {token: token_id for token_id, token in enumerate(tokens) if isinstance(token, str) and token in names}
+    special = [token for token, token_id in found.items() if types is None or types[token_id] == _GGUF_CONTROL]
+    return known_end_ids(found, special)
+
+
+def tokenizer_end_ids(tokenizer: object, vocab_size: int) -> frozenset[int]:
+    """Return the ids that end an answer by what a tokenizer says; see `llmengine.tokenizer.protocol.Tokenizer`.
+
+    Those that it names are its `end_token_ids`, or its `eos_token_id` where it has no such attribute. Raises
+    `ConfigError` for one of them outside [0, vocab_size). Of its `known_end_ids`, which nobody vouches for, those that
+    the model has count.
+    """
+    named = getattr(tokenizer, "end_token_ids", None)
+    if named is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+        named = () if eos is None else (eos,)
+    for token_id in named:
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"the tokenizer names token id {token_id} as an end of text, outside the model's vocabulary "
+                f"[0, {vocab_size}): is it the tokenizer of another model?"
+            )
+    known = getattr(tokenizer, "known_end_ids", ())
+    return frozenset(named).union(token_id for token_id in known if token_id < vocab_size)

@@ -1,0 +1,156 @@
+"""What the files beside a tokenizer.json change in it.
+
+A tokenizer.json describes a tokenizer completely, so it wins over what transformers' classes would build anew. Tokens
+that only the other files have are added, as every version of transformers does. `add_bos_token`, `add_eos_token` and
+`add_prefix_space` were always obeyed by some classes and always ignored by others; transformers 5 ignores the first two
+in all of them, so that DeepSeek's distilled models lose their BOS. Here a flag that is set counts for the classes that
+obeyed it while the models were made.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from llmengine.errors import CorruptFileError, UnsupportedModelError
+from llmengine.tokenizer.files import TokenizerConfig
+
+_ADDING_ENDS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
+"""Classes that put BOS and EOS where `add_bos_token` and `add_eos_token` say.
+Without either flag the file's own rule stays; with one, the other's default is true for BOS and false for EOS."""
+
+_SENTENCEPIECE = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer"})
+_BYTE_LEVEL = frozenset({"GPT2Tokenizer", "Qwen2Tokenizer"})
+"""Classes that obey `add_prefix_space`; byte-level ones take it for false where it is absent."""
+
+
+def configure(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    """Return `backend`, which is changed, or what takes its place, with what `config` adds and says.
+
+    Raises `CorruptFileError` where an id in the files is not the one that the token gets, `UnsupportedModelError` for
+    a flag that cannot be obeyed.
+    """
+    backend = _with_prefix_space(backend, config)
+    _add_tokens(backend, config)
+    _add_ends(backend, config)
+    return backend
+
+
+def _add_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
+    """Add what only the configuration has, in the order of ids, and mark the named tokens special."""
+    special = {token.content for token in (*config.named.values(), *config.unnamed) if token is not None}
+    for token_id, token in sorted(config.added.items()):
+        token = _as_special(token) if token.content in special else token
+        if repr(backend.get_added_tokens_decoder().get(token_id)) != repr(token):
+            _add(backend, token)
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise CorruptFileError(
+                f"{config.path.parent}: the files beside tokenizer.json give {token.content!r} the id {token_id}, "
+                f"but beside its vocabulary the token gets {found}"
+            )
+    for named in (*config.named.values(), *config.unnamed):
+        if named is None:
+            continue
+        known = next((t for t in backend.get_added_tokens_decoder().values() if t.content == named.content), None)
+        if known is None or (not known.special and named in config.named.values()):
+            _add(backend, named if known is None else _as_special(known))
+
+
+def _add(backend: Tokenizer, token: AddedToken) -> None:
+    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def _as_special(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=True,
+    )
+
+
+def _add_ends(backend: Tokenizer, config: TokenizerConfig) -> None:
+    flags = config.flags
+    if config.tokenizer_class not in _ADDING_ENDS or not {"add_bos_token", "add_eos_token"} & flags.keys():
+        return
+    begin = _end(backend, config, "bos_token", flags.get("add_bos_token", True))
+    end = _end(backend, config, "eos_token", flags.get("add_eos_token", False))
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*(token for token, _ in begin), "$A", *(token for token, _ in end)],
+        special_tokens=list(dict.fromkeys([*begin, *end])),
+    )
+
+
+def _end(backend: Tokenizer, config: TokenizerConfig, role: str, is_added: bool) -> list[tuple[str, int]]:
+    token = config.special_tokens.get(role)
+    token_id: int | None = None if token is None else backend.token_to_id(token)
+    if not is_added:
+        return []
+    if token is None or token_id is None:
+        if config.flags.get(f"add_{role}"):
+            raise CorruptFileError(f"{config.path}: add_{role} is true, but there is no {role}")
+        return []
+    return [(token, token_id)]
+
+
+def _with_prefix_space(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    wanted = config.flags.get("add_prefix_space")
+    if wanted is None and config.tokenizer_class in _BYTE_LEVEL:
+        wanted = False
+    if wanted is None or config.tokenizer_class not in _BYTE_LEVEL | _SENTENCEPIECE:
+        return backend
+    state = json.loads(backend.to_str())
+    pre = state["pre_tokenizer"] or {}
+    if config.tokenizer_class in _BYTE_LEVEL and pre.get("type") == "ByteLevel":
+        if pre["add_prefix_space"] == wanted:
+            return backend
+        pre["add_prefix_space"] = wanted
+    elif config.tokenizer_class in _SENTENCEPIECE and _prefixes(state):
+        if wanted:
+            return backend
+        _drop_prefix(state)
+    elif config.tokenizer_class in _SENTENCEPIECE and wanted and not _is_byte_level(state):
+        raise UnsupportedModelError(
+            f"{config.path}: add_prefix_space=true, but tokenizer.json puts no space before a text: set it to what is "
+            "meant, or pass LLM(tokenizer=...)"
+        )
+    else:
+        return backend
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if not part:
+        return []
+    found: list[dict[str, Any]] = part[key] if part["type"] == "Sequence" else [part]
+    return found
+
+
+def _is_byte_level(state: dict[str, Any]) -> bool:
+    return any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"], "pretokenizers"))
+
+
+def _prefixes(state: dict[str, Any]) -> bool:
+    """Say whether a SentencePiece-like pipeline puts a space before the text."""
+    prepends = any(step["type"] == "Prepend" for step in _steps(state["normalizer"], "normalizers"))
+    metaspaces = (step for step in _steps(state["pre_tokenizer"], "pretokenizers") if step["type"] == "Metaspace")
+    return prepends or any(step["prepend_scheme"] != "never" for step in metaspaces)
+
+
+def _drop_prefix(state: dict[str, Any]) -> None:
+    steps = [step for step in _steps(state["normalizer"], "normalizers") if step["type"] != "Prepend"]
+    state["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
+    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+    decoder = state["decoder"]
+    for step in _steps(decoder, "decoders"):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+    if decoder and decoder["type"] == "Sequence":
+        decoder["decoders"] = [step for step in decoder["decoders"] if step["type"] != "Strip"]

@@ -1,0 +1,24 @@
+"""Loads small models into the CUDA backend, on the GPU or through Triton's interpreter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.checkpoints.opening import open_model
+from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+
+
+def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **settings: Any) -> CudaBackend:
+    """Return the backend for a directory's checkpoint, with steps of up to four requests; float32 unless told."""
+    config = ModelConfig(
+        directory,
+        scheduler_config=SchedulerConfig(
+            max_batch_size=4, max_tokens_per_step=max_tokens_per_step, max_tokens_per_mixed_step=max_tokens_per_step
+        ),
+        **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
+    ).resolve()
+    return CudaBackend(config, open_model(directory), torch.device(device, 0))

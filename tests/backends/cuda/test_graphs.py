@@ -1,0 +1,129 @@
+"""Captured steps: when a graph is made and used, and that making one in a quiet moment changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmengine.backends.cuda import graphs as cuda_graphs
+from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.graphs import GraphCache
+from llmengine.backends.cuda.stream import HostStream
+from llmengine.sampling_params import SamplingParams
+from tests.backends.cuda.helpers import load_cuda
+from tests.backends.helpers import BackendDriver, save_tiny
+
+CPU = torch.device("cpu")
+
+
+class Recorder(HostStream):
+    """Says what was captured and what was replayed; refuses to capture where it is told to."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.log: list[str] = []
+        self._refuses = refuses
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.log.append("capture")
+        if self._refuses:
+            raise RuntimeError("no")
+        return lambda: self.log.append("replay")
+
+    def step(self) -> None:
+        self.log.append("eager")
+
+
+def test_a_step_is_captured_when_it_comes_again() -> None:
+    stream = Recorder()
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    for _ in range(3):
+        graphs.run(8, stream.step)
+    assert stream.log == ["eager", "eager", "capture", "replay"]
+    assert list(graphs.seen()) == []
+    graphs.drop(lambda key: key == 8)
+    assert list(graphs.seen()) == [8]
+
+
+def test_a_quiet_moment_saves_later_steps_the_capture() -> None:
+    stream = Recorder()
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    graphs.run(8, stream.step)
+    graphs.capture(8, stream.step)
+    graphs.run(8, stream.step)
+    assert stream.log == ["eager", "eager", "capture", "replay"]
+
+
+def test_what_cannot_be_captured_runs_eagerly_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Recorder(refuses=True)
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    for key in (1, 1, 1, 2, 2, 2):
+        graphs.run(key, stream.step)
+    assert stream.log == ["eager", "eager", "capture", *["eager"] * 4]
+    assert not graphs.may_capture_ahead
+    assert "runs eagerly from now on" in caplog.text
+
+
+def test_preparing_ends_on_a_full_device(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    backend = load_cuda(tmp_path, device)
+    driver = BackendDriver(backend)
+    driver.step((driver.add(0, [5, 6, 7]), 3))
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as full:
+        full.setattr(CudaBackend, "_step", run_out)
+        assert backend.prepare()
+        assert not backend.prepare()
+    assert caplog.text.count("no memory to capture") == 1
+    backend.close()
+
+
+@pytest.mark.parametrize(("budget_s", "may_go_on"), [(60.0, True), (1e-9, False)])
+def test_captures_end_with_their_budget(monkeypatch: pytest.MonkeyPatch, budget_s: float, may_go_on: bool) -> None:
+    monkeypatch.setattr(cuda_graphs, "CAPTURE_BUDGET_S", budget_s)
+    stream = Recorder()
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    graphs.capture(1, stream.step)
+    assert graphs.may_capture_ahead is may_go_on
+    graphs.capture(2, stream.step)
+    assert (2 in graphs) is may_go_on
+    graphs.run(1, stream.step)
+    assert stream.log[-1] == "replay"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_preparing_between_steps_changes_no_token(tmp_path: Path, device: str, deterministic: bool) -> None:
+    save_tiny(tmp_path, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    drawn = SamplingParams(temperature=1.2, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.5)
+
+    def generate(num_prepared: int) -> list[list[int]]:
+        backend = load_cuda(tmp_path, device, deterministic=deterministic)
+        driver = BackendDriver(backend)
+        requests = [driver.add(0, [5, 6, 7, 8, 9]), driver.add(2, [11, 12, 13], drawn, seed=4)]
+        for chunks in ((3, 3), (2, 1), (1, 1), (1, 1)):
+            driver.step(*zip(requests, chunks, strict=True))
+            for _ in range(num_prepared):
+                assert backend.prepare()
+        backend.close()
+        return [request.output_ids for request in requests]
+
+    assert generate(1) == generate(0)
+
+
+def test_preparing_ends(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    backend = load_cuda(tmp_path, device, max_tokens_per_step=16)
+    num_prepared = 0
+    while backend.prepare():
+        num_prepared += 1
+        assert num_prepared < 20
+    # Decodes of 1, 2 and 4 rows, 16 tokens with 1 and with 4 samples; without and with draws.
+    assert num_prepared == 10 if device == "cpu" else 5 <= num_prepared < 10
+    backend.close()

@@ -1,0 +1,55 @@
+"""The benchmark of the host's own cost: the null backend keeps the seam's rules, and the figures are what they say."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from benchmarks import host
+from llmengine.batch import Batch, BatchRow
+
+
+def test_a_step_begins_when_its_predecessor_has_ended() -> None:
+    backend = host.NullBackend(host.Load(concurrency=1, step_s=0.01))
+    for step in (1, 2):
+        backend.launch(Batch(step, [BatchRow(0, step, 1, (), (), 1)]))
+    assert [backend.collect().token_ids for _ in range(2)] == [{0: (1,)}, {0: (2,)}]
+    assert backend.ended - backend.began == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("busy_s", [0.0, 0.001])
+def test_figures_of_one_run(busy_s: float) -> None:
+    load = host.Load(concurrency=3, prompt_tokens=8, output_tokens=16, step_s=0.001, busy_s=busy_s)
+    figures = host.run_once(load)
+    assert 0 < figures["tokens_per_s"] < 3 * 1000
+    assert 0 < figures["steps_per_s"] <= 1001
+    assert 0 <= figures["idle"] + 1e-6 < 1
+    assert figures["us_per_token"] == pytest.approx(figures["engine_us_per_token"] + figures["loop_us_per_token"])
+    assert figures["engine_us_per_token"] > 0
+    assert figures["loop_us_per_token"] > 0
+    assert 1 <= figures["batch"] <= 3
+    assert 0 < figures["outputs_per_token"] <= 1
+
+
+@pytest.mark.parametrize("text", ["0", "1,", "1,-8", "many"])
+def test_a_bad_concurrency_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        host.main([f"--concurrency={text}"])
+    assert f"{text!r} is no list of integers >= 1" in capsys.readouterr().err
+
+
+def test_prints_a_row_for_each_concurrency_and_profiles_both_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    interval = sys.getswitchinterval()
+    try:
+        host.main(["--concurrency", "1,4", "--output-tokens", "8", "--runs", "1", "--switch-ms", "1", "--profile"])
+        assert sys.getswitchinterval() == pytest.approx(0.001)
+    finally:
+        sys.setswitchinterval(interval)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\| (\d+) ", printed, re.MULTILINE) == ["1", "4"]
+    for concurrency in (1, 4):
+        assert f"engine thread, {concurrency} consumers" in printed
+        assert f"consumers' loop, {concurrency} consumers" in printed
+    assert printed.count(" function calls ") == 4
