@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmengine.checkpoints.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.opening import ModelSource, open_model
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.errors import LLMEngineError, ModelLoadError

@@ -27,8 +27,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llmengine.checkpoints.arch_json import arch_from_dict, arch_to_dict
-from llmengine.checkpoints.end_ids import ids_in_vocabulary
-from llmengine.checkpoints.fields import Fields, read_json_object
+from llmengine.checkpoints.atomic_directory import atomic_directory, files_below, sync_file
+from llmengine.checkpoints.end_token_ids import ids_in_vocabulary
+from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
 from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
 from llmengine.checkpoints.source import (
@@ -39,7 +40,6 @@ from llmengine.checkpoints.source import (
     unique_ids,
     weight_layout,
 )
-from llmengine.checkpoints.whole_directory import files_below, sync_file, whole_directory
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.tokenizer.end_tokens import tokenizer_end_ids
@@ -115,7 +115,7 @@ def save_engine(
     """Write an engine directory; `weights` come one at a time, as `weight_layout(arch, dtype, quantization)` orders.
 
     `tokenizer_files` maps file names to contents, or is a directory from which `TOKENIZER_FILES` are taken. An existing
-    engine directory is replaced once the new one is complete, as `whole_directory` does; a path that is not
+    engine directory is replaced once the new one is complete, as `atomic_directory` does; a path that is not
     replaceable is refused with `ConfigError`. A failed write raises `EngineError` and leaves nothing behind.
     """
     import torch
@@ -141,7 +141,7 @@ def save_engine(
     )
     target = require_replaceable(directory)
     try:
-        with whole_directory(target) as staging:
+        with atomic_directory(target) as staging:
             (staging / TOKENIZER_DIR).mkdir()
             _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
             if plans is not None:

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import struct
 
-from llmengine.checkpoints.adapters import refuse_gguf_adapter
-from llmengine.checkpoints.fields import MAX_SIZE, Fields
 from llmengine.checkpoints.gguf_file import GgufFile
+from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
+from llmengine.checkpoints.unsupported_adapters import refuse_gguf_adapter
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import LayerArch, ModelArch, RopeConfig, check_arch, folded_residual_scale
 from llmengine.models.families import FAMILIES, ModelFamily, family_layers, unsupported_architecture

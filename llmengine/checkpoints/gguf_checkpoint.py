@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from llmengine.checkpoints.end_ids import gguf_end_ids
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.end_token_ids import gguf_end_ids
 from llmengine.checkpoints.gguf_arch import ROPE_TENSORS, arch_from_gguf
 from llmengine.checkpoints.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
 from llmengine.checkpoints.gguf_split import read_split_gguf
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.source import (
     COPY_ELEMENTS,
     ModelSource,
@@ -138,7 +138,7 @@ def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim
     """
     import torch
 
-    from llmengine.checkpoints.gguf_dequant import dequantize
+    from llmengine.checkpoints.gguf_dequantize import dequantize
 
     if out.dim() == 1 and tensor.type not in _DTYPES:
         raise UnsupportedModelError(f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type})")

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmengine.checkpoints.fields import Fields
 from llmengine.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.errors import CorruptFileError, ModelLoadError
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.gguf)", re.IGNORECASE)

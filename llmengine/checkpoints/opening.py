@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from llmengine.checkpoints.adapters import adapter_directories, refuse_adapters, refuse_gguf_adapter
-from llmengine.checkpoints.dummy import open_dummy
+from llmengine.checkpoints.dummy_weights import open_dummy
 from llmengine.checkpoints.engine_dir import MANIFEST_NAME, open_engine
 from llmengine.checkpoints.gguf_checkpoint import open_gguf
 from llmengine.checkpoints.gguf_file import read_gguf
 from llmengine.checkpoints.gguf_split import first_files
-from llmengine.checkpoints.huggingface import WEIGHT_FILES, open_hf
+from llmengine.checkpoints.huggingface_checkpoint import WEIGHT_FILES, open_hf
 from llmengine.checkpoints.source import ModelSource
+from llmengine.checkpoints.unsupported_adapters import adapter_directories, refuse_adapters, refuse_gguf_adapter
 from llmengine.errors import ConfigError, ModelLoadError
 
 __all__ = ["ModelSource", "open_model"]

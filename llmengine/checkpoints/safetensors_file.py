@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.source import COPY_ELEMENTS, read_exactly
 from llmengine.errors import CorruptFileError, ModelLoadError
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from llmengine.checkpoints.gguf_file import BLOCK_SIZES
-from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.models.arch import ROPE_TYPES, ModelArch
 from llmengine.models.families import FAMILIES, ModelFamily
 

@@ -287,8 +287,8 @@ def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedTokenizer:
     """Return the tokenizer in GGUF `metadata`, as `read_gguf` gives it; `source` names the file in messages."""
-    from llmengine.checkpoints.end_ids import gguf_named_end_ids
-    from llmengine.checkpoints.fields import Fields
+    from llmengine.checkpoints.end_token_ids import gguf_named_end_ids
+    from llmengine.checkpoints.metadata_fields import Fields
     from llmengine.tokenizer.gguf_tokenizer import build_backend, token_ids
 
     backend = build_backend(metadata, source)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmengine import LLM, ModelConfig
-from llmengine.checkpoints.dummy import stream_dummy
+from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.engine_dir import model_config_hash, save_engine, save_model
 from llmengine.checkpoints.opening import ModelSource, open_model
 from llmengine.checkpoints.source import weight_layout

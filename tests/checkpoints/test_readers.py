@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmengine.checkpoints.gguf_dequant import dequantize
+from llmengine.checkpoints.gguf_dequantize import dequantize
 from llmengine.checkpoints.gguf_file import BLOCK_SIZES, read_gguf
 from llmengine.checkpoints.opening import open_model
 from llmengine.errors import CorruptFileError, LLMEngineError, ModelLoadError, UnsupportedModelError

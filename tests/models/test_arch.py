@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from llmengine.checkpoints.arch_json import arch_from_dict, arch_to_dict
-from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import LayerArch, RopeConfig, canonical_shapes, head_order
 from llmengine.models.families import family_of

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.models.arch import LayerArch, RopeConfig
 from llmengine.models.rope import inverse_frequencies, layer_tables, rope_table
 

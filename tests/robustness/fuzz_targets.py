@@ -25,9 +25,9 @@ from llmengine.backends.tensorrt.plan_set import Producer
 from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.chat.template import ChatTemplate
-from llmengine.checkpoints import engine_dir, gguf_checkpoint, huggingface
-from llmengine.checkpoints.dummy import stream_dummy
-from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints import engine_dir, gguf_checkpoint, huggingface_checkpoint
+from llmengine.checkpoints.dummy_weights import stream_dummy
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.safetensors_file import write_tensors
 from llmengine.checkpoints.source import ModelSource, stored_shapes
@@ -104,7 +104,7 @@ def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype:
 
 def _hf_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     arch = _arch(config)
-    return stored_shapes(arch, huggingface.stored_names(arch))
+    return stored_shapes(arch, huggingface_checkpoint.stored_names(arch))
 
 
 def read_model(path: Path, tokenizer: bool = False) -> None:

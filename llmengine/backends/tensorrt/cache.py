@@ -30,7 +30,7 @@ from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.builder import BuiltPlan
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer
 from llmengine.backends.tensorrt.spec import SegmentSpec
-from llmengine.checkpoints.fields import read_json_object
+from llmengine.checkpoints.metadata_fields import read_json_object
 from llmengine.checkpoints.saved_plans import SavedFile
 from llmengine.errors import CorruptFileError, EngineError
 from llmengine.user_cache import cache_dir

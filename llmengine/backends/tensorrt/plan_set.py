@@ -21,7 +21,7 @@ from llmengine.backends.tensorrt.spec import (
     plans_of,
     spec_from_dict,
 )
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
 from llmengine.errors import CorruptFileError
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from llmengine.checkpoints.fields import MAX_SIZE, Fields
+from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import Activation, ModelArch, canonical_shapes
 

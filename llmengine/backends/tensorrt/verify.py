@@ -22,7 +22,7 @@ from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.rounding import expected_rows
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
 from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, plans_of
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.errors import CorruptFileError
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -15,7 +15,7 @@ from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans
 from llmengine.backends.tensorrt.plan_set import PlanSet, Producer
 from llmengine.backends.tensorrt.spec import BuildTarget
-from llmengine.checkpoints.dummy import stream_dummy
+from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.source import ModelSource
 from llmengine.models.arch import ModelArch
 from tests.models.arch_helpers import SMALL_ARCH

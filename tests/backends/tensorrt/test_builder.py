@@ -37,7 +37,7 @@ from llmengine.backends.tensorrt.spec import (
     plans_of,
     segments_of,
 )
-from llmengine.checkpoints.dummy import stream_dummy
+from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.errors import ConfigError, EngineError
 from llmengine.models.arch import ModelArch
 from tests.backends.tensorrt.plan_fakes import make_request, make_source

@@ -21,7 +21,7 @@ _STALE_S = 24 * 3600.0
 
 
 @contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """Return an empty directory to write, with every file synced, that takes the place of `target` at the block's end.
 
     What is at `target`, an absolute path without links, is replaced in one step. (Where the file system cannot swap two

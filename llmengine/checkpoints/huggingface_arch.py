@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llmengine.checkpoints.fields import MAX_SIZE, Fields
+from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
 from llmengine.errors import UnsupportedModelError
 from llmengine.models.arch import (
     ROPE_TYPES,

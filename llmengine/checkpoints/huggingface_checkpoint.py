@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmengine.checkpoints.end_ids import hf_end_ids
-from llmengine.checkpoints.fields import Fields, read_json_object
-from llmengine.checkpoints.huggingface_config import arch_from_hf_config
+from llmengine.checkpoints.end_token_ids import hf_end_ids
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.huggingface_tensors import (
     EMBEDDING,
     HEAD,
@@ -24,6 +23,7 @@ from llmengine.checkpoints.huggingface_tensors import (
     stored_names,
     weights_of,
 )
+from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
 from llmengine.checkpoints.source import ModelSource, WeightStream, stored_parts, stream_fused
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmengine.checkpoints.huggingface import read_hf_metadata
+from llmengine.checkpoints.huggingface_checkpoint import read_hf_metadata
 from llmengine.checkpoints.source import ModelSource, WeightStream, weight_layout
 from llmengine.models.arch import ModelArch
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from itertools import chain
 
-from llmengine.checkpoints.fields import Fields
+from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.source import unique_ids
 from llmengine.errors import CorruptFileError
 from llmengine.tokenizer.end_tokens import gguf_known_end_ids

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from llmengine.checkpoints.fields import read_json_object
+from llmengine.checkpoints.metadata_fields import read_json_object
 from llmengine.errors import LLMEngineError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
