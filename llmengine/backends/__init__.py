@@ -71,14 +71,14 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
     from llmengine.backends.cuda.backend import CudaBackend
-    from llmengine.backends.cuda.generic_segments import torch_because
+    from llmengine.backends.cuda.generic_segments import cuda_segments_factory
 
     if config.backend == "torch":
         return CudaBackend(config, source, torch.device(device))
     if config.deterministic:
-        return CudaBackend(config, source, torch.device(device), torch_because("TensorRT is not deterministic"))
+        return CudaBackend(config, source, torch.device(device), cuda_segments_factory("TensorRT is not deterministic"))
     _logger.info("backend='auto': torch, since TensorRT is not installed (pip install llmengine[tensorrt])")
-    return CudaBackend(config, source, torch.device(device), torch_because("TensorRT is not installed"))
+    return CudaBackend(config, source, torch.device(device), cuda_segments_factory("TensorRT is not installed"))
 
 
 def _has_tensorrt() -> bool:

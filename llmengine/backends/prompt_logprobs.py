@@ -52,13 +52,15 @@ class PromptLogprobs:
         return bool(self._prompts)
 
     def wanted(self, inputs: StepInputs) -> list[WantedLogprobs]:
-        """Return what a step gives; see `wanted_of`."""
+        """Return what a step gives; see `take_wanted`."""
         if not self._prompts:
             return []
         starts = inputs.positions[inputs.row_starts[:-1]].tolist()
-        return self.wanted_of(zip(inputs.row_slots.tolist(), starts, np.diff(inputs.row_starts).tolist(), strict=True))
+        return self.take_wanted(
+            zip(inputs.row_slots.tolist(), starts, np.diff(inputs.row_starts).tolist(), strict=True)
+        )
 
-    def wanted_of(self, rows: Iterable[tuple[int, int, int]]) -> list[WantedLogprobs]:
+    def take_wanted(self, rows: Iterable[tuple[int, int, int]]) -> list[WantedLogprobs]:
         """Return what a step gives, and forget the prompts that it ends.
 
         Args:

@@ -25,10 +25,10 @@ import torch
 
 from llmengine.backends.cpu.sampler import no_token_message
 from llmengine.backends.cuda.compile_threads import compile_threads
-from llmengine.backends.cuda.fused_segments import MadeSegments, MakeSegments
-from llmengine.backends.cuda.generic_segments import make_cuda_segments
+from llmengine.backends.cuda.fused_segments import SegmentsFactory, TunableSegments
+from llmengine.backends.cuda.generic_segments import build_cuda_segments
 from llmengine.backends.cuda.graphs import GraphCache
-from llmengine.backends.cuda.model import CudaModel, CudaWeights, allocate_weights, fitting, load_weights
+from llmengine.backends.cuda.model import CudaModel, CudaWeights, allocate_weights, load_weights, memory_error_context
 from llmengine.backends.cuda.sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
 from llmengine.backends.cuda.step_buffer import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
@@ -48,7 +48,7 @@ _STEPS_IN_FLIGHT = 8
 _FIRST_CAPTURES_S = 2.0
 """Most seconds that loading spends on captures; the other buckets follow in quiet moments, or when they are needed."""
 
-_NOTHING = Batch(-1, ())
+_EMPTY_BATCH = Batch(-1, ())
 """A step without rows."""
 
 
@@ -70,7 +70,7 @@ class CudaBackend:
     On a CPU device (with Triton's interpreter) the same code runs without graphs, for tests.
 
     Args:
-        make_segments: makes what computes between the attentions.
+        segments_factory: makes what computes between the attentions.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class CudaBackend:
         config: ModelConfig,
         source: ModelSource,
         device: torch.device,
-        make_segments: MakeSegments = make_cuda_segments,
+        segments_factory: SegmentsFactory = build_cuda_segments,
     ) -> None:
         self._device = device
         if device.type == "cuda":
@@ -96,8 +96,8 @@ class CudaBackend:
         with torch.inference_mode():
             weights = allocate_weights(config, source, device)
             sizes = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={num_slots}"
-            with fitting(f"activations: buffers for {sizes}", device, "lower these of scheduler_config"):
-                model = CudaModel(arch, weights, config, limit, make_segments)
+            with memory_error_context(f"activations: buffers for {sizes}", device, "lower these of scheduler_config"):
+                model = CudaModel(arch, weights, config, limit, segments_factory)
             self._model: CudaModel | None = model
             dtype = model.embedding.dtype
             block_shape = (2, arch.num_kv_heads, block_size, arch.head_dim)
@@ -107,8 +107,10 @@ class CudaBackend:
             max_blocks = -(-max_model_len // block_size)
             depth = _STEPS_IN_FLIGHT + 1
             component = f"KV cache: {num_blocks * bytes_per_block / 2**20:.0f} MiB, and what steps need beside it,"
-            room = partial(fitting, component, device, "lower kv_cache_config.free_memory_fraction")
-            with room():
+            kv_memory_context = partial(
+                memory_error_context, component, device, "lower kv_cache_config.free_memory_fraction"
+            )
+            with kv_memory_context():
                 # Zeros: what is masked out of an attention must still be finite.
                 self._kv: torch.Tensor | None = torch.zeros(
                     (arch.num_layers, num_blocks, *block_shape), dtype=dtype, device=device
@@ -121,7 +123,7 @@ class CudaBackend:
                     for mixed, limits in _limits(scheduler, max_blocks, model.query_block).items()
                 }
                 self._load(weights, source)
-                _tune(model.made, config.tuning_budget_s)
+                _tune(model.tunable_segments, config.tuning_budget_s)
                 model.tune_attention(self._state, self._kv)
         self._tables = SlotTables(num_slots, max_blocks)
         self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
@@ -129,7 +131,7 @@ class CudaBackend:
         self._pending: deque[_Pending] = deque()
         self._next_ring_index = 0
         self._likely = iter(_likely_buckets(self._mixed_sizes, self._sample_sizes, self._decode_buckets()))
-        with room():
+        with kv_memory_context():
             self._capture_first()
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
@@ -214,7 +216,7 @@ class CudaBackend:
             return False
         with torch.inference_mode():
             buffer = self._buffers[bucket.mixed]
-            buffer.fill(_NOTHING, (), bucket, self._next_ring_index)
+            buffer.fill(_EMPTY_BATCH, (), bucket, self._next_ring_index)
             buffer.send(self._next_ring_index, self._stream)
             try:
                 self._graphs.capture(bucket, partial(self._step, bucket))
@@ -284,7 +286,7 @@ class CudaBackend:
         if not self._prompt_logprobs:
             return []
         rows = in_mixed_order(batch.rows)
-        return self._prompt_logprobs.wanted_of((row.slot, row.start, row.num_tokens) for row in rows)
+        return self._prompt_logprobs.take_wanted((row.slot, row.start, row.num_tokens) for row in rows)
 
     def _bucket(self, batch: Batch, decodes: bool = True) -> Bucket:
         """Return the padded sizes of a step.
@@ -354,7 +356,7 @@ class CudaBackend:
         steps = {bucket: self._buffers[bucket.mixed].step for bucket in (mixed, decodes[-1])}
         model = self._model.compilations(steps, self._state, self._kv)
         sampler = self._sampler.compilations(self._model.logits, steps[decodes[-1]])
-        return [*model, *sampler, partial(self._choose, decodes[-1]), *self._model.made.compilations]
+        return [*model, *sampler, partial(self._choose, decodes[-1]), *self._model.tunable_segments.compilations]
 
     def _first_buckets(self) -> list[Bucket]:
         """Return buckets whose steps launch every kernel in every form: mixed, of decodes, the last one with draws."""
@@ -386,9 +388,9 @@ class CudaBackend:
         self._graphs.drop(lambda bucket: bucket.draws)
 
 
-def _tune(made: MadeSegments, budget_s: float) -> None:
+def _tune(segments: TunableSegments, budget_s: float) -> None:
     began = time.monotonic()
-    made.tune(budget_s)
+    segments.tune(budget_s)
     _logger.info("choosing matrix products took %.1f s", time.monotonic() - began)
 
 

@@ -66,7 +66,7 @@ def _no_tuning(_: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class MadeSegments:
+class TunableSegments:
     """What runs between attentions.
 
     Attributes:
@@ -82,17 +82,17 @@ class MadeSegments:
     compilations: Sequence[Callable[[], None]] = ()
 
 
-MakeSegments = Callable[[SegmentsContext], MadeSegments]
+SegmentsFactory = Callable[[SegmentsContext], TunableSegments]
 
 
-def fused_segments(context: SegmentsContext) -> MadeSegments:
+def fused_segments(context: SegmentsContext) -> TunableSegments:
     """Return Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
     assert context.arch.has_llama_segments, context.arch.architecture
     config = context.config
     fused = FusedSegments(
         context.arch, context.tensors, config.scheduler_config, context.logits, context.pdl, config.deterministic
     )
-    return MadeSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
+    return TunableSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
 
 
 class FusedSegments:

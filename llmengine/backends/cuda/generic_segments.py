@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmengine.backends.cuda.fused_segments import MadeSegments, MakeSegments, SegmentsContext, fused_segments
+from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments, fused_segments
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
@@ -18,22 +18,22 @@ from llmengine.kernels.norm import rms_norm
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
 
-def make_cuda_segments(context: SegmentsContext) -> MadeSegments:
+def build_cuda_segments(context: SegmentsContext) -> TunableSegments:
     """Return fused kernels where they compute the model, else `generic_segments`."""
     return fused_segments(context) if context.arch.has_llama_segments else generic_segments(context)
 
 
-def torch_because(reason: str) -> MakeSegments:
-    """Return `make_cuda_segments` with a description that says why it is these."""
+def cuda_segments_factory(reason: str) -> SegmentsFactory:
+    """Return `build_cuda_segments` with a description that says why it is these."""
 
-    def make(context: SegmentsContext) -> MadeSegments:
-        made = make_cuda_segments(context)
-        return replace(made, description=f"{made.description} ({reason})")
+    def build(context: SegmentsContext) -> TunableSegments:
+        tunable = build_cuda_segments(context)
+        return replace(tunable, description=f"{tunable.description} ({reason})")
 
-    return make
+    return build
 
 
-def generic_segments(context: SegmentsContext) -> MadeSegments:
+def generic_segments(context: SegmentsContext) -> TunableSegments:
     """Return segments of any architecture. They allocate their results, which a graph capture keeps in its pool."""
     arch, tensors = context.arch, context.tensors
     # Without programmatic launch, since the torch functions between do not know of it.
@@ -71,7 +71,7 @@ def generic_segments(context: SegmentsContext) -> MadeSegments:
         logit_soft_cap=arch.logit_soft_cap,
     )
     products = "Triton products of a fixed order" if context.config.deterministic else "cuBLASLt"
-    return MadeSegments(segments, f"{products} and torch functions")
+    return TunableSegments(segments, f"{products} and torch functions")
 
 
 def _cublas(_: GemmShape) -> CublasConfig:

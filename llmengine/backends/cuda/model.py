@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from llmengine.backends.cuda.attention_choice import choose_decode, decode_step
-from llmengine.backends.cuda.fused_segments import MakeSegments, SegmentsContext
+from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory
 from llmengine.backends.cuda.generic_segments import head_norm
 from llmengine.backends.cuda.step_buffer import Bucket
 from llmengine.backends.cuda.upload import Uploads
@@ -64,7 +64,9 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     dtype = _DTYPES[source.checkpoint_dtype if config.dtype == "auto" else config.dtype]
     layout = weight_layout(source.arch, str(dtype).removeprefix("torch."), {})
     needed = sum(torch.Size(shape).numel() for _, shape in layout.values()) * dtype.itemsize
-    with fitting(f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"):
+    with memory_error_context(
+        f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"
+    ):
         return CudaWeights(
             {
                 name: torch.empty(shape, dtype=getattr(torch, stored), device=device)
@@ -74,7 +76,7 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
 
 
 @contextmanager
-def fitting(component: str, device: torch.device, advice: str) -> Iterator[None]:
+def memory_error_context(component: str, device: torch.device, advice: str) -> Iterator[None]:
     """Have a full device raise an `OutOfMemoryError` that names the component, what was left, and what helps.
 
     A device whose programs have less memory than the kernels need raises `ConfigError`.
@@ -135,11 +137,11 @@ class CudaModel:
     Attributes:
         logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address.
         query_block: query tokens of a program of the prefill attention.
-        made: what computes between the attentions.
+        tunable_segments: what computes between the attentions.
     """
 
     def __init__(
-        self, arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, make_segments: MakeSegments
+        self, arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, segments_factory: SegmentsFactory
     ) -> None:
         self.weights = weights
         self.embedding = weights.by_name["embed_tokens.weight"]
@@ -157,7 +159,7 @@ class CudaModel:
         max_rows = config.scheduler_config.max_batch_size
         self.logits = torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device)
         context = SegmentsContext(arch, weights.by_name, config, self.logits, self._pdl)
-        self.made = make_segments(context)
+        self.tunable_segments = segments_factory(context)
         attentions = [layer.config for layer in self._layers]
         self._decode = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
 
@@ -177,7 +179,7 @@ class CudaModel:
         flashinfer = self._decode.of(num_rows)
         if flashinfer is not None:
             flashinfer.begin(step, num_rows)
-        return forward_to_last(self.made.segments, x, self._attend(step, kv, bucket, flashinfer))
+        return forward_to_last(self.tunable_segments.segments, x, self._attend(step, kv, bucket, flashinfer))
 
     def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """Return fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
@@ -186,7 +188,7 @@ class CudaModel:
             attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
             tokens: int32, at most max_batch_size; None: all in their order.
         """
-        return self.made.segments.last(attended, x, tokens)
+        return self.tunable_segments.segments.last(attended, x, tokens)
 
     def compilations(
         self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: Tensor
@@ -212,7 +214,7 @@ class CudaModel:
     @property
     def description(self) -> str:
         """What computes, for people."""
-        return ", ".join(filter(None, (self.made.description, self._decode.description)))
+        return ", ".join(filter(None, (self.tunable_segments.description, self._decode.description)))
 
     def tune_attention(self, state: SlotState, kv: Tensor) -> None:
         """Measure who attends for decodes if that was asked for; before any graph exists. Writes junk to `kv`."""

@@ -15,8 +15,8 @@ from typing import cast
 import torch
 
 from llmengine.backends.cuda.backend import CudaBackend
-from llmengine.backends.cuda.fused_segments import MadeSegments, SegmentsContext
-from llmengine.backends.cuda.generic_segments import make_cuda_segments, torch_because
+from llmengine.backends.cuda.fused_segments import SegmentsContext, TunableSegments
+from llmengine.backends.cuda.generic_segments import build_cuda_segments, cuda_segments_factory
 from llmengine.backends.cuda.model import CudaWeights, load_weights
 from llmengine.backends.tensorrt.build_progress import BuildProgress
 from llmengine.backends.tensorrt.builder import default_workers
@@ -51,7 +51,7 @@ def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: tor
             raise _unusable(failure) from failure
         level = logging.INFO if isinstance(failure, ConfigError) else logging.WARNING
         _logger.log(level, "backend='auto': torch, since TensorRT cannot be used: %s", _said(failure))
-        return CudaBackend(config, source, device, torch_because(f"TensorRT cannot be used: {_said(failure)}"))
+        return CudaBackend(config, source, device, cuda_segments_factory(f"TensorRT cannot be used: {_said(failure)}"))
     return TensorRtBackend(config, source, device, choice)
 
 
@@ -82,7 +82,7 @@ class TensorRtBackend(CudaBackend):
 
     def __init__(self, config: ModelConfig, source: ModelSource, device: torch.device, choice: SegmentsChoice) -> None:
         self._choice = choice
-        super().__init__(config, source, device, choice.make)
+        super().__init__(config, source, device, choice.build)
         choice.keep_cache()
 
     def saved_plans(self) -> SavedPlans | None:
@@ -122,15 +122,15 @@ class SegmentsChoice:
         self._library, self._source, self._cache, self._by_name = library, source, cache, by_name
         self._runtime: PlanRuntime | None = None
 
-    def make(self, context: SegmentsContext) -> MadeSegments:
+    def build(self, context: SegmentsContext) -> TunableSegments:
         """Return the segments; raises `ConfigError` if TensorRT was asked for by name and fails."""
         try:
-            return self._make(context)
+            return self._build(context)
         except (EngineError, torch.OutOfMemoryError) as failure:
             if self._by_name:
                 raise _unusable(failure) from failure
             _logger.warning("backend='auto': torch, since TensorRT cannot be used: %s", failure)
-            return torch_because(f"TensorRT cannot be used: {failure}")(context)
+            return cuda_segments_factory(f"TensorRT cannot be used: {failure}")(context)
 
     def keep_cache(self) -> None:
         """Keep kernels that have been compiled since the last time for the next start."""
@@ -143,7 +143,7 @@ class SegmentsChoice:
             self.plan_set = self.plan_set.replace(library_cache=content)
             self._cache.remember(self.plan_set)
 
-    def _make(self, context: SegmentsContext) -> MadeSegments:
+    def _build(self, context: SegmentsContext) -> TunableSegments:
         self._runtime = PlanRuntime(self._library, self.plan_set.library_cache)
         plans = load_plans(self._runtime, self.plan_set)
         verification = self._verify(plans, context)
@@ -153,8 +153,8 @@ class SegmentsChoice:
         if self._holds_weights():
             _logger.warning("the plans hold weights, which are in device memory twice: save() needs the others")
         segments = TensorRtSegments(self.plan_set.segments, plans, context)
-        made = MadeSegments(segments, f"{self._library} plans")
-        return made if self._by_name else self._faster(made, verification, context)
+        tunable = TunableSegments(segments, f"{self._library} plans")
+        return tunable if self._by_name else self._faster(tunable, verification, context)
 
     def _verify(self, plans: Mapping[str, LoadedPlan], context: SegmentsContext) -> Verification:
         device = context.logits.device
@@ -173,15 +173,17 @@ class SegmentsChoice:
     def _holds_weights(self) -> bool:
         return any(len(segment.spec.weight_inputs) < len(segment.spec.weights) for segment in self.plan_set.segments)
 
-    def _faster(self, made: MadeSegments, verification: Verification, context: SegmentsContext) -> MadeSegments:
-        """Return `made`, or torch's segments if a dense decode step takes less time with them."""
-        torchs: MadeSegments | None = None
+    def _faster(
+        self, tunable: TunableSegments, verification: Verification, context: SegmentsContext
+    ) -> TunableSegments:
+        """Return `tunable`, or torch's segments if a dense decode step takes less time with them."""
+        torch_segments: TunableSegments | None = None
         if not verification.step_us:
-            torchs = make_cuda_segments(context)
+            torch_segments = build_cuda_segments(context)
             times = {
                 num_tokens: (
-                    dense_step_us(made.segments, context, num_tokens),
-                    dense_step_us(torchs.segments, context, num_tokens),
+                    dense_step_us(tunable.segments, context, num_tokens),
+                    dense_step_us(torch_segments.segments, context, num_tokens),
                 )
                 for num_tokens in timed_sizes(context.config.scheduler_config.max_batch_size)
             }
@@ -191,12 +193,12 @@ class SegmentsChoice:
         _logger.info("dense part of a decode step with TensorRT and with torch, us by requests: %s", listed)
         gain = speedup(verification.step_us)
         if gain >= 1.0:
-            return made
+            return tunable
         reason = f"torch is {1 / gain:.2f} times as fast as {self._library}"
         _logger.info("backend='auto': torch, since %s", reason)
-        if torchs is None:
-            return torch_because(reason)(context)
-        return dataclasses.replace(torchs, description=f"{torchs.description} ({reason})")
+        if torch_segments is None:
+            return cuda_segments_factory(reason)(context)
+        return dataclasses.replace(torch_segments, description=f"{torch_segments.description} ({reason})")
 
     def _remember(self, verification: Verification) -> None:
         self.plan_set = self.plan_set.replace(verification=verification.to_dict())

@@ -33,7 +33,9 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmengine.kernels.gemm_choice.candidates", of)
 
 
-def make_segments(directory: Path, device: str, choices: GemmChoices, monkeypatch: pytest.MonkeyPatch) -> FusedSegments:
+def build_segments(
+    directory: Path, device: str, choices: GemmChoices, monkeypatch: pytest.MonkeyPatch
+) -> FusedSegments:
     """Return segments of a tiny model that ask `choices`, on any device."""
     save_tiny(directory)
     arch = open_model(directory).arch
@@ -52,7 +54,7 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
-    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    segments = build_segments(tmp_path, device, choices, monkeypatch)
     used: list[set[LinearConfig]] = []
     widths: list[set[int]] = []
     kernels = segments._kernels
@@ -94,7 +96,7 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
 @pytest.mark.usefixtures("candidates")
 def test_without_time_nothing_is_timed(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
-    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    segments = build_segments(tmp_path, device, choices, monkeypatch)
     monkeypatch.setattr(fused_segments, "time_graph", lambda functions: pytest.fail("there is no time"))
     segments.tune(0.0)
     assert choices.missing(segments._shapes(1))
@@ -106,7 +108,7 @@ def test_what_is_measured_first_is_compiled_with_the_rest(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, will_tune: bool
 ) -> None:
     choices = GemmChoices(tmp_path / "choices.json", 227 << 10)
-    segments = make_segments(tmp_path, device, choices, monkeypatch)
+    segments = build_segments(tmp_path, device, choices, monkeypatch)
     compiled: list[LinearConfig] = []
     monkeypatch.setattr(FusedSegments, "_compile", lambda _, shape, config: compiled.append(config))
     for call in segments.compilations(will_tune=will_tune):

@@ -102,14 +102,14 @@ def test_auto_takes_plans_that_are_right_and_not_slower(
     fake: FakeTensorRt, source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_times(monkeypatch, 100.0, 100.0)
-    made = make_choice(fake, source).make(make_context(fake, source))
-    assert isinstance(made.segments, TensorRtSegments)
-    assert made.description == "tensorrt 0.fake plans"
+    tunable = make_choice(fake, source).build(make_context(fake, source))
+    assert isinstance(tunable.segments, TensorRtSegments)
+    assert tunable.description == "tensorrt 0.fake plans"
     # The next process finds both in the cache.
     monkeypatch.setattr(choosing, "verify_plans", never)
     monkeypatch.setattr(choosing, "dense_step_us", never)
     again = make_choice(fake, source)
-    assert isinstance(again.make(make_context(fake, source)).segments, TensorRtSegments)
+    assert isinstance(again.build(make_context(fake, source)).segments, TensorRtSegments)
     kept = Verification.from_dict(again.plan_set.verification or {})
     assert kept is not None
     assert kept.step_us == {1: (100.0, 100.0), 4: (100.0, 100.0)}
@@ -121,9 +121,9 @@ def test_auto_takes_torch_where_it_is_faster_and_says_so(
     take_times(monkeypatch, 150.0, 100.0)
     caplog.set_level(logging.INFO)
     for _ in range(2):  # measured, and remembered
-        made = make_choice(fake, source).make(make_context(fake, source))
-        assert isinstance(made.segments, FusedSegments)
-        assert made.description == "Triton (torch is 1.50 times as fast as tensorrt 0.fake)"
+        tunable = make_choice(fake, source).build(make_context(fake, source))
+        assert isinstance(tunable.segments, FusedSegments)
+        assert tunable.description == "Triton (torch is 1.50 times as fast as tensorrt 0.fake)"
         monkeypatch.setattr(choosing, "dense_step_us", never)
     assert "us by requests: 1: 150 and 100, 4: 150 and 100" in caplog.text
 
@@ -132,33 +132,33 @@ def test_wrong_plans_are_never_used(
     fake: FakeTensorRt, source: ModelSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.execute = wrong
-    made = make_choice(fake, source).make(make_context(fake, source))
-    assert isinstance(made.segments, FusedSegments)
-    assert "computes something else than torch on" in made.description
+    tunable = make_choice(fake, source).build(make_context(fake, source))
+    assert isinstance(tunable.segments, FusedSegments)
+    assert "computes something else than torch on" in tunable.description
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "rms error" in warning.getMessage()
     # What was found is remembered as well, and by name it is an error.
     monkeypatch.setattr(choosing, "verify_plans", never)
     with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: .* (first|mid|last): .* \(limit "):
-        make_choice(fake, source, by_name=True).make(make_context(fake, source))
+        make_choice(fake, source, by_name=True).build(make_context(fake, source))
 
 
 def test_by_name_nothing_is_timed(fake: FakeTensorRt, source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "dense_step_us", never)
-    made = make_choice(fake, source, by_name=True).make(make_context(fake, source))
-    assert isinstance(made.segments, TensorRtSegments)
+    tunable = make_choice(fake, source, by_name=True).build(make_context(fake, source))
+    assert isinstance(tunable.segments, TensorRtSegments)
 
 
 def test_plans_that_do_not_load_lead_to_torch_or_an_error(
     fake: FakeTensorRt, source: ModelSource, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.failing.add("deserialize_cuda_engine")
-    made = make_choice(fake, source).make(make_context(fake, source))
-    assert isinstance(made.segments, FusedSegments)
-    assert "deserialize_cuda_engine was told to fail" in made.description
+    tunable = make_choice(fake, source).build(make_context(fake, source))
+    assert isinstance(tunable.segments, FusedSegments)
+    assert "deserialize_cuda_engine was told to fail" in tunable.description
     assert "torch, since TensorRT cannot be used: plan 'first' does not load" in caplog.text
     with pytest.raises(ConfigError, match="cannot be used: plan 'first' does not load"):
-        make_choice(fake, source, by_name=True).make(make_context(fake, source))
+        make_choice(fake, source, by_name=True).build(make_context(fake, source))
 
 
 def test_a_lack_of_memory_leads_to_torch(
@@ -168,16 +168,16 @@ def test_a_lack_of_memory_leads_to_torch(
         raise torch.OutOfMemoryError("the device is full")
 
     monkeypatch.setattr(choosing, "verify_plans", full)
-    made = make_choice(fake, source).make(make_context(fake, source))
-    assert made.description == "Triton (TensorRT cannot be used: the device is full)"
+    tunable = make_choice(fake, source).build(make_context(fake, source))
+    assert tunable.description == "Triton (TensorRT cannot be used: the device is full)"
 
 
 def test_plans_with_constants_are_verified_with_the_models_weights(fake: FakeTensorRt, source: ModelSource) -> None:
     context = make_context(fake, source)
     for tensor in context.tensors.values():
         tensor.fill_(torch.nan)  # as allocated: nothing in them yet
-    made = make_choice(fake, source, by_name=True, mode="constants").make(context)
-    assert isinstance(made.segments, TensorRtSegments)
+    tunable = make_choice(fake, source, by_name=True, mode="constants").build(context)
+    assert isinstance(tunable.segments, TensorRtSegments)
 
 
 def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
@@ -262,7 +262,7 @@ def test_saved_plans_that_cannot_be_built_again_are_named(source: ModelSource, m
 
     monkeypatch.setattr(choosing, "prepare", fail)
     monkeypatch.setattr(choosing, "CudaBackend", lambda config, source, device, make: make)
-    monkeypatch.setattr(choosing, "torch_because", lambda reason: reason)
+    monkeypatch.setattr(choosing, "cuda_segments_factory", lambda reason: reason)
     device = torch.device("cuda")
     said = "no space left; the saved plans are not used: built for SM89, needed is SM120"
     assert load_tensorrt_or_torch(make_config(source), source, device) == f"TensorRT cannot be used: {said}"  # type: ignore[comparison-overlap]

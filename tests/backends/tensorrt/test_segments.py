@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmengine.backends import load_backend
 from llmengine.backends.cuda.backend import CudaBackend
-from llmengine.backends.cuda.fused_segments import MadeSegments, MakeSegments, SegmentsContext
+from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_of
@@ -49,7 +49,7 @@ def make_config(directory: Path, **settings: Any) -> ModelConfig:
     ).resolve()
 
 
-def make_segments(
+def build_segments(
     fake: FakeTensorRt, context: SegmentsContext, mode: WeightMode = "inputs", max_tokens: int = MAX_TOKENS
 ) -> TensorRtSegments:
     """Return segments whose plans are the fake's."""
@@ -59,8 +59,8 @@ def make_segments(
     return TensorRtSegments(segments, load_plans(PlanRuntime(fake_library(fake)), plan_set), context)
 
 
-def on_fake(fake: FakeTensorRt) -> MakeSegments:
-    return lambda context: MadeSegments(make_segments(fake, context), "fake plans")
+def on_fake(fake: FakeTensorRt) -> SegmentsFactory:
+    return lambda context: TunableSegments(build_segments(fake, context), "fake plans")
 
 
 def make_context(arch: ModelArch, dtype: torch.dtype, device: torch.device) -> SegmentsContext:
@@ -88,7 +88,7 @@ def test_equals_the_models_formulas_at_every_size(fake: FakeTensorRt, family: st
     context = make_context(tiny_arch(**FAMILIES[family]), torch.float32, fake.device)
     arch = context.arch
     expected = ReferenceSegments(arch, {name: tensor.cpu() for name, tensor in context.tensors.items()})
-    segments = make_segments(fake, context)
+    segments = build_segments(fake, context)
     assert segments.num_layers == arch.num_layers
     for num_tokens, rows in ((3, None), (17, [16, 2]), (32, [5, 5, 31, 0])):
         x = torch.randn(num_tokens, arch.hidden_size, device=fake.device)
@@ -103,7 +103,7 @@ def test_equals_the_models_formulas_at_every_size(fake: FakeTensorRt, family: st
 @pytest.mark.parametrize("mode", ["inputs", "constants"])
 def test_weights_are_used_where_they_are_or_in_the_plan(fake: FakeTensorRt, mode: WeightMode) -> None:
     context = make_context(tiny_arch(), torch.float32, fake.device)
-    segments = make_segments(fake, context, mode)
+    segments = build_segments(fake, context, mode)
     x = torch.randn(2, context.arch.hidden_size, device=fake.device)
     before = segments.first(x).clone()
     context.tensors["layers.0.qkv.weight"].zero_()
@@ -113,7 +113,7 @@ def test_weights_are_used_where_they_are_or_in_the_plan(fake: FakeTensorRt, mode
 
 def test_contexts_are_made_once_for_each_size_and_serve_all_layers(fake: FakeTensorRt) -> None:
     context = make_context(tiny_arch(num_layers=5), torch.float32, fake.device)
-    segments = make_segments(fake, context)
+    segments = build_segments(fake, context)
     for num_tokens in (2, 3, 2, 3):
         x = torch.randn(num_tokens, context.arch.hidden_size, device=fake.device)
         run_all(segments, x, [torch.randn(num_tokens, 64, device=fake.device)] * 5, None)
@@ -123,7 +123,7 @@ def test_contexts_are_made_once_for_each_size_and_serve_all_layers(fake: FakeTen
 
 def test_threads_that_share_a_stream_do_not_share_a_context_in_the_middle(fake: FakeTensorRt) -> None:
     context = make_context(tiny_arch(), torch.float32, fake.device)
-    segments = make_segments(fake, context)
+    segments = build_segments(fake, context)
     stream = torch.cuda.current_stream(fake.device) if fake.device.type == "cuda" else None
 
     def run(_: int) -> None:
@@ -139,11 +139,11 @@ def test_threads_that_share_a_stream_do_not_share_a_context_in_the_middle(fake: 
 def test_plans_that_are_too_small_or_of_other_weights_are_refused(fake: FakeTensorRt) -> None:
     context = make_context(tiny_arch(), torch.float32, fake.device)
     with pytest.raises(EngineError, match=r"plan 'first' was not built for T=32, S=4, only for .* prefill: T to 16"):
-        make_segments(fake, context, max_tokens=16)
+        build_segments(fake, context, max_tokens=16)
     other = make_context(tiny_arch(), torch.float32, fake.device)
     other.tensors["layers.2.down.weight"] = torch.zeros(48, 96, device=fake.device)
     with pytest.raises(EngineError, match=r"weight 'layers.2.down.weight' is float32 \[48, 96\], .* \[48, 80\]"):
-        make_segments(fake, other)
+        build_segments(fake, other)
 
 
 def test_requests_in_flight_get_the_tokens_of_transformers(tmp_path: Path, fake: FakeTensorRt) -> None:
