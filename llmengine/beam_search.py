@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
 from llmengine.engine.handle import RequestHandle
+from llmengine.engine.intake import Intake
 from llmengine.errors import InvalidRequestError, RequestFailedError
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import RequestOptions
@@ -245,6 +246,31 @@ class BeamSearch:
 
     def _score(self, logprob: float, length: int) -> float:
         return logprob / math.pow(max(length, 1), self.params.length_penalty)
+
+
+def begin(
+    intake: Intake, prompts: Iterable[str | Sequence[int]], params: BeamSearchParams, options: RequestOptions
+) -> list[BeamSearch]:
+    """A search for each prompt. Blocks while text is tokenized, which counts for the deadlines of `options`.
+
+    Raises `InvalidRequestError`, `PromptTooLongError`, `EngineClosedError` and `EngineDeadError`.
+    """
+    began = time.monotonic()
+    intake.check_open()
+    encoded = [intake.encode(prompt) for prompt in prompts]
+    return [
+        BeamSearch(
+            one.text,
+            one.token_ids,
+            params,
+            intake.eos_token_ids,
+            min(params.max_new_tokens, intake.max_model_len - len(one.token_ids)),
+            intake.forbidden,
+            options,
+            began,
+        )
+        for one in encoded
+    ]
 
 
 def run(searches: Sequence[BeamSearch], submit: Submit) -> None:

@@ -1,34 +1,26 @@
-"""LLM: the public face, and the only place where tokenizer, scheduler and backend are wired together."""
+"""LLM: the public face. `llm_parts` makes what it is put together from."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import gc
-import logging
-import time
-import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 import anyio.to_thread
 
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
-from llmengine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams
+from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
 from llmengine.chat.messages import Messages, is_several
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.chat_prompt import ChatPrompt
-from llmengine.engine.engine import Engine
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.intake import Intake, Prompt, RequestSpec, as_prompts
+from llmengine.engine.intake import Prompt, RequestSpec, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
-from llmengine.engine.worker_threads import PreparationThreads, is_worker
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
-from llmengine.generation_config import forbidden_sequences
+from llmengine.llm_parts import LLMParts, load_parts, parts_from_backend
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import (
     ChatKeywords,
@@ -41,15 +33,7 @@ from llmengine.request_options import (
     unknown_keyword,
 )
 from llmengine.sampling_params import SamplingParams
-from llmengine.tokenizer.end_tokens import tokenizer_end_ids
-from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
-
-if TYPE_CHECKING:
-    from llmengine.checkpoints.opening import ModelSource
-
-logger = logging.getLogger(__name__)
-
-_EXIT_TIMEOUT_S = 10.0
+from llmengine.tokenizer.protocol import Tokenizer
 
 
 class LLM:
@@ -60,7 +44,8 @@ class LLM:
     then given back.
 
     Args:
-        config: a `ModelConfig`, or just the path that would be its `model_dir`.
+        config: a `ModelConfig`, or just the path that would be its `model_dir`. `from_backend` passes finished parts
+            instead, and then nothing is loaded.
         tokenizer: anything with `encode(text)` and `decode(token_ids)`, both safe to call from several threads; None:
             the model's own.
         enable_tokenizer: False: prompts are token ids, and outputs have no text.
@@ -72,34 +57,18 @@ class LLM:
 
     def __init__(
         self,
-        config: ModelConfig | str | Path,
+        config: ModelConfig | str | Path | LLMParts,
         tokenizer: Any = None,
         enable_tokenizer: bool = True,
         async_mode: bool = False,
     ) -> None:
-        from llmengine.backends import choose_device, load_backend
-        from llmengine.checkpoints.opening import open_model
-
-        given = config if isinstance(config, ModelConfig) else ModelConfig(config)
-        resolved = given.resolve()
-        source = open_model(resolved.model_dir, resolved.load_format)
-        self._threads = PreparationThreads()
-        loading = self._threads.call(partial(_load_tokenizer, source, tokenizer, enable_tokenizer))
-        try:
-            device = choose_device(resolved.device)
-        except BaseException:
-            self._threads.stop()
-            raise
-        resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
-        resolved = resolved.resolve(accelerator=device != "cpu")
-        self._loaded: tuple[ModelConfig, ModelSource] | None = (resolved, source)
-        self._start(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config)
-        try:
-            self._open(loading.result(), source.eos_token_ids, source.generation_config)
-        except BaseException:
-            self.close()
-            raise
-        _collect_garbage_once()
+        parts = config if isinstance(config, LLMParts) else load_parts(config, tokenizer, enable_tokenizer)
+        self._owner = parts.owner
+        self._engine = parts.engine
+        self._info = parts.info
+        self._intake = parts.intake
+        self._default_params = parts.default_params
+        self._model = parts.model
 
     @classmethod
     def from_backend(
@@ -111,27 +80,13 @@ class LLM:
         scheduler_config: SchedulerConfig | None = None,
         kv_cache_config: KvCacheConfig | None = None,
     ) -> Self:
-        """Return an `LLM` on a backend of the caller's, such as `llmengine.testing.FakeBackend`.
+        """An `LLM` on a backend of the caller's, such as `llmengine.testing.FakeBackend`.
 
         `backend_factory` runs on the engine thread. Without a tokenizer, prompts are token ids. Answers end at
-        `eos_token_ids` and at the tokenizer's own ends, see `Tokenizer`. Raises `ConfigError` for one that is outside
-        the backend's vocabulary.
+        `eos_token_ids` and at the tokenizer's own ends, see `Tokenizer`. Raises `ConfigError` for an end outside the
+        backend's vocabulary.
         """
-        llm = cls.__new__(cls)
-        llm._loaded = None
-        llm._threads = PreparationThreads()
-        adapted = None if tokenizer is None else adapt_tokenizer(tokenizer)
-        llm._start(
-            backend_factory,
-            (scheduler_config or SchedulerConfig()).resolve(),
-            (kv_cache_config or KvCacheConfig()).resolve(),
-        )
-        try:
-            llm._open(adapted, eos_token_ids, {})
-        except BaseException:
-            llm.close()
-            raise
-        return llm
+        return cls(parts_from_backend(backend_factory, tokenizer, eos_token_ids, scheduler_config, kv_cache_config))
 
     @classmethod
     async def create(
@@ -142,49 +97,6 @@ class LLM:
     ) -> Self:
         """Return `LLM(config, ...)` without blocking the running event loop while the model loads."""
         return await anyio.to_thread.run_sync(partial(cls, config, tokenizer, enable_tokenizer))
-
-    def _start(
-        self, backend_factory: Callable[[], Backend], scheduler: SchedulerConfig, kv_cache: KvCacheConfig
-    ) -> None:
-        self._engine = Engine(backend_factory, scheduler, kv_cache)
-        self._share_prefixes = scheduler.share_prefixes_across_tenants
-        # Runs when the LLM is collected or the interpreter exits: an engine thread must not outlive either.
-        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._threads)
-        try:
-            self._info: BackendInfo = self._engine.start()
-        except BaseException:
-            self._threads.stop()
-            raise
-        logger.info("%s", self._info.description)
-
-    def _open(
-        self, tokenizer: Tokenizer | None, eos_token_ids: Iterable[int], generation_config: Mapping[str, Any]
-    ) -> None:
-        ends = frozenset(eos_token_ids) | tokenizer_end_ids(tokenizer, self._info.vocab_size)
-        for token_id in ends:
-            if not 0 <= token_id < self._info.vocab_size:
-                raise ConfigError(
-                    f"eos_token_ids holds {token_id}, outside the vocabulary [0, {self._info.vocab_size})"
-                )
-        self._default_params = self._defaults_of(generation_config)
-        self._intake = Intake(
-            self._engine,
-            self._info,
-            tokenizer,
-            ends,
-            self._threads,
-            share_prefixes_across_tenants=self._share_prefixes,
-            forbidden=_possible(forbidden_sequences(generation_config), self._info.vocab_size),
-        )
-
-    def _defaults_of(self, generation_config: Mapping[str, Any]) -> SamplingParams | str:
-        """Return the default parameters, or why there are none."""
-        try:
-            params = SamplingParams.from_generation_config(generation_config)
-        except UnsupportedModelError as error:
-            logger.warning("%s: requests without sampling_params will raise this", error)
-            return str(error)
-        return params.replace(bad_words=_possible(params.bad_words, self._info.vocab_size))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -250,7 +162,7 @@ class LLM:
         try:
             for index, prompt in enumerate(prompts):
                 spec = RequestSpec(self._params_for(sampling_params, index), options)
-                handles.append(self._intake.submit_blocking(prompt, spec, self))
+                handles.append(self._intake.submit_blocking(prompt, spec, self._owner))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
                 raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
             return [handle.result() for handle in _with_progress(handles, progress)]
@@ -285,7 +197,7 @@ class LLM:
             EngineClosedError, EngineDeadError.
         """
         spec = RequestSpec(self._params_or_default(sampling_params), as_options(LLM.generate_async, options), streaming)
-        return self._intake.submit(prompt, spec, self)
+        return self._intake.submit(prompt, spec, self._owner)
 
     @takes_options(wait_for_admission=True)
     def stream(
@@ -307,7 +219,7 @@ class LLM:
         """
         checked = as_options(LLM.stream, options, wait_for_admission=True)
         spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming=True)
-        return self._intake.submit(prompt, spec, self).stream()
+        return self._intake.submit(prompt, spec, self._owner).stream()
 
     @overload
     def chat(
@@ -346,7 +258,7 @@ class LLM:
             return self._run_all(prompts, sampling_params, checked)
         checked, rest = split_options(options)
         spec = RequestSpec(self._params_or_default(cast(SamplingParams | None, sampling_params)), checked)
-        handle = self._intake.submit(self._intake.chats.prompt(LLM.chat, messages, rest), spec, self)
+        handle = self._intake.submit(self._intake.chats.prompt(LLM.chat, messages, rest), spec, self._owner)
         try:
             return handle.result()
         finally:
@@ -366,7 +278,7 @@ class LLM:
         """
         checked, rest = split_options(options)
         spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming)
-        return self._intake.submit(self._intake.chats.prompt(LLM.chat_async, messages, rest), spec, self)
+        return self._intake.submit(self._intake.chats.prompt(LLM.chat_async, messages, rest), spec, self._owner)
 
     @takes_options(TemplateKeywords)
     def count_tokens(self, prompt: Prompt | Messages, **options: Unpack[TemplateKeywords]) -> int:
@@ -403,10 +315,10 @@ class LLM:
         """
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
         checked = as_options(LLM.beam_search, options, wait_for_admission=True)
-        searches = self._beam_searches(as_prompts(prompts), params, checked)
+        searches = beam_search.begin(self._intake, as_prompts(prompts), params, checked)
 
         def submit(token_ids: Sequence[int], sampling: SamplingParams, options: RequestOptions) -> RequestHandle:
-            return self._intake.submit_blocking(token_ids, RequestSpec(sampling, options), self)
+            return self._intake.submit_blocking(token_ids, RequestSpec(sampling, options), self._owner)
 
         beam_search.run(searches, submit)
         return [search.output(self._intake.text) for search in searches]
@@ -425,34 +337,14 @@ class LLM:
         """`beam_search` without blocking the event loop. When cancelled, its requests are aborted."""
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
         checked = as_options(LLM.beam_search_async, options, wait_for_admission=True)
-        searches = await anyio.to_thread.run_sync(self._beam_searches, list(as_prompts(prompts)), params, checked)
+        listed = list(as_prompts(prompts))
+        searches = await anyio.to_thread.run_sync(beam_search.begin, self._intake, listed, params, checked)
 
         def submit(token_ids: Sequence[int], sampling: SamplingParams, options: RequestOptions) -> RequestHandle:
-            return self._intake.submit(token_ids, RequestSpec(sampling, options), self)
+            return self._intake.submit(token_ids, RequestSpec(sampling, options), self._owner)
 
         await beam_search.run_async(searches, submit)
         return [search.output(self._intake.text) for search in searches]
-
-    def _beam_searches(
-        self, prompts: Iterable[Prompt], params: BeamSearchParams, options: RequestOptions
-    ) -> list[BeamSearch]:
-        began = time.monotonic()
-        self._engine.check_open()
-        eos, limit = self._intake.eos_token_ids, self._info.max_model_len
-        encoded = [self._intake.encode(prompt) for prompt in prompts]
-        return [
-            BeamSearch(
-                one.text,
-                one.token_ids,
-                params,
-                eos,
-                min(params.max_new_tokens, limit - len(one.token_ids)),
-                self._intake.forbidden,
-                options,
-                began,
-            )
-            for one in encoded
-        ]
 
     def save(self, directory: str | Path) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
@@ -465,13 +357,13 @@ class LLM:
             ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
             EngineError: writing failed (a full disk, say); nothing is left behind.
         """
-        if self._loaded is None:
+        if self._model is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
         from llmengine.checkpoints.engine_dir import keeps_values, save_model
         from llmengine.checkpoints.saved_plans import PlanHolder
         from llmengine.tokenizer.loading import tokenizer_to_save
 
-        config, source = self._loaded
+        config, source = self._model.config, self._model.source
         quantization: dict[str, Any] = dict(source.quantization)
         if config.quant_config.weights != "none":
             quantization["weights"] = config.quant_config.weights
@@ -511,8 +403,7 @@ class LLM:
 
     def close(self) -> None:
         """Abort what is running, stop the engine thread and give the memory back. Blocks for about one step."""
-        self._finalizer()  # does nothing while another thread's call is still waiting in it
-        self._engine.join()
+        self._owner.close()
 
     async def aclose(self, drain: float = 0.0) -> None:
         """Like `close()` without blocking the event loop; first lets requests go on for up to `drain` seconds.
@@ -562,32 +453,6 @@ class LLM:
         return sampling_params[index]
 
 
-@functools.cache
-def _collect_garbage_once() -> None:
-    """Do now what importing torch and transformers has made due: a full collection of garbage.
-
-    It looks at all of their 350,000 objects, for 160 to 200 ms in which no coroutine of the program runs, and would
-    come at some moment of the first few hundred thousand tokens.
-    """
-    if gc.isenabled():
-        gc.collect()
-
-
-def _possible(words: Iterable[Any], vocab_size: int) -> tuple[Any, ...]:
-    """Return the sequences of token ids that lie in the vocabulary: the others cannot be generated anyway."""
-    return tuple(word for word in words if max(word) < vocab_size)
-
-
-def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:
-    if not enable_tokenizer:
-        return None
-    if tokenizer is not None:
-        return adapt_tokenizer(tokenizer)
-    from llmengine.tokenizer.loading import source_tokenizer
-
-    return source_tokenizer(source)
-
-
 def _is_conversation(prompt: Any) -> bool:
     """Say whether `prompt` holds messages rather than token ids."""
     if not isinstance(prompt, Sequence) or not prompt:
@@ -602,13 +467,3 @@ def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable
     from rich.progress import track
 
     return track(handles, "generating", console=Console(stderr=True))
-
-
-def _shut_down(engine: Engine, threads: PreparationThreads) -> None:
-    """Stop the engine and its threads, and wait for the engine. May run inside a garbage collection, on any thread."""
-    if engine.is_forked:
-        return  # the threads are the other process's
-    engine.stop()
-    threads.stop()
-    if not is_worker():  # which may hold a lock that the engine wants
-        engine.join(_EXIT_TIMEOUT_S)

@@ -101,13 +101,13 @@ class Intake:
         eos_token_ids: Iterable[int],
         threads: PreparationThreads,
         *,
-        share_prefixes_across_tenants: bool = False,
         forbidden: Sequence[WordIds] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.chats = ChatRenderer(tokenizer)
         self.forbidden = tuple(forbidden)
-        self._share_prefixes = share_prefixes_across_tenants
+        self.max_model_len = info.max_model_len
+        self._share_prefixes = engine.scheduler_config.share_prefixes_across_tenants
         self._engine = engine
         self._info = info
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -121,6 +121,10 @@ class Intake:
         self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
         # Seeded by the system once: asking it for each request takes as long as all else here.
         self._seeds = random.Random()
+
+    def check_open(self) -> None:
+        """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless the engine takes requests."""
+        self._engine.check_open()
 
     def submit(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit without blocking; raises what is wrong with anything but the tokens of a text or chat."""

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import llmengine.llm as llm_module
-from llmengine import LLM
+from llmengine import LLM, llm_parts
 from llmengine.backends import load_backend
 from llmengine.backends.cpu.linear import dense_formats, padded_tokens
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
@@ -279,14 +278,14 @@ def test_the_garbage_collection_that_imports_made_due_comes_while_the_first_mode
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny(tmp_path)
-    llm_module._collect_garbage_once.cache_clear()
+    llm_parts._collect_garbage_once.cache_clear()
     collected: list[int] = []
-    monkeypatch.setattr(llm_module.gc, "collect", lambda: collected.append(1))
+    monkeypatch.setattr(llm_parts.gc, "collect", lambda: collected.append(1))
     for _ in range(2):
         LLM(tmp_path, enable_tokenizer=False).close()
     assert len(collected) == 1
 
-    llm_module._collect_garbage_once.cache_clear()
-    monkeypatch.setattr(llm_module.gc, "isenabled", lambda: False)
+    llm_parts._collect_garbage_once.cache_clear()
+    monkeypatch.setattr(llm_parts.gc, "isenabled", lambda: False)
     LLM(tmp_path, enable_tokenizer=False).close()
     assert len(collected) == 1, "a program that collects no garbage is left alone"

@@ -1,0 +1,183 @@
+"""LLMParts: what an `LLM` is made of, loaded from a model's files or put around a caller's backend.
+
+The only place where engine and backends meet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmengine.batch import Backend, BackendInfo
+from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.engine.engine import Engine
+from llmengine.engine.intake import Intake
+from llmengine.engine.owner import EngineOwner
+from llmengine.engine.worker_threads import PreparationThreads
+from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.generation_config import forbidden_sequences
+from llmengine.sampling_params import SamplingParams
+from llmengine.tokenizer.end_tokens import tokenizer_end_ids
+from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
+
+if TYPE_CHECKING:
+    from llmengine.checkpoints.opening import ModelSource
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """The files that an `LLM` was loaded from, and how: `config` has every default filled in."""
+
+    config: ModelConfig
+    source: ModelSource
+
+
+@dataclass(frozen=True, slots=True)
+class LLMParts:
+    """The parts of an `LLM`, ready for its first request.
+
+    Attributes:
+        owner: closes the engine and its threads; they end as well when nothing refers to it any more.
+        engine: runs, with a backend that is ready.
+        info: of that backend.
+        intake: submits requests to the engine.
+        default_params: for requests without parameters of their own, or why the model's files give none.
+        model: None on a caller's backend, which cannot be saved.
+    """
+
+    owner: EngineOwner
+    engine: Engine
+    info: BackendInfo
+    intake: Intake
+    default_params: SamplingParams | str
+    model: LoadedModel | None
+
+
+def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool) -> LLMParts:
+    """Load a model and start an engine on it; blocks until it is ready. The arguments and errors are those of `LLM`."""
+    from llmengine.backends import choose_device, load_backend
+    from llmengine.checkpoints.opening import open_model
+
+    given = config if isinstance(config, ModelConfig) else ModelConfig(config)
+    resolved = given.resolve()
+    source = open_model(resolved.model_dir, resolved.load_format)
+    threads = PreparationThreads()
+    # Beside the weights: each takes seconds.
+    loading_tokenizer = threads.call(partial(_load_tokenizer, source, tokenizer, enable_tokenizer))
+    try:
+        device = choose_device(resolved.device)
+        resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
+        resolved = resolved.resolve(accelerator=device != "cpu")
+    except BaseException:
+        threads.stop()
+        raise
+    parts = _start(
+        Engine(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config),
+        threads,
+        loading_tokenizer.result,
+        source.eos_token_ids,
+        source.generation_config,
+        LoadedModel(resolved, source),
+    )
+    _collect_garbage_once()
+    return parts
+
+
+def parts_from_backend(
+    backend_factory: Callable[[], Backend],
+    tokenizer: Any,
+    eos_token_ids: Iterable[int],
+    scheduler_config: SchedulerConfig | None,
+    kv_cache_config: KvCacheConfig | None,
+) -> LLMParts:
+    """Start an engine on a caller's backend. The arguments and errors are those of `LLM.from_backend`."""
+    adapted = None if tokenizer is None else adapt_tokenizer(tokenizer)
+    engine = Engine(
+        backend_factory,
+        (scheduler_config or SchedulerConfig()).resolve(),
+        (kv_cache_config or KvCacheConfig()).resolve(),
+    )
+    return _start(engine, PreparationThreads(), lambda: adapted, eos_token_ids, {}, None)
+
+
+def _start(
+    engine: Engine,
+    threads: PreparationThreads,
+    get_tokenizer: Callable[[], Tokenizer | None],
+    eos_token_ids: Iterable[int],
+    generation_config: Mapping[str, Any],
+    model: LoadedModel | None,
+) -> LLMParts:
+    """Start the engine and put the other parts around it. Where that fails, engine and threads end."""
+    owner = EngineOwner(engine, threads)
+    info = owner.start()
+    logger.info("%s", info.description)
+    try:
+        tokenizer = get_tokenizer()
+        intake = Intake(
+            engine,
+            info,
+            tokenizer,
+            _end_ids(eos_token_ids, tokenizer, info.vocab_size),
+            threads,
+            forbidden=_within_vocabulary(forbidden_sequences(generation_config), info.vocab_size),
+        )
+        return LLMParts(owner, engine, info, intake, _default_params(generation_config, info.vocab_size), model)
+    except BaseException:
+        owner.close()
+        raise
+
+
+def _load_tokenizer(source: ModelSource, tokenizer: Any, enable_tokenizer: bool) -> Tokenizer | None:
+    """The caller's tokenizer, adapted, else the model's own."""
+    if not enable_tokenizer:
+        return None
+    if tokenizer is not None:
+        return adapt_tokenizer(tokenizer)
+    from llmengine.tokenizer.loading import source_tokenizer
+
+    return source_tokenizer(source)
+
+
+def _end_ids(eos_token_ids: Iterable[int], tokenizer: Tokenizer | None, vocab_size: int) -> frozenset[int]:
+    """All tokens that end an answer. Raises `ConfigError` for one that the backend does not know."""
+    end_ids = frozenset(eos_token_ids) | tokenizer_end_ids(tokenizer, vocab_size)
+    for token_id in end_ids:
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(f"eos_token_ids holds {token_id}, outside the vocabulary [0, {vocab_size})")
+    return end_ids
+
+
+def _default_params(generation_config: Mapping[str, Any], vocab_size: int) -> SamplingParams | str:
+    """The parameters that the model's files ask for, or why they cannot be honoured."""
+    try:
+        params = SamplingParams.from_generation_config(generation_config)
+    except UnsupportedModelError as error:
+        logger.warning("%s: requests without sampling_params will raise this", error)
+        return str(error)
+    return params.replace(bad_words=_within_vocabulary(params.bad_words, vocab_size))
+
+
+def _within_vocabulary(words: Iterable[Any], vocab_size: int) -> tuple[Any, ...]:
+    """The sequences of token ids that the vocabulary has; no others can be generated anyway."""
+    return tuple(word for word in words if max(word) < vocab_size)
+
+
+@functools.cache
+def _collect_garbage_once() -> None:
+    """Collect the garbage now for which importing torch and transformers has made a full collection due.
+
+    The collection looks at all of their 350,000 objects, for 160 to 200 ms in which no coroutine of the program runs.
+    Otherwise it would come at some moment of the first few hundred thousand tokens.
+    """
+    if gc.isenabled():
+        gc.collect()
