@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.step_inputs import StepInputs
+from llmengine.backends.kv_layout import KvPool
 from llmengine.batch import NULL_BLOCK
 from llmengine.models.decoder import Norm
 
@@ -42,19 +43,11 @@ class AttentionShape:
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
     """
 
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    num_blocks: int
-    block_size: int
     score_scale: float
     soft_cap: float | None = None
-
-    @property
-    def bytes_per_block(self) -> int:
-        """Bytes of one block's keys and values over all layers, fp32."""
-        return 8 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +115,19 @@ class _Plan:
 
 
 class PagedAttention:
-    """KV pools of all layers (fp32, zeros that the system maps on first touch) and attention over them.
+    """KV pools of all layers (zeros that the system maps on first touch) and attention over them.
 
     `plan` once a step, then `attend` once a layer.
     """
 
-    def __init__(self, shape: AttentionShape, layers: Sequence[LayerAttention]) -> None:
-        assert len(layers) == shape.num_layers
+    def __init__(self, shape: AttentionShape, pool: KvPool, layers: Sequence[LayerAttention]) -> None:
+        assert len(layers) == pool.layout.num_layers
         self.shape = shape
         self.layers = layers
-        blocks, heads, dim, size = shape.num_blocks, shape.num_kv_heads, shape.head_dim, shape.block_size
-        self.keys = [_lazy_zeros(blocks, heads, dim, size) for _ in range(shape.num_layers)]
-        self.values = [_lazy_zeros(blocks, size, heads, dim) for _ in range(shape.num_layers)]
+        self.block_size = size = pool.layout.block_size
+        blocks, heads, dim = pool.num_blocks, shape.num_kv_heads, shape.head_dim
+        self.keys = [_lazy_zeros(pool, "keys") for _ in layers]
+        self.values = [_lazy_zeros(pool, "values") for _ in layers]
         # Views made once: (written keys [blocks, size, heads, dim], key rows, written values, value rows).
         self._views = [
             (key.permute(0, 3, 1, 2), key.view(-1, size), value.view(-1, heads, dim), value.view(-1, dim))
@@ -154,7 +148,7 @@ class PagedAttention:
 
     def plan(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> None:
         """Prepare for one step: rotations, where keys and values go, and what each row reads."""
-        size = self.shape.block_size
+        size = self.block_size
         positions = torch.from_numpy(inputs.positions)
         self._rotations = {key: self._rotation(table[positions]) for key, table in self._tables.items()}
         blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
@@ -232,7 +226,7 @@ class PagedAttention:
         self, inputs: StepInputs, block_tables: NDArray[np.int32], window: int | None
     ) -> list[_DecodeGroup]:
         """Cut the decodes, which come by growing context, into groups that read a similar number of blocks."""
-        size, context_lens = self.shape.block_size, inputs.context_lens[: inputs.num_decodes]
+        size, context_lens = self.block_size, inputs.context_lens[: inputs.num_decodes]
         ends = -(-context_lens // size)
         # A window touches at most so many blocks, however it lies.
         num_blocks = ends if window is None else np.minimum(ends, (window + 2 * size - 2) // size)
@@ -257,7 +251,7 @@ class PagedAttention:
         heads, dim, size, repeat = (
             shape.num_kv_heads,
             shape.head_dim,
-            shape.block_size,
+            self.block_size,
             shape.num_heads // shape.num_kv_heads,
         )
         rows, num_blocks = table.shape
@@ -284,7 +278,7 @@ class PagedAttention:
     def _plan_prefill(
         self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int, window: int | None
     ) -> _Prefill:
-        size = self.shape.block_size
+        size = self.block_size
         begin, end = int(inputs.row_starts[row]), int(inputs.row_starts[row + 1])
         context_len = int(inputs.context_lens[row])
         start = context_len - (end - begin)
@@ -332,6 +326,8 @@ def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor
     return torch.embedding_bag(rows, indices, bags, False, 0, False, weights, False)[0]
 
 
-def _lazy_zeros(*shape: int) -> Tensor:
-    # numpy asks the system for zeroed pages; torch.zeros would write, and so occupy, the whole pool at once.
-    return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+def _lazy_zeros(pool: KvPool, name: str) -> Tensor:
+    """One layer's tensor of the pool. numpy asks the system for zeroed pages; torch.zeros would write them all."""
+    tensor = pool.layout.tensors[name]
+    pages = np.zeros(pool.num_blocks * tensor.size_bytes, dtype=np.uint8)
+    return torch.from_numpy(pages).view(tensor.dtype).view(pool.layer_shape(name))

@@ -28,7 +28,7 @@ from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.sampler import Sampler, Samples, no_token_message
 from llmengine.backends.cpu.step_inputs import SlotTable, StepInputs
 from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
-from llmengine.backends.kv_layout import context_limit, num_kv_blocks
+from llmengine.backends.kv_layout import context_limit, fit_kv_pool, split_kv_layout
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
@@ -71,10 +71,12 @@ class CpuBackend:
             # The fastest format is measured, so it need not be the same the next time.
             row_major = runs_native or config.deterministic
             model = load_cpu_model(config, source, native_library, row_major=row_major)
-            shape = _size_kv_cache(config, arch, limit)
-            max_model_len = min(limit, (shape.num_blocks - 1) * shape.block_size)
+            layout = split_kv_layout(arch, config.kv_cache_config.block_size)
+            free_bytes = psutil.virtual_memory().available
+            pool = fit_kv_pool(layout, config, limit, free_bytes, _DEFAULT_FRACTION)
+            max_model_len = pool.max_model_len
             self._attention: PagedAttention | None = PagedAttention(
-                shape, _attention_layers(arch, model, max_model_len)
+                _attention_shape(arch), pool, _attention_layers(arch, model, max_model_len)
             )
             self._native: NativeDecoder | None = None
             if native_library is not None and runs_native:
@@ -87,7 +89,7 @@ class CpuBackend:
         self._model: CpuModel | None = model
         self._deterministic = config.deterministic
         num_slots = config.scheduler_config.max_batch_size
-        self._slots = SlotTable(num_slots, -(-max_model_len // shape.block_size))
+        self._slots = SlotTable(num_slots, pool.max_blocks_per_request)
         self._sampler = Sampler(num_slots, arch.vocab_size)
         self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
         self._result: StepResult | None = None
@@ -97,14 +99,14 @@ class CpuBackend:
             + (", deterministic" if config.deterministic else ""),
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
-            num_blocks=shape.num_blocks,
-            block_size=shape.block_size,
-            kv_bytes_per_block=shape.bytes_per_block,
+            num_blocks=pool.num_blocks,
+            block_size=layout.block_size,
+            kv_bytes_per_block=layout.bytes_per_block,
             weight_bytes=model.size_bytes,
             max_steps_in_flight=1,
             has_prompt_logprobs=True,
         )
-        _logger.info("%s; KV cache of %d tokens", self._info.description, (shape.num_blocks - 1) * shape.block_size)
+        _logger.info("%s; KV cache of %d tokens", self._info.description, pool.num_tokens)
 
     @property
     def info(self) -> BackendInfo:
@@ -260,18 +262,11 @@ def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: flo
     return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
 
 
-def _size_kv_cache(config: ModelConfig, arch: ModelArch, limit: int) -> AttentionShape:
-    """Return the attention's sizes with as many blocks as there is room for."""
-    shape = AttentionShape(
-        num_layers=arch.num_layers,
+def _attention_shape(arch: ModelArch) -> AttentionShape:
+    return AttentionShape(
         num_heads=arch.num_heads,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
-        num_blocks=1,
-        block_size=config.kv_cache_config.block_size,
         score_scale=arch.score_scale,
         soft_cap=arch.attention_soft_cap,
     )
-    free_bytes = psutil.virtual_memory().available
-    num_blocks = num_kv_blocks(config, limit, shape.bytes_per_block, free_bytes, _DEFAULT_FRACTION)
-    return replace(shape, num_blocks=num_blocks)

@@ -288,7 +288,7 @@ class NativeDecoder:
         layers = (_Layer * arch.num_layers)(
             *(self._layer(f"layers.{index}.", parts, attention, index) for index in range(arch.num_layers))
         )
-        block_size = attention.shape.block_size
+        block_size = attention.block_size
         self._model = _Model(
             pool=library.pool,
             sgemm=sgemm,

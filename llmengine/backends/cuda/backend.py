@@ -32,7 +32,7 @@ from llmengine.backends.cuda.model import CudaModel, CudaWeights, allocate_weigh
 from llmengine.backends.cuda.sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
 from llmengine.backends.cuda.step_buffer import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
-from llmengine.backends.kv_layout import context_limit, num_kv_blocks
+from llmengine.backends.kv_layout import context_limit, fit_kv_pool, joint_kv_layout
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.batch import BackendInfo, Batch, StepResult
@@ -92,7 +92,7 @@ class CudaBackend:
         self._deterministic = config.deterministic
         self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
         limit = context_limit(config, arch)
-        block_size, num_slots = config.kv_cache_config.block_size, scheduler.max_batch_size
+        num_slots = scheduler.max_batch_size
         with torch.inference_mode():
             weights = allocate_weights(config, source, device)
             sizes = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={num_slots}"
@@ -100,21 +100,16 @@ class CudaBackend:
                 model = CudaModel(arch, weights, config, limit, segments_factory)
             self._model: CudaModel | None = model
             dtype = model.embedding.dtype
-            block_shape = (2, arch.num_kv_heads, block_size, arch.head_dim)
-            bytes_per_block = arch.num_layers * torch.Size(block_shape).numel() * dtype.itemsize
-            num_blocks = num_kv_blocks(config, limit, bytes_per_block, _free_bytes(device), _DEFAULT_FRACTION)
-            max_model_len = min(limit, (num_blocks - 1) * block_size)
-            max_blocks = -(-max_model_len // block_size)
+            layout = joint_kv_layout(arch, config.kv_cache_config.block_size, dtype)
+            pool = fit_kv_pool(layout, config, limit, _free_bytes(device), _DEFAULT_FRACTION)
+            max_blocks = pool.max_blocks_per_request
             depth = _STEPS_IN_FLIGHT + 1
-            component = f"KV cache: {num_blocks * bytes_per_block / 2**20:.0f} MiB, and what steps need beside it,"
+            component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
             kv_memory_context = partial(
                 memory_error_context, component, device, "lower kv_cache_config.free_memory_fraction"
             )
             with kv_memory_context():
-                # Zeros: what is masked out of an attention must still be finite.
-                self._kv: torch.Tensor | None = torch.zeros(
-                    (arch.num_layers, num_blocks, *block_shape), dtype=dtype, device=device
-                )
+                self._kv: torch.Tensor | None = pool.zeros("kv", device)
                 self._state = SlotState.empty(num_slots, max_blocks, device)
                 self._sampler = DeviceSampler(num_slots, num_slots, arch.vocab_size, device, config.deterministic)
                 self._ring = torch.zeros((depth, num_slots), dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -137,15 +132,15 @@ class CudaBackend:
             description=f"torch {torch.__version__}, {_device_name(device)}, {_dtype_name(dtype)} weights, "
             f"{model.description}" + (", deterministic" if config.deterministic else ""),
             vocab_size=arch.vocab_size,
-            max_model_len=max_model_len,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            kv_bytes_per_block=bytes_per_block,
+            max_model_len=pool.max_model_len,
+            num_blocks=pool.num_blocks,
+            block_size=layout.block_size,
+            kv_bytes_per_block=layout.bytes_per_block,
             weight_bytes=weights.size_bytes,
             max_steps_in_flight=_STEPS_IN_FLIGHT,
             has_prompt_logprobs=True,
         )
-        _logger.info("%s; KV cache of %d tokens", self._info.description, (num_blocks - 1) * block_size)
+        _logger.info("%s; KV cache of %d tokens", self._info.description, pool.num_tokens)
 
     @property
     def info(self) -> BackendInfo:

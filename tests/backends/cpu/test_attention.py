@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ import torch
 from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
 from llmengine.backends.cpu.linear import Int8Linear, LinearFormat, dense_formats, quantize_int8
 from llmengine.backends.cpu.step_inputs import SlotTable
+from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.sampling_params import SamplingParams
+from tests.models.arch_helpers import SMALL_ARCH
 
 BLOCK = 4
 
@@ -45,11 +49,11 @@ def test_equals_reference_whatever_the_blocks_held_before(
     heads: int, kv_heads: int, dim: int, window: int | None, scale: float, soft_cap: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    shape = AttentionShape(
-        1, heads, kv_heads, dim, num_blocks=60, block_size=BLOCK, score_scale=scale, soft_cap=soft_cap
-    )
+    shape = AttentionShape(heads, kv_heads, dim, score_scale=scale, soft_cap=soft_cap)
+    arch = replace(SMALL_ARCH, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    pool = KvPool(split_kv_layout(arch, BLOCK), num_blocks=60, max_model_len=64)
     unrotated = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
-    attention = PagedAttention(shape, [LayerAttention(unrotated, window)])
+    attention = PagedAttention(shape, pool, [LayerAttention(unrotated, window)])
     table = SlotTable(6, 16)
     free = np.random.default_rng(0).permutation(np.arange(1, 60)).tolist()
     lengths = [1, 5, 8, 30, 50]

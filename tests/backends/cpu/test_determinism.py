@@ -22,6 +22,7 @@ from llmengine.backends import load_backend
 from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
+from llmengine.backends.kv_layout import split_kv_layout
 from llmengine.checkpoints.opening import open_model
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import NO_NATIVE, save_tiny
@@ -48,14 +49,14 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
     step = max(mixed, rng.choice((1, 19, 64, 200)) if rng else 256)
     num_blocks = rng.choice((15, 17, 60)) if rng else 60
     source = open_model(directory)
-    block_bytes = 8 * source.arch.num_layers * source.arch.num_kv_heads * source.arch.head_dim * BLOCK_SIZE
+    layout = split_kv_layout(source.arch, BLOCK_SIZE)
     config = ModelConfig(
         model_dir=directory,
         scheduler_config=SchedulerConfig(
             max_batch_size=batch_size, max_tokens_per_mixed_step=mixed, max_tokens_per_step=step
         ),
         kv_cache_config=KvCacheConfig(
-            block_size=BLOCK_SIZE, max_bytes=num_blocks * block_bytes, enable_prefix_caching=rng is not None
+            block_size=BLOCK_SIZE, max_bytes=num_blocks * layout.bytes_per_block, enable_prefix_caching=rng is not None
         ),
         **{"deterministic": True, **settings},
     )

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmengine import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
 from llmengine.backends.cpu.step_inputs import SlotTable, StepInputs
+from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import make_profiles, plans_of, segments_of
 from llmengine.batch import BackendInfo, Batch, StepResult
@@ -101,17 +102,15 @@ class InterpretedBackend:
     def __post_init__(self) -> None:
         arch = self.arch
         shape = AttentionShape(
-            num_layers=arch.num_layers,
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
-            num_blocks=NUM_BLOCKS,
-            block_size=KV_CACHE.block_size,
             score_scale=arch.score_scale,
         )
         layer = LayerAttention(rope_table(arch.rope, arch.head_dim, MAX_MODEL_LEN))
-        self._attention = PagedAttention(shape, [layer] * arch.num_layers)
-        self._slots = SlotTable(SCHEDULER.resolve().max_batch_size, MAX_MODEL_LEN // KV_CACHE.block_size)
+        pool = KvPool(split_kv_layout(arch, KV_CACHE.block_size), NUM_BLOCKS, MAX_MODEL_LEN)
+        self._attention = PagedAttention(shape, pool, [layer] * arch.num_layers)
+        self._slots = SlotTable(SCHEDULER.resolve().max_batch_size, pool.max_blocks_per_request)
         self._result: StepResult | None = None
         self.info = BackendInfo(
             description="interpreted networks",
@@ -119,7 +118,7 @@ class InterpretedBackend:
             max_model_len=MAX_MODEL_LEN,
             num_blocks=NUM_BLOCKS,
             block_size=KV_CACHE.block_size,
-            kv_bytes_per_block=shape.bytes_per_block,
+            kv_bytes_per_block=pool.layout.bytes_per_block,
             weight_bytes=0,
             max_steps_in_flight=1,
         )
