@@ -17,8 +17,12 @@ NEEDS_DEVICE = ("kernels", "cuda", "tensorrt")
 """Directories whose tests run on the GPU where there is one, by the fixture `device`."""
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+HAS_GPU = Path("/dev/nvidiactl").exists()
+
 if IS_WORKER:  # read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not HAS_GPU:  # read when triton is imported, which may be in a file without the fixture `device`
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,7 +37,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if all(argument.split("::")[0].endswith(".py") for argument in config.args):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    option.numprocesses = 0 if Path("/dev/nvidiactl").exists() else min(cores, MAX_PROCESSES)
+    option.numprocesses = 0 if HAS_GPU else min(cores, MAX_PROCESSES)
     option.dist = "loadfile"  # fixtures of a module are made once
     option.loadscopereorder = False  # that would leave files of few, long tests for the end
 

@@ -16,7 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from llmengine import LLM, demo
+from llmengine import LLM
+from llmengine.cli import demo
 from llmengine.cli.main import main
 from llmengine.testing import FakeBackend
 from llmengine.tokenizer.protocol import ByteTokenizer

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_paged_attention import Case, copy_into, make_case, norms, rotations
 from torch import Tensor
 
 from llmengine.backends import load_backend
@@ -32,6 +31,7 @@ from llmengine.kernels.flashinfer_attention import FlashInferDecode, unsupported
 from llmengine.kernels.step import NUM_DECODES
 from tests.backends.cuda.test_backend import SMALL, make_prompt
 from tests.backends.helpers import BackendDriver, save_tiny
+from tests.kernels.test_paged_attention import Case, copy_into, make_case, norms, rotations
 
 HAS_REAL = importlib.util.find_spec("flashinfer") is not None
 HOPPER = (9, 0)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from llmengine import cli, saved_engines
+from llmengine import saved_engines
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans
@@ -31,6 +31,7 @@ from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.safetensors_file import write_tensors
 from llmengine.checkpoints.source import ModelSource, stored_shapes
+from llmengine.cli import main as cli
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import FAMILIES

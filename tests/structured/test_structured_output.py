@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_smollm2 import model_path
 
 import tests.engine.helpers as engine_helpers
 from llmengine import (
@@ -37,6 +36,7 @@ from llmengine.tokenizer.loading import LoadedTokenizer, load_tokenizer, tokeniz
 from llmengine.tokenizer.protocol import ByteTokenizer
 from tests.backends.helpers import BackendDriver, load_tiny, save_tiny
 from tests.engine.helpers import VOCAB_SIZE, assert_idle, counting_model, timeout, tokens
+from tests.test_smollm2 import model_path
 
 EOS = ByteTokenizer.eos_token_id
 PERSON = {

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_paged_attention import make_case
 
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.cuda.backend import CudaBackend
@@ -28,6 +27,7 @@ from llmengine.kernels.linear import LinearKernels, linear_reference
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import BackendDriver, DrivenRequest, save_tiny
+from tests.kernels.test_paged_attention import make_case
 from tests.models.family_helpers import make_family
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from llmengine.backends.tensorrt import plans, worker
+from llmengine.backends.tensorrt import builder, builder_process
 from llmengine.backends.tensorrt.builder import (
     BuiltPlan,
     PlanJob,
@@ -201,7 +201,7 @@ def test_an_error_of_the_bindings_is_a_failed_build(library: Library, monkeypatc
     def fail(*_: Any) -> Any:
         raise RuntimeError("no CUDA context")
 
-    monkeypatch.setattr(plans, "define_segment", fail)
+    monkeypatch.setattr(builder, "define_segment", fail)
     spec = placed(tiny_arch(), "float16", "inputs", "mid").spec
     with pytest.raises(EngineError, match="could not build 'mid' for SM89: no CUDA context"):
         serialize_segment(library, spec, BuildTarget((89,)), {})
@@ -248,10 +248,10 @@ def test_a_worker_measures_on_the_gpu_of_the_request(tmp_path: Path, monkeypatch
         raise ConfigError(f"sees {os.environ['CUDA_VISIBLE_DEVICES']}")
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(worker, "load_library", load)
+    monkeypatch.setattr(builder_process, "load_library", load)
     for device_uuid, seen in ((None, "0,1"), ("GPU-7", "GPU-7")):
         with pytest.raises(ConfigError, match=f"sees {seen}"):
-            worker._build({"device_uuid": device_uuid})
+            builder_process._build({"device_uuid": device_uuid})
 
 
 def measuring(library: Library) -> Library:

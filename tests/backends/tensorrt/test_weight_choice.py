@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmengine.backends.tensorrt import build as building
+from llmengine.backends.tensorrt import build_engine as building
 from llmengine.backends.tensorrt import weight_choice
 from llmengine.backends.tensorrt.build_engine import BuildOptions, build_engine
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, map_constants

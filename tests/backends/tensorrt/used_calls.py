@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import llmengine.backends.tensorrt as package
-from llmengine.backends.tensorrt import api, runtime
+from llmengine.backends.tensorrt import library, runtime
 from llmengine.backends.tensorrt.builder import serialize_segment
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import BuildTarget
@@ -36,7 +36,7 @@ PROTOCOLS = {
     runtime.TrtRuntimeConfig: "IRuntimeConfig",
     runtime.TrtRuntimeCache: "IRuntimeCache",
 }
-SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("api", "network", "plans", "runtime")]
+SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("library", "network", "builder", "runtime")]
 
 
 def used_calls(library: Library, directory: Path) -> Calls:
@@ -90,7 +90,7 @@ def named_members() -> Iterator[tuple[str, set[int]]]:
                     yield (name if "." in name else f"{name}.__init__"), {len(node.args) - is_unbound}
                 elif name := after_module(node, aliases):
                     yield name, set()
-    for member in api._REQUIRED:
+    for member in library._REQUIRED:
         yield member, set()
 
 
