@@ -10,16 +10,25 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
+from llmengine import checks
+from llmengine.checks import requirement
 from llmengine.errors import ConfigError
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 BackendName = Literal["auto", "torch", "tensorrt"]
 AttentionBackendName = Literal["auto", "flashinfer", "measure"]
 WeightFormat = Literal["none", "int8", "int4"]
+
+_require_int = partial(checks.require_int, error=ConfigError)
+_require_number = partial(checks.require_number, error=ConfigError)
+_require_bool = partial(checks.require_bool, error=ConfigError)
+_require_choice = partial(checks.require_choice, error=ConfigError)
+_require_kind = partial(checks.require_kind, error=ConfigError)
 
 
 class _Settings:
@@ -62,8 +71,8 @@ def _restore(kind: type[_Settings], values: dict[str, Any], mappings: list[str],
 
 
 _ONE_GPU = (
-    "Set it to 1, with a model that fits one device; to use several GPUs, run a process with an LLM for each "
-    "(device='cuda:N') and share the requests out among them"
+    "set it to 1 and use a model that fits on one device; to use several GPUs, run one process with an LLM for each "
+    "(device='cuda:N') and divide the requests among them"
 )
 
 
@@ -82,13 +91,13 @@ class ParallelConfig(_Settings):
         _require_int("parallel_config.pp_size", self.pp_size, 1)
         if self.tp_size > 1:
             raise ConfigError(
-                f"parallel_config.tp_size={self.tp_size}: only 1 runs in this version, which has no tensor "
-                f"parallelism: neither weights nor KV heads are split over GPUs. {_ONE_GPU}"
+                f"parallel_config.tp_size={self.tp_size} is not supported: this version has no tensor parallelism, "
+                f"so it splits neither weights nor KV heads over GPUs; {_ONE_GPU}"
             )
         if self.pp_size > 1:
             raise ConfigError(
-                f"parallel_config.pp_size={self.pp_size}: only 1 runs in this version, which has no pipeline "
-                f"parallelism: layers are not spread over GPUs. {_ONE_GPU}"
+                f"parallel_config.pp_size={self.pp_size} is not supported: this version has no pipeline parallelism, "
+                f"so it does not spread layers over GPUs; {_ONE_GPU}"
             )
 
 
@@ -151,17 +160,14 @@ class KvCacheConfig(_Settings):
     enable_prefix_caching: bool = True
 
     def _check(self) -> None:
-        fraction = self.free_memory_fraction
-        is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-        if fraction is not None and not (is_number and 0.0 < fraction <= 1.0):
-            raise ConfigError(f"kv_cache_config.free_memory_fraction={fraction!r} is outside (0, 1]")
+        if self.free_memory_fraction is not None:
+            _require_number("kv_cache_config.free_memory_fraction", self.free_memory_fraction, 0.0, 1.0, low_open=True)
         if self.max_bytes is not None:
             _require_int("kv_cache_config.max_bytes", self.max_bytes, 1)
         _require_int("kv_cache_config.block_size", self.block_size, 1)
         if self.block_size & (self.block_size - 1):
-            raise ConfigError(f"kv_cache_config.block_size={self.block_size} is not a power of two")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(f"kv_cache_config.enable_prefix_caching={self.enable_prefix_caching!r} is not a bool")
+            raise requirement(ConfigError, "kv_cache_config.block_size", "a power of two", self.block_size)
+        _require_bool("kv_cache_config.enable_prefix_caching", self.enable_prefix_caching)
 
 
 _LEAST, _MOST = 1e-9, 1e9
@@ -246,25 +252,22 @@ class SchedulerConfig(_Settings):
             _require_int(f"scheduler_config.{name}", getattr(self, name), 1)
         for name in ("step_timeout_s", "max_decode_latency_ms"):
             if getattr(self, name) is not None:
-                _require_positive(f"scheduler_config.{name}", getattr(self, name))
-        _require_positive("scheduler_config.priority_ageing_s", self.priority_ageing_s)
+                _require_number(f"scheduler_config.{name}", getattr(self, name), _LEAST, _MOST)
+        _require_number("scheduler_config.priority_ageing_s", self.priority_ageing_s, _LEAST, _MOST)
         for tenant, weight in self.tenant_weights.items():
             if not isinstance(tenant, str):
-                raise ConfigError(f"scheduler_config.tenant_weights: tenant {tenant!r} is not a string")
-            _require_positive(f"scheduler_config.tenant_weights[{tenant!r}]", weight)
-        if not isinstance(self.share_prefixes_across_tenants, bool):
-            raise ConfigError(
-                f"scheduler_config.share_prefixes_across_tenants={self.share_prefixes_across_tenants!r} is not a bool"
-            )
+                raise requirement(ConfigError, "a tenant in scheduler_config.tenant_weights", "a string", tenant)
+            _require_number(f"scheduler_config.tenant_weights[{tenant!r}]", weight, _LEAST, _MOST)
+        _require_bool("scheduler_config.share_prefixes_across_tenants", self.share_prefixes_across_tenants)
         if self.max_tokens_per_step < self.max_batch_size:
             raise ConfigError(
-                f"scheduler_config.max_tokens_per_step={self.max_tokens_per_step} is below "
-                f"max_batch_size={self.max_batch_size}: each decoding request needs one token a step"
+                f"scheduler_config.max_tokens_per_step must be at least max_batch_size={self.max_batch_size}, "
+                f"not {self.max_tokens_per_step}: each decoding request needs one token a step"
             )
         if not self.max_batch_size <= self.max_tokens_per_mixed_step <= self.max_tokens_per_step:
             raise ConfigError(
-                f"scheduler_config.max_tokens_per_mixed_step={self.max_tokens_per_mixed_step} is outside "
-                f"[max_batch_size={self.max_batch_size}, max_tokens_per_step={self.max_tokens_per_step}]"
+                f"scheduler_config.max_tokens_per_mixed_step must be in [max_batch_size={self.max_batch_size}, "
+                f"max_tokens_per_step={self.max_tokens_per_step}], not {self.max_tokens_per_mixed_step}"
             )
 
 
@@ -316,45 +319,26 @@ class ModelConfig(_Settings):
 
     def _check(self) -> None:
         if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):
-            raise ConfigError(f"model_dir={self.model_dir!r} is not a path")
+            raise requirement(ConfigError, "model_dir", "a non-empty path", self.model_dir)
         for item in dataclasses.fields(self):
             kind, value = item.default_factory, getattr(self, item.name)
-            if isinstance(kind, type) and not isinstance(value, kind):
-                raise ConfigError(f"{item.name}={value!r} is not a {kind.__name__}")
+            if isinstance(kind, type):
+                _require_kind(item.name, value, kind)
         _require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
         _require_choice("attention_backend", self.attention_backend, ("auto", "flashinfer", "measure"))
         _require_choice("load_format", self.load_format, ("auto", "dummy"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
-            raise ConfigError(f"device={self.device!r} is none of 'auto', 'cpu', 'cuda', 'cuda:N'")
+            raise requirement(ConfigError, "device", "one of 'auto', 'cpu', 'cuda', 'cuda:N'", self.device)
         if self.max_model_len is not None:
             _require_int("max_model_len", self.max_model_len, 2)
-        budget = self.tuning_budget_s
-        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
-            raise ConfigError(f"tuning_budget_s={budget!r} is not a number >= 0")
+        _require_number("tuning_budget_s", self.tuning_budget_s, 0.0)
         if self.num_threads is not None:
             _require_int("num_threads", self.num_threads, 1)
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError(f"deterministic={self.deterministic!r} is not a bool")
-
-
-def _require_int(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}={value!r} is not an integer >= {low}")
-
-
-def _require_positive(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not _LEAST <= value <= _MOST:
-        raise ConfigError(f"{name}={value!r} is not a number in [{_LEAST:g}, {_MOST:g}]")
+        _require_bool("deterministic", self.deterministic)
 
 
 def _frozen_mapping(name: str, value: Any) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name}={value!r} is not a mapping")
+        raise requirement(ConfigError, name, "a mapping", value)
     return MappingProxyType(dict(value))
-
-
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")

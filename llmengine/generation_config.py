@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmengine.checks import requirement
 from llmengine.errors import InvalidRequestError
 
 FORBIDDING_BIAS = -1000.0
@@ -88,9 +89,10 @@ def forbidden_sequences(config: Mapping[str, Any]) -> Words:
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     suppressed = _token_ids("suppress_tokens", config.get("suppress_tokens") or [])
-    words = [_token_ids("bad_words_ids", word) for word in _list(config, "bad_words_ids")]
-    if not all(words):
-        raise InvalidRequestError("bad_words_ids holds an empty list")
+    words = [_token_ids(f"bad_words_ids[{index}]", word) for index, word in enumerate(_list(config, "bad_words_ids"))]
+    if () in words:
+        index = words.index(())
+        raise requirement(InvalidRequestError, f"bad_words_ids[{index}]", "a non-empty list of token ids", [])
     return (
         *((token_id,) for token_id in suppressed if token_id >= 0),
         *(word for word in words if len(word) > 1 or word[0] not in ends),
@@ -160,12 +162,13 @@ def _sampling(config: Mapping[str, Any]) -> dict[str, Any]:
 def _biases(config: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
     """`sequence_bias`, a list of [token ids, number]."""
     biases: dict[tuple[int, ...], float] = {}
-    for pair in _list(config, "sequence_bias"):
+    for index, pair in enumerate(_list(config, "sequence_bias")):
+        malformed = requirement(InvalidRequestError, f"sequence_bias[{index}]", "[token ids, number]", pair)
         if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise InvalidRequestError(f"sequence_bias holds {pair!r:.200}, which is not [token ids, number]")
-        words, bias = _token_ids("sequence_bias", pair[0]), pair[1]
+            raise malformed
+        words, bias = _token_ids(f"sequence_bias[{index}][0]", pair[0]), pair[1]
         if not words or isinstance(bias, bool) or not isinstance(bias, (int, float)) or bias != bias:
-            raise InvalidRequestError(f"sequence_bias holds {pair!r:.200}, which is not [token ids, number]")
+            raise malformed
         biases[words] = bias
     return list(biases.items())
 
@@ -175,13 +178,13 @@ def _list(config: Mapping[str, Any], key: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise InvalidRequestError(f"{key}={value!r:.200} is not a list")
+        raise requirement(InvalidRequestError, key, "a list", value)
     return value
 
 
 def _token_ids(key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise InvalidRequestError(f"{key}={value!r:.200} is not a list of token ids")
+        raise requirement(InvalidRequestError, key, "a list of token ids", value)
     return tuple(value)
 
 

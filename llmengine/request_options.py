@@ -13,7 +13,15 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from llmengine.checks import none_means_default
+from llmengine.checks import (
+    require_bool,
+    require_choice,
+    require_int,
+    require_number,
+    require_text,
+    requirement,
+    set_none_to_default,
+)
 from llmengine.errors import InvalidRequestError
 from llmengine.sampling_params import SamplingParams
 
@@ -75,25 +83,26 @@ class RequestOptions:
     metadata: object = None
 
     def __post_init__(self) -> None:
-        none_means_default(self)
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise InvalidRequestError(f"priority={self.priority!r} is not an integer")
-        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
-            raise InvalidRequestError(f"priority={self.priority} is outside [{-MAX_PRIORITY}, {MAX_PRIORITY}]")
+        set_none_to_default(self)
+        require_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if self.tenant is not None and not isinstance(self.tenant, str):
-            raise InvalidRequestError(f"tenant={self.tenant!r} is not a string")
+            raise requirement(InvalidRequestError, "tenant", "a string", self.tenant)
         for name in ("deadline_s", "first_token_deadline_s"):
-            _check_seconds(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), 0.0, low_open=True)
         try:
             hash(self.cache_salt)
         except TypeError as error:
-            raise InvalidRequestError(f"cache_salt={self.cache_salt!r} is not hashable") from error
-        if not isinstance(self.wait_for_admission, bool):
-            raise InvalidRequestError(f"wait_for_admission={self.wait_for_admission!r} is not a bool")
-        if self.slow_consumer not in get_args(SlowConsumer):
-            choices = ", ".join(map(repr, get_args(SlowConsumer)))
-            raise InvalidRequestError(f"slow_consumer={self.slow_consumer!r} is none of {choices}")
-        _check_request_id(self.request_id)
+            raise requirement(InvalidRequestError, "cache_salt", "hashable", self.cache_salt) from error
+        require_bool("wait_for_admission", self.wait_for_admission)
+        require_choice("slow_consumer", self.slow_consumer, get_args(SlowConsumer))
+        if self.request_id is not None:
+            require_text("request_id", self.request_id)
+            if len(self.request_id) > MAX_REQUEST_ID_CHARS:
+                raise InvalidRequestError(
+                    f"request_id {self.request_id[:20]!r}... has {len(self.request_id)} characters; "
+                    f"the limit is {MAX_REQUEST_ID_CHARS}"
+                )
 
     @property
     def has_deadline(self) -> bool:
@@ -230,19 +239,3 @@ def _attributes(documentation: str) -> str:
     """Return what a docstring says of the attributes, indented for a method's docstring."""
     text = inspect.cleandoc(documentation).partition("Attributes:\n")[2]
     return "".join(f"{line and '        '}{line}\n" for line in text.splitlines())
-
-
-def _check_request_id(value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, str) or not value:
-        raise InvalidRequestError(f"request_id={value!r:.200} is not a string, or empty")
-    if len(value) > MAX_REQUEST_ID_CHARS:
-        raise InvalidRequestError(
-            f"request_id={value[:20]!r}... has {len(value)} characters; the limit is {MAX_REQUEST_ID_CHARS}"
-        )
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-        raise InvalidRequestError(f"{name}={value!r} is not a number above 0")

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmengine.checks import none_means_default
+from llmengine.checks import (
+    require_bool,
+    require_int,
+    require_kind,
+    require_number,
+    require_text,
+    requirement,
+    set_none_to_default,
+)
 from llmengine.errors import InvalidRequestError, UnsupportedModelError
 from llmengine.generation_config import sampling_fields, unsupported_keys
 from llmengine.structured_output import StructuredOutput
@@ -120,58 +127,63 @@ class SamplingParams:
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
-        none_means_default(self, but=("max_new_tokens",))
-        stop = _as_tuple("stop", self.stop, str)
-        object.__setattr__(self, "stop", stop)
-        ids = _as_tuple("stop_token_ids", self.stop_token_ids, int)
-        object.__setattr__(self, "stop_token_ids", ids)
+        set_none_to_default(self, but=("max_new_tokens",))
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str, "a string or several"))
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids, int, "a token id or several")
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         object.__setattr__(self, "bad_words", _as_bad_words(self.bad_words))
-        _check_int("n", self.n, 1, MAX_OUTPUTS)
-        _check_int("best_of", self.best_of, self.n, MAX_OUTPUTS, optional=True)
-        _check_int("max_new_tokens", self.max_new_tokens, 1, None, optional=True)
-        _check_int("min_new_tokens", self.min_new_tokens, 0, MAX_MIN_NEW_TOKENS)
-        _check_int("max_total_tokens", self.max_total_tokens, 1, None, optional=True)
-        _check_int("min_total_tokens", self.min_total_tokens, 0, MAX_MIN_NEW_TOKENS)
-        _check_int("top_k", self.top_k, 0, None)
-        _check_int("seed", self.seed, 0, 2**63 - 1, optional=True)
-        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
-        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        if 0.0 < self.temperature < MIN_TEMPERATURE:
-            raise InvalidRequestError(
-                f"temperature={self.temperature} is outside [{MIN_TEMPERATURE:g}, 100]; 0 takes the likeliest token"
-            )
-        _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        self._check_counts()
+        self._check_distribution()
+        self._check_ends()
+        if self.structured is not None:
+            require_kind("structured", self.structured, StructuredOutput)
+        require_bool("skip_special_tokens", self.skip_special_tokens)
+
+    def _check_counts(self) -> None:
+        require_int("n", self.n, 1, MAX_OUTPUTS)
+        _require_optional_int("best_of", self.best_of, self.n, MAX_OUTPUTS)
+        _require_optional_int("max_new_tokens", self.max_new_tokens, 1)
+        require_int("min_new_tokens", self.min_new_tokens, 0, MAX_MIN_NEW_TOKENS)
+        _require_optional_int("max_total_tokens", self.max_total_tokens, 1)
+        require_int("min_total_tokens", self.min_total_tokens, 0, MAX_MIN_NEW_TOKENS)
+        _require_optional_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _require_optional_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InvalidRequestError(
-                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}"
+                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
             )
         if self.max_total_tokens is not None and self.min_total_tokens > self.max_total_tokens:
             raise InvalidRequestError(
-                f"min_total_tokens={self.min_total_tokens} is above max_total_tokens={self.max_total_tokens}"
+                f"min_total_tokens={self.min_total_tokens} exceeds max_total_tokens={self.max_total_tokens}"
             )
+
+    def _check_distribution(self) -> None:
+        require_number("temperature", self.temperature, 0.0, 100.0)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            allowed = f"0 (the likeliest token) or a number in [{MIN_TEMPERATURE:g}, 100]"
+            raise requirement(InvalidRequestError, "temperature", allowed, self.temperature)
+        require_int("top_k", self.top_k, 0)
+        require_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        require_number("min_p", self.min_p, 0.0, 1.0)
+        require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_optional_int("seed", self.seed, 0, 2**63 - 1)
         if self.num_outputs > 1 and self.greedy:
             raise InvalidRequestError(
-                f"{self.num_outputs} outputs of a prompt (n, best_of) would all be the same with "
-                f"temperature={self.temperature} and top_k={self.top_k}"
+                f"all {self.num_outputs} outputs of the prompt (n, best_of) would be the same with "
+                f"temperature={self.temperature} and top_k={self.top_k}; raise temperature above 0 and leave top_k at 0"
             )
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise InvalidRequestError(f"stop holds {text!r}; each stop must be a non-empty string")
-        _check_size("stop", sum(map(len, stop)), "characters")
-        _check_size("stop_token_ids", len(ids), "tokens")
-        for token_id in ids:
-            _check_int("stop_token_ids", token_id, 0, None)
-        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
-            raise InvalidRequestError(f"structured={self.structured!r:.200} is not a StructuredOutput")
-        for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name}={getattr(self, name)!r} is not a bool")
+
+    def _check_ends(self) -> None:
+        for index, text in enumerate(self.stop):
+            require_text(f"stop[{index}]", text)
+        _check_size("stop", sum(map(len, self.stop)), "characters")
+        _check_size("stop_token_ids", len(self.stop_token_ids), "tokens")
+        for index, token_id in enumerate(self.stop_token_ids):
+            require_int(f"stop_token_ids[{index}]", token_id, 0)
+        require_bool("ignore_eos", self.ignore_eos)
 
     @property
     def greedy(self) -> bool:
@@ -218,11 +230,14 @@ class SamplingParams:
         fields: dict[str, Any] = {}
         for name, value in config.items():
             if name == "num_beams" and value != 1:
-                raise InvalidRequestError(f"num_beams={value!r}: beam search is LLM.beam_search(prompts, num_beams)")
+                raise InvalidRequestError(
+                    f"num_beams={value!r} is not a sampling parameter; call LLM.beam_search(prompts, num_beams)"
+                )
             if name in ("pad_id", "num_beams", "length_penalty", "early_stopping"):
                 continue
             if name not in _SEED_NAMES:
-                raise InvalidRequestError(f"unknown SamplingConfig name {name!r}; known: {sorted(_SEED_NAMES)}")
+                known = ", ".join(sorted(_SEED_NAMES))
+                raise InvalidRequestError(f"SamplingConfig field {name!r} is not supported; supported: {known}")
             fields[_SEED_NAMES[name]] = value
         return cls(**fields)
 
@@ -239,63 +254,52 @@ class SamplingParams:
         keys = unsupported_keys(config)
         if keys:
             raise UnsupportedModelError(
-                f"generation_config asks for {', '.join(keys)}, which is not supported; give sampling_params of your "
-                "own, or remove the keys from the file"
+                f"generation_config asks for {', '.join(keys)}, which is not supported; pass your own "
+                "sampling_params, or remove the keys from the file"
             )
         return params
 
 
-def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+def _as_tuple(name: str, value: Any, kind: type, what: str) -> tuple[Any, ...]:
     if isinstance(value, kind):
         return (value,)
     if not isinstance(value, Iterable):
-        raise InvalidRequestError(f"{name}={value!r} is neither a {kind.__name__} nor several of them")
+        raise requirement(InvalidRequestError, name, what, value)
     return tuple(value)
 
 
 def _as_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    """Return checked pairs, sorted by token id."""
+    """Checked pairs, sorted by token id."""
     pairs = list(value.items() if isinstance(value, Mapping) else value) if isinstance(value, Iterable) else [value]
     for pair in pairs:
         if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise InvalidRequestError(f"logit_bias={value!r:.200} is no mapping of token ids to numbers")
-        _check_int("logit_bias token id", pair[0], 0, None)
-        _check_float(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
+            raise requirement(InvalidRequestError, "logit_bias", "a mapping of token ids to numbers", value)
+        require_int("a token id in logit_bias", pair[0], 0)
+        require_number(f"logit_bias[{pair[0]}]", pair[1], -100.0, 100.0)
     bias = {token_id: float(amount) for token_id, amount in pairs}
     _check_size("logit_bias", len(pairs), "tokens")
     if len(bias) < len(pairs):
-        raise InvalidRequestError(f"logit_bias={value!r:.200} holds a token id twice")
+        raise InvalidRequestError(f"logit_bias names a token id twice: {value!r:.200}")
     return tuple(sorted(bias.items()))
 
 
 def _as_bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    words = _as_tuple("bad_words", value, str)
-    for word in words:
+    words = _as_tuple("bad_words", value, str, "a string or several, or sequences of token ids")
+    for index, word in enumerate(words):
         if isinstance(word, (bytes, bytearray)) or not isinstance(word, Sequence) or not word:
-            raise InvalidRequestError(f"bad_words holds {word!r}; each must be a string or token ids, and not empty")
+            allowed = "a non-empty string or a non-empty sequence of token ids"
+            raise requirement(InvalidRequestError, f"bad_words[{index}]", allowed, word)
         for token_id in () if isinstance(word, str) else word:
-            _check_int("bad_words token id", token_id, 0, None)
+            require_int(f"a token id in bad_words[{index}]", token_id, 0)
     _check_size("bad_words", sum(map(len, words)), "characters and token ids")
     return tuple(word if isinstance(word, str) else tuple(word) for word in words)
 
 
 def _check_size(name: str, size: int, what: str) -> None:
     if size > MAX_LISTED_TOKENS:
-        raise InvalidRequestError(f"{name} holds {size} {what}; the limit is {MAX_LISTED_TOKENS}")
+        raise InvalidRequestError(f"{name} has {size} {what}; the limit is {MAX_LISTED_TOKENS}")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(f"{name}={value!r} is not an integer")
-    if value < low or (high is not None and value > high):
-        raise InvalidRequestError(f"{name}={value} is outside [{low}, {'inf' if high is None else high}]")
-
-
-def _check_float(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidRequestError(f"{name}={value!r} is not a number")
-    inside = math.isfinite(value) and value <= high and (value > low if low_open else value >= low)
-    if not inside:
-        raise InvalidRequestError(f"{name}={value} is outside {'(' if low_open else '['}{low:g}, {high:g}]")
+def _require_optional_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if value is not None:
+        require_int(name, value, low, high)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmengine.checks import require_text, requirement
 from llmengine.errors import InvalidRequestError
 
 MAX_GRAMMAR_CHARS = 262_144
@@ -41,15 +42,15 @@ class StructuredOutput:
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise InvalidRequestError(f"StructuredOutput takes one of {', '.join(_KINDS)}; given: {given or 'none'}")
+            found = " and ".join(given) or "none"
+            raise InvalidRequestError(f"StructuredOutput must have exactly one of {', '.join(_KINDS)}, not {found}")
         if self.json_schema is not None:
             object.__setattr__(self, "json_schema", _as_json_text(self.json_schema))
         if self.choice is not None:
             object.__setattr__(self, "choice", _as_choices(self.choice))
         for name in ("regex", "grammar"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise InvalidRequestError(f"{name}={value!r:.200} is not a string, or empty")
+            if getattr(self, name) is not None:
+                require_text(name, getattr(self, name))
         size = sum(map(len, self.choice)) if self.choice is not None else len(getattr(self, given[0]))
         if size > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(f"{given[0]} has {size} characters; the limit is {MAX_GRAMMAR_CHARS}")
@@ -67,8 +68,8 @@ def _as_json_text(schema: Any) -> str:
             # Property order is the order of the output, so keys are not sorted.
             return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"json_schema={schema!r:.200} is not JSON: {error}") from error
-    raise InvalidRequestError(f"json_schema={schema!r:.200} is neither an object nor True")
+        raise InvalidRequestError(f"json_schema is not valid JSON: {error}; it is {schema!r:.200}") from error
+    raise requirement(InvalidRequestError, "json_schema", "an object or True", schema)
 
 
 def _schema_inside(given: Mapping[str, Any]) -> Any:
@@ -86,15 +87,14 @@ def _schema_inside(given: Mapping[str, Any]) -> Any:
         if inside is True:
             return {}
         if not isinstance(inside, Mapping):
-            raise InvalidRequestError(f'json_schema: its "schema" is a {type(inside).__name__}, not an object')
+            raise requirement(InvalidRequestError, 'json_schema["schema"]', "an object or True", inside)
         return inside
     return given
 
 
 def _as_choices(choices: Any) -> tuple[str, ...]:
     if isinstance(choices, str) or not isinstance(choices, Sequence) or not choices:
-        raise InvalidRequestError(f"choice={choices!r:.200} is not a list of strings, or empty")
-    for text in choices:
-        if not isinstance(text, str) or not text:
-            raise InvalidRequestError(f"choice holds {text!r:.200}; each must be a string, and not empty")
+        raise requirement(InvalidRequestError, "choice", "a non-empty list of strings", choices)
+    for index, text in enumerate(choices):
+        require_text(f"choice[{index}]", text)
     return tuple(choices)

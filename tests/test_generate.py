@@ -251,9 +251,9 @@ def test_chat_options_are_checked_and_need_a_template() -> None:
     with make_llm() as llm:
         with pytest.raises(InvalidRequestError, match="render the prompt yourself"):
             bounded(lambda: llm.chat(messages, tokens(2)))
-        with pytest.raises(InvalidRequestError, match="deadline_s=-1"):
+        with pytest.raises(InvalidRequestError, match=r"deadline_s must be a number above 0, not -1"):
             llm.chat_async(messages, tokens(2), deadline_s=-1)
-        with pytest.raises(InvalidRequestError, match="priority='x'"):
+        with pytest.raises(InvalidRequestError, match=r"priority must be an integer in .*, not 'x'"):
             llm.chat_async(messages, tokens(2), priority="x")  # type: ignore[arg-type]
         assert_idle(llm)
 

@@ -235,9 +235,9 @@ def test_logprobs_come_with_decoded_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n": 0}, r"n=0 is outside \[1, 128\]"),
-        ({"n": 3, "best_of": 2}, r"best_of=2 is outside \[3, 128\]"),
-        ({"n": 2}, "2 outputs of a prompt .* same with temperature=0.0"),
+        ({"n": 0}, r"n must be an integer in \[1, 128\], not 0"),
+        ({"n": 3, "best_of": 2}, r"best_of must be an integer in \[3, 128\], not 2"),
+        ({"n": 2}, "all 2 outputs of the prompt .* same with temperature=0.0"),
         ({"n": 2, "temperature": 1.0, "top_k": 1}, "same with"),
     ],
 )

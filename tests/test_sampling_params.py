@@ -80,14 +80,18 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_message_names_value_and_range() -> None:
-    with pytest.raises(InvalidRequestError, match=r"top_p=1.5 is outside \(0, 1\]"):
+    with pytest.raises(InvalidRequestError, match=r"top_p must be a number in \(0, 1\], not 1.5"):
         SamplingParams(top_p=1.5)
-    with pytest.raises(InvalidRequestError, match=r"top_k=-1 is outside \[0, inf\]"):
+    with pytest.raises(InvalidRequestError, match="top_k must be an integer of at least 0, not -1"):
         SamplingParams(top_k=-1)
-    with pytest.raises(InvalidRequestError, match=r"min_new_tokens=2147483648 is outside \[0, 1073741824\]"):
+    with pytest.raises(
+        InvalidRequestError, match=r"min_new_tokens must be an integer in \[0, 1073741824\], not 2147483648"
+    ):
         SamplingParams(min_new_tokens=2**31, max_new_tokens=None)
-    with pytest.raises(InvalidRequestError, match=r"temperature=1e-30 is outside \[1e-06, 100\]"):
+    with pytest.raises(InvalidRequestError, match=r"temperature must be 0 .* or a number in \[1e-06, 100\], not 1e-30"):
         SamplingParams(temperature=1e-30)
+    with pytest.raises(InvalidRequestError, match=r"temperature must be a number in \[0, 100\], not 1000"):
+        SamplingParams(temperature=10**400)
 
 
 def test_bias_and_bad_words_are_kept_as_tuples() -> None:
@@ -97,10 +101,10 @@ def test_bias_and_bad_words_are_kept_as_tuples() -> None:
     assert SamplingParams(bad_words="word").bad_words == ("word",)
     assert params == params.replace(logit_bias=params.logit_bias, bad_words=params.bad_words)
     assert hash(params) == hash(SamplingParams(logit_bias=[(2, -0.5), (9, 1)], bad_words=("x", (1, 2))))
-    with pytest.raises(InvalidRequestError, match=r"logit_bias\[7\]=-101 is outside \[-100, 100\]"):
+    with pytest.raises(InvalidRequestError, match=r"logit_bias\[7\] must be a number in \[-100, 100\], not -101"):
         SamplingParams(logit_bias={7: -101})
     for name, value in (("bad_words", ["a" * 9, "b" * 16376]), ("logit_bias", dict.fromkeys(range(16385), 1))):
-        with pytest.raises(InvalidRequestError, match=f"{name} holds 16385 .*; the limit is 16384"):
+        with pytest.raises(InvalidRequestError, match=f"{name} has 16385 .*; the limit is 16384"):
             SamplingParams(**{name: value})
 
 
@@ -126,7 +130,7 @@ def test_single_stop_is_one_stop() -> None:
 
 
 def test_min_above_max_is_refused_unless_there_is_no_max() -> None:
-    with pytest.raises(InvalidRequestError, match="min_new_tokens=9 is above max_new_tokens=8"):
+    with pytest.raises(InvalidRequestError, match="min_new_tokens=9 exceeds max_new_tokens=8"):
         SamplingParams(min_new_tokens=9, max_new_tokens=8)
     assert SamplingParams(min_new_tokens=900, max_new_tokens=None).min_new_tokens == 900
 

@@ -124,7 +124,7 @@ def test_ids_come_from_generation_config_and_config(directory: Path) -> None:
 )
 def test_a_generation_config_is_checked_before_weights_are_read(directory: Path, values: dict[str, Any]) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"do_sample": True, **values}))
-    with pytest.raises(CorruptFileError, match=rf"generation_config\.json: {next(iter(values))}="):
+    with pytest.raises(CorruptFileError, match=rf"generation_config\.json: {next(iter(values))} must be "):
         open_model(directory)
 
 

@@ -86,7 +86,7 @@ def test_a_parameter_out_of_range_is_one_line_before_anything_is_loaded(capsys: 
     assert main(["generate", "no-such-model", "Hello", "--top-p", "1.5"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == "llmengine: top_p=1.5 is outside (0, 1]\n"
+    assert printed.err == "llmengine: top_p must be a number in (0, 1], not 1.5\n"
 
 
 def test_a_missing_model_is_an_engine_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,14 +272,14 @@ def test_stop_strings_may_cut_the_text_off() -> None:
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({}, "takes one of"),
-        ({"regex": "a", "choice": ["b"]}, "takes one of"),
-        ({"regex": ""}, "regex=''"),
-        ({"choice": []}, "choice=\\[\\]"),
-        ({"choice": ["a", ""]}, "choice holds ''"),
-        ({"json_schema": "{"}, "is not JSON"),
-        ({"json_schema": [1]}, "neither an object nor True"),
-        ({"json_schema": {"a": object()}}, "is not JSON"),
+        ({}, "exactly one of .*, not none"),
+        ({"regex": "a", "choice": ["b"]}, "exactly one of .*, not regex and choice"),
+        ({"regex": ""}, "regex must be a non-empty string, not ''"),
+        ({"choice": []}, r"choice must be a non-empty list of strings, not \[\]"),
+        ({"choice": ["a", ""]}, r"choice\[1\] must be a non-empty string, not ''"),
+        ({"json_schema": "{"}, "json_schema is not valid JSON"),
+        ({"json_schema": [1]}, "json_schema must be an object or True, not \\[1\\]"),
+        ({"json_schema": {"a": object()}}, "json_schema is not valid JSON"),
         ({"regex": "a" * 300_000}, "300000 characters; the limit is 262144"),
     ],
 )

@@ -105,7 +105,7 @@ def test_without_it_schedules_differ(tmp_path: Path) -> None:
 
 def test_what_it_excludes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(tmp_path)
-    with pytest.raises(ConfigError, match="deterministic='yes' is not a bool"):
+    with pytest.raises(ConfigError, match="deterministic must be True or False, not 'yes'"):
         ModelConfig(tmp_path, deterministic="yes").resolve()  # type: ignore[arg-type]
     monkeypatch.setattr("llmengine.backends.choose_device", lambda name: "cuda:0")
     with pytest.raises(ConfigError, match="deterministic=True excludes backend='tensorrt'"):

@@ -381,7 +381,11 @@ def test_build_for_another_machine(
         (["--sm", "77"], 2, "does not support compute capability 7.7"),
         (["--sm", "89", "--flavour", "tensorrt"], 2, "install tensorrt instead"),
         (["--sm", "89", "--weights", "fastest"], 2, "weight_mode='fastest' is measured on this machine's GPU"),
-        (["--sm", "89", "--max-batch-size", "9", "--max-tokens-per-step", "8"], 2, "max_tokens_per_step=8 is below"),
+        (
+            ["--sm", "89", "--max-batch-size", "9", "--max-tokens-per-step", "8"],
+            2,
+            "max_tokens_per_step must be at least max_batch_size=9, not 8",
+        ),
     ],
 )
 def test_builds_that_cannot_be(
