@@ -83,4 +83,7 @@ def require_kind(name: str, value: Any, kind: type, *, error: type[LLMEngineErro
 
 def requirement(error: type[LLMEngineError], name: str, what: str, value: Any) -> LLMEngineError:
     """The error that says what `name` must be and what it is instead."""
-    return error(f"{name} must be {what}, not {value!r:.{_MAX_SHOWN_CHARS}}")
+    shown = repr(value)
+    if len(shown) > _MAX_SHOWN_CHARS:
+        shown = f"{shown[:_MAX_SHOWN_CHARS]}..."
+    return error(f"{name} must be {what}, not {shown}")

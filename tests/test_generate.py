@@ -195,14 +195,14 @@ def test_priority_reaches_the_scheduler() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"deadline_s": 0}, "deadline_s=0"),
-        ({"deadline_s": -1.0}, "deadline_s=-1.0"),
-        ({"deadline_s": float("nan")}, "deadline_s=nan"),
-        ({"deadline_s": "5"}, "deadline_s='5'"),
-        ({"priority": "high"}, "priority='high'"),
-        ({"priority": 1.5}, "priority=1.5"),
-        ({"cache_salt": ["tenant"]}, "cache_salt"),
-        ({"cache_salt": {}}, "cache_salt"),
+        ({"deadline_s": 0}, "deadline_s must be a number above 0, not 0"),
+        ({"deadline_s": -1.0}, "deadline_s must be a number above 0, not -1.0"),
+        ({"deadline_s": float("nan")}, "deadline_s must be a number above 0, not nan"),
+        ({"deadline_s": "5"}, "deadline_s must be a number above 0, not '5'"),
+        ({"priority": "high"}, "priority must be .*, not 'high'"),
+        ({"priority": 1.5}, "priority must be .*, not 1.5"),
+        ({"cache_salt": ["tenant"]}, "cache_salt must be hashable, not .*tenant"),
+        ({"cache_salt": {}}, "cache_salt must be hashable, not {}"),
     ],
 )
 @pytest.mark.parametrize("prompt", ["a", [1]])

@@ -80,12 +80,12 @@ def test_abort_forgets_what_it_computed_where_asked() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"tenant": 7}, "tenant=7"),
-        ({"priority": 10**400}, "priority=1000"),
-        ({"priority": -1_000_001}, r"outside \[-1000000, 1000000\]"),
-        ({"first_token_deadline_s": 0}, "first_token_deadline_s=0"),
-        ({"first_token_deadline_s": "1"}, "first_token_deadline_s='1'"),
-        ({"deadline_s": -1}, "deadline_s=-1"),
+        ({"tenant": 7}, "tenant must be a string, not 7"),
+        ({"priority": 10**400}, r"priority must be an integer in \[-1000000, 1000000\], not 1000.*\.\.\."),
+        ({"priority": -1_000_001}, r"priority must be an integer in \[-1000000, 1000000\], not -1000001"),
+        ({"first_token_deadline_s": 0}, "first_token_deadline_s must be a number above 0, not 0"),
+        ({"first_token_deadline_s": "1"}, "first_token_deadline_s must be a number above 0, not '1'"),
+        ({"deadline_s": -1}, "deadline_s must be a number above 0, not -1"),
     ],
     ids=lambda item: str(item)[:40],
 )
