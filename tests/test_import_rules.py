@@ -33,8 +33,12 @@ ALLOWED: dict[str, set[str]] = {
     "models": DATA,
     "models.doc": {*DATA, "models", "checkpoints"},
     "checkpoints": {*DATA, "models"},
-    "backends": {*DATA, "models", "checkpoints", "kernels", "user_cache"},
-    "saved_engines": {*DATA, "backends", "checkpoints", "models", "tokenizer"},
+    "backends": {*DATA, "models"},
+    "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
+    "backends.cpu": {*DATA, "backends", "models", "checkpoints"},
+    "backends.cuda": {*DATA, "backends", "models", "checkpoints", "kernels", "user_cache"},
+    "backends.tensorrt": {*DATA, "backends", "backends.cuda", "models", "checkpoints", "kernels", "user_cache"},
+    "saved_engines": {*DATA, "backends", "backends.tensorrt", "checkpoints", "models", "tokenizer"},
     "beam_search": {*DATA, "engine"},
     "llm_parts": {*DATA, "backends", "checkpoints", "engine", "tokenizer", "tokenizer.protocol"},
     "llm": {*DATA, "beam_search", "chat", "checkpoints", "engine", "llm_parts", "tokenizer", "tokenizer.protocol"},
@@ -101,6 +105,11 @@ def first_party(path: Path) -> set[str]:
     return {layer_of(rest or "__init__") for first, _, rest in names if first == "llmengine"}
 
 
+def folders(path: Path) -> set[str]:
+    """Return the top-level folders and modules of the package that a file imports."""
+    return {layer.partition(".")[0] for layer in first_party(path)}
+
+
 def third_party(path: Path) -> set[str]:
     """Return the distributions outside the standard library that a file imports."""
     tops = {name.split(".")[0] for name in imported(path)}
@@ -115,8 +124,15 @@ def test_layer_imports_only_what_is_below_it(layer: str, path: Path) -> None:
         assert third_party(path) <= THIRD_PARTY[layer]
 
 
+def test_devices_do_not_know_each_other() -> None:
+    devices = {"backends.cpu", "backends.cuda", "backends.tensorrt"}
+    known = {layer: ALLOWED[layer] & devices for layer in devices}
+    assert known == {"backends.cpu": set(), "backends.cuda": set(), "backends.tensorrt": {"backends.cuda"}}
+    assert not ALLOWED["backends"] & devices, "what every backend uses"
+
+
 def test_only_llm_parts_wires_engine_and_backends() -> None:
-    wiring = [path.name for _, path in sources() if {"engine", "backends"} <= first_party(path)]
+    wiring = [path.name for _, path in sources() if {"engine", "backends"} <= folders(path)]
     assert wiring == ["llm_parts.py"]
 
 
@@ -124,14 +140,14 @@ def test_heavy_libraries_are_below_llm_only() -> None:
     allowed = {"models", "checkpoints", "backends", "kernels", "tokenizer", "cli"}
     heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers", "sentencepiece"}
     for layer, path in sources():
-        assert layer in allowed or not third_party(path) & heavy, path
+        assert layer in allowed or layer.startswith("backends.") or not third_party(path) & heavy, path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_use_the_public_package(path: Path) -> None:
     # What these measure is the scheduler itself, the CPU's sampler, and the building of plans.
     subjects = {"simulate.py": {"engine"}, "sampling.py": {"backends"}, "tensorrt_build.py": {"backends"}}
-    assert not first_party(path) & {"engine", "backends"} - subjects.get(path.name, set())
+    assert not folders(path) & {"engine", "backends"} - subjects.get(path.name, set())
 
 
 def test_benchmarks_folder_is_where_this_test_looks() -> None:
@@ -144,5 +160,6 @@ def test_import_scan_sees_every_form(tmp_path: Path) -> None:
         "import llmengine.engine.engine as e, torch\nfrom llmengine import llm, LLM\n"
         "def f():\n    from llmengine.backends.cpu.step_inputs import x\n    import numpy.random\n"
     )
-    assert first_party(file) == {"engine", "llm", "backends", "__init__"}
+    assert first_party(file) == {"engine", "llm", "backends.cpu", "__init__"}
+    assert folders(file) == {"engine", "llm", "backends", "__init__"}
     assert third_party(file) == {"torch", "numpy"}

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from llmengine.backends.cuda.step_buffer import Bucket, SlotTables, StepBuffer, StepLimits
+from llmengine.backends.cuda.step_buffer import Bucket, SlotStateUpdater, StepBuffer, StepLimits
 from llmengine.backends.cuda.stream import CudaStream, HostStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
@@ -53,7 +53,7 @@ MIXED = Batch(
 
 def test_a_mixed_batch_becomes_arrays_with_decodes_first(device: str) -> None:
     buffer, _ = make_buffer(device)
-    tables = SlotTables(NUM_SLOTS, MAX_BLOCKS)
+    tables = SlotStateUpdater(NUM_SLOTS, MAX_BLOCKS)
     sampled = buffer.fill(MIXED, tables.updates(MIXED.rows, MIXED.slot_inits), Bucket(16, 4, mixed=True), 1)
     buffer.send(1, STREAMS[device]())
     step = buffer.step
@@ -90,7 +90,7 @@ def test_a_batch_of_decodes_becomes_arrays(device: str) -> None:
 
 def test_block_tables_grow_until_the_slot_is_initialised_again(device: str) -> None:
     buffer, state = make_buffer(device)
-    tables = SlotTables(NUM_SLOTS, MAX_BLOCKS)
+    tables = SlotStateUpdater(NUM_SLOTS, MAX_BLOCKS)
     embedding = torch.zeros(100, 8, device=device)
     out = torch.zeros(2, 8, device=device)
     for batch, expected in (
@@ -112,7 +112,7 @@ def test_begin_step_equals_its_reference(device: str, hidden: int) -> None:
     for function in (begin_step, begin_step_reference):
         buffer, state = make_buffer(device)
         state.last_token_ids.copy_(torch.arange(50, 50 + NUM_SLOTS + 1))
-        updates = SlotTables(NUM_SLOTS, MAX_BLOCKS).updates(MIXED.rows, MIXED.slot_inits)
+        updates = SlotStateUpdater(NUM_SLOTS, MAX_BLOCKS).updates(MIXED.rows, MIXED.slot_inits)
         buffer.fill(MIXED, updates, Bucket(12, 4, mixed=True), 0)
         buffer.send(0, STREAMS[device]())
         embedding = torch.randn(100, hidden, generator=torch.Generator().manual_seed(0)).to(device)

@@ -25,12 +25,14 @@ from llmengine.backends.cpu.native import (
     load_native_library,
 )
 from llmengine.backends.cpu.openmp import TorchThreads
-from llmengine.backends.cpu.sampler import Sampler, Samples, no_token_message
-from llmengine.backends.cpu.step_inputs import SlotTable, StepInputs
+from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
+from llmengine.backends.cpu.sampler import Sampler, Samples
+from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs, in_step_order
 from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import context_limit, fit_kv_pool, split_kv_layout
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
+from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
 from llmengine.checkpoints.opening import ModelSource
 from llmengine.config import ModelConfig
@@ -89,7 +91,7 @@ class CpuBackend:
         self._model: CpuModel | None = model
         self._deterministic = config.deterministic
         num_slots = config.scheduler_config.max_batch_size
-        self._slots = SlotTable(num_slots, pool.max_blocks_per_request)
+        self._slots = HostSlotState(num_slots, pool.max_blocks_per_request)
         self._sampler = Sampler(num_slots, arch.vocab_size)
         self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
         self._result: StepResult | None = None
@@ -124,7 +126,7 @@ class CpuBackend:
             inputs = self._slots.flatten(batch)
             begin = time.perf_counter()
             prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-            if wanted := self._prompt_logprobs.wanted(inputs):
+            if self._prompt_logprobs and (wanted := self._prompt_logprobs.take_wanted(in_step_order(batch.rows))):
                 with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
                     logits, prompt_logprobs = self._forward_with_prompt_logprobs(inputs, wanted)
             else:
@@ -184,7 +186,7 @@ class CpuBackend:
         if self._deterministic:
             # These tokens are computed again, which writes the same keys and values.
             logits = self._forward(inputs)
-            return logits, self._prompt_logprobs.compute(wanted, partial(self._logits_after, inputs))
+            return logits, compute_prompt_logprobs(wanted, partial(self._logits_after, inputs), self._info.vocab_size)
         model, attention = self._model, self._attention
         assert model is not None
         assert attention is not None
@@ -192,7 +194,7 @@ class CpuBackend:
         x = model.embed(torch.from_numpy(inputs.token_ids))
         attended, x = forward_to_last(model.segments, x, attention.attend)
         last = partial(model.segments.last, attended, x)
-        prompt_logprobs = self._prompt_logprobs.compute(wanted, last)
+        prompt_logprobs = compute_prompt_logprobs(wanted, last, self._info.vocab_size)
         samples = torch.from_numpy(inputs.sample_tokens)
         return last(samples) if len(samples) else None, prompt_logprobs
 

@@ -5,7 +5,7 @@ takes follows from its own parameters, and every reduction runs along its own vo
 
 The distribution is that of transformers' warpers in their usual order: temperature, then top_k, then top_p within what
 top_k left, then min_p. The token is found by inverting its cumulative distribution (in float64) at one uniform number.
-Before them come the masks of allowed tokens, then the edits of single logits (`logit_edits`).
+Before them come the masks of allowed tokens, then the edits of single logits (`logit_editor`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmengine.backends.logit_edits import NO_MASKS, Int32Array, LogitEditor, slot_edits
+from llmengine.backends.cpu.logit_editor import LogitEditor
+from llmengine.backends.logit_edits import NO_MASKS, Int32Array, slot_edits
 from llmengine.batch import SlotInit, TokenLogprobs
 
 IntArray = NDArray[np.int64]
@@ -164,14 +165,6 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     weights = (logits - maxima).exp_()
     padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SEGMENT))
     return maxima[:, 0] + padded.view(len(logits), -1, _SEGMENT).sum(dim=-1).sum(dim=-1).log()
-
-
-def no_token_message(position: int) -> str:
-    """Return why a row failed alone, for people."""
-    return (
-        f"the model's logits for the token at position {position} are not finite, "
-        "or the request's parameters forbid every token"
-    )
 
 
 def uniform(seeds: NDArray[np.uint64], positions: IntArray) -> Tensor:

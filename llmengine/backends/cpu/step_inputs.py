@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,8 @@ class StepInputs:
     sample_positions: IntArray
 
 
-class SlotTable:
-    """Block table and latest sampled token of each slot.
+class HostSlotState:
+    """Block table and latest sampled token of each slot, in host memory.
 
     Attributes:
         block_tables: int32 [num_slots, max_blocks]; `NULL_BLOCK` beyond the blocks that a slot holds.
@@ -67,7 +68,7 @@ class SlotTable:
 
     def flatten(self, batch: Batch) -> StepInputs:
         """Append the batch's new blocks to the block tables and return its rows as arrays."""
-        rows = sorted(batch.rows, key=_row_order)
+        rows = in_step_order(batch.rows)
         token_ids: list[int] = []
         for row in rows:
             if row.new_block_ids:
@@ -103,6 +104,11 @@ class SlotTable:
         assert end <= self.block_tables.shape[1], "a request never outgrows max_model_len"
         self.block_tables[row.slot, begin:end] = row.new_block_ids
         self._num_blocks[row.slot] = end
+
+
+def in_step_order(rows: Sequence[BatchRow]) -> list[BatchRow]:
+    """Rows in the order of `StepInputs`: those of one token first, by growing context, then the longer ones."""
+    return sorted(rows, key=_row_order)
 
 
 def _row_order(row: BatchRow) -> tuple[bool, int]:

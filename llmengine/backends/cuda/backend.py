@@ -23,18 +23,18 @@ from functools import partial
 import psutil
 import torch
 
-from llmengine.backends.cpu.sampler import no_token_message
 from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.fused_segments import SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.generic_segments import build_cuda_segments
 from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.model import CudaModel, CudaWeights, allocate_weights, load_weights, memory_error_context
 from llmengine.backends.cuda.sampling import DeviceSampler, PendingLogprobs, PendingPromptLogprobs
-from llmengine.backends.cuda.step_buffer import Bucket, SlotTables, StepBuffer, StepLimits, in_mixed_order
+from llmengine.backends.cuda.step_buffer import Bucket, SlotStateUpdater, StepBuffer, StepLimits, in_mixed_order
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
 from llmengine.backends.kv_layout import context_limit, fit_kv_pool, joint_kv_layout
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
+from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.checkpoints.opening import ModelSource
 from llmengine.config import ModelConfig, SchedulerConfig
@@ -120,7 +120,7 @@ class CudaBackend:
                 self._load(weights, source)
                 _tune(model.tunable_segments, config.tuning_budget_s)
                 model.tune_attention(self._state, self._kv)
-        self._tables = SlotTables(num_slots, max_blocks)
+        self._tables = SlotStateUpdater(num_slots, max_blocks)
         self._stream: StepStream = CudaStream(depth) if device.type == "cuda" else HostStream()
         self._graphs: GraphCache[Bucket] = GraphCache(device, self._stream)
         self._pending: deque[_Pending] = deque()
@@ -280,8 +280,7 @@ class CudaBackend:
             self._prompt_logprobs.init_slot(init)
         if not self._prompt_logprobs:
             return []
-        rows = in_mixed_order(batch.rows)
-        return self._prompt_logprobs.take_wanted((row.slot, row.start, row.num_tokens) for row in rows)
+        return self._prompt_logprobs.take_wanted(in_mixed_order(batch.rows))
 
     def _bucket(self, batch: Batch, decodes: bool = True) -> Bucket:
         """Return the padded sizes of a step.

@@ -206,7 +206,7 @@ def _is_chunk(row: BatchRow) -> bool:
     return row.num_tokens > 1
 
 
-class SlotTables:
+class SlotStateUpdater:
     """Host's knowledge of the block tables: how many blocks each slot holds; turns a batch into updates."""
 
     def __init__(self, num_slots: int, max_blocks: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
 from llmengine.backends.cpu.linear import Int8Linear, LinearFormat, dense_formats, quantize_int8
-from llmengine.backends.cpu.step_inputs import SlotTable
+from llmengine.backends.cpu.step_inputs import HostSlotState
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.sampling_params import SamplingParams
@@ -54,7 +54,7 @@ def test_equals_reference_whatever_the_blocks_held_before(
     pool = KvPool(split_kv_layout(arch, BLOCK), num_blocks=60, max_model_len=64)
     unrotated = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
     attention = PagedAttention(shape, pool, [LayerAttention(unrotated, window)])
-    table = SlotTable(6, 16)
+    table = HostSlotState(6, 16)
     free = np.random.default_rng(0).permutation(np.arange(1, 60)).tolist()
     lengths = [1, 5, 8, 30, 50]
     tokens = [torch.randn(n, (heads + 2 * kv_heads) * dim, generator=generator) for n in lengths]

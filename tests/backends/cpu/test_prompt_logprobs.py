@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from llmengine import InvalidRequestError, TokenLogprobs
-from llmengine.backends import prompt_logprobs
+from llmengine.backends.cpu import prompt_logprobs
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.batch import BackendInfo
 from llmengine.testing import FakeBackend, mixing_model
