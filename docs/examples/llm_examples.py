@@ -1,9 +1,9 @@
-"""The tasks that most programs begin with, one function each; every function can be copied by itself.
+"""The tasks that most programs begin with, one function each. Every function can be copied by itself.
 
     python llm_examples.py --task run_llm_from_huggingface_model --hf_model_dir MODEL --prompt "Water boils at"
 
-MODEL is a Hugging Face directory, a `.gguf` file or a directory with one. `--task` and `--prompt` may be given several
-times. Exit codes: 0 done, 2 wrong arguments, 3 the task needs what this version or this machine does not have.
+MODEL is a Hugging Face directory, a `.gguf` file or a directory that holds one. `--task` and `--prompt` may be given several
+times. Exit codes: 0 done; 2 wrong arguments; 3 the task needs something that this version or this machine lacks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPTS = ("The capital of France is", "Water boils at", "The opposite of hot is
 def run_llm_from_huggingface_model(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, dump_engine_dir: Path | None = None
 ) -> None:
-    """Load a model, generate for all prompts in one batch, and save the model for `run_llm_from_engine` if asked to."""
+    """Load a model, generate for all prompts in one batch, and save the engine if `dump_engine_dir` is given."""
     with LLM(ModelConfig(hf_model_dir)) as llm:
         for output in llm.generate(prompts, params):
             show(output)
@@ -33,7 +33,7 @@ def run_llm_from_huggingface_model(
 
 
 def run_llm_from_engine(prompts: Sequence[str], engine_dir: Path, params: SamplingParams) -> None:
-    """Load what `LLM.save()` wrote: nothing is converted or quantized again."""
+    """Load an engine that `LLM.save()` wrote. Nothing is converted or quantized again."""
     with LLM(ModelConfig(engine_dir)) as llm:
         for output in llm.generate(prompts, params):
             show(output)
@@ -42,10 +42,10 @@ def run_llm_from_engine(prompts: Sequence[str], engine_dir: Path, params: Sampli
 def run_llm_generate_async_example(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, streaming: bool = False
 ) -> None:
-    """One task for each prompt; they share the running batch."""
+    """Run one task for each prompt. Their requests share the running batch."""
 
     async def answer(llm: LLM, prompt: str) -> None:
-        # Without `streaming` there is one output, the last.
+        # Without `streaming` there is only the last output.
         async for output in llm.generate_async(prompt, params, streaming=streaming):
             if streaming:
                 print(f"[{prompt}] {output.text_delta!r}")
@@ -62,7 +62,7 @@ def run_llm_generate_async_example(
 def run_llm_with_quantization(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, quant_type: Literal["int8", "int4"] = "int8"
 ) -> None:
-    """Quantize the weights while loading. int8 runs on CPUs; raises `ConfigError` where a format is not there."""
+    """Quantize the weights while loading. int8 runs on CPUs; `ConfigError` is raised for a format that is missing."""
     config = ModelConfig(hf_model_dir)
     if quant_type == "int8":
         config.quant_config.init_from_description(quantize_weights=True)
@@ -77,7 +77,7 @@ def run_llm_with_quantization(
 def run_llm_on_tensor_parallel(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, tp_size: int = 2
 ) -> None:
-    """Share the model among `tp_size` GPUs. This version runs on one, and raises `ConfigError` for more."""
+    """Split the model over `tp_size` GPUs. This version runs on one GPU, and raises `ConfigError` for more."""
     config = ModelConfig(hf_model_dir)
     config.parallel_config.tp_size = tp_size
     with LLM(config) as llm:
@@ -108,7 +108,7 @@ TASKS: dict[str, Callable[[argparse.Namespace, SamplingParams], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tasks in their order and return the exit code."""
+    """Run the tasks in the given order. Returns the exit code."""
     given = _parse(argv)
     params = SamplingParams(max_new_tokens=given.max_new_tokens)
     for name in given.task:
@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Examples of llmengine.")
     parser.add_argument("--task", action="append", required=True, choices=TASKS, help="may be given several times")
-    parser.add_argument("--hf_model_dir", type=Path, help="Hugging Face directory, .gguf file or a directory with one")
-    parser.add_argument("--dump_engine_dir", type=Path, help="where an engine is saved, and loaded from")
+    parser.add_argument("--hf_model_dir", type=Path, help="Hugging Face directory, .gguf file or directory with one")
+    parser.add_argument("--dump_engine_dir", type=Path, help="where an engine is saved and loaded from")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--max_new_tokens", type=int, default=16, help="for each prompt (%(default)s)")
     parser.add_argument("--streaming", action="store_true", help="print tokens as they come")

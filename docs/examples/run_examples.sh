@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every example on one model: run_examples.sh MODEL
-# MODEL is a Hugging Face directory, a .gguf file or a directory with one. PYTHON names the interpreter.
+# MODEL is a Hugging Face directory, a .gguf file or a directory that holds one. PYTHON names the interpreter.
 set -euo pipefail
 model=${1:?usage: run_examples.sh MODEL}
 examples="$(dirname "${BASH_SOURCE[0]}")/llm_examples.py"
@@ -9,7 +9,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 run() { "${PYTHON:-python3}" "$examples" --hf_model_dir "$model" --dump_engine_dir "$scratch/engine" "$@"; }
 
-# For what is not in every version and on every machine: 3 says that, and what is missing.
+# For tasks that not every version and machine can run: exit code 3 means that, and the message says what is missing.
 run_if_available() { run "$@" || [[ $? == 3 ]]; }
 
 run --streaming \

@@ -1,6 +1,6 @@
-"""The guides do what they say: the services of docs/guides run here on a fake model, step by step.
+"""The services of docs/guides do what the pages say, step by step on a fake model.
 
-`test_docs.py` runs the blocks of the same pages on the real model.
+`test_pages.py` runs the blocks of the same pages on the real model.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ async def test_fastapi_errors(fastapi_guide: dict[str, Any]) -> None:
     gate = StepGate()
     async with serving(fastapi_guide, gate) as (app, llm):
         for body, fault in (
-            ({"prompt": "a", "temperature": -1}, "temperature=-1.0"),
+            ({"prompt": "a", "temperature": -1}, "temperature must be a number in [0, 100], not -1.0"),
             ({"prompt": "a" * 3000, "stream": True}, "3000"),
         ):
             client = Client(app, "/complete", body)
