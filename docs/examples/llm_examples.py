@@ -2,8 +2,9 @@
 
     python llm_examples.py --task run_llm_from_huggingface_model --hf_model_dir MODEL --prompt "Water boils at"
 
-MODEL is a Hugging Face directory, a `.gguf` file or a directory that holds one. `--task` and `--prompt` may be given several
-times. Exit codes: 0 done; 2 wrong arguments; 3 the task needs something that this version or this machine lacks.
+MODEL is a Hugging Face directory, a `.gguf` file or a directory that holds one. `--task` and `--prompt` may be given
+several times. Exit codes: 0 done; 2 wrong arguments; 3 the task needs something that this version or this
+machine lacks.
 """
 
 from __future__ import annotations
