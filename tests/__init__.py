@@ -1,4 +1,4 @@
-"""Tests of llmengine, in folders like the package's, each with its helpers."""
+"""Tests of llmengine. The folders are those of the package, and each has its own helpers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings of the whole test suite: hypothesis examples are the same in every run, and files run side by side."""
+"""Settings of the whole test suite: hypothesis's examples are the same in every run, and files run in parallel."""
 
 import os
 from collections.abc import Iterator

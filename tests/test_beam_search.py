@@ -1,4 +1,4 @@
-"""Beam search against transformers on a tiny model, and its use through the LLM."""
+"""Beam search against transformers on a tiny model, and through an LLM."""
 
 from __future__ import annotations
 

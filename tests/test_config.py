@@ -1,4 +1,4 @@
-"""Configuration: ranges, typos, and that it is fixed once resolved."""
+"""Configuration: ranges, mistyped names, and that it cannot change once it is resolved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate()` and `generate_async()`: input forms, what they refuse, and order."""
+"""`generate()` and `generate_async()`: accepted inputs, refused inputs, and the order of outputs."""
 
 from __future__ import annotations
 

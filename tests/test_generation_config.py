@@ -1,4 +1,4 @@
-"""A model's generation_config.json does what it does in transformers, or is refused by the name of its key."""
+"""Every key of a generation_config.json does what it does in transformers, or is refused by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layer may import which: the table of the architecture, checked on the source."""
+"""The table in docs/architecture.md of which layer may import which, checked against the source."""
 
 from __future__ import annotations
 

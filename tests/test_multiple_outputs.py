@@ -1,4 +1,4 @@
-"""Several outputs of one prompt: shared blocks, seeds, streams by index, abort, best_of, and decoded logprobs."""
+"""Several outputs of one prompt: shared blocks, seeds, streams by index, abort, best_of, decoded logprobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exported names, and that neither importing the package nor using it changes anything around it."""
+"""The exported names, and that neither importing nor using the package changes anything around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of requests: stated in one place, checked, typed, and shown where they can be used."""
+"""The options of a request: stated in one place, checked, typed, and shown by each method that takes them."""
 
 from __future__ import annotations
 

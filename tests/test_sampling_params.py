@@ -1,4 +1,4 @@
-"""SamplingParams: ranges, types, and the names of other engines."""
+"""SamplingParams: ranges, types, and the names that other engines use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random schedules of the same requests, compared to the last bit with each request alone."""
+"""Random schedules of the same requests, each compared to the last bit with the request run alone."""
 
 from __future__ import annotations
 

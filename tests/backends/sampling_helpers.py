@@ -1,4 +1,4 @@
-"""What the samplers' tests share: requests in slots, and what transformers' logits processors make of them."""
+"""Shared by the samplers' tests: requests in slots, and the results of transformers' logits processors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run on tiny shapes, and their figures are what they say."""
+"""The benchmarks run on tiny shapes, and their figures mean what their names say."""
 
 from __future__ import annotations
 

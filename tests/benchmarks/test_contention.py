@@ -1,4 +1,4 @@
-"""`benchmarks.contention` on a tiny model: it ends its busy loops, and reports every contender and load."""
+"""`benchmarks.contention` on a tiny model: it ends its busy loops and reports every contender and load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the host's own cost: the null backend keeps the seam's rules, and the figures are what they say."""
+"""The benchmark of the host's own cost: the null backend follows the protocol, and the figures mean what they say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other loads of the benchmarks run on a tiny shape and say what they measured."""
+"""The benchmarks' other loads run on a tiny shape and report what they measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates in the style of what models bring, one for each way of doing things, written for these tests."""
+"""Chat templates like those of real models, written for these tests, one for each way of doing things."""
 
 from __future__ import annotations
 

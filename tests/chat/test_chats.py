@@ -1,4 +1,4 @@
-"""Chats through an `LLM`: keywords, several conversations, what a tokenizer of the caller's own must say of itself."""
+"""Chats through an `LLM`: keywords, several conversations, and what a caller's own tokenizer must offer."""
 
 from __future__ import annotations
 

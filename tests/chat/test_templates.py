@@ -1,4 +1,4 @@
-"""Chats as people send them, through templates in the style of many models, beside transformers where it can render."""
+"""Chats as people send them, through templates like many models', compared with transformers where it can render."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints in every format, and what their weights are."""
+"""Small random checkpoints in every format, and their weights."""
 
 from __future__ import annotations
 

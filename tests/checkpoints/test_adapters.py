@@ -1,4 +1,4 @@
-"""An adapter beside a model, or in its files, is refused by name and never ignored."""
+"""An adapter beside a model, or inside its files, is refused by name and never ignored."""
 
 from __future__ import annotations
 

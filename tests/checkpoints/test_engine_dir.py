@@ -1,4 +1,4 @@
-"""Engine directories: what is saved is loaded, what was altered is refused, what is not ours is not touched."""
+"""Engine directories: a saved engine loads, an altered one is refused, and other people's files are not touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF models in several files, as llama-gguf-split writes them, load whichever file is named."""
+"""GGUF models in several files, as llama-gguf-split writes them, load by the name of any of the files."""
 
 from __future__ import annotations
 

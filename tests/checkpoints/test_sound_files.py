@@ -1,4 +1,4 @@
-"""Directories and files as people publish them hold more, or less, than a model needs: they load as in transformers."""
+"""Published directories and files that hold more, or less, than a model needs load as they do in transformers."""
 
 from __future__ import annotations
 

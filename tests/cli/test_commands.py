@@ -1,4 +1,4 @@
-"""The command: arguments, exit codes, what it prints to a pipe, and the demo's frames at every terminal size."""
+"""The command line: arguments, exit codes, output into a pipe, and the demo's frames at every terminal size."""
 
 from __future__ import annotations
 

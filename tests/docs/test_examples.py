@@ -1,4 +1,4 @@
-"""The examples run, and say what is missing where something is; the script runs all of them."""
+"""The examples run, and name what is missing where they cannot; the script runs all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation is true: every Python block runs, links resolve, the README's commands are what CI runs."""
+"""The documentation is true: every Python block runs, links resolve, and CI runs the README's commands."""
 
 from __future__ import annotations
 

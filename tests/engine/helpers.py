@@ -1,4 +1,4 @@
-"""What the engine's tests share: the oracle, gates for deterministic schedules, and small builders."""
+"""Shared by the engine's tests: the oracle of right tokens, gates for deterministic schedules, small builders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounded admission: what is refused, and that every place in the queue is given back."""
+"""Bounded admission: which requests are refused, and that every place in the queue is given back."""
 
 from __future__ import annotations
 

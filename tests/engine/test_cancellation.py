@@ -1,4 +1,4 @@
-"""Whatever way a consumer leaves, its request ends, and its blocks come back within one step."""
+"""However a consumer leaves, its request ends, and its blocks come back within one step."""
 
 from __future__ import annotations
 

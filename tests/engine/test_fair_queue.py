@@ -1,4 +1,4 @@
-"""FairQueue: the tenant that was served least is next, and nobody saves up what it does not use."""
+"""FairQueue: the tenant that was served least is next, and no tenant saves up service that it did not use."""
 
 from __future__ import annotations
 

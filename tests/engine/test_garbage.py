@@ -1,6 +1,6 @@
-"""Requests leave nothing behind that only a garbage collection would free: outputs, contexts, streams.
+"""Requests leave no outputs, contexts or streams behind that only a garbage collection would free.
 
-A collection looks at all objects of the program. What waits for one brings it on.
+A collection looks at all objects of the program, and objects that wait for one make it come sooner.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Event loops that are closed, dropped or run in themselves, and tasks that fail, under requests of theirs."""
+"""Event loops that are closed, dropped or run inside themselves while they have requests, and tasks that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KVCacheManager alone, against a naive model that compares whole prefixes."""
+"""KVCacheManager alone, against a naive model of it that compares whole prefixes."""
 
 from __future__ import annotations
 

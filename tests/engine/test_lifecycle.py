@@ -1,4 +1,4 @@
-"""How an engine ends, and how requests end that are not simply finished."""
+"""How an engine ends, and how requests end that do not simply finish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LLM serves any thread and any event loop, and blocks none of them."""
+"""One LLM serves any thread and any event loop, and blocks no loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PromptPace on steps whose times the test makes up."""
+"""PromptPace, on steps with made-up times."""
 
 from __future__ import annotations
 

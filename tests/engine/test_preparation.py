@@ -1,4 +1,4 @@
-"""While a prompt is tokenized, a template rendered or a grammar compiled: requests end on time, and hold up nobody."""
+"""While a prompt is tokenized, a template rendered or a grammar compiled, requests end on time and delay no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend that can prepare itself does so while the engine has nothing else to do, and never beside a step."""
+"""A backend that can prepare itself does so while the engine is idle, and never beside a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to read a handle: blocks, tasks, threads, and several readers of one request."""
+"""Ways to read a handle: `with` blocks, tasks, threads, and several readers of one request."""
 
 from __future__ import annotations
 

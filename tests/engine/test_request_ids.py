@@ -1,4 +1,4 @@
-"""What a caller gives a request to know it by: its id and metadata, in outputs, errors, logs and statistics; copies."""
+"""A caller's own request ids and metadata: in outputs, errors, logs and statistics; pickled and copied outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits how long: ageing, tenants, victims, the pace of prompts, and what waiting costs the scheduler."""
+"""How long requests wait: ageing, tenants, victims, the pace of prompts, and what a long queue costs the scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any order of submit, launch, collect, abort and time-out keeps the scheduler sound, and the tokens the oracle's."""
+"""After any order of submit, launch, collect, abort and time-out the scheduler is sound and the tokens are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that give several tokens of a request: the output is that of one token at a time, in fewer steps."""
+"""Steps that give several tokens of a request: the output equals that of one token at a time, in fewer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How output reaches consumers: deltas, merging, wake-ups, and the ways to wait."""
+"""How output reaches consumers: deltas, merging, wake-ups, and ways to wait."""
 
 from __future__ import annotations
 

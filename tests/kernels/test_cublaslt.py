@@ -1,4 +1,4 @@
-"""cuBLASLt's binding: against a stand-in that takes the arguments apart, and on a GPU against torch."""
+"""The binding to cuBLASLt: against a stand-in that takes the arguments apart, and on a GPU against torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashInfer's decode attention at our seam: the real one on a GPU where it is installed, else a stand-in.
+"""FlashInfer's decode attention behind our interface: the real kernel where it is installed on a GPU, else a stand-in.
 
 The stand-in computes plainly, asks for what the real kernel asks for, and has its signature.
 """

@@ -1,4 +1,4 @@
-"""Choosing implementations by measurement, with a timer and a clock that the test sets."""
+"""Choosing implementations of products by measurement, with a timer and a clock that the test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device's sampler beside the CPU's: the same choices with every edit, logits restored, tables that grow."""
+"""The device's sampler against the CPU's: equal choices with every edit, logits restored, tables that grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention kernels against their references: ragged rows, scattered blocks, and what must be left alone."""
+"""Paged attention kernels against their references: ragged rows, scattered blocks, cells that must not be touched."""
 
 from __future__ import annotations
 

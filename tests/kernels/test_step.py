@@ -1,4 +1,4 @@
-"""The kernels that open and close a step, and how a batch gets into the arrays that they read."""
+"""The kernels that open and close a step, and the arrays through which they read a batch."""
 
 from __future__ import annotations
 

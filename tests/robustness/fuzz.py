@@ -1,4 +1,4 @@
-"""Damages model files and sees that readers raise typed errors that name the file: no crash, hang or absurd memory.
+"""Damages model files. Readers must raise typed errors that name the file: no crash, no hang, no absurd memory.
 
 `python -m tests.robustness.fuzz --inputs 100000 --seed 1` prints a table and ends with status 1 if anything was found.
 Input `index` of a seed is the same on every machine; `--only INDEX` runs it alone and shows its error.

@@ -1,4 +1,4 @@
-"""What `fuzz.py` damages: a small sound file of each kind and family, and how each is read."""
+"""The files that `fuzz.py` damages: small sound ones of each kind and family, and the reader of each."""
 
 from __future__ import annotations
 

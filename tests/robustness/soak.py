@@ -1,11 +1,11 @@
-"""Hostile callers on failing backends: who is served gets the right tokens, who is not hears why, and nothing stays.
+"""Hostile callers on failing backends: a served caller gets the right tokens, any other learns why, nothing leaks.
 
     python -m tests.robustness.soak --minutes 5 --seed 1
 
-Engines live one after the other, each for a moment. Two event loops on threads of their own are full of clients of all
-the kinds of `benchmarks.soak` and some that are worse, while the backend shows faults and the engine ends in one way or
-another. Exit code 1 if a client got a wrong token or another error than the cause, or if a KV block, a task, a thread
-or memory is left.
+Engines live one after the other, each for a moment. Two event loops, on threads of their own, are full of clients of
+all the kinds of `benchmarks.soak` and some that are worse. Meanwhile the backend shows faults, and the engine ends in
+one way or another. The exit code is 1 if a client got a wrong token or another error than the cause, or if a KV block,
+a task, a thread or memory is left over.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Callers that do not read, read too late, fork or leave in odd ways, and backends that hang or fail."""
+"""Callers that never read, read too late, fork or leave in odd ways, and backends that hang or fail."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Any order of what hostile callers do, with faults of the backend: everybody hears the truth, nothing stays.
+"""Hostile callers in any order, with faults of the backend: every caller learns what happened, and nothing leaks.
 
-One machine drives the scheduler step by step; the other one an engine on its thread.
+One machine drives the scheduler step by step; the other drives an engine on its own thread.
 """
 
 from __future__ import annotations

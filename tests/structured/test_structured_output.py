@@ -1,4 +1,4 @@
-"""Structured output: whatever the model wants, what comes out is of the form that was asked for."""
+"""Structured output: the text has the requested form, whatever the model would rather generate."""
 
 from __future__ import annotations
 

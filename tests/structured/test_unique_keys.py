@@ -1,4 +1,4 @@
-"""JSON objects with free keys: none takes the place of a typed one or is counted twice, whatever tokens are chosen."""
+"""JSON objects with free keys: no key replaces a typed one or counts twice, whatever tokens the model chooses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lower bound of a text's tokens never exceeds their number, so nothing that fits is refused."""
+"""The lower bound of a text's tokens never exceeds their number, so no text that fits is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IncrementalDetokenizer against oracles that have the entire text."""
+"""IncrementalDetokenizer against oracles that see the entire text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of tokenizer files: ids equal sentencepiece's and transformers', or the file is refused by name."""
+"""Flags in tokenizer files: the ids equal sentencepiece's and transformers', or the file is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rule for leading spaces of SentencePiece's tokens: generate, streams, beams, structured output, log-probs."""
+"""One rule for leading spaces of SentencePiece's tokens, in generate, streams, beams, structured output, logprobs."""
 
 from __future__ import annotations
 

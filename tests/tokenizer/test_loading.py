@@ -1,4 +1,4 @@
-"""Tokenizers from files, the adapters for the caller's own, and chat templates."""
+"""Tokenizers from files, adapters for a caller's own tokenizer, and chat templates."""
 
 from __future__ import annotations
 

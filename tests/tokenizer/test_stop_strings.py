@@ -1,4 +1,4 @@
-"""Stop strings beside tokens that are not shown: against an oracle that has the entire text, and through the engine."""
+"""Stop strings among hidden tokens: against an oracle that sees the entire text, and through the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention against a plain reference, and what must not leak; int8 and packed products against F.linear."""
+"""Paged attention against a plain reference, without leaks; int8 and packed products against F.linear."""
 
 from __future__ import annotations
 

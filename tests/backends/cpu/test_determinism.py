@@ -1,4 +1,4 @@
-"""`ModelConfig(deterministic=True)` on CPUs: nothing depends on the schedule, to the last bit."""
+"""`ModelConfig(deterministic=True)` on CPUs: results do not depend on the schedule, to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native decoder against torch's operators on the same weights and KV blocks, and what happens without it."""
+"""The native decoder against torch's operators on the same weights and KV blocks, and a backend without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompt tokens against transformers, and whatever cuts the prompt into pieces."""
+"""Log-probabilities of prompt tokens against transformers, however the prompt is cut into pieces."""
 
 from __future__ import annotations
 

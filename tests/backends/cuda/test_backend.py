@@ -1,4 +1,4 @@
-"""The CUDA backend, whole: against transformers on the GPU, or in fp32 through Triton's interpreter on the CPU."""
+"""The whole CUDA backend against transformers: on a GPU, or in fp32 through Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CUDA backend compiles when it starts is what its steps launch later, in the same forms.
+"""The CUDA backend compiles at its start exactly the forms of kernels that its steps launch later.
 
 Nothing runs here: launches are recorded by what Triton compiles a kernel for.
 """

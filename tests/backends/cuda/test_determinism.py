@@ -1,4 +1,4 @@
-"""`ModelConfig(deterministic=True)` on CUDA: nothing depends on the schedule, to the last bit.
+"""`ModelConfig(deterministic=True)` on CUDA: results do not depend on the schedule, to the last bit.
 
 On the GPU whole engines serve random schedules; through the interpreter a few steps are compared.
 """

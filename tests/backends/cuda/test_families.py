@@ -1,4 +1,4 @@
-"""Model families on the CUDA backend: against transformers on the GPU, or through Triton's interpreter."""
+"""Model families on the CUDA backend against transformers: on a GPU, or through Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captured steps: when a graph is made and used, and that making one in a quiet moment changes nothing."""
+"""Captured steps: when a graph is captured and replayed, and that capturing in a quiet moment changes no result."""
 
 from __future__ import annotations
 

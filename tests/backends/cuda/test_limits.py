@@ -1,4 +1,4 @@
-"""What does not fit: a model's sizes, the device's memory, and what a load that failed leaves behind."""
+"""Models and KV caches that do not fit, and what a failed load leaves behind."""
 
 from __future__ import annotations
 

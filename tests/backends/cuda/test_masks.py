@@ -1,4 +1,4 @@
-"""Masks of a batch on their way through the CUDA backend."""
+"""Grammar masks in the CUDA backend: from the batch to the sampler."""
 
 from __future__ import annotations
 

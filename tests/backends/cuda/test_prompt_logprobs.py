@@ -1,4 +1,4 @@
-"""Log-probabilities of prompt tokens on the CUDA backend, against transformers; on the GPU or in the interpreter."""
+"""Log-probabilities of prompt tokens on the CUDA backend against transformers, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 

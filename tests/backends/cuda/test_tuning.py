@@ -1,4 +1,4 @@
-"""Choosing matrix products on a model's own weights: what is timed, and what follows from the times."""
+"""Choosing matrix products on a model's own weights: which candidates are timed, and which one is taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of weights through chunks, on the GPU where there is one."""
+"""Weights copied to the device in chunks, on a GPU where there is one."""
 
 from __future__ import annotations
 

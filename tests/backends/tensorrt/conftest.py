@@ -1,4 +1,4 @@
-"""Runner tests run on the GPU where there is one; on neither machine do they need a TensorRT that runs."""
+"""The tests of plans' execution run on a GPU where there is one. None of them needs a TensorRT that runs."""
 
 from tests.device_fixture import device
 

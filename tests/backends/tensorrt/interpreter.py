@@ -1,6 +1,6 @@
-"""Runs an `INetworkDefinition` with torch: what a plan of it computes, where no plan can be executed.
+"""Runs an `INetworkDefinition` with torch, which gives what its plan computes where no plan can be executed.
 
-It reads the network back layer by layer, so that what is tested is what TensorRT was given. Types are as strict as
+It reads the network back layer by layer, so the test covers exactly what TensorRT was given. Types are as strict as
 TensorRT's: no operand is converted. Shape tensors (int64) stay on the host, so that a run on CUDA tensors has no
 synchronisation and, after one run that brings the constants there, can be captured in a graph.
 """

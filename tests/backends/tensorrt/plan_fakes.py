@@ -1,4 +1,4 @@
-"""Plans without a TensorRT library: a builder whose plans say what they were built from, and models to build."""
+"""Plans without a TensorRT library: models to build, and a builder whose plans record what they were built from."""
 
 from __future__ import annotations
 

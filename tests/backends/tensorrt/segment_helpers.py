@@ -1,4 +1,4 @@
-"""What the tests of segments share: families as tiny architectures, random weights, segments in plain torch."""
+"""Shared by the tests of segments: families as tiny architectures, random weights, segments in plain torch."""
 
 from __future__ import annotations
 

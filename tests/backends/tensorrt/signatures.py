@@ -5,8 +5,8 @@ To write that file again after the package has begun to use another member, or f
     pip download --no-deps tensorrt_cu13_bindings==11.4.* tensorrt_cu13_bindings==10.16.*    (one at a time)
     python -m tests.backends.tensorrt.signatures *.whl
 
-It needs tensorrt_rtx, which finds out what is used, and a C compiler: the bindings are imported without the library
-that they bind, on empty stand-ins for the few C functions that they link to.
+It needs tensorrt_rtx, on which it finds out which members are used, and a C compiler: the bindings are imported
+without the library that they bind, on empty stand-ins for the few C functions that they link to.
 """
 
 from __future__ import annotations

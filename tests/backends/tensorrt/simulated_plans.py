@@ -1,4 +1,4 @@
-"""What a plan's execution may give: sound ones, which round and sum in their own ways, and slightly wrong ones."""
+"""Simulated results of plans: sound plans, which round and sum in their own ways, and slightly wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What "auto", "tensorrt" and "torch" lead to: which segments are made, what is said about it, what is kept."""
+"""The backends "auto", "tensorrt" and "torch": which segments each makes, reports and keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans are really built, in worker processes, for devices that this machine has not; none is executed."""
+"""Plans are really built, in worker processes, for devices that this machine does not have. None is executed."""
 
 from __future__ import annotations
 

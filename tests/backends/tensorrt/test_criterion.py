@@ -1,4 +1,4 @@
-"""The limits of verification: sound plans of any shape stay below them, as often as promised; wrong ones do not."""
+"""The limits of verification: sound plans of any shape stay below them as often as promised; wrong ones exceed them."""
 
 from __future__ import annotations
 

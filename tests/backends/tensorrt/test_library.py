@@ -1,4 +1,4 @@
-"""Which library is taken, what is said where none can be, and how its messages arrive."""
+"""Which TensorRT library is used, the error where none can be, and the way its messages take."""
 
 from __future__ import annotations
 

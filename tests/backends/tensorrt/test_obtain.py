@@ -1,4 +1,4 @@
-"""The cache of built plans: what is found is what was asked for, whole, whoever was killed while writing it."""
+"""The cache of built plans: a plan that is found is whole and the one asked for, even if a writer was killed."""
 
 from __future__ import annotations
 

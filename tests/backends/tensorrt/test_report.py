@@ -1,4 +1,4 @@
-"""The report for people with a supported GPU: complete on the fake, and clear where TensorRT cannot run."""
+"""The report for people with a supported GPU: complete on the fake library, clear where TensorRT cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading plans and running contexts on a fake that checks every address; what the library refuses becomes an error."""
+"""Loading plans and running contexts on a fake that checks every address. A refusal of the library is an error."""
 
 from __future__ import annotations
 

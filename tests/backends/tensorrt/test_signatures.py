@@ -1,4 +1,4 @@
-"""Every use of TensorRT fits the libraries' own signatures: those of the installed one, and tables of others.
+"""Every use of TensorRT fits the signatures of the installed library, and the tables of other versions.
 
 The tables come from NVIDIA's bindings by `signatures.py`, which says how to write them again.
 """

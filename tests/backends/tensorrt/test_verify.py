@@ -1,4 +1,4 @@
-"""Verification: right plans pass in every type and family, slightly wrong ones do not, and JSON keeps all of it."""
+"""Verification: right plans pass in every type and family, slightly wrong ones fail, and JSON keeps the result."""
 
 from __future__ import annotations
 

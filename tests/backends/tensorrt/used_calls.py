@@ -1,4 +1,4 @@
-"""Which members of TensorRT the package uses, with how many arguments: found by running it and by reading it.
+"""Members of TensorRT that the package uses, and with how many arguments: found by running it and by reading it.
 
 Definitions and builds run on the real library through proxies that write down each access. The runtime cannot run
 without a GPU; its use is what the protocols of `runtime.py` say, and mypy holds the code to them.
