@@ -55,5 +55,5 @@ def the_cpu_unless_a_device_is_named(request: pytest.FixtureRequest) -> Iterator
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, lest it run alone at the end."""
+    """Begin with the file that takes longest, so that it does not run alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -15,10 +15,10 @@ if not torch.cuda.is_available():
 
 @functools.cache
 def quicken_interpreter() -> None:
-    """Spare Triton's interpreter a third of its time.
+    """Save Triton's interpreter a third of its time.
 
-    It replaces the builtins of triton.language for the duration of a launch, and searches for more of them in each call
-    of a device function. This leaves out the searches that can find none.
+    The interpreter replaces the builtins of triton.language for the duration of a launch, and searches for more of them
+    in each call of a device function. This skips the searches that can find none.
     """
     from triton.runtime import interpreter
 

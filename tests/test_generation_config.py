@@ -49,7 +49,7 @@ def configure(directory: Path, config: dict[str, Any]) -> None:
 
 
 def expected(directory: Path, config: dict[str, Any] | None, prompt: list[int] = PROMPT) -> list[int]:
-    """What transformers generates from the directory with this generation_config.json."""
+    """Return what transformers generates from the directory with this generation_config.json."""
     from transformers import AutoModelForCausalLM
 
     if config is not None:

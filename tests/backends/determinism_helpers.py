@@ -15,7 +15,7 @@ OpenLLM = Callable[[random.Random | None], LLM]
 
 
 def params_of(index: int) -> SamplingParams:
-    """Half of the prompts are sampled, with their own seed; every third is scored; half have their logits edited."""
+    """Sample half of the prompts, each with its own seed; score every third; edit the logits of half."""
     changes: dict[str, Any] = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": index} if index % 2 else {}
     if index % 4 > 1:
         changes |= {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {30: 2.0, 31: -5.0}}
@@ -27,7 +27,7 @@ def params_of(index: int) -> SamplingParams:
 def run(
     llm: LLM, prompts: Sequence[Sequence[int]], picks: list[int], second_wave: int
 ) -> tuple[list[Result], int, int]:
-    """Return what the prompts `picks` gave, and how many tokens were cached and requests preempted.
+    """Return the results of the prompts `picks`, and how many tokens were cached and requests preempted.
 
     Those from `second_wave` on are sent when the first has ended.
     """

@@ -60,7 +60,7 @@ def load_tiny(
     native_directory: Path = NATIVE_DIRECTORY,
     **settings: Any,
 ) -> CpuBackend:
-    """Return the CPU backend for a directory's checkpoint; `NO_NATIVE` as `native_directory` leaves it to torch."""
+    """Return the CPU backend for a directory's checkpoint; `native_directory=NO_NATIVE` leaves all steps to torch."""
     config = ModelConfig(
         model_dir=directory,
         kv_cache_config=KvCacheConfig(block_size=block_size, max_bytes=16 << 20),
@@ -117,7 +117,7 @@ class BackendDriver:
         request.blocks = []
 
     def step(self, *parts: tuple[DrivenRequest, int]) -> StepResult:
-        """Compute the next n tokens of each (request, n); samples where that reaches the last known token."""
+        """Compute the next n tokens of each (request, n); sample for those that reach their last known token."""
         self.backend.launch(self.batch(*parts))
         result = self.backend.collect()
         assert result.step == self._step
@@ -173,5 +173,5 @@ def reference_greedy(model: LlamaForCausalLM, prompt: Sequence[int], num_tokens:
 
 @torch.no_grad()
 def reference_logprobs(model: LlamaForCausalLM, token_ids: Sequence[int]) -> torch.Tensor:
-    """Return fp32 [num_tokens, vocab], log-probabilities after each token."""
+    """Return transformers' log-probabilities after each token, fp32 [num_tokens, vocab]."""
     return torch.log_softmax(model(torch.tensor([list(token_ids)])).logits[0].float(), dim=-1)

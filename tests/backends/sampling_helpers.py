@@ -38,7 +38,7 @@ class SlotHistory:
         self.stops = frozenset(stops)
 
     def init(self) -> SlotInit:
-        """Return what gives the slot to the request, with all tokens so far."""
+        """Return the `SlotInit` that gives the slot to the request, with all tokens so far."""
         return SlotInit(
             self.slot, tuple(self.token_ids), self.num_prompt_tokens, self.params, 1000 + self.slot, self.stops
         )
@@ -50,7 +50,7 @@ class SlotHistory:
         return self.token_ids[-num_tokens:]
 
     def expected_logits(self, logits: Tensor) -> Tensor:
-        """Return what transformers makes of logits [vocab], OpenAI's penalties being plain sums."""
+        """Return logits [vocab] as transformers edits them; OpenAI's penalties are plain sums."""
         params, num_output = self.params, len(self.token_ids) - self.num_prompt_tokens
         processors: list[LogitsProcessor] = []
         if params.logit_bias:

@@ -48,7 +48,7 @@ def test_prefixes_are_found_within_a_tenant() -> None:
 
 
 def test_fairness_is_what_makes_the_difference() -> None:
-    """A crowd of one tenant is there before a single request of another."""
+    """A crowd of one tenant's requests is there before the single request of another."""
     trace = [Arrival(0.0, 4, 1, "crowd")] * 20 + [Arrival(0.5, 4, 1, "one")]
     delays = {}
     for fair in (True, False):

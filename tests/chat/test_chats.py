@@ -27,7 +27,7 @@ def make_llm(tokenizer: Any) -> LLM:
 
 
 class OwnTokenizer(ByteTokenizer):
-    """One that swallows every keyword, except that it knows `language`."""
+    """A tokenizer that swallows every keyword and knows only `language`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(text)
@@ -37,7 +37,7 @@ class OwnTokenizer(ByteTokenizer):
 
 
 class CheckingTokenizer(OwnTokenizer):
-    """One that passes its keywords on to what refuses wrong ones."""
+    """A tokenizer that passes its keywords on to a function that refuses wrong ones."""
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = True, **variables: Any) -> str:
         return ChatByteTokenizer(QWEN3).apply_chat_template(messages, add_generation_prompt, **variables)

@@ -106,7 +106,7 @@ def write_bin(model: Any, directory: Path, sharded: bool) -> None:
 
 
 def interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k."""
+    """Permute q and k as llama.cpp's converter does."""
     return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -408,7 +408,7 @@ def save_until(step: int, directory: Path) -> None:
 
 
 def killed_saves(directory: Path, replaces: bool) -> None:
-    """Kill saves at every step until one is not; print the `eos_token_ids` that then load, None if there is nothing."""
+    """Kill saves at each step until one is not killed; print the `eos_token_ids` that then load, or None."""
     for step in range(1000):
         if replaces:
             save(directory)

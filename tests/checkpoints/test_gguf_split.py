@@ -23,7 +23,7 @@ def model() -> Any:
 
 
 def split(whole: Path, stem: str, num_files: int, **changes: Any) -> list[Path]:
-    """Write what llama-gguf-split makes of a file: all metadata in the first, tensors in order."""
+    """Split a file as llama-gguf-split does: all metadata in the first part, tensors in order."""
     reader = gguf.GGUFReader(whole)
     size = -(-len(reader.tensors) // num_files)
     paths = []

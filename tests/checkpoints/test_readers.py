@@ -317,7 +317,7 @@ def test_gguf_tensor_problems(model: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small_files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, bytes]]:
-    """One file of each format, to be damaged; the directory of the second is complete."""
+    """One file of each format, to be damaged; the second file's directory is complete."""
     place = tmp_path_factory.mktemp("fuzz")
     write_gguf(place / "tiny.gguf", model, "Q8_0")
     directory = place / "hf"

@@ -55,7 +55,7 @@ def write_index(directory: Path, weight_map: dict[str, str], **more: Any) -> Non
 
 
 def assert_same_logits(directory: Path) -> None:
-    """transformers reads the same weights from the directory."""
+    """Assert that transformers reads the same weights from the directory."""
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -93,7 +93,7 @@ def test_a_task_without_its_directory(
 
 @pytest.mark.parametrize(("code", "expected"), [(3, 0), (1, 1)])
 def test_the_script_runs_every_task(examples: ModuleType, tmp_path: Path, code: int, expected: int) -> None:
-    """An interpreter of ours notes its arguments; with int4 it ends with `code`, of which 3 alone is no failure."""
+    """A fake interpreter records its arguments and ends with `code` for int4; only code 3 is not a failure."""
     interpreter, log = tmp_path / "python", tmp_path / "log"
     interpreter.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *int4*) exit {code};; esac\n')
     interpreter.chmod(0o755)

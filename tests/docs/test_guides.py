@@ -23,7 +23,7 @@ GUIDES = ROOT / "docs" / "guides"
 
 
 class Client:
-    """One HTTP request to an ASGI application, as a server passes it on. `leave()` is the client going away."""
+    """One HTTP request to an ASGI application, as a server passes it on. `leave()` makes the client go away."""
 
     def __init__(self, app: Any, path: str, body: dict[str, Any] | None = None, *, spec_version: str = "2.3") -> None:
         self._body: bytes | None = b"" if body is None else json.dumps(body).encode()
@@ -62,7 +62,7 @@ class Client:
         self._sent.put_nowait(message)
 
     async def leave(self) -> None:
-        """Go away; returns when the application was told and has done what it does at once."""
+        """Go away. Returns when the application has been told and has reacted."""
         self._gone.set()
         await self._told.wait()
 
@@ -128,7 +128,7 @@ async def serving(
 
 
 async def in_queue(llm: LLM, num_requests: int) -> None:
-    """Wait until so many requests have been let into the queue since the start: only those are tokenized."""
+    """Wait until that many requests have entered the queue since the start; only those are tokenized."""
     for _ in range(num_requests):
         await asyncio.to_thread(llm.tokenizer.wait_begun)
 
@@ -244,7 +244,7 @@ async def test_fastapi_engine_dies_in_a_stream(fastapi_guide: dict[str, Any]) ->
 
 
 class ChatBytes(ByteTokenizer):
-    """A chat template that is the last message."""
+    """A byte tokenizer whose chat template is the last message alone."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(text)
@@ -274,7 +274,7 @@ async def chatting(guide: dict[str, Any], gate: StepGate, num_tokens: int) -> As
 
 
 async def step_until(gate: StepGate, num_rows: int) -> None:
-    """Step until so many requests are in a step."""
+    """Step until a step has that many requests."""
     while len(gate.batches[-1].rows) != num_rows:
         await asyncio.to_thread(gate.step)
 

@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 
 class Panic(BaseException):
-    """As what a library written in Rust raises is no `Exception`."""
+    """Like the panics of libraries written in Rust, this is not an `Exception`."""
 
 
 def oracle(prompt: Sequence[int], num_tokens: int, next_token: NextToken | None = None) -> list[int]:
-    """Return what a request generates by itself, one token after another."""
+    """Return the tokens that a request generates when it runs alone, one after another."""
     model = next_token or mixing_model(VOCAB_SIZE)
     context = list(prompt)
     for _ in range(num_tokens):
@@ -49,7 +49,7 @@ def oracle(prompt: Sequence[int], num_tokens: int, next_token: NextToken | None 
 
 
 def counting_model(token_ids: Sequence[int]) -> int:
-    """Go through the alphabet, whatever the context: after 'c' comes 'd'; after 'z', 'a'."""
+    """Return the next letter of the alphabet, whatever the context: 'd' after 'c', 'a' after 'z'."""
     return ord("a") + (token_ids[-1] - ord("a") + 1) % 26
 
 
@@ -78,7 +78,7 @@ def start(function: Callable[[], T]) -> Future[T]:
 
 
 def bounded(function: Callable[[], T]) -> T:
-    """Call a function that blocks; fails when it blocks for too long."""
+    """Call a function that blocks, and fail if it blocks for too long."""
     return start(function).result(WAIT_S)
 
 
@@ -131,16 +131,16 @@ class StepGate:
         assert self._arrived.acquire(timeout=WAIT_S), "the engine made no step"
 
     def let_go(self) -> None:
-        """Let the step end in which the engine stands."""
+        """Let the current step end."""
         self._permits.release()
 
     def step(self) -> None:
-        """Let the step end in which the engine stands, and wait for the next."""
+        """Let the current step end, and wait for the next."""
         self.let_go()
         self.wait()
 
     def open(self) -> None:
-        """Hold nothing from now on."""
+        """Hold no step from now on."""
         self._is_open.set()
         self._permits.release()
 
@@ -281,7 +281,7 @@ class Steps:
     def submit(
         self, prompt: Sequence[int], num_tokens: int = 8, *, num_outputs: int = 1, priority: int = 0, **options: Any
     ) -> Request:
-        """Queue a request for `num_tokens` tokens, or a family of such and return the first."""
+        """Queue a request for `num_tokens` tokens, or a family of them; return the first."""
         options.setdefault("params", tokens(num_tokens))
         options.update(limit=self.limit, priority=priority, queued=self.now)
         members = [request_of(next(self._ids), prompt, **options) for _ in range(num_outputs)]
@@ -364,7 +364,7 @@ class Steps:
 
 
 class EngineHarness:
-    """An Engine without an LLM, to look at its invariants while requests come and go."""
+    """An Engine without an LLM, for checks of its invariants while requests come and go."""
 
     def __init__(
         self,
@@ -396,7 +396,7 @@ class EngineHarness:
         return handle
 
     def close(self) -> None:
-        """Stop the engine; fails when it does not end."""
+        """Stop the engine, and fail if it does not end."""
         self.engine.stop()
         assert self.engine.join(WAIT_S)
 

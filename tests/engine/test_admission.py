@@ -43,7 +43,7 @@ from tests.engine.helpers import (
 
 
 def small_queue(**limits: Any) -> SchedulerConfig:
-    """Return limits of one request that runs, and few that wait."""
+    """Return limits that let one request run and few wait."""
     return SchedulerConfig(max_batch_size=1, max_tokens_per_step=64, max_tokens_per_mixed_step=64, **limits)
 
 
@@ -272,7 +272,7 @@ def test_generate_that_waits_for_room_hears_of_the_end(ending: str) -> None:
 
 
 class Room:
-    """An admission for so many, and who was let in, in order."""
+    """An `Admission` with a limit, and the names of those let in, in order."""
 
     def __init__(self, max_queued_requests: int, **settings: Any) -> None:
         config = small_queue(max_queued_requests=max_queued_requests, **settings)
@@ -280,7 +280,7 @@ class Room:
         self.inside: list[tuple[str, AdmissionTicket]] = []
 
     def enter(self, name: str, **options: Any) -> Applicant:
-        """Apply under a name."""
+        """Apply for a place under a name."""
         return self.admission.apply(lambda ticket: self.inside.append((name, ticket)), **options)
 
     def names(self) -> str:
@@ -348,7 +348,7 @@ def test_an_applicant_that_withdraws_is_passed_over() -> None:
 
 
 def test_no_place_is_lost_between_threads() -> None:
-    """Threads that apply, wait, withdraw and release at random: all that stay are let in, and the room ends empty."""
+    """Threads apply, wait, withdraw and release at random: all that stay are let in, and the room ends empty."""
     admission = Admission(small_queue(max_queued_requests=3).resolve())
     inside = threading.Semaphore(3)
 
@@ -469,7 +469,7 @@ def test_waiting_in_several_loops_with_cancellation_at_any_moment_loses_nobody(s
 
 
 def test_cancelled_between_the_grant_and_the_first_step() -> None:
-    """It is being tokenized when it is aborted."""
+    """The request is aborted while it is being tokenized."""
     tokenizer = GatedTokenizer()
     gate = StepGate()
     with make_llm(on_step=gate, tokenizer=tokenizer, scheduler=small_queue(max_queued_requests=1)) as llm:

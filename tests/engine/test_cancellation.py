@@ -55,7 +55,7 @@ async def cancel_and_check(task: asyncio.Future[GenerationOutput]) -> None:
 
 @contextlib.asynccontextmanager
 async def stepping(gate: StepGate) -> AsyncIterator[None]:
-    """Let the engine make its steps, one after another, while the body waits."""
+    """Let the engine step, one step after another, while the body waits."""
 
     async def step() -> None:
         while True:

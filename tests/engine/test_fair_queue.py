@@ -22,7 +22,7 @@ class Item:
 
 
 class Shop:
-    """A queue whose items cost a token each unless the test says otherwise."""
+    """A queue whose items cost one token each unless the test says otherwise."""
 
     def __init__(self, **weights: float) -> None:
         self.queue: FairQueue[Item] = FairQueue(weights, lambda item: item.waiting)
@@ -45,7 +45,7 @@ class Shop:
         self.queue.left(self.queue.share(item.tenant))
 
     def serve(self, num_items: int, **costs: float) -> Counter[str | None]:
-        """Take so many items; return what each tenant was charged."""
+        """Take `num_items` items; return what each tenant was charged."""
         charged: Counter[str | None] = Counter()
         for _ in range(num_items):
             item = self.queue.peek()

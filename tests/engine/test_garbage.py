@@ -31,7 +31,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture
 def left_behind() -> Iterator[Callable[[], int]]:
-    """How many more objects of requests there are than before the test, with garbage collections off."""
+    """Number of objects of requests beyond those before the test, with garbage collections off."""
 
     def count() -> int:
         return sum(type(item) in (OutputLog, OutputStream, LoopWaiter) for item in gc.get_objects())
@@ -100,7 +100,7 @@ def test_threads_leave_nothing_for_the_garbage_collector(llm: LLM, left_behind: 
 
 
 def assert_none(llm: LLM, left_behind: Callable[[], int]) -> None:
-    """Wait until the engine has let go of what it still computes for nobody."""
+    """Wait until the engine has dropped the work that nobody wants any more."""
     deadline = time.monotonic() + WAIT_S
     while left := left_behind():
         assert time.monotonic() < deadline, f"{left} objects"

@@ -99,7 +99,7 @@ class Loop:
         self.task = self.loop.create_task(main)
 
     def run(self, num_turns: int = 5) -> None:
-        """Let the task come to where it waits."""
+        """Run the loop until the task waits."""
 
         async def turn() -> None:
             for _ in range(num_turns):
@@ -108,7 +108,7 @@ class Loop:
         self.loop.run_until_complete(turn())
 
     def destroy(self) -> None:
-        """Close the task's coroutine, so that none is destroyed while it waits."""
+        """Close the task's coroutine, so that it is not destroyed while it waits."""
         self.task.get_coro().close()  # type: ignore[union-attr]
 
 
@@ -217,7 +217,7 @@ def test_a_beam_search_ends_with_its_loop(new_loop: Any) -> None:
 
 @READ
 def test_a_request_ends_with_a_loop_that_is_dropped(read: Read) -> None:
-    """Not even closed: nothing refers to it, and the engine does not keep it."""
+    """The loop is not even closed: nothing refers to it, and the engine does not keep it."""
     gate = StepGate()
     with make_llm(on_step=gate) as llm:
         neighbour = llm.generate_async([9], LONG)
@@ -239,7 +239,7 @@ def test_a_request_ends_with_a_loop_that_is_dropped(read: Read) -> None:
 
 @LOOPS
 def test_a_loop_that_rests_keeps_its_requests(new_loop: Any) -> None:
-    """Stopped, and run again later; nobody but the loop refers to the task."""
+    """The loop is stopped and run again later; only the loop refers to the task."""
     with make_llm() as llm:
         results: list[list[int]] = []
 
@@ -278,7 +278,7 @@ def test_two_engines_hear_of_one_closed_loop() -> None:
 
 
 class NestingLoop(asyncio.SelectorEventLoop):
-    """May run in itself, as nest_asyncio lets a loop."""
+    """A loop that may run inside itself, as nest_asyncio allows."""
 
     def _run_once(self) -> None:
         with contextlib.suppress(IndexError):  # the run within it has done what was ready
@@ -299,7 +299,7 @@ class NestingLoop(asyncio.SelectorEventLoop):
 @pytest.mark.parametrize("num_siblings", [1, 2, 5])
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_run_within_a_run_reads_a_sibling(num_siblings: int, streaming: bool) -> None:
-    """All are woken by one call, in which the first runs the loop until the others have read."""
+    """One call wakes all readers; in it, the first one runs the loop until the others have read."""
     gate = StepGate()
     loop = NestingLoop()
 
@@ -335,7 +335,7 @@ def test_a_run_within_a_run_reads_a_sibling(num_siblings: int, streaming: bool) 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, SystemExit])
 def test_what_a_loop_lets_through_does_not_hold_up_the_others(fault: type[BaseException]) -> None:
-    """The loop is run again, and those that were woken by the same call read on."""
+    """The loop is run again, and the readers that the same call woke read on."""
     gate = StepGate()
     loop = asyncio.SelectorEventLoop()
 
@@ -433,7 +433,7 @@ FAILURES = [function for name, function in sorted(globals().items()) if name.sta
 @LOOPS
 @pytest.mark.parametrize("fail", FAILURES, ids=lambda function: function.__name__.removeprefix("fail_"))
 def test_a_failed_reader_of_a_named_handle_ends_its_request(fail: Any, new_loop: Any) -> None:
-    """As soon as its task is forgotten, without the garbage collector."""
+    """The request ends as soon as its task is forgotten, without the garbage collector."""
     permits = threading.Semaphore(4)
     let_go = threading.Event()
 

@@ -16,7 +16,7 @@ SIZE = 2
 
 
 def filled(cache: KVCacheManager, token_ids: list[int], salt: Hashable = None) -> BlockTable:
-    """Return a table whose tokens are matched where cached, and computed and registered otherwise."""
+    """Return a table for the tokens: cached blocks are matched, the others are computed and registered."""
     table = BlockTable(salt)
     cache.match_prefix(table, token_ids)
     assert cache.allocate(table, len(token_ids))
@@ -25,7 +25,7 @@ def filled(cache: KVCacheManager, token_ids: list[int], salt: Hashable = None) -
 
 
 def matched(cache: KVCacheManager, token_ids: list[int], salt: Hashable = None) -> int:
-    """Return how many tokens are found, holding nothing."""
+    """Return how many tokens are found in the cache, without keeping blocks."""
     table = BlockTable(salt)
     num_tokens = cache.match_prefix(table, token_ids)
     cache.free(table)
@@ -152,7 +152,7 @@ def test_integrity_check_sees_a_lost_reference() -> None:
 
 @dataclass
 class _Holder:
-    """What the model knows of one table."""
+    """One table, as the model sees it."""
 
     table: BlockTable
     token_ids: list[int]
@@ -165,7 +165,7 @@ class _Holder:
 
 @dataclass
 class _Model:
-    """Contents are whole prefixes, (salt, token ids from 0); the free list is a list."""
+    """The naive model: contents are whole prefixes, (salt, token ids from 0), and the free list is a list."""
 
     num_blocks: int
     free: list[int] = field(default_factory=list)

@@ -62,13 +62,13 @@ def engine_threads() -> set[threading.Thread]:
 
 @pytest.fixture
 def backends() -> list[RecordingBackend]:
-    """Backends that `keep` saw."""
+    """The backends that factories from `keep` have made."""
     return []
 
 
 @pytest.fixture
 def keep(backends: list[RecordingBackend]) -> Callable[..., RecordingBackend]:
-    """Return a factory that remembers what it makes."""
+    """Return a factory that remembers the backends it makes."""
 
     def make(**options: Any) -> RecordingBackend:
         backends.append(RecordingBackend(**options))
@@ -78,7 +78,7 @@ def keep(backends: list[RecordingBackend]) -> Callable[..., RecordingBackend]:
 
 
 def assert_closed_once(backends: Sequence[RecordingBackend]) -> None:
-    """Assert that there is one backend, closed once, by the thread that made it, which is no caller's."""
+    """Assert that one backend was made and closed once, both on the same thread, which is not a caller's."""
     (backend,) = backends
     assert backend.closed_by == [backend.made_by]
     assert backend.made_by != threading.get_ident()
@@ -244,7 +244,7 @@ async def read_all(handle: RequestHandle, outputs: list[GenerationOutput]) -> No
 
 
 class Fault(Exception):
-    """Of a device."""
+    """A fault of a device."""
 
 
 class FailingInLaunch(RecordingBackend):
@@ -608,7 +608,7 @@ async def test_draining_does_not_wait_for_a_prompt_that_is_rejected() -> None:
 
 async def test_draining_does_not_wait_for_a_blocking_prompt_that_is_rejected() -> None:
     class Broken(GatedTokenizer):
-        """Fails at bad words, which are looked at when the request has its place in the queue."""
+        """A tokenizer that fails at bad words, which are encoded once the request has its place in the queue."""
 
         def encode(self, text: str) -> list[int]:
             if "bad" not in text:
@@ -630,7 +630,7 @@ async def test_draining_does_not_wait_for_a_blocking_prompt_that_is_rejected() -
 
 
 def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
-    """As a notebook keeps the last one."""
+    """A notebook keeps the last traceback in this way."""
 
     class Chatty(ByteTokenizer):
         def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -656,7 +656,7 @@ def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
 
 
 def interrupt_main_in(function: str) -> None:
-    """Press Ctrl-C once the main thread is in a function of this name."""
+    """Send Ctrl-C once the main thread is in a function of this name."""
     until = time.monotonic() + WAIT_S
     main = threading.main_thread().ident
     assert main is not None

@@ -225,7 +225,7 @@ async def test_nothing_blocks_the_loop_while_a_prompt_is_tokenized() -> None:
 
 
 async def test_callbacks_on_the_loop_are_short_while_many_stream(caplog: pytest.LogCaptureFixture) -> None:
-    """asyncio's own detector; its limit is far above what a wake-up costs, and below what any blocking call would."""
+    """asyncio's own detector. Its limit is far above the cost of a wake-up, and below that of any blocking call."""
     loop = asyncio.get_running_loop()
     with make_llm(num_blocks=400) as llm:
         async with timeout():
@@ -312,7 +312,7 @@ print(5)
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_interpreter_exits_cleanly(ending: str) -> None:
-    """A script without a __main__ guard; neither an unclosed engine nor work in flight holds up or spoils the exit."""
+    """A script without a __main__ guard exits in time and cleanly, with an unclosed engine and with work in flight."""
     command = [sys.executable, "-W", "error", "-X", "faulthandler", "-c", SCRIPT + ENDINGS[ending]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")

@@ -21,7 +21,7 @@ def pace_for(target_ms: float) -> PromptPace:
 
 
 def run(pace: PromptPace, step_time: StepTime, num_steps: int, *, decode_only_every: int = 4) -> list[float]:
-    """Return the times of steps that take all prompt tokens that they may, but for some without any."""
+    """Return the times of steps, some without prompt tokens and the others with as many as allowed."""
     times = []
     for step in range(num_steps):
         num_tokens = 0 if step % decode_only_every == 0 else min(pace.max_prompt_tokens(), MIXED)
@@ -43,7 +43,7 @@ def test_steps_come_up_to_the_target_and_not_above(base_ms: float, token_us: flo
 
 
 def test_a_long_first_prompt_step_is_not_taken_for_the_rule() -> None:
-    """A prompt without decodes beside it has the large budget: the line leads down from there at once."""
+    """A prompt without decodes beside it gets the large budget; from there the line leads down at once."""
     pace = pace_for(20.0)
     pace.observe(2048, 5e-3 + 2048 * 50e-6)
     pace.observe(0, 5e-3)

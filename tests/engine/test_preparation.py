@@ -35,7 +35,7 @@ Submit = Callable[..., RequestHandle]
 
 
 class StuckTokenizer(GatedTokenizer):
-    """Is stuck in texts that say so, and in a template for them."""
+    """A tokenizer that gets stuck in texts that say so, and in a template for them."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(text) if "stuck" in text else ByteTokenizer.encode(self, text)
@@ -143,7 +143,7 @@ async def test_a_drain_does_not_wait_for_what_was_left() -> None:
 
 
 async def test_others_are_served_beside_threads_that_are_stuck() -> None:
-    """Four are the usual number of threads."""
+    """Four threads are stuck, which is the usual number of threads."""
     tokenizer = StuckTokenizer()
     with make_llm(tokenizer=tokenizer) as llm:
         async with timeout():
@@ -174,7 +174,7 @@ async def test_long_texts_have_threads_of_their_own() -> None:
 
 
 async def test_tiny_deadlines_pile_up_nothing() -> None:
-    """What is left before its turn holds neither its prompt nor a place, and is never tokenized."""
+    """A request that is abandoned before its turn keeps neither its prompt nor a place, and is never tokenized."""
 
     class Text(str):
         __slots__ = ("__weakref__",)
@@ -275,7 +275,7 @@ handles = [llm.generate_async("a " * 4_000_000) for _ in range(3)]
 
 
 def test_an_llm_is_collected_on_a_thread_of_its_own() -> None:
-    """Inside a lock that the engine takes at its end: the finalizer must not wait for it there."""
+    """It is collected while a lock is held that the engine takes at its end: the finalizer must not wait for that."""
     tokenizer = GatedTokenizer()
 
     def use() -> tuple[Any, weakref.ref[LLM]]:
@@ -357,7 +357,7 @@ def test_a_refused_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_engine_steps_while_a_thread_is_stuck() -> None:
-    """And an abort reaches it between two of them."""
+    """An abort reaches it between two steps."""
     tokenizer, gate = StuckTokenizer(), StepGate()
     with make_llm(tokenizer=tokenizer, on_step=gate) as llm:
         async with timeout():

@@ -16,9 +16,9 @@ from tests.engine.helpers import WAIT_S, assert_idle, bounded, make_llm, oracle,
 
 
 class Preparing(FakeBackend):
-    """Has `num_pieces` to prepare, and says in `calls` when it was asked and whether there was one left.
+    """A backend with `num_pieces` to prepare; `calls` records when it was asked and whether a piece was left.
 
-    With `failure`, that is raised for the first piece once the gate is open.
+    If `failure` is given, the first piece raises it once the gate is open.
     """
 
     def __init__(

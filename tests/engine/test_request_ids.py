@@ -32,7 +32,7 @@ PROMPT = [5, 6, 7]
 
 
 class Opaque:
-    """Neither hashable nor comparable, and not to be copied."""
+    """Metadata that can be neither hashed, compared nor copied."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -297,7 +297,7 @@ def test_statistics_can_be_pickled() -> None:
 
 
 class Faulty(ByteTokenizer):
-    """Raises `fault` where it is told to."""
+    """Raises `fault` in the method that it is told to."""
 
     def __init__(self, where: str, fault: Exception) -> None:
         self._where, self._fault = where, fault

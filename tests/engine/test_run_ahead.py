@@ -24,14 +24,14 @@ IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
 
 
 def run(run_ahead: RunAhead, result: StepResult, batch: Batch = DECODE) -> int:
-    """Launch a step and see it end; return the depth."""
+    """Launch a step and observe its end; return the depth."""
     run_ahead.launched(batch, 0.0, is_late=False)
     run_ahead.observe(result, 0.0)
     return run_ahead.depth
 
 
 def run_second(run_ahead: RunAhead, result: StepResult) -> bool:
-    """Launch a step beside another of a known kind, as late as may be, and see both end; return whether it waited."""
+    """Launch a step beside one of a known kind, as late as possible; observe both ends; return whether it waited."""
     run_ahead.launched(DECODE, 7.0, is_late=False)
     is_late = run_ahead.spare_s(7.0) > 0
     run_ahead.launched(DECODE, 7.0, is_late=is_late)
@@ -99,7 +99,7 @@ def test_a_kind_that_was_met_less_than_twice_is_not_waited_for() -> None:
 
 
 class SlowBackend(FakeBackend):
-    """Says that each step took ten seconds; remembers the rows of each."""
+    """A backend that reports ten seconds for each step, and remembers the rows of each."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(max_steps_in_flight=2, **options)

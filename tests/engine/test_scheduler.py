@@ -184,7 +184,7 @@ def test_request_that_was_preempted_enough_is_spared() -> None:
 
 
 def test_spared_request_outlasts_one_that_is_not() -> None:
-    """The order in which requests take blocks is that in which they are spared, or the wrong one has to give way."""
+    """Requests take blocks in the order in which they are spared; otherwise the wrong one would have to give way."""
     steps = Steps(num_blocks=9, max_model_len=32, max_batch_size=4, max_preemptions=1, caching=False)
     rival = steps.submit(prompt_of(16), 16, priority=2)
     spared = steps.submit(prompt_of(12, 1), 16)
@@ -278,7 +278,7 @@ def test_min_new_tokens_holds_off_stop_ids_and_strings() -> None:
 
 
 def test_stop_string_in_the_text_that_the_end_releases_is_a_stop() -> None:
-    """An unfinished character becomes U+FFFD only at the end, and only there completes the stop string."""
+    """An unfinished character becomes U+FFFD only at the end, where it completes the stop string."""
     steps = Steps(next_token=lambda _: 0xC3)
     params = tokens(1, stop=("\ufffd",))
     request = steps.submit([1], params=params, tokenizer=ByteTokenizer())

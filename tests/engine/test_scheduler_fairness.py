@@ -37,7 +37,7 @@ def served(requests: list[Request]) -> Counter[str | None]:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 5), (-3, 4)])
 def test_waiting_for_those_with_priority_is_bounded(low: int, high: int) -> None:
-    """One second a request, and each second a more urgent one comes: overtaking ends when the bound says so."""
+    """Each second one request is served and a more urgent one comes: overtaking ends at the bound."""
     steps = one_at_a_time(priority_ageing_s=3.0)
     bound_s = (high - low) * 3.0
     steps.submit([9], 1, priority=high)
@@ -55,7 +55,7 @@ def test_waiting_for_those_with_priority_is_bounded(low: int, high: int) -> None
 
 
 def test_tenants_that_wait_get_tokens_by_weight() -> None:
-    """Long prompts or long outputs, many requests or few: what counts are tokens."""
+    """Long prompts or long outputs, many requests or few: only tokens count."""
     steps = Steps(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32, num_blocks=65,
                   caching=False, tenant_weights={"big": 3.0})  # fmt: skip
     for index in range(150):
@@ -103,7 +103,7 @@ def test_using_an_idle_engine_is_not_held_against_a_tenant() -> None:
 
 
 def test_coming_late_to_a_crowd_is_no_claim_to_what_ran_before() -> None:
-    """ "eager" waits as well, but nothing was admitted since its two requests began that have run for long."""
+    """ "eager" waits as well, but nothing has been admitted since its two long-running requests began."""
     steps = Steps(max_batch_size=2, num_blocks=65, max_tokens_per_step=32, max_tokens_per_mixed_step=32)
     for index in range(2):
         steps.submit(prompt_of(4, index), 50, tenant="eager")
@@ -162,7 +162,7 @@ def test_cache_hits_and_computing_again_are_not_charged() -> None:
 
 
 def test_victim_is_the_cheapest_of_the_least_important() -> None:
-    """Equal priorities that came together: the short one goes, although the long one came later."""
+    """Of two requests of equal priority the short one is preempted, although the long one came later."""
     steps = Steps(num_blocks=11, max_model_len=36, max_batch_size=3, caching=False)
     short, long = steps.submit(prompt_of(5), 20), steps.submit(prompt_of(20, 1), 15)
     while not steps.counters.num_preemptions:
@@ -187,7 +187,7 @@ def test_each_preemption_makes_the_next_one_dearer() -> None:
 
 @pytest.mark.parametrize(("num_blocks", "fits"), [(10, True), (9, False)])
 def test_what_was_preempted_comes_back_to_more_room(num_blocks: int, fits: bool) -> None:
-    """One block more in reserve for each running request than a new one needs."""
+    """It needs one block more in reserve for each running request than a new request does."""
     steps = Steps(num_blocks=num_blocks, max_model_len=28)
     steps.submit(prompt_of(8), 8)
     steps.step()
@@ -200,7 +200,7 @@ def test_what_was_preempted_comes_back_to_more_room(num_blocks: int, fits: bool)
 
 
 def test_cheap_does_not_count_across_levels_of_effective_priority() -> None:
-    """The short one came more than a level's worth of waiting earlier."""
+    """The short request came earlier by more than a level's worth of waiting."""
     steps = Steps(num_blocks=11, max_model_len=36, max_batch_size=3, caching=False, priority_ageing_s=5.0)
     short = steps.submit(prompt_of(5), 20)
     steps.now = 6.0
@@ -330,7 +330,7 @@ def test_prompts_take_what_the_latency_leaves_of_a_step() -> None:
 
 
 def lines_run(function: Callable[[], object]) -> int:
-    """Return how many lines of the scheduler's modules a call executes."""
+    """Return the number of lines of the scheduler's modules that a call executes."""
     files = {scheduler.__file__, fair_queue.__file__}
     count = 0
 
@@ -351,7 +351,7 @@ def lines_run(function: Callable[[], object]) -> int:
 
 
 def crowded(num_waiting: int, num_tenants: int) -> Steps:
-    """Return a scheduler that is full, with so many more requests waiting."""
+    """Return a scheduler that is full, with `num_waiting` more requests waiting."""
     steps = Steps(max_batch_size=4, num_blocks=129)
     for index in range(num_waiting + 4):
         tenant = f"tenant {index % num_tenants}" if num_tenants > 1 else None

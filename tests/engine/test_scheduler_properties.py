@@ -140,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.slot is None and request.num_in_flight == 0 for request in self._collected())
 
     def _overtook(self, request: Request, passed: Request) -> bool:
-        """Return whether a request was admitted before one of the same tenant that ought to be earlier."""
+        """Return whether a request was admitted before one of its tenant that should have come first."""
         ahead = passed.priority * 10.0 - passed.stream.log.queued > request.priority * 10.0 - request.stream.log.queued
         return request.status is not RequestStatus.WAITING and request.tenant == passed.tenant and ahead
 

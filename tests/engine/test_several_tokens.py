@@ -20,12 +20,12 @@ MAX_SAMPLES = 4
 
 
 def letters(token_ids: Sequence[int]) -> int:
-    """A next token that depends on the whole context and is a letter."""
+    """Return a letter that depends on the whole context."""
     return ord("a") + sum((index + 1) * token_id for index, token_id in enumerate(token_ids)) % 26
 
 
 def json_letters(token_ids: Sequence[int]) -> int:
-    """Mostly what a JSON object of letters may go on with, and sometimes not."""
+    """Return mostly a token that may continue a JSON object of letters, and sometimes one that may not."""
     return b'{"ab": "cde", }'[sum(token_ids) % 15]
 
 
@@ -36,7 +36,7 @@ def serve(max_samples: int, **options: Any) -> LLM:
 
 
 def both(params: SamplingParams, num_prompts: int = 1, **options: Any) -> list[list[GenerationOutput]]:
-    """The outputs of one token at a time, and of several."""
+    """Return the outputs of steps with one token and of steps with several."""
     prompts = [[*PROMPT, index] for index in range(num_prompts)]
     found = []
     for max_samples in (1, MAX_SAMPLES):

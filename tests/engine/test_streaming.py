@@ -35,7 +35,7 @@ IN_FLIGHT = pytest.mark.parametrize("in_flight", [1, 2, 3])
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
-    """Counts how often another thread wakes it."""
+    """A loop that counts how often another thread wakes it."""
 
     num_wake_ups = 0
 
@@ -66,7 +66,7 @@ async def test_tokens_are_the_oracles_alone_and_in_a_crowd(in_flight: int, strea
 
 @IN_FLIGHT
 async def test_crowd_under_pressure_is_the_oracles(in_flight: int) -> None:
-    """A pool for about two requests: preemption, chunks and prefix hits happen, and aborts of every fourth."""
+    """The pool holds about two requests: there are preemptions, chunks and prefix hits; every fourth is aborted."""
     with make_llm(max_steps_in_flight=in_flight, num_blocks=17, max_model_len=48) as llm:
         async with timeout():
             prompts = [[7] * (index % 11) + [index] for index in range(24)]

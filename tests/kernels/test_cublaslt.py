@@ -17,7 +17,7 @@ PRODUCT = Product(3, 8, 16, torch.float32, torch.float32, accumulate=False, bias
 
 
 class StandIn:
-    """The library's calls on host memory: it keeps what descriptors say and computes with torch what they ask for.
+    """The library's calls on host memory: it keeps the contents of descriptors, and computes their products with torch.
 
     Attributes:
         refused: algorithms that `cublasLtMatmulAlgoCheck` refuses.

@@ -63,7 +63,7 @@ def plain_xqa(
     k_sf_cache: Tensor | None = None,
     v_sf_cache: Tensor | None = None,
 ) -> None:
-    """Check what the kernel takes for granted, since it reads raw addresses; compute row after row."""
+    """Check everything that the kernel takes for granted, since it reads raw addresses; then compute row by row."""
     num_rows, beams, num_heads, head_dim = q.shape
     assert (kv_layout, beams, num_heads % num_kv_heads) == ("HND", 1, 0)
     assert q.dtype == k_cache.dtype == v_cache.dtype == output.dtype
@@ -99,7 +99,7 @@ def plain_xqa(
 
 
 def install(monkeypatch: pytest.MonkeyPatch, xqa: Any = plain_xqa) -> None:
-    """Let `import flashinfer.xqa` find this."""
+    """Let `import flashinfer.xqa` find the given function."""
     package, module = ModuleType("flashinfer"), ModuleType("flashinfer.xqa")
     package.__spec__ = ModuleSpec("flashinfer", None, origin="here")
     package.__path__ = []
@@ -110,14 +110,14 @@ def install(monkeypatch: pytest.MonkeyPatch, xqa: Any = plain_xqa) -> None:
 
 @pytest.fixture
 def flashinfer(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real one on a GPU where it is installed, else `plain_xqa`."""
+    """The real kernel on a GPU where it is installed, `plain_xqa` elsewhere."""
     if device == "cpu" or not HAS_REAL:
         install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def on_hopper(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, torch says that there is an H100. Nothing is kept outside of the test."""
+    """Without a GPU, make torch report an H100. Nothing is kept outside of the test."""
     monkeypatch.setenv("LLMENGINE_CACHE_DIR", str(tmp_path / "cache"))
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: HOPPER)
@@ -227,7 +227,7 @@ def config_of(
 
 
 def outputs_of(backend: CudaBackend) -> list[list[int]]:
-    """Return what two requests generate in a step of chunks, one that mixes both and one of decodes."""
+    """Return the tokens of two requests from a step of chunks, a mixed step and a step of decodes."""
     driver = BackendDriver(backend, seed=3)
     first, second = (driver.add(slot, make_prompt(length, length)) for slot, length in ((1, 16), (0, 5)))
     driver.step((first, 16))

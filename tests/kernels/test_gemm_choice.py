@@ -32,9 +32,9 @@ NUM_SMS = 132
 
 
 class FakeTimer:
-    """A step takes a microsecond for each shape of `SHAPE` and `OTHER`, two where it does not run `fastest`.
+    """A timer of steps: one microsecond for each of `SHAPE` and `OTHER` that runs `fastest`, two for any other.
 
-    Each measurement takes a second of `now`.
+    Each measurement advances `now` by a second.
     """
 
     def __init__(self, file: Path, fastest: LinearConfig = FASTEST) -> None:

@@ -25,7 +25,7 @@ SIZES = [(40, 64), (21, 104), (16, 8)]
 
 
 class Case:
-    """Random operands of one product; `run` gives what an operation writes."""
+    """Random operands of one product; `run` returns the result of an operation."""
 
     def __init__(self, device: str, num_rows: int, n: int, k: int, dtype: torch.dtype, gated: bool = False) -> None:
         generator = torch.Generator(device).manual_seed(num_rows * 7919 + n * 31 + k)
@@ -54,7 +54,7 @@ class Case:
         return out
 
     def check(self, operation: Operation, config: LinearConfig, norm: bool, bias: bool, out: Tensor) -> None:
-        """Run and compare; `out` is where to write, of an operation that adds its residual."""
+        """Run and compare; an operation that adds its residual writes to `out`."""
         used_bias = self.bias if bias else None
         expected = linear_reference(
             operation,
@@ -71,7 +71,7 @@ class Case:
 
 
 def rows_of(config: LinearConfig) -> int:
-    """A number of rows for `config` that is not its block's."""
+    """Return a number of rows that does not fill a block of `config`."""
     return 1 if isinstance(config, SkinnyConfig) and config.block_m == 1 else 5
 
 

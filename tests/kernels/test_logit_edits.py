@@ -105,7 +105,7 @@ def test_a_row_has_its_own_edits_alone_and_in_any_batch(device: str) -> None:
 
 
 def test_entries_grow_while_tokens_are_generated(device: str) -> None:
-    """Each token is chosen once, since presence_penalty bars it from then on."""
+    """Each token is chosen only once, since presence_penalty then bars it."""
     vocab, known = 2100, 1020
     history = SlotHistory(0, range(known), SamplingParams(presence_penalty=2.0, repetition_penalty=100.0))
     on_device, inits = Device(1, vocab, device), [history.init()]

@@ -109,7 +109,7 @@ def norms(config: AttentionConfig, device: str, dtype: torch.dtype) -> tuple[Ten
 
 
 def assert_equal(found: Case, expected: Case) -> None:
-    """Compare all three tensors, with the NaN of what neither may touch."""
+    """Compare all three tensors, including the NaN in cells that neither may touch."""
     tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[found.out.dtype]
     for name in ("qkv", "kv", "out"):
         torch.testing.assert_close(

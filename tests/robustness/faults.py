@@ -16,7 +16,7 @@ FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
 class DeviceLost(Exception):
-    """What a driver might raise."""
+    """An error such as a driver might raise."""
 
 
 CAUSES: dict[FaultKind, type[BaseException]] = {
@@ -29,7 +29,7 @@ CAUSES: dict[FaultKind, type[BaseException]] = {
 
 
 class Faults:
-    """What is to go wrong in a `FaultyBackend`, said and seen from another thread."""
+    """Faults that a `FaultyBackend` is to show, set and read from another thread."""
 
     def __init__(self) -> None:
         self.pending: FaultKind | None = None

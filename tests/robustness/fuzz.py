@@ -79,7 +79,7 @@ class Target:
 
 @dataclass
 class Finding:
-    """What should not have happened, and the input that it happened with."""
+    """Something that should not have happened, and the input that caused it."""
 
     target: str
     index: int
@@ -88,7 +88,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Counts by target and outcome ("accepted" or the error's name), and the most that an input took."""
+    """Counts by target and outcome ("accepted" or the error's name), and the most time and memory of an input."""
 
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take in what a worker printed."""
+        """Add the counts that a worker printed."""
         for name, counts in line["outcomes"].items():
             self.outcomes.setdefault(name, Counter()).update(counts)
         for name, value in line["seconds"].items():
@@ -194,7 +194,7 @@ def mutate_text(rng: random.Random, seed: bytes, seeds: Sequence[bytes]) -> byte
 
 
 class Worker:
-    """Runs inputs one after another in this process, and counts what becomes of them."""
+    """Runs inputs one after another in this process, and counts the outcomes."""
 
     def __init__(self, targets: Sequence[Target], seed: int) -> None:
         self._targets, self._seed = targets, seed

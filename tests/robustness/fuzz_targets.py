@@ -109,7 +109,7 @@ def _hf_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def read_model(path: Path, tokenizer: bool = False) -> None:
-    """Open a model and read all that there is of it, but no weights of the many that an altered config asks for."""
+    """Open a model and read all its weights, but none of the many that only an altered config asks for."""
     source = open_model(path)
     layer_tables(source.arch, 16)
     for _ in source.weights(torch.float32):
@@ -120,7 +120,7 @@ def read_model(path: Path, tokenizer: bool = False) -> None:
 
 
 def _written(path: Path, read: Callable[[], object]) -> Callable[[int, bytes], None]:
-    """Return what writes an input to `path` and reads it there."""
+    """Return a function that writes an input to `path` and reads it there."""
 
     def run(number: int, data: bytes) -> None:
         path.write_bytes(data)
@@ -168,7 +168,7 @@ def _shards(place: Path) -> Target:
             path.write_bytes(seeds[number])
 
     def mutate(rng: Any, seed: bytes, others: Sequence[bytes]) -> bytes:
-        """Change the header as JSON, so that it is sound as such."""
+        """Change the header as JSON, so that it stays sound JSON."""
         (size,) = struct.unpack("<Q", seed[:8])
         header = mutate_json(rng, seed[8 : 8 + size], [seed[8 : 8 + size]])
         return struct.pack("<Q", len(header)) + header + seed[8 + size :]
@@ -254,7 +254,7 @@ _GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12:
 
 
 def _gguf_metadata(place: Path) -> Target:
-    """GGUF files that are sound as such, with one value or type of the metadata, or one tensor entry, changed."""
+    """GGUF files that are sound but for one changed value or type of the metadata, or one changed tensor entry."""
     path = place / "model.gguf"
     seeds = _gguf_seeds(place)
 
@@ -359,7 +359,7 @@ def _engine(place: Path) -> Target:
 
 
 def _sealed_engine(place: Path) -> Target:
-    """Manifests that carry the right hashes of what is wrong."""
+    """Manifests with wrong contents under their right hashes."""
     directories = _save_engines(place)
     seeds = [(directory / "engine.json").read_bytes() for directory in directories]
 
@@ -447,7 +447,7 @@ def _use_plans(directory: Path, cache: PlanCache) -> None:
 
 
 def _sealed_plans(place: Path) -> Target:
-    """Manifests with plans that carry the right hash of what is wrong with the plans or the list of files."""
+    """Manifests with wrong plans or a wrong list of files, under their right hash."""
     saved = [_save_plans(place, mode) for mode in get_args(WeightMode)]
     seeds = [(directory / "engine.json").read_bytes() for directory, _ in saved]
 
@@ -470,7 +470,7 @@ def _sealed_plans(place: Path) -> Target:
 
 
 def _plan_files(place: Path) -> Target:
-    """What lies beside a sound manifest, and the files of the cache: plans that are not whole are built again."""
+    """Files beside a sound manifest, and files of the cache: plans that are not whole are built again."""
     saved = [_save_plans(place, mode) for mode in get_args(WeightMode)]
     files = [
         (path, *one)
@@ -540,7 +540,7 @@ def _tokenizer(place: Path) -> Target:
 
 
 def _template_tokenizer_json() -> bytes:
-    """Return one with a normalizer, several splits and a post-processor."""
+    """Return a tokenizer.json with a normalizer, several splits and a post-processor."""
     values = json.loads(_tokenizer_json())
     values["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "_"}]}
     values["pre_tokenizer"] = {

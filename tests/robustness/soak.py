@@ -60,7 +60,7 @@ _MAX_GROWTH_BYTES = 8 << 20
 
 @dataclasses.dataclass(slots=True)
 class Totals:
-    """What is counted over all engines.
+    """Counts over all engines.
 
     Attributes:
         operations: what clients did -> how their requests ended, or what was raised: if not that the queue is full,
@@ -84,14 +84,14 @@ class Life(Soak):
     operations: dict[str, Counter[str]]
 
     def explains(self, error: BaseException) -> bool:
-        """Return whether this is what a client has to hear of this ending."""
+        """Return whether this error is the one that a client must get for this ending."""
         if self.ending in CAUSES:
             return isinstance(error, EngineDeadError) and isinstance(error.__cause__, CAUSES[self.ending])
         return self.ending != "idle" and isinstance(error, EngineClosedError)
 
 
 class HostileClient(Client):
-    """A client of the usual kinds, or of worse ones."""
+    """A client of the usual kinds, or of a worse one."""
 
     patience_s = 0.02
 
@@ -113,7 +113,7 @@ class HostileClient(Client):
         )
 
     async def run(self, until: float) -> None:
-        """Behave at random until then, or until the engine has ended."""
+        """Behave at random until a point in time, or until the engine has ended."""
         while time.monotonic() < until:
             behave = self._rng.choice(self._behaviours)
             error: BaseException | None = None
@@ -157,7 +157,7 @@ class HostileClient(Client):
         return str(output.finish_reason) if output.error is None else type(output.error).__name__
 
     async def _never_read(self) -> str:
-        """Hold a few handles and read none."""
+        """Hold a few handles and read none of them."""
         self._unread.append(self._submit())
         if len(self._unread) <= 3:
             return "held"
@@ -217,7 +217,7 @@ class HostileClient(Client):
 
 
 async def crowd(life: Life, seed: int, duration_s: float) -> None:
-    """Run the clients of one event loop; they and their tasks end in time, or that is a fault."""
+    """Run the clients of one event loop. It is a fault if they or their tasks do not end in time."""
     with anyio.move_on_after(duration_s + _LIMIT_S) as limit:
         async with anyio.create_task_group() as clients:
             until = time.monotonic() + duration_s
@@ -230,7 +230,7 @@ async def crowd(life: Life, seed: int, duration_s: float) -> None:
 
 
 def live(totals: Totals, rng: random.Random) -> None:
-    """Let one engine live and end among its clients, and note what is wrong."""
+    """Let one engine live and end among its clients, and record what went wrong."""
     threads = set(threading.enumerate())
     faults, ending = Faults(), rng.choice(_ENDINGS)
     options = {"num_blocks": rng.randint(18, 60), "max_steps_in_flight": rng.randint(1, 3)}
@@ -280,7 +280,7 @@ def live(totals: Totals, rng: random.Random) -> None:
 
 
 def within_limit(future: Future[None], life: Life, what: str) -> None:
-    """Wait for something that must not take long."""
+    """Wait for a condition that must not take long."""
     try:
         future.result(2 * _LIMIT_S)
     except FutureTimeoutError:
@@ -288,7 +288,7 @@ def within_limit(future: Future[None], life: Life, what: str) -> None:
 
 
 def check_end(life: Life, faults: Faults) -> None:
-    """Note what is wrong with an engine whose clients have gone."""
+    """Record what is wrong with an engine whose clients have gone."""
     llm, ending = life.llm, life.ending
     health = llm.health()
     if ending in CAUSES and faults.num_shown[ending]:

@@ -99,7 +99,7 @@ def test_a_verification_that_none_wrote_counts_as_none(
 
 
 def test_an_entry_of_the_cache_that_names_another_plan_is_not_used(tmp_path: Path) -> None:
-    """The other plan is whole, so its own hash does not tell."""
+    """The other plan is whole, so its own hash does not show the mistake."""
     make_targets(tmp_path, ["plan_files"])
     cache = PlanCache(tmp_path / "plan_files" / "inputs-cache")
     entries = sorted((tmp_path / "plan_files" / "inputs-cache").glob("*[0-9a-f].json"))
@@ -146,7 +146,7 @@ def test_a_template_that_does_not_compile_names_the_file(tmp_path: Path) -> None
     ],
 )
 def test_a_tokenizer_that_contradicts_itself(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The library raises a bare Exception or panics, the latter with what is no Exception."""
+    """The library raises a bare Exception, or panics with something that is not an Exception."""
     with pytest.raises(CorruptFileError, match=re.escape(str(tmp_path))):
         load_tokenizer(tokenizer_directory(tmp_path, {}, **changes), "huggingface").encode("é hello")
 

@@ -44,12 +44,12 @@ TIMEOUT_S = 0.05
 
 
 def impatient(**changes: Any) -> SchedulerConfig:
-    """Return limits of which the one for unread tokens is soon reached."""
+    """Return limits with a low one for unread tokens."""
     return SchedulerConfig(max_unread_tokens=MAX_UNREAD, **changes)
 
 
 def pass_steps(llm: LLM) -> None:
-    """Return when every request has had more steps than it may have unread tokens."""
+    """Wait until every request has had more steps than it may have unread tokens."""
     bounded(lambda: llm.generate([99], tokens(4 * MAX_UNREAD)))
 
 
@@ -96,7 +96,7 @@ async def test_consumer_that_never_reads_costs_no_more_than_its_policy_allows(
 
 @pytest.mark.parametrize("in_flight", [1, 2])
 async def test_paused_requests_give_way_to_others_and_lose_nothing(in_flight: int) -> None:
-    """Two slots and blocks for two requests: without evictions the paused ones would hold up everybody for ever."""
+    """Two slots, and blocks for two requests: without evictions the paused ones would hold up all others for ever."""
     scheduler = impatient(max_batch_size=2)
     with make_llm(scheduler=scheduler, max_steps_in_flight=in_flight, num_blocks=9, max_model_len=32) as llm:
         stuck = [llm.generate_async([n], tokens(24), streaming=True, slow_consumer="pause") for n in range(5)]
@@ -113,7 +113,7 @@ async def test_paused_requests_give_way_to_others_and_lose_nothing(in_flight: in
 
 
 def test_eviction_of_a_paused_request_does_not_change_who_is_next() -> None:
-    """It once charged the tenant, between looking who is next and taking it: somebody else was taken, and lost."""
+    """It once charged the tenant between finding and taking the next request: another one was taken, and lost."""
     steps = Steps(num_blocks=4, max_model_len=12)
     paused = steps.submit([1, 2, 3], 9, tenant="a")
     for _ in range(8):
@@ -175,7 +175,7 @@ async def test_who_waits_for_the_end_is_not_slow(policy: SlowConsumer) -> None:
 
 
 def test_a_thread_that_waits_for_several_outputs_is_slow_for_none() -> None:
-    """It once waited for one output after another, and what the others had put out counted as unread meanwhile."""
+    """It once waited for one output after another, and meanwhile the others' text counted as unread."""
     logs = [OutputLog(request_id=1, queued=0.0, index=index) for index in range(3)]
     streams = [OutputStream(log, "abort", 1) for log in logs]
     family = FamilyStream(streams)
@@ -230,7 +230,7 @@ EXTREMES: list[dict[str, Any]] = [
 
 
 def test_parameters_at_their_limits_end_no_engine(tmp_path: Path) -> None:
-    """One that exceeded 32 bits once ended the engine for everybody; another chose tokens that there are not."""
+    """A value beyond 32 bits once ended the engine for everybody; another chose tokens that do not exist."""
     save_tiny(tmp_path)
     small = KvCacheConfig(max_bytes=8 << 20)
     with LLM(ModelConfig(tmp_path, device="cpu", kv_cache_config=small), tokenizer=ByteTokenizer()) as llm:

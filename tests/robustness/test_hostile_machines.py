@@ -29,7 +29,7 @@ MAX_UNREAD = 3
 
 
 class PausingMachine(SchedulerMachine):
-    """The scheduler's machine, with requests that are paused and go on."""
+    """The scheduler's machine, with requests that pause and go on."""
 
     @precondition(lambda self: self.steps.scheduler.running)
     @rule(data=st.data())
@@ -54,7 +54,7 @@ class PausingMachine(SchedulerMachine):
 
 @dataclass(slots=True)
 class Client:
-    """What one caller has of its request."""
+    """One caller and its request."""
 
     prompt: list[int]
     num_tokens: int
@@ -64,7 +64,7 @@ class Client:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests run while the rules are drawn, so their order relative to the steps is that of the threads."""
+    """Requests run while the rules are drawn, so the threads decide their order relative to the steps."""
 
     @initialize(
         in_flight=st.integers(1, 3),
@@ -194,7 +194,7 @@ class EngineMachine(RuleBasedStateMachine):
             bounded(thread.join)
 
     def pick(self, data: st.DataObject) -> Client:
-        """Return some client."""
+        """Return one of the clients."""
         return data.draw(st.sampled_from(self.clients))
 
     def check_end(self, client: Client) -> None:
@@ -223,7 +223,7 @@ def cause_of_death(handle: RequestHandle) -> BaseException | None:
 
 
 async def leave_in_loop(handle: RequestHandle, way: str) -> None:
-    """Leave the handle as a task does."""
+    """Leave the handle in the way that a task does."""
     if way == "aclose":
         await handle.aclose()
     elif way == "athrow":

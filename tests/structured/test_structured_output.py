@@ -52,7 +52,7 @@ PERSON = {
 
 
 def random_model(seed: int, vocab_size: int = VOCAB_SIZE) -> NextToken:
-    """Return a model that wants a random token, the same for the same context."""
+    """Return a model that wants a random token, always the same one for the same context."""
 
     def next_token(token_ids: Sequence[int]) -> int:
         return random.Random(hash((seed, *token_ids))).randrange(vocab_size)
@@ -143,7 +143,7 @@ def values() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def satisfies(value: Any, schema: dict[str, Any]) -> bool:
-    """Return whether the value is what the schema of `values` allows."""
+    """Return whether the schema of `values` allows the value."""
     if "anyOf" in schema:
         return any(satisfies(value, inner) for inner in schema["anyOf"])
     if "enum" in schema:
@@ -448,7 +448,7 @@ async def test_hostile_grammars_end_and_stall_nobody() -> None:
 
 
 def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool has queued the call then."""
+    """By then the pool has queued the call."""
     moved: list[int] = []
 
     class Moving:

@@ -62,7 +62,7 @@ def allowed(mask: bytes) -> list[int]:
 
 
 def drawn(schema: dict[str, Any], draw: random.Random) -> bytes | None:
-    """A text of random tokens within the masks, fond of few keys; None where it does not come to an end."""
+    """Return a text of random tokens within the masks, with few different keys; None if it does not end."""
     grammar = COMPILER.compile(StructuredOutput(json_schema=schema), [EOS])
     text = b""
     for _ in range(300):
@@ -98,7 +98,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 
 def faults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a value by the keywords that `SCHEMAS` use."""
+    """Return what is wrong with a value by the keywords that `SCHEMAS` use."""
     if "$ref" in schema:
         schema = root["$defs"]["map"]
     for inner in schema.get("allOf", ()):
@@ -235,7 +235,7 @@ def test_a_schema_cannot_loosen_its_own_promise() -> None:
 
 
 def repeats(value: Any) -> bool:
-    """Whether the pairs of an object, at any depth, have a key twice."""
+    """Return whether an object, at any depth, has a key twice."""
     if not isinstance(value, list):
         return False
     keys = [item[0] for item in value if isinstance(item, tuple)]

@@ -257,14 +257,14 @@ def test_known_tokens_without_a_row_are_no_ends(tmp_path: Path) -> None:
 
 
 class EndingTokenizer(ByteTokenizer):
-    """A tokenizer of a caller's that says what ends an answer."""
+    """A caller's own tokenizer that says which ids end an answer."""
 
     def __init__(self, *ends: int) -> None:
         self.end_token_ids = frozenset(ends)
 
 
 class OnlyEos:
-    """One that has `eos_token_id` alone."""
+    """A caller's own tokenizer that has only `eos_token_id`."""
 
     eos_token_id = ord("z")
     special_ids: frozenset[int] = frozenset()

@@ -162,7 +162,7 @@ def test_bytes_without_tokens_are_dropped() -> None:
 
 
 class Spy:
-    """A `tokenizers.Tokenizer` that says when it was used."""
+    """A `tokenizers.Tokenizer` that records its use."""
 
     def __init__(self, wrapped: Tokenizer) -> None:
         self._wrapped = wrapped
@@ -198,7 +198,7 @@ async def test_what_cannot_fit_is_refused_unread(adapt: Any) -> None:
 
 
 def test_random_texts_fit_their_bound() -> None:
-    """Longer ones than hypothesis makes."""
+    """These texts are longer than those that hypothesis makes."""
     rng = random.Random(0)
     for tokenizer in BOUNDED.values():
         bound = bound_of(tokenizer)

@@ -179,7 +179,7 @@ def test_the_window_is_bounded(ids: list[int]) -> None:
 
 
 def _oracle(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
-    """Read character by character; the first to complete a stop ends the text, the longest of several wins."""
+    """Read character by character: the first one that completes a stop ends the text, and the longest stop wins."""
     for end in range(len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:

@@ -60,7 +60,7 @@ def json_tokenizer(scheme: str | None) -> LoadedTokenizer:
 
 
 def byte_level_tokenizer() -> LoadedTokenizer:
-    """Return one whose tokens keep their spaces."""
+    """Return a tokenizer whose tokens keep their spaces."""
     names = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIAL, *names])}
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
@@ -92,7 +92,7 @@ def piece_id(name: str, piece: str) -> int:
 
 
 def llm_writing(tokenizer: LoadedTokenizer, num_prompt: int, generated: Sequence[int]) -> LLM:
-    """Return an LLM that generates these ids behind a prompt of that many, then EOS."""
+    """Return an LLM that generates these ids, then EOS, after a prompt of the given length."""
 
     def next_token(context: Sequence[int]) -> int:
         return next(islice(generated, max(0, len(context) - num_prompt), None), EOS)
@@ -101,7 +101,7 @@ def llm_writing(tokenizer: LoadedTokenizer, num_prompt: int, generated: Sequence
 
 
 def texts_of(tokenizer: LoadedTokenizer, prompt: list[int], generated: list[int], **params: Any) -> set[str]:
-    """Return the texts that every way of asking gives, which must be one."""
+    """Return the texts of every way of asking, which must all be equal."""
     settings = SamplingParams(max_new_tokens=len(generated) + 1, logprobs=2, **params)
 
     async def read(llm: LLM) -> list[GenerationOutput]:

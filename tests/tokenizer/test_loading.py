@@ -181,7 +181,7 @@ def test_a_lone_surrogate_is_found_anywhere_in_a_long_text(smollm2: LoadedTokeni
 def test_a_long_text_is_tokenized_without_the_interpreter_lock(
     smollm2: LoadedTokenizer, adapt: Callable[[LoadedTokenizer], TokenizerProtocol]
 ) -> None:
-    """Another thread gets its turns meanwhile. With the lock it gets one, when all is over."""
+    """Meanwhile another thread gets its turns. If the lock were held, it would get one, at the very end."""
     tokenizer = adapt(smollm2)
     text = "the quick brown fox jumps over the lazy dog. " * 20_000
     begun, turns = threading.Event(), 0

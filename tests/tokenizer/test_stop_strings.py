@@ -32,7 +32,7 @@ def candidates(items: Sequence[Item], text: str) -> int | None:
 
 
 def oracle(items: Sequence[Item], stops: Sequence[str]) -> tuple[str, str | None]:
-    """Read item by item; the first stop to be complete ends the text, of several the one that cuts off the most."""
+    """Read item by item: the first complete stop ends the text; of several, the one that cuts off the most."""
     for end in range(1, len(items) + 1):
         read = items[:end]
         visible = [item for item in read if not item[1]]
@@ -96,7 +96,7 @@ def test_stops_that_do_not_count_yet_are_text(items: list[Item], stops: list[str
 
 
 class Tags:
-    """Bytes, and behind them special tokens whose text is in angle brackets."""
+    """Byte tokens, followed by special tokens whose text is in angle brackets."""
 
     texts = ("<eos>", "<start>", "<end>", "<tool>")
     special_ids = frozenset(range(256, 260))

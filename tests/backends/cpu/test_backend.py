@@ -56,7 +56,7 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(params=["native", "torch"])
 def native_directory(request: pytest.FixtureRequest) -> Path:
-    """With the native decoder, if it is built, and without."""
+    """The directory of the native decoder, if it is built, and one without it."""
     return NATIVE_DIRECTORY if request.param == "native" else NO_NATIVE
 
 
@@ -239,7 +239,7 @@ def test_the_kv_cache_is_sized_by_memory_and_by_use(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
 def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope: str) -> None:
-    """Qwen's way to long contexts: `rope_scaling` is added, `max_position_embeddings` stays."""
+    """Qwen extends contexts so: `rope_scaling` is added, and `max_position_embeddings` stays."""
     model = save_tiny(tmp_path, max_position_embeddings=64, rope_parameters=ROPES[rope])
     assert load_tiny(tmp_path).info.max_model_len == 64
     driver = BackendDriver(load_tiny(tmp_path, max_model_len=256))

@@ -43,7 +43,7 @@ PROMPTS = [
 
 
 def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIVE_DIRECTORY, **settings: Any) -> LLM:
-    """Return an LLM with limits drawn from `rng`; None: one request at a time, in one chunk, nothing reused."""
+    """Return an LLM with limits drawn from `rng`; None runs one request at a time, in one chunk, and reuses nothing."""
     batch_size = rng.choice((2, 3, 8)) if rng else 1
     mixed = max(batch_size, rng.choice((1, 9, 17, 40)) if rng else 256)
     step = max(mixed, rng.choice((1, 19, 64, 200)) if rng else 256)
@@ -68,7 +68,7 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
 
 
 def check(directory: Path, num_engines: int, num_waves: int, **settings: Any) -> bool:
-    """Return whether all schedules gave the same; asserts that preemptions and prefix hits were among them."""
+    """Return whether all schedules gave the same results; asserts that some had preemptions and prefix hits."""
     equal, cached, preemptions = check_schedules(
         partial(open_llm, directory, **settings), PROMPTS, num_engines, num_waves
     )
@@ -98,7 +98,7 @@ def test_schedules_of_another_family(tmp_path: Path) -> None:
 
 
 def test_without_it_schedules_differ(tmp_path: Path) -> None:
-    """Else the tests above would show nothing."""
+    """Otherwise the tests above would prove nothing."""
     save_tiny(tmp_path)
     assert not check(tmp_path, 5, 4, deterministic=False)
 

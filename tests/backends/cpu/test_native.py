@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def own_name() -> str:
-    """The file name of the variant that this processor takes; skips the test where it is not built."""
+    """File name of the variant that this processor uses; skips the test where it is not built."""
     try:
         return f"_native_{load_native_library(NATIVE_DIRECTORY).variant}{SUFFIX}"
     except NativeUnavailableError as error:
@@ -51,7 +51,7 @@ def own_name() -> str:
 
 @pytest.fixture(params=["own", "generic"])
 def native_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A directory with the library; "generic" has the variant for any processor in the place of its own."""
+    """A directory with the library; "generic" has the variant for any processor in place of this processor's own."""
     name = own_name()
     if request.param == "own":
         return NATIVE_DIRECTORY
@@ -66,7 +66,7 @@ def prompt(length: int) -> list[int]:
 
 
 def run_mixed_steps(backend: CpuBackend) -> tuple[list[TokenLogprobs], list[list[int]]]:
-    """Drive requests of several lengths through chunks, mixed steps and decodes; return all that comes out."""
+    """Drive requests of several lengths through chunks, mixed steps and decodes; return all results."""
     driver = BackendDriver(backend, seed=5)
     long, short, middle = (
         driver.add(slot, prompt(length), ALL_LOGPROBS) for slot, length in ((3, 70), (0, 1), (6, 21))
@@ -119,7 +119,7 @@ def test_half_precision_weights_are_computed_in_float32(tmp_path: Path, native_d
 
 
 def run_large_steps(driver: BackendDriver) -> tuple[list[TokenLogprobs], list[list[int]]]:
-    """Drive chunks of more than `MAX_FEW_TOKENS` tokens, alone and beside decodes; return all that comes out."""
+    """Drive chunks of more than `MAX_FEW_TOKENS` tokens, alone and beside decodes; return all results."""
     length = 2 * MAX_FEW_TOKENS
     long, other, short = (
         driver.add(slot, prompt(size), ALL_LOGPROBS) for slot, size in ((2, length + 44), (5, length - 9), (1, 3))

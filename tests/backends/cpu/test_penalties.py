@@ -115,7 +115,7 @@ def test_masks_leave_only_what_they_allow() -> None:
 
 
 class SpacedTokenizer(ByteTokenizer):
-    """Bytes, but "b" after a space is one token, 200; BOS in front."""
+    """Byte tokens with BOS in front, except that a space and "b" are one token, 200."""
 
     special_ids = frozenset({256})
 

@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausal
 
 
 def check(entries: list[TokenLogprobs], expected: torch.Tensor, following: list[int], count: int) -> None:
-    """Compare with transformers' log-probabilities [n, vocab] after the tokens before."""
+    """Compare with transformers' log-probabilities [n, vocab], each given the tokens before it."""
     assert len(entries) == len(following)
     for entry, row, token_id in zip(entries, expected, following, strict=True):
         values, ids = row.topk(count)

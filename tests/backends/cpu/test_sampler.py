@@ -44,7 +44,7 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0, scale: float
 
 
 def reference_distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """Return float64 [vocab], what transformers' warpers make of logits [vocab]."""
+    """Return the distribution, float64 [vocab], that transformers' warpers make of logits [vocab]."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
     if params.top_k:
         warpers.append(TopKLogitsWarper(params.top_k))

@@ -13,7 +13,7 @@ from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 
 
 def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **settings: Any) -> CudaBackend:
-    """Return the backend for a directory's checkpoint, with steps of up to four requests; float32 unless told."""
+    """Return the backend for a directory's checkpoint, for up to four requests a step; by default in float32."""
     config = ModelConfig(
         directory,
         scheduler_config=SchedulerConfig(

@@ -36,7 +36,7 @@ Form = tuple[str, ...]
 
 @pytest.fixture
 def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> set[Form]:
-    """The forms of the kernels that were launched, or compiled without being launched."""
+    """Forms of the kernels that were launched, or compiled without being launched."""
     if device != "cpu":
         pytest.skip("launches are recorded in the interpreter")
     forms: set[Form] = set()
@@ -54,7 +54,7 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> set[Form]:
 
 
 def specialized(kernel: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[str]:
-    """Yield what Triton tells apart: constants and None, types, 1, and multiples of 16 in numbers and addresses."""
+    """Yield what Triton specializes on: constants and None, types, 1, and numbers and addresses divisible by 16."""
     unspecialized = kernel.kwargs.get("do_not_specialize") or ()
     annotations = inspect.get_annotations(kernel.fn)
     for name, value in inspect.signature(kernel.fn).bind(*args, **kwargs).arguments.items():

@@ -37,13 +37,13 @@ PARAMS = SamplingParams(logprobs=2, prompt_logprobs=3)
 
 @pytest.fixture(autouse=True)
 def products_by_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter products are numpy's, in which rows are added up by their place; on a GPU all are alike."""
+    """Compute products row by row in the interpreter: numpy adds rows up by their place, a GPU all alike."""
     if device == "cpu":
         monkeypatch.setattr(np, "matmul", partial(np.einsum, "mk,kn->mn"))
 
 
 def take(driver: BackendDriver, request: DrivenRequest, *parts: tuple[DrivenRequest, int]) -> list[TokenLogprobs]:
-    """Do a step and return all log-probabilities of one request."""
+    """Run a step and return all log-probabilities of one request."""
     result = driver.step(*parts)
     slot = request.slot
     return [*result.prompt_logprobs.get(slot, ()), *result.logprobs.get(slot, ())]
@@ -113,7 +113,7 @@ def test_products_of_any_number_of_rows_are_those_of_each_row(device: str, opera
 
 @pytest.mark.parametrize("window", [0, 20])
 def test_attention_is_the_same_however_a_row_is_cut(device: str, window: int) -> None:
-    """Also where a window begins within a tile, and where the queries before have tiles that the last ones have not."""
+    """Also where a window begins within a tile, and where earlier queries have tiles that the last ones do not have."""
     small = device == "cpu"
     config = AttentionConfig(4, 2, 16 if small else 128, sliding_window=window)
     launch = PrefillLaunch(rows=16, tile=16, num_warps=4, num_stages=1) if small else None
@@ -208,7 +208,7 @@ def test_random_schedules_of_whole_engines(tmp_path: Path, device: str, family: 
 
 
 def test_without_it_schedules_differ(tmp_path: Path, device: str) -> None:
-    """Else the test above would show nothing."""
+    """Otherwise the test above would prove nothing."""
     if device == "cpu":
         pytest.skip("on a GPU only")
     save_tiny(tmp_path, **GPU_SHAPE)

@@ -24,7 +24,7 @@ PROMPT = random.Random(0).choices(range(3, 101), k=13)
 
 
 def run(directory: Path, device: str, dtype: Any, prompt: list[int] = PROMPT) -> tuple[list[int], list[TokenLogprobs]]:
-    """Return the prompt with two greedy tokens, the prompt in two chunks, and the logprobs of the tokens."""
+    """Run the prompt in two chunks; return it with two greedy tokens, and the logprobs of those tokens."""
     config = ModelConfig(
         directory,
         kv_cache_config=KvCacheConfig(block_size=16, max_bytes=1 << 20),

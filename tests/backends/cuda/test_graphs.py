@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder(HostStream):
-    """Says what was captured and what was replayed; refuses to capture where it is told to."""
+    """Records what was captured and what was replayed; refuses to capture where it is told to."""
 
     def __init__(self, refuses: bool = False) -> None:
         self.log: list[str] = []

@@ -11,7 +11,7 @@ from tests.backends.helpers import BackendDriver, save_tiny
 
 
 def test_masked_and_plain_rows_share_steps_in_flight(tmp_path: Path, device: str) -> None:
-    """A mask counts for its step alone, and a slot without one may choose what it wants."""
+    """A mask counts only for its step, and a slot without a mask may choose any token."""
     save_tiny(tmp_path, **SMALL)
     backend = load(tmp_path, device)
     driver = BackendDriver(backend)

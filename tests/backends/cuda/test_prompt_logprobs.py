@@ -31,7 +31,7 @@ def check(entries: Sequence[TokenLogprobs], model: Any, prompt: list[int], count
 
 
 def test_two_requests_in_chunks_beside_others(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few logits at a time; a chunk of one token; decodes and chunks that want none in the same steps."""
+    """Few logits at a time, a chunk of one token, and decodes and chunks in the same steps that ask for none."""
     monkeypatch.setattr(sampling, "MAX_LOGITS", 4 * 101)
     model = save_tiny(tmp_path, **SMALL)
     backend = load_cuda(tmp_path, device)

@@ -115,14 +115,14 @@ def fake_library(fake: FakeTensorRt, rtx: bool = False) -> Library:
 
 
 def fake_plan(spec: SegmentSpec, constants: Mapping[str, Tensor] | None = None) -> bytes:
-    """Return what the fake deserializes: a spec and the weights that the plan holds, by their names in it."""
+    """Return bytes that the fake deserializes: a spec, and the weights that the plan holds, by name."""
     file = io.BytesIO()
     torch.save({"spec": spec.to_dict(), "constants": dict(constants or {})}, file)
     return file.getvalue()
 
 
 class Executor:
-    """Computes segments as their networks say, where a library is here to define them, else by the reference."""
+    """Computes segments by their networks where there is a library to define them, and by the reference elsewhere."""
 
     def __init__(self) -> None:
         self._interpreters: dict[str, Interpreter] = {}
@@ -184,7 +184,7 @@ class LiveMemory:
 
 
 class _Part:
-    """What all objects of the library share: calls that can be told to fail."""
+    """Base of all objects of the library: calls that can be told to fail."""
 
     def __init__(self, fake: FakeTensorRt, logger: Logger) -> None:
         self._fake, self._logger = fake, logger
@@ -279,7 +279,7 @@ class FakeEngine(_Part):
         return list(self._io)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        """Return which it is."""
+        """Return whether it is an input or an output."""
         self._fails("get_tensor_mode")
         modes = self._fake.TensorIOMode
         return modes.INPUT if name in self.inputs else modes.OUTPUT
@@ -297,7 +297,7 @@ class FakeEngine(_Part):
         return names[self._io[name][0]]
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        """Return its shape, -1 for what is dynamic."""
+        """Return its shape, -1 for dynamic sizes."""
         return [dim if isinstance(dim, int) else -1 for dim in self._io[name][1]]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
@@ -353,7 +353,7 @@ class FakeContext(_Part):
         self._scratch = (memory, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Refuse what is outside the profile."""
+        """Set the shape; refuses one outside the profile."""
         assert not self._has_run, "a graph may have been captured from this context"
         if self._profile is None:
             raise Misuse("a shape before the profile")
@@ -371,13 +371,13 @@ class FakeContext(_Part):
         return [tensor.name for tensor in self._spec.inputs if tensor.name not in self._shapes]
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        """Return an output's shape, -1 for what is not known."""
+        """Return an output's shape, -1 for unknown sizes."""
         if "get_tensor_shape" in self._fake.failing:
             return [-1, -1]
         return list(self._shape(name))
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        """Remember it; what is there is looked up in the execution."""
+        """Remember the address; the memory there is looked up in the execution."""
         self._check_thread()
         self._addresses[name] = memory
         known = name in self._engine.inputs or name in self._engine.outputs

@@ -58,7 +58,7 @@ class Interpreter:
         self._steps = self._sort([self._step(network.get_layer(i)) for i in range(network.num_layers)])
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs by name; the inputs must be all there, of the declared types and shapes, on one device."""
+        """Return the outputs by name. All inputs must be given, with the declared types and shapes, on one device."""
         assert feeds.keys() == self._inputs.keys(), f"inputs {sorted(feeds)} instead of {sorted(self._inputs)}"
         for name, tensor in self._inputs.items():
             self._check(name, feeds[name], self._dtypes[tensor.dtype], tuple(tensor.shape))
@@ -85,7 +85,7 @@ class Interpreter:
                     assert sizes.setdefault(label, size) == size, f"{name}: {label} is {size} and {sizes[label]}"
 
     def _sort(self, steps: list[_Step]) -> list[_Step]:
-        """Return the layers that the outputs need, each after those it reads: a network has them in any order."""
+        """Return the layers that the outputs need, each after those it reads; a network has them in any order."""
         by_output = {step.output: step for step in steps}
         done: dict[str, _Step] = {}
 

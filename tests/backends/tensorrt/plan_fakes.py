@@ -48,7 +48,7 @@ class FakeBuild:
 
 
 def fake_plan(job: PlanJob) -> bytes:
-    """Return a plan that says what it is of."""
+    """Return a plan that records what it was built from."""
     constants = None if job.weights is None else hashlib.sha256(job.weights.read_bytes()).hexdigest()
     content = {
         "fingerprint": job.spec.fingerprint(),
@@ -60,7 +60,7 @@ def fake_plan(job: PlanJob) -> bytes:
 
 
 def content_of(plan_set: PlanSet) -> dict[str, Mapping[str, Any]]:
-    """Return what the fake plans of a set say, after checking that they are of its segments."""
+    """Return the records of a set's fake plans, after checking that the plans are of its segments."""
     contents = {name: json.loads(plan.read()) for name, plan in plan_set.plans.items()}
     for segment in plan_set.segments:
         assert contents[segment.plan_name]["fingerprint"] == segment.spec.fingerprint()

@@ -102,7 +102,7 @@ def interpreted(library: Library, segment: PlacedSegment, weights: Mapping[str, 
 
 
 def weight_feeds(segment: PlacedSegment, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is bound to a segment's weight inputs."""
+    """Return the tensors that are bound to a segment's weight inputs."""
     names = segment.weight_names()
     return {weight.name: weights[names[weight.name]].view(weight.plan_shape) for weight in segment.spec.weight_inputs}
 

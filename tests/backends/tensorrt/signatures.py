@@ -75,7 +75,7 @@ def arity_of(parameters: str) -> Arity:
 
 
 def accepts(overloads: list[Arity], num_arguments: int) -> bool:
-    """Say whether some overload takes that many arguments."""
+    """Return whether some overload takes that many arguments."""
     return any(least <= num_arguments <= most for least, most in overloads)
 
 

@@ -15,7 +15,7 @@ from tests.backends.tensorrt.segment_helpers import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How a plan computes.
+    """The ways in which a plan computes.
 
     Attributes:
         fused: only what leaves the plan, and what a product reads, is rounded.

@@ -82,7 +82,7 @@ def make_context(fake: FakeTensorRt, source: ModelSource) -> SegmentsContext:
 
 
 def take_times(monkeypatch: pytest.MonkeyPatch, ours: float, theirs: float) -> None:
-    """Let each step take so long, without running it."""
+    """Pretend that each step takes the given time, without running it."""
 
     def measured(segments: Any, context: SegmentsContext, num_tokens: int) -> float:
         return ours if isinstance(segments, TensorRtSegments) else theirs

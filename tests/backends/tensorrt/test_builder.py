@@ -255,7 +255,7 @@ def test_a_worker_measures_on_the_gpu_of_the_request(tmp_path: Path, monkeypatch
 
 
 def measuring(library: Library) -> Library:
-    """The library as if it were one that measures while it builds; its calls for that exist in both."""
+    """The library, made to look like one that measures while it builds; its calls for that exist in both."""
     return dataclasses.replace(library, features=dataclasses.replace(library.features, timing_cache=True))
 
 

@@ -71,7 +71,7 @@ def test_the_largest_error_exceeds_its_limit_as_seldom_as_promised(count: int, s
 
 
 def test_the_limit_is_no_higher_than_it_has_to_be() -> None:
-    """One error in 10,000 that is five times what it should be is seen where 100 rows tell."""
+    """With 100 rows, one error in 10,000 that is five times too large is found."""
     assert largest_rms(10_000_000, 1, 1e-9) < 9.5
     assert largest_rms(10_000, 100, 1e-9) < 1.6
     assert criterion.local_limit(960, 2048, 1.0) < 2.5
@@ -104,7 +104,7 @@ def test_sound_plans_of_larger_models_and_steps_pass(dtype: Any, width: str, row
 
 
 def test_a_small_model_may_be_summed_in_fp16() -> None:
-    """As TensorRT 8.6 did with SmolLM2-135M on an H100, with the right text; the earlier criterion refused it."""
+    """TensorRT 8.6 did so with SmolLM2-135M on an H100, and the text was right; the earlier criterion refused it."""
     for kind in ("first", "mid", "last"):
         spec = spec_of("135m", kind, "float16")
         sizes, tensors = given(spec, 64)
@@ -239,7 +239,7 @@ def test_a_plan_of_something_else_is_refused(kind: str, change: Callable[[Tensor
 
 
 def test_a_norm_whose_squares_overflow_is_refused() -> None:
-    """Outliers as real hidden states have them are part of what is tried."""
+    """The tried inputs include outliers like those of real hidden states."""
     spec = spec_of("135m", "first", "float16")
     sizes, tensors = given(spec, 8)
     x, weight = tensors["x"], tensors["input_norm.weight"].float()

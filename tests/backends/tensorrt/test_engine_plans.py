@@ -49,7 +49,7 @@ def save_with(directory: Path, plans: PlanSet) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> PlanSet:
-    """An engine in tmp_path / "e" with fake plans; what was saved."""
+    """The plans that were saved, as fakes, in the engine tmp_path / "e"."""
     plans = get(tmp_path / "cache-of-the-builder", FakeBuild())
     plans = plans.replace(verification={"device": "NVIDIA L4", "checks": []}, library_cache=b"kernels")
     save_with(tmp_path / "e", plans)
@@ -286,7 +286,7 @@ def test_verify_finds_plans_of_another_version(
 
 @pytest.mark.parametrize("mode", ["inputs", "constants"])
 def test_plans_of_an_engine_are_run_where_they_can_be(tmp_path: Path, device: str, mode: Any) -> None:
-    """Run by the stand-in for TensorRT, since no plan can be run on the machines of the tests."""
+    """A stand-in for TensorRT runs them, since the machines of the tests can run no plan."""
     source = make_source(path=tmp_path)
     weights = {name: tensor.to(device) for name, tensor in source.weights(torch.float16)}
     plans = fake_plan_set(segments_of(ARCH, "float16", make_profiles(4, 16), mode), weights)

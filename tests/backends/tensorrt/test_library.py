@@ -35,7 +35,7 @@ except ConfigError as error:
 
 
 def load_with(directory: Path, **modules: str) -> str:
-    """Return what loading says where only these modules are installed: name -> source of its __init__.py."""
+    """Return loading's message where only these modules are installed: name -> source of its __init__.py."""
     for name, source in modules.items():
         package = directory / name
         package.mkdir()
@@ -120,7 +120,7 @@ def test_a_library_that_builds_for_the_device_at_hand_is_told_no_other(library: 
 
 
 def run_as_thread_of_the_library(function: Callable[[], None]) -> None:
-    """Run a function in a thread that `threading` does not know, as those that a library starts."""
+    """Run a function in a thread that `threading` does not know, like the threads that a library starts."""
     done = threading.Event()
     _thread.start_new_thread(lambda: (function(), done.set()), ())
     assert done.wait(30)
@@ -224,7 +224,7 @@ def test_the_real_library_only_logs_what_is_wrong_and_the_call_fails(
 
 
 def test_several_threads_use_the_real_library(library: Library) -> None:
-    """Only those that make a mistake are told."""
+    """Only the threads that make a mistake get the error."""
     turns = threading.Barrier(6)
 
     def define(number: int) -> bool:

@@ -40,7 +40,7 @@ def names(directory: Path) -> list[str]:
 
 
 def check_whole(directory: Path) -> None:
-    """Every plan in a cache is complete, and nothing else is left but what a killed build leaves."""
+    """Assert that every plan in a cache is complete, and that nothing is left over but a killed build's files."""
     for path in directory.iterdir():
         if path.suffix == ".plan":
             assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem

@@ -27,7 +27,7 @@ ARGUMENTS = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--conc
 
 @pytest.fixture
 def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTensorRt:
-    """Let `LLM` load the CUDA backend, with the fake library where it is to use TensorRT."""
+    """Let `LLM` load the CUDA backend, with the fake library wherever TensorRT is asked for."""
     fake = FakeTensorRt(torch.device(device, 0))
     monkeypatch.setenv("LLMENGINE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "choose_device", lambda name: device if device == "cpu" else f"{device}:0")

@@ -111,7 +111,7 @@ QUERIES = ["get_tensor_name", "get_tensor_mode", "get_tensor_profile_shape", "in
     [*VOID, *QUERIES, *PREPARING, *RUNNING, "deserialize_cuda_engine", "create_runtime_cache", "set_runtime_cache"],
 )
 def test_a_call_that_only_logs_an_error_has_failed(fake: FakeTensorRt, call: str) -> None:
-    """As `set_device_memory` of TensorRT 8.6, which said that it did nothing, to the log."""
+    """TensorRT 8.6's `set_device_memory` did nothing, and said so only in the log."""
 
     def load_and_run() -> None:
         plan, sizes = loaded(fake, rtx=True), Sizes(3)
@@ -125,7 +125,7 @@ def test_a_call_that_only_logs_an_error_has_failed(fake: FakeTensorRt, call: str
 
 
 def test_runtimes_on_several_threads_fail_for_their_own_errors_only(device: str) -> None:
-    """All of them log through the one handle that the process registered first."""
+    """All of them log through the handle that the process registered first."""
     sound, unsound = FakeTensorRt(torch.device(device)), FakeTensorRt(torch.device(device))
     library = fake_library(sound)
     unsound.complaining.add("device_memory_size_v2")

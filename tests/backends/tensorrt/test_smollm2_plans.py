@@ -52,7 +52,7 @@ def model_path() -> Path:
 
 
 class InterpretedSegments:
-    """`models.decoder.Segments` of three networks, in `dtype` inside and fp32 outside, as the CPU's attention is."""
+    """`models.decoder.Segments` of three networks: `dtype` inside, and fp32 outside for the CPU's attention."""
 
     def __init__(self, library: Library, arch: ModelArch, dtype: str, weights: dict[str, Tensor]) -> None:
         profiles = make_profiles(SCHEDULER.max_batch_size, SCHEDULER.max_tokens_per_step)
@@ -155,7 +155,7 @@ class InterpretedBackend:
 
 @pytest.fixture(scope="module")
 def reference() -> LlamaForCausalLM:
-    """transformers' Llama with our weights; that they are the file's is tested with the torch backend."""
+    """transformers' Llama with our weights; the torch backend's tests check that these are the file's."""
     source = open_model(model_path())
     arch = source.arch
     config = LlamaConfig(

@@ -40,7 +40,7 @@ SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("library", "net
 
 
 def used_calls(library: Library, directory: Path) -> Calls:
-    """Return everything that is used; `directory` takes temporary files."""
+    """Return all members that are used; `directory` takes temporary files."""
     calls = recorded_calls(library, directory)
     for member in (*protocol_members(), *named_members()):
         calls[member[0]] |= member[1]
@@ -48,7 +48,7 @@ def used_calls(library: Library, directory: Path) -> Calls:
 
 
 def recorded_calls(library: Library, directory: Path) -> Calls:
-    """Return what defining and building segments uses, in every weight mode and with a timing cache."""
+    """Return the members that defining and building segments uses, in every weight mode and with a timing cache."""
     calls: Calls = defaultdict(set)
     features = dataclasses.replace(library.features, timing_cache=True)
     recording = dataclasses.replace(library, trt=Proxy(library.trt, calls), features=features)
@@ -68,7 +68,7 @@ def recorded_calls(library: Library, directory: Path) -> Calls:
 
 
 def protocol_members() -> Iterator[tuple[str, set[int]]]:
-    """Yield what the runtime's protocols declare."""
+    """Yield the members that the runtime's protocols declare."""
     for protocol, name in PROTOCOLS.items():
         for attribute in inspect.get_annotations(protocol):
             yield f"{name}.{attribute}", set()
@@ -78,7 +78,7 @@ def protocol_members() -> Iterator[tuple[str, set[int]]]:
 
 
 def named_members() -> Iterator[tuple[str, set[int]]]:
-    """Yield what the sources spell out after the module's name, and what is required of a library."""
+    """Yield the members that the sources spell out after the module's name, and those required of a library."""
     for source in SOURCES:
         tree = ast.parse(source.read_text())
         scopes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -95,7 +95,7 @@ def named_members() -> Iterator[tuple[str, set[int]]]:
 
 
 def mentioned_names() -> set[str]:
-    """Return all names of attributes and all texts in the sources: a call that nothing recorded is among them."""
+    """Return all names of attributes and all texts in the sources, which include calls that nothing recorded."""
     nodes = [node for source in SOURCES for node in ast.walk(ast.parse(source.read_text()))]
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     return attributes | {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -121,7 +121,7 @@ def after_module(node: ast.AST, aliases: Mapping[str, str] = MappingProxyType({}
 
 
 class Proxy:
-    """Stands for an object of the library and writes down what is used of it."""
+    """Stands for an object of the library and records which members are used."""
 
     __slots__ = ("_calls", "_object")
 
