@@ -17,12 +17,12 @@ from typing import Any, Literal, Self
 
 from llmengine import checks
 from llmengine.checks import requirement
+from llmengine.dtypes import DTypeChoice
 from llmengine.errors import ConfigError
 
-DType = Literal["auto", "float32", "float16", "bfloat16"]
 BackendName = Literal["auto", "torch", "tensorrt"]
 AttentionBackendName = Literal["auto", "flashinfer", "measure"]
-WeightFormat = Literal["none", "int8", "int4"]
+WeightQuantization = Literal["none", "int8", "int4"]
 
 _require_int = partial(checks.require_int, error=ConfigError)
 _require_number = partial(checks.require_number, error=ConfigError)
@@ -111,7 +111,7 @@ class QuantConfig(_Settings):
         group_size: weights that share one scale, for int4.
     """
 
-    weights: WeightFormat = "none"
+    weights: WeightQuantization = "none"
     group_size: int = 128
 
     def init_from_description(
@@ -300,7 +300,7 @@ class ModelConfig(_Settings):
     quant_config: QuantConfig = field(default_factory=QuantConfig)
     kv_cache_config: KvCacheConfig = field(default_factory=KvCacheConfig)
     scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
-    dtype: DType = "auto"
+    dtype: DTypeChoice = "auto"
     device: str = "auto"
     backend: BackendName = "auto"
     attention_backend: AttentionBackendName = "auto"

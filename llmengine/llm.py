@@ -359,30 +359,23 @@ class LLM:
         """
         if self._model is None:
             raise ConfigError("this LLM was made from a backend and has no model to save")
-        from llmengine.checkpoints.engine_dir import keeps_values, save_model
+        from llmengine.checkpoints.model_saving import dtype_to_save, save_model
         from llmengine.checkpoints.saved_plans import PlanHolder
+        from llmengine.quantization.model_formats import formats_in_use
         from llmengine.tokenizer.loading import tokenizer_to_save
 
         config, source = self._model.config, self._model.source
-        quantization: dict[str, Any] = dict(source.quantization)
-        if config.quant_config.weights != "none":
-            quantization["weights"] = config.quant_config.weights
+        formats = formats_in_use(source.formats, config.quant_config)
 
         def write(backend: Backend) -> None:
             weights = cast(SavableBackend, backend).weights
-            dtype: str = config.dtype
-            if dtype == "auto":
-                # On a CPU weights are float32, and may be more than 16 bits whatever the checkpoint's dtype.
-                stored = source.checkpoint_dtype
-                keeps = config.device != "cpu" or keeps_values(source.arch, weights(), stored, quantization)
-                dtype = stored if keeps else "float32"
             plans = backend.saved_plans() if isinstance(backend, PlanHolder) else None
             save_model(
                 directory,
                 source,
                 weights(),
-                dtype=dtype,
-                quantization=quantization,
+                dtype=dtype_to_save(config, source, formats, weights),
+                formats=formats,
                 tokenizer=self.tokenizer if hasattr(self.tokenizer, "save") else tokenizer_to_save(source),
                 plans=plans,
             )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmengine.checkpoints.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
 from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.opening import ModelSource, open_model
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.dtypes import DTypeChoice
 from llmengine.errors import LLMEngineError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from llmengine.backends.tensorrt.spec import WeightMode
     from llmengine.backends.tensorrt.weight_choice import LayerTimes
 
-DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
 FlavourName = Literal["auto", "tensorrt", "tensorrt_rtx"]
 
 
@@ -29,7 +30,7 @@ def build(
     *,
     compute_capabilities: tuple[int, ...] = (),
     flavour: FlavourName = "auto",
-    dtype: DTypeName = "auto",
+    dtype: DTypeChoice = "auto",
     weight_mode: Literal["fastest"] | WeightMode | None = None,
     scheduler_config: SchedulerConfig | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
@@ -82,7 +83,7 @@ def _options(model: Path, scheduler_config: SchedulerConfig | None, **chosen: An
 
 
 def inspect(directory: Path) -> dict[str, Any]:
-    """Return the checked manifest of a saved engine, its path and its size in bytes; reads no other file.
+    """The checked manifest of a saved engine, with its path, size and weight format; reads no other file.
 
     Raises `ModelLoadError`, `CorruptFileError`, `UnsupportedModelError`.
     """
@@ -94,7 +95,8 @@ def inspect(directory: Path) -> dict[str, Any]:
 
         SavedSet.read(source.plans, f"{manifest.where}: plans")
     size_bytes = sum(file.size_bytes for file in files.values())
-    return {"directory": str(directory), "size_bytes": size_bytes, **manifest.values}
+    facts = {"directory": str(directory), "size_bytes": size_bytes, "weight_format": str(source.formats)}
+    return {**facts, **manifest.values}
 
 
 def verified(verification: Mapping[str, Any] | None) -> str:

@@ -10,7 +10,7 @@ from llmengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmengine.batch import SavableBackend
-    from llmengine.checkpoints.opening import ModelSource
+    from llmengine.checkpoints.source import ModelSource
     from llmengine.config import ModelConfig
 
 __all__ = ["choose_device", "load_backend"]
@@ -47,8 +47,6 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     `config` is resolved. Raises `ConfigError` for a device, backend or format that is not here, `OutOfMemoryError` if
     weights or KV cache do not fit, `CorruptFileError` for damaged weights.
     """
-    if config.quant_config.weights == "int4":
-        raise ConfigError("quant_config.weights='int4' is not in this version; there are 'none' and, on a CPU, 'int8'")
     device = choose_device(config.device)
     if device == "cpu":
         if config.backend == "tensorrt":

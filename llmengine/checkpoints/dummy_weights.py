@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmengine.checkpoints.huggingface_checkpoint import read_hf_metadata
-from llmengine.checkpoints.source import ModelSource, WeightStream, weight_layout
+from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.dtypes import model_dtype_name, torch_dtype
 from llmengine.models.arch import ModelArch
+from llmengine.quantization.model_formats import DENSE_MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +44,11 @@ def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
     """
     import torch
 
-    layout = weight_layout(arch, str(dtype).removeprefix("torch."), {})
-    length = min(_NOISE_LENGTH, max(prod(shape) for _, shape in layout.values()))
+    layout = DENSE_MODEL.layout(arch, model_dtype_name(dtype))
+    length = min(_NOISE_LENGTH, max(prod(spec.shape) for spec in layout.values()))
     noise = torch.empty(length).normal_(0.0, _STD, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
-    for index, (name, (stored_dtype, shape)) in enumerate(layout.items()):
-        tensor = torch.empty(shape, dtype=getattr(torch, stored_dtype))
+    for index, (name, spec) in enumerate(layout.items()):
+        tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         if name.endswith("norm.weight"):
             tensor.fill_(1.0)
         else:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from itertools import chain
 
 from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.source import unique_ids
 from llmengine.errors import CorruptFileError
 from llmengine.tokenizer.end_tokens import gguf_known_end_ids
 
@@ -62,3 +61,8 @@ def gguf_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
 def gguf_named_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
     """Return the first of `gguf_end_ids`, those that the metadata names."""
     return unique_ids(chain.from_iterable(ids_in_vocabulary(metadata, key, vocab_size) for key in _GGUF_KEYS))
+
+
+def unique_ids(ids: Iterable[int]) -> tuple[int, ...]:
+    """The ids without repetitions, in first-seen order."""
+    return tuple(dict.fromkeys(ids))

@@ -20,7 +20,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,21 +27,17 @@ from typing import TYPE_CHECKING, Any
 
 from llmengine.checkpoints.arch_json import arch_from_dict, arch_to_dict
 from llmengine.checkpoints.atomic_directory import atomic_directory, files_below, sync_file
+from llmengine.checkpoints.canonical_weights import check_tensors
 from llmengine.checkpoints.end_token_ids import ids_in_vocabulary
 from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
 from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
-from llmengine.checkpoints.source import (
-    COPY_ELEMENTS,
-    ModelSource,
-    WeightStream,
-    check_tensors,
-    unique_ids,
-    weight_layout,
-)
+from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.dtypes import MODEL_DTYPES, ModelDType, model_dtype_name, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, RopeConfig
-from llmengine.tokenizer.end_tokens import tokenizer_end_ids
+from llmengine.quantization.formats import TensorSpec
+from llmengine.quantization.model_formats import ModelFormats
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +66,6 @@ TOKENIZER_FILES = (
 
 _BACKENDS = ("torch", "tensorrt")
 _COPY_BYTES = 1 << 22
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +98,15 @@ def save_engine(
     *,
     arch: ModelArch,
     weights: Iterable[tuple[str, torch.Tensor]],
-    dtype: str,
-    quantization: Mapping[str, Any],
+    dtype: ModelDType,
+    formats: ModelFormats,
     generation_config: Mapping[str, Any],
     eos_token_ids: Sequence[int],
     bos_token_id: int | None,
     tokenizer_files: Mapping[str, bytes] | Path,
     plans: SavedPlans | None = None,
 ) -> None:
-    """Write an engine directory; `weights` come one at a time, as `weight_layout(arch, dtype, quantization)` orders.
+    """Write an engine directory; `weights` come one at a time, as `formats.layout(arch, dtype)` orders.
 
     `tokenizer_files` maps file names to contents, or is a directory from which `TOKENIZER_FILES` are taken. An existing
     engine directory is replaced once the new one is complete, as `atomic_directory` does; a path that is not
@@ -120,16 +114,16 @@ def save_engine(
     """
     import torch
 
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: expected one of {_DTYPES}")
-    layout = weight_layout(arch, dtype, quantization)
+    if dtype not in MODEL_DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(map(repr, MODEL_DTYPES))}")
+    quantization = formats.to_json()
     manifest = _Manifest(
         format_version=FORMAT_VERSION,
         backend="torch" if plans is None else "tensorrt",
         llmengine_version=_package_version(),
         torch_version=str(torch.__version__),
         dtype=dtype,
-        quantization=dict(quantization),
+        quantization=quantization,
         parallel={"tp_size": 1, "pp_size": 1},
         arch=arch_to_dict(arch),
         model_config_hash=model_config_hash(arch_to_dict(arch), dtype, quantization),
@@ -146,88 +140,11 @@ def save_engine(
             _write_tokenizer(staging, manifest, _tokenizer_contents(tokenizer_files))
             if plans is not None:
                 _write_plans(staging, manifest, plans.files)
-            _write_weights(staging, manifest, layout, weights)
+            _write_weights(staging, manifest, formats.layout(arch, dtype), weights)
             _write_manifest(staging, manifest)
             require_replaceable(target)  # once more: writing took long, and what was put there meanwhile is not ours
     except OSError as error:
         raise EngineError(f"{target}: saving failed, the directory is as it was before: {_reason(error)}") from error
-
-
-def save_model(
-    directory: str | Path,
-    source: ModelSource,
-    weights: Iterable[tuple[str, torch.Tensor]],
-    *,
-    dtype: str,
-    quantization: Mapping[str, Any],
-    tokenizer: object,
-    plans: SavedPlans | None = None,
-) -> None:
-    """Write a loaded model as an engine directory; raises as `save_engine` does.
-
-    `weights` are the canonical weights as a backend uses them; those in float are stored in `dtype`. A `tokenizer`
-    with a method save(directory) writes its files; without one those of the source are copied. What it names as ends
-    of an answer is kept beside what the source names.
-    """
-    import torch
-
-    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(source.arch, dtype, quantization).items()}
-    ends = sorted(tokenizer_end_ids(tokenizer, source.arch.vocab_size))
-
-    def save(tokenizer_files: Mapping[str, bytes] | Path) -> None:
-        save_engine(
-            directory,
-            arch=source.arch,
-            weights=((name, _as_stored(name, tensor, stored[name])) for name, tensor in weights),
-            dtype=dtype,
-            quantization=quantization,
-            generation_config=source.generation_config,
-            eos_token_ids=unique_ids((*source.eos_token_ids, *ends)),
-            bos_token_id=source.bos_token_id,
-            tokenizer_files=tokenizer_files,
-            plans=plans,
-        )
-
-    write_tokenizer = getattr(tokenizer, "save", None)
-    if write_tokenizer is None:
-        save(_source_tokenizer(source))
-        return
-    with tempfile.TemporaryDirectory(prefix="llmengine-") as scratch:
-        write_tokenizer(Path(scratch))
-        save(_read_tree(Path(scratch)))
-
-
-def _source_tokenizer(source: ModelSource) -> Mapping[str, bytes] | Path:
-    if source.kind == "engine":
-        if not source.tokenizer_path.is_dir():
-            raise ModelLoadError(f"{source.tokenizer_path}: has gone since the model was loaded, it cannot be saved")
-        return _read_tree(source.tokenizer_path)
-    return source.tokenizer_path if source.tokenizer_path.is_dir() else {}
-
-
-def _read_tree(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
-
-
-def _as_stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if name.endswith("weight_scale") or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
-
-
-def keeps_values(
-    arch: ModelArch, weights: Iterable[tuple[str, torch.Tensor]], dtype: str, quantization: Mapping[str, Any]
-) -> bool:
-    """Return whether weights, as a backend uses them, are the same after `save_model` in `dtype`."""
-    import torch
-
-    stored = {name: getattr(torch, kind) for name, (kind, _) in weight_layout(arch, dtype, quantization).items()}
-    return all(
-        torch.equal(piece, piece.to(stored[name]).to(piece.dtype))
-        for name, tensor in weights
-        for piece in tensor.reshape(-1).split(COPY_ELEMENTS)
-    )
 
 
 def model_config_hash(arch: Mapping[str, Any], dtype: str, quantization: Mapping[str, Any]) -> str:
@@ -258,10 +175,10 @@ def open_engine(directory: Path) -> ModelSource:
 def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedFile]) -> ModelSource:
     """Return the source that a manifest, read as `fields` and `files`, describes; looks at no file."""
     arch = arch_from_dict(_arch_values(fields), f"{fields.where}: arch")
-    dtype = fields.string("dtype")
-    quantization = dict(fields.fields("quantization").values)
-    layout = weight_layout(arch, dtype, quantization)
-    expected_hash = model_config_hash(fields.fields("arch").values, dtype, quantization)
+    dtype = fields.choice("dtype", MODEL_DTYPES)
+    quantization = fields.fields("quantization")
+    formats = ModelFormats.from_json(quantization.values, arch, quantization.where)
+    expected_hash = model_config_hash(fields.fields("arch").values, dtype, quantization.values)
     if fields.string("model_config_hash") != expected_hash:
         raise fields.error("model_config_hash", f"{expected_hash} for its arch, dtype and quantization")
     plans = {name.removeprefix(f"{PLANS_DIR}/"): file for name, file in files.items() if _is_plan(name)}
@@ -278,10 +195,10 @@ def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedF
         stream=lambda wanted: _stream(
             directory / WEIGHTS_NAME,
             files[WEIGHTS_NAME],
-            layout,
-            weight_layout(arch, str(wanted).removeprefix("torch."), quantization),
+            formats.layout(arch, dtype),
+            formats.layout(arch, model_dtype_name(wanted)),
         ),
-        quantization=quantization,
+        formats=formats,
         plans=SavedPlans(dict(fields.fields("plans").values), plans) if fields.has("plans") else None,
     )
 
@@ -378,7 +295,7 @@ def _write_plans(staging: Path, manifest: _Manifest, files: Mapping[str, SavedFi
 def _write_weights(
     staging: Path,
     manifest: _Manifest,
-    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    layout: Mapping[str, TensorSpec],
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
     with (staging / WEIGHTS_NAME).open("wb") as file:
@@ -436,8 +353,7 @@ def read_manifest(directory: Path) -> Fields:
         raise CorruptFileError(f"{path}: its contents are not those expected by its {_SEAL}: altered after saving")
     for key in ("llmengine_version", "torch_version"):
         fields.string(key)
-    if fields.string("dtype") not in _DTYPES:
-        raise fields.error("dtype", f"one of {', '.join(_DTYPES)}")
+    fields.choice("dtype", MODEL_DTYPES)
     if fields.string("backend") not in _BACKENDS:
         raise UnsupportedModelError(
             f"{path}: backend {fields.string('backend')!r} is not supported; supported: {', '.join(_BACKENDS)}"
@@ -492,21 +408,21 @@ def _is_plan(name: str) -> bool:
 def _stream(
     path: Path,
     saved: SavedFile,
-    layout: Mapping[str, tuple[str, tuple[int, ...]]],
-    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    layout: Mapping[str, TensorSpec],
+    wanted: Mapping[str, TensorSpec],
 ) -> WeightStream:
     """Yield the saved tensors, which are in `layout`, as `wanted`; only floating-point dtypes may differ."""
     import torch
 
     saved.check()
     entries = read_entries(path)
-    shapes = {name: shape for name, (_, shape) in layout.items()}
+    shapes = {name: spec.shape for name, spec in layout.items()}
     check_tensors(shapes, {name: entry.shape for name, entry in entries.items()}, str(path))
-    for name, (dtype, _) in layout.items():
-        if (found := DTYPE_NAMES.get(entries[name].dtype, entries[name].dtype)) != dtype:
-            raise CorruptFileError(f"{path}: tensor {name!r} is {found}, expected {dtype}")
+    for name, spec in layout.items():
+        if (found := DTYPE_NAMES.get(entries[name].dtype, entries[name].dtype)) != spec.dtype:
+            raise CorruptFileError(f"{path}: tensor {name!r} is {found}, expected {spec.dtype}")
     with path.open("rb") as file:
-        for name, (dtype, shape) in wanted.items():
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        for name, spec in wanted.items():
+            tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
             read_tensor(file, entries[name], tensor)
             yield name, tensor

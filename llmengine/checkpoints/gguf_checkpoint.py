@@ -7,21 +7,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from llmengine.checkpoints.end_token_ids import gguf_end_ids
-from llmengine.checkpoints.gguf_arch import ROPE_TENSORS, arch_from_gguf
-from llmengine.checkpoints.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
-from llmengine.checkpoints.gguf_split import read_split_gguf
-from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.source import (
+from llmengine.checkpoints.canonical_weights import (
     COPY_ELEMENTS,
-    ModelSource,
-    WeightStream,
     check_tensors,
     read_exactly,
     stored_parts,
     stored_shapes,
     stream_fused,
 )
+from llmengine.checkpoints.end_token_ids import gguf_end_ids
+from llmengine.checkpoints.gguf_arch import ROPE_TENSORS, arch_from_gguf
+from llmengine.checkpoints.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
+from llmengine.checkpoints.gguf_split import read_split_gguf
+from llmengine.checkpoints.metadata_fields import Fields
+from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import family_of
@@ -50,7 +50,7 @@ _STORED_NAMES = {
     "mlp_out_norm": "post_ffw_norm",
 }
 _FUSED_NAMES = {**dict.fromkeys("qkv", "attn_qkv"), **dict.fromkeys(("gate", "up"), "ffn_up")}
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES: dict[str, ModelDType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_gguf(path: Path) -> ModelSource:
@@ -73,7 +73,7 @@ def open_gguf(path: Path) -> ModelSource:
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=path,
         stream=lambda dtype: _stream(gguf, arch, dtype),
-        gguf=gguf,
+        tokenizer_metadata=gguf.metadata,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmengine.checkpoints.canonical_weights import stored_parts, stream_fused
 from llmengine.checkpoints.end_token_ids import hf_end_ids
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.huggingface_tensors import (
@@ -25,7 +26,8 @@ from llmengine.checkpoints.huggingface_tensors import (
 )
 from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
-from llmengine.checkpoints.source import ModelSource, WeightStream, stored_parts, stream_fused
+from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.dtypes import MODEL_DTYPES, ModelDType, dtype_name
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.generation_config import generation_keys
 from llmengine.models.arch import ModelArch
@@ -68,7 +70,7 @@ class HfMetadata:
     """What the JSON files of a Hugging Face directory say."""
 
     arch: ModelArch
-    dtype: str | None
+    dtype: ModelDType | None
     generation_config: Fields
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -140,17 +142,18 @@ def open_hf(directory: Path) -> ModelSource:
     )
 
 
-def _config_dtype(config: Fields) -> str | None:
+def _config_dtype(config: Fields) -> ModelDType | None:
     """Return the dtype that config.json names, None where it leaves it to the files."""
     key = next((key for key in ("dtype", "torch_dtype") if config.has(key)), None)
     name = config.string(key).removeprefix("torch.") if key else "auto"
     return None if name == "auto" else _supported_dtype(_DTYPE_ALIASES.get(name, name), config.where)
 
 
-def _supported_dtype(name: str, where: str) -> str:
-    if name not in ("float32", "float16", "bfloat16"):
-        raise UnsupportedModelError(f"{where}: dtype {name!r} is not supported; use float32, float16 or bfloat16")
-    return name
+def _supported_dtype(name: str, where: str) -> ModelDType:
+    for dtype in MODEL_DTYPES:
+        if name == dtype:
+            return dtype
+    raise UnsupportedModelError(f"{where}: dtype {name!r} is not supported; use float32, float16 or bfloat16")
 
 
 def _read_safetensors(path: Path) -> Iterator[Stored[TensorEntry]]:
@@ -209,7 +212,7 @@ def _bin_weights(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]
 
 def _read_bin(path: Path) -> Iterator[Stored[torch.Tensor]]:
     for name, tensor in _load_state_dict(path).items():
-        yield Stored(path, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.detach())
+        yield Stored(path, name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.detach())
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -16,8 +16,6 @@ from llmengine.checkpoints.source import ModelSource
 from llmengine.checkpoints.unsupported_adapters import adapter_directories, refuse_adapters, refuse_gguf_adapter
 from llmengine.errors import ConfigError, ModelLoadError
 
-__all__ = ["ModelSource", "open_model"]
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -17,14 +17,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from llmengine.checkpoints.canonical_weights import COPY_ELEMENTS, read_exactly
 from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.source import COPY_ELEMENTS, read_exactly
+from llmengine.dtypes import DType, torch_dtype
 from llmengine.errors import CorruptFileError, ModelLoadError
+from llmengine.quantization.formats import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+DTYPE_NAMES: dict[str, DType] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 """Safetensors' names of the dtypes that can be read, and torch's names for them."""
 
 _DTYPE_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "BOOL": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4}
@@ -107,7 +109,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, out: torch.Tensor) -> None:
     """Fill `out` (contiguous, of `entry.shape`; a floating dtype is converted) from the open file."""
     import torch
 
-    stored = getattr(torch, DTYPE_NAMES[entry.dtype])
+    stored = torch_dtype(DTYPE_NAMES[entry.dtype])
     what = f"{entry.path}: tensor {entry.name!r}"
     file.seek(entry.offset)
     if out.dtype == stored:
@@ -135,22 +137,20 @@ def holds_same(files: Mapping[Path, BinaryIO], one: TensorEntry, other: TensorEn
 
 def write_tensors(
     file: BinaryIO,
-    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    layout: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> str:
     """Write a safetensors file and return its sha256 in hex, holding one tensor at a time.
 
-    The header precedes the data, so `layout` gives torch's dtype name and the shape of each tensor, in the order in
-    which `tensors` yields them.
+    The header precedes the data, so `layout` describes each tensor, in the order in which `tensors` yields them.
     """
     import torch
 
     codes = {name: code for code, name in DTYPE_NAMES.items()}
     header, end = {}, 0
-    for name, (dtype, shape) in layout.items():
-        code = codes[dtype]
-        begin, end = end, end + prod(shape) * _DTYPE_SIZES[code]
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    for name, spec in layout.items():
+        begin, end = end, end + spec.size_bytes
+        header[name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
@@ -159,8 +159,7 @@ def write_tensors(
         file.write(piece)
     expected = iter(layout.items())
     for name, tensor in tensors:
-        given = (name, (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
-        wanted = next(expected, None)
+        given, wanted = (name, TensorSpec.of(tensor)), next(expected, None)
         assert given == wanted, f"{given} given, expected {wanted}"
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         digest.update(data)

@@ -142,7 +142,7 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
     arch, plans = facts["arch"], facts.get("plans")
     weights = next(entry for name, entry in facts["files"].items() if name.startswith("weights."))
-    quantization = facts["quantization"].get("weights", "none")
+    weight_format = facts["weight_format"]
     lines = [
         ("engine", f"{facts['directory']}, {size_text(facts['size_bytes'])}, format {facts['format_version']}"),
         ("saved by", f"llmengine {facts['llmengine_version']}, torch {facts['torch_version']}"),
@@ -154,7 +154,7 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "weights",
-            f"{facts['dtype']}, {'not quantized' if quantization == 'none' else quantization}, "
+            f"{facts['dtype']}, {'not quantized' if weight_format == 'none' else weight_format}, "
             f"{size_text(weights['size_bytes'])}, sha256 {weights['sha256'][:16]}...",
         ),
     ]

@@ -265,8 +265,8 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
 
 def source_tokenizer(source: ModelSource) -> LoadedTokenizer:
     """Return the tokenizer of an opened model; raises as `load_tokenizer` does."""
-    if source.gguf is not None:
-        return tokenizer_from_gguf(source.gguf.metadata, str(source.gguf.path))
+    if source.kind == "gguf":
+        return tokenizer_from_gguf(source.tokenizer_metadata, str(source.tokenizer_path))
     tokenizer = load_tokenizer(source.tokenizer_path, source.kind)
     tokenizer.check_ends(source.arch.vocab_size)
     return tokenizer

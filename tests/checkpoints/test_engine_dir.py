@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from llmengine import LLM, ModelConfig
 from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.engine_dir import model_config_hash, save_engine, save_model
-from llmengine.checkpoints.opening import ModelSource, open_model
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.source import ModelSource
 from llmengine.checkpoints.source import weight_layout
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
 from tests import ROOT

@@ -34,7 +34,7 @@ from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
-from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import forward, forward_to_last

@@ -21,10 +21,12 @@ from llmengine.backends.cpu.linear import (
     quantize_int8,
 )
 from llmengine.backends.cpu.native import NativeInt8Linear, NativeLibrary
-from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
+from llmengine.quantization.formats import INT8
+from llmengine.quantization.model_formats import formats_in_use
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
@@ -107,11 +109,6 @@ class CpuModel:
                 yield f"{name}.{suffix}", tensor
 
 
-def wants_int8(config: ModelConfig, source: ModelSource) -> bool:
-    """True if the matrices are to be int8, or are stored so."""
-    return "int8" in (config.quant_config.weights, source.quantization.get("weights"))
-
-
 def load_cpu_model(
     config: ModelConfig, source: ModelSource, library: NativeLibrary | None, *, row_major: bool
 ) -> CpuModel:
@@ -123,7 +120,7 @@ def load_cpu_model(
     Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
     embedding is never quantized, the output matrix is, also where an int8 engine ties the two.
     """
-    loader = _Loader(config, source.arch, wants_int8(config, source), library, row_major)
+    loader = _Loader(config, source.arch, formats_in_use(source.formats, config.quant_config).default == INT8, library, row_major)
     for name, tensor in source.weights(_DTYPES[config.dtype]):
         loader.add(name, tensor)
     return loader.finish()

@@ -36,7 +36,7 @@ from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult
-from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS
 from llmengine.kernels.step import SlotState, end_step

@@ -16,9 +16,9 @@ from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFact
 from llmengine.backends.cuda.generic_segments import head_norm
 from llmengine.backends.cuda.step_buffer import Bucket
 from llmengine.backends.cuda.upload import Uploads
-from llmengine.checkpoints.opening import ModelSource
-from llmengine.checkpoints.source import weight_layout
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
+from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import attention_workspace, decode_attention
@@ -31,8 +31,7 @@ from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Attend, forward_to_last
 from llmengine.models.rope import layer_tables
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from llmengine.quantization.model_formats import formats_in_use
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +58,19 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     take, `OutOfMemoryError` if they do not fit.
     """
     _check_sizes(source.arch)
-    if "int8" in (config.quant_config.weights, source.quantization.get("weights")):
-        raise ConfigError("quant_config.weights='int8' is not available on CUDA in this version; use 'none'")
-    dtype = _DTYPES[source.checkpoint_dtype if config.dtype == "auto" else config.dtype]
-    layout = weight_layout(source.arch, str(dtype).removeprefix("torch."), {})
-    needed = sum(torch.Size(shape).numel() for _, shape in layout.values()) * dtype.itemsize
+    formats = formats_in_use(source.formats, config.quant_config)
+    if not formats.is_dense:
+        raise ConfigError(f"quant_config.weights={str(formats)!r} is not available on CUDA in this version; use 'none'")
+    dtype = source.checkpoint_dtype if config.dtype == "auto" else config.dtype
+    layout = formats.layout(source.arch, dtype)
+    needed = sum(spec.size_bytes for spec in layout.values())
     with memory_error_context(
         f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"
     ):
         return CudaWeights(
             {
-                name: torch.empty(shape, dtype=getattr(torch, stored), device=device)
-                for name, (stored, shape) in layout.items()
+                name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
+                for name, spec in layout.items()
             }
         )
 

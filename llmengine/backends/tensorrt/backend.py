@@ -26,10 +26,10 @@ from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans, producer_
 from llmengine.backends.tensorrt.plan_set import PlanSet
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
-from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType
+from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.backends.tensorrt.step_times import speedup, time_us, timed_sizes
 from llmengine.backends.tensorrt.verify import Verification, verify_plans
-from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import ModelSource
 from llmengine.checkpoints.saved_plans import SavedPlans
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
@@ -60,13 +60,13 @@ def prepare(config: ModelConfig, source: ModelSource, device: torch.device) -> S
     library = load_library()
     major, minor = torch.cuda.get_device_capability(device)
     library.check_device(major, minor)
-    if config.quant_config.weights != "none" or source.quantization.get("weights", "none") != "none":
+    if not formats_in_use(source.formats, config.quant_config).is_dense:
         raise ConfigError("plans of quantized weights are not in this version; set quant_config.weights='none'")
     limits = config.scheduler_config
     target = BuildTarget((10 * major + minor,))
     request = PlanRequest(
         arch=source.arch,
-        dtype=cast(PlanDType, source.checkpoint_dtype if config.dtype == "auto" else config.dtype),
+        dtype=source.checkpoint_dtype if config.dtype == "auto" else config.dtype,
         max_batch_size=limits.max_batch_size,
         max_tokens_per_step=limits.max_tokens_per_step,
         producer=producer_of(library, target, torch.cuda.get_device_name(device)),

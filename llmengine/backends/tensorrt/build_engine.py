@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
 import torch
 
@@ -16,10 +16,12 @@ from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import Library, load_library
 from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans, producer_of
 from llmengine.backends.tensorrt.plan_set import Flavour, PlanSet
-from llmengine.backends.tensorrt.spec import BuildTarget, PlanDType, WeightMode
+from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
 from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
-from llmengine.checkpoints.engine_dir import require_replaceable, save_model
+from llmengine.checkpoints.engine_dir import require_replaceable
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.source import ModelSource
+from llmengine.dtypes import DTypeChoice
 from llmengine.errors import ConfigError, UnsupportedModelError
 
 
@@ -41,7 +43,7 @@ class BuildOptions:
     max_tokens_per_step: int
     compute_capabilities: tuple[int, ...] = ()
     flavour: Literal["auto"] | Flavour = "auto"
-    dtype: Literal["auto"] | PlanDType = "auto"
+    dtype: DTypeChoice = "auto"
     weight_mode: Literal["fastest"] | WeightMode | None = None
 
 
@@ -86,7 +88,7 @@ def build_engine(
         source,
         source.weights(getattr(torch, request.dtype)),
         dtype=request.dtype,
-        quantization={},
+        formats=source.formats,
         tokenizer=tokenizer,
         plans=plans.to_saved(),
     )
@@ -99,18 +101,16 @@ def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache |
 
 
 def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
-    if source.quantization.get("weights", "none") != "none":
+    if not source.formats.is_dense:
         raise UnsupportedModelError(
-            f"{source.path}: its weights are {source.quantization['weights']}; plans are built from a checkpoint that "
+            f"{source.path}: its weights are {source.formats}; plans are built from a checkpoint that "
             "is not quantized"
         )
     library = _find_library(options.flavour)
     target, device_name = _target(library, options.compute_capabilities)
-    dtype = cast(PlanDType, source.checkpoint_dtype if options.dtype == "auto" else options.dtype)
-    assert dtype in get_args(PlanDType)
     request = PlanRequest(
         arch=source.arch,
-        dtype=dtype,
+        dtype=source.checkpoint_dtype if options.dtype == "auto" else options.dtype,
         max_batch_size=options.max_batch_size,
         max_tokens_per_step=options.max_tokens_per_step,
         producer=producer_of(library, target, device_name),

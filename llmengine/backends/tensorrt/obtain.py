@@ -16,7 +16,6 @@ from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer, SavedS
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
-    PlanDType,
     ProfileSpec,
     SegmentSpec,
     WeightMode,
@@ -45,7 +44,7 @@ class PlanRequest:
     """
 
     arch: ModelArch
-    dtype: PlanDType
+    dtype: ModelDType
     max_batch_size: int
     max_tokens_per_step: int
     producer: Producer
@@ -269,7 +268,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stream(source: ModelSource, dtype: PlanDType) -> WeightStream:
+def _stream(source: ModelSource, dtype: ModelDType) -> WeightStream:
     import torch
 
     return source.weights(getattr(torch, dtype))

@@ -14,7 +14,6 @@ from typing import Any, Literal, cast, get_args
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
-    PlanDType,
     ProfileSpec,
     SegmentSpec,
     WeightMode,
@@ -210,7 +209,7 @@ class SavedSet:
         return next(iter(self.specs.values())).weight_mode
 
     @property
-    def dtype(self) -> PlanDType:
+    def dtype(self) -> ModelDType:
         """Of activations and weights."""
         return next(iter(self.specs.values())).dtype
 

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
+from llmengine.dtypes import MODEL_DTYPES, ModelDType
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import Activation, ModelArch, canonical_shapes
 
 SegmentKind = Literal["first", "mid", "last"]
 WeightMode = Literal["inputs", "constants"]
 WeightSource = Literal["input", "constant"]
-PlanDType = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none"]
 Dim = int | Literal["T", "S"]
 """A size, or the name of one that changes from step to step: T tokens, S sampled rows."""
@@ -158,7 +158,7 @@ class SegmentSpec:
     """
 
     kind: SegmentKind
-    dtype: PlanDType
+    dtype: ModelDType
     weight_mode: WeightMode
     profiles: tuple[ProfileSpec, ...]
     inputs: tuple[TensorSpec, ...]
@@ -199,7 +199,7 @@ def _read_spec(fields: Fields) -> SegmentSpec:
     numerics = fields.fields("numerics")
     return SegmentSpec(
         kind=fields.choice("kind", get_args(SegmentKind)),
-        dtype=fields.choice("dtype", get_args(PlanDType)),
+        dtype=fields.choice("dtype", MODEL_DTYPES),
         weight_mode=fields.choice("weight_mode", get_args(WeightMode)),
         profiles=tuple(
             ProfileSpec(
@@ -304,7 +304,7 @@ def make_profiles(max_batch_size: int, max_tokens_per_step: int) -> tuple[Profil
 
 def segments_of(
     arch: ModelArch,
-    dtype: PlanDType,
+    dtype: ModelDType,
     profiles: Sequence[ProfileSpec],
     weight_mode: WeightMode = "inputs",
     quantization: Quantization = "none",
@@ -327,7 +327,7 @@ def plans_of(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
 @dataclass(frozen=True, slots=True)
 class _Maker:
     arch: ModelArch
-    dtype: PlanDType
+    dtype: ModelDType
     profiles: tuple[ProfileSpec, ...]
     weight_mode: WeightMode
     quantization: Quantization

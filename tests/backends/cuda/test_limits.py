@@ -44,7 +44,7 @@ def test_a_vocabulary_beyond_the_kernels_is_refused_when_it_is_loaded(tmp_path: 
 @pytest.mark.parametrize(
     ("function", "num_dims", "message"),
     [
-        ("empty", 2, r"weights: \d+ MiB in torch.float32 do not fit .* 3 of 80 MiB .*smaller dtype or model"),
+        ("empty", 2, r"weights: \d+ MiB in float32 do not fit .* 3 of 80 MiB .*smaller dtype or model"),
         ("zeros", 2, r"activations: .*max_tokens_per_step=32 and max_batch_size=4 do not fit .* 3 of 80 MiB"),
         ("zeros", 6, r"KV cache: \d+ MiB.* do not fit .* 3 of 80 MiB .*kv_cache_config.free_memory_fraction"),
     ],

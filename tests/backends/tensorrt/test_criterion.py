@@ -12,7 +12,7 @@ from torch import Tensor
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.criterion import largest_rms
 from llmengine.backends.tensorrt.runtime import Sizes
-from llmengine.backends.tensorrt.spec import PlanDType, SegmentSpec, make_profiles, plans_of, segments_of
+from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, plans_of, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, bound_tensors, compare, scaled_errors
 from tests.backends.tensorrt.segment_helpers import tiny_arch
 from tests.backends.tensorrt.simulated_plans import FP16_SUMS, SOUND, Ways, simulate
@@ -26,7 +26,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 }
 
 
-def spec_of(width: str, kind: str, dtype: PlanDType) -> SegmentSpec:
+def spec_of(width: str, kind: str, dtype: ModelDType) -> SegmentSpec:
     arch = tiny_arch(vocab_size=512, **WIDTHS[width])
     return plans_of(segments_of(arch, dtype, make_profiles(4096, 4096)))[kind].spec
 

@@ -18,7 +18,7 @@ from llmengine.backends.tensorrt.plan_set import SavedSet
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.weight_choice import LayerTimes
 from llmengine.batch import Backend
-from llmengine.checkpoints.opening import ModelSource
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 

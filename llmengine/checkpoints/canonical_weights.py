@@ -1,0 +1,122 @@
+"""From a checkpoint's tensors to canonical weights: what the readers of all file formats have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from llmengine.checkpoints.source import WeightStream
+from llmengine.dtypes import model_dtype_name, torch_dtype
+from llmengine.errors import CorruptFileError
+from llmengine.models.arch import ModelArch, fused_parts, head_order
+from llmengine.quantization.model_formats import DENSE_MODEL
+
+if TYPE_CHECKING:
+    import torch
+
+COPY_ELEMENTS = 1 << 22
+"""Elements converted at a time, so that a temporary copy of a large embedding stays small."""
+
+
+def stream_fused(arch: ModelArch, dtype: torch.dtype, read_part: Callable[[str, torch.Tensor], None]) -> WeightStream:
+    """Yield the canonical weights of `arch`, none of them quantized; `read_part(name, out)` fills each part's rows, in `fused_parts` order.
+
+    Heads of q and k are brought from the checkpoint's order of rows into `head_order`.
+    """
+    import torch
+
+    layout, order = DENSE_MODEL.layout(arch, model_dtype_name(dtype)), head_order(arch)
+    for name, parts in fused_parts(arch).items():
+        fused = torch.empty(layout[name].shape, dtype=torch_dtype(layout[name].dtype))
+        row = 0
+        for part, shape in parts:
+            rows = fused[row : row + shape[0]]
+            read_part(part, rows)
+            if order is not None and part.split(".")[-2] in ("q", "k", "q_norm", "k_norm"):
+                for head in rows.split(arch.head_dim):
+                    head.copy_(head[list(order)])
+            row += shape[0]
+        yield name, fused
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """Where a checkpoint has a part: rows [first_row, first_row + num_rows) of a tensor with `total_rows`."""
+
+    tensor: str
+    first_row: int
+    num_rows: int
+    total_rows: int
+
+
+def stored_parts(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, StoredPart]:
+    """Return where every part of `arch` is stored; parts with one stored name are stacked there in order."""
+    first_rows: dict[str, int] = {}
+    totals = {name: shape[0] for name, shape in stored_shapes(arch, stored_name).items()}
+    places = {}
+    for parts in fused_parts(arch).values():
+        for part, shape in parts:
+            name = stored_name(part)
+            first = first_rows.get(name, 0)
+            places[part] = StoredPart(name, first, shape[0], totals[name])
+            first_rows[name] = first + shape[0]
+    return places
+
+
+def stored_shapes(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
+    """Return name in the files -> shape, for every part of `arch`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parts in fused_parts(arch).values():
+        for part, shape in parts:
+            name = stored_name(part)
+            shapes[name] = (shapes.get(name, (0,))[0] + shape[0], *shape[1:])
+    return shapes
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+    is_harmless: Callable[[str], bool] = lambda name: False,
+    file_of: Callable[[str], str] | None = None,
+    may_be_padded: Collection[str] = (),
+) -> None:
+    """Raise `CorruptFileError` unless the files hold the `expected` names and shapes, and beyond only harmless ones.
+
+    Those that `may_be_padded` may have more rows than expected: an embedding's beyond the vocabulary are no token's.
+    """
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CorruptFileError(f"{where}: {_count(missing)} missing: {_listed(missing)}")
+    for name, shape in expected.items():
+        is_padded = name in may_be_padded and found[name][1:] == shape[1:] and found[name][:1] > shape[:1]
+        if found[name] != shape and not is_padded:
+            file = file_of(name) if file_of else where
+            raise CorruptFileError(f"{file}: tensor {name!r} has shape {found[name]}, expected {shape}")
+    left_over = [name for name in found if name not in expected and not is_harmless(name)]
+    if left_over:
+        raise CorruptFileError(
+            f"{where}: {_count(left_over)} left over that the model as configured has not: {_listed(left_over)}"
+        )
+
+
+def read_exactly(file: BinaryIO, out: torch.Tensor, what: str) -> None:
+    """Fill `out` (contiguous) with the next bytes of `file`; raises `CorruptFileError` naming `what` if they end."""
+    import torch
+
+    buffer: memoryview = out.view(-1).view(torch.uint8).numpy().data
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise CorruptFileError(f"{what}: {len(buffer) - filled} of {len(buffer)} bytes are missing: truncated?")
+        filled += count
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
