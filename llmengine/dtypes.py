@@ -8,8 +8,18 @@ if TYPE_CHECKING:
     import torch
 
 DType = Literal[
-    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
-    *("int64", "int32", "int16", "int8", "uint8"),
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
 ]
 """The dtype of a stored tensor."""
 
@@ -58,4 +68,4 @@ def model_dtype_name(dtype: torch.dtype) -> ModelDType:
     """The name of a dtype that a model can have."""
     name = dtype_name(dtype)
     assert name in MODEL_DTYPES, f"{dtype} is not one of {MODEL_DTYPES}"
-    return cast(ModelDType, name)
+    return name

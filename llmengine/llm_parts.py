@@ -28,7 +28,7 @@ from llmengine.tokenizer.end_tokens import tokenizer_end_ids
 from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
-    from llmengine.checkpoints.opening import ModelSource
+    from llmengine.checkpoints.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,18 @@ import pytest
 from tests import ROOT
 
 DATA = {
-    *("errors", "checks", "config", "sampling_params", "request_options", "structured_output", "outputs", "batch"),
-    *("generation_config", "tokenizer.end_tokens"),
+    *(
+        "errors",
+        "checks",
+        "dtypes",
+        "config",
+        "sampling_params",
+        "request_options",
+        "structured_output",
+        "outputs",
+        "batch",
+    ),
+    *("dtypes", "generation_config", "tokenizer.end_tokens"),
 }
 
 # Layer -> the layers it may import beside itself. A layer is a folder or a module; the longest name that fits counts.
@@ -29,25 +39,34 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {*DATA, "chat", "structured", "tokenizer.detokenizer", "tokenizer.protocol"},
     "testing": {*DATA, "chat", "tokenizer.protocol"},
     "user_cache": set(),
-    "kernels": {"user_cache"},
     "models": DATA,
     "models.doc": {*DATA, "models", "checkpoints"},
-    "checkpoints": {*DATA, "models"},
+    "quantization": {*DATA, "models"},
+    "kernels": {"dtypes", "quantization", "user_cache"},
+    "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},
     "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
-    "backends.cpu": {*DATA, "backends", "models", "checkpoints"},
-    "backends.cuda": {*DATA, "backends", "models", "checkpoints", "kernels", "user_cache"},
-    "backends.tensorrt": {*DATA, "backends", "backends.cuda", "models", "checkpoints", "kernels", "user_cache"},
+    "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
+    "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
+    "backends.tensorrt": {
+        *(*DATA, "backends", "backends.cuda", "models", "quantization", "checkpoints", "kernels", "user_cache"),
+    },
     "saved_engines": {*DATA, "backends", "backends.tensorrt", "checkpoints", "models", "tokenizer"},
     "beam_search": {*DATA, "engine"},
     "llm_parts": {*DATA, "backends", "checkpoints", "engine", "tokenizer", "tokenizer.protocol"},
-    "llm": {*DATA, "beam_search", "chat", "checkpoints", "engine", "llm_parts", "tokenizer", "tokenizer.protocol"},
+    "llm": {
+        *DATA,
+        *("beam_search", "chat", "checkpoints", "engine", "llm_parts", "quantization", "tokenizer"),
+        "tokenizer.protocol",
+    },
     "cli": {*DATA, "__init__", "checkpoints", "llm", "saved_engines", "tokenizer.protocol"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search"},
 }
 THIRD_PARTY: dict[str, set[str]] = {
     **{layer: set() for layer in DATA},
+    "dtypes": {"torch"},
+    "quantization": {"torch"},
     "user_cache": set(),
     "__init__": set(),
     "engine": {"anyio"},
@@ -137,7 +156,7 @@ def test_only_llm_parts_wires_engine_and_backends() -> None:
 
 
 def test_heavy_libraries_are_below_llm_only() -> None:
-    allowed = {"models", "checkpoints", "backends", "kernels", "tokenizer", "cli"}
+    allowed = {"dtypes", "models", "quantization", "checkpoints", "backends", "kernels", "tokenizer", "cli"}
     heavy = {"torch", "transformers", "tensorrt", "triton", "tokenizers", "sentencepiece"}
     for layer, path in sources():
         assert layer in allowed or layer.startswith("backends.") or not third_party(path) & heavy, path

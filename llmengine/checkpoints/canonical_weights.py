@@ -20,9 +20,10 @@ COPY_ELEMENTS = 1 << 22
 
 
 def stream_fused(arch: ModelArch, dtype: torch.dtype, read_part: Callable[[str, torch.Tensor], None]) -> WeightStream:
-    """Yield the canonical weights of `arch`, none of them quantized; `read_part(name, out)` fills each part's rows, in `fused_parts` order.
+    """Yield the canonical weights of `arch`, none of them quantized.
 
-    Heads of q and k are brought from the checkpoint's order of rows into `head_order`.
+    `read_part(name, out)` fills each part's rows, in the order of `fused_parts`. Heads of q and k are brought from the
+    checkpoint's order of rows into `head_order`.
     """
     import torch
 

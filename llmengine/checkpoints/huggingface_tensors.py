@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from llmengine.checkpoints.metadata_fields import read_json_object
 from llmengine.checkpoints.canonical_weights import check_tensors, stored_shapes
+from llmengine.checkpoints.metadata_fields import read_json_object
 from llmengine.checkpoints.unsupported_adapters import refuse_adapter_tensors
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import ModelArch

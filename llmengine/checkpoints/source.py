@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SourceKind = Literal["huggingface", "gguf", "engine", "dummy"]
 WeightStream = Iterator[tuple[str, "torch.Tensor"]]
 
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A checkpoint whose metadata is read and checked, and whose weights are not read yet.

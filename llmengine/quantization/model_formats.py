@@ -8,7 +8,7 @@ from typing import Any
 
 from llmengine.config import QuantConfig
 from llmengine.dtypes import ModelDType
-from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from llmengine.errors import ConfigError, CorruptFileError
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.quantization.formats import DENSE, INT8, Shape, TensorSpec, WeightFormat, format_from_json
 

@@ -21,11 +21,14 @@ from safetensors.torch import load_file
 
 from llmengine import LLM, ModelConfig
 from llmengine.checkpoints.dummy_weights import stream_dummy
-from llmengine.checkpoints.engine_dir import model_config_hash, save_engine, save_model
+from llmengine.checkpoints.engine_dir import model_config_hash, save_engine
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.source import ModelSource
-from llmengine.checkpoints.source import weight_layout
+from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
+from llmengine.quantization.formats import INT8
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 from tests import ROOT
 from tests.models.arch_helpers import SMALL_ARCH
 
@@ -39,7 +42,7 @@ def save(directory: Path, **changes: Any) -> None:
         "arch": ARCH,
         "weights": stream_dummy(ARCH, torch.bfloat16),
         "dtype": "bfloat16",
-        "quantization": {},
+        "formats": DENSE_MODEL,
         "generation_config": {"temperature": 0.25, "note": "é"},
         "eos_token_ids": (3, 4),
         "bos_token_id": 1,
@@ -59,7 +62,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 def save_again(directory: Path, source: ModelSource, dtype: str, tokenizer: object = None) -> None:
     weights = source.weights(torch.float32)
-    save_model(directory, source, weights, dtype=dtype, quantization=source.quantization, tokenizer=tokenizer)
+    save_model(directory, source, weights, dtype=dtype, formats=source.formats, tokenizer=tokenizer)
 
 
 @pytest.fixture
@@ -92,14 +95,15 @@ def test_the_safetensors_library_reads_the_weights(engine: Path) -> None:
 
 
 def test_int8_weights_keep_their_scales(tmp_path: Path) -> None:
-    layout = weight_layout(ARCH, "float32", {"weights": "int8"})
+    layout = ModelFormats(INT8).layout(ARCH, "float32")
     weights = {
-        name: torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
-        for name, (dtype, shape) in layout.items()
+        name: torch.arange(torch.Size(spec.shape).numel()).reshape(spec.shape).to(torch_dtype(spec.dtype))
+        for name, spec in layout.items()
     }
-    save(tmp_path / "e", weights=weights.items(), dtype="float32", quantization={"weights": "int8"})
+    save(tmp_path / "e", weights=weights.items(), dtype="float32", formats=ModelFormats(INT8))
     source = open_model(tmp_path / "e")
-    assert source.quantization == {"weights": "int8"}
+    assert source.formats == ModelFormats(INT8)
+    assert json.loads((tmp_path / "e" / "engine.json").read_text())["quantization"] == {"weights": "int8"}
     loaded = dict(source.weights(torch.bfloat16))
     assert loaded["layers.0.qkv.weight"].dtype == torch.int8
     assert loaded["layers.0.qkv.weight_scale"].dtype == torch.float32

@@ -63,8 +63,7 @@ def test_any_file_stands_for_all(model: Any, tmp_path: Path, matrix_type: str, n
         assert_streams(place, wanted)
         source = open_model(place)
         assert source.path == source.tokenizer_path == paths[0]
-        assert source.gguf is not None
-        assert metadata.items() <= source.gguf.metadata.items()
+        assert metadata.items() <= source.tokenizer_metadata.items()
 
 
 def test_tied(tmp_path: Path) -> None:

@@ -232,9 +232,8 @@ def test_gguf(model: Any, tmp_path: Path, matrix_type: str) -> None:
     expected = {"F32": "float32", "BF16": "bfloat16"}.get(matrix_type, "float16")
     assert (source.kind, source.path, source.checkpoint_dtype) == ("gguf", path, expected)
     assert (source.eos_token_ids, source.bos_token_id) == ((2, 5), None)
-    assert source.gguf is not None
-    assert source.gguf.metadata["tokenizer.ggml.tokens"] == ["a", "Ġé", ""]
-    assert source.gguf.metadata["tokenizer.ggml.scores"] == [0.5, -1.0]
+    assert source.tokenizer_metadata["tokenizer.ggml.tokens"] == ["a", "Ġé", ""]
+    assert source.tokenizer_metadata["tokenizer.ggml.scores"] == [0.5, -1.0]
 
 
 def test_a_config_beside_a_gguf_file_is_not_its_checkpoint(model: Any, directory: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.checkpoints.arch_json import arch_to_dict
-from llmengine.checkpoints.engine_dir import save_model
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.errors import UnsupportedModelError
 from llmengine.models import doc
+from llmengine.quantization.model_formats import DENSE_MODEL
 from tests import ROOT
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs
 from tests.models.family_helpers import FAMILIES, make_family, write_family_gguf
@@ -157,7 +158,7 @@ def test_saved_engines_and_pickles_hold_the_same_weights(tmp_path: Path, family:
     weights = list(source.weights(torch.bfloat16))
     norm_dtype = torch.float32 if family == "gemma3" else torch.bfloat16
     assert all(tensor.dtype == norm_dtype for name, tensor in weights if name.endswith("norm.weight"))
-    save_model(tmp_path / "engine", source, iter(weights), dtype="bfloat16", quantization={}, tokenizer=None)
+    save_model(tmp_path / "engine", source, iter(weights), dtype="bfloat16", formats=DENSE_MODEL, tokenizer=None)
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     for path in (tmp_path / "engine", tmp_path / "model"):

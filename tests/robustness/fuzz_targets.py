@@ -26,16 +26,18 @@ from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.chat.template import ChatTemplate
 from llmengine.checkpoints import engine_dir, gguf_checkpoint, huggingface_checkpoint
+from llmengine.checkpoints.canonical_weights import stored_shapes
 from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.safetensors_file import write_tensors
-from llmengine.checkpoints.source import ModelSource, stored_shapes
+from llmengine.checkpoints.source import ModelSource
 from llmengine.cli import main as cli
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import FAMILIES
 from llmengine.models.rope import layer_tables
+from llmengine.quantization.model_formats import DENSE_MODEL
 from llmengine.tokenizer.loading import load_tokenizer, tokenizer_from_gguf
 from tests.robustness.fuzz import TARGETS, Target, mutate_bytes, mutate_json, mutate_text
 
@@ -115,8 +117,7 @@ def read_model(path: Path, tokenizer: bool = False) -> None:
     for _ in source.weights(torch.float32):
         pass
     if tokenizer:
-        assert source.gguf is not None
-        tokenizer_from_gguf(source.gguf.metadata, str(path)).encode("hello <s>")
+        tokenizer_from_gguf(source.tokenizer_metadata, str(path)).encode("hello <s>")
 
 
 def _written(path: Path, read: Callable[[], object]) -> Callable[[int, bytes], None]:
@@ -335,7 +336,7 @@ def _save_engines(place: Path) -> list[Path]:
             arch=arch,
             weights=stream_dummy(arch, torch.float32),
             dtype="float32",
-            quantization={},
+            formats=DENSE_MODEL,
             generation_config={"temperature": 0.5},
             eos_token_ids=[2],
             bos_token_id=1,
@@ -422,7 +423,7 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
         source,
         source.weights(torch.float32),
         dtype="float32",
-        quantization={},
+        formats=DENSE_MODEL,
         tokenizer=None,
         plans=plans.to_saved(),
     )

@@ -120,7 +120,8 @@ def load_cpu_model(
     Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
     embedding is never quantized, the output matrix is, also where an int8 engine ties the two.
     """
-    loader = _Loader(config, source.arch, formats_in_use(source.formats, config.quant_config).default == INT8, library, row_major)
+    formats = formats_in_use(source.formats, config.quant_config)
+    loader = _Loader(config, source.arch, formats.default == INT8, library, row_major)
     for name, tensor in source.weights(_DTYPES[config.dtype]):
         loader.add(name, tensor)
     return loader.finish()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 
@@ -29,11 +28,12 @@ from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.backends.tensorrt.step_times import speedup, time_us, timed_sizes
 from llmengine.backends.tensorrt.verify import Verification, verify_plans
-from llmengine.checkpoints.source import ModelSource
 from llmengine.checkpoints.saved_plans import SavedPlans
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
 from llmengine.models.decoder import Segments, forward
+from llmengine.quantization.model_formats import formats_in_use
 
 _logger = logging.getLogger("llmengine.tensorrt")
 

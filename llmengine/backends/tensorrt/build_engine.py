@@ -103,8 +103,7 @@ def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache |
 def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
     if not source.formats.is_dense:
         raise UnsupportedModelError(
-            f"{source.path}: its weights are {source.formats}; plans are built from a checkpoint that "
-            "is not quantized"
+            f"{source.path}: its weights are {source.formats}; plans are built from a checkpoint that is not quantized"
         )
     library = _find_library(options.flavour)
     target, device_name = _target(library, options.compute_capabilities)

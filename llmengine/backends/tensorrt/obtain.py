@@ -24,6 +24,7 @@ from llmengine.backends.tensorrt.spec import (
     segments_of,
 )
 from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.dtypes import ModelDType
 from llmengine.errors import CorruptFileError, EngineError
 from llmengine.models.arch import ModelArch
 

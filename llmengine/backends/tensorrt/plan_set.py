@@ -22,6 +22,7 @@ from llmengine.backends.tensorrt.spec import (
 )
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
+from llmengine.dtypes import ModelDType
 from llmengine.errors import CorruptFileError
 
 _logger = logging.getLogger("llmengine.tensorrt")

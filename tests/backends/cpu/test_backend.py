@@ -19,6 +19,8 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
+from llmengine.quantization.formats import INT8
+from llmengine.quantization.model_formats import ModelFormats
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 
@@ -193,7 +195,7 @@ def test_a_saved_int8_engine_gives_the_same_tokens(tmp_path: Path) -> None:
         arch=source.arch,
         weights=backend.weights(),
         dtype="float32",
-        quantization={"weights": "int8"},
+        formats=ModelFormats(INT8),
         generation_config={},
         eos_token_ids=[2],
         bos_token_id=1,

@@ -27,8 +27,8 @@ from llmengine.backends.tensorrt.segments import TensorRtSegments
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import Verification
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.source import ModelSource
 from llmengine.checkpoints.saved_plans import PlanHolder
+from llmengine.checkpoints.source import ModelSource
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, EngineError
 from tests.backends.helpers import save_tiny

@@ -14,6 +14,7 @@ from llmengine.backends.tensorrt.criterion import largest_rms
 from llmengine.backends.tensorrt.runtime import Sizes
 from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, plans_of, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, bound_tensors, compare, scaled_errors
+from llmengine.dtypes import ModelDType
 from tests.backends.tensorrt.segment_helpers import tiny_arch
 from tests.backends.tensorrt.simulated_plans import FP16_SUMS, SOUND, Ways, simulate
 

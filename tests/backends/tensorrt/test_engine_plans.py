@@ -27,11 +27,12 @@ from llmengine.backends.tensorrt.plan_set import PlanSet
 from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
-from llmengine.checkpoints.engine_dir import save_model
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.saved_plans import SavedFile
 from llmengine.cli.main import main
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
+from llmengine.quantization.model_formats import DENSE_MODEL
 from tests import ROOT
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.plan_fakes import ARCH, RTX_89, FakeBuild, content_of, get, make_request, make_source
@@ -44,7 +45,7 @@ def save_with(directory: Path, plans: PlanSet) -> None:
     """Save `ARCH` with plans."""
     source = make_source(path=directory.parent / "none")
     weights = source.weights(torch.float16)
-    save_model(directory, source, weights, dtype="float16", quantization={}, tokenizer=None, plans=plans.to_saved())
+    save_model(directory, source, weights, dtype="float16", formats=DENSE_MODEL, tokenizer=None, plans=plans.to_saved())
 
 
 @pytest.fixture
