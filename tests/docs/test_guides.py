@@ -1,10 +1,11 @@
-"""The services of docs/guides do what the pages say, step by step on a fake model.
+"""The services of the README and of docs/guides do what the pages say, step by step on a fake model.
 
 `test_pages.py` runs the blocks of the same pages on the real model.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from llmengine import LLM, SchedulerConfig
+from llmengine import LLM, SamplingParams, SchedulerConfig
 from llmengine.batch import Batch
 from llmengine.tokenizer.protocol import ByteTokenizer
-from tests.docs.helpers import ROOT, run_blocks
+from tests.docs.helpers import ROOT, python_blocks, run_blocks
 from tests.engine.helpers import GatedTokenizer, StepGate, assert_idle, counting_model, make_llm, timeout, tokens
 
 GUIDES = ROOT / "docs" / "guides"
@@ -327,3 +328,36 @@ async def test_bot_aborts_everything_when_it_is_cancelled(bot_guide: dict[str, A
         gate.open()
     assert bot.cancelled()
     assert len(gate.batches) < 100
+
+
+def readme_service(llm: LLM) -> Callable[..., Any]:
+    """Return the README's function `serve` for this `llm`."""
+    source = next(source for _, source in python_blocks(ROOT / "README.md") if "async def serve(" in source)
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.AsyncFunctionDef)]
+    namespace: dict[str, Any] = {"asyncio": asyncio, "SamplingParams": SamplingParams, "llm": llm}
+    exec(compile(ast.Module(functions, type_ignores=[]), "README.md", "exec", dont_inherit=True), namespace)
+    service: Callable[..., Any] = namespace["serve"]
+    return service
+
+
+async def test_readme_service_aborts_when_its_client_disconnects() -> None:
+    gate = StepGate()
+    llm = make_llm(tokenizer=ChatBytes(), next_token=counting_model, num_blocks=501, max_model_len=2000, on_step=gate)
+    async with timeout(), llm, await asyncio.start_server(readme_service(llm), "127.0.0.1", 0) as server:
+        try:
+            neighbour = llm.generate_async("k", tokens(1000))  # so that there is always a next step
+            await asyncio.to_thread(gate.wait)
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"a\n")
+            await step_until(gate, 2)
+            answer = asyncio.create_task(reader.read(1))
+            while not answer.done():
+                await asyncio.to_thread(gate.step)
+            writer.close()
+            await writer.wait_closed()
+            while len(llm.requests()) == 2:
+                await asyncio.to_thread(gate.step)
+            assert sum(len(batch.rows) == 2 for batch in gate.batches) < 10, "the answer of 16 tokens was finished"
+            neighbour.abort()
+        finally:
+            gate.open()
