@@ -17,6 +17,7 @@ import faulthandler
 import gc
 import itertools
 import json
+import logging
 import mmap
 import os
 import random
@@ -322,6 +323,7 @@ def _work(begin: int, end: int, seed: int, names: Sequence[str], scratch: Path) 
 
 
 def main() -> int:
+    logging.getLogger("llmengine").setLevel(logging.ERROR)  # damaged files are warned of, by the thousand
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)

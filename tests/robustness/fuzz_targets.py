@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -433,7 +432,6 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
 
 def _use_plans(directory: Path, cache: PlanCache) -> None:
     """Show and check an engine and take its plans, which are those of its networks or were built again."""
-    logging.getLogger("llmengine.tensorrt").setLevel(logging.ERROR)
     terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
     with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         cli.main(["inspect", str(directory)])
