@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from llmengine.checks import requirement
 from llmengine.errors import InvalidRequestError
 
 
@@ -41,7 +42,7 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     are taken. Raises `InvalidRequestError` naming `where` for anything else.
     """
     if depth > _MAX_DEPTH:
-        raise InvalidRequestError(f"{where} is nested deeper than {_MAX_DEPTH}")
+        raise InvalidRequestError(f"{where} is nested too deeply; the limit is {_MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -51,8 +52,9 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            raise InvalidRequestError(f"{where} has a key that is not a string")
+        for key in value:
+            if not isinstance(key, str):
+                raise requirement(InvalidRequestError, f"a key in {where}", "a string", key)
         return {str.__str__(key): plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -62,7 +64,7 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
             return plain(fields, where, depth + 1)
         if callable(getattr(value, "model_dump", None)):
             return plain(value.model_dump(), where, depth + 1)
-    raise InvalidRequestError(f"{where} is a {type(value).__name__}, which JSON does not have")
+    raise requirement(InvalidRequestError, where, "a JSON value", value)
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
@@ -71,15 +73,15 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     Raises `InvalidRequestError` unless it is a non-empty list of messages, each with a "role".
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise InvalidRequestError(f"messages must be a non-empty list of dicts, not {messages!r:.100}")
+        raise requirement(InvalidRequestError, "messages", "a non-empty list of dicts", messages)
     copies = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         copy = plain(message, where)
         if not isinstance(copy, dict):
-            raise InvalidRequestError(f"{where} is a {type(message).__name__}, not a dict")
+            raise requirement(InvalidRequestError, where, "a dict", message)
         if not isinstance(copy.get("role"), str):
-            raise InvalidRequestError(f'{where} has no "role" string')
+            raise requirement(InvalidRequestError, f'{where}["role"]', "a string", copy.get("role"))
         copies.append(copy)
     return copies
 
@@ -99,12 +101,12 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
-        raise InvalidRequestError(f"tools must be a list of dicts, not a {type(tools).__name__}")
+        raise requirement(InvalidRequestError, "tools", "a list of dicts", tools)
     copies: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
         copy = plain(tool, f"tools[{index}]")
         if not isinstance(copy, dict):
-            raise InvalidRequestError(f"tools[{index}] is a {type(tool).__name__}, not a dict")
+            raise requirement(InvalidRequestError, f"tools[{index}]", "a dict", tool)
         if "function" not in copy and "name" in copy and copy.get("type", "function") == "function":
             copy = {"type": "function", "function": {key: item for key, item in copy.items() if key != "type"}}
         copies.append(Wrapped(copy))
@@ -117,7 +119,8 @@ def plain_documents(documents: Any) -> list[dict[str, Any]] | None:
         return None
     copy = plain(documents, "documents")
     if not isinstance(copy, list) or not all(isinstance(document, dict) for document in copy):
-        raise InvalidRequestError('documents must be a list of dicts, such as {"title": ..., "text": ...}')
+        allowed = 'a list of dicts such as {"title": ..., "text": ...}'
+        raise requirement(InvalidRequestError, "documents", allowed, documents)
     return copy or None
 
 
@@ -335,14 +338,14 @@ class Conversation:
         if content is None:
             may_lack = role not in _SPEAKERS or role == "assistant"
             if not may_lack or ("content" not in given and not message.get("tool_calls")):
-                raise InvalidRequestError(f'{where} has neither "content" nor "tool_calls"')
+                raise InvalidRequestError(f'{where} must have "content" or "tool_calls"')
         elif isinstance(content, list):
             self._set_list(message, content, where)
         elif isinstance(content, str):
             if self._as_parts:
                 self.flexible.append(Flexible(message, "content", [_text_parts([content]), content]))
         elif role in _SPEAKERS:
-            raise InvalidRequestError(f'{where}["content"] is a {type(content).__name__}, not a str or list')
+            raise requirement(InvalidRequestError, f'{where}["content"]', "a string or a list", content)
         elif isinstance(content, dict):
             text = _to_json(content)
             self.flexible.append(Flexible(message, "content", [JsonObject(content, text), text]))
@@ -363,7 +366,7 @@ class Conversation:
     def _set_tool_calls(self, message: dict[str, Any], where: str) -> None:
         calls = message["tool_calls"]
         if not isinstance(calls, list):
-            raise InvalidRequestError(f'{where}["tool_calls"] is a {type(calls).__name__}, not a list')
+            raise requirement(InvalidRequestError, f'{where}["tool_calls"]', "a list", calls)
         if not calls:  # templates take its being there for a call
             del message["tool_calls"]
             return
@@ -373,7 +376,7 @@ class Conversation:
 
     def _tool_call(self, call: Any, where: str) -> dict[str, Any]:
         if not isinstance(call, dict):
-            raise InvalidRequestError(f"{where} is a {type(call).__name__}, not a dict")
+            raise requirement(InvalidRequestError, where, "a dict", call)
         if "function" not in call:
             if call.get("type", "function") != "function":
                 return call
@@ -382,7 +385,7 @@ class Conversation:
             call = {key: call[key] for key in outside if key in call} | {"type": "function", "function": function}
         function = call["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRequestError(f'{where} has no "function" with a "name" string')
+            raise requirement(InvalidRequestError, f'{where}["function"]', 'a dict with a string "name"', function)
         forms = _arguments(function.get("arguments"), f'{where}["function"]["arguments"]')
         self.flexible.append(Flexible(function, "arguments", forms))
         return Wrapped(call)
@@ -399,9 +402,9 @@ def _arguments(given: Any, where: str) -> list[Any]:
     try:
         value = plain(json.loads(given), where) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{where} is not JSON: {error}; text: {given!r:.100}") from error
+        raise InvalidRequestError(f"{where} is not valid JSON: {error}; it is {given!r:.200}") from error
     if not isinstance(value, dict):
-        raise InvalidRequestError(f"{where} is a {type(value).__name__}, not an object or the JSON text of one")
+        raise requirement(InvalidRequestError, where, "an object or the JSON text of one", value)
     return [JsonObject(value, text), text]
 
 
@@ -409,13 +412,13 @@ def _text_part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
-        raise InvalidRequestError(f"{where} is a {type(part).__name__}, not a dict")
+        raise requirement(InvalidRequestError, where, "a string or a dict", part)
     kind = part.get("type", "text")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
-        raise InvalidRequestError(f"{where} is of type {kind!r:.100}; models here take text only")
+        raise InvalidRequestError(f"{where} has type {kind!r:.100}, which is not supported; supported: text only")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
-        raise InvalidRequestError(f'{where} has no "{_TEXT_PARTS[kind]}" string')
+        raise requirement(InvalidRequestError, f'{where}["{_TEXT_PARTS[kind]}"]', "a string", text)
     return {**part, "type": "text", "text": text}
 
 

@@ -83,7 +83,9 @@ def range_with_budget() -> Callable[..., range]:
         items = range(*bounds)
         num_items += len(items)
         if num_items > MAX_RANGE_ITEMS:
-            raise InvalidRequestError(f"the chat template loops over more than {MAX_RANGE_ITEMS} range() items")
+            raise InvalidRequestError(
+                f"the chat template takes too many items from range(); the limit is {MAX_RANGE_ITEMS}"
+            )
         return items
 
     return bounded_range
@@ -101,9 +103,11 @@ class Budget:
         """Count a turn of a loop or a call; raises `InvalidRequestError` once there are too many or it is too late."""
         self._steps += 1
         if self._steps > MAX_STEPS:
-            raise InvalidRequestError(f"the chat template takes more than {MAX_STEPS} turns of loops and calls")
+            raise InvalidRequestError(
+                f"the chat template makes too many loop iterations and calls; the limit is {MAX_STEPS}"
+            )
         if time.monotonic() > self._deadline:
-            raise InvalidRequestError(f"the chat template takes more than {self._max_s:g} s")
+            raise InvalidRequestError(f"the chat template takes too long; the limit is {self._max_s:g} s")
 
     def made(self, value: Any) -> Any:
         """Return `value`, a new one, once its size is counted."""
@@ -112,7 +116,9 @@ class Budget:
         _require_room(size)
         self._chars += size
         if self._chars > _MAX_MADE_CHARS:
-            raise InvalidRequestError(f"the chat template makes values of more than {_MAX_MADE_CHARS} characters")
+            raise InvalidRequestError(
+                f"the chat template creates too many values; the limit is {_MAX_MADE_CHARS} characters in all"
+            )
         return value
 
 
@@ -126,7 +132,9 @@ def _made(value: Any) -> Any:
 
 def _require_room(num_chars: int) -> None:
     if num_chars > MAX_PROMPT_CHARS:
-        raise InvalidRequestError(f"the chat template makes a value of more than {MAX_PROMPT_CHARS} characters")
+        raise InvalidRequestError(
+            f"the chat template creates a value that is too large; the limit is {MAX_PROMPT_CHARS} characters"
+        )
 
 
 def _size(value: Any) -> int:
@@ -139,7 +147,9 @@ def _nested_size(value: Any, known: dict[int, int]) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
-        raise InvalidRequestError(f"the chat template makes an integer of more than {_MAX_INT_BITS} bits")
+        raise InvalidRequestError(
+            f"the chat template creates an integer that is too large; the limit is {_MAX_INT_BITS} bits"
+        )
     if not isinstance(value, list | tuple | dict):
         return 1
     if id(value) not in known:
@@ -198,7 +208,7 @@ def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
     elif name == "format" and isinstance(value, str):
         _check_widths(_WIDE_PERCENT, value)
     elif name == "sum" and any(isinstance(item, list | tuple) for item in arguments):
-        raise InvalidRequestError("the chat template adds up lists, which takes too long")
+        raise InvalidRequestError("the chat template adds lists with sum, which is not supported")
 
 
 _WIDE_PERCENT = re.compile(r"%(\([^)]*\))?[-+ #0]*[0-9]*\.?([0-9]{5}|\*)")
@@ -207,7 +217,7 @@ _WIDE_BRACES = re.compile(r"\{[^{}]*:[^{}]*([0-9]{5}|\{)")
 
 def _check_widths(wide: re.Pattern[str], pattern: str) -> None:
     if wide.search(pattern):
-        raise InvalidRequestError(f"the chat template formats with a width that may be too large: {pattern!r:.100}")
+        raise InvalidRequestError(f"the chat template uses a format whose width may be too large: {pattern!r:.100}")
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,12 +279,16 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         """Repeat, raise and format within limits, which are the cheap ways to make an enormous value."""
         if operator == "**":
             if not (isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 64):
-                raise InvalidRequestError("the chat template raises to a power above 64")
+                raise InvalidRequestError(
+                    "the chat template raises a number to a power that is too large; the limit is 64"
+                )
         elif operator == "*":
             for items, count in ((left, right), (right, left)):
                 is_repeat = isinstance(items, str | list | tuple) and isinstance(count, int)
                 if is_repeat and len(items) * count > _MAX_REPEATED:
-                    raise InvalidRequestError(f"the chat template repeats a value to above {_MAX_REPEATED} items")
+                    raise InvalidRequestError(
+                        f"the chat template repeats a value too often; the limit is {_MAX_REPEATED} items"
+                    )
         elif operator == "%" and isinstance(left, str):
             _check_widths(_WIDE_PERCENT, left)
         return _made(super().call_binop(context, operator, left, right))

@@ -26,6 +26,7 @@ from llmengine.chat.sandbox import (
     SandboxedTemplates,
     range_with_budget,
 )
+from llmengine.checks import requirement
 from llmengine.errors import InvalidRequestError, ModelLoadError
 
 __all__ = ["MAX_PROMPT_CHARS", "MAX_RANGE_ITEMS", "MAX_RENDER_S", "MAX_STEPS", "ChatTemplate", "ChatTemplates"]
@@ -111,7 +112,7 @@ class ChatTemplate:
         except InvalidRequestError:
             raise
         except RecursionError as error:
-            raise InvalidRequestError("the chat template recurses without end on these messages") from error
+            raise InvalidRequestError("the chat template recurses too deeply on these messages") from error
         except _FAULTS as error:
             raise InvalidRequestError(f"the chat template rejects the messages: {error}") from error
         return _cut_ending(text, ending, field) if field else text
@@ -119,15 +120,15 @@ class ChatTemplate:
     def _check_variables(self, given: Iterable[str], **ours: object) -> None:
         for name in given:
             if name in _RESERVED:
-                raise InvalidRequestError(f"chat template variable {name!r} is reserved or not supported")
+                raise InvalidRequestError(f"{name!r} is reserved and cannot be a variable of the chat template")
             if name not in self.variables:
                 own = self.variables.difference(_OURS, self._special_tokens)
                 raise InvalidRequestError(unknown_variable(name, own))
         for name, value in ours.items():
             if value is not None and name not in self.variables and self._reads_messages:
                 raise InvalidRequestError(
-                    f"the chat template does not use {name}, so that they would be lost: leave them out, or choose "
-                    "another template by chat_template="
+                    f"the chat template does not use {name}, so they would be lost; omit them, or choose another "
+                    "template with chat_template="
                 )
 
     def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
@@ -143,15 +144,15 @@ class ChatTemplate:
             role = message["role"]
             if message.get("content") and not self._is_role_known(role, deadline):
                 raise InvalidRequestError(
-                    f"messages[{index}] would be lost: the chat template writes nothing of role {role!r:.100}"
+                    f"messages[{index}] would be lost, because the chat template ignores the role {role!r:.100}"
                 )
             if "function_call" in message and "function_call" not in self._mentioned:
                 raise InvalidRequestError(
-                    f'messages[{index}]["function_call"] is of an older interface, and the chat template does not use '
-                    'it: send "tool_calls"'
+                    f'the chat template does not use messages[{index}]["function_call"], so it would be lost; '
+                    'send "tool_calls" instead'
                 )
         if conversation.has_tool_calls and not self._can_write_tool_calls(deadline):
-            raise InvalidRequestError('the chat template does not use "tool_calls", so that they would be lost')
+            raise InvalidRequestError('the chat template does not use "tool_calls", so they would be lost')
         return conversation
 
     def _write_flexibly(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
@@ -193,7 +194,9 @@ class ChatTemplate:
                 pieces.append(piece)
                 num_chars += len(piece)
                 if num_chars > MAX_PROMPT_CHARS:
-                    raise InvalidRequestError(f"the chat template wrote more than {MAX_PROMPT_CHARS} characters")
+                    raise InvalidRequestError(
+                        f"the chat template writes too much text; the limit is {MAX_PROMPT_CHARS} characters"
+                    )
         finally:
             BUDGET.reset(token)
         return "".join(pieces)
@@ -285,14 +288,12 @@ class ChatTemplates:
         if chat_template is None:
             return self._named(self._default_name(has_tools))
         if not isinstance(chat_template, str):
-            raise InvalidRequestError(f"chat_template is a {type(chat_template).__name__}, not a string")
+            raise requirement(InvalidRequestError, "chat_template", "a string", chat_template)
         if chat_template in self.sources:
             return self._named(chat_template)
         if "{" not in chat_template:
-            raise InvalidRequestError(
-                f"chat_template={chat_template!r:.100} is neither a template nor one of the model's: "
-                f"{', '.join(self.sources) or 'it has none'}"
-            )
+            names = f"one of {', '.join(map(repr, self.sources))}, or " if self.sources else ""
+            raise requirement(InvalidRequestError, "chat_template", f"{names}the text of a template", chat_template)
         try:
             return ChatTemplate(chat_template, self._special_tokens, "chat_template")
         except ModelLoadError as error:
@@ -305,11 +306,11 @@ class ChatTemplates:
             return "default"
         if not self.sources:
             raise InvalidRequestError(
-                "this model has no chat template: send a prompt, or put a chat_template.jinja beside its tokenizer"
+                "the model has no chat template; send a prompt, or put a chat_template.jinja beside its tokenizer"
             )
         if len(self.sources) > 1:
             raise InvalidRequestError(
-                f"the model has several chat templates and none is the default: pass chat_template=, one of "
+                "the model has several chat templates, and none is the default; pass chat_template=, one of "
                 f"{', '.join(map(repr, self.sources))}"
             )
         return next(iter(self.sources))
@@ -325,9 +326,9 @@ def unknown_variable(name: str, known: Iterable[str]) -> str:
     """Return a message about a variable that a template does not read, with the nearest of those that it does."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, [*names, *_OURS], n=1)
-    others = f"its variables are {', '.join(names)}" if names else "it has none"
+    others = f"its variables: {', '.join(names)}" if names else "it has no variables"
     hint = f"did you mean {nearest[0]}?" if nearest else others
-    return f"{name!r:.100} is not a variable of the chat template, so that it would be lost; {hint}"
+    return f"{name!r:.100} is not a variable of the chat template, so it would be lost; {hint}"
 
 
 def _mentioned(tree: nodes.Template) -> Iterator[str]:
@@ -345,11 +346,11 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 def _field_to_continue(given: bool | str, add_generation_prompt: bool | None) -> str:
     """Return the name of the final message's field that the answer goes on with, "" for none."""
     if not isinstance(given, bool | str):
-        raise InvalidRequestError(f"continue_final_message={given!r:.100} is neither a bool nor the name of a field")
+        raise requirement(InvalidRequestError, "continue_final_message", "True, False or the name of a field", given)
     if given and add_generation_prompt:
         raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt contradict each other: an answer goes on with the final "
-            "message, or begins after it"
+            "continue_final_message and add_generation_prompt exclude each other: an answer either continues the final "
+            "message or begins after it"
         )
     return given if isinstance(given, str) else "content" if given else ""
 
@@ -370,7 +371,7 @@ def _mark_ending(messages: list[dict[str, Any]], field: str) -> str:
             if final.get(name) == value:
                 final[name] = value + _CONTINUES
         return value
-    raise InvalidRequestError(f'continue_final_message: the final message has no text in "{field}" to go on with')
+    raise InvalidRequestError(f'continue_final_message needs text in "{field}" of the final message, which has none')
 
 
 def _cut_ending(text: str, ending: str, field: str) -> str:
@@ -378,8 +379,8 @@ def _cut_ending(text: str, ending: str, field: str) -> str:
     at = text.rfind(_CONTINUES.strip())
     if at < 0 or ending.strip() not in text:
         raise InvalidRequestError(
-            f'continue_final_message: the chat template does not write the final message\'s "{field}" as it is, so '
-            f"that it cannot be gone on with; message: {ending!r:.100}"
+            f'continue_final_message is not possible, because the chat template changes "{field}" of the final '
+            f"message: {ending!r:.100}"
         )
     # A template that trims has trimmed the mark; then the text before it is to be trimmed as well.
     return text[:at] if text.startswith(_CONTINUES, at) else text[:at].rstrip()

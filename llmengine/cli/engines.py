@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _WEIGHTS_HELP = (
-    "what plans do with weights: 'inputs' leaves them out, so that one plan serves all layers (default); 'constants' "
+    "how plans hold weights: 'inputs' leaves them out, so that one plan serves all layers (default); 'constants' "
     "builds them in; 'fastest' times a layer both ways on this machine's GPU"
 )
 
@@ -24,7 +24,14 @@ def add_engine_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `llmengine`."""
     build = commands.add_parser("build", help="build a model's TensorRT plans and save them with its weights")
     build.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, .gguf file or saved engine")
-    build.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a saved engine is replaced")
+    build.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where to save the engine; replaces an engine saved there",
+    )
     build.add_argument(
         "--sm",
         type=_capabilities,
@@ -32,14 +39,23 @@ def add_engine_commands(commands: Any) -> None:
         metavar="LIST",
         help="compute capabilities to build for, such as 89,120 (default: this machine's first GPU)",
     )
-    build.add_argument("--flavour", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto")
+    build.add_argument("--flavour", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto", help="default: auto")
     build.add_argument(
-        "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: the checkpoint's"
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="default: auto, the checkpoint's",
     )
     build.add_argument("--weights", choices=("inputs", "constants", "fastest"), help=_WEIGHTS_HELP)
-    build.add_argument("--max-batch-size", type=positive_int, default=BY_DEVICE, metavar="N", help="requests in a step")
-    build.add_argument("--max-tokens-per-step", type=positive_int, default=BY_DEVICE, metavar="N")
-    build.add_argument("--dummy", action="store_true", help="random weights, from the directory's config.json alone")
+    build.add_argument(
+        "--max-batch-size", type=positive_int, default=BY_DEVICE, metavar="N", help="most requests in a step"
+    )
+    build.add_argument(
+        "--max-tokens-per-step", type=positive_int, default=BY_DEVICE, metavar="N", help="most tokens in a step"
+    )
+    build.add_argument(
+        "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
+    )
     build.set_defaults(run=_build)
 
     inspect = commands.add_parser("inspect", help="show what a saved engine holds")
@@ -56,7 +72,7 @@ def add_engine_commands(commands: Any) -> None:
 def positive_int(text: str) -> int:
     """Return the number that an argument stands for; a usage error if it is not an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
     return int(text)
 
 
@@ -65,9 +81,11 @@ def _capabilities(text: str) -> tuple[int, ...]:
     try:
         found = tuple(int(part.strip().replace(".", "")) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of compute capabilities such as 89,120") from None
+        raise argparse.ArgumentTypeError(
+            f"must be a list of compute capabilities such as 89,120, not {text!r}"
+        ) from None
     if not all(50 <= value <= 999 for value in found):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of compute capabilities such as 89,120")
+        raise argparse.ArgumentTypeError(f"must be a list of compute capabilities such as 89,120, not {text!r}")
     return found
 
 
@@ -89,13 +107,13 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     facts = saved_engines.inspect(arguments.output)
     print(
-        f"{arguments.output}: {size_text(facts['size_bytes'])}, of this {size_text(built.plans.size_bytes)} in "
-        f"{len(built.plans.plans)} plans; plans took {built.plans_s:.1f} s, saving {built.save_s:.1f} s"
+        f"{arguments.output}: {size_text(facts['size_bytes'])}, including {size_text(built.plans.size_bytes)} in "
+        f"{len(built.plans.plans)} plans; building took {built.plans_s:.1f} s, saving {built.save_s:.1f} s"
     )
     if built.layer_times is not None:
-        print(f"{built.layer_times}; the plans have them as {built.layer_times.fastest}")
+        print(f"{built.layer_times}; the plans hold weights as {built.layer_times.fastest}")
     ran = "no plan was run" if built.layer_times is None else "no other plan was run"
-    print(f"built with {built.plans.producer}; {ran}: `LLM` verifies all on the GPU that loads them")
+    print(f"built with {built.plans.producer}; {ran}; LLM verifies every plan on the GPU that loads it")
     return 0
 
 
@@ -112,7 +130,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         print()
-        # Not wrapped in a pipe: whoever reads it there has no width.
+        # Lines are not wrapped in a pipe, since its reader has no width.
         width = None if sys.stdout.isatty() else 200
         Console(width=width, force_terminal=sys.stdout.isatty(), highlight=False, emoji=False, markup=False).print(
             _plans(facts)
@@ -159,7 +177,7 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     if not plans:
-        return [*lines, ("plans", "none: loads on the torch backend, builds its plans on TensorRT")]
+        return [*lines, ("plans", "none; the torch backend needs none, TensorRT builds them while loading")]
     capabilities = ", ".join(f"{value / 10:.1f}" for value in plans["compute_capabilities"])
     device = f", measured on {plans['device_name']}" if plans["device_name"] else ""
     first = next(iter(plans["plans"].values()))["segment"]

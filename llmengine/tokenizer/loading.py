@@ -79,7 +79,9 @@ class LoadedTokenizer:
         self._templates = ChatTemplates(chat_templates, self._special_tokens, source)
         for name in self._templates.sources:
             if not name.replace("-", "_").isidentifier():  # it becomes a file name in save()
-                raise ModelLoadError(f"{source}: chat template name {name!r} is none of letters, digits, '_' and '-'")
+                raise ModelLoadError(
+                    f"{source}: the name of a chat template must consist of letters, digits, '_' and '-', not {name!r}"
+                )
         self._source = source
         named = (self._special_tokens.get(role) for role in ("bos_token", "eos_token"))
         self.bos_token_id, self.eos_token_id = (None if token is None else id_of(token) for token in named)
@@ -147,7 +149,7 @@ class LoadedTokenizer:
             if token_id >= vocab_size:
                 token = self._token_of(token_id)
                 raise CorruptFileError(
-                    f"{self._source}: eos_token {token!r} has id {token_id}, outside the model's vocabulary "
+                    f"{self._source}: eos_token {token!r} has id {token_id}, which is outside the model's vocabulary "
                     f"[0, {vocab_size})"
                 )
 
@@ -219,7 +221,9 @@ class SentencePieceTokenizer(LoadedTokenizer):
 
     def tokenizer_json(self) -> str:
         """Raise `UnsupportedModelError`: there is no such form that gives the same ids; see `token_bytes`."""
-        raise UnsupportedModelError(f"{self._source}: a SentencePiece model has no tokenizer.json; see token_bytes()")
+        raise UnsupportedModelError(
+            f"{self._source}: a SentencePiece model cannot be written as a tokenizer.json; use token_bytes()"
+        )
 
     def _token_of(self, token_id: int) -> str | None:
         return self._codec.id_to_token(token_id)
@@ -251,7 +255,7 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
         return tokenizer_from_gguf(read_split_gguf(path).metadata, str(path))
     directory = path / "tokenizer" if kind == "engine" and (path / "tokenizer").is_dir() else path
     if not directory.is_dir():
-        raise ModelLoadError(f"{directory}: no such directory, so there is no tokenizer to read")
+        raise ModelLoadError(f"{directory}: no such directory to read a tokenizer from")
     if (directory / "tokenizer.json").is_file():
         return _read_tokenizer_json(directory)
     if (directory / "tokenizer.model").is_file():
@@ -259,7 +263,7 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
         if tokenizer is not None:
             return tokenizer
     if kind == "engine":
-        raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file, and no tokenizer.model")
+        raise ModelLoadError(f"{directory / 'tokenizer.json'}: no such file, nor a tokenizer.model beside it")
     return _read_with_transformers(directory)
 
 
@@ -317,14 +321,14 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
     except BaseException as error:
         if not isinstance(error, Exception) and not _is_from_library(error):
             raise
-        raise CorruptFileError(f"{path}: is no tokenizer: {error}") from error
+        raise CorruptFileError(f"{path}: not a valid tokenizer: {error}") from error
     config = read_tokenizer_config(directory).with_defaults(backend.token_to_id)
     try:
         backend = configure(backend, config)
     except BaseException as error:
         if not _is_from_library(error):
             raise
-        raise CorruptFileError(f"{path}: contradicts {config.path.name}: {error}") from error
+        raise CorruptFileError(f"{path}: the tokenizer contradicts {config.path.name}: {error}") from error
     ends = config.end_ids(backend.token_to_id)
     return LoadedTokenizer(backend, config.special_tokens, _chat_templates(directory, config), ends, str(directory))
 
@@ -360,7 +364,9 @@ def _chat_templates(directory: Path, config: TokenizerConfig) -> dict[str, str]:
         elif isinstance(value, list):
             templates.update({entry["name"]: entry["template"] for entry in value})
         if not all(isinstance(text, str) for item in templates.items() for text in item):
-            raise TypeError("chat_template must be a string or a list of objects with name and template, both strings")
+            raise TypeError(
+                'chat_template must be a string or a list of objects with the strings "name" and "template"'
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{config.path}: malformed entry: {error!r}") from error
     files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
@@ -374,14 +380,14 @@ def _chat_templates(directory: Path, config: TokenizerConfig) -> dict[str, str]:
 def _read_with_transformers(directory: Path) -> LoadedTokenizer:
     if not any(directory.glob("*token*")) and not any(directory.glob("vocab*")) and not any(directory.glob("*.model")):
         raise ModelLoadError(
-            f"{directory}: has no tokenizer.json nor any other tokenizer file; "
-            "LLM(..., tokenizer=...) takes another one, LLM(..., enable_tokenizer=False) works on token ids"
+            f"{directory}: no tokenizer.json or other tokenizer file; pass LLM(..., tokenizer=...), or "
+            "LLM(..., enable_tokenizer=False) to work with token ids"
         )
     for path in sorted(directory.glob("*.model")):
         if path.name != "tokenizer.model" and read_sentencepiece(path.read_bytes(), str(path)) is not None:
             raise UnsupportedModelError(
-                f"{path}: a SentencePiece model is only read from a file named tokenizer.model, "
-                "since other names stand for other rules of ids; pass LLM(tokenizer=...)"
+                f"{path}: a SentencePiece model of this name is not supported, because its token ids may follow other "
+                "rules; supported: tokenizer.model; pass LLM(tokenizer=...)"
             )
     from transformers import AutoTokenizer
 
@@ -392,7 +398,7 @@ def _read_with_transformers(directory: Path) -> LoadedTokenizer:
     backend = getattr(wrapped, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UnsupportedModelError(
-            f"{directory}: {type(wrapped).__name__} has no tokenizer.json form; pass LLM(tokenizer=...) instead"
+            f"{directory}: {type(wrapped).__name__} cannot be written as a tokenizer.json; pass LLM(tokenizer=...)"
         )
     special = {name: str(value) for name in NAMED_TOKENS if (value := getattr(wrapped, name, None)) is not None}
     template = wrapped.chat_template

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from llmengine.checks import requirement
 from llmengine.errors import ConfigError, InvalidRequestError
 from llmengine.tokenizer.bounds import TextBound
 from llmengine.tokenizer.detokenizer import IncrementalDetokenizer as IncrementalDetokenizer
@@ -97,7 +98,7 @@ class ByteTokenizer:
 def check_text(text: str) -> None:
     """Raise `InvalidRequestError` unless `text` is a string that UTF-8 can hold."""
     if not isinstance(text, str):
-        raise InvalidRequestError(f"the text to tokenize is a {type(text).__name__}, not a str")
+        raise requirement(InvalidRequestError, "the text to tokenize", "a string", text)
     if text.isascii():
         return  # known without a look at the text
     for begin in range(0, len(text), _MANY_CHARS):  # other threads get on in between
@@ -106,7 +107,7 @@ def check_text(text: str) -> None:
         except UnicodeEncodeError as error:
             index = begin + error.start
             raise InvalidRequestError(
-                f"the text holds a lone surrogate at index {index} ({text[index]!r}), which is no character"
+                f"the text has a lone surrogate at index {index} ({text[index]!r}), which UTF-8 cannot encode"
             ) from None
 
 
@@ -232,7 +233,7 @@ class TransformersTokenizer:
             return None
         given = self._wrapped.chat_template
         if given is None:
-            raise InvalidRequestError("the tokenizer has no chat template: send a prompt, or set its chat_template")
+            raise InvalidRequestError("the tokenizer has no chat template; send a prompt, or set its chat_template")
         sources = {"default": given} if isinstance(given, str) else dict(given)
         special_tokens = dict(self._wrapped.special_tokens_map)
         if self._known_templates is None or self._known_templates[:2] != (sources, special_tokens):
@@ -305,9 +306,9 @@ def adapt_tokenizer(tokenizer: Any) -> Tokenizer:
     """
     missing = [name for name in ("encode", "decode") if not callable(getattr(tokenizer, name, None))]
     if missing or isinstance(tokenizer, type):
-        fault = f"has no {' and no '.join(missing)}" if missing else "is a class, not an instance"
+        fault = f"lacks {' and '.join(missing)}" if missing else "is a class, not an instance"
         raise ConfigError(
-            f"tokenizer={tokenizer!r:.200} {fault}: "
+            f"tokenizer={tokenizer!r:.200} {fault}; "
             "pass an object with encode(text) -> list[int] and decode(token_ids) -> str"
         )
     if hasattr(tokenizer, "all_special_ids") and hasattr(tokenizer, "convert_ids_to_tokens"):

@@ -124,9 +124,9 @@ def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
         named = {name: _signed(trainer.get(number, default)) for name, (number, default) in _SPECIAL_IDS.items()}
         charsmap = bytes(normalizer.get(_CHARSMAP, b""))
     except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise CorruptFileError(f"{source}: is no SentencePiece model: {error}") from error
+        raise CorruptFileError(f"{source}: not a valid SentencePiece model: {error}") from error
     if parts[_DENORMALIZER].get(_CHARSMAP):
-        raise UnsupportedModelError(f"{source}: has a denormalizer_spec, which changes decoded text: not supported")
+        raise UnsupportedModelError(f"{source}: denormalizer_spec, which changes decoded text, is not supported")
     return SentencePieceModel(
         pieces=tuple(pieces),
         model_type=trainer.get(_MODEL_TYPE, ModelType.UNIGRAM),
@@ -156,14 +156,14 @@ def check_charsmap(charsmap: bytes, source: str) -> None:
     size = int.from_bytes(charsmap[:4], "little") if len(charsmap) > 4 else 0
     texts = charsmap[4 + size :]
     if not size or size % 1024 or not texts or texts[-1]:
-        raise CorruptFileError(f"{source}: precompiled_charsmap is no normalization table: truncated?")
+        raise CorruptFileError(f"{source}: precompiled_charsmap is not a valid normalization table: truncated?")
     units = np.frombuffer(charsmap, "<u4", size // 4, 4).astype(np.int64)
     is_leaf = units >> 31 == 1
     offsets = np.where(is_leaf, 0, (units >> 10) << ((units & 512) >> 6))
     inner = (np.arange(units.size) ^ offsets) | 255
     values = np.where(is_leaf, units & (2**31 - 1), 0)
     if inner.max() >= units.size or values.max() >= len(texts):
-        raise CorruptFileError(f"{source}: precompiled_charsmap points outside itself")
+        raise CorruptFileError(f"{source}: precompiled_charsmap has an offset that points outside the table")
 
 
 def _leading_pieces(data: bytes) -> tuple[list[Piece], int]:
@@ -244,7 +244,7 @@ def _fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
         elif wire_type in _FIXED_SIZES:
             size = _FIXED_SIZES[wire_type]
         else:
-            raise ValueError(f"wire type {wire_type} at byte {position}")
+            raise ValueError(f"unknown wire type {wire_type} at byte {position}")
         if position + size > len(data):
             raise ValueError(f"{position + size - len(data)} bytes are missing: truncated?")
         yield number, data[position : position + size]
@@ -262,4 +262,4 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
             return value, position
         shift += 7
         if shift > 63:
-            raise ValueError(f"an integer before byte {position} does not end")
+            raise ValueError(f"the integer before byte {position} has more than 10 bytes")

@@ -175,14 +175,14 @@ def codec_of_directory(
     """
     if config.tokenizer_class not in _CLASSES:
         raise UnsupportedModelError(
-            f"{config.path}: tokenizer_class={config.values.get('tokenizer_class')!r} with a tokenizer.model is not "
-            f"supported: {', '.join(sorted(_CLASSES - {''}))} are; pass LLM(tokenizer=...)"
+            f"{config.path}: tokenizer_class={config.values.get('tokenizer_class')!r} is not supported with a "
+            f"tokenizer.model; supported: {', '.join(sorted(_CLASSES - {''}))}; or pass LLM(tokenizer=...)"
         )
     legacy, prefix_space = config.flags.get("legacy", True), config.flags.get("add_prefix_space")
     if model.treat_whitespace_as_suffix and (prefix_space is not None or not legacy):
         raise UnsupportedModelError(
-            f"{config.path}: legacy=false and add_prefix_space are not supported with a model that "
-            f"has treat_whitespace_as_suffix: {source}"
+            f"{config.path}: legacy=false and add_prefix_space are not supported with treat_whitespace_as_suffix, "
+            f"which {source} sets"
         )
     adds_space = model.add_dummy_prefix if prefix_space is None else prefix_space
     prefix: Prefix = "never" if not adds_space else "always" if legacy else "first"
@@ -194,7 +194,7 @@ def codec_of_directory(
     for role, default in (("bos_token", True), ("eos_token", False)):
         is_added = config.flags.get(f"add_{role}", default)
         if is_added and role not in named and f"add_{role}" in config.flags:
-            raise CorruptFileError(f"{config.path}: add_{role} is true, but there is no {role}")
+            raise CorruptFileError(f"{config.path}: add_{role} is true, but {role} is missing")
         ends.append([ids[named[role]]] if is_added and role in named else [])
     return SentencePieceCodec(model, added, prefix, source, *ends), named
 
@@ -212,8 +212,8 @@ def _added_tokens(
     for token_id, token in sorted(config.added.items()):
         if ids.setdefault(token.content, token_id) != token_id:
             raise CorruptFileError(
-                f"{config.path.parent}: the files beside {source} give {token.content!r} the id {token_id}, "
-                f"and it is piece {ids[token.content]} of the model"
+                f"{config.path.parent}: token {token.content!r} has id {ids[token.content]} in {source}, expected "
+                f"{token_id} as in the files beside it"
             )
         added[token_id] = token
     special = [config.named.get(role) or AddedToken(text, normalized=False) for role, text in named.items()]

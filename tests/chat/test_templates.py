@@ -248,7 +248,7 @@ def test_variables_that_the_template_reads() -> None:
         ({"enable_thinkin": False}, "'enable_thinkin' is not a variable .* did you mean enable_thinking"),
         ({"add_generation_promt": False}, "did you mean add_generation_prompt"),
         ({"tool": []}, "did you mean tools"),
-        ({"quux": 1}, "its variables are .*enable_thinking"),
+        ({"quux": 1}, "its variables: .*enable_thinking"),
         ({"message": 1}, "not a variable"),  # of a loop
         ({"namespace": 1}, "not a variable"),
         ({"tokenize": False}, "reserved"),
@@ -286,16 +286,16 @@ def test_reasoning_is_continued_and_has_several_names() -> None:
 
 
 def test_what_cannot_be_continued() -> None:
-    with pytest.raises(InvalidRequestError, match="contradict"):
+    with pytest.raises(InvalidRequestError, match="exclude each other"):
         render("chatml", [USER], continue_final_message=True, add_generation_prompt=True)
     for messages in ([USER, call({})], [USER, {"role": "tool", "content": {"a": 1}}], [{**USER, "content": []}]):
-        with pytest.raises(InvalidRequestError, match='no text in "content"'):
+        with pytest.raises(InvalidRequestError, match='needs text in "content" of the final message'):
             render("qwen3", messages, continue_final_message=True)
-    with pytest.raises(InvalidRequestError, match="does not write"):
+    with pytest.raises(InvalidRequestError, match='chat template changes "content" of the final message'):
         render("qwen3", [USER, {"role": "assistant", "content": "<think>a</think>b"}], continue_final_message=True)
-    with pytest.raises(InvalidRequestError, match='no text in "thought"'):
+    with pytest.raises(InvalidRequestError, match='needs text in "thought" of the final message'):
         render("qwen3", [USER], continue_final_message="thought")
-    with pytest.raises(InvalidRequestError, match="neither a bool"):
+    with pytest.raises(InvalidRequestError, match="must be True, False or the name of a field, not 1"):
         render("qwen3", [USER], continue_final_message=1)
 
 
@@ -403,7 +403,11 @@ def test_named_templates() -> None:
     assert templates.render([USER], None, [], {}).startswith("dHi")
     assert templates.render([USER], None, None, {"chat_template": "rag", "documents": [{"x": "y"}]}) == "ry"
     assert templates.render([USER], None, None, {"chat_template": "x{{ messages[0].role }}"}) == "xuser"
-    for given, message in (("rga", "default, tool_use, rag"), ("{% if %}", "does not compile"), (5, "not a string")):
+    for given, message in (
+        ("rga", "one of 'default', 'tool_use', 'rag', or the text"),
+        ("{% if %}", "does not compile"),
+        (5, "chat_template must be a string, not 5"),
+    ):
         with pytest.raises(InvalidRequestError, match=message):
             templates.render([USER], None, None, {"chat_template": given})
     several = ChatTemplates({"a": "1", "b": "2"}, {}, "tokenizer")

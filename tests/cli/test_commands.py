@@ -79,7 +79,7 @@ def test_bad_arguments_are_usage_errors(argv: list[str], capsys: pytest.CaptureF
 def test_a_bad_number_is_named(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["demo", f"--prompts={number}"])
-    assert f"argument --prompts: {number!r} is not an integer >= 1" in capsys.readouterr().err
+    assert f"argument --prompts: must be an integer of at least 1, not {number!r}" in capsys.readouterr().err
 
 
 def test_a_parameter_out_of_range_is_one_line_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,11 +315,11 @@ async def test_unusable_forms_fail_their_request_alone(form: dict[str, Any]) -> 
 async def test_a_grammar_without_an_end_is_said_to_be_one() -> None:
     with make_llm(counting_model) as llm:
         async with timeout():
-            with pytest.raises(InvalidRequestError, match="no text that could come next"):
+            with pytest.raises(InvalidRequestError, match="no text can come next"):
                 await llm.generate_async("x", structured(grammar="start: start"))
             output = await llm.generate_async("x", structured(grammar='start: "a" rest\nrest: rest'))
             assert (output.finish_reason, output.text) == ("error", "a")
-            assert "no text that could come next" in str(output.error)
+            assert "no text can come next" in str(output.error)
 
 
 def sentencepiece_tokenizer() -> LoadedTokenizer:
@@ -390,7 +390,7 @@ def test_structured_output_needs_a_tokenizer_that_is_known() -> None:
         def decode(self, token_ids: Sequence[int]) -> str:
             return ByteTokenizer().decode(token_ids)
 
-    for tokenizer, message in ((None, "needs a tokenizer"), (Opaque(), "neither tokenizer_json")):
+    for tokenizer, message in ((None, "needs a tokenizer"), (Opaque(), "Opaque must have tokenizer_json")):
         with (
             engine_helpers.make_llm(tokenizer=tokenizer, eos_token_ids=[EOS]) as llm,
             pytest.raises(InvalidRequestError, match=message),

@@ -246,7 +246,7 @@ def test_the_tokenizers_eos_outside_the_vocabulary(tmp_path: Path) -> None:
     directory = hf_model(tmp_path, vocab_size=258, special=("<s>", "<a>", "<b>"))
     assert loaded_ends(directory) == set()  # more tokens than rows are no fault
     write_json(directory / "tokenizer_config.json", eos_token="<b>")
-    with pytest.raises(CorruptFileError, match=r"eos_token '<b>' has id 258, outside .*\[0, 258\)"):
+    with pytest.raises(CorruptFileError, match=r"eos_token '<b>' has id 258, which is outside .*\[0, 258\)"):
         LLM(ModelConfig(directory, num_threads=1))
     with pytest.raises(ConfigError, match=r"token id 258 .*\[0, 258\)"):
         LLM(ModelConfig(directory, num_threads=1), tokenizer=load_tokenizer(directory, "huggingface"))

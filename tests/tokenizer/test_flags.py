@@ -350,19 +350,34 @@ def test_add_prefix_space_false_beside_a_sentencepiece_like_tokenizer_json(tmp_p
     ("config", "added", "error", "message"),
     [
         ({"split_special_tokens": True}, None, UnsupportedModelError, "split_special_tokens=true"),
-        ({"add_bos_token": "yes"}, None, CorruptFileError, "add_bos_token='yes' must be true or false"),
-        ({"legacy": 1}, None, CorruptFileError, "legacy=1 must be true or false"),
-        ({"added_tokens_decoder": {"300": token("<x>")}}, None, CorruptFileError, "'<x>' the id 300"),
-        ({"added_tokens_decoder": {"7": token("</s>")}}, None, CorruptFileError, "'</s>' the id 7"),
-        ({}, {"<x>": 300}, CorruptFileError, "'<x>' the id 300"),
-        ({}, {"<x>": "a"}, CorruptFileError, r"added_tokens\.json: '<x>' has the id 'a'"),
-        ({}, {"<x>": 258, "<y>": 258}, CorruptFileError, "'<y>' and '<x>' have the same id 258"),
+        ({"add_bos_token": "yes"}, None, CorruptFileError, "add_bos_token must be true or false, not 'yes'"),
+        ({"legacy": 1}, None, CorruptFileError, "legacy must be true or false, not 1"),
+        (
+            {"added_tokens_decoder": {"300": token("<x>")}},
+            None,
+            CorruptFileError,
+            "'<x>' has id 258 in tokenizer.json, expected 300",
+        ),
+        (
+            {"added_tokens_decoder": {"7": token("</s>")}},
+            None,
+            CorruptFileError,
+            "'</s>' has id 257 in tokenizer.json, expected 7",
+        ),
+        ({}, {"<x>": 300}, CorruptFileError, "'<x>' has id 258 in tokenizer.json, expected 300"),
+        (
+            {},
+            {"<x>": "a"},
+            CorruptFileError,
+            r"added_tokens\.json: the id of '<x>' must be an integer of at least 0, not 'a'",
+        ),
+        ({}, {"<x>": 258, "<y>": 258}, CorruptFileError, "tokens '<x>' and '<y>' have the same id 258"),
         ({"added_tokens_decoder": {"258": {"content": "<x>", "lstrip": 1}}}, None, CorruptFileError, "lstrip of"),
         (
             {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": None},
             None,
             CorruptFileError,
-            "add_bos_token is true, but there is no bos_token",
+            "add_bos_token is true, but bos_token is missing",
         ),
     ],
 )
@@ -381,8 +396,8 @@ def test_what_contradicts_a_tokenizer_json_is_refused(
     ("options", "config", "message"),
     [
         ({}, {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class='T5Tokenizer'"),
-        ({}, {"added_tokens_decoder": {"9": token("</s>")}}, "'</s>' the id 9"),
-        ({}, {"bos_token": None, "add_bos_token": True}, "add_bos_token is true, but there is no bos_token"),
+        ({}, {"added_tokens_decoder": {"9": token("</s>")}}, r"'</s>' has id 2 in .*tokenizer\.model, expected 9"),
+        ({}, {"bos_token": None, "add_bos_token": True}, "add_bos_token is true, but bos_token is missing"),
         ({"treat_whitespace_as_suffix": True}, {"legacy": False}, "legacy=false .* treat_whitespace_as_suffix"),
     ],
 )
@@ -529,7 +544,7 @@ def test_gguf_types_of_tokens() -> None:
     assert tokenizer.decode(tokenizer.encode("\x00\x01", False)) == "\x00\x01"
     metadata["tokenizer.ggml.token_type"][3] = 1
     metadata["tokenizer.ggml.tokens"][3] = "no byte"
-    with pytest.raises(CorruptFileError, match=r"x\.gguf: has tokens for 255 of the 256 bytes"):
+    with pytest.raises(CorruptFileError, match=r"x\.gguf: only 255 of the 256 bytes have a token"):
         tokenizer_from_gguf(metadata, "x.gguf")
 
 
@@ -569,7 +584,7 @@ def test_further_gguf_pre_tokenizers(pre: str, text: str, pieces: list[str]) -> 
 def test_gguf_without_a_pre_tokenizer_is_split_by_default_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "llmengine"):
         tokenizer = tokenizer_from_gguf(byte_gguf(None), "x.gguf")
-    assert "x.gguf: has no tokenizer.ggml.pre" in caplog.text
+    assert "x.gguf: tokenizer.ggml.pre is missing" in caplog.text
     named = tokenizer_from_gguf(byte_gguf("default"), "x.gguf")
     for text in TEXTS:
         assert tokenizer.encode(text) == named.encode(text)
