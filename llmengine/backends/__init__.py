@@ -1,4 +1,4 @@
-"""Backends: what runs a step's batch on a device. `load_backend` makes the one that a configuration asks for."""
+"""Backends run batches on a device. `load_backend` loads the one that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _logger = logging.getLogger("llmengine.backends")
 
 
 def choose_device(name: str) -> str:
-    """Return "cpu" or "cuda:N" for `ModelConfig.device`; "auto" is the first CUDA device where torch finds one.
+    """Resolve `ModelConfig.device` to "cpu" or "cuda:N"; "auto" is the first CUDA device if torch finds any.
 
-    Raises `ConfigError` for a CUDA device that is not there.
+    Raises `ConfigError` for a CUDA device that does not exist.
     """
     import torch
 
@@ -36,30 +36,30 @@ def choose_device(name: str) -> str:
     if index >= num_devices:
         raise ConfigError(
             f"device={name!r}: torch {torch.__version__} finds {num_devices} CUDA devices; use 'auto' or 'cpu', or "
-            "install a CUDA build of torch and a driver for it"
+            "install a CUDA build of torch and its driver"
         )
     return f"cuda:{index}"
 
 
 def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
-    """Load the weights of `source` and return a backend that is ready for its first step.
+    """Load the weights of `source` into a backend that is ready for its first step.
 
-    `config` is resolved. Raises `ConfigError` for a device, backend or format that is not here, `OutOfMemoryError` if
-    weights or KV cache do not fit, `CorruptFileError` for damaged weights.
+    `config` is resolved. Raises `ConfigError` for a device, backend or weight format that is not available,
+    `OutOfMemoryError` if weights or KV cache do not fit, and `CorruptFileError` for damaged weights.
     """
     device = choose_device(config.device)
     if device == "cpu":
         if config.backend == "tensorrt":
-            raise ConfigError("backend='tensorrt' needs a CUDA device, and device is 'cpu'; use 'auto' or 'torch'")
+            raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
         if config.attention_backend == "flashinfer":
-            raise ConfigError("attention_backend='flashinfer' needs a CUDA device, and device is 'cpu'; use 'auto'")
+            raise ConfigError("attention_backend='flashinfer' needs a CUDA device, but device is 'cpu'; use 'auto'")
         from llmengine.backends.cpu.backend import CpuBackend
 
         return CpuBackend(config, source)
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
-            "deterministic=True excludes backend='tensorrt', whose plans add up in an order that depends on the number "
-            "of tokens; use 'auto' or 'torch'"
+            "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "
+            "number of tokens; use 'auto' or 'torch'"
         )
     import torch
 
@@ -68,19 +68,19 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
-    from llmengine.backends.cuda.backend import CudaBackend
     from llmengine.backends.cuda.generic_segments import cuda_segments_factory
+    from llmengine.backends.cuda.loading import load_cuda_backend
 
     if config.backend == "torch":
-        return CudaBackend(config, source, torch.device(device))
-    if config.deterministic:
-        return CudaBackend(config, source, torch.device(device), cuda_segments_factory("TensorRT is not deterministic"))
-    _logger.info("backend='auto': torch, since TensorRT is not installed (pip install llmengine[tensorrt])")
-    return CudaBackend(config, source, torch.device(device), cuda_segments_factory("TensorRT is not installed"))
+        return load_cuda_backend(config, source, torch.device(device))
+    reason = "TensorRT is not deterministic" if config.deterministic else "TensorRT is not installed"
+    if not config.deterministic:
+        _logger.info("backend='auto' uses torch: %s (pip install llmengine[tensorrt])", reason)
+    return load_cuda_backend(config, source, torch.device(device), cuda_segments_factory(reason))
 
 
 def _has_tensorrt() -> bool:
-    """Say whether there is a TensorRT to import, without importing it."""
+    """Whether a TensorRT is installed, without importing it."""
     specs = (importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx"))
-    # A folder of that name on the path has a spec as well, without an origin.
+    # A folder of that name on the path also has a spec, but no origin.
     return any(spec is not None and spec.origin is not None for spec in specs)

@@ -165,26 +165,31 @@ def _end_step(
     last_token_ids,
     ring,
     max_rows,
+    MAX_SAMPLES: tl.constexpr,
     NUM_SAMPLES: tl.constexpr,
     RING_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = rows < tl.load(counts + NUM_SAMPLES)
-    chosen = tl.load(ids + rows, mask=used, other=0)
+    has_failed = tl.load(failed + rows, mask=used, other=0) != 0
+    entries = ring + (tl.load(counts + RING_INDEX) * max_rows + rows) * MAX_SAMPLES
+    last = tl.zeros([BLOCK], dtype=tl.int32)
+    for index in tl.static_range(MAX_SAMPLES):
+        chosen = tl.load(ids + rows * MAX_SAMPLES + index, mask=used, other=0)
+        last = tl.where(chosen >= 0, chosen, last)
+        tl.store(entries + index, tl.where(has_failed, -1, chosen), mask=used)
     slots = tl.load(sample_slots + rows, mask=used, other=0)
-    tl.store(last_token_ids + slots, chosen, mask=used)
-    entry = ring + tl.load(counts + RING_INDEX) * max_rows
-    tl.store(entry + rows, tl.where(tl.load(failed + rows, mask=used, other=0) != 0, -1, chosen), mask=used)
+    tl.store(last_token_ids + slots, last, mask=used)
 
 
 def end_step(step: DeviceStep, state: SlotState, ids: Tensor, failed: Tensor, ring: Tensor, num_samples: int) -> None:
-    """Make the sampled ids the slots' last tokens and publish them in `ring[counts[RING_INDEX]]`, -1 where failed.
+    """Make the last sampled ids the slots' last tokens and publish all of them in `ring[counts[RING_INDEX]]`.
 
     Args:
-        ids: int32 [num_samples].
-        failed: int32 [num_samples].
-        ring: int32 [depth, max_rows], device or pinned host memory.
+        ids: int32 [>= num_samples, max_samples], contiguous; -1 after the last one of a row.
+        failed: int32 [>= num_samples]; a row that failed is published as -1 throughout.
+        ring: int32 [depth, max_rows, max_samples], contiguous, on the device or in pinned host memory.
         num_samples: the bucket; counts[NUM_SAMPLES] of it are in use.
     """
     block = 256
@@ -196,6 +201,7 @@ def end_step(step: DeviceStep, state: SlotState, ids: Tensor, failed: Tensor, ri
         state.last_token_ids,
         ring,
         ring.shape[1],
+        MAX_SAMPLES=ring.shape[2],
         NUM_SAMPLES=NUM_SAMPLES,
         RING_INDEX=RING_INDEX,
         BLOCK=block,
@@ -208,5 +214,6 @@ def end_step_reference(
 ) -> None:
     """The same in torch."""
     used = min(int(step.counts[NUM_SAMPLES]), num_samples)
-    state.last_token_ids[step.sample_slots[:used].long()] = ids[:used]
-    ring[int(step.counts[RING_INDEX]), :used] = ids[:used].masked_fill(failed[:used] != 0, -1)
+    last = ((ids[:used] >= 0).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
+    state.last_token_ids[step.sample_slots[:used].long()] = ids[:used].gather(1, last)[:, 0]
+    ring[int(step.counts[RING_INDEX]), :used] = ids[:used].masked_fill(failed[:used, None] != 0, -1)

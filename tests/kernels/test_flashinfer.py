@@ -22,6 +22,7 @@ from llmengine.backends import load_backend
 from llmengine.backends.cuda import attention_choice, model
 from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode
 from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.errors import ConfigError
@@ -251,7 +252,7 @@ def test_a_model_generates_the_same_with_it(tmp_path: Path, device: str, monkeyp
     save_tiny(tmp_path, **SMALL, num_hidden_layers=1)
     outputs = {}
     for name in ("auto", "flashinfer"):
-        backend = CudaBackend(config_of(tmp_path, name, 2), open_model(tmp_path), torch.device(device, 0))
+        backend = load_cuda_backend(config_of(tmp_path, name, 2), open_model(tmp_path), torch.device(device, 0))
         assert ("FlashInfer" in backend.info.description) == (name == "flashinfer")
         outputs[name] = outputs_of(backend)
         backend.close()
@@ -370,7 +371,7 @@ def test_a_model_measures_all_of_its_layers_when_it_is_loaded(
     monkeypatch.setattr(model, "time_graph", time_graph)
     monkeypatch.setattr(attention_choice, "CONTEXT_TOKENS", 20)
     save_tiny(tmp_path, **SMALL, num_hidden_layers=1)
-    backend = CudaBackend(config_of(tmp_path, "measure", 4), open_model(tmp_path), torch.device(device, 0))
+    backend = load_cuda_backend(config_of(tmp_path, "measure", 4), open_model(tmp_path), torch.device(device, 0))
     assert num_timed == 2, "one row, by both"
     assert backend.info.description.endswith("FlashInfer attention")
     backend.close()

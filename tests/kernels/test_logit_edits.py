@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.sampler import Sampler
-from llmengine.backends.cuda.sampling import DeviceSampler
-from llmengine.backends.cuda.step_buffer import Bucket, StepBuffer, StepLimits
+from llmengine.backends.cuda.buckets import Bucket
+from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
+from llmengine.backends.cuda.step_buffer import StepBuffer, StepLimits
 from llmengine.backends.cuda.stream import HostStream
 from llmengine.backends.logit_edits import NO_MASKS
 from llmengine.batch import Batch, BatchRow, SlotInit
@@ -28,9 +29,9 @@ class Device:
     """A `DeviceSampler` that is given logits instead of a model."""
 
     def __init__(self, num_slots: int, vocab: int, device: str) -> None:
-        self.sampler = DeviceSampler(num_slots, num_slots, vocab, torch.device(device))
+        self.sampler = DeviceSampler(SamplerTensors.allocate(num_slots, num_slots, vocab, torch.device(device)), vocab)
         state = SlotState.empty(num_slots, 1, torch.device(device))
-        self._buffer = StepBuffer(StepLimits(num_slots, num_slots, 0, num_slots), state, 1, 1)
+        self._buffer = StepBuffer.allocate(StepLimits(num_slots, num_slots, 0, num_slots), state, 1, 1)
         self.replaced = 0
 
     def step(

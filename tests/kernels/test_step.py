@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from llmengine.backends.cuda.step_buffer import Bucket, SlotStateUpdater, StepBuffer, StepLimits
+from llmengine.backends.cuda.buckets import Bucket
+from llmengine.backends.cuda.step_buffer import SlotStateUpdater, StepBuffer, StepLimits
 from llmengine.backends.cuda.stream import CudaStream, HostStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
@@ -25,7 +26,7 @@ from llmengine.kernels.step import (
 )
 from llmengine.sampling_params import SamplingParams
 
-STREAMS = {"cpu": HostStream, "cuda": partial(CudaStream, 1)}
+STREAMS = {"cpu": HostStream, "cuda": partial(CudaStream.open, 1)}
 NUM_SLOTS, MAX_BLOCKS, QUERY_BLOCK = 5, 6, 4
 LIMITS = StepLimits(max_tokens=32, max_rows=NUM_SLOTS, max_query_blocks=12, max_updates=40)
 
@@ -36,7 +37,7 @@ def make_init(slot: int, token_ids: Sequence[int]) -> SlotInit:
 
 def make_buffer(device: str) -> tuple[StepBuffer, SlotState]:
     state = SlotState.empty(NUM_SLOTS, MAX_BLOCKS, device)
-    return StepBuffer(LIMITS, state, QUERY_BLOCK, depth=2), state
+    return StepBuffer.allocate(LIMITS, state, QUERY_BLOCK, depth=2), state
 
 
 MIXED = Batch(
@@ -123,17 +124,28 @@ def test_begin_step_equals_its_reference(device: str, hidden: int) -> None:
         assert torch.equal(mine, reference)
 
 
-def test_end_step_equals_its_reference_and_marks_failed_rows(device: str) -> None:
+@pytest.mark.parametrize(
+    ("ids", "last", "published"),
+    [
+        ([[5], [6], [7], [8]], [5, 6, 7], [[5], [-1], [7]]),
+        ([[5, 6, 7], [8, 9, -1], [10, -1, -1], [11, 12, 13]], [7, 9, 10], [[5, 6, 7], [-1] * 3, [10, -1, -1]]),
+    ],
+    ids=["one token", "up to three tokens"],
+)
+def test_end_step_equals_its_reference_and_marks_failed_rows(
+    device: str, ids: list[list[int]], last: list[int], published: list[list[int]]
+) -> None:
     results = []
+    unused = [-7] * len(ids[0])
     for function in (end_step, end_step_reference):
         buffer, state = make_buffer(device)
         buffer.fill(MIXED, [], Bucket(12, 4, mixed=True), 1)
         buffer.send(1, STREAMS[device]())
-        ring = torch.full((2, NUM_SLOTS), -7, dtype=torch.int32, device=device)
-        ids = torch.tensor([5, 6, 7, 8], dtype=torch.int32, device=device)
+        ring = torch.full((2, NUM_SLOTS, len(unused)), -7, dtype=torch.int32, device=device)
         failed = torch.tensor([0, 1, 0, 0], dtype=torch.int32, device=device)
-        function(buffer.step, state, ids, failed, ring, 4)
+        function(buffer.step, state, torch.tensor(ids, dtype=torch.int32, device=device), failed, ring, 4)
         results.append((state.last_token_ids, ring))
     for mine, reference in zip(*results, strict=True):
         assert torch.equal(mine, reference)
-    assert results[0][1].tolist() == [[-7] * 5, [5, -1, 7, -7, -7]]
+    assert results[0][0][:3].tolist() == last
+    assert results[0][1].tolist() == [[unused] * 5, [*published, unused, unused]]

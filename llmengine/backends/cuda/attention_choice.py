@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from llmengine.config import ModelConfig
+from llmengine.dtypes import dtype_name
 from llmengine.errors import ConfigError
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.flashinfer_attention import FlashInferDecode, is_installed, unsupported
@@ -175,9 +176,8 @@ def _kept_choice(
         version = "unknown"
     name = f"{torch.cuda.get_device_name(device)}-triton{triton.__version__}-flashinfer{version}"
     file = cache_dir() / f"attention-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-    dtype_name = str(dtype).removeprefix("torch.")
     kinds = sorted({str(replace(layer, scale=1.0)) for layer in layers})
-    key = f"{dtype_name} {' '.join(kinds)}"
+    key = f"{dtype_name(dtype)} {' '.join(kinds)}"
     kept = read_choices(file, _FILE_VERSION)
     buckets = [rows for rows in ROW_BUCKETS if rows <= max_rows] or [max_rows]
     known = {rows: kept[f"{key} {rows}"] == _NAMES[True] for rows in buckets if f"{key} {rows}" in kept}

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from llmengine.backends.cuda.attention_choice import choose_decode, decode_step
-from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory
+from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode, decode_step
+from llmengine.backends.cuda.buckets import Bucket
+from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.generic_segments import head_norm
-from llmengine.backends.cuda.step_buffer import Bucket
+from llmengine.backends.cuda.memory_errors import memory_error_context
 from llmengine.backends.cuda.upload import Uploads
 from llmengine.checkpoints.source import ModelSource
-from llmengine.config import ModelConfig
+from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.dtypes import torch_dtype
-from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.kernels.attention import AttentionConfig
-from llmengine.kernels.attention_decode import attention_workspace, decode_attention
+from llmengine.kernels.attention_decode import AttentionWorkspace, attention_workspace, decode_attention
 from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
 from llmengine.kernels.norm import MAX_HIDDEN
@@ -75,27 +74,6 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
         )
 
 
-@contextmanager
-def memory_error_context(component: str, device: torch.device, advice: str) -> Iterator[None]:
-    """Have a full device raise an `OutOfMemoryError` that names the component, what was left, and what helps.
-
-    A device whose programs have less memory than the kernels need raises `ConfigError`.
-    """
-    try:
-        yield
-    except OutOfResources as failure:
-        raise ConfigError(
-            f"{device} is too small for a CUDA kernel, which needs {failure.required} of {failure.name}, of which "
-            f"there are {failure.limit}; use device='cpu'"
-        ) from failure
-    except torch.OutOfMemoryError as failure:
-        free, total = torch.cuda.mem_get_info(device)
-        raise OutOfMemoryError(
-            f"{component} do not fit on {device}, {free / 2**20:.0f} of {total / 2**20:.0f} MiB were left when it was "
-            f"full; {advice}, or free memory there"
-        ) from failure
-
-
 def _check_sizes(arch: ModelArch) -> None:
     sizes = {"vocab_size": (arch.vocab_size, MAX_VOCAB), "hidden_size": (arch.hidden_size, MAX_HIDDEN)}
     for name, (size, most) in sizes.items():
@@ -117,11 +95,11 @@ def load_weights(weights: CudaWeights, source: ModelSource) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _LayerAttention:
-    """What a layer's attention has of its own; see `kernels.attention`.
+class LayerAttention:
+    """What differs between the attentions of layers; see `kernels.attention`.
 
     Attributes:
-        projection_norms: of all of q and all of k, in place, ahead of the kernels.
+        projection_norms: normalise all of q and all of k in place, before the kernels run.
     """
 
     config: AttentionConfig
@@ -131,8 +109,65 @@ class _LayerAttention:
     projection_norms: tuple[Callable[[Tensor], None], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Buffers of the largest step, at fixed addresses.
+
+    Attributes:
+        hidden: [max_tokens_per_step, hidden].
+        attended: [max_tokens_per_step, num_heads * head_dim].
+        workspace: scratch of the decode attention.
+        logits: fp32 [max_batch_size, vocab].
+    """
+
+    hidden: Tensor
+    attended: Tensor
+    workspace: AttentionWorkspace
+    logits: Tensor
+
+    @staticmethod
+    def allocate(
+        arch: ModelArch, scheduler: SchedulerConfig, attention: AttentionConfig, embedding: Tensor
+    ) -> Activations:
+        """Allocate buffers for steps of a scheduler's limits, with the dtype and device of the embedding."""
+        dtype, device = embedding.dtype, embedding.device
+        max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
+        return Activations(
+            hidden=torch.zeros((max_tokens, arch.hidden_size), dtype=dtype, device=device),
+            attended=torch.zeros((max_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device),
+            workspace=attention_workspace(attention, _num_sms(device), device),
+            logits=torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device),
+        )
+
+
+def build_cuda_model(
+    arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, segments_factory: SegmentsFactory
+) -> CudaModel:
+    """Build a model on weights that are in their places but perhaps not filled yet.
+
+    Args:
+        limit: most tokens of a request.
+
+    Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
+    """
+    embedding = weights.by_name["embed_tokens.weight"]
+    device, dtype = embedding.device, embedding.dtype
+    layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
+    activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, embedding)
+    pdl = _has_pdl(device)
+    segments = segments_factory(SegmentsContext(arch, weights.by_name, config, activations.logits, pdl))
+    attentions = [layer.config for layer in layers]
+    decode_choice = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
+    has_decodes = not config.deterministic
+    return CudaModel(arch, weights, layers, activations, segments, decode_choice, pdl=pdl, has_decodes=has_decodes)
+
+
 class CudaModel:
     """A decoder's weights, its forward pass for any bucket, and the buffers of the largest step.
+
+    Args:
+        pdl: kernels may start before those ahead of them have ended.
+        has_decodes: rows of one token are attended to by the decode kernel; otherwise as chunks of one token.
 
     Attributes:
         logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address.
@@ -141,70 +176,72 @@ class CudaModel:
     """
 
     def __init__(
-        self, arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, segments_factory: SegmentsFactory
+        self,
+        arch: ModelArch,
+        weights: CudaWeights,
+        layers: Sequence[LayerAttention],
+        activations: Activations,
+        tunable_segments: TunableSegments,
+        decode_choice: DecodeChoice,
+        *,
+        pdl: bool,
+        has_decodes: bool,
     ) -> None:
         self.weights = weights
         self.embedding = weights.by_name["embed_tokens.weight"]
-        device, dtype = self.embedding.device, self.embedding.dtype
+        self.logits = activations.logits
+        self.query_block = query_block_size(layers[0].config, self.embedding.dtype)
+        self.tunable_segments = tunable_segments
+        self._segments = tunable_segments.segments
         self._arch = arch
-        self._layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
-        attention = self._layers[0].config
-        self.query_block = query_block_size(attention, dtype)
-        max_tokens = config.scheduler_config.max_tokens_per_step
-        self._hidden = torch.zeros((max_tokens, arch.hidden_size), dtype=dtype, device=device)
-        self._attended = torch.zeros((max_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device)
-        self._workspace = attention_workspace(attention, _num_sms(device), device)
-        self._pdl = _has_pdl(device)
-        self._has_decodes = not config.deterministic
-        max_rows = config.scheduler_config.max_batch_size
-        self.logits = torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device)
-        context = SegmentsContext(arch, weights.by_name, config, self.logits, self._pdl)
-        self.tunable_segments = segments_factory(context)
-        attentions = [layer.config for layer in self._layers]
-        self._decode = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
+        self._layers = layers
+        self._activations = activations
+        self._decode_choice = decode_choice
+        self._pdl = pdl
+        self._has_decodes = has_decodes
 
     def forward_to_last(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """Return what `last` takes of all tokens, [bucket.num_tokens, ...] each, and write their KV.
+        """Run a step up to the last attention; return what `last` takes, [bucket.num_tokens, ...] each.
 
-        Nothing in both looks at a value, and what some segments allocate is torch's, so that a CUDA graph can hold it.
+        Writes the KV of all tokens. A CUDA graph can hold this and `last`: neither looks at a value, and segments that
+        allocate do so through torch.
 
         Args:
             kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
         """
-        x = self._hidden[: bucket.num_tokens]
+        x = self._activations.hidden[: bucket.num_tokens]
         begin_step(step, state, self.embedding, x)
         if self._arch.embedding_scale != 1.0:
             x.mul_(self._arch.embedding_scale)
         num_rows = min(bucket.num_tokens, len(step.row_slots))
-        flashinfer = self._decode.of(num_rows)
+        flashinfer = self._decode_choice.of(num_rows)
         if flashinfer is not None:
             flashinfer.begin(step, num_rows)
-        return forward_to_last(self.tunable_segments.segments, x, self._attend(step, kv, bucket, flashinfer))
+        return forward_to_last(self._segments, x, self._attend(step, kv, bucket, flashinfer))
 
     def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
-        """Return fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
+        """Compute fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
 
         Args:
             attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
-            tokens: int32, at most max_batch_size; None: all in their order.
+            tokens: int32, at most max_batch_size of them; None: all of the step, in order.
         """
-        return self.tunable_segments.segments.last(attended, x, tokens)
+        return self._segments.last(attended, x, tokens)
 
     def compilations(
         self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: Tensor
     ) -> list[Callable[[], None]]:
-        """Return calls that compile what computes around the segments, about a kernel each; results are junk.
+        """Calls that compile the kernels around the segments, about one kernel each; their results are junk.
 
         Args:
-            steps: one without rows for each kind of bucket, mixed or not.
+            steps: a step without rows for each kind of bucket, mixed or not.
         """
         calls: dict[Hashable, Callable[[], None]] = {}
         kinds = {layer.config: index for index, layer in enumerate(self._layers)}
         for bucket, step in steps.items():
-            x = self._hidden[: bucket.num_tokens]
+            x = self._activations.hidden[: bucket.num_tokens]
             calls[begin_step] = partial(begin_step, step, state, self.embedding, x)
-            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
-            qkv = torch.zeros((bucket.num_tokens, width), dtype=kv.dtype, device=kv.device)
+            qkv = torch.zeros((bucket.num_tokens, self._qkv_width), dtype=kv.dtype, device=kv.device)
             for config, layer in kinds.items():
                 for launch in self._attention(layer, qkv, step, kv, bucket, None):
                     # Decodes attend in steps of both kinds, by one kernel.
@@ -212,18 +249,21 @@ class CudaModel:
         return list(calls.values())
 
     @property
+    def _qkv_width(self) -> int:
+        return (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
+
+    @property
     def description(self) -> str:
-        """What computes, for people."""
-        return ", ".join(filter(None, (self.tunable_segments.description, self._decode.description)))
+        """Name of what computes, for people."""
+        return ", ".join(filter(None, (self.tunable_segments.description, self._decode_choice.description)))
 
     def tune_attention(self, state: SlotState, kv: Tensor) -> None:
-        """Measure who attends for decodes if that was asked for; before any graph exists. Writes junk to `kv`."""
+        """Measure which kernel attends for decodes, if that was asked for. No graph may exist. Writes junk to `kv`."""
 
         def time_us(num_rows: int, flashinfer: FlashInferDecode | None) -> float:
             step = decode_step(num_rows, state.block_tables, kv.shape[1], self._layers[0].config.block_size)
             attend = self._attend(step, kv, Bucket(num_rows, num_rows, mixed=False), flashinfer)
-            width = (self._arch.num_heads + 2 * self._arch.num_kv_heads) * self._arch.head_dim
-            qkv = torch.randn((num_rows, width), device=kv.device).to(kv.dtype)
+            qkv = torch.randn((num_rows, self._qkv_width), device=kv.device).to(kv.dtype)
 
             def run() -> None:
                 if flashinfer is not None:
@@ -233,13 +273,13 @@ class CudaModel:
 
             return time_graph([run])
 
-        self._decode.measure(time_us)
+        self._decode_choice.measure(time_us)
 
     def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
         def attend(layer: int, qkv: Tensor) -> Tensor:
             for launch in self._attention(layer, qkv, step, kv, bucket, flashinfer):
                 launch()
-            return self._attended[: bucket.num_tokens]
+            return self._activations.attended[: bucket.num_tokens]
 
         return attend
 
@@ -252,8 +292,8 @@ class CudaModel:
         bucket: Bucket,
         flashinfer: FlashInferDecode | None,
     ) -> Iterator[partial[None]]:
-        """Yield the launches of a layer's attention, whose result is in `_attended`."""
-        arch, attended, pdl = self._arch, self._attended[: bucket.num_tokens], self._pdl
+        """Yield the launches of a layer's attention, whose result is in `Activations.attended`."""
+        arch, attended, pdl = self._arch, self._activations.attended[: bucket.num_tokens], self._pdl
         own = self._layers[layer]
         q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         for norm, part in zip(own.projection_norms, qkv.split((q_size, kv_size, kv_size), dim=1), strict=False):
@@ -267,10 +307,10 @@ class CudaModel:
         if bucket.mixed:
             yield partial(prefill_attention, step, qkv, kv[layer], own.config, attended, pdl=pdl)
         if flashinfer is None and self._has_decodes:
-            yield partial(decode_attention, *shared, attended, self._workspace, *norms, eps, pdl=pdl)
+            yield partial(decode_attention, *shared, attended, self._activations.workspace, *norms, eps, pdl=pdl)
 
 
-def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[_LayerAttention]:
+def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[LayerAttention]:
     device = weights.by_name["embed_tokens.weight"].device
     on_host = layer_tables(arch, limit)
     tables = {id(table): table.to(device) for table in on_host}
@@ -291,7 +331,7 @@ def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, li
         if arch.qk_norm == "projection" and q_norm is not None and k_norm is not None:
             projection_norms = (head_norm(q_norm, arch.rms_norm_eps), head_norm(k_norm, arch.rms_norm_eps))
             q_norm = k_norm = None
-        layers.append(_LayerAttention(config, tables[id(table)], q_norm, k_norm, projection_norms))
+        layers.append(LayerAttention(config, tables[id(table)], q_norm, k_norm, projection_norms))
     return layers
 
 

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmengine.backends.cuda.step_buffer import Bucket
+from llmengine.backends.cuda.buckets import Bucket
 from llmengine.backends.logit_edits import INT_TABLES, NO_MASKS, Int32Array, SlotEdits, slot_edits
 from llmengine.backends.prompt_logprobs import MAX_LOGITS, WantedLogprobs
 from llmengine.batch import Batch, BatchRow, SlotInit, TokenLogprobs
 from llmengine.kernels.logit_edits import EditTables, edit_logits
 from llmengine.kernels.sampling import (
+    SamplingWorkspace,
     SlotParams,
     TokenMasks,
     choose,
@@ -101,43 +102,81 @@ def _entry(values: list[float], ids: list[int], count: int) -> TokenLogprobs:
     return TokenLogprobs(values[0], tuple(ids[:count]), tuple(values[1 : count + 1]))
 
 
-class DeviceSampler:
-    """Chooses tokens inside a step. Greedy steps read no parameters; `draws` says which steps are not.
+@dataclass(frozen=True, slots=True)
+class SamplerTensors:
+    """Device tensors of a sampler, with a line for padding after those of the slots.
 
-    Args:
-        deterministic: log-probabilities do not depend on those beside them, ties among the likeliest included.
+    Attributes:
+        floats: fp32 [6, num_slots + 1], of which `params` and `tables` hold views; so a step copies them at once.
+        ints: int32 [5, num_slots + 1], likewise.
+        params: how each slot samples.
+        tables: edits of each slot's logits, wide enough for most requests.
+        workspace: scratch of the kernels.
+        ids: int32 [max_rows], the chosen tokens.
+        failed: int32 [max_rows], 1 where a row allows no token.
     """
 
-    def __init__(
-        self, num_slots: int, max_rows: int, vocab_size: int, device: torch.device, deterministic: bool = False
-    ) -> None:
-        self._vocab_size = vocab_size
-        self._deterministic = deterministic
-        self._device = device
-        self._num_logprobs: dict[int, int] = {}
-        self._special: set[int] = set()
-        self._changed: dict[int, tuple[SlotInit, SlotEdits | None]] = {}
-        # For slots whose chosen tokens become entries: entries less tokens, when the slot was taken.
-        self._counted: dict[int, int] = {}
-        self._floats = torch.zeros((6, num_slots + 1), device=device)
-        self._ints = torch.zeros((5, num_slots + 1), dtype=torch.int32, device=device)
-        temperature, top_p, min_p = self._floats[:3]
-        top_k, counting, num_entries, num_words, ring_masks = self._ints
+    floats: Tensor
+    ints: Tensor
+    params: SlotParams
+    tables: EditTables
+    workspace: SamplingWorkspace
+    ids: Tensor
+    failed: Tensor
+
+    @staticmethod
+    def allocate(num_slots: int, max_rows: int, vocab_size: int, device: torch.device) -> SamplerTensors:
+        """Allocate tensors for slots that are all greedy and without edits."""
+        floats = torch.zeros((6, num_slots + 1), device=device)
+        ints = torch.zeros((5, num_slots + 1), dtype=torch.int32, device=device)
+        temperature, top_p, min_p = floats[:3]
+        top_k, counting, num_entries, num_words, ring_masks = ints
         seed = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
-        self._params = SlotParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        self._tables = replace(
+        tables = replace(
             EditTables.empty(num_slots, min(_ENTRIES, vocab_size), _WORDS, _WORDS, _RING, device),
-            penalties=self._floats[3:],
+            penalties=floats[3:],
             counting=counting,
             num_entries=num_entries,
             num_words=num_words,
             ring_masks=ring_masks,
         )
+        return SamplerTensors(
+            floats=floats,
+            ints=ints,
+            params=SlotParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            tables=tables,
+            workspace=sampling_workspace(max_rows, vocab_size, device),
+            ids=torch.zeros(max_rows, dtype=torch.int32, device=device),
+            failed=torch.zeros(max_rows, dtype=torch.int32, device=device),
+        )
+
+
+class DeviceSampler:
+    """Chooses tokens inside a step. Greedy steps read no parameters; `draws` tells which steps are not greedy.
+
+    Args:
+        deterministic: log-probabilities do not depend on those beside them, ties among the likeliest included.
+
+    Attributes:
+        ids: int32 [max_rows], the tokens that the step chose.
+        failed: int32 [max_rows], 1 where a row allows no token.
+    """
+
+    def __init__(self, tensors: SamplerTensors, vocab_size: int, deterministic: bool = False) -> None:
+        self._vocab_size = vocab_size
+        self._deterministic = deterministic
+        self._device = tensors.ids.device
+        self._floats, self._ints = tensors.floats, tensors.ints
+        self._params, self._tables = tensors.params, tensors.tables
+        self._workspace = tensors.workspace
+        self.ids, self.failed = tensors.ids, tensors.failed
         self._masks: TokenMasks | None = None
+        self._num_logprobs: dict[int, int] = {}
+        self._special: set[int] = set()
+        self._changed: dict[int, tuple[SlotInit, SlotEdits | None]] = {}
+        # For slots whose chosen tokens become entries: entries less tokens, when the slot was taken.
+        self._counted: dict[int, int] = {}
         self._masked: set[int] = set()
-        self._workspace = sampling_workspace(max_rows, vocab_size, device)
-        self.ids = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.failed = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def prepare(self, batch: Batch, masks: Mapping[int, Int32Array] = NO_MASKS) -> bool:
         """Take over the slots that a step initialises, copying what changes in the current stream.

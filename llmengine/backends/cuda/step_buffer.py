@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from llmengine.backends.cuda.buckets import Bucket
 from llmengine.backends.cuda.stream import StepStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
@@ -42,7 +44,7 @@ class StepLimits:
     Attributes:
         max_tokens: most tokens of a step.
         max_rows: most rows.
-        max_query_blocks: most blocks of query tokens of rows with more than one token; 0: there are no such rows.
+        max_query_blocks: most blocks of query tokens, over all rows with more than one token; 0: no such rows.
         max_updates: most changes to slot state in a step.
     """
 
@@ -52,7 +54,7 @@ class StepLimits:
     max_updates: int
 
     def sections(self) -> dict[str, int]:
-        """Return the size of each part, in order; what a step uses of the last one ends its copy."""
+        """Size of each part, in order; a step's copy ends with what it uses of the last one."""
         return {
             "counts": 8,
             "row_slots": self.max_rows,
@@ -70,59 +72,59 @@ class StepLimits:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """The padded sizes that a step runs with.
-
-    Attributes:
-        num_tokens: tokens computed.
-        num_samples: rows of logits computed; equal to num_tokens in a step of decodes alone.
-        mixed: rows may have more than one token, and slots may be initialised.
-        draws: some row is not simply greedy.
-    """
-
-    num_tokens: int
-    num_samples: int
-    mixed: bool
-    draws: bool = False
-
-
 class StepBuffer:
     """The device's arrays of a step and their pinned mirrors; written by `fill`, sent by `send`.
 
     Args:
+        step: views of `packed`.
+        packed: int32 [size] on the device, all parts one after another.
+        mirrors: int32 [depth, size], pinned.
+        host: of each mirror, its parts by name.
         query_block: tokens of a query block.
-        depth: mirrors.
-        decodes: rows of one token are decodes; else they have query blocks like all, in mixed steps.
+        decodes: rows of one token are decodes; otherwise they have query blocks like all others, in mixed steps.
     """
 
     def __init__(
-        self, limits: StepLimits, state: SlotState, query_block: int, depth: int, decodes: bool = True
+        self,
+        step: DeviceStep,
+        packed: Tensor,
+        mirrors: Tensor,
+        host: Sequence[dict[str, Int32Array]],
+        query_block: int,
+        decodes: bool,
     ) -> None:
-        sections = limits.sections()
-        offsets, end = {}, 0
-        for name, size in sections.items():
-            offsets[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        device = state.values.device
-        self._packed = torch.zeros(end, dtype=torch.int32, device=device)
-        self._staged = torch.zeros((depth, end), dtype=torch.int32, pin_memory=device.type == "cuda")
-        staged = self._staged.numpy()
-        self._host = [
-            {name: staged[index, start : start + sections[name]] for name, start in offsets.items()}
-            for index in range(depth)
-        ]
-        parts = {name: self._packed[start : start + sections[name]] for name, start in offsets.items()}
-        parts["updates"] = parts["updates"].view(-1, 2)
-        self.step = DeviceStep(**parts, block_tables=state.block_tables)
-        self._updates_offset = offsets["updates"]
-        self._dummy_slot = state.block_tables.shape[0] - 1
+        self.step = step
+        self._packed = packed
+        self._mirrors = mirrors
+        self._host = host
         self._query_block = query_block
         self._decodes = decodes
+        self._updates_offset = step.updates.storage_offset()
+        self._dummy_slot = len(step.block_tables) - 1
         self._num_update_words = 0
 
+    @classmethod
+    def allocate(
+        cls, limits: StepLimits, state: SlotState, query_block: int, depth: int, decodes: bool = True
+    ) -> StepBuffer:
+        """Allocate the arrays of the largest step, and `depth` mirrors of them."""
+        sections = limits.sections()
+        offsets, size = {}, 0
+        for name, length in sections.items():
+            offsets[name] = size
+            size += -(-length // _ALIGNMENT) * _ALIGNMENT
+        device = state.values.device
+        packed = torch.zeros(size, dtype=torch.int32, device=device)
+        mirrors = torch.zeros((depth, size), dtype=torch.int32, pin_memory=device.type == "cuda")
+        places = {name: slice(begin, begin + sections[name]) for name, begin in offsets.items()}
+        parts = {name: packed[place] for name, place in places.items()}
+        parts["updates"] = parts["updates"].view(-1, 2)
+        step = DeviceStep(**parts, block_tables=state.block_tables)
+        host = [{name: mirror[place] for name, place in places.items()} for mirror in mirrors.numpy()]
+        return cls(step, packed, mirrors, host, query_block, decodes)
+
     def fill(self, batch: Batch, updates: Sequence[int], bucket: Bucket, ring_index: int) -> list[int]:
-        """Write a step into the mirror `ring_index`; return the slot of each sampled token, -1 for one nobody wants.
+        """Write a step into the mirror `ring_index`; return the slot of each sampled token, -1 for an unwanted one.
 
         Args:
             updates: place and value in turn, see `DeviceStep.updates`.
@@ -157,13 +159,13 @@ class StepBuffer:
     def send(self, ring_index: int, stream: StepStream) -> None:
         """Queue the copy of what the last `fill` wrote."""
         used = self._updates_offset + self._num_update_words
-        stream.copy(self._packed[:used], self._staged[ring_index, :used])
+        stream.copy(self._packed[:used], self._mirrors[ring_index, :used])
 
     def _fill_mixed(
         self, host: dict[str, Int32Array], rows: Sequence[BatchRow], starts: Int32Array, inits: Sequence[SlotInit]
     ) -> tuple[int, list[int]]:
         """Write rows of any length; return the number of tokens and the slots that are sampled."""
-        # The device's own copy of these is only written in this step.
+        # Their tokens come from the host: the device's own copy is only written in this step.
         latest = {init.slot: init.token_ids[-1] for init in inits}
         num_rows = len(rows)
         lengths = np.array([row.num_tokens for row in rows], dtype=np.int32)
@@ -198,7 +200,7 @@ class StepBuffer:
 
 
 def in_mixed_order(rows: Sequence[BatchRow]) -> list[BatchRow]:
-    """Return rows in the order that their tokens have in a mixed step: those of one token first."""
+    """Rows in the order that their tokens have in a mixed step: those of one token first."""
     return sorted(rows, key=_is_chunk)
 
 
@@ -207,7 +209,7 @@ def _is_chunk(row: BatchRow) -> bool:
 
 
 class SlotStateUpdater:
-    """Host's knowledge of the block tables: how many blocks each slot holds; turns a batch into updates."""
+    """Turns batches into updates of the device's `SlotState`; knows how many blocks each slot holds."""
 
     def __init__(self, num_slots: int, max_blocks: int) -> None:
         self._num_blocks = [0] * num_slots
@@ -215,7 +217,7 @@ class SlotStateUpdater:
         self._last_tokens_at = (num_slots + 1) * max_blocks
 
     def updates(self, rows: Sequence[BatchRow], inits: Sequence[SlotInit]) -> list[int]:
-        """Return place and value in turn of what the step changes in `SlotState.values`."""
+        """Places and values in turn: what the step changes in `SlotState.values`."""
         changes: list[int] = []
         for init in inits:
             self._num_blocks[init.slot] = 0

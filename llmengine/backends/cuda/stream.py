@@ -49,17 +49,39 @@ class StepStream(Protocol):
 
 
 class CudaStream:
-    """`StepStream` on torch's current stream of the calling thread."""
+    """`StepStream` on a CUDA stream.
 
-    def __init__(self, num_steps: int) -> None:
-        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-        self._driver = ctypes.PyDLL(name)  # calls hold the GIL
-        self._waiting_driver = ctypes.CDLL(name)  # calls give it up
-        self._stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    Args:
+        driver: the CUDA driver's library, called with the GIL held.
+        waiting_driver: the same, called without it.
+        stream: handle of the stream.
+        begins: events that mark the begin of each step; closed with the stream, like `ends`.
+    """
+
+    def __init__(
+        self,
+        driver: ctypes.PyDLL,
+        waiting_driver: ctypes.CDLL,
+        stream: ctypes.c_void_p,
+        begins: list[ctypes.c_void_p],
+        ends: list[ctypes.c_void_p],
+    ) -> None:
+        self._driver = driver
+        self._waiting_driver = waiting_driver
+        self._stream = stream
         # One pool for all graphs: they never run at once, and none reads what another left in it.
         self._pool = torch.cuda.graph_pool_handle()
-        self._begins = [self._new_event() for _ in range(num_steps)]
-        self._ends = [self._new_event() for _ in range(num_steps)]
+        self._begins = begins
+        self._ends = ends
+
+    @classmethod
+    def open(cls, num_steps: int) -> CudaStream:
+        """Return torch's current stream of the calling thread, with time stamps for `num_steps` steps."""
+        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        driver = ctypes.PyDLL(name)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        begins, ends = ([_new_event(driver) for _ in range(num_steps)] for _ in range(2))
+        return cls(driver, ctypes.CDLL(name), stream, begins, ends)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy from pinned host memory."""
@@ -115,11 +137,6 @@ class CudaStream:
             _check(self._driver.cuEventDestroy_v2(event), "cuEventDestroy")
         self._begins, self._ends = [], []
 
-    def _new_event(self) -> ctypes.c_void_p:
-        event = ctypes.c_void_p()
-        _check(self._driver.cuEventCreate(ctypes.byref(event), ctypes.c_uint(0)), "cuEventCreate")
-        return event
-
     def _seconds(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
         milliseconds = ctypes.c_float()
         _check(self._driver.cuEventElapsedTime(ctypes.byref(milliseconds), begin, end), "cuEventElapsedTime")
@@ -156,6 +173,12 @@ class HostStream:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _new_event(driver: ctypes.PyDLL) -> ctypes.c_void_p:
+    event = ctypes.c_void_p()
+    _check(driver.cuEventCreate(ctypes.byref(event), ctypes.c_uint(0)), "cuEventCreate")
+    return event
 
 
 def _check(status: int, what: str) -> None:

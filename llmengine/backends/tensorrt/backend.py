@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 import torch
 
-from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.backend import CudaBackend, CudaParts
 from llmengine.backends.cuda.fused_segments import SegmentsContext, TunableSegments
 from llmengine.backends.cuda.generic_segments import build_cuda_segments, cuda_segments_factory
+from llmengine.backends.cuda.loading import load_cuda_backend, load_cuda_parts
 from llmengine.backends.cuda.model import CudaWeights, load_weights
 from llmengine.backends.tensorrt.build_progress import BuildProgress
 from llmengine.backends.tensorrt.builder import default_workers
@@ -51,8 +52,10 @@ def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: tor
             raise _unusable(failure) from failure
         level = logging.INFO if isinstance(failure, ConfigError) else logging.WARNING
         _logger.log(level, "backend='auto': torch, since TensorRT cannot be used: %s", _said(failure))
-        return CudaBackend(config, source, device, cuda_segments_factory(f"TensorRT cannot be used: {_said(failure)}"))
-    return TensorRtBackend(config, source, device, choice)
+        return load_cuda_backend(
+            config, source, device, cuda_segments_factory(f"TensorRT cannot be used: {_said(failure)}")
+        )
+    return load_tensorrt_backend(config, source, device, choice)
 
 
 def prepare(config: ModelConfig, source: ModelSource, device: torch.device) -> SegmentsChoice:
@@ -77,13 +80,21 @@ def prepare(config: ModelConfig, source: ModelSource, device: torch.device) -> S
     return SegmentsChoice(library, plan_set, source, cache, by_name=config.backend == "tensorrt")
 
 
+def load_tensorrt_backend(
+    config: ModelConfig, source: ModelSource, device: torch.device, choice: SegmentsChoice
+) -> TensorRtBackend:
+    """Load a model whose segments `choice` builds; raises what `load_cuda_parts` and `SegmentsChoice.build` do."""
+    parts = load_cuda_parts(config, source, device, choice.build)
+    choice.keep_cache()
+    return TensorRtBackend(parts, choice)
+
+
 class TensorRtBackend(CudaBackend):
     """The CUDA backend with plans, which are saved with its weights, also where torch turned out to be faster."""
 
-    def __init__(self, config: ModelConfig, source: ModelSource, device: torch.device, choice: SegmentsChoice) -> None:
+    def __init__(self, parts: CudaParts, choice: SegmentsChoice) -> None:
+        super().__init__(parts)
         self._choice = choice
-        super().__init__(config, source, device, choice.build)
-        choice.keep_cache()
 
     def saved_plans(self) -> SavedPlans | None:
         """Return the plans and what is known of them; None, and a warning, if their files have gone or changed since.

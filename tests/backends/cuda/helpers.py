@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 
@@ -21,4 +22,4 @@ def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **set
         ),
         **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
     ).resolve()
-    return CudaBackend(config, open_model(directory), torch.device(device, 0))
+    return load_cuda_backend(config, open_model(directory), torch.device(device, 0))

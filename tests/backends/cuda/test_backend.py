@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.sampling_params import SamplingParams
@@ -29,7 +30,7 @@ def load(directory: Path, device: str, **settings: Any) -> CudaBackend:
         dtype="float32",
         **settings,
     ).resolve()
-    return CudaBackend(config, open_model(directory), torch.device(device, 0))
+    return load_cuda_backend(config, open_model(directory), torch.device(device, 0))
 
 
 def make_prompt(length: int, seed: int = 0) -> list[int]:

@@ -21,6 +21,7 @@ from triton.runtime import interpreter
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.fused_segments import FusedSegments
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.kernels.gemm_config import GemmShape, SkinnyConfig
@@ -76,7 +77,7 @@ def load(directory: Path, **settings: Any) -> CudaBackend:
         scheduler_config=SchedulerConfig(max_batch_size=20, max_tokens_per_step=48, max_tokens_per_mixed_step=48),
         **{"dtype": "float16", **settings},
     ).resolve()
-    return CudaBackend(config, open_model(directory), torch.device("cpu", 0))
+    return load_cuda_backend(config, open_model(directory), torch.device("cpu", 0))
 
 
 def serve(backend: CudaBackend) -> None:
@@ -110,16 +111,18 @@ def test_steps_launch_only_what_was_compiled(
 ) -> None:
     MODELS[model](tmp_path)
     backend = load(tmp_path, deterministic=deterministic)
+    program, sizes = backend._program, backend._sizes
+    assert program is not None
     launched.clear()
     with torch.inference_mode():
         compiled: set[Form] = set()
-        for call in backend._compilations():
+        for call in program.compilations(sizes):
             call()
             assert len(launched - compiled) <= 3, "kernels that could be compiled beside each other"
             compiled |= launched
         launched.clear()
-        for bucket in backend._first_buckets():
-            backend._step(bucket)
+        for bucket in sizes.kernel_buckets():
+            program.run(bucket)
     left_over = {name for name, *_ in launched - compiled}
     assert left_over <= (PRODUCTS if model == "gemma3" else set()), "steps compile one kernel after the other"
     compiled |= launched

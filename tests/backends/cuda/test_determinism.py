@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
-from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.batch import TokenLogprobs
 from llmengine.checkpoints.opening import open_model
 from llmengine.kernels.attention import AttentionConfig
@@ -186,7 +186,7 @@ def open_llm(directory: Path, rng: random.Random | None, **settings: Any) -> LLM
         **{"deterministic": True, "dtype": "bfloat16", "tuning_budget_s": 0.0, **settings},
     )
     return LLM.from_backend(
-        lambda: CudaBackend(config.resolve(accelerator=True), source, torch.device("cuda", 0)),
+        lambda: load_cuda_backend(config.resolve(accelerator=True), source, torch.device("cuda", 0)),
         scheduler_config=config.scheduler_config,
         kv_cache_config=config.kv_cache_config,
     )

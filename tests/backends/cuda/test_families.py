@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.batch import TokenLogprobs
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
@@ -31,7 +31,7 @@ def run(directory: Path, device: str, dtype: Any, prompt: list[int] = PROMPT) ->
         scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
         dtype=dtype,
     ).resolve()
-    backend = CudaBackend(config, open_model(directory), torch.device(device, 0))
+    backend = load_cuda_backend(config, open_model(directory), torch.device(device, 0))
     driver = BackendDriver(backend)
     request = driver.add(1, prompt, SamplingParams(logprobs=20))
     logprobs = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llmengine.backends.cuda import graphs as cuda_graphs
-from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.graphs import GraphCache
+from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import HostStream
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda
@@ -78,7 +78,7 @@ def test_preparing_ends_on_a_full_device(
         raise torch.OutOfMemoryError("full")
 
     with monkeypatch.context() as full:
-        full.setattr(CudaBackend, "_step", run_out)
+        full.setattr(StepProgram, "run", run_out)
         assert backend.prepare()
         assert not backend.prepare()
     assert caplog.text.count("no memory to capture") == 1

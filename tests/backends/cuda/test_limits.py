@@ -11,10 +11,9 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from llmengine.backends.cuda import backend as cuda_backend
-from llmengine.backends.cuda import sampling
+from llmengine.backends.cuda import loading, sampling, warmup
 from llmengine.backends.cuda.model import CudaWeights
-from llmengine.backends.cuda.sampling import DeviceSampler
+from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
 from llmengine.batch import Batch, SlotInit
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
@@ -73,7 +72,7 @@ def test_a_smaller_gpu_is_an_error_that_says_so(tmp_path: Path, device: str, mon
     def run_out(*_: Any) -> None:
         raise OutOfResources(122880, 101376, "shared memory")
 
-    monkeypatch.setattr(cuda_backend, "load_weights", run_out)  # as a kernel does that is launched meanwhile
+    monkeypatch.setattr(warmup, "load_weights", run_out)  # as a kernel does that is launched meanwhile
     with pytest.raises(ConfigError, match=r"needs 122880 of shared memory, of which there are 101376"):
         load_cuda(tmp_path, device)
 
@@ -90,7 +89,8 @@ def test_log_probabilities_of_many_rows_are_made_of_a_few_at_a_time(
 
     monkeypatch.setattr(sampling, "MAX_LOGITS", 3 * vocab)
     monkeypatch.setattr(torch, "log_softmax", log_softmax)
-    sampler = DeviceSampler(num_slots, num_slots, vocab, torch.device(device))
+    tensors = SamplerTensors.allocate(num_slots, num_slots, vocab, torch.device(device))
+    sampler = DeviceSampler(tensors, vocab)
     params = SamplingParams(logprobs=2)
     sampler.prepare(Batch(1, (), [SlotInit(slot, (1,), 1, params, 0, frozenset()) for slot in range(num_slots)]))
     logits = torch.randn(num_slots, vocab, generator=torch.Generator().manual_seed(0)).to(device)
@@ -118,14 +118,14 @@ def test_a_load_that_failed_keeps_no_memory_while_its_error_is_handled(
 ) -> None:
     save_tiny(tmp_path)
     weights: list[weakref.ref[torch.Tensor]] = []
-    real = cuda_backend.allocate_weights
+    real = loading.allocate_weights
 
     def allocate_weights(*args: Any) -> CudaWeights:
         allocated = real(*args)
         weights.extend(map(weakref.ref, allocated.by_name.values()))
         return allocated
 
-    monkeypatch.setattr(cuda_backend, "allocate_weights", allocate_weights)
+    monkeypatch.setattr(loading, "allocate_weights", allocate_weights)
     nothing = KvCacheConfig(block_size=16, max_bytes=1)
     engine = Engine(lambda: load_cuda(tmp_path, device, kv_cache_config=nothing), SchedulerConfig(), nothing)
     with pytest.raises(OutOfMemoryError) as failure:

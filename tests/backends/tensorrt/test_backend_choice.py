@@ -16,10 +16,10 @@ import torch
 
 from llmengine import backends
 from llmengine.backends import load_backend
-from llmengine.backends.cuda import backend as cuda
+from llmengine.backends.cuda import loading
 from llmengine.backends.cuda.fused_segments import FusedSegments, SegmentsContext
 from llmengine.backends.tensorrt import backend as choosing
-from llmengine.backends.tensorrt.backend import SegmentsChoice, TensorRtBackend, load_tensorrt_or_torch, prepare
+from llmengine.backends.tensorrt.backend import SegmentsChoice, load_tensorrt_backend, load_tensorrt_or_torch, prepare
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import load_library
 from llmengine.backends.tensorrt.reference import reference
@@ -185,7 +185,7 @@ def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     fake: FakeTensorRt, source: ModelSource, caplog: pytest.LogCaptureFixture
 ) -> None:
     choice = make_choice(fake, source, by_name=True, rtx=True)
-    backend = TensorRtBackend(make_config(source), source, fake.device, choice)
+    backend = load_tensorrt_backend(make_config(source), source, fake.device, choice)
     assert isinstance(backend, PlanHolder)
     saved = backend.saved_plans()
     assert saved is not None
@@ -208,7 +208,7 @@ def test_a_model_is_saved_without_plans_whose_files_have_gone(
     in_cache = dataclasses.replace(plan.file, content=tmp_path / "mid.plan")
     plans = {**choice.plan_set.plans, "mid": dataclasses.replace(plan, file=in_cache)}
     choice.plan_set = choice.plan_set.replace(plans=plans)
-    backend = TensorRtBackend(make_config(source), source, fake.device, choice)
+    backend = load_tensorrt_backend(make_config(source), source, fake.device, choice)
     assert backend.saved_plans() is not None
     (tmp_path / "mid.plan").unlink()
     assert backend.saved_plans() is None
@@ -262,7 +262,7 @@ def test_saved_plans_that_cannot_be_built_again_are_named(source: ModelSource, m
         raise failure
 
     monkeypatch.setattr(choosing, "prepare", fail)
-    monkeypatch.setattr(choosing, "CudaBackend", lambda config, source, device, make: make)
+    monkeypatch.setattr(choosing, "load_cuda_backend", lambda config, source, device, make: make)
     monkeypatch.setattr(choosing, "cuda_segments_factory", lambda reason: reason)
     device = torch.device("cuda")
     said = "no space left; the saved plans are not used: built for SM89, needed is SM120"
@@ -277,14 +277,14 @@ def test_without_a_library_auto_takes_torch_at_once_and_by_name_it_is_an_error(
     caplog.set_level(logging.INFO)
     made: list[Any] = []
     monkeypatch.setattr(backends, "choose_device", lambda name: "cuda:0")
-    monkeypatch.setattr(cuda, "CudaBackend", lambda *arguments: made.append(arguments[3:]))
+    monkeypatch.setattr(loading, "load_cuda_backend", lambda *arguments: made.append(arguments[3:]))
     folder = ModuleSpec("tensorrt", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder if name == "tensorrt" else None)
     for name in [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]:
         monkeypatch.delitem(sys.modules, name)
     load_backend(make_config(source), source)
     assert not [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]
-    assert "torch, since TensorRT is not installed (pip install llmengine[tensorrt])" in caplog.text
+    assert "uses torch: TensorRT is not installed (pip install llmengine[tensorrt])" in caplog.text
     context = make_context(fake, source)
     assert made[0][0](context).description == "Triton (TensorRT is not installed)"
     load_backend(make_config(source, backend="torch"), source)
@@ -306,7 +306,7 @@ def test_on_a_cpu_tensorrt_is_refused_and_auto_says_nothing(
     caplog.set_level(logging.INFO)
     for name in [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ConfigError, match="backend='tensorrt' needs a CUDA device, and device is 'cpu'"):
+    with pytest.raises(ConfigError, match="backend='tensorrt' needs a CUDA device, but device is 'cpu'"):
         load_backend(make_config(source, device="cpu", backend="tensorrt"), source)
     load_backend(make_config(source, device="cpu"), source).close()
     assert "TensorRT" not in caplog.text

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmengine.backends import load_backend
-from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_of
@@ -148,7 +148,9 @@ def test_plans_that_are_too_small_or_of_other_weights_are_refused(fake: FakeTens
 
 def test_requests_in_flight_get_the_tokens_of_transformers(tmp_path: Path, fake: FakeTensorRt) -> None:
     model = save_tiny(tmp_path, **SMALL)
-    backend = CudaBackend(make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake))
+    backend = load_cuda_backend(
+        make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake)
+    )
     assert backend.info.description.endswith("fake plans")
     driver = BackendDriver(backend, seed=3)
     prompts = [make_prompt(length) for length in (18, 1, 5)]
@@ -176,7 +178,7 @@ async def test_requests_that_join_while_others_stream_get_the_torch_backends_tok
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     outputs = []
     for factory in (
-        partial(CudaBackend, config, source, fake.device, on_fake(fake)),
+        partial(load_cuda_backend, config, source, fake.device, on_fake(fake)),
         partial(load_backend, config, source),
     ):
         kv_cache = config.kv_cache_config
@@ -193,7 +195,9 @@ def test_a_plan_that_fails_in_a_step_ends_the_backend_with_the_librarys_words(
     tmp_path: Path, fake: FakeTensorRt
 ) -> None:
     save_tiny(tmp_path, **SMALL)
-    backend = CudaBackend(make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake))
+    backend = load_cuda_backend(
+        make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake)
+    )
     driver = BackendDriver(backend)
     request = driver.add(0, make_prompt(3))
     fake.failing.add("execute_async_v3")

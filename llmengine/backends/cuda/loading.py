@@ -1,0 +1,129 @@
+"""The start of the CUDA backend: parts are built in order, each one finished before the next one uses it.
+
+::
+
+    sizes ─▶ weights (room) ─▶ model ─▶ KV pool (how many blocks) ─▶ step program (KV cache, buffers)
+          ─▶ weights (values) beside compiled kernels ─▶ tuning ─▶ graphs ─▶ backend
+"""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+
+from llmengine.backends.cuda.backend import STEPS_IN_FLIGHT, CudaBackend, CudaParts
+from llmengine.backends.cuda.buckets import Bucket, BucketSizes
+from llmengine.backends.cuda.fused_segments import SegmentsFactory
+from llmengine.backends.cuda.generic_segments import build_cuda_segments
+from llmengine.backends.cuda.graphs import GraphCache
+from llmengine.backends.cuda.memory_errors import memory_error_context
+from llmengine.backends.cuda.model import CudaModel, allocate_weights, build_cuda_model
+from llmengine.backends.cuda.step_program import StepProgram
+from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
+from llmengine.backends.cuda.warmup import GraphWarmup, load_and_compile, tune
+from llmengine.backends.kv_layout import KvPool, context_limit, fit_kv_pool, joint_kv_layout
+from llmengine.batch import BackendInfo
+from llmengine.checkpoints.source import ModelSource
+from llmengine.config import ModelConfig
+from llmengine.dtypes import dtype_name
+
+_logger = logging.getLogger("llmengine.backends.cuda.backend")
+
+_DEFAULT_FRACTION = 0.9
+"""Share of the free memory that the KV cache takes unless told otherwise."""
+
+_DEPTH = STEPS_IN_FLIGHT + 1
+"""Steps whose arrays exist at once: those in flight, and the one that is being written."""
+
+
+def load_cuda_backend(
+    config: ModelConfig,
+    source: ModelSource,
+    device: torch.device,
+    segments_factory: SegmentsFactory = build_cuda_segments,
+) -> CudaBackend:
+    """Load a model; the backend belongs to the calling thread. See `load_cuda_parts`."""
+    return CudaBackend(load_cuda_parts(config, source, device, segments_factory))
+
+
+def load_cuda_parts(
+    config: ModelConfig, source: ModelSource, device: torch.device, segments_factory: SegmentsFactory
+) -> CudaParts:
+    """Build the parts of a backend that is ready for its first step.
+
+    On a CPU device (with Triton's interpreter) everything is the same but for graphs and compiling ahead, for tests.
+
+    Args:
+        config: resolved.
+        segments_factory: builds what computes between the attentions.
+
+    Raises:
+        OutOfMemoryError: weights, activations or a useful KV cache do not fit.
+        ConfigError: the configuration asks for what the device or the model does not have.
+        UnsupportedModelError: the model is larger than the kernels take.
+        CorruptFileError: weights are damaged.
+    """
+    _claim_thread(device)
+    sizes = BucketSizes.of(config.scheduler_config, only_mixed=config.deterministic)
+    limit = context_limit(config, source.arch)
+    with torch.inference_mode():
+        model = _allocate_model(config, source, device, limit, segments_factory)
+        layout = joint_kv_layout(source.arch, config.kv_cache_config.block_size, model.embedding.dtype)
+        pool = fit_kv_pool(layout, config, limit, _free_bytes(device), _DEFAULT_FRACTION)
+        component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
+        with memory_error_context(component, device, "lower kv_cache_config.free_memory_fraction"):
+            program = StepProgram.allocate(model, pool, config, _DEPTH)
+            load_and_compile(program, sizes, source)
+            tune(program, config.tuning_budget_s)
+            stream: StepStream = CudaStream.open(_DEPTH) if device.type == "cuda" else HostStream()
+            graphs: GraphCache[Bucket] = GraphCache(device, stream)
+            warmup = GraphWarmup(program, graphs, sizes, stream)
+            if device.type == "cuda":
+                warmup.capture_first()
+    info = _info(config, model, pool, device)
+    _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
+    return CudaParts(device, info, sizes, pool, program, stream, graphs, warmup)
+
+
+def _claim_thread(device: torch.device) -> None:
+    """Make a device and a new stream on it those of the calling thread, and of it alone."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def _allocate_model(
+    config: ModelConfig, source: ModelSource, device: torch.device, limit: int, segments_factory: SegmentsFactory
+) -> CudaModel:
+    """Allocate weights and activations, and build the model on them."""
+    weights = allocate_weights(config, source, device)
+    scheduler = config.scheduler_config
+    limits = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={scheduler.max_batch_size}"
+    with memory_error_context(f"activations: buffers for {limits}", device, "lower these of scheduler_config"):
+        return build_cuda_model(source.arch, weights, config, limit, segments_factory)
+
+
+def _info(config: ModelConfig, model: CudaModel, pool: KvPool, device: torch.device) -> BackendInfo:
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    weights = f"{dtype_name(model.embedding.dtype)} weights"
+    return BackendInfo(
+        description=f"torch {torch.__version__}, {name}, {weights}, {model.description}"
+        + (", deterministic" if config.deterministic else ""),
+        vocab_size=model.logits.shape[1],
+        max_model_len=pool.max_model_len,
+        num_blocks=pool.num_blocks,
+        block_size=pool.layout.block_size,
+        kv_bytes_per_block=pool.layout.bytes_per_block,
+        weight_bytes=model.weights.size_bytes,
+        max_steps_in_flight=STEPS_IN_FLIGHT,
+        has_prompt_logprobs=True,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

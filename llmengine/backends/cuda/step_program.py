@@ -1,0 +1,123 @@
+"""The device's work in a step, on tensors whose addresses never change, so that a CUDA graph can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from llmengine.backends.cuda.buckets import Bucket, BucketSizes
+from llmengine.backends.cuda.model import CudaModel
+from llmengine.backends.cuda.sample_ring import SampleRing
+from llmengine.backends.cuda.sampling import DeviceSampler, PendingPromptLogprobs, SamplerTensors
+from llmengine.backends.cuda.step_buffer import StepBuffer, StepLimits
+from llmengine.backends.kv_layout import KvPool
+from llmengine.backends.prompt_logprobs import WantedLogprobs
+from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.kernels.step import SlotState, end_step
+
+_MAX_SAMPLES = 1
+"""Tokens that a step samples for one row."""
+
+
+class StepProgram:
+    """Everything that steps run on, and the work of one step in any bucket.
+
+    Args:
+        buffers: of steps of decodes (False) and of mixed steps (True).
+
+    Attributes:
+        kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], see `joint_kv_layout`.
+    """
+
+    def __init__(
+        self,
+        model: CudaModel,
+        kv: Tensor,
+        state: SlotState,
+        sampler: DeviceSampler,
+        ring: SampleRing,
+        buffers: Mapping[bool, StepBuffer],
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.state = state
+        self.sampler = sampler
+        self.ring = ring
+        self._buffers = buffers
+        self._chosen_ids = sampler.ids.view(-1, _MAX_SAMPLES)
+
+    @classmethod
+    def allocate(cls, model: CudaModel, pool: KvPool, config: ModelConfig, depth: int) -> StepProgram:
+        """Allocate the KV cache and what steps need beside it.
+
+        Args:
+            depth: steps whose arrays and results exist at once.
+        """
+        device, vocab_size = model.embedding.device, model.logits.shape[1]
+        scheduler, num_slots = config.scheduler_config, config.scheduler_config.max_batch_size
+        kv = pool.zeros("kv", device)
+        state = SlotState.empty(num_slots, pool.max_blocks_per_request, device)
+        sampler_tensors = SamplerTensors.allocate(num_slots, num_slots, vocab_size, device)
+        buffers = {
+            mixed: StepBuffer.allocate(limits, state, model.query_block, depth, decodes=not config.deterministic)
+            for mixed, limits in _step_limits(scheduler, pool.max_blocks_per_request, model.query_block).items()
+        }
+        sampler = DeviceSampler(sampler_tensors, vocab_size, config.deterministic)
+        return cls(model, kv, state, sampler, SampleRing.allocate(depth, num_slots, _MAX_SAMPLES, device), buffers)
+
+    def buffer(self, bucket: Bucket) -> StepBuffer:
+        """The buffer that steps of a bucket are written to."""
+        return self._buffers[bucket.mixed]
+
+    def run(self, bucket: Bucket) -> None:
+        """Queue all device work of a step; the function that graphs are captured from."""
+        self._run_last(bucket, *self._run_to_last(bucket))
+
+    def run_with_prompt_logprobs(
+        self, bucket: Bucket, wanted: Sequence[WantedLogprobs], sizes: BucketSizes
+    ) -> PendingPromptLogprobs:
+        """Queue a mixed step and the logits of prompt tokens; never from a graph, since there is any number of them."""
+        attended, x = self._run_to_last(bucket)
+        prompt_logprobs = self.sampler.prompt_logprobs(wanted, partial(self.model.last, attended, x), sizes.samples)
+        self._run_last(bucket, attended, x)  # comes last: the sampled tokens' logits are read again after the step
+        return prompt_logprobs
+
+    def run_sampling(self, bucket: Bucket) -> None:
+        """Queue the part of a step that comes after the logits."""
+        step = self._buffers[bucket.mixed].step
+        self.sampler.choose(self.model.logits[: bucket.num_samples], step, bucket)
+        end_step(
+            step, self.state, self._chosen_ids, self.sampler.failed, self.ring.token_ids, num_samples=bucket.num_samples
+        )
+
+    def compilations(self, sizes: BucketSizes) -> list[Callable[[], None]]:
+        """Calls that compile what steps launch, about one kernel each, on any thread; the first one is quick.
+
+        They queue work and leave junk; the buffers must hold steps without rows.
+        """
+        mixed, *decodes, _ = sizes.kernel_buckets()
+        steps = {bucket: self._buffers[bucket.mixed].step for bucket in (mixed, decodes[-1])}
+        model = self.model.compilations(steps, self.state, self.kv)
+        sampler = self.sampler.compilations(self.model.logits, steps[decodes[-1]])
+        sampling = partial(self.run_sampling, decodes[-1])
+        return [*model, *sampler, sampling, *self.model.tunable_segments.compilations]
+
+    def _run_to_last(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        return self.model.forward_to_last(self._buffers[bucket.mixed].step, self.state, self.kv, bucket)
+
+    def _run_last(self, bucket: Bucket, attended: Tensor, x: Tensor) -> None:
+        """Queue the part of a step that comes after the last attention, for the tokens that sample."""
+        step = self._buffers[bucket.mixed].step
+        self.model.last(attended, x, step.sample_tokens[: bucket.num_samples] if bucket.mixed else None)
+        self.run_sampling(bucket)
+
+
+def _step_limits(scheduler: SchedulerConfig, max_blocks: int, query_block: int) -> dict[bool, StepLimits]:
+    """Sizes of the two step buffers, by `Bucket.mixed`."""
+    max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
+    return {
+        False: StepLimits(max_rows, max_rows, 0, max_rows),
+        True: StepLimits(max_tokens, max_rows, max_tokens // query_block + max_rows, max_rows * (max_blocks + 1)),
+    }
