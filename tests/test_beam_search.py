@@ -78,7 +78,7 @@ def test_equals_transformers(
     found = llm.beam_search(PROMPTS, num_beams, **settings)
     for prompt, result in zip(PROMPTS, found, strict=True):
         assert result.prompt_token_ids == prompt
-        if num_beams == 1:  # transformers decodes greedily then
+        if num_beams == 1:  # with one beam transformers decodes greedily
             ids = llm.generate(prompt)[0].token_ids
             assert result.token_ids == ids[: len(result.token_ids)]
             continue

@@ -56,7 +56,7 @@ def expected(directory: Path, config: dict[str, Any] | None, prompt: list[int] =
         configure(directory, config)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of limits that contradict each other
+        warnings.simplefilter("ignore", UserWarning)  # limits contradict each other
         output: list[int] = model.generate(torch.tensor([prompt]), pad_token_id=0)[0, len(prompt) :].tolist()
     return output
 

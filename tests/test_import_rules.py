@@ -164,7 +164,7 @@ def test_heavy_libraries_are_below_llm_only() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_use_the_public_package(path: Path) -> None:
-    # What these measure is the scheduler itself, the CPU's sampler, and the building of plans.
+    # These measure the scheduler itself, the CPU's sampler, and the building of plans.
     subjects = {"simulate.py": {"engine"}, "sampling.py": {"backends"}, "tensorrt_build.py": {"backends"}}
     assert not folders(path) & {"engine", "backends"} - subjects.get(path.name, set())
 

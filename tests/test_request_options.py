@@ -72,7 +72,7 @@ def test_none_means_the_default() -> None:
 @pytest.mark.parametrize("field", dataclasses.fields(SamplingParams), ids=lambda field: field.name)
 def test_none_means_the_default_of_sampling_parameters(field: Any) -> None:
     params = SamplingParams(**{field.name: None})
-    if field.name == "max_new_tokens":  # the one that has another default, and for which None says something
+    if field.name == "max_new_tokens":  # its default differs, and for it None has a meaning
         assert params.max_new_tokens is None
     else:
         assert params == SamplingParams()
@@ -139,7 +139,7 @@ def test_unknown_keyword_of_beam_search_has_no_sampling_parameters() -> None:
 def test_deadline_of_generate_counts_from_the_call() -> None:
     tokenizer = GatedTokenizer()
     with make_llm(tokenizer=tokenizer, scheduler=SchedulerConfig(max_queued_requests=1)) as llm:
-        first = llm.generate_async("a", tokens(2))  # has the only place, and is being tokenized
+        first = llm.generate_async("a", tokens(2))  # it has the only place in the queue and is being tokenized
         prompts: list[Any]
         for prompts in ([PROMPT, PROMPT], ["b"]):
             outputs = bounded(partial(llm.generate, prompts, tokens(2), deadline_s=0.01))
@@ -202,9 +202,9 @@ def _mypy(directory: Path, **files: str) -> list[str]:
 
 @pytest.mark.slow
 def test_type_checkers_know_the_options(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")  # which other interpreters than the main one may lack
+    pytest.importorskip("mypy")  # only the main interpreter is sure to have it
     mistakes = textwrap.dedent(WRONG).strip().splitlines()
     wrong = "from llmengine import LLM\nllm = LLM('x')\n" + "\n".join(mistakes)
     found = _mypy(tmp_path, right=RIGHT, wrong=wrong)
-    lines = list(dict.fromkeys(line.split(": error: ")[0] for line in found))  # overloads have two errors for one
+    lines = list(dict.fromkeys(line.split(": error: ")[0] for line in found))  # a call of overloads gives two errors
     assert lines == [f"wrong.py:{number}" for number in range(3, 3 + len(mistakes))], found

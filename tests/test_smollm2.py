@@ -82,10 +82,10 @@ def alone(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_greedy_tokens_equal_transformers(
     prompts: list[list[int]], alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers parses the file twice, makes the map per module
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again and again
         monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transformers and gguf while they load
+        warnings.simplefilter("ignore")  # transformers and gguf warn while they load
         from transformers import AutoModelForCausalLM
 
         path = model_path()
@@ -160,7 +160,7 @@ def test_close_gives_the_memory_back() -> None:
             llm.generate([[1, 2, 3] * 100] * 8, SamplingParams(max_new_tokens=2, ignore_eos=True))
             return resident_mib()
 
-    load_and_run()  # what importing and the first use of torch's threads cost stays
+    load_and_run()  # the memory of imports and of torch's first threads stays
     before = resident_mib()
     loaded = load_and_run()
     after = resident_mib()

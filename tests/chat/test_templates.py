@@ -249,7 +249,7 @@ def test_variables_that_the_template_reads() -> None:
         ({"add_generation_promt": False}, "did you mean add_generation_prompt"),
         ({"tool": []}, "did you mean tools"),
         ({"quux": 1}, "its variables: .*enable_thinking"),
-        ({"message": 1}, "not a variable"),  # of a loop
+        ({"message": 1}, "not a variable"),  # a variable of the template's loop
         ({"namespace": 1}, "not a variable"),
         ({"tokenize": False}, "reserved"),
     ],

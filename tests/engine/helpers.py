@@ -96,7 +96,7 @@ def in_loop(main: Callable[[], Any], loop_factory: Callable[[], asyncio.Abstract
 def close_loop_under(handle: RequestHandle) -> None:
     """Let a task wait for the handle, close its event loop, and destroy the task then."""
     loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda loop, context: None)  # of the task that is destroyed while pending
+    loop.set_exception_handler(lambda loop, context: None)  # expect: a task is destroyed while pending
 
     async def read() -> None:
         await anext(handle, None)

@@ -95,7 +95,7 @@ class Loop:
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[Any, Any, None]) -> None:
         self.loop = new_loop()
-        self.loop.set_exception_handler(lambda loop, context: None)  # of tasks that are destroyed while pending
+        self.loop.set_exception_handler(lambda loop, context: None)  # expect: tasks are destroyed while pending
         self.task = self.loop.create_task(main)
 
     def run(self, num_turns: int = 5) -> None:
@@ -226,7 +226,7 @@ def test_a_request_ends_with_a_loop_that_is_dropped(read: Read) -> None:
         reading.run()
         gate.step()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # of the loop, which is not closed
+            warnings.simplefilter("ignore", ResourceWarning)  # expect: the loop is not closed
             del reading
             gc.collect()
         gate.step()
@@ -281,7 +281,7 @@ class NestingLoop(asyncio.SelectorEventLoop):
     """A loop that may run inside itself, as nest_asyncio allows."""
 
     def _run_once(self) -> None:
-        with contextlib.suppress(IndexError):  # the run within it has done what was ready
+        with contextlib.suppress(IndexError):  # the inner run has already run everything that was ready
             super()._run_once()  # type: ignore[misc]
 
     def run_within(self, future: asyncio.Future[Any]) -> None:
@@ -315,7 +315,7 @@ def test_a_run_within_a_run_reads_a_sibling(num_siblings: int, streaming: bool) 
         blocker = llm.generate_async([100], tokens(3))
         await asyncio.to_thread(gate.wait)
         tasks.extend(loop.create_task(sibling(llm, index, index == num_siblings)) for index in range(num_siblings + 1))
-        # A task runs the next one: tasks[index] of the one that follows.
+        # Each task runs the loop for the next one, so `tasks` is shifted by one.
         tasks.append(tasks.pop(0))
         await asyncio.sleep(0)
         gate.open()

@@ -209,7 +209,7 @@ async def test_any_number_of_seconds_is_a_drain(drain: Any) -> None:
         handle = llm.generate_async([1], tokens(3))
         await llm.aclose(drain=drain)
         assert (await handle).token_ids == oracle([1], 3)
-        await llm.aclose(drain=drain)  # again, of a closed engine
+        await llm.aclose(drain=drain)  # once more, when the engine is closed
 
 
 @pytest.mark.parametrize("prompt", [[1], "a"])
@@ -396,7 +396,7 @@ def test_llm_whose_thread_cannot_be_started_keeps_nobody_waiting(monkeypatch: py
         with pytest.raises(RuntimeError, match="can't start"):
             make_llm()
     gc.collect()
-    assert time.monotonic() - began < 9  # of the 10 s that an engine has for ending
+    assert time.monotonic() - began < 9  # an engine may take 10 s to end
 
 
 def test_fault_in_reading_the_backends_facts_closes_it() -> None:
@@ -640,7 +640,7 @@ def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
             return str(messages[0]["content"])
 
     gate = StepGate()
-    # What a shell starts in the background ignores Ctrl-C.
+    # A process that a shell starts in the background ignores Ctrl-C.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with make_llm(tokenizer=Chatty(), on_step=gate) as llm:

@@ -84,7 +84,7 @@ def test_loop_closed_under_a_pending_consumer_aborts_its_request(new_loop: NewLo
     with make_llm(on_step=gate) as llm:
         handle = llm.generate_async([1], tokens(200), streaming=True)
         loop = new_loop()
-        loop.set_exception_handler(lambda loop, context: None)  # of tasks that are destroyed while pending
+        loop.set_exception_handler(lambda loop, context: None)  # expect: tasks are destroyed while pending
 
         async def read() -> None:
             await handle
@@ -130,7 +130,7 @@ def test_blocked_loop_holds_up_nobody_else(new_loop: NewLoop) -> None:
             outputs = [first] + ([] if first.finished else [output async for output in handle])
             assert_concatenates(outputs)
             assert outputs[-1].token_ids == oracle([1], 30)
-            assert len(outputs) <= 2  # what came while the loop stood still came at once
+            assert len(outputs) <= 2  # all text of the time when the loop stood still comes at once
 
         async def other() -> None:
             outputs = [output async for output in llm.generate_async([2], tokens(30), streaming=True)]
@@ -188,7 +188,7 @@ def test_nothing_blocks_the_loop_while_the_engine_stands_in_a_step(new_loop: New
         await handles[1].aclose()
         with pytest.raises(KeyError):
             await llm.generate_async([3], tokens(5)).athrow(KeyError())
-        llm.generate_async([4], tokens(5))  # dropped
+        llm.generate_async([4], tokens(5))  # dropped at once
         waiting = asyncio.ensure_future(anext(first))
         await asyncio.sleep(0)
         waiting.cancel()

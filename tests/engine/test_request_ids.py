@@ -293,7 +293,7 @@ def test_statistics_can_be_pickled() -> None:
             assert pickle.loads(pickle.dumps(data)) == data
 
 
-# Whose fault a tokenizer's is
+# Errors of a caller's own tokenizer
 
 
 class Faulty(ByteTokenizer):

@@ -150,7 +150,7 @@ def test_cache_hits_and_computing_again_are_not_charged() -> None:
     steps.drain()
     warm = Steps()
     warm.submit(prompt_of(17), 2, tenant="a")
-    warm.submit([1], 30, tenant="b")  # or what tenants had would be forgotten
+    warm.submit([1], 30, tenant="b")  # otherwise the tenants' service would be forgotten
     while warm.requests[0].status is not RequestStatus.FINISHED:
         warm.step()
     share = warm.scheduler.requests().__next__().share

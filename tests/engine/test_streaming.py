@@ -190,7 +190,7 @@ def test_one_wake_up_per_loop_and_step(num_streams: int) -> None:
 
             tasks = [asyncio.ensure_future(consume(index)) for index in range(num_streams)]
             await asyncio.sleep(0)
-            gate.step()  # the blocker's own: all others are in the next
+            gate.step()  # this step has only the blocker; the next one has all others
             before = loop.num_wake_ups
             for num_steps in range(1, 21):
                 gate.step()

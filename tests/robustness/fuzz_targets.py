@@ -426,7 +426,7 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
         tokenizer=None,
         plans=plans.to_saved(),
     )
-    _use_plans(place / mode, cache)  # with what this imports measured here, and not as the first input's
+    _use_plans(place / mode, cache)  # so that its imports are measured here, and not with the first input
     return place / mode, cache
 
 

@@ -268,7 +268,7 @@ def live(totals: Totals, rng: random.Random) -> None:
     for one in crowds:
         within_limit(one, life, "a crowd")
     gc.collect()
-    faults.pending = None  # it may have come when the last client had gone
+    faults.pending = None  # it may have been injected after the last client had gone
     check_end(life, faults)
     within_limit(start(llm.close), life, "close()")
     faults.let_go.set()

@@ -267,7 +267,7 @@ def test_paused_request_ends_in_every_way(ending: str) -> None:
             handle.result(WAIT_S)
     else:
         deadline_passes = threading.Event()
-        deadline_passes.wait(0.3)  # not by waiting for the handle, which would let it go on
+        deadline_passes.wait(0.3)  # waiting for the handle would let the request go on
     if ending in ("abort", "close", "drain", "deadline"):
         output = handle.result(WAIT_S)
         assert output.finish_reason == ("timeout" if ending == "deadline" else "abort")
@@ -337,7 +337,7 @@ def test_backend_that_also_fails_to_close_does_not_hide_the_first_fault() -> Non
 
     llm = make_llm(backend=FailsTwice, on_step=fail)
     with pytest.raises(EngineDeadError) as caught:
-        llm.generate_async([1]).result(WAIT_S)  # is heard of before the backend has closed
+        llm.generate_async([1]).result(WAIT_S)  # raised before the backend has closed
     assert isinstance(caught.value.__cause__, ValueError)
     closing.set()
     bounded(llm.close)

@@ -157,7 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.scheduler.step_timeout_s = WAIT_S
         handles = [self.harness.submit([5], tokens(num_tokens)) for _ in range(3)]
         self.faults.inject(kind)
-        with contextlib.suppress(EngineDeadError):  # those before may have made the step
+        with contextlib.suppress(EngineDeadError):  # the earlier requests may have triggered the fault already
             handles.append(self.harness.submit([6], tokens(num_tokens)))
         for handle in (*handles, *(client.handle for client in self.clients)):
             cause = cause_of_death(handle)

@@ -244,7 +244,7 @@ def test_an_added_token_that_is_not_special_ends_a_turn_as_well(tmp_path: Path) 
 
 def test_the_tokenizers_eos_outside_the_vocabulary(tmp_path: Path) -> None:
     directory = hf_model(tmp_path, vocab_size=258, special=("<s>", "<a>", "<b>"))
-    assert loaded_ends(directory) == set()  # more tokens than rows are no fault
+    assert loaded_ends(directory) == set()  # more tokens than rows are allowed
     write_json(directory / "tokenizer_config.json", eos_token="<b>")
     with pytest.raises(CorruptFileError, match=r"eos_token '<b>' has id 258, which is outside .*\[0, 258\)"):
         LLM(ModelConfig(directory, num_threads=1))
@@ -355,7 +355,7 @@ def test_a_grammar_allows_each_end_where_the_text_may_end_and_nowhere_else() -> 
     grammar = GrammarCompiler(ByteTokenizer(), 258, ends).compile(StructuredOutput(regex="a[ab]+"), ends)
     assert allowed(grammar.mask) == {ord("a")}
     grammar.advance([ord("a")])
-    assert allowed(grammar.mask) == {ord("a")}  # "b" ends an answer, so it is no text
+    assert allowed(grammar.mask) == {ord("a")}  # "b" ends an answer, so it is not text
     grammar.advance([ord("a")])
     assert allowed(grammar.mask) == {ord("a"), *ends}
 

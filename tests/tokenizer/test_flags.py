@@ -268,7 +268,7 @@ def write_json(directory: Path, backend: Tokenizer, config: dict[str, Any]) -> P
         ("LlamaTokenizerFast", {"add_eos_token": True}, [256, 64, 257], [256, 64, 257]),
         ("GemmaTokenizerFast", {"add_bos_token": True}, [256, 64], [256, 64]),
         (None, {"add_bos_token": True}, [256, 64], [256, 64]),
-        # As in both.
+        # As in transformers 4 and 5.
         ("LlamaTokenizerFast", {}, [256, 64], [64]),
         ("PreTrainedTokenizerFast", {"add_bos_token": True}, [256, 64], [64]),
         ("PreTrainedTokenizerFast", {"add_bos_token": False}, [256, 64], [64]),

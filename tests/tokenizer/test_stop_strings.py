@@ -38,7 +38,7 @@ def oracle(items: Sequence[Item], stops: Sequence[str]) -> tuple[str, str | None
         visible = [item for item in read if not item[1]]
         found = []
         for stop in stops:
-            # Behind a hidden token nothing is new to the shown text by itself.
+            # A hidden token by itself adds nothing to the shown text.
             views = [read] if read[-1][1] else [read, visible]
             cuts = [cut for view in views if (cut := candidates(view, stop)) is not None]
             found += [(cut, len(stop), stop) for cut in cuts]

@@ -73,7 +73,7 @@ STUB = """
 
 
 def test_nothing_installed(tmp_path: Path) -> None:
-    (tmp_path / "tensorrt").mkdir()  # a folder of that name is no library
+    (tmp_path / "tensorrt").mkdir()  # a folder of that name is not a library
     said = load_with(tmp_path)
     assert "tensorrt is not installed (pip install llmengine[tensorrt])" in said
     assert "tensorrt_rtx is not installed (pip install llmengine[tensorrt-rtx])" in said
