@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llmengine.batch import TokenLogprobs
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake
+from llmengine.engine.prompt_encoder import Prompt
 from llmengine.errors import InvalidRequestError, RequestFailedError
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import RequestOptions
@@ -249,7 +250,7 @@ class BeamSearch:
 
 
 def begin(
-    intake: Intake, prompts: Iterable[str | Sequence[int]], params: BeamSearchParams, options: RequestOptions
+    intake: Intake, prompts: Iterable[Prompt], params: BeamSearchParams, options: RequestOptions
 ) -> list[BeamSearch]:
     """A search for each prompt. Blocks while text is tokenized, which counts for the deadlines of `options`.
 

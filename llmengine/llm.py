@@ -17,7 +17,8 @@ from llmengine.chat.messages import Messages, is_several
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.handle import RequestHandle
-from llmengine.engine.intake import Prompt, RequestSpec, as_prompts
+from llmengine.engine.intake import RequestSpec
+from llmengine.engine.prompt_encoder import Prompt, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
 from llmengine.llm_parts import LLMParts, load_parts, parts_from_backend

@@ -11,8 +11,8 @@ import pytest
 
 from llmengine import LLM, GenerationOutput, InvalidRequestError, KvCacheConfig, ModelConfig, QueueFullError
 from llmengine.config import SchedulerConfig
-from llmengine.engine.family import child_seed
 from llmengine.engine.request import RequestStatus
+from llmengine.engine.seeds import child_seed
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import save_tiny
 from tests.engine.helpers import (

@@ -65,6 +65,10 @@ class CommandQueue:
         if self._closed:  # the thread may have emptied the deque before the append
             self.close()
 
+    def nudge(self) -> None:
+        """Wake the thread, so that it looks again at whether it has anything to wait for. Never blocks."""
+        self.send(_nothing, _ignore)
+
     def close(self) -> None:
         """Refuse what is queued and what comes from now on. On any thread, and any number of times."""
         self._closed = True
@@ -88,3 +92,11 @@ class CommandQueue:
             with anyio.move_on_after(None if until is None else until - time.monotonic()):
                 await event.wait()
         self._wake_up = None
+
+
+def _nothing() -> None:
+    """Being awake is all that a nudge is for."""
+
+
+def _ignore(_: EngineError) -> None:
+    """A thread that has ended waits for nothing."""

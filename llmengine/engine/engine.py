@@ -17,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar, cast
@@ -26,25 +25,24 @@ import anyio
 
 from llmengine.batch import Backend, BackendInfo, PreparingBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
-from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
+from llmengine.engine.admission import Admission
 from llmengine.engine.commands import CommandQueue
 from llmengine.engine.deadlines import Deadlines
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
+from llmengine.engine.slow_consumers import SlowConsumers
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
 from llmengine.engine.stream import Stream, abort_orphans, publish, wake
+from llmengine.engine.waiting_room import WaitingRoom
 from llmengine.engine.watchdog import Watchdog
-from llmengine.engine.worker_threads import Job
 from llmengine.errors import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
     InvalidRequestError,
     LLMEngineError,
-    RequestError,
-    RequestFailedError,
 )
 from llmengine.outputs import FinishReason
 
@@ -56,23 +54,6 @@ _MAX_LOGGED_IDS = 16
 
 _QUIET_S = 0.1
 """An engine that had nothing to do for so long uses the time for what makes later steps start faster."""
-
-
-@dataclass(slots=True)
-class _Outside:
-    """A request that the scheduler does not know yet: it waits for room in the queue, or a thread prepares it.
-
-    Attributes:
-        prepare: has a thread prepare it, given its ticket.
-        ticket: set once there is room.
-        job: that of the thread.
-    """
-
-    stream: Stream
-    prepare: Callable[[AdmissionTicket], Job]
-    applicant: Applicant | None = None
-    ticket: AdmissionTicket | None = None
-    job: Job | None = None
 
 
 class Engine:
@@ -94,7 +75,7 @@ class Engine:
         self.scheduler_config = scheduler_config
         self._kv_cache_config = kv_cache_config
         self._ready: Future[BackendInfo] = Future()
-        self._commands = CommandQueue(self._refusal)
+        self._commands = CommandQueue(self._end_error)
         self._ended = False
         self._end_lock = threading.Lock()
         self._over: Future[None] = Future()
@@ -104,13 +85,14 @@ class Engine:
         self._watchdog: Watchdog | None = None
         self._stop_at: float | None = None
         self._requests: dict[int, Request] = {}
-        self._outside: dict[int, _Outside] = {}
         self._deadlines = Deadlines()
         self._counters = EngineCounters()
+        self.waiting_room = WaitingRoom(self.admission, self._commands, self._deadlines, self._counters, self._refusal)
         self._last_step_s = 0.0
         self._last_step_at = time.monotonic()
         self._description = ""
         self._scheduler: Scheduler
+        self._slow_consumers: SlowConsumers
         self._run_ahead: RunAhead
         self._can_prepare = self._may_prepare = False
         """Whether the backend can use quiet moments, and whether there may be something for it to do in one."""
@@ -128,60 +110,13 @@ class Engine:
         Raises `EngineClosedError` or `EngineDeadError`.
         """
         if self.state in ("closed", "dead"):
-            raise self._refusal()
+            raise self._end_error()
         self._commands.send(partial(self._add, request), partial(_refuse_request, request))
-
-    def prepare(
-        self,
-        stream: Stream,
-        prepare: Callable[[AdmissionTicket], Job],
-        ticket: AdmissionTicket,
-        *,
-        deadline: float | None,
-    ) -> None:
-        """Call `prepare`, whose job is to end in `submit_prepared` or `reject`. Never blocks.
-
-        Until then the request can be aborted, ends at its deadline and with the engine, and gives its ticket back; what
-        becomes of the job does not matter any more. Raises RuntimeError where no thread can be had.
-        """
-        request_id = stream.log.request_id
-        outside = self._outside[request_id] = _Outside(stream, prepare, ticket=ticket)
-        try:
-            self._prepare(outside)
-        except BaseException:
-            self._outside.pop(request_id, None)
-            raise
-        if deadline is not None:
-            self._commands.send(partial(self._deadlines.add, deadline, request_id), _ignore)
-        if self._ended:  # perhaps before it could be seen
-            self.reject(stream, self._refusal())
-
-    def apply(
-        self,
-        stream: Stream,
-        prepare: Callable[[AdmissionTicket], Job],
-        *,
-        tenant: str | None,
-        priority: int,
-        deadline: float | None,
-    ) -> None:
-        """As `prepare`, on the engine thread, once there is room for the request; a draining engine fails it."""
-
-        def refuse(failure: EngineError) -> None:
-            wake(stream.fail(failure))
-
-        self._commands.send(partial(self._apply, _Outside(stream, prepare), tenant, priority, deadline), refuse)
 
     def submit_prepared(self, request: Request) -> None:
         """Hand a request over that was prepared, unless it has ended meanwhile. Never raises."""
-        stream = request.relatives[0].stream
-        self._commands.send(partial(self._add_prepared, request), partial(self.reject, stream))
-
-    def reject(self, stream: Stream, failure: LLMEngineError) -> None:
-        """Fail a request that was to be prepared, unless it has ended meanwhile. Any thread."""
-        if (outside := self._take_outside(stream.log.request_id)) is not None:
-            wake(outside.stream.fail(failure))
-            self.nudge()  # it may be draining and wait for this request
+        reject = partial(self.waiting_room.reject, request.relatives[0].stream)
+        self._commands.send(partial(self._add_prepared, request), reject)
 
     def abort(self, stream: Stream, keep_prefix: bool = True) -> None:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
@@ -193,7 +128,7 @@ class Engine:
 
     def nudge(self) -> None:
         """Have the engine look again at whether it has anything to wait for. Never blocks."""
-        self._commands.send(_nothing, _ignore)
+        self._commands.nudge()
 
     def call(self, function: Callable[[Backend], T]) -> Future[T]:
         """Run a function on the engine thread between two steps; raises like `submit()`."""
@@ -243,8 +178,8 @@ class Engine:
     def check_open(self) -> None:
         """Raise `EngineDeadError` (with its cause) or `EngineClosedError` unless new work is accepted."""
         self._commands.check_process()
-        if self.state not in ("loading", "ready"):
-            raise self._refusal()
+        if (refusal := self._refusal()) is not None:
+            raise refusal
 
     def check_integrity(self) -> None:
         """Assert the scheduler's invariants between two steps; blocks until that is done."""
@@ -278,10 +213,15 @@ class Engine:
             state, failure = "dead", repr(error)
         return EngineHealth(state, self._description, failure, time.monotonic() - self._last_step_at)
 
-    def _refusal(self) -> EngineError:
+    def _refusal(self) -> EngineError | None:
+        """The error that new work gets; None while the engine takes new work."""
+        return None if self.state in ("loading", "ready") else self._end_error()
+
+    def _end_error(self) -> EngineError:
+        """The error of all that an engine which ends leaves undone."""
         if self.state != "dead":
             return EngineClosedError("the LLM is closed")
-        error = EngineDeadError(f"the engine stopped for a fault: {self.failure!r}")
+        error = EngineDeadError(f"the engine stopped because of a fault: {self.failure!r}")
         error.__cause__ = self.failure
         return error
 
@@ -315,12 +255,10 @@ class Engine:
             self.admission.close()
             failed = {request.stream.log.public_id: None for request in self._requests.values()}
             for request in self._requests.values():
-                _refuse_request(request, self._refusal())
+                _refuse_request(request, self._end_error())
             self._requests.clear()
             self._ended = True
-            for request_id in list(self._outside):
-                if (outside := self._take_outside(request_id)) is not None:
-                    wake(outside.stream.fail(self._refusal()))
+            self.waiting_room.close()
         self._commands.close()
         if failure is not None and self._ready.done():
             # Last: nobody is to wait for the program's log handlers, and one may raise.
@@ -362,6 +300,9 @@ class Engine:
             )
             self._scheduler = Scheduler(
                 self.scheduler_config, kv_cache, self._counters, notify=self.nudge, max_samples=info.max_samples
+            )
+            self._slow_consumers = SlowConsumers(
+                self._scheduler, self._commands, lambda request, error: self._finish(request, "abort", error=error)
             )
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
@@ -452,7 +393,7 @@ class Engine:
         wake(publish([request.stream for request in changed]))
         for request in limited:
             if request.stream.is_behind:
-                self._hold_back(request)
+                self._slow_consumers.hold_back(request)
 
     async def _sleep(self) -> None:
         """Wait for a command, the next deadline, or the end of draining; prepare the backend when that takes long."""
@@ -477,71 +418,12 @@ class Engine:
         for request_id in request_ids:
             if (request := self._requests.get(request_id)) is not None:
                 self._finish(request, "abort", keep_prefix=keep_prefix)
-            elif request_id in self._outside:
-                self._finish_outside(request_id, "abort")
-
-    def _apply(self, outside: _Outside, tenant: str | None, priority: int, deadline: float | None) -> None:
-        if self._stop_at is not None:
-            wake(outside.stream.fail(self._refusal()))
-            return
-        request_id = outside.stream.log.request_id
-        self._outside[request_id] = outside
-        if outside.stream.abort_requested:
-            self._finish_outside(request_id, "abort")
-            return
-        outside.applicant = self.admission.apply(partial(self._granted, request_id), tenant, priority)
-        if deadline is not None:
-            self._deadlines.add(deadline, request_id)
-
-    def _granted(self, request_id: int, ticket: AdmissionTicket) -> None:
-        """Go on with a request that there is room for. On whichever thread made the room."""
-        self._commands.send(partial(self._begin, request_id, ticket), lambda _: ticket.release())
-
-    def _begin(self, request_id: int, ticket: AdmissionTicket) -> None:
-        if (outside := self._outside.get(request_id)) is None:
-            ticket.release()  # it ended before it heard of the ticket
-            return
-        outside.applicant = None
-        outside.ticket = ticket
-        try:
-            self._prepare(outside)
-        except RuntimeError as refusal:
-            failure: LLMEngineError = self._refusal()  # the threads end before the engine does
-            if self.state == "ready":
-                failure = RequestFailedError(f"the prompt could not be prepared: {refusal}")
-                failure.__cause__ = refusal
-            self.reject(outside.stream, failure)
-
-    def _prepare(self, outside: _Outside) -> None:
-        assert outside.ticket is not None
-        outside.job = outside.prepare(outside.ticket)
-        if outside.stream.ended:  # before its job was known
-            outside.job.cancel()
+            else:
+                self.waiting_room.finish(request_id, "abort")
 
     def _add_prepared(self, request: Request) -> None:
-        if self._outside.pop(request.request_id, None) is not None:
+        if self.waiting_room.leave(request.request_id):
             self._add(request)
-
-    def _take_outside(self, request_id: int) -> _Outside | None:
-        """Remove the request, with all that it holds, to end its stream; None if somebody else does. Any thread."""
-        outside = self._outside.pop(request_id, None)
-        if outside is not None:
-            if outside.applicant is not None:
-                self.admission.withdraw(outside.applicant)
-            if outside.job is not None:
-                outside.job.cancel()
-            if outside.ticket is not None:
-                outside.ticket.release()
-        return outside
-
-    def _finish_outside(self, request_id: int, reason: FinishReason) -> None:
-        if (outside := self._take_outside(request_id)) is None:
-            return
-        self._counters.num_finished_requests += len(outside.stream.members)
-        for member in outside.stream.members:
-            member.log.finish_reason = reason
-            member.log.finished = time.monotonic()
-            wake(member.finish())
 
     def _call(self, function: Callable[[Backend], T], future: Future[T]) -> None:
         try:
@@ -550,9 +432,7 @@ class Engine:
             future.set_exception(failure)
 
     def _set_stop_at(self, moment: float) -> None:
-        for outside in list(self._outside.values()):
-            if outside.ticket is None:
-                self.reject(outside.stream, self._refusal())
+        self.waiting_room.refuse_applicants()
         self.admission.close()
         self._stop_at = moment if self._stop_at is None else min(self._stop_at, moment)
 
@@ -560,41 +440,15 @@ class Engine:
         now = time.monotonic()
         for request_id in self._deadlines.passed(now):
             request = self._requests.get(request_id)
-            if request_id in self._outside:
-                self._finish_outside(request_id, "timeout")
-            elif request is not None and (
-                not request.stream.log.token_ids or (request.deadline is not None and request.deadline <= now)
-            ):
+            if request is None:
+                self.waiting_room.finish(request_id, "timeout")
+            elif not request.stream.log.token_ids or (request.deadline is not None and request.deadline <= now):
                 self._finish(request, "timeout")
-        num_alive = len(self._requests) + len(self._outside)
-        self._deadlines.trim(num_alive, lambda request_id: request_id in self._requests or request_id in self._outside)
-
-    def _hold_back(self, request: Request) -> None:
-        """Pause or abort a request whose consumer is behind."""
-        stream = request.stream
-        if stream.slow_consumer == "abort":
-            error = RequestError(
-                f"{stream.num_published - stream.num_read} tokens are unread "
-                f"(scheduler_config.max_unread_tokens={stream.max_unread}, slow_consumer='abort')"
-            )
-            self._finish(request, "abort", error=error)
-        elif request.status is RequestStatus.RUNNING:
-            self._scheduler.pause(request)
-            stream.resume = partial(self._commands.send, partial(self._resume, request), _ignore)
-            self._resume(request)  # if the consumer has read before it could see that it has to ask
-            # Not by letting them count as queued: callers that wait for room while they read nothing would never go on.
-            if self._scheduler.num_paused > self.scheduler_config.max_queued_requests:
-                error = RequestError(
-                    f"more than scheduler_config.max_queued_requests={self.scheduler_config.max_queued_requests} "
-                    "requests are paused for consumers that do not read, and this one for the longest"
-                )
-                self._finish(self._scheduler.longest_paused, "abort", error=error)
-
-    def _resume(self, request: Request) -> None:
-        """Let a paused request go on unless its consumer is behind (again)."""
-        if request.status is RequestStatus.PAUSED and not request.stream.is_behind:
-            request.stream.resume = None
-            self._scheduler.resume(request)
+        waiting_room = self.waiting_room
+        self._deadlines.trim(
+            len(self._requests) + len(waiting_room),
+            lambda request_id: request_id in self._requests or request_id in waiting_room,
+        )
 
     def _finish(
         self,
@@ -624,10 +478,6 @@ def _refuse_request(request: Request, failure: EngineError) -> None:
         request.ticket.release()
     for relative in request.relatives:
         wake(relative.stream.fail(failure))
-
-
-def _nothing() -> None:
-    """Being awake is all that a nudge is for."""
 
 
 def _ignore(_: EngineError) -> None:

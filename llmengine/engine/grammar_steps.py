@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from llmengine.batch import TokenLogprobs
 from llmengine.engine.request import Request, RequestStatus
+from llmengine.errors import RequestFailedError
+from llmengine.outputs import FinishReason
 from llmengine.structured.grammar import Grammar
 
 _NUM_THREADS = 4
@@ -37,19 +40,28 @@ class GrammarSteps:
         """Grammars on their way that were not taken yet."""
         return len(self._pending)
 
-    def push(self, request: Request, grammar: Grammar, token_ids: Sequence[int]) -> None:
-        """Have the grammar move on behind tokens of the request."""
-        try:
-            future = self._threads.submit(grammar.advance, token_ids)
-        except RuntimeError as refusal:
-            if _POOL_HAS_ENDED not in str(refusal):
-                raise  # the call is queued, though no thread could be started for it
-            # The interpreter exits, and pools take nothing more; the engine is stopped in a moment.
-            grammar.advance(token_ids)
-            future = Future()
-            future.set_result(None)
-        self._pending.append((request, future))
-        future.add_done_callback(lambda _: self._notify())
+    def append(
+        self, request: Request, token_ids: int | Sequence[int], logprobs: Sequence[TokenLogprobs] | None
+    ) -> FinishReason | None:
+        """Append a step's tokens, as many as the request can have, and have its grammar move on behind them.
+
+        Returns why the request ends, if that is known already. A request without a grammar just gets its tokens.
+        """
+        if isinstance(token_ids, int):
+            token_ids = (token_ids,)
+        grammar = request.grammar
+        if grammar is None:
+            request.is_awaited = False
+            return request.extend(token_ids, logprobs)
+        if len(token_ids) > 1:
+            token_ids = token_ids[: max(1, grammar.num_allowed(token_ids))]
+        num_before = len(request.token_ids)
+        reason = request.extend(token_ids, logprobs)
+        if reason not in (None, "length"):
+            return reason
+        # The grammar says whether the text is whole with these tokens.
+        self._push(request, grammar, request.token_ids[num_before:])
+        return None
 
     def take(self) -> list[Request]:
         """Return the unfinished requests whose grammars have moved on since the last time."""
@@ -62,9 +74,33 @@ class GrammarSteps:
         self._pending = [item for item, is_done in zip(self._pending, done, strict=True) if not is_done]
         return [request for request in moved if request.status is not RequestStatus.FINISHED]
 
+    def outcome(self, request: Request) -> tuple[FinishReason | None, RequestFailedError | None]:
+        """Why a request ends whose grammar has moved on, with its error if it failed; None: it goes on."""
+        grammar = request.grammar
+        assert grammar is not None
+        request.is_awaited = False
+        if grammar.error is not None:
+            return "error", RequestFailedError(f"the grammar of the structured output failed: {grammar.error}")
+        if grammar.is_complete:
+            return "stop", None
+        return ("length" if len(request.token_ids) >= request.max_total_tokens else None), None
+
     def close(self) -> None:
         """Start no more; does not wait for those that run."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _push(self, request: Request, grammar: Grammar, token_ids: Sequence[int]) -> None:
+        try:
+            future = self._threads.submit(grammar.advance, token_ids)
+        except RuntimeError as refusal:
+            if _POOL_HAS_ENDED not in str(refusal):
+                raise  # the call is queued, though no thread could be started for it
+            # The interpreter exits, and pools take nothing more; the engine is stopped in a moment.
+            grammar.advance(token_ids)
+            future = Future()
+            future.set_result(None)
+        self._pending.append((request, future))
+        future.add_done_callback(lambda _: self._notify())
 
 
 def is_quick(grammar: Grammar | None) -> bool:

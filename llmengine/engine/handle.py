@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from llmengine.engine.stats import RequestStats
-from llmengine.engine.stream import LoopWaiter, OutputStream, Stream, ThreadWaiter, attach, request_stats, wait_blocking
+from llmengine.engine.stream import LoopWaiter, Stream, ThreadWaiter, attach, request_stats, wait_blocking
 from llmengine.errors import InvalidRequestError
 from llmengine.outputs import GenerationOutput
 
@@ -36,7 +36,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
     def __init__(
         self,
-        stream: OutputStream,
+        stream: Stream,
         abort: Callable[[Stream, bool], None],
         *,
         streaming: bool,
@@ -46,10 +46,8 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         """Kept alive as long as this handle: an `LLM` that only its handles refer to must not close under them."""
         self._stream = stream
         self._abort = abort
-        self._streaming = streaming
-        self._seen = 0
+        self._reader = stream.reader(streaming)
         self._waiter: LoopWaiter | None = None
-        self._exhausted = False
         self._ran_on = False
         """The last read found its output there, and let nobody else run."""
         self._leave = _join(self, stream, abort)
@@ -95,20 +93,20 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         """
         if not wait_blocking(self._stream, timeout):
             raise TimeoutError(f"request {self.request_id!r} did not finish within {timeout} s")
-        return self._final()
+        return self._reader.final()
 
     def stream(self) -> Generator[GenerationOutput, None, None]:
         """Yield what ``async for`` would yield, blocking this thread; leaving the loop aborts the request.
 
         That is so when the generator is closed or dropped, which ``break`` out of a loop over an unnamed one does.
         """
-        stream = self._stream
+        stream, reader = self._stream, self._reader
         waiter: ThreadWaiter | None = None
         try:
-            while not self._exhausted:
-                if not self._streaming:
+            while not reader.exhausted:
+                if not reader.streaming:
                     wait_blocking(stream, None)
-                if (output := self._take()) is not None:
+                if (output := reader.take()) is not None:
                     yield output
                 elif waiter is None:
                     waiter = ThreadWaiter()
@@ -129,7 +127,9 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         Args:
             streaming: None: as this handle.
         """
-        return self._another(self._streaming if streaming is None else streaming)
+        if streaming is None:
+            streaming = self._reader.streaming
+        return RequestHandle(self._stream, self._abort, streaming=streaming, owner=self._owner)
 
     def tee(self, num_readers: int) -> list[RequestHandle]:
         """Return so many readers, as of `subscribe`, and leave the request to them: this handle is no reader any more.
@@ -141,9 +141,6 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         readers = [self.subscribe() for _ in range(num_readers)]
         self._close()
         return readers
-
-    def _another(self, streaming: bool) -> RequestHandle:
-        return RequestHandle(self._stream, self._abort, streaming=streaming, owner=self._owner)
 
     def __await__(self) -> Generator[Any, None, GenerationOutput]:
         return self.wait().__await__()
@@ -171,35 +168,29 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             # Cancelled, or the loop closes the coroutine: nobody will read on.
             self._leave()
             raise
-        return self._final()
-
-    def _final(self) -> GenerationOutput:
-        """Return the whole output of an ended stream; raises the failure of a failed one."""
-        stream = self._stream
-        if stream.failure is not None:
-            raise stream.failure
-        return GenerationOutput(stream.log, 0, stream.num_published, stream.log.finish_reason)
+        return self._reader.final()
 
     async def __anext__(self) -> GenerationOutput:
         # One coroutine for each token, and few calls: this is what streaming costs the consumer's event loop.
         has_waited = False
+        reader = self._reader
         try:
-            while not self._exhausted:
+            while not reader.exhausted:
                 if self._ran_on:
                     # Who is slower than the engine always finds something. Neither a timeout nor another task would get
                     # its turn until the request has ended.
                     self._ran_on, has_waited = False, True
                     await sleep(0)
                     continue
-                output = self._take()
+                output = reader.take()
                 if output is not None:
                     self._ran_on = not has_waited
                     return output
                 waiter = self._waiter
                 if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
-                    self._waiter = attach(self._stream, self._leave, final_only=not self._streaming)
+                    self._waiter = attach(self._stream, self._leave, final_only=not reader.streaming)
                     continue  # something may have been published before
-                waiter.seen = self._seen
+                waiter.seen = reader.num_seen
                 has_waited = True
                 await waiter
         except BaseException:
@@ -207,28 +198,6 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             self._close()
             raise
         raise StopAsyncIteration
-
-    def _take(self) -> GenerationOutput | None:
-        """Return what is new, None if nothing is; the last output sets `_exhausted`."""
-        stream = self._stream
-        ended, begin, end = stream.ended, self._seen, stream.num_published
-        if ended:
-            return self._take_last()
-        if begin == end or not self._streaming:
-            return None
-        self._seen = end
-        if stream.slow_consumer != "coalesce":
-            stream.mark_read(end)
-        return GenerationOutput(stream.log, begin, end)
-
-    def _take_last(self) -> GenerationOutput:
-        """Return what is left of an ended stream; raises the failure of a failed one when everything was read."""
-        stream, begin = self._stream, self._seen
-        self._seen = stream.num_published
-        self._exhausted = stream.failure is None or self._seen == begin
-        if self._exhausted and stream.failure is not None:
-            raise stream.failure
-        return GenerationOutput(stream.log, begin, self._seen, stream.log.finish_reason if self._exhausted else None)
 
     async def asend(self, value: None) -> GenerationOutput:
         """Same as `__anext__`; the value is ignored."""
@@ -266,7 +235,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         self._close()
 
     def _close(self) -> None:
-        self._exhausted = True
+        self._reader.exhausted = True
         self._leave()
 
 

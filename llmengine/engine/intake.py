@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -20,18 +18,18 @@ from typing import Any
 from llmengine.batch import BackendInfo
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
-from llmengine.engine.chat_prompt import ChatPrompt, ChatRenderer
+from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.engine import Engine
-from llmengine.engine.family import FamilyHandle, child_seed
 from llmengine.engine.handle import RequestHandle
+from llmengine.engine.prompt_encoder import EncodedPrompt, Prompt, PromptEncoder, tokenizer_faults
 from llmengine.engine.request import Family, Request
+from llmengine.engine.seeds import child_seed
 from llmengine.engine.stats import RequestStats
 from llmengine.engine.stream import FamilyStream, OutputStream, Stream, request_stats
 from llmengine.engine.worker_threads import PreparationThreads, WorkerThreads
 from llmengine.errors import (
     InvalidRequestError,
     LLMEngineError,
-    PromptTooLongError,
     RequestFailedError,
 )
 from llmengine.outputs import OutputLog
@@ -39,11 +37,7 @@ from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
 from llmengine.structured.grammar import GrammarCompiler
 from llmengine.tokenizer.detokenizer import IncrementalDetokenizer, TokenTexts
-from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer, check_text, without_second_bos
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
-
+from llmengine.tokenizer.protocol import Tokenizer
 
 _NUM_CACHED_BAD_WORDS = 16
 
@@ -77,14 +71,6 @@ class RequestSpec:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A prompt; `text` is None where the caller gave token ids."""
-
-    text: str | None
-    token_ids: list[int]
-
-
 class Intake:
     """Checks, tokenizes and submits the requests of one model.
 
@@ -104,7 +90,8 @@ class Intake:
         forbidden: Sequence[WordIds] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.chats = ChatRenderer(tokenizer)
+        self._prompts = PromptEncoder(tokenizer, info.vocab_size, info.max_model_len)
+        self.chats = self._prompts.chats
         self.forbidden = tuple(forbidden)
         self.max_model_len = info.max_model_len
         self._share_prefixes = engine.scheduler_config.share_prefixes_across_tenants
@@ -129,11 +116,11 @@ class Intake:
     def submit(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit without blocking; raises what is wrong with anything but the tokens of a text or chat."""
         if isinstance(prompt, str | ChatPrompt):
-            return self._submit_later(partial(self._encode, prompt), _num_chars(prompt), spec, owner)
-        encoded = self._encode(prompt)
+            return self._submit_later(partial(self._prompts.encode, prompt), _num_chars(prompt), spec, owner)
+        encoded = self._prompts.encode(prompt)
         params = spec.params
         if spec.options.wait_for_admission or params.structured is not None or _has_long_words(params):
-            self._check_length(encoded)
+            self._prompts.check_length(encoded)
             return self._submit_later(lambda: encoded, 0, spec, owner)
         return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
@@ -147,12 +134,15 @@ class Intake:
             return self.submit(prompt, spec, owner)
         acquire = partial(admission.acquire_blocking, options.tenant, options.priority)
         return self._submit_now(
-            self._encode(prompt), spec, owner, acquire if options.wait_for_admission else admission.acquire_nowait
+            self._prompts.encode(prompt),
+            spec,
+            owner,
+            acquire if options.wait_for_admission else admission.acquire_nowait,
         )
 
     def _submit_now(
         self,
-        encoded: Encoded,
+        encoded: EncodedPrompt,
         spec: RequestSpec,
         owner: object,
         acquire: Callable[[], AdmissionTicket],
@@ -172,7 +162,7 @@ class Intake:
         return handle
 
     def _submit_later(
-        self, encode: Callable[[], Encoded], num_chars: int, spec: RequestSpec, owner: object
+        self, encode: Callable[[], EncodedPrompt], num_chars: int, spec: RequestSpec, owner: object
     ) -> RequestHandle:
         """Submit a request that a thread prepares; `num_chars` are tokenized for it, more or less."""
         self._check_params(spec.params)
@@ -183,13 +173,14 @@ class Intake:
         deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
         deadline = min(deadlines, default=None)
         threads = self._threads_for(spec, num_chars)
+        waiting_room = self._engine.waiting_room
 
         def work(ticket: AdmissionTicket) -> Callable[[], None]:
             return partial(self._encode_and_submit, stream, encode, spec, ticket)
 
         if ticket is None:
             options = spec.options
-            self._engine.apply(
+            waiting_room.apply(
                 stream,
                 lambda ticket: self._threads.submit_from_engine(threads, work(ticket)),
                 tenant=options.tenant,
@@ -198,7 +189,9 @@ class Intake:
             )
             return handle
         try:
-            self._engine.prepare(stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline)
+            self._engine.waiting_room.prepare(
+                stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline
+            )
         except BaseException:
             ticket.release()
             self._engine.nudge()  # it may be draining and wait for this request
@@ -214,7 +207,7 @@ class Intake:
         return self._threads.long_texts if is_long else self._threads.texts
 
     def _encode_and_submit(
-        self, stream: Stream, encode: Callable[[], Encoded], spec: RequestSpec, ticket: AdmissionTicket
+        self, stream: Stream, encode: Callable[[], EncodedPrompt], spec: RequestSpec, ticket: AdmissionTicket
     ) -> None:
         """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream.
 
@@ -225,14 +218,11 @@ class Intake:
             if not stream.ended:
                 self._engine.submit_prepared(self._make_request(stream, encoded, spec, ticket))
         except BaseException as fault:  # a panic of a tokenizer written in Rust is no `Exception`
-            self._engine.reject(stream, _as_failure(fault))
+            self._engine.waiting_room.reject(stream, _as_failure(fault))
 
     def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
         self._streams[stream.log.request_id] = stream
-        abort, streaming = self._engine.abort, spec.streaming
-        if isinstance(stream, FamilyStream):
-            return FamilyHandle(stream, abort, num_returned=spec.params.n, streaming=streaming, owner=owner)
-        return RequestHandle(stream, abort, streaming=streaming, owner=owner)
+        return RequestHandle(stream, self._engine.abort, streaming=spec.streaming, owner=owner)
 
     def _new_stream(self, spec: RequestSpec) -> Stream:
         params = spec.params
@@ -245,7 +235,7 @@ class Intake:
             member.log.family_id = leader.request_id
             member.log.queued = leader.queued
             member.log.prompt_logprobs = leader.prompt_logprobs
-        return FamilyStream(members)
+        return FamilyStream(members, params.n)
 
     def _new_member(self, spec: RequestSpec) -> OutputStream:
         params = spec.params
@@ -290,7 +280,7 @@ class Intake:
         """Return the parameters with token ids for bad words that are strings, and the model's own beside them."""
         if not self.forbidden and not any(isinstance(word, str) for word in params.bad_words):
             return params
-        with _tokenizer_faults("encode bad_words"):
+        with tokenizer_faults("encode bad_words"):
             words = self._bad_words((*params.bad_words, *self.forbidden))
         for word in words:
             self._check_ids("bad_words", word)
@@ -302,93 +292,31 @@ class Intake:
         streams = [stream for reference in self._streams.valuerefs() if (stream := reference()) is not None]
         return [stats for stream in streams if (stats := request_stats(stream)).state != "finished"]
 
-    def encode(self, prompt: Prompt | ChatPrompt) -> Encoded:
-        """Return the prompt's token ids; blocks while text is tokenized.
+    def encode(self, prompt: Prompt | ChatPrompt) -> EncodedPrompt:
+        """The prompt's token ids, which fit the context; blocks while text is tokenized.
 
-        Raises `InvalidRequestError` and `PromptTooLongError`.
+        Raises `InvalidRequestError`, `PromptTooLongError`, and `RequestFailedError` for a fault of the tokenizer.
         """
-        encoded = self._encode(prompt)
-        self._check_length(encoded)
+        encoded = self._prompts.encode(prompt)
+        self._prompts.check_length(encoded)
         return encoded
 
     def count(self, prompt: Prompt | ChatPrompt) -> int:
-        """Return how many tokens the prompt has, which may be more than fit; blocks while text is tokenized."""
-        return len(self._encode(prompt, has_limit=False).token_ids)
+        """Number of the prompt's tokens, which may be more than fit; blocks while text is tokenized."""
+        return len(self._prompts.encode(prompt, has_limit=False).token_ids)
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-        """Return the text of ids generated behind a prompt, without special tokens; "" without a tokenizer."""
+        """Text of ids generated after a prompt, without special tokens; "" without a tokenizer."""
         if self._texts is None:
             return ""
-        with _tokenizer_faults("decode"):
+        with tokenizer_faults("decode"):
             return self._texts.text(prompt_token_ids, token_ids)
 
-    def _check_length(self, encoded: Encoded, max_total_tokens: int | None = None) -> None:
-        num_tokens = len(encoded.token_ids)
-        if num_tokens == 0:
-            raise InvalidRequestError("the prompt has no tokens")
-        self._check_num_tokens(num_tokens)
-        if max_total_tokens is not None and num_tokens >= max_total_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; with one generated token the limit is {max_total_tokens} "
-                "(max_total_tokens of the sampling parameters)"
-            )
-
-    def _check_num_tokens(self, num_tokens: int, how_many: str = "") -> None:
-        limit = self._info.max_model_len
-        if num_tokens >= limit:
-            raise PromptTooLongError(
-                f"the prompt has {how_many or num_tokens} tokens; with one generated token the limit is {limit} "
-                "(max_model_len, and what kv_cache_config leaves room for)"
-            )
-
-    def _encode(self, prompt: Prompt | ChatPrompt, *, has_limit: bool = True) -> Encoded:
-        """Return the prompt's ids; what cannot fit the context may be refused unread unless it `has_limit`."""
-        if isinstance(prompt, ChatPrompt):
-            return self._encode_chat(prompt, has_limit)
-        if not isinstance(prompt, str):
-            is_array = hasattr(prompt, "tolist") and getattr(prompt, "ndim", 0) == 1
-            if has_limit and (is_array or isinstance(prompt, Sequence)):
-                self._check_num_tokens(len(prompt))  # before looking at millions of them
-            return Encoded(None, _as_token_ids(prompt, self._info.vocab_size))
-        if self.tokenizer is None:
-            raise InvalidRequestError("the prompt is text, but there is no tokenizer; pass token ids")
-        with _tokenizer_faults("encode the prompt", prompt):
-            token_ids = without_second_bos(self.tokenizer, prompt, self._token_ids(prompt, has_limit))
-        return Encoded(prompt, self._in_vocabulary(token_ids))
-
-    def _encode_chat(self, prompt: ChatPrompt, has_limit: bool) -> Encoded:
-        with _tokenizer_faults("apply its chat template"), _template_faults():
-            text = self.chats.render(prompt)
-        assert isinstance(self.tokenizer, ChatTokenizer), "a chat was rendered without one"
-        with _tokenizer_faults("encode the chat", text):
-            token_ids = self._token_ids(text, has_limit, add_special_tokens=False)
-        return Encoded(text, self._in_vocabulary(token_ids))
-
-    def _token_ids(self, text: str, has_limit: bool, **options: Any) -> list[int]:
-        assert self.tokenizer is not None
-        encode = getattr(self.tokenizer, "encode_with_limit", None) if has_limit else None
-        if encode is None:
-            return self.tokenizer.encode(text, **options)
-        token_ids: list[int] | int = encode(text, self._info.max_model_len, **options)
-        if isinstance(token_ids, int):
-            self._check_num_tokens(token_ids, f"{len(text)} characters, which are at least {token_ids}")
-            raise AssertionError(f"at least {token_ids} tokens are no reason to refuse a text")
-        return token_ids
-
-    def _in_vocabulary(self, token_ids: list[int]) -> list[int]:
-        """Return what the tokenizer gave; the backend has no embedding for ids outside the vocabulary."""
-        low, high = min(token_ids, default=0), max(token_ids, default=0)
-        if low < 0 or high >= self._info.vocab_size:
-            worst = low if low < 0 else high
-            raise RequestFailedError(
-                f"the tokenizer gives token id {worst}, and the model has [0, {self._info.vocab_size}): is it the "
-                "tokenizer of another model?"
-            )
-        return token_ids
-
-    def _make_request(self, stream: Stream, encoded: Encoded, spec: RequestSpec, ticket: AdmissionTicket) -> Request:
+    def _make_request(
+        self, stream: Stream, encoded: EncodedPrompt, spec: RequestSpec, ticket: AdmissionTicket
+    ) -> Request:
         """Return the request; of several outputs the first one's, which has the others as relatives."""
-        self._check_length(encoded, spec.params.max_total_tokens)
+        self._prompts.check_length(encoded, spec.params.max_total_tokens)
         ticket.add_tokens(len(encoded.token_ids))
         params = self._with_bad_word_ids(spec.params).for_prompt(len(encoded.token_ids))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
@@ -413,7 +341,7 @@ class Intake:
     def _make_member(
         self,
         stream: OutputStream,
-        encoded: Encoded,
+        encoded: EncodedPrompt,
         params: SamplingParams,
         seed: int,
         spec: RequestSpec,
@@ -429,7 +357,7 @@ class Intake:
         if self._texts is not None:
             skip = self._special_ids if params.skip_special_tokens else frozenset()
             structured = params.structured is not None
-            with _tokenizer_faults("decode the prompt's end"):
+            with tokenizer_faults("decode the prompt's end"):
                 detokenizer = IncrementalDetokenizer(
                     self._texts, encoded.token_ids, skip, params.stop, structured=structured
                 )
@@ -480,76 +408,9 @@ def _deadlines(log: OutputLog, spec: RequestSpec) -> tuple[float | None, float |
     return None if whole is None else queued + whole, None if first is None else queued + first
 
 
-def as_prompts(prompts: Any) -> Iterable[Prompt]:
-    """Return one prompt, or several, as several. An empty list is no prompt; arrays of one dimension are token ids.
-
-    Raises `InvalidRequestError` for what is neither.
-    """
-    if isinstance(prompts, str):
-        return (prompts,)
-    if isinstance(prompts, Sequence):
-        one = len(prompts) > 0 and _is_integer_type(type(prompts[0]))
-    else:
-        one = getattr(prompts, "ndim", None) in (0, 1)
-    if not one and (not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set))):
-        raise InvalidRequestError(
-            f"prompts is a {type(prompts).__name__}; it must be text, token ids or several of these"
-        )
-    return (prompts,) if one else prompts
-
-
-def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
-    """Return token ids as ints; raises `InvalidRequestError` for anything else."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise InvalidRequestError(f"the prompt is a {type(prompt).__name__}; it must be text or token ids")
-    token_ids = list(values)
-    kinds = set(map(type, token_ids))
-    for kind in kinds:
-        if not _is_integer_type(kind):
-            message = f"the prompt holds a {kind.__name__}; one prompt is text or a list of integer token ids"
-            raise InvalidRequestError(message)
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-        worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
-    return token_ids if kinds <= {int} else [int(token_id) for token_id in token_ids]
-
-
-def _is_integer_type(kind: type) -> bool:
-    """Return whether objects of this type count as token ids; arrays have `__index__` too, but are not."""
-    return kind is not bool and hasattr(kind, "__index__") and not hasattr(kind, "__len__")
-
-
 def _as_failure(fault: BaseException) -> LLMEngineError:
     if isinstance(fault, LLMEngineError):
         return fault
     failure = RequestFailedError(f"the prompt could not be prepared: {fault!r}")
     failure.__cause__ = fault
     return failure
-
-
-@contextmanager
-def _tokenizer_faults(task: str, text: str = "") -> Iterator[None]:
-    """Let our own errors through, and make one of ours of what else a tokenizer raises.
-
-    That is the fault of whoever brought the tokenizer, not of the request, unless `text` is no Unicode text.
-    """
-    try:
-        yield
-    except LLMEngineError:
-        raise
-    except Exception as fault:
-        check_text(text)
-        raise RequestFailedError(f"the tokenizer failed to {task}: {fault!r:.500}") from fault
-
-
-@contextmanager
-def _template_faults() -> Iterator[None]:
-    """Make what a chat template raises, with `raise_exception()` say, an error of the request that it rejects."""
-    try:
-        yield
-    except Exception as fault:
-        jinja2 = sys.modules.get("jinja2")  # there if a template was rendered with it
-        if jinja2 is None or not isinstance(fault, jinja2.TemplateError):
-            raise
-        raise InvalidRequestError(f"the chat template rejects the messages: {fault}") from fault

@@ -10,58 +10,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
-from llmengine.batch import Batch, BatchRow, SlotInit, StepResult, TokenLogprobs
+from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
 from llmengine.config import SchedulerConfig
+from llmengine.engine.block_allocation import BlockAllocator
 from llmengine.engine.fair_queue import FairQueue
-from llmengine.engine.grammar_steps import GrammarSteps, is_quick
+from llmengine.engine.grammar_steps import GrammarSteps
+from llmengine.engine.held_families import HeldFamilies
 from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.pace import PromptPace
+from llmengine.engine.paused_requests import PausedRequests
+from llmengine.engine.preemption import choose_victim
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.stats import EngineCounters
+from llmengine.engine.step_plan import LaunchedStep, StepPlan, slot_init
 from llmengine.errors import RequestFailedError
 from llmengine.outputs import FinishReason
-from llmengine.structured.grammar import Grammar
 
 
 def _nothing() -> None:
     """Nobody is to be told."""
-
-
-@dataclass(slots=True)
-class _StepPlan:
-    """A step while it is put together; `budget` is how many more tokens of prompts it may have."""
-
-    budget: int = 0
-    rows: list[BatchRow] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    slot_inits: list[SlotInit] = field(default_factory=list)
-    masks: dict[int, bytes] = field(default_factory=dict)
-
-    def num_launched_tokens(self, request: Request) -> int:
-        """Return how many of the request's tokens are computed by the steps before this one."""
-        if request in self.requests:
-            return self.rows[self.requests.index(request)].start
-        return request.num_computed_tokens
-
-    def mask(self, request: Request, grammar: Grammar) -> None:
-        """Have the step sample a token of the request that its grammar allows."""
-        assert request.slot is not None
-        assert not request.is_awaited
-        self.masks[request.slot] = grammar.mask
-        request.is_awaited = True
-
-
-@dataclass(slots=True)
-class _LaunchedStep:
-    """`requests[i]` has row i of `batch`, and had been preempted `num_preemptions[i]` times."""
-
-    batch: Batch
-    requests: list[Request]
-    num_preemptions: list[int]
-    num_prompt_tokens: int
-    scheduled: float
 
 
 class Scheduler:
@@ -73,7 +41,7 @@ class Scheduler:
     nothing. A tenant is charged for each token that is computed for it the first time.
 
     An admitted request gets blocks for all tokens it has; a running one gets one more block when it needs one. When
-    too few are left, requests are preempted (`_choose_victim`) before the step is planned: their blocks are freed, and
+    too few are left, requests are preempted (`choose_victim`) before the step is planned: their blocks are freed, and
     stay findable in the prefix cache, and they wait again at their old rank. Nothing is admitted in a step that
     preempts; a request that was preempted comes back only when there is more room, and when it was preempted
     `max_preemptions` times it is spared while another can be chosen. So requests do not evict each other for ever.
@@ -105,15 +73,13 @@ class Scheduler:
         self.counters = counters
         self.running: list[Request] = []
         """In the order of admission."""
-        # Running members of families that the others wait for, and some that these do not wait for any more.
-        self._leaders: list[Request] = []
-        self._paused: dict[int, Request] = {}
-        # Those of them that have a slot and blocks, the longest paused first.
-        self._resident: dict[int, Request] = {}
+        self._families = HeldFamilies(self._enqueue_again)
+        self._paused = PausedRequests()
+        self._allocator = BlockAllocator(kv_cache, max_samples)
         self._clock = clock
         self._waiting: FairQueue[Request] = FairQueue(config.tenant_weights, _is_waiting)
         self._free_slots = list(range(config.max_batch_size))
-        self._in_flight: deque[_LaunchedStep] = deque()
+        self._in_flight: deque[LaunchedStep] = deque()
         self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
         self._updated = 0.0
         self._grammars = GrammarSteps(notify)
@@ -132,7 +98,7 @@ class Scheduler:
     @property
     def longest_paused(self) -> Request:
         """The one of them that has waited for the longest."""
-        return next(iter(self._paused.values()))
+        return self._paused.longest
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -159,18 +125,14 @@ class Scheduler:
         for relative in request.relatives:
             relative.rank = request.stream.log.queued - request.priority * self.config.priority_ageing_s
             relative.share = self._waiting.share(request.tenant)
-        if request.family is not None:
-            request.family.held = list(request.relatives[1:])
-            for relative in request.family.held:
-                relative.status = RequestStatus.HELD
+        self._families.hold(request)
         self._enqueue(request)
 
     def schedule(self) -> Batch | None:
         """Return the next step, or None when there is nothing to compute now."""
-        if self._leaders:
-            self._leaders = [leader for leader in self._leaders if self._holds_family(leader)]
+        self._families.release_ready()
         preempted = self._make_room()
-        plan = _StepPlan()
+        plan = StepPlan()
         chunks = self._schedule_decodes(plan)
         num_decodes = len(plan.rows)
         budget = plan.budget = self._prompt_budget(num_decodes)
@@ -184,7 +146,7 @@ class Scheduler:
         batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits, plan.masks)
         preemptions = [request.num_preemptions for request in plan.requests]
         scheduled = 0.0 if self._pace is None else self._clock()
-        self._in_flight.append(_LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, scheduled))
+        self._in_flight.append(LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, scheduled))
         return batch
 
     def update(self, result: StepResult) -> list[Request]:
@@ -222,7 +184,7 @@ class Scheduler:
                     reason = request.append(token_id, logprobs[slot][0] if logprobs and slot in logprobs else None)
                     num_sampled += 1
                 else:
-                    reason = self._append(request, sampled, logprobs.get(slot) if logprobs else None)
+                    reason = self._grammars.append(request, sampled, logprobs.get(slot) if logprobs else None)
                     num_kept = len(request.token_ids) - end
                     num_sampled += num_kept
                     if num_kept > 1 and request.num_preemptions == num_preemptions:
@@ -236,26 +198,6 @@ class Scheduler:
         self.counters.num_generated_tokens += num_sampled
         return changed
 
-    def _append(
-        self, request: Request, token_ids: int | Sequence[int], logprobs: Sequence[TokenLogprobs] | None
-    ) -> FinishReason | None:
-        """Append what a step sampled, or as much of it as the request can have; return why it ends, if it does."""
-        if isinstance(token_ids, int):
-            token_ids = (token_ids,)
-        grammar = request.grammar
-        if grammar is None:
-            request.is_awaited = False
-            return request.extend(token_ids, logprobs)
-        if len(token_ids) > 1:
-            token_ids = token_ids[: max(1, grammar.num_allowed(token_ids))]
-        num_before = len(request.token_ids)
-        reason = request.extend(token_ids, logprobs)
-        if reason not in (None, "length"):
-            return reason
-        # The grammar says whether the text is whole with these tokens.
-        self._grammars.push(request, grammar, request.token_ids[num_before:])
-        return None
-
     def take_grammars(self) -> list[Request]:
         """Let requests be scheduled whose grammars have moved on; return those that end: whole, cut off, or failed.
 
@@ -265,18 +207,10 @@ class Scheduler:
             return []
         ended = []
         for request in self._grammars.take():
-            assert request.grammar is not None
-            request.is_awaited = False
-            if request.grammar.error is not None:
-                error = RequestFailedError(f"the grammar of the structured output failed: {request.grammar.error}")
-                self.finish(request, "error", error)
-            elif request.grammar.is_complete:
-                self.finish(request, "stop")
-            elif len(request.token_ids) >= request.max_total_tokens:
-                self.finish(request, "length")
-            else:
-                continue
-            ended.append(request)
+            reason, error = self._grammars.outcome(request)
+            if reason is not None:
+                self.finish(request, reason, error)
+                ended.append(request)
         return ended
 
     def close(self) -> None:
@@ -288,19 +222,16 @@ class Scheduler:
         self._settle(request)  # so that its eviction charges nobody while the next in the fair order is admitted
         self.running.remove(request)
         request.status = RequestStatus.PAUSED
-        self._paused[request.request_id] = self._resident[request.request_id] = request
-        if request is request.relatives[0]:
-            self._let_family_go(request)
+        self._paused.add(request)
+        self._families.release(request)
 
     def resume(self, request: Request) -> None:
         """Let a paused request go on; it waits again, at its old rank, if others needed its blocks."""
-        del self._paused[request.request_id]
-        if self._resident.pop(request.request_id, None) is not None:
+        if self._paused.remove(request):
             request.status = RequestStatus.RUNNING
             self.running.append(request)
         else:
-            request.share = self._waiting.share(request.tenant)  # that of before may have been forgotten
-            self._enqueue(request)
+            self._enqueue_again(request)
 
     def finish(
         self,
@@ -317,7 +248,7 @@ class Scheduler:
         before, or use now, do so in any case.
         """
         if not keep_prefix:
-            self._forget_prefix(request)
+            self._allocator.forget_prefix(request)
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._release(request)
@@ -325,14 +256,12 @@ class Scheduler:
             request.status = RequestStatus.FINISHED
             self._waiting.left(request.share)
         elif request.status is RequestStatus.PAUSED:
-            del self._paused[request.request_id]
-            if self._resident.pop(request.request_id, None) is not None:
+            if self._paused.remove(request):
                 self._release(request)
-        elif request.family is not None and request in request.family.held:
-            request.family.held.remove(request)
+        else:
+            self._families.drop(request)
         request.finish(reason, error)
-        if request is request.relatives[0]:
-            self._let_family_go(request)
+        self._families.release(request)
         request.family = None  # which refers to its members: only a garbage collection would free them
         self.counters.num_finished_requests += 1
         if not self.has_requests:
@@ -340,7 +269,7 @@ class Scheduler:
 
     def requests(self) -> Iterator[Request]:
         """Yield every unfinished request."""
-        for request in (*self.running, *self._waiting, *self._paused.values()):
+        for request in (*self.running, *self._waiting, *self._paused):
             yield request
             if request.family is not None and request is request.relatives[0]:
                 yield from request.family.held
@@ -349,7 +278,7 @@ class Scheduler:
         """Assert that slots, queue and blocks are consistent; cheap enough for tests only."""
         waiting = list(self._waiting)
         assert len(self._waiting) == len(waiting)
-        residents = [*self.running, *self._resident.values()]
+        residents = [*self.running, *self._paused.residents]
         slots = [request.slot for request in residents]
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
             range(self.config.max_batch_size)
@@ -357,9 +286,9 @@ class Scheduler:
         for request in residents:
             assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
         assert all(request.status is RequestStatus.RUNNING for request in self.running)
-        for paused in self._paused.values():
+        for paused in self._paused:
             assert paused.status is RequestStatus.PAUSED
-            assert (paused.slot is not None) == (paused.request_id in self._resident)
+            assert (paused.slot is not None) == self._paused.is_resident(paused)
         for share in {id(r.share): r.share for r in (*residents, *waiting)}.values():
             assert share is self._waiting.share(share.name), "a tenant has two shares"
             assert share.num_running == sum(request.share is share for request in residents)
@@ -378,22 +307,9 @@ class Scheduler:
             self._waiting.raise_floor(running.share for running in self.running if running.share is not share)
         self._waiting.push(share, request.rank, request.request_id, request)
 
-    def _holds_family(self, leader: Request) -> bool:
-        """Return whether a running leader's prompt is not computed by launched steps yet; else let its family go."""
-        if leader.status is not RequestStatus.RUNNING:
-            return False
-        if leader.num_computed_tokens < len(leader.prompt_token_ids):
-            return True
-        self._let_family_go(leader)
-        return False
-
-    def _let_family_go(self, leader: Request) -> None:
-        """Queue those that waited for the leader's prompt."""
-        if leader.family is not None:
-            held, leader.family.held = leader.family.held, []
-            for request in held:
-                request.share = self._waiting.share(request.tenant)  # that of before may have been forgotten
-                self._enqueue(request)
+    def _enqueue_again(self, request: Request) -> None:
+        request.share = self._waiting.share(request.tenant)  # the share that it had may have been forgotten
+        self._enqueue(request)
 
     def _settle(self, request: Request) -> None:
         """Charge the request's tenant for what was computed, or planned, since the last time."""
@@ -413,7 +329,7 @@ class Scheduler:
                 return budget if self._pace is None else min(budget, self._pace.max_prompt_tokens())
         return self.config.max_tokens_per_step - num_decodes
 
-    def _schedule_decodes(self, plan: _StepPlan) -> list[Request]:
+    def _schedule_decodes(self, plan: StepPlan) -> list[Request]:
         """Give each decode its token; return the requests with more than one token to compute."""
         rows, requests = plan.rows, plan.requests
         block_size = self.kv_cache.block_size
@@ -427,7 +343,7 @@ class Scheduler:
                 continue
             if request.is_awaited:
                 continue
-            new_block_ids = self._grow(request, end) if start % block_size == 0 else ()
+            new_block_ids = self._allocator.grow(request, end) if start % block_size == 0 else ()
             if self._max_samples > 1:
                 self._add_row(plan, request, 1, new_block_ids)
                 continue
@@ -441,13 +357,6 @@ class Scheduler:
             request.num_computed_tokens = end
             request.num_tokens = end + 1
         return chunks
-
-    def _grow(self, request: Request, num_tokens: int) -> Sequence[int]:
-        """Return newly allocated blocks for the request's first `num_tokens` tokens."""
-        num_blocks = len(request.blocks.block_ids)
-        allocated = self.kv_cache.allocate(request.blocks, num_tokens)
-        assert allocated, "no room was made for a decode"
-        return request.blocks.block_ids[num_blocks:]
 
     def _make_room(self) -> bool:
         """Preempt until each decode can have the block that it needs now; return whether that took a preemption."""
@@ -465,33 +374,13 @@ class Scheduler:
         while len(needing) > self.kv_cache.num_available_blocks:
             if self._evict_paused():
                 continue
-            victim = self._choose_victim()
+            if self._waiting.num_tenants > 1:
+                self._settle_running()
+            victim = choose_victim(self.running, self.kv_cache, self.config)
             self._preempt(victim)
             needing.discard(victim)
             preempted = True
         return preempted
-
-    def _choose_victim(self) -> Request:
-        """Return the running request to preempt.
-
-        Of the tenant that was served the most for its weight, and of its requests whose effective priority is within
-        one level of the lowest, it is the one that is cheapest to compute again, where each time that it was preempted
-        before doubles the cost; of equals, the last in rank. One that was preempted often is spared if possible.
-        """
-        # Any of them helps: its last block is its own, or it is full and the request is among those that need one.
-        candidates = [r for r in self.running if r.num_preemptions < self.config.max_preemptions] or self.running
-        if self._waiting.num_tenants > 1:
-            self._settle_running()
-            most = max(r.share.service for r in candidates)
-            candidates = [r for r in candidates if r.share.service == most]
-        last = max(r.rank for r in candidates)
-        peers = [r for r in candidates if r.rank > last - self.config.priority_ageing_s]
-        return min(peers, key=lambda r: (self._recompute_cost(r), -r.rank, -r.request_id))
-
-    def _recompute_cost(self, request: Request) -> int:
-        """Return how many tokens are lost with the blocks that no other request keeps, weighted."""
-        num_kept = self.kv_cache.num_shared_blocks(request.blocks) * self.kv_cache.block_size
-        return max(0, request.num_computed_tokens - num_kept) << request.num_preemptions
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -500,9 +389,9 @@ class Scheduler:
 
     def _evict_paused(self) -> bool:
         """Take slot and blocks from the request that is paused the longest; False when no paused one has any."""
-        if not self._resident:
+        if (request := self._paused.pop_resident()) is None:
             return False
-        self._take_away(self._resident.pop(next(iter(self._resident))))
+        self._take_away(request)
         return True
 
     def _take_away(self, request: Request) -> None:
@@ -520,16 +409,7 @@ class Scheduler:
         self.kv_cache.free(request.blocks)
         request.num_computed_tokens = 0
 
-    def _forget_prefix(self, request: Request) -> None:
-        """Make the blocks unfindable that were computed for this request and that no other one refers to."""
-        if request.num_preemptions and not request.blocks.block_ids:
-            self.kv_cache.match_prefix(request.blocks, request.token_ids)
-        num_kept = request.relatives[0].stream.log.num_cached_tokens // self.kv_cache.block_size
-        self.kv_cache.forget(request.blocks, num_kept)
-        if request.slot is None:
-            self.kv_cache.free(request.blocks)
-
-    def _schedule_prompts(self, plan: _StepPlan, chunks: list[Request], *, may_admit: bool) -> None:
+    def _schedule_prompts(self, plan: StepPlan, chunks: list[Request], *, may_admit: bool) -> None:
         """Share the budget among prompts in progress and waiting requests, in the fair order."""
         may_admit = may_admit and bool(self._waiting) and self._has_slot
         if not chunks and not may_admit:
@@ -549,9 +429,9 @@ class Scheduler:
 
     @property
     def _has_slot(self) -> bool:
-        return bool(self._free_slots or self._resident)
+        return bool(self._free_slots) or self._paused.has_residents
 
-    def _admit(self, plan: _StepPlan, request: Request) -> bool:
+    def _admit(self, plan: StepPlan, request: Request) -> bool:
         """Let the first waiting request run; False when it has to wait on, and all others with it."""
         if request.num_in_flight or request.is_awaited or not self._take_blocks(plan, request):
             return False
@@ -562,7 +442,7 @@ class Scheduler:
         self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
         return True
 
-    def _take_blocks(self, plan: _StepPlan, request: Request) -> bool:
+    def _take_blocks(self, plan: StepPlan, request: Request) -> bool:
         """Take blocks for all tokens of the request, leaving one for each running request to grow into.
 
         One more of those for each time that it was preempted (within reason: paused requests may be preempted without
@@ -572,7 +452,7 @@ class Scheduler:
         while self.kv_cache.num_available_blocks <= reserve:
             if not self._evict_paused():
                 return False  # without looking for its prefix in each step: its last token needs a block of its own
-        num_cached_tokens = self._find_blocks(plan, request)
+        num_cached_tokens = self._allocator.find(plan, request)
         missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
         while self.kv_cache.num_available_blocks < missing + reserve and self._evict_paused():
             pass
@@ -593,26 +473,6 @@ class Scheduler:
                 request.ticket.release()
         return True
 
-    def _find_blocks(self, plan: _StepPlan, request: Request) -> int:
-        """Fill the request's table with blocks that hold its first tokens; return how many tokens.
-
-        They come from the prefix cache or, where that has less, from a relative of which launched steps computed the
-        prompt. A relative's last, partly filled block is not shared: at most a block's tokens are computed again.
-        """
-        if request.lacks_prompt_logprobs:
-            return 0
-        num_tokens = self.kv_cache.match_prefix(request.blocks, request.token_ids)
-        num_blocks = (len(request.prompt_token_ids) - 1) // self.kv_cache.block_size
-        num_shared = num_blocks * self.kv_cache.block_size
-        if request.family is None or num_tokens >= num_shared:
-            return num_tokens
-        for relative in request.relatives:
-            if relative.slot is not None and plan.num_launched_tokens(relative) >= num_shared:
-                self.kv_cache.free(request.blocks)
-                self.kv_cache.fork(relative.blocks, request.blocks, num_blocks)
-                return num_shared
-        return num_tokens
-
     def _take_slot(self, request: Request) -> SlotInit:
         if not self._free_slots:
             self._evict_paused()
@@ -620,18 +480,10 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.share.num_running += 1
         self.running.append(request)
-        if request.family is not None and request.family.held:
-            self._leaders.append(request)
-        return SlotInit(
-            slot=request.slot,
-            token_ids=tuple(request.token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            sampling_params=request.params,
-            seed=request.seed,
-            stop_token_ids=request.stop_token_ids,
-        )
+        self._families.watch(request)
+        return slot_init(request)
 
-    def _add_row(self, plan: _StepPlan, request: Request, num_tokens: int, new_block_ids: Sequence[int]) -> None:
+    def _add_row(self, plan: StepPlan, request: Request, num_tokens: int, new_block_ids: Sequence[int]) -> None:
         assert request.slot is not None
         start = request.num_computed_tokens
         end = start + num_tokens
@@ -639,7 +491,7 @@ class Scheduler:
         if end == request.num_tokens:
             max_samples = 1
             if self._max_samples > 1:
-                more_block_ids, max_samples = self._take_sample_blocks(request, end)
+                more_block_ids, max_samples = self._allocator.grow_for_samples(request, end, len(self.running))
                 new_block_ids = [*new_block_ids, *more_block_ids]
             request.num_tokens += 1
             if request.grammar is not None:
@@ -653,22 +505,6 @@ class Scheduler:
         plan.budget -= num_tokens
         request.num_computed_tokens = end
         self._settle(request)
-
-    def _take_sample_blocks(self, request: Request, end: int) -> tuple[Sequence[int], int]:
-        """Blocks for tokens that may be sampled after the one at `end`, and how many tokens there is room for in all.
-
-        All but the last of them are computed in the same step. Every running request can still have one block.
-        """
-        if request.grammar is not None and not is_quick(request.grammar):
-            return (), 1  # looking at several tokens would hold up the others
-        wanted = min(self._max_samples, request.max_total_tokens - end)
-        held = request.blocks.block_ids
-        missing = self.kv_cache.blocks_for(end + wanted - 1) - len(held)
-        spare = self.kv_cache.num_available_blocks - len(self.running)
-        new_block_ids: Sequence[int] = ()
-        if missing > 0 and spare > 0:
-            new_block_ids = self._grow(request, (len(held) + min(missing, spare)) * self.kv_cache.block_size)
-        return new_block_ids, min(wanted, 1 + len(held) * self.kv_cache.block_size - end)
 
 
 def _is_waiting(request: Request) -> bool:

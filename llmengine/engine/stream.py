@@ -32,6 +32,7 @@ from contextvars import Context
 from operator import length_hint
 from typing import Any
 
+from llmengine.engine.reader import FamilyReader, OutputReader
 from llmengine.engine.stats import RequestState, RequestStats
 from llmengine.errors import EngineClosedError, LLMEngineError
 from llmengine.outputs import OutputLog, RequestTimeline
@@ -226,6 +227,10 @@ class OutputStream:
         """The stream of each of the prompt's outputs: there is one."""
         return (self,)
 
+    def reader(self, streaming: bool) -> OutputReader:
+        """A new place at the beginning of the output."""
+        return OutputReader(self, streaming)
+
     @property
     def is_behind(self) -> bool:
         """True when `max_unread` tokens are unread and nobody waits for the end."""
@@ -298,15 +303,24 @@ class OutputStream:
 
 
 class FamilyStream:
-    """The streams of all outputs of one prompt, seen as one: it has ended when all have. Any thread."""
+    """The streams of all outputs of one prompt, seen as one: it has ended when all have. Any thread.
 
-    def __init__(self, members: Sequence[OutputStream]) -> None:
+    Attributes:
+        num_returned: how many outputs the final one has, the best of `members` (`best_of`).
+    """
+
+    def __init__(self, members: Sequence[OutputStream], num_returned: int | None = None) -> None:
         self.members = tuple(members)
+        self.num_returned = len(members) if num_returned is None else num_returned
         self.log = members[0].log
         # Of each member, since the engine keeps those that run.
         self.readers = members[0].readers
         for member in members:
             member.readers = self.readers
+
+    def reader(self, streaming: bool) -> FamilyReader:
+        """A new place at the beginning of each output; raises `InvalidRequestError` for streaming with `best_of`."""
+        return FamilyReader(self, streaming)
 
     @property
     def num_published(self) -> int:
