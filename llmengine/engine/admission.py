@@ -1,4 +1,4 @@
-"""Bounded admission: how many requests and prompt tokens may wait for their first step, and who waits for room."""
+"""Bounded admission: how many requests and prompt tokens may wait for their first step, and which callers wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmengine.errors import QueueFullError
 
 
 class Applicant:
-    """Somebody who waits for a ticket."""
+    """A caller that waits for a ticket."""
 
     __slots__ = ("grant", "tenant", "waiting")
 
@@ -23,29 +23,29 @@ class Applicant:
 
 
 class Admission:
-    """Counts waiting requests and their prompt tokens, and queues applicants while there is no room, from any thread.
+    """Counts waiting requests and their prompt tokens, and queues applicants while there is no room. Any thread.
 
-    Applicants are served fairly: the tenants in turn (those with more weight more often), one tenant's by priority,
-    which ages as it does in the scheduler, then first come, first served. Nobody overtakes them: while one waits,
-    `acquire_nowait` raises.
+    Applicants are served fairly: tenants take turns, those with more weight more often. Among one tenant's applicants
+    the priority counts, which ages as it does in the scheduler, then the order of arrival. No request overtakes them:
+    while an applicant waits, `acquire_nowait` raises.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._applicants: FairQueue[Applicant] = FairQueue(config.tenant_weights, lambda one: one.waiting)
-        self._num_applied = 0
+        self._applicants: FairQueue[Applicant] = FairQueue(config.tenant_weights, lambda applicant: applicant.waiting)
+        self._num_applications = 0
         self.num_requests = 0
         self.num_tokens = 0
         self._closed = False
 
     @property
     def num_applicants(self) -> int:
-        """Those who wait for room."""
+        """Applicants that wait for room."""
         return len(self._applicants)
 
     def acquire_nowait(self) -> AdmissionTicket:
-        """Return a ticket for one request; raises `QueueFullError` when the queue is full."""
+        """A ticket for one request. Raises `QueueFullError` if the queue is full."""
         with self._lock:
             if self.num_requests >= self._config.max_queued_requests:
                 raise QueueFullError(
@@ -54,7 +54,7 @@ class Admission:
                 )
             if self._applicants:
                 raise QueueFullError(
-                    f"{len(self._applicants)} requests wait for room beside {self.num_tokens} prompt tokens "
+                    f"{len(self._applicants)} requests are waiting for room behind {self.num_tokens} prompt tokens "
                     f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"
                 )
             self.num_requests += 1
@@ -63,20 +63,20 @@ class Admission:
     def apply(
         self, grant: Callable[[AdmissionTicket], None], tenant: str | None = None, priority: int = 0
     ) -> Applicant:
-        """Have `grant` called with a ticket as soon as there is room, here or on the thread that makes room.
+        """Have `grant` called with a ticket as soon as there is room: in this call, or on the thread that makes room.
 
-        It must neither block nor raise. A closed admission has room for everybody; the engine refuses the request.
+        `grant` must neither block nor raise. A closed admission grants every ticket; the engine refuses the request.
         """
         applicant = Applicant(tenant, grant)
         with self._lock:
             rank = time.monotonic() - priority * self._config.priority_ageing_s
-            self._applicants.push(self._applicants.share(tenant), rank, self._num_applied, applicant)
-            self._num_applied += 1
+            self._applicants.push(self._applicants.share(tenant), rank, self._num_applications, applicant)
+            self._num_applications += 1
         self._grant()
         return applicant
 
     def withdraw(self, applicant: Applicant) -> bool:
-        """Wait no more; False when the ticket was granted before, or will have been in a moment."""
+        """Stop waiting; False if the ticket has been granted, or is being granted now."""
         with self._lock:
             if not applicant.waiting:
                 return False
@@ -85,7 +85,7 @@ class Admission:
         return True
 
     def acquire_blocking(self, tenant: str | None = None, priority: int = 0) -> AdmissionTicket:
-        """Return a ticket, blocking this thread while the queue is full of requests or tokens and not closed."""
+        """A ticket; blocks this thread while there is no room and the admission is not closed."""
         granted: list[AdmissionTicket] = []
         event = threading.Event()
 
@@ -104,7 +104,7 @@ class Admission:
         return granted[0]
 
     def close(self) -> None:
-        """Let nobody wait for room any more: the engine takes no more requests, and says so at their submission."""
+        """Grant all tickets from now on: the engine takes no more requests, and refuses them at their submission."""
         with self._lock:
             self._closed = True
         self._grant()
@@ -115,7 +115,7 @@ class Admission:
         )
 
     def _grant(self) -> None:
-        """Let in whom there is room for."""
+        """Grant tickets while there is room."""
         while True:
             with self._lock:
                 if not self._applicants or not self._has_room():
@@ -134,7 +134,7 @@ class Admission:
                 return
             if ticket.bounded and self.num_tokens and self.num_tokens + num_tokens > self._config.max_queued_tokens:
                 raise QueueFullError(
-                    f"{self.num_tokens} prompt tokens are waiting and {num_tokens} more do not fit "
+                    f"{self.num_tokens} prompt tokens are waiting, and {num_tokens} more do not fit "
                     f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"
                 )
             self.num_tokens += num_tokens
@@ -152,12 +152,12 @@ class Admission:
 
 
 class AdmissionTicket:
-    """One request's place in the queue; given back when it is first scheduled or ends, whichever comes first.
+    """One request's place in the queue. It is given back when the request is first scheduled or ends.
 
     Attributes:
-        bounded: the prompt has to fit `max_queued_tokens`; who waited for room is let in whatever the length.
-        num_tokens: of the prompt, once that is known.
-        is_held: it was not given back.
+        bounded: the prompt must fit `max_queued_tokens`. A request that waited for room may have any length.
+        num_tokens: length of the prompt, once it is known.
+        is_held: False once the place was given back.
     """
 
     __slots__ = ("_admission", "bounded", "is_held", "num_tokens")
@@ -169,12 +169,12 @@ class AdmissionTicket:
         self.is_held = True
 
     def add_tokens(self, num_tokens: int) -> None:
-        """Count the prompt once its length is known, unless the request has ended meanwhile; any thread.
+        """Count the prompt once its length is known, unless the request has ended meanwhile. Any thread.
 
-        Raises `QueueFullError` if it does not fit.
+        Raises `QueueFullError` if the prompt does not fit.
         """
         self._admission._add_tokens(self, num_tokens)
 
     def release(self) -> None:
-        """Give the place back; idempotent, any thread."""
+        """Give the place back. Idempotent, any thread."""
         self._admission._release(self)

@@ -11,11 +11,11 @@ WordIds = tuple[int, ...]
 
 
 def bad_word_ids(tokenizer: Tokenizer | None, words: Sequence[str | Sequence[int]]) -> tuple[WordIds, ...]:
-    """Return `words` as token ids, each string as it is tokenized at the start of a text and after a space.
+    """Token ids of `words`: each string as it is tokenized at the start of a text and after a space.
 
-    Many vocabularies have a token of its own for a word after a space; where the ids after a space end with those
-    without it, as those of bytes do, these are enough. Raises `InvalidRequestError` for text without tokens, or without
-    a tokenizer.
+    Many vocabularies have a separate token for a word after a space. Where the ids after a space end with those at the
+    start of a text, as with bytes, the latter suffice. Raises `InvalidRequestError` for a string that has no tokens, or
+    if there is no tokenizer.
     """
     found: list[WordIds] = []
     for word in words:
@@ -41,7 +41,7 @@ def _variants(tokenizer: Tokenizer, word: str) -> list[WordIds]:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> WordIds:
-    """Return the ids of `text` without special tokens around it."""
+    """Ids of `text` without special tokens around it."""
     if isinstance(tokenizer, ChatTokenizer):
         return tuple(tokenizer.encode(text, add_special_tokens=False))
     special: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))

@@ -1,4 +1,4 @@
-"""Chats: from a conversation and the keywords of a call to the text that the tokenizer's chat template writes."""
+"""Chats: from a conversation and a call's keywords to the text that the tokenizer's chat template writes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _PROBE = "llmengine_no_such_variable"
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation and the keywords of `apply_chat_template`, copied from what the caller gave."""
+    """A copy of the caller's conversation, and the keywords of `apply_chat_template`."""
 
     messages: list[dict[str, Any]]
     keywords: dict[str, Any]
 
 
 class ChatRenderer:
-    """Makes text of conversations by a tokenizer's chat template; safe to use from several threads.
+    """Renders conversations by a tokenizer's chat template. Safe to use from several threads.
 
-    A keyword of which nobody knows whether it reaches the template is refused. Known are the variables that the
-    tokenizer's `chat_template_variables()` names, and the parameters of its `apply_chat_template`; one that takes any
-    keyword is asked whether it refuses a wrong one itself.
+    A keyword is refused unless it is known to reach the template. Known keywords are the variables that the tokenizer's
+    `chat_template_variables()` names, and the parameters of its `apply_chat_template`. An `apply_chat_template` that
+    takes any keyword is called with a wrong one, to see whether it refuses such keywords itself.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -36,16 +36,16 @@ class ChatRenderer:
         self._checks_names: bool | None = None
 
     def prompt(self, function: Callable[..., Any], messages: Any, keywords: Mapping[str, Any]) -> ChatPrompt:
-        """Return a copy of the conversation, with the keywords of `function` that are for its template.
+        """A copy of the conversation, with those keywords of a call of `function` that are for its template.
 
-        Raises `InvalidRequestError` for malformed messages and keywords that contradict each other, and `TypeError` for
-        a keyword that neither `function` nor the template has.
+        Raises `InvalidRequestError` for malformed messages and for keywords that contradict each other, and `TypeError`
+        for a keyword that neither `function` nor the template has.
         """
         tokenizer = self._chat_tokenizer()
         direct = {name: value for name, value in keywords.items() if name != "chat_template_kwargs"}
         given = keywords.get("chat_template_kwargs")
         if given is not None and not isinstance(given, Mapping):
-            raise InvalidRequestError(f"chat_template_kwargs is a {type(given).__name__}, not a dict")
+            raise InvalidRequestError(f"chat_template_kwargs must be a dict, not a {type(given).__name__}")
         variables = plain(given or {}, "chat_template_kwargs")
         if twice := sorted(direct.keys() & variables.keys()):
             raise InvalidRequestError(f"{twice[0]!r} is given twice: as a keyword and in chat_template_kwargs")
@@ -69,22 +69,22 @@ class ChatRenderer:
         return ChatPrompt(plain_messages(messages), arguments)
 
     def render(self, prompt: ChatPrompt) -> str:
-        """Return the text of a conversation. Raises `InvalidRequestError` where the template rejects it."""
+        """The text of a conversation. Raises `InvalidRequestError` if the template rejects it."""
         apply, keywords = self._chat_tokenizer().apply_chat_template, prompt.keywords
         text = apply(prompt.messages, **keywords)
         if not isinstance(text, str):
-            raise TypeError(f"apply_chat_template() returned a {type(text).__name__}, not a str")
+            raise TypeError(f"apply_chat_template() must return a str, not a {type(text).__name__}")
         parameters = _parameters(apply)
         unnamed = [name for name in keywords if name not in parameters]
         if unnamed and self._variables(self._chat_tokenizer(), keywords) is None and not self._refuses_others(prompt):
             raise InvalidRequestError(
-                f"the tokenizer's apply_chat_template() takes any keyword, so that {unnamed[0]!r} may be lost: have it "
-                "name the keyword in its signature, or refuse what its template does not read"
+                f"the tokenizer's apply_chat_template() takes any keyword, so {unnamed[0]!r} may never reach the "
+                "template; name it in the signature, or refuse keywords that the template does not read"
             )
         return text
 
     def _refuses_others(self, prompt: ChatPrompt) -> bool:
-        """Say whether the tokenizer raises for a keyword that it cannot know; it took the others just now."""
+        """Whether the tokenizer raises for a keyword that it cannot know; it has just accepted the others."""
         if self._checks_names is None:
             try:
                 keywords: dict[str, Any] = {**prompt.keywords, _PROBE: True}
@@ -95,7 +95,7 @@ class ChatRenderer:
         return self._checks_names
 
     def _known(self, tokenizer: ChatTokenizer, keywords: Mapping[str, Any]) -> frozenset[str] | None:
-        """Return the names of all variables that can be given, None where that cannot be told."""
+        """Names of all variables that can be given; None if they are unknown."""
         variables = self._variables(tokenizer, keywords)
         if variables is not None:
             return variables
@@ -112,19 +112,19 @@ class ChatRenderer:
 
     def _chat_tokenizer(self) -> ChatTokenizer:
         if self._tokenizer is None:
-            raise InvalidRequestError("a chat needs a tokenizer, and there is none; pass token ids to generate_async()")
+            raise InvalidRequestError("a chat needs a tokenizer, but there is none; pass token ids to generate()")
         if not isinstance(self._tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         return self._tokenizer
 
 
 def _check_call(apply: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
-    """Raise `InvalidRequestError` for keywords with which `apply` cannot be called."""
+    """Raise `InvalidRequestError` if `apply` cannot be called with the keywords."""
     if "self" in keywords:
         raise InvalidRequestError("'self' is not a variable of the chat template")
     try:
         signature = inspect.signature(apply)
-    except (TypeError, ValueError):  # of a function that is not Python's
+    except (TypeError, ValueError):  # the function is not written in Python
         return
     try:
         signature.bind([], **keywords)
@@ -135,5 +135,5 @@ def _check_call(apply: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of a function that is not Python's
+    except (TypeError, ValueError):  # the function is not written in Python
         return {}

@@ -1,4 +1,4 @@
-"""CommandQueue: what other threads want the engine thread to do between two steps."""
+"""CommandQueue: what other threads ask the engine thread to do between two steps."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llmengine.errors import EngineClosedError, EngineError
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """Something for the engine thread to do, and what to do instead when the thread has ended."""
+    """A function for the engine thread to run, and one to call instead if the thread has ended."""
 
     run: Callable[[], None]
     refuse: Callable[[EngineError], None]
 
 
 class CommandQueue:
-    """Commands from any thread for the one that calls `run_all` and `wait`.
+    """Commands from any thread for the thread that calls `run_all` and `wait`.
 
     Args:
-        refusal: makes the error for commands that nobody will run.
+        refusal: makes the error for a command that will never run.
     """
 
     def __init__(self, refusal: Callable[[], EngineError]) -> None:
@@ -44,7 +44,7 @@ class CommandQueue:
 
     @property
     def is_forked(self) -> bool:
-        """True in a process that was forked from the queue's: its thread is not here."""
+        """True in a process that was forked from the queue's, where its thread does not run."""
         return os.getpid() != self._pid
 
     def check_process(self) -> None:
@@ -52,7 +52,7 @@ class CommandQueue:
         check_process(self._pid)
 
     def send(self, run: Callable[[], None], refuse: Callable[[EngineError], None]) -> None:
-        """Queue a command. Takes no lock: it may run inside a garbage collection on any thread, this one included."""
+        """Queue a command. Takes no lock, since a garbage collection on any thread may call it."""
         try:
             self.check_process()
         except EngineClosedError as error:
@@ -60,7 +60,7 @@ class CommandQueue:
             return
         self._commands.append(_Command(run, refuse))
         if (wake_up := self._wake_up) is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: the thread is about to end and refuse
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the thread will refuse the command
                 wake_up()
         if self._closed:  # the thread may have emptied the deque before the append
             self.close()
@@ -70,7 +70,7 @@ class CommandQueue:
         self.send(_nothing, _ignore)
 
     def close(self) -> None:
-        """Refuse what is queued and what comes from now on. On any thread, and any number of times."""
+        """Refuse all commands, those in the queue and later ones. Idempotent, any thread."""
         self._closed = True
         while self._commands:
             try:
@@ -80,15 +80,15 @@ class CommandQueue:
             command.refuse(self._refusal())
 
     def run_all(self) -> None:
-        """Run what is queued."""
+        """Run the commands in the queue."""
         while self._commands:
             self._commands.popleft().run()
 
     async def wait(self, until: float | None) -> None:
-        """Wait for a command, or for the moment `until` (monotonic clock)."""
+        """Wait for a command, or until the moment `until` on the monotonic clock."""
         event = anyio.Event()
         self._wake_up = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
-        if not self._commands:  # one that came before `_wake_up` was set did not wake us
+        if not self._commands:  # a command that came before `_wake_up` was set did not wake this thread
             with anyio.move_on_after(None if until is None else until - time.monotonic()):
                 await event.wait()
         self._wake_up = None

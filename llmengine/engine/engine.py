@@ -1,7 +1,7 @@
 """Engine: the thread that owns scheduler and backend, and the thread-safe door to it.
 
 The thread runs an event loop of its own (uvloop where installed), never the caller's. It steps while there is work
-and sleeps in the loop otherwise. Everybody else talks to it through one deque of commands, which it empties between
+and sleeps in the loop otherwise. All other threads talk to it through one deque of commands, which it empties between
 two steps, so scheduler state needs no locks.
 """
 
@@ -53,7 +53,7 @@ T = TypeVar("T")
 _MAX_LOGGED_IDS = 16
 
 _QUIET_S = 0.1
-"""An engine that had nothing to do for so long uses the time for what makes later steps start faster."""
+"""An engine that has been idle for this long prepares its backend, so that later steps start faster."""
 
 
 class Engine:
@@ -61,8 +61,8 @@ class Engine:
 
     `backend_factory` runs on the engine thread, so that one thread makes, uses and closes the backend.
 
-    When a call into the backend hangs, the watchdog's thread does what the engine thread does at its end, and leaves
-    that alone: if the call ever comes back, the engine thread closes the backend and touches nothing else.
+    When a call into the backend hangs, the watchdog's thread ends the engine in place of the engine thread. If the call
+    ever returns, the engine thread closes the backend and touches nothing else.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Engine:
         self._end_lock = threading.Lock()
         self._over: Future[None] = Future()
         """Done when the thread is about to end, or hangs."""
-        self._over.set_running_or_notify_cancel()  # who waits for it may be cancelled, but must not cancel it
+        self._over.set_running_or_notify_cancel()  # a task that waits for it may be cancelled, but must not cancel it
         self._hangs = False
         self._watchdog: Watchdog | None = None
         self._stop_at: float | None = None
@@ -88,8 +88,8 @@ class Engine:
         self._deadlines = Deadlines()
         self._counters = EngineCounters()
         self.waiting_room = WaitingRoom(self.admission, self._commands, self._deadlines, self._counters, self._refusal)
-        self._last_step_s = 0.0
-        self._last_step_at = time.monotonic()
+        self._latest_step_s = 0.0
+        self._step_ended_at = time.monotonic()
         self._description = ""
         self._scheduler: Scheduler
         self._slow_consumers: SlowConsumers
@@ -100,12 +100,12 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="llmengine", daemon=True)
 
     def start(self) -> BackendInfo:
-        """Start the thread and block until the backend is ready; raises what the factory raised."""
+        """Start the thread and block until the backend is ready. Raises what the factory raised."""
         self._thread.start()
         return self._ready.result()
 
     def submit(self, request: Request) -> None:
-        """Hand a request over that holds an admission ticket, which a draining engine still honours.
+        """Hand over a request that holds an admission ticket, which a draining engine still honours.
 
         Raises `EngineClosedError` or `EngineDeadError`.
         """
@@ -114,7 +114,7 @@ class Engine:
         self._commands.send(partial(self._add, request), partial(_refuse_request, request))
 
     def submit_prepared(self, request: Request) -> None:
-        """Hand a request over that was prepared, unless it has ended meanwhile. Never raises."""
+        """Hand over a request from the waiting room, unless it has ended there meanwhile. Never raises."""
         reject = partial(self.waiting_room.reject, request.relatives[0].stream)
         self._commands.send(partial(self._add_prepared, request), reject)
 
@@ -122,16 +122,16 @@ class Engine:
         """End the stream's request with finish reason "abort". Idempotent, never blocks, safe inside a GC callback."""
         if not stream.abort_requested and not stream.ended:
             stream.abort_requested = True
-            # The first of a family last, since the others share its blocks.
+            # The first member of a family comes last, since the others share its blocks.
             request_ids = [member.log.request_id for member in reversed(stream.members)]
             self._commands.send(partial(self._abort, request_ids, keep_prefix), _ignore)
 
     def nudge(self) -> None:
-        """Have the engine look again at whether it has anything to wait for. Never blocks."""
+        """Wake the engine, so that it looks again at whether it has anything to wait for. Never blocks."""
         self._commands.nudge()
 
     def call(self, function: Callable[[Backend], T]) -> Future[T]:
-        """Run a function on the engine thread between two steps; raises like `submit()`."""
+        """Run a function on the engine thread between two steps. Raises what `check_open()` raises."""
         self.check_open()
         future: Future[T] = Future()
         self._commands.send(partial(self._call, function, future), future.set_exception)
@@ -140,7 +140,7 @@ class Engine:
     def stop(self, drain_s: float = 0.0) -> None:
         """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks.
 
-        Raises `InvalidRequestError`, before anything is closed, for what is not a number of seconds.
+        Raises `InvalidRequestError`, before anything is closed, if `drain_s` is not a number of seconds.
         """
         if isinstance(drain_s, bool) or not isinstance(drain_s, Real) or not drain_s >= 0:
             raise InvalidRequestError(f"drain={drain_s!r:.200} must be a number of seconds, 0 or more")
@@ -150,13 +150,13 @@ class Engine:
 
     @property
     def is_forked(self) -> bool:
-        """True in a process that was forked from the engine's: there is no engine thread here."""
+        """True in a process that was forked from the engine's, where there is no engine thread."""
         return self._commands.is_forked
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Block until the thread has ended and the backend is closed; False when `timeout_s` passed first.
+        """Block until the thread has ended and the backend is closed; False if `timeout_s` seconds pass first.
 
-        A thread that hangs in the backend is not waited for once the watchdog has given it up.
+        Once the watchdog has given up a thread that hangs in the backend, this does not wait for it.
         """
         if self.is_forked or self._thread.ident is None:
             return True  # there is no thread; the system may have refused to start it
@@ -167,10 +167,10 @@ class Engine:
         return not self._thread.is_alive()
 
     async def wait_over(self) -> None:
-        """Return when `join()` would not wait any more.
+        """Wait, in an event loop, until `join()` would not block.
 
-        No thread waits for it: where this is cancelled, that would keep the interpreter from exiting until the engine
-        has drained.
+        No thread waits on the caller's behalf: if this were cancelled, such a thread would keep the interpreter from
+        exiting until the engine has drained.
         """
         if not self.is_forked:
             await asyncio.wrap_future(self._over)
@@ -186,7 +186,7 @@ class Engine:
         self.call(lambda _: self._scheduler.check_integrity()).result()
 
     def stats(self) -> EngineStats:
-        """Return current counts. Taken beside the running engine: each is right, but not all are of one moment."""
+        """Current counts. The engine runs on meanwhile: each count is right, but they are not all of one moment."""
         scheduler = self._scheduler
         kv_cache = scheduler.kv_cache
         return EngineStats(
@@ -200,25 +200,25 @@ class Engine:
             block_size=kv_cache.block_size,
             num_queried_tokens=kv_cache.num_queried_tokens,
             num_hit_tokens=kv_cache.num_hit_tokens,
-            last_step_s=self._last_step_s,
+            last_step_s=self._latest_step_s,
             counters=copy.copy(self._counters),
         )
 
     def health(self) -> EngineHealth:
-        """Return the state, and what killed a dead engine."""
+        """The state, and what killed a dead engine. Never raises."""
         state, failure = self.state, None if self.failure is None else repr(self.failure)
         try:
             self._commands.check_process()
         except EngineClosedError as error:
             state, failure = "dead", repr(error)
-        return EngineHealth(state, self._description, failure, time.monotonic() - self._last_step_at)
+        return EngineHealth(state, self._description, failure, time.monotonic() - self._step_ended_at)
 
     def _refusal(self) -> EngineError | None:
         """The error that new work gets; None while the engine takes new work."""
         return None if self.state in ("loading", "ready") else self._end_error()
 
     def _end_error(self) -> EngineError:
-        """The error of all that an engine which ends leaves undone."""
+        """A new error for a request or a call that the engine's end leaves undone."""
         if self.state != "dead":
             return EngineClosedError("the LLM is closed")
         error = EngineDeadError(f"the engine stopped because of a fault: {self.failure!r}")
@@ -230,7 +230,7 @@ class Engine:
     def _run(self) -> None:
         use_uvloop = importlib.util.find_spec("uvloop") is not None
         try:
-            # Whatever the caller's PYTHONASYNCIODEBUG says: a step takes longer than a debugged loop puts up with.
+            # Not in debug mode, whatever PYTHONASYNCIODEBUG says: a debugged loop complains about long steps.
             options = {"use_uvloop": use_uvloop, "debug": False}
             anyio.run(self._main, backend="asyncio", backend_options=options)
             self._end(None)
@@ -246,7 +246,7 @@ class Engine:
                 self._over.set_result(None)
 
     def _end(self, failure: BaseException | None) -> None:
-        """Fail all that is left; the first call counts. On the engine thread, or on the watchdog's while that hangs."""
+        """Fail all requests that are left; later calls do nothing. Runs on the engine thread or the watchdog's."""
         with self._end_lock:
             if self._ended:
                 return
@@ -261,10 +261,10 @@ class Engine:
             self.waiting_room.close()
         self._commands.close()
         if failure is not None and self._ready.done():
-            # Last: nobody is to wait for the program's log handlers, and one may raise.
+            # This comes last, since the program's log handlers may take long or raise.
             listed = ", ".join(map(repr, itertools.islice(failed, _MAX_LOGGED_IDS)))
             logger.error(
-                "llmengine stopped for a fault; every request fails, %d that had begun: %s%s",
+                "llmengine stopped because of a fault; every request fails, including %d that had begun: %s%s",
                 len(failed),
                 listed,
                 ", ..." if len(failed) > _MAX_LOGGED_IDS else "",
@@ -272,7 +272,7 @@ class Engine:
             )
 
     def _give_up(self) -> None:
-        """End without the engine thread, which hangs in the backend. On the watchdog's thread."""
+        """End without the engine thread, which hangs in the backend. Runs on the watchdog's thread."""
         assert self._watchdog is not None
         self._hangs = True
         try:
@@ -291,7 +291,7 @@ class Engine:
 
     async def _main(self) -> None:
         self._backend = self._backend_factory()
-        # The factory may hold the weights' source; the backend has them now.
+        # The factory may hold the source of the weights, which nobody needs any more.
         del self._backend_factory
         try:
             info = self._backend.info
@@ -307,7 +307,7 @@ class Engine:
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
             self._can_prepare = self._may_prepare = isinstance(self._backend, PreparingBackend)
-            self._last_step_at = time.monotonic()
+            self._step_ended_at = time.monotonic()
             if self.scheduler_config.step_timeout_s is not None:
                 self._watchdog = Watchdog(self.scheduler_config.step_timeout_s, self._give_up)
             if self.state == "loading":
@@ -333,7 +333,7 @@ class Engine:
             abort_orphans()
             self._commands.run_all()
             self._expire_requests()
-            # A ticket without a request is a prompt that is being tokenized.
+            # A ticket without a request belongs to a prompt that is being tokenized.
             if self._stop_at is not None and (
                 time.monotonic() >= self._stop_at or not (self._requests or self.admission.num_requests)
             ):
@@ -345,9 +345,9 @@ class Engine:
                 await self._sleep()
 
     def _step(self) -> bool:
-        """Launch what may be in flight, collect the oldest step, and hand its tokens out.
+        """Launch as many steps as may be in flight, collect the oldest one, and publish its tokens.
 
-        Returns False where all requests wait for their grammars.
+        Returns False if all requests wait for their grammars.
 
         ::
 
@@ -357,7 +357,7 @@ class Engine:
         began = time.perf_counter()
         scheduler, backend = self._scheduler, self._backend
         if ended := scheduler.take_grammars():
-            self._hand_out(ended)
+            self._publish(ended)
         while scheduler.num_steps_in_flight < self._run_ahead.depth:
             spare_s = self._run_ahead.spare_s(time.monotonic())
             if spare_s > 0:
@@ -373,17 +373,17 @@ class Engine:
             assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"
             return not is_waiting
         result = self._call_backend(backend.collect)
-        self._last_step_at = time.monotonic()
-        self._run_ahead.observe(result, self._last_step_at)
+        self._step_ended_at = time.monotonic()
+        self._run_ahead.observe(result, self._step_ended_at)
         self._may_prepare = self._can_prepare
-        self._hand_out(scheduler.update(result))
-        self._last_step_s = time.perf_counter() - began
-        self._counters.step_s += self._last_step_s
+        self._publish(scheduler.update(result))
+        self._latest_step_s = time.perf_counter() - began
+        self._counters.step_s += self._latest_step_s
         self._counters.forward_s += result.forward_s
         return True
 
-    def _hand_out(self, changed: list[Request]) -> None:
-        """Publish what these requests have generated, and forget those that have ended."""
+    def _publish(self, changed: list[Request]) -> None:
+        """Publish what the requests have generated, and forget those that have ended."""
         limited: list[Request] = []
         for request in changed:
             if request.status is RequestStatus.FINISHED:
@@ -396,8 +396,8 @@ class Engine:
                 self._slow_consumers.hold_back(request)
 
     async def _sleep(self) -> None:
-        """Wait for a command, the next deadline, or the end of draining; prepare the backend when that takes long."""
-        quiet_at = self._last_step_at + _QUIET_S if self._may_prepare else None
+        """Wait for a command, the next deadline, or the end of draining; prepare the backend if the wait is long."""
+        quiet_at = self._step_ended_at + _QUIET_S if self._may_prepare else None
         moments = (self._deadlines.next, self._stop_at, quiet_at)
         await self._commands.wait(min((moment for moment in moments if moment is not None), default=None))
         if not self._commands and quiet_at is not None and time.monotonic() >= quiet_at:
@@ -466,14 +466,14 @@ class Engine:
 
 
 def _clear_frames(failure: BaseException | None) -> None:
-    """Let go of what had been loaded: who catches the failure may try again, with less, while it holds that."""
+    """Release what was loaded: a caller may hold the failure while it tries again with a smaller model."""
     while failure is not None:
         traceback.clear_frames(failure.__traceback__)
         failure = failure.__cause__ or failure.__context__
 
 
 def _refuse_request(request: Request, failure: EngineError) -> None:
-    """End a request that no scheduler will finish."""
+    """End a request that the scheduler will never finish."""
     if request.ticket is not None:
         request.ticket.release()
     for relative in request.relatives:
@@ -481,4 +481,4 @@ def _refuse_request(request: Request, failure: EngineError) -> None:
 
 
 def _ignore(_: EngineError) -> None:
-    """An abort or a stop has nothing to do on an engine that has ended."""
+    """An abort or a stop changes nothing about an engine that has ended."""

@@ -1,11 +1,11 @@
-"""FairQueue: who of several tenants is next, by what each was served (start-time fair queueing).
+"""FairQueue: the order in which several tenants are served, by how much each was served (start-time fair queueing).
 
-Each tenant has a counter, its service: what it was charged, divided by its weight. The next item comes from the
-waiting tenant with the least service, and is that tenant's item of the lowest rank. A rank never changes while its
-item waits, so each operation costs O(log n), however many wait.
+Each tenant has a counter, its service: what it was charged, divided by its weight. The next item is the one with the
+lowest rank of the waiting tenant with the least service. A rank never changes while its item waits, so each operation
+costs O(log n), however many items wait.
 
-A tenant that did not wait for a while has no claim to what it did not use: when it comes back, its service is raised
-to the *floor*, which is the service at which the latest item was taken, or more (`raise_floor`). Goyal, Vin and Cheng,
+A tenant that has not waited for a while has no claim to what it did not use. When it comes back, its service is raised
+to the *floor*: the service at which the latest item was taken, or more (`raise_floor`). Goyal, Vin and Cheng,
 "Start-time Fair Queueing" (1996); Sheng et al., "Fairness in Serving Large Language Models" (2024), where the charges
 are tokens, as they are here.
 """
@@ -27,12 +27,12 @@ class TenantShare(Generic[T]):
     """One tenant's items and what it was served.
 
     Attributes:
-        name: None is the tenant of all that name none.
-        weight: of two tenants that wait, one with twice the weight is served twice as much.
-        service: what it was charged, divided by its weight, and at least the floor when it began to wait.
-        num_waiting: its items in the queue.
-        num_running: its items that were taken and may still be charged for; counted by the queue's owner.
-        queued: it has a place in the order of tenants.
+        name: None for the tenant of all items that name none.
+        weight: of two waiting tenants, one with twice the weight is served twice as much.
+        service: what the tenant was charged, divided by its weight; at least the floor when it began to wait.
+        num_waiting: the tenant's items in the queue.
+        num_running: items that were taken and may still be charged for; counted by the queue's owner.
+        queued: the tenant has a place in the order of tenants.
     """
 
     __slots__ = ("heap", "name", "num_running", "num_waiting", "queued", "service", "weight")
@@ -47,21 +47,23 @@ class TenantShare(Generic[T]):
         self.heap: list[tuple[float, int, T]] = []
 
     def charge(self, amount: float) -> None:
-        """Count something that the tenant was served."""
+        """Add something that the tenant was served."""
         self.service += amount / self.weight
 
 
 class FairQueue(Generic[T]):
-    """Items in a fair order. `is_waiting(item)` is False of one that left without having been taken.
+    """Items in a fair order. Not thread-safe.
 
-    Not thread-safe.
+    Args:
+        weights: weight of each tenant that has one other than 1.
+        is_waiting: False for an item that has left the queue without being taken.
     """
 
     def __init__(self, weights: Mapping[str, float], is_waiting: Callable[[T], bool]) -> None:
         self._weights = weights
         self._is_waiting = is_waiting
         self._shares: dict[str | None, TenantShare[T]] = {}
-        # (service when it was put here, which may have grown since, a number, share): the order of waiting tenants.
+        # The order of waiting tenants: (service when the entry was made, which may have grown since; number; share).
         self._order: list[tuple[float, int, TenantShare[T]]] = []
         self._numbers = itertools.count()
         self._num_waiting = 0
@@ -72,7 +74,7 @@ class FairQueue(Generic[T]):
         return self._num_waiting
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the waiting items, in no order."""
+        """Yield the waiting items in no particular order."""
         for share in self._shares.values():
             for _, _, item in share.heap:
                 if self._is_waiting(item):
@@ -80,11 +82,11 @@ class FairQueue(Generic[T]):
 
     @property
     def num_tenants(self) -> int:
-        """Tenants that are remembered; with one there is nothing to share."""
+        """Tenants that are remembered. With only one there is nothing to share."""
         return len(self._shares)
 
     def share(self, tenant: str | None) -> TenantShare[T]:
-        """Return the tenant's share."""
+        """The tenant's share."""
         share = self._shares.get(tenant)
         if share is None:
             if len(self._shares) >= self._prune_at:
@@ -94,7 +96,7 @@ class FairQueue(Generic[T]):
         return share
 
     def push(self, share: TenantShare[T], rank: float, number: int, item: T) -> None:
-        """Let an item wait; of two with equal rank the lower number, which is unique, is next."""
+        """Add an item. Of two with equal ranks the one with the lower number, which is unique, is next."""
         if share.num_waiting == 0:
             share.service = max(share.service, self.floor)
         heapq.heappush(share.heap, (rank, number, item))
@@ -105,16 +107,16 @@ class FairQueue(Generic[T]):
             heapq.heappush(self._order, (share.service, next(self._numbers), share))
 
     def raise_floor(self, running: Iterable[TenantShare[T]]) -> None:
-        """Let who begins to wait now start level with the waiting tenant that was served least, or else with `running`.
+        """Have tenants that begin to wait now start level with the least served waiting one, or else with `running`.
 
-        For where tenants are charged between two items that are taken.
+        Needed where tenants are charged between two items that are taken.
         """
         first = self._next_share()
         services = [share.service for share in running] if first is None else [first.service]
         self.floor = max(self.floor, min(services, default=0.0))
 
     def peek(self) -> T | None:
-        """Return the next item; None when nothing waits."""
+        """The next item; None when nothing waits."""
         share = self._next_share()
         if share is None:
             return None
@@ -123,7 +125,7 @@ class FairQueue(Generic[T]):
         return share.heap[0][2]
 
     def pop(self) -> T:
-        """Take the item that `peek()` returns."""
+        """Take the item that `peek()` shows."""
         item = self.peek()
         assert item is not None
         share = self._order[0][2]
@@ -134,7 +136,7 @@ class FairQueue(Generic[T]):
         return item
 
     def left(self, share: TenantShare[T]) -> None:
-        """Note that one of the tenant's items is not waiting any more."""
+        """Note that one of the tenant's items has left without being taken."""
         share.num_waiting -= 1
         self._num_waiting -= 1
         if share.num_waiting == 0:
@@ -144,7 +146,7 @@ class FairQueue(Generic[T]):
             heapq.heapify(share.heap)
 
     def forget(self) -> None:
-        """Start afresh, since nobody waits and nothing runs: there is no contention to be fair about."""
+        """Start afresh. Nothing may wait or run, so that there is no contention to be fair about."""
         assert self._num_waiting == 0
         self._shares.clear()
         self._order.clear()
@@ -152,7 +154,7 @@ class FairQueue(Generic[T]):
         self.floor = 0.0
 
     def _next_share(self) -> TenantShare[T] | None:
-        """Return the waiting tenant with the least service, which is then the first in `_order`."""
+        """The waiting tenant with the least service, which is then the first in `_order`."""
         order = self._order
         while order:
             service, number, share = order[0]
@@ -166,9 +168,9 @@ class FairQueue(Generic[T]):
         return None
 
     def _prune(self) -> None:
-        """Forget tenants without items: those below the floor, which lose nothing, and of the others the least served.
+        """Forget tenants without items: those below the floor, which lose nothing, and the least served of the others.
 
-        Called when their number has doubled, so it costs each tenant O(log n).
+        Called when the number of tenants has doubled, so it costs O(log n) for each tenant.
         """
         idle = [share for share in self._shares.values() if not (share.num_waiting or share.num_running)]
         indebted = sorted((share for share in idle if share.service > self.floor), key=lambda share: -share.service)

@@ -1,4 +1,4 @@
-"""GrammarSteps: moves the grammars of requests on, beside the engine thread."""
+"""GrammarSteps: advances the grammars of requests on threads of its own."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _GRACE_S = 0.001
 """How long a step may wait for the masks of its rows."""
 
 _POOL_HAS_ENDED = "cannot schedule new futures"
-"""What `ThreadPoolExecutor.submit` says then; it raises RuntimeError for other reasons as well."""
+"""In the message of `ThreadPoolExecutor.submit` then; it raises RuntimeError for other reasons as well."""
 
 
 class GrammarSteps:
-    """What a request's grammar allows next is computed on a thread, from the moment that its last token is known.
+    """Computes what a request's grammar allows next, on a thread, as soon as its latest token is known.
 
-    The request is not scheduled meanwhile (`Request.is_awaited`), and others do not wait: for masks that are
-    usually quick, a step is held up by a millisecond at most, so that a device which computes one step at a time finds
-    the row in the next one.
+    The request is not scheduled meanwhile (`Request.is_awaited`), and the others do not wait. Only for masks that are
+    usually quick is a step held up, by a millisecond at most, so that a device which computes one step at a time finds
+    the request's row in the next one.
 
     Args:
-        notify: called on a thread of its own whenever a grammar has moved on.
+        notify: called, on one of the threads, whenever a grammar has advanced.
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
@@ -37,15 +37,15 @@ class GrammarSteps:
 
     @property
     def num_pending(self) -> int:
-        """Grammars on their way that were not taken yet."""
+        """Grammars that are advancing, or have advanced and were not taken yet."""
         return len(self._pending)
 
     def append(
         self, request: Request, token_ids: int | Sequence[int], logprobs: Sequence[TokenLogprobs] | None
     ) -> FinishReason | None:
-        """Append a step's tokens, as many as the request can have, and have its grammar move on behind them.
+        """Append a step's tokens to a request, as many as it can have, and have its grammar advance over them.
 
-        Returns why the request ends, if that is known already. A request without a grammar just gets its tokens.
+        Returns why the request ends, if that is known at once. A request without a grammar just gets its tokens.
         """
         if isinstance(token_ids, int):
             token_ids = (token_ids,)
@@ -59,23 +59,23 @@ class GrammarSteps:
         reason = request.extend(token_ids, logprobs)
         if reason not in (None, "length"):
             return reason
-        # The grammar says whether the text is whole with these tokens.
+        # The grammar will say whether the text is complete with these tokens.
         self._push(request, grammar, request.token_ids[num_before:])
         return None
 
     def take(self) -> list[Request]:
-        """Return the unfinished requests whose grammars have moved on since the last time."""
+        """The unfinished requests whose grammars have advanced since the previous call."""
         quick = [future for request, future in self._pending if is_quick(request.grammar)]
         if not all(future.done() for future in quick):
             wait(quick, timeout=_GRACE_S)
-        # Looked at once: one that is done a moment later is for the next time.
+        # Each future is looked at once: one that is done a moment later is taken by the next call.
         done = [future.done() for _, future in self._pending]
-        moved = [request for (request, _), is_done in zip(self._pending, done, strict=True) if is_done]
+        advanced = [request for (request, _), is_done in zip(self._pending, done, strict=True) if is_done]
         self._pending = [item for item, is_done in zip(self._pending, done, strict=True) if not is_done]
-        return [request for request in moved if request.status is not RequestStatus.FINISHED]
+        return [request for request in advanced if request.status is not RequestStatus.FINISHED]
 
     def outcome(self, request: Request) -> tuple[FinishReason | None, RequestFailedError | None]:
-        """Why a request ends whose grammar has moved on, with its error if it failed; None: it goes on."""
+        """Why a request ends whose grammar has advanced, and the error of one that failed; None: it goes on."""
         grammar = request.grammar
         assert grammar is not None
         request.is_awaited = False
@@ -86,7 +86,7 @@ class GrammarSteps:
         return ("length" if len(request.token_ids) >= request.max_total_tokens else None), None
 
     def close(self) -> None:
-        """Start no more; does not wait for those that run."""
+        """Start no more calls; does not wait for those that run."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _push(self, request: Request, grammar: Grammar, token_ids: Sequence[int]) -> None:
@@ -94,8 +94,8 @@ class GrammarSteps:
             future = self._threads.submit(grammar.advance, token_ids)
         except RuntimeError as refusal:
             if _POOL_HAS_ENDED not in str(refusal):
-                raise  # the call is queued, though no thread could be started for it
-            # The interpreter exits, and pools take nothing more; the engine is stopped in a moment.
+                raise  # no thread could be started, but the call is in the queue
+            # The interpreter exits, so pools take no more calls. The engine will be stopped in a moment.
             grammar.advance(token_ids)
             future = Future()
             future.set_result(None)
@@ -104,5 +104,5 @@ class GrammarSteps:
 
 
 def is_quick(grammar: Grammar | None) -> bool:
-    """Whether the grammar's next step is likely to take less time than a step of the engine may wait for."""
+    """Whether the grammar is likely to advance within the time that a step of the engine may wait for it."""
     return grammar is not None and grammar.step_s < _GRACE_S

@@ -1,4 +1,4 @@
-"""RequestHandle: what `generate_async` returns."""
+"""RequestHandle: one request in progress, as `generate_async` returns it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ from llmengine.outputs import GenerationOutput
 class RequestHandle(AsyncGenerator[GenerationOutput, None]):
     """One request in progress: an async generator of its outputs, and an awaitable of the final one.
 
-    ``async for output in handle`` yields as tokens arrive (or once, without `streaming`), ``for output in
-    handle.stream()`` the same for a thread; ``await handle`` and ``handle.result()`` give the final output. The request
-    runs whether or not anybody reads.
+    ``async for output in handle`` yields an output whenever tokens arrive (or just the final one, without `streaming`),
+    and ``for output in handle.stream()`` does the same in a thread. ``await handle`` and ``handle.result()`` give the
+    final output. The request runs whether or not anybody reads.
 
-    The request is aborted, and its KV blocks come back within one step, when `abort()` is called, or when its reader
-    leaves, that is, when
+    With several outputs (`SamplingParams.n`), a streaming handle yields outputs of one at a time, each with its `index`
+    and with deltas of its own, and for each one that is `finished`. The final output has all of them in `outputs`.
+
+    The request is aborted, and its KV blocks are free again within one step, when `abort()` is called or its reader
+    leaves. The reader leaves when
 
     - `aclose()` is called, or an ``async with handle:`` or ``with handle:`` block ends,
     - a task that awaits the handle is cancelled (a timeout is a cancellation),
-    - the handle is garbage collected, which is what ``break`` out of an ``async for`` over an unnamed handle does.
+    - the handle is garbage collected, as happens after a ``break`` out of an ``async for`` over an unnamed handle.
 
-    With several readers (`subscribe`, `tee`), each a handle of its own, it is the last to leave that aborts it.
+    With several readers (`subscribe`, `tee`), each of which is a handle of its own, the request is aborted when the
+    last of them leaves.
 
-    Reading raises `EngineDeadError` or `EngineClosedError` when the engine ended first, and the `RequestError` that
-    rejected the prompt when that was found after `generate_async` returned.
+    Reading raises `EngineDeadError` or `EngineClosedError` if the engine ended first, and the `RequestError` that
+    rejected the prompt if the fault was found after `generate_async` had returned.
+
+    Args:
+        stream: the output of any producer, which appends to the stream's log and publishes it.
+        abort: asks the producer to end the stream's request; called with the stream and `keep_prefix`. Never blocks.
+        streaming: yield outputs whenever tokens arrive.
+        owner: kept alive as long as the handle, such as the owner of the engine that produces the stream.
     """
 
     def __init__(
@@ -43,18 +53,17 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         owner: object = None,
     ) -> None:
         self._owner = owner
-        """Kept alive as long as this handle: an `LLM` that only its handles refer to must not close under them."""
         self._stream = stream
         self._abort = abort
         self._reader = stream.reader(streaming)
         self._waiter: LoopWaiter | None = None
-        self._ran_on = False
-        """The last read found its output there, and let nobody else run."""
+        self._was_immediate = False
+        """The previous read found its output at once, without a turn of the event loop."""
         self._leave = _join(self, stream, abort)
 
     @property
     def request_id(self) -> int | str:
-        """The caller's `request_id`, else a number, increasing and unique within the `LLM`."""
+        """The caller's `request_id`, else a number that increases and is unique within the `LLM`."""
         return self._stream.log.public_id
 
     @property
@@ -68,37 +77,38 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return self._stream.ended
 
     def stats(self) -> RequestStats:
-        """Return how far the request is. Taken beside the running engine."""
+        """How far the request is. The engine runs on meanwhile."""
         return request_stats(self._stream)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"the handle of request {self.request_id!r} cannot be pickled or copied: it is bound to an LLM in this "
-            "process. Its outputs can be pickled"
+            f"the handle of request {self.request_id!r} cannot be pickled or copied, because it is bound to an LLM in "
+            "this process; its outputs can be pickled"
         )
 
     def abort(self, *, keep_prefix: bool = True) -> None:
-        """End the request with finish reason "abort"; what it has put out can still be read. Any thread; idempotent.
+        """End the request with finish reason "abort". Its output so far can still be read. Idempotent, any thread.
 
-        The KV blocks that it filled stay findable for later prompts that begin as it did, until they are needed for
-        something else; with `keep_prefix=False` they are forgotten, except those that other requests use or that were
-        found when this one began. The first call decides.
+        The KV blocks that the request filled stay findable for later prompts with the same beginning, until they are
+        needed for something else. With `keep_prefix=False` they are forgotten, except for those that other requests use
+        and those that this one found when it began. The first call decides.
         """
         self._abort(self._stream, keep_prefix)
 
     def result(self, timeout: float | None = None) -> GenerationOutput:
-        """Block this thread until the final output is there and return it.
+        """The final output; blocks this thread until it is there.
 
-        Raises `TimeoutError` after `timeout` seconds; the request goes on.
+        Raises `TimeoutError` after `timeout` seconds; the request goes on. Also raises what reading raises.
         """
         if not wait_blocking(self._stream, timeout):
             raise TimeoutError(f"request {self.request_id!r} did not finish within {timeout} s")
         return self._reader.final()
 
     def stream(self) -> Generator[GenerationOutput, None, None]:
-        """Yield what ``async for`` would yield, blocking this thread; leaving the loop aborts the request.
+        """Yield what ``async for`` would yield, blocking this thread. Leaving the loop aborts the request.
 
-        That is so when the generator is closed or dropped, which ``break`` out of a loop over an unnamed one does.
+        The reader leaves when the generator is closed or collected, as after a ``break`` out of a loop over an unnamed
+        one.
         """
         stream, reader = self._stream, self._reader
         waiter: ThreadWaiter | None = None
@@ -110,34 +120,34 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
                     yield output
                 elif waiter is None:
                     waiter = ThreadWaiter()
-                    stream.add_waiter(waiter, final_only=False)  # something may have been published before
+                    stream.add_waiter(waiter, final_only=False)  # now look again: something may have been published
                 else:
                     waiter.wait()
         finally:
-            # The stream knows the waiter weakly. `detach` takes a lock, as a garbage collection must not.
+            # No `detach`, which takes a lock, as a garbage collection must not. The stream refers to the waiter weakly.
             self._close()
 
     def subscribe(self, *, streaming: bool | None = None) -> RequestHandle:
-        """Return another reader of the request, which sees everything from the first token on, however late.
+        """Another reader of the request, which sees everything from the first token on, however late it comes.
 
         Each reader has its own place in the output and may be read in a thread or event loop of its own. The request
         runs until it has finished or the last reader has left; this handle counts as one as long as it exists. For
-        `slow_consumer` the reader that has read most counts.
+        `slow_consumer`, the reader that has read most counts.
 
         Args:
-            streaming: None: as this handle.
+            streaming: None: the same as this handle. With `best_of`, True raises `InvalidRequestError`.
         """
         if streaming is None:
             streaming = self._reader.streaming
         return RequestHandle(self._stream, self._abort, streaming=streaming, owner=self._owner)
 
     def tee(self, num_readers: int) -> list[RequestHandle]:
-        """Return so many readers, as of `subscribe`, and leave the request to them: this handle is no reader any more.
+        """`num_readers` readers like those of `subscribe()`, to which this handle leaves the request.
 
-        It can still abort the request.
+        This handle is not a reader any more, but can still abort the request.
         """
         if isinstance(num_readers, bool) or not isinstance(num_readers, int) or num_readers < 1:
-            raise InvalidRequestError(f"num_readers={num_readers!r} is not an integer above 0")
+            raise InvalidRequestError(f"num_readers={num_readers!r} must be an integer above 0")
         readers = [self.subscribe() for _ in range(num_readers)]
         self._close()
         return readers
@@ -146,9 +156,9 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return self.wait().__await__()
 
     def task(self) -> Task[GenerationOutput]:
-        """Return a task of the running event loop that waits for the final output, for `asyncio.wait` say.
+        """A task of the running event loop that waits for the final output, for `asyncio.wait` for instance.
 
-        The request is aborted when the task is cancelled, also before it has begun.
+        The request is aborted when the task is cancelled, even before the task has begun.
         """
         leave = self._leave
         task = get_running_loop().create_task(self.wait(), name=f"llmengine request {self.request_id!r}")
@@ -156,7 +166,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         return task
 
     async def wait(self) -> GenerationOutput:
-        """Return the final output, as ``await handle`` does; for what needs a coroutine or a coroutine function.
+        """The final output, as of ``await handle``, for callers that need a coroutine or a coroutine function:
 
         ``group.create_task(handle.wait())``, ``asyncio.run(handle.wait())``, anyio's ``group.start_soon(handle.wait)``.
         """
@@ -165,36 +175,36 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
             while not self._stream.ended:
                 await waiter
         except BaseException:
-            # Cancelled, or the loop closes the coroutine: nobody will read on.
+            # The task was cancelled, or the loop closes the coroutine: nobody will read on.
             self._leave()
             raise
         return self._reader.final()
 
     async def __anext__(self) -> GenerationOutput:
-        # One coroutine for each token, and few calls: this is what streaming costs the consumer's event loop.
+        # One coroutine and few calls for each token: this is what streaming costs the consumer's event loop.
         has_waited = False
         reader = self._reader
         try:
             while not reader.exhausted:
-                if self._ran_on:
-                    # Who is slower than the engine always finds something. Neither a timeout nor another task would get
-                    # its turn until the request has ended.
-                    self._ran_on, has_waited = False, True
+                if self._was_immediate:
+                    # A consumer that is slower than the engine always finds something new. Without this turn of the
+                    # loop, no timeout and no other task would run until the request has ended.
+                    self._was_immediate, has_waited = False, True
                     await sleep(0)
                     continue
                 output = reader.take()
                 if output is not None:
-                    self._ran_on = not has_waited
+                    self._was_immediate = not has_waited
                     return output
                 waiter = self._waiter
                 if waiter is None or waiter.resume or not waiter.attached or waiter.loop is not get_running_loop():
                     self._waiter = attach(self._stream, self._leave, final_only=not reader.streaming)
-                    continue  # something may have been published before
+                    continue  # something may have been published before the waiter was attached
                 waiter.seen = reader.num_seen
                 has_waited = True
                 await waiter
         except BaseException:
-            # Cancelled, or the loop closes the coroutine, or the request failed: nobody will read on.
+            # The task was cancelled, the loop closes the coroutine, or the request failed: nobody will read on.
             self._close()
             raise
         raise StopAsyncIteration
@@ -209,13 +219,13 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         val: BaseException | object = None,
         tb: TracebackType | None = None,
     ) -> GenerationOutput:
-        """Leave the request and raise the exception here, as a generator without a handler would."""
+        """Leave the request and raise the exception, as a generator without a handler for it would."""
         await self.aclose()
         error = typ if isinstance(typ, BaseException) else (val if isinstance(val, BaseException) else typ())
         raise error.with_traceback(tb)
 
     async def aclose(self) -> None:
-        """End the iteration and leave: the request is aborted, unless it has other readers. Never waits."""
+        """End the iteration and leave; the request is aborted unless it has other readers. Never waits."""
         self._close()
 
     async def __aenter__(self) -> Self:
@@ -240,9 +250,9 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
 
 def _join(handle: RequestHandle, stream: Stream, abort: Callable[[Stream, bool], None]) -> Callable[..., None]:
-    """Make the handle one of its stream's readers; return how it leaves. The last to leave aborts the request.
+    """Make the handle one of its stream's readers; return the function by which it leaves.
 
-    Leaving takes no lock: garbage collections do it.
+    The last reader to leave aborts the request. Leaving takes no lock, since garbage collections do it.
     """
     place = object()
 

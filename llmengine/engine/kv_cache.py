@@ -1,9 +1,9 @@
-"""Paged KV cache bookkeeping: which block holds what, who refers to it, and what can be reused.
+"""Paged KV cache bookkeeping: what each block holds, which requests refer to it, and what can be reused.
 
-The prefix cache is an exact trie flattened into one dictionary. The content of a full block is identified by the key
-(uid of the content before it, its token ids), and each distinct content has a uid of its own, so two different
-prefixes can never be taken for each other, as a hash could. A freed block keeps its content and stays findable until
-it is handed out again; free blocks are handed out least recently used first.
+The prefix cache is an exact trie, flattened into one dictionary. The key of a full block's content is (uid of the
+content before it, its token ids), and each distinct content has a uid of its own. So two different prefixes can never
+be confused, as two with equal hashes could. A freed block keeps its content and stays findable until it is handed out
+again. Free blocks are handed out least recently used first.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 _ContentKey = tuple[Hashable, tuple[int, ...]]
-"""(what comes before: a content uid, or `("root", salt)` at the start; token ids of the block)."""
+"""(uid of the content before the block, or `("root", salt)` at the start; token ids of the block)."""
 
 
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """The blocks of one request, in position order. Filled by `KVCacheManager` only.
+    """The blocks of one request, in position order. Only `KVCacheManager` fills it.
 
     Attributes:
-        salt: requests share prefix blocks only within equal salts (tenant, adapter).
+        salt: requests share prefix blocks only if their salts (tenant, adapter) are equal.
         block_ids: block_ids[i] holds the KV of positions [i * block_size, (i + 1) * block_size).
-        uids: of the contents of its leading blocks, as far as they are known to the prefix cache.
+        uids: uids of the leading blocks' contents, as far as the prefix cache knows them.
     """
 
     salt: Hashable = None
@@ -32,25 +32,25 @@ class BlockTable:
 
     @property
     def parent(self) -> Hashable:
-        """First part of the content key of the first block that is not known yet."""
+        """First part of the content key of the first block that the prefix cache does not know yet."""
         return self.uids[-1] if self.uids else ("root", self.salt)
 
 
 class KVCacheManager:
-    """Hands out blocks 1 .. num_blocks - 1 (block 0 is the null block) and reuses equal prefixes.
+    """Hands out blocks 1 .. num_blocks - 1 (block 0 is the null block) and reuses equal prefixes. Not thread-safe.
 
-    A block is *used* while a table refers to it, *cached* when none does but its content can still be found, and
-    *free* otherwise. Used by one thread.
+    A block is *used* while a table refers to it, *cached* if none does but its content can still be found, and *free*
+    otherwise.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         if num_blocks < 2:
-            raise ValueError(f"num_blocks={num_blocks}: one null block and at least one block are needed")
+            raise ValueError(f"num_blocks={num_blocks} must be at least 2: the null block and one to hand out")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
-        # Unreferenced blocks, next to be handed out first. A prefix hit takes one out of the middle in O(1).
+        # Unreferenced blocks in the order of being handed out. A prefix hit takes one out of the middle in O(1).
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of: dict[_ContentKey, int] = {}
         self._key_of: list[_ContentKey | None] = [None] * num_blocks
@@ -67,27 +67,27 @@ class KVCacheManager:
 
     @property
     def num_available_blocks(self) -> int:
-        """Blocks that no request refers to, cached ones included."""
+        """Blocks that no table refers to, cached ones included."""
         return len(self._free)
 
     @property
     def num_cached_blocks(self) -> int:
-        """Blocks that no request refers to and whose content can be reused."""
+        """Blocks that no table refers to and whose content can be reused."""
         return self._num_cached
 
     @property
     def num_used_blocks(self) -> int:
-        """Blocks that some request refers to."""
+        """Blocks that any table refers to."""
         return self.num_usable_blocks - len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks hold num_tokens tokens."""
+        """Number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, table: BlockTable, token_ids: Sequence[int]) -> int:
-        """Fill an empty table with cached blocks of the longest known prefix; return how many tokens they hold.
+        """Fill an empty table with the blocks of the longest known prefix; return how many tokens they hold.
 
-        At least one token stays uncomputed, since its logits are needed. The blocks are referenced at once.
+        At least one token stays uncomputed, since its logits are needed. The table refers to the blocks from now on.
         """
         assert not table.block_ids
         if not self.enable_prefix_caching:
@@ -103,9 +103,9 @@ class KVCacheManager:
         return len(table.block_ids) * size
 
     def fork(self, source: BlockTable, table: BlockTable, num_blocks: int) -> None:
-        """Have an empty table refer to the first `num_blocks` blocks of another, which nobody will write to any more.
+        """Have an empty table refer to the first `num_blocks` blocks of another, whose writes are all launched.
 
-        Both requests have the same tokens and salt there. Needs no prefix cache.
+        Both requests have the same tokens and salt there. Works without the prefix cache.
         """
         assert not table.block_ids
         for block in source.block_ids[:num_blocks]:
@@ -119,7 +119,7 @@ class KVCacheManager:
         self.num_hit_tokens += num_hit_tokens
 
     def allocate(self, table: BlockTable, num_tokens: int) -> bool:
-        """Extend the table so that positions [0, num_tokens) have blocks; False, and no change, if too few are left."""
+        """Extend the table to have blocks for positions [0, num_tokens); False, and no change, if too few are left."""
         missing = self.blocks_for(num_tokens) - len(table.block_ids)
         if missing > len(self._free):
             return False
@@ -131,7 +131,7 @@ class KVCacheManager:
         return True
 
     def register(self, table: BlockTable, token_ids: Sequence[int], num_computed_tokens: int) -> None:
-        """Make the table's blocks findable that lie wholly in [0, num_computed_tokens), whose KV is computed."""
+        """Make those of the table's blocks findable that lie within [0, num_computed_tokens), whose KV is computed."""
         if not self.enable_prefix_caching:
             return
         size = self.block_size
@@ -145,24 +145,24 @@ class KVCacheManager:
                 self._key_of[known] = key
                 self._uid_of[known] = self._next_uid
                 self._next_uid += 1
-            # Content that another block holds already: go on from that block's uid, so that both chains are one.
+            # If another block holds the content already, go on from its uid, so that both chains become one.
             table.uids.append(self._uid_of[known])
 
     def num_shared_blocks(self, table: BlockTable) -> int:
-        """Return how many of the table's blocks, counted from its first, others refer to as well."""
+        """Number of the table's leading blocks that other tables refer to as well."""
         for index, block in enumerate(table.block_ids):
             if self._ref_counts[block] == 1:
                 return index
         return len(table.block_ids)
 
     def forget(self, table: BlockTable, num_kept_blocks: int) -> None:
-        """Make the content unfindable of blocks that only this table refers to, its first `num_kept_blocks` aside."""
+        """Make blocks unfindable that only this table refers to, except for its first `num_kept_blocks` blocks."""
         for block in table.block_ids[num_kept_blocks:]:
             if self._ref_counts[block] == 1 and self._key_of[block] is not None:
                 self._drop_key(block)
 
     def free(self, table: BlockTable) -> None:
-        """Drop the table's references and empty it. Later blocks are reused sooner: a prefix outlives its tails."""
+        """Drop the table's references and empty it. Later blocks are reused sooner, so a prefix outlives its tails."""
         for block in reversed(table.block_ids):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
@@ -175,12 +175,12 @@ class KVCacheManager:
         table.uids.clear()
 
     def clear_cache(self) -> None:
-        """Forget the content of all blocks that no request refers to."""
+        """Forget the content of all blocks that no table refers to."""
         for block in self._free:
             self._forget_content(block)
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Assert that references equal the tables' entries, free and used are disjoint, and keys match blocks."""
+        """Assert that reference counts equal the tables' entries, free blocks are unused, and keys match blocks."""
         expected = [0] * self.num_blocks
         for table in tables:
             assert len(set(table.block_ids)) == len(table.block_ids), "a table names a block twice"

@@ -21,7 +21,7 @@ from llmengine.tokenizer.detokenizer import IncrementalDetokenizer
 
 class RequestStatus(enum.Enum):
     """Where a request is: held until its family's prompt is computed, queued (new or preempted), in the running batch,
-    paused for its consumer, or ended."""
+    paused because its consumer does not read, or ended."""
 
     HELD = "held"
     WAITING = "waiting"
@@ -35,8 +35,8 @@ class Family:
     """Requests that generate several outputs from one prompt, whose full blocks they share.
 
     Attributes:
-        members: all of them. The first, the leader, computes the prompt.
-        held: those that the scheduler does not queue before that.
+        members: all of the requests. The first, the leader, computes the prompt.
+        held: the requests that the scheduler queues only when the prompt is computed.
     """
 
     members: Sequence[Request]
@@ -47,34 +47,34 @@ class Family:
 class Request:
     """One request from submission to its end.
 
-    There is no prefill or decode state: a request wants `num_tokens` tokens computed and has `num_computed_tokens`,
-    counting what launched steps will have computed; the step that computes its last token samples the next one.
+    There is no prefill or decode state. A request wants `num_tokens` tokens computed and has `num_computed_tokens`,
+    including those that launched steps will compute. The step that computes its final token samples the next one.
 
     Attributes:
-        stream: where its output goes; `stream.log.token_ids` are the generated ids.
+        stream: receives its output; `stream.log.token_ids` are the generated ids.
         prompt_token_ids: the prompt, never empty.
         params: resolved sampling parameters.
-        seed: of its random numbers.
-        stop_token_ids: EOS ids, unless ignored, and the caller's.
-        max_total_tokens: it ends with "length" when prompt and output reach this.
+        seed: seed of its random numbers.
+        stop_token_ids: EOS ids, unless ignored, and the caller's stop ids.
+        max_total_tokens: the request ends with "length" when prompt and output together have this many tokens.
         priority: higher is scheduled first, among the requests of its tenant.
-        tenant: who shares the engine fairly with other tenants; None: all that name none are one.
-        deadline: `time.monotonic()` at which it ends with "timeout".
+        tenant: shares the engine fairly with other tenants; None for the tenant of all requests that name none.
+        deadline: `time.monotonic()` at which the request ends with "timeout".
         first_token_deadline: the same, unless it has a token by then.
-        cache_salt: it shares prefix blocks only with requests of an equal salt.
-        detokenizer: None when there is no tokenizer.
-        grammar: what its output may be; None: anything.
-        ticket: its place among those that wait for their first step.
+        cache_salt: the request shares prefix blocks only with requests of an equal salt.
+        detokenizer: None if there is no tokenizer.
+        grammar: restricts the output; None if nothing does.
+        ticket: its place among the requests that wait for their first step.
         token_ids: prompt and output ids that the host knows.
-        num_tokens: how many those are, and will at least be once the launched steps are collected.
+        num_tokens: number of `token_ids` once the launched steps are collected, or a lower bound of it.
         slot: its row in the backend while it runs.
-        rank: its place among its tenant's requests, the lowest first; set by the scheduler and never changed.
-        share: its tenant's, set by the scheduler.
-        family: those that generate from the same prompt, if there are others and this one has not ended; `add` the
-            first of them only.
-        is_awaited: it cannot be scheduled, since a step that may give several tokens of it is under way, or one whose
-            token its grammar has to follow, or the grammar is on its way behind that.
-        num_charged_tokens: its first tokens that its tenant was charged for, or that others had computed before.
+        rank: its place among its tenant's requests, lowest first; set by the scheduler and never changed.
+        share: its tenant's share, set by the scheduler.
+        family: the requests of the same prompt; None for a single request and for one that has ended. Only the first
+            of them is passed to `Scheduler.add`.
+        is_awaited: the request cannot be scheduled, because a step is under way that may sample several tokens of it,
+            or because its grammar has not accepted its latest token yet.
+        num_charged_tokens: leading tokens for which its tenant was charged, or which others had computed before.
     """
 
     stream: OutputStream
@@ -111,36 +111,36 @@ class Request:
 
     @property
     def relatives(self) -> Sequence[Request]:
-        """All requests of its prompt, itself included."""
+        """All requests of the same prompt, this one included."""
         return (self,) if self.family is None else self.family.members
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
-        """True while logits of its prompt are wanted that no collected step had."""
+        """True while prompt log-probabilities are wanted that no collected step has given."""
         known = self.stream.log.prompt_logprobs
         return self.params.prompt_logprobs is not None and known is not None and len(known) < len(self.prompt_token_ids)
 
     @property
     def request_id(self) -> int:
-        """Arrival order; unique within an engine."""
+        """Number in the order of arrival; unique within an engine."""
         return self.stream.log.request_id
 
     @property
     def num_in_flight(self) -> int:
-        """Launched steps that will each append a token or more."""
+        """Launched steps each of which will append at least one token."""
         return self.num_tokens - len(self.token_ids)
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that the next steps have to compute; 0 when its last possible token is on its way."""
+        """Tokens that the next steps have to compute; 0 if its final token is being computed."""
         if self.num_tokens >= self.max_total_tokens:
             return 0
         return self.num_tokens - self.num_computed_tokens
 
     def extend(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> FinishReason | None:
-        """Add a step's tokens to the output, up to the one that ends the request, and return why it does, if it does.
+        """Add a step's tokens to the output, up to the one that ends the request; return the reason if one does.
 
-        `num_tokens` counts one of them already.
+        `num_tokens` includes one of them already.
         """
         for index, token_id in enumerate(token_ids):
             if index:
@@ -151,7 +151,7 @@ class Request:
         return None
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> FinishReason | None:
-        """Add a sampled token to the output, detokenize it, and return why the request ends with it, if it does."""
+        """Add a sampled token to the output and detokenize it; return the reason if it ends the request."""
         log = self.stream.log
         output_ids = log.token_ids
         if not output_ids:
@@ -168,7 +168,7 @@ class Request:
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
 
     def add_prompt_logprobs(self, position: int, values: Sequence[TokenLogprobs]) -> None:
-        """Keep those of the prompt's tokens from `position` on, where they are not known from before a preemption."""
+        """Add those of prompt tokens from `position` on that were not known before a preemption."""
         if (known := self.stream.log.prompt_logprobs) is not None:
             known += values[len(known) - position :]
 
@@ -179,7 +179,7 @@ class Request:
         may_stop = len(log.token_ids) >= self.params.min_new_tokens
         try:
             log.pieces.append(detokenizer.end(token_id) if ends else detokenizer.push(token_id, check_stop=may_stop))
-        except BaseException as fault:  # of the caller's tokenizer; a panic of one in Rust is no `Exception`
+        except BaseException as fault:  # the caller's tokenizer may panic in Rust, which is not an `Exception`
             self._fail_decoding(fault)
             return "error"
         if detokenizer.stopped is None:
@@ -188,7 +188,7 @@ class Request:
         return "stop"
 
     def finish(self, reason: FinishReason, error: RequestFailedError | None = None) -> None:
-        """Set the final state of the output; held-back text is released unless a stop string cut it off."""
+        """Set the final state of the output. Held-back text is released unless a stop string cuts it off."""
         log = self.stream.log
         self.status = RequestStatus.FINISHED
         if error is not None:
@@ -198,7 +198,7 @@ class Request:
                 log.pieces.append(self.detokenizer.finish())
                 if reason == "length" and self.detokenizer.stopped is not None:
                     reason, log.matched_stop = "stop", self.detokenizer.stopped
-            except BaseException as fault:  # as above
+            except BaseException as fault:  # the same as above
                 self._fail_decoding(fault)
         if self.ticket is not None:
             self.ticket.release()

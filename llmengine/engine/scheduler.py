@@ -1,7 +1,7 @@
 """The in-flight batching scheduler: which requests compute which tokens in the next step.
 
-There are no prefill and decode phases. Each request has tokens it wants computed and tokens that are computed; a step
-lets running requests catch up first and admits waiting ones with what is left of the token budget, so a step mixes
+There are no prefill and decode phases. Each request has tokens that it wants computed and tokens that are computed. A
+step lets running requests catch up first and admits waiting ones with what is left of the token budget, so it mixes
 chunks of prompts with decodes. Steps may be scheduled ahead of their predecessors' results (see `llmengine.batch`).
 """
 
@@ -29,29 +29,29 @@ from llmengine.outputs import FinishReason
 
 
 def _nothing() -> None:
-    """Nobody is to be told."""
+    """The default of `notify`."""
 
 
 class Scheduler:
     """Owns the waiting queue, the running set, the slots and the KV blocks. Used by the engine thread alone.
 
-    Decodes come first. What is left of the step's budget goes to prompts, in progress or waiting, of the tenant that
-    was served the least for its weight; among one tenant's requests the lowest rank is next, which is the time of
-    arrival, put earlier by `priority_ageing_s` for each level of priority. So ranks never change, and waiting costs
+    **Order.** Decodes come first. The rest of the step's budget goes to prompts, in progress or waiting. The tenant
+    that was served the least for its weight is next, and among its requests the one with the lowest rank. A rank is the
+    time of arrival, put earlier by `priority_ageing_s` for each level of priority. Ranks never change, so waiting costs
     nothing. A tenant is charged for each token that is computed for it the first time.
 
-    An admitted request gets blocks for all tokens it has; a running one gets one more block when it needs one. When
-    too few are left, requests are preempted (`choose_victim`) before the step is planned: their blocks are freed, and
-    stay findable in the prefix cache, and they wait again at their old rank. Nothing is admitted in a step that
-    preempts; a request that was preempted comes back only when there is more room, and when it was preempted
-    `max_preemptions` times it is spared while another can be chosen. So requests do not evict each other for ever.
+    **Blocks.** An admitted request gets blocks for all tokens that it has, and one more block whenever it needs one.
+    When too few are left, requests are preempted (`choose_victim`) before the step is planned. Their blocks are freed,
+    but stay findable in the prefix cache, and they wait again at their old rank. So that requests do not evict each
+    other forever, a step that preempts admits nothing, a preempted request comes back only when there is more room, and
+    a request that was preempted `max_preemptions` times is spared while another can be chosen.
 
-    A request with a grammar is scheduled only when its last token is known and its grammar has moved on behind it; the
-    others run ahead of it. Where steps give several tokens of a request, it is scheduled when they are known; blocks
-    for more than one of them are taken only where nobody else can lack them.
+    **Awaited tokens.** A request with a grammar is scheduled only when its latest token is known and its grammar has
+    accepted it; other requests run ahead. If steps sample several tokens of a request, it is scheduled when they are
+    known, and it gets blocks for more than one of them only if no other request can lack them.
 
-    A paused request takes part in none of this. It keeps its slot and blocks until others need them, and then loses
-    them as if preempted, before any running request does.
+    **Paused requests** take part in none of this. They keep slot and blocks until others need them, and then lose them
+    before any running request does, as if preempted.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class Scheduler:
         notify: Callable[[], None] = _nothing,
         max_samples: int = 1,
     ) -> None:
-        """Args beside the parts it works on.
+        """Take the parts to work on.
 
-        notify: called, on other threads, when `take_grammars` has something to do.
-        max_samples: `BackendInfo.max_samples`.
+        Args:
+            notify: called, on other threads, when `take_grammars` has something to do.
+            max_samples: `BackendInfo.max_samples`.
         """
         self.config = config
         self.kv_cache = kv_cache
@@ -81,7 +82,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_batch_size))
         self._in_flight: deque[LaunchedStep] = deque()
         self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
-        self._updated = 0.0
+        self._updated_at = 0.0
         self._grammars = GrammarSteps(notify)
         self._max_samples = max_samples
 
@@ -97,7 +98,7 @@ class Scheduler:
 
     @property
     def longest_paused(self) -> Request:
-        """The one of them that has waited for the longest."""
+        """The request that has been paused the longest."""
         return self._paused.longest
 
     @property
@@ -129,7 +130,7 @@ class Scheduler:
         self._enqueue(request)
 
     def schedule(self) -> Batch | None:
-        """Return the next step, or None when there is nothing to compute now."""
+        """The next step; None when there is nothing to compute now."""
         self._families.release_ready()
         preempted = self._make_room()
         plan = StepPlan()
@@ -150,16 +151,16 @@ class Scheduler:
         return batch
 
     def update(self, result: StepResult) -> list[Request]:
-        """Apply the oldest launched step's result; return the requests whose output changed, finished ones included.
+        """Take in the oldest launched step's result; return the requests whose output has changed or ended.
 
-        Tokens for requests that ended meanwhile are discarded.
+        Tokens of requests that have ended meanwhile are discarded.
         """
         step = self._in_flight.popleft()
         assert result.step == step.batch.step, f"result of step {result.step} for step {step.batch.step}"
         if self._pace is not None:
-            # What the step added to its decodes' latency: it began when it was scheduled, or after the one before.
-            began, self._updated = max(step.scheduled, self._updated), self._clock()
-            self._pace.observe(step.num_prompt_tokens, self._updated - began)
+            # The step's part of its decodes' latency. It began when it was scheduled, or after the previous one.
+            began, self._updated_at = max(step.scheduled, self._updated_at), self._clock()
+            self._pace.observe(step.num_prompt_tokens, self._updated_at - began)
         token_ids, logprobs, errors = result.token_ids, result.logprobs, result.errors
         block_size = self.kv_cache.block_size
         finished = RequestStatus.FINISHED
@@ -199,7 +200,7 @@ class Scheduler:
         return changed
 
     def take_grammars(self) -> list[Request]:
-        """Let requests be scheduled whose grammars have moved on; return those that end: whole, cut off, or failed.
+        """Make requests schedulable whose grammars have advanced; return those that end: complete, cut off, or failed.
 
         Waits for quick grammars, for a millisecond at most.
         """
@@ -218,7 +219,7 @@ class Scheduler:
         self._grammars.close()
 
     def pause(self, request: Request) -> None:
-        """Schedule a running request no more until `resume()`; what launched steps sample of it is still appended."""
+        """Leave a running request out of steps until `resume()`. Tokens from steps in flight are still appended."""
         self._settle(request)  # so that its eviction charges nobody while the next in the fair order is admitted
         self.running.remove(request)
         request.status = RequestStatus.PAUSED
@@ -226,7 +227,7 @@ class Scheduler:
         self._families.release(request)
 
     def resume(self, request: Request) -> None:
-        """Let a paused request go on; it waits again, at its old rank, if others needed its blocks."""
+        """Let a paused request go on. If it has lost its blocks, it waits again at its old rank."""
         if self._paused.remove(request):
             request.status = RequestStatus.RUNNING
             self.running.append(request)
@@ -241,11 +242,11 @@ class Scheduler:
         *,
         keep_prefix: bool = True,
     ) -> None:
-        """End a request in whatever state it is and give back its slot and blocks.
+        """End a request, whatever its state, and take back its slot and blocks.
 
-        A launched step may still compute a row of it: its writes come before those of any later owner of the blocks.
-        Its full blocks stay findable for later prompts unless `keep_prefix` is False; blocks that others had computed
-        before, or use now, do so in any case.
+        A launched step may still compute a row of it; the row's writes come before those of any later owner of the
+        blocks. The request's full blocks stay findable for later prompts unless `keep_prefix` is False. Blocks that
+        other requests computed before, or use now, stay findable in any case.
         """
         if not keep_prefix:
             self._allocator.forget_prefix(request)
@@ -275,7 +276,7 @@ class Scheduler:
                 yield from request.family.held
 
     def check_integrity(self) -> None:
-        """Assert that slots, queue and blocks are consistent; cheap enough for tests only."""
+        """Assert that slots, queue and blocks are consistent. Too slow for anything but tests."""
         waiting = list(self._waiting)
         assert len(self._waiting) == len(waiting)
         residents = [*self.running, *self._paused.residents]
@@ -302,7 +303,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         share = request.share
         if share.num_waiting == 0 and self._waiting.num_tenants > 1:
-            # What the others got while this tenant had nothing waiting was not its loss.
+            # The tenant has no claim to what the others got while it had nothing waiting.
             self._settle_running()
             self._waiting.raise_floor(running.share for running in self.running if running.share is not share)
         self._waiting.push(share, request.rank, request.request_id, request)
@@ -312,7 +313,7 @@ class Scheduler:
         self._enqueue(request)
 
     def _settle(self, request: Request) -> None:
-        """Charge the request's tenant for what was computed, or planned, since the last time."""
+        """Charge the request's tenant for the tokens that were computed or planned since the previous charge."""
         if request.num_computed_tokens > request.num_charged_tokens:
             request.share.charge(request.num_computed_tokens - request.num_charged_tokens)
             request.num_charged_tokens = request.num_computed_tokens
@@ -322,7 +323,7 @@ class Scheduler:
             self._settle(request)
 
     def _prompt_budget(self, num_decodes: int) -> int:
-        """Return how many tokens the step may have beside its decodes."""
+        """Tokens that the step may have beside its decodes."""
         for request in self.running:
             if request.num_computed_tokens >= len(request.prompt_token_ids):
                 budget = self.config.max_tokens_per_mixed_step - num_decodes
@@ -337,7 +338,7 @@ class Scheduler:
         for request in self.running:
             start, end = request.num_computed_tokens, request.num_tokens
             if end >= request.max_total_tokens:
-                continue  # its last possible token is on its way
+                continue  # its final token is being computed
             if end - start > 1:
                 chunks.append(request)
                 continue
@@ -347,7 +348,7 @@ class Scheduler:
             if self._max_samples > 1:
                 self._add_row(plan, request, 1, new_block_ids)
                 continue
-            # As in `_add_row`, for what nearly all rows of nearly all steps are.
+            # The same as `_add_row`, inlined for nearly all rows of nearly all steps.
             if request.grammar is not None:
                 plan.mask(request, request.grammar)
             slot = request.slot
@@ -359,8 +360,8 @@ class Scheduler:
         return chunks
 
     def _make_room(self) -> bool:
-        """Preempt until each decode can have the block that it needs now; return whether that took a preemption."""
-        # Only decodes can lack a block (a prompt has all of its own since admission), and each needs one at most.
+        """Preempt until each decode can have the block that it needs now; return whether anything was preempted."""
+        # Only decodes can lack a block, and each needs at most one: prompts got all of theirs when they were admitted.
         if self.kv_cache.num_available_blocks >= len(self.running):
             return False
         block_size = self.kv_cache.block_size
@@ -384,17 +385,17 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._take_away(request)
+        self._evict(request)
         self._enqueue(request)
 
     def _evict_paused(self) -> bool:
-        """Take slot and blocks from the request that is paused the longest; False when no paused one has any."""
+        """Take slot and blocks from the longest paused request that has any; False if there is none."""
         if (request := self._paused.pop_resident()) is None:
             return False
-        self._take_away(request)
+        self._evict(request)
         return True
 
-    def _take_away(self, request: Request) -> None:
+    def _evict(self, request: Request) -> None:
         self._release(request)
         request.num_preemptions += 1
         request.stream.log.num_preemptions += 1
@@ -410,7 +411,7 @@ class Scheduler:
         request.num_computed_tokens = 0
 
     def _schedule_prompts(self, plan: StepPlan, chunks: list[Request], *, may_admit: bool) -> None:
-        """Share the budget among prompts in progress and waiting requests, in the fair order."""
+        """Divide the budget among prompts in progress and waiting requests, in the fair order."""
         may_admit = may_admit and bool(self._waiting) and self._has_slot
         if not chunks and not may_admit:
             return
@@ -432,7 +433,7 @@ class Scheduler:
         return bool(self._free_slots) or self._paused.has_residents
 
     def _admit(self, plan: StepPlan, request: Request) -> bool:
-        """Let the first waiting request run; False when it has to wait on, and all others with it."""
+        """Admit the first waiting request; False if it must go on waiting, and all others with it."""
         if request.num_in_flight or request.is_awaited or not self._take_blocks(plan, request):
             return False
         popped = self._waiting.pop()
@@ -443,15 +444,18 @@ class Scheduler:
         return True
 
     def _take_blocks(self, plan: StepPlan, request: Request) -> bool:
-        """Take blocks for all tokens of the request, leaving one for each running request to grow into.
+        """Take blocks for all tokens of the request; False, and no change, if too few are left.
 
-        One more of those for each time that it was preempted (within reason: paused requests may be preempted without
-        end): what had to go because of too little room comes back to more.
+        One block is reserved for each running request to grow into, and one more of those for each time that the
+        request was preempted, up to `max_preemptions` times: a request that lost its place to a lack of room comes back
+        when there is more of it.
         """
         reserve = len(self.running) * (1 + min(request.num_preemptions, self.config.max_preemptions))
         while self.kv_cache.num_available_blocks <= reserve:
             if not self._evict_paused():
-                return False  # without looking for its prefix in each step: its last token needs a block of its own
+                return (
+                    False  # its prefix is not looked up in each step: the final token needs a block of its own anyway
+                )
         num_cached_tokens = self._allocator.find(plan, request)
         missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
         while self.kv_cache.num_available_blocks < missing + reserve and self._evict_paused():
@@ -498,7 +502,7 @@ class Scheduler:
                 plan.mask(request, request.grammar)
             elif max_samples > 1:
                 request.is_awaited = True
-        # The last id is not in token_ids yet when it is sampled by a step in flight.
+        # The final id is not in token_ids yet if a step in flight samples it.
         row = BatchRow(request.slot, start, num_tokens, request.token_ids[start:end], new_block_ids, max_samples)
         plan.rows.append(row)
         plan.requests.append(request)
@@ -512,5 +516,5 @@ def _is_waiting(request: Request) -> bool:
 
 
 def _place(request: Request) -> tuple[float, float, int]:
-    """Sort key of prompts: the least is next."""
+    """Sort key of prompts: the lowest is next."""
     return request.share.service, request.rank, request.request_id

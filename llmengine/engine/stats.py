@@ -1,4 +1,4 @@
-"""What an engine tells about itself: `EngineStats` and `EngineHealth`."""
+"""Counts and states of an engine and its requests: `EngineStats`, `EngineHealth` and `RequestStats`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ EngineState = Literal["loading", "ready", "draining", "closed", "dead"]
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Totals since the engine started; written by the engine thread.
+    """Totals since the engine started, written by the engine thread.
 
     Attributes:
-        num_steps: steps collected.
+        num_steps: steps scheduled.
         num_rows: requests in them, summed; num_rows / num_steps is the mean batch size.
         num_computed_tokens: tokens the model computed, recomputation included.
         num_prompt_tokens: prompt tokens of requests that were admitted.
         num_generated_tokens: tokens sampled.
-        num_preemptions: how often a request lost its blocks.
+        num_preemptions: times that a request lost its blocks.
         num_finished_requests: requests that ended, for whatever reason.
-        step_s: seconds spent in steps, wall clock.
-        forward_s: seconds of them in the model's forward pass.
+        step_s: wall-clock seconds spent in steps.
+        forward_s: seconds of these in the model's forward pass.
     """
 
     num_steps: int = 0
@@ -41,20 +41,20 @@ class EngineCounters:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's work. Blocks used + cached + free = all that can be handed out.
+    """A snapshot of the engine's work. Used, cached and free blocks together are all that can be handed out.
 
     Attributes:
         num_running: requests in the running batch.
         num_waiting: requests in the scheduler's queue, new and preempted.
         num_paused: requests that wait for their consumers to read (`slow_consumer="pause"`).
-        num_queued: requests that count against `max_queued_requests` (those being tokenized included).
+        num_queued: requests that count towards `max_queued_requests`, including those being tokenized.
         num_used_blocks: KV blocks that requests refer to.
-        num_cached_blocks: unreferenced KV blocks whose content can be reused.
+        num_cached_blocks: KV blocks that no request refers to and whose content can be reused.
         num_free_blocks: KV blocks without content.
         block_size: tokens a block.
         num_queried_tokens: prompt tokens looked up in the prefix cache.
-        num_hit_tokens: of those, found there.
-        last_step_s: wall clock of the latest step.
+        num_hit_tokens: prompt tokens found there.
+        last_step_s: wall-clock seconds of the latest step.
         counters: totals since the start.
     """
 
@@ -73,35 +73,35 @@ class EngineStats:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Share of the prompt tokens that the prefix cache held, in [0, 1]."""
+        """Fraction of the prompt tokens that the prefix cache held, in [0, 1]."""
         return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
 
     @property
     def mean_batch_size(self) -> float:
-        """Requests a step, averaged."""
+        """Mean number of requests in a step."""
         return self.counters.num_rows / self.counters.num_steps if self.counters.num_steps else 0.0
 
     @property
     def overhead(self) -> float:
-        """Share of the step time that was not the model's forward pass, in [0, 1]."""
+        """Fraction of the step time outside the model's forward pass, in [0, 1]."""
         return 1.0 - self.counters.forward_s / self.counters.step_s if self.counters.step_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """How far one request is; with several outputs, all of them together.
+    """How far one request is, with all its outputs together.
 
     Attributes:
-        request_id: the caller's, else the engine's number.
-        metadata: the caller's.
+        request_id: the caller's id, else the engine's number.
+        metadata: the caller's object.
         tenant, priority: see `RequestOptions`.
         state: "queued" until its first step (it may be waiting for room, or be tokenized), then "running" until it has
             "finished"; "paused" while it waits for its consumer to read (`slow_consumer="pause"`).
-        num_outputs: how many outputs are generated.
+        num_outputs: outputs that are generated.
         num_prompt_tokens: tokens of the prompt; 0 until it is tokenized.
-        num_cached_tokens: of those, found in the prefix cache.
-        num_tokens: generated so far.
-        timeline: its moments.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        num_tokens: tokens generated so far.
+        timeline: moments of the request.
     """
 
     request_id: int | str
@@ -118,13 +118,14 @@ class RequestStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """Whether the engine serves, and with what.
+    """Whether the engine accepts requests, and with which backend.
 
     Attributes:
-        state: "ready" serves; "draining" finishes what it has; "closed" and "dead" serve nothing.
+        state: a "ready" engine accepts requests, a "draining" one only finishes those that it has, and a "closed" or
+            "dead" one has none.
         description: backend, device, dtype and weight format in one line.
-        failure: what killed a dead engine.
-        idle_s: seconds since the last step ended; large while `num_running` > 0 means a hanging step.
+        failure: the exception that killed a dead engine.
+        idle_s: seconds since the latest step ended. A large value while `num_running` > 0 means that a step hangs.
     """
 
     state: EngineState

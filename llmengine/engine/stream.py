@@ -1,22 +1,23 @@
 """OutputStream: how tokens get from the engine thread to a consumer in any thread or event loop.
 
-There is no queue. The engine appends to the request's `OutputLog` and publishes how long it is; a consumer remembers
-how far it has read and takes everything between at once. So a slow consumer gets merged deltas, a consumer that never
-reads costs nothing beyond the output itself, and any number of consumers may read one stream.
+There is no queue. The engine appends to the request's `OutputLog` and publishes its length. A reader remembers how far
+it has read and takes everything after that at once. So a slow consumer gets merged deltas, a consumer that never reads
+costs nothing beyond the output itself, and any number of consumers may read one stream.
 
-Where the caller wants less than that for a slow consumer (`SlowConsumer`), the consumer notes in the stream how far it
-has read, the engine compares after each token, and the consumer that finds its request paused asks for it to go on.
+If the caller wants a slow consumer's request to pause or end (`SlowConsumer`), the reader notes in the stream how far
+it has read, and the engine compares after each step. A reader that finds its request paused asks for it to go on.
 
-Waking is batched: `publish()` collects the waiters of all of a step's streams, and `wake()` makes one
-`call_soon_threadsafe` per event loop out of them. That call resumes the consumers' tasks itself: a future for each
+Waking is batched: `publish()` collects the waiters of all streams of a step, and `wake()` makes one
+`call_soon_threadsafe` of them for each event loop. That call itself resumes the consumers' tasks: a future for each
 token, and a turn of the event loop for each future, would cost more than everything else that the host does for it.
 
-A waiter belongs to its event loop, and a stream knows it weakly: tasks that wait here live as long as their loop, and
-go with a loop that is dropped, as if they waited for futures of its own. What tasks of a closed loop wait for is
-aborted between two steps (`abort_orphans`).
+A waiter belongs to its event loop, and a stream refers to it weakly. So tasks that wait here live as long as their
+loop, and are collected with a loop that is dropped, as if they waited for futures of that loop. The requests that tasks
+of a closed loop wait for are aborted between two steps (`abort_orphans`).
 
-Reading and publishing take no lock. The engine writes what is new before it looks for waiters, a consumer becomes a
-waiter before it looks for what is new, and the GIL lets both see these accesses in one order, so no wake-up is lost.
+Reading and publishing take no lock. The engine writes what is new before it looks for waiters, and a consumer becomes a
+waiter before it looks for what is new. The GIL makes both threads see these accesses in one order, so no wake-up is
+lost.
 """
 
 from __future__ import annotations
@@ -40,26 +41,26 @@ from llmengine.request_options import SlowConsumer
 
 
 def check_process(pid: int) -> None:
-    """Raise `EngineClosedError` in another process than `pid`, a forked one, where the engine has no thread."""
+    """Raise `EngineClosedError` in a process other than `pid`: a forked one, where the engine has no thread."""
     if os.getpid() != pid:
         raise EngineClosedError(
-            f"the LLM belongs to process {pid}, and this is process {os.getpid()}, forked from it: "
+            f"the LLM belongs to process {pid}, and this is process {os.getpid()}, which was forked from it; "
             "make the LLM in the process that uses it, or start processes with multiprocessing's 'spawn'"
         )
 
 
 class LoopWaiter:
-    """A place for one task at a time to wait in, until its stream has something new. Belongs to one event loop.
+    """A place where one task at a time waits until its stream has something new. Belongs to one event loop.
 
-    An awaitable that a task accepts in place of an `asyncio.Future` (`asyncio.isfuture()` is true of it), and which may
-    be awaited again and again. It may return although nothing is new.
+    This is an awaitable that a task accepts in place of an `asyncio.Future` (`asyncio.isfuture()` is true of it). It
+    may be awaited again and again, and may return although nothing is new.
 
     Attributes:
         abort: ends the request of the stream that it is called with.
-        seen: how many tokens the task has read, set by the task before it waits.
-        posted: a call that will look after this waiter is on its way to the event loop.
-        resume: lets the task go on that waits here; None while none does.
-        context: to call `resume` in.
+        seen: tokens that the task has read, set by the task before it waits.
+        posted: a call that will handle this waiter is on its way to the event loop.
+        resume: lets the waiting task go on; None while no task waits.
+        context: the context in which `resume` is called.
     """
 
     __slots__ = (
@@ -90,22 +91,22 @@ class LoopWaiter:
         self._asyncio_future_blocking = True
         yield self
 
-    # What a task asks of the future that it waits for.
+    # The part of `asyncio.Future` that a task uses.
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """Return the event loop of the task that may wait here."""
+        """The event loop of the task that waits here."""
         return self.loop
 
     def add_done_callback(self, callback: Callable[[LoopWaiter], object], *, context: Context) -> None:
-        """Remember how to let the task go on."""
+        """Remember how to resume the task."""
         self.resume = callback
         self.context = context
 
     def result(self) -> None:
-        """Return nothing: the task looks into the stream."""
+        """Nothing: the task looks into the stream."""
 
     def cancel(self, msg: Any = None) -> bool:
-        """Let the task go on; False tells it to raise its `CancelledError` (with its message) by itself then."""
+        """Resume the task; False tells it to raise its own `CancelledError`, with its message."""
         resume, self.resume = self.resume, None
         if resume is not None:
             self.loop.call_soon(resume, self, context=self.context)
@@ -113,7 +114,7 @@ class LoopWaiter:
 
 
 class ThreadWaiter:
-    """A thread that waits for something new of its stream, or for the end of it, or of each of several."""
+    """A place where a thread waits until its stream, or one of several, has something new or has ended."""
 
     __slots__ = ("__weakref__", "event", "loop", "posted")
 
@@ -123,9 +124,9 @@ class ThreadWaiter:
         self.posted = False
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until there is something new; False when `timeout_s` seconds passed first.
+        """Block until there is something new; False if `timeout_s` seconds pass first.
 
-        What comes after the return is heard of by the next call, and what came before can be seen.
+        Everything published before the return can be read then. The next call returns if anything came after it.
         """
         if not self.event.wait(timeout_s):
             return False
@@ -137,14 +138,14 @@ class ThreadWaiter:
 Waiter = LoopWaiter | ThreadWaiter
 
 _loops: dict[weakref.ref[asyncio.AbstractEventLoop], None] = {}
-"""The event loops that have had waiters. Never iterated itself, since other threads add to it."""
+"""The event loops that have had waiters. Iterate over a copy, since other threads add to it."""
 
 _KEPT = "_llmengine_waiters"
-"""Attribute of an event loop: its attached waiters."""
+"""Attribute of an event loop that holds its attached waiters."""
 
 
 def _waiters_of(loop: asyncio.AbstractEventLoop) -> set[LoopWaiter]:
-    """Return the set that keeps the loop's attached waiters alive; it belongs to the loop."""
+    """The set that keeps the loop's attached waiters alive; it belongs to the loop."""
     kept: set[LoopWaiter] | None = getattr(loop, _KEPT, None)
     if kept is None:
         kept = set()
@@ -154,7 +155,7 @@ def _waiters_of(loop: asyncio.AbstractEventLoop) -> set[LoopWaiter]:
 
 
 def abort_orphans() -> None:
-    """Abort what tasks of closed event loops wait for. Between two steps, on any engine's thread."""
+    """Abort the requests that tasks of closed event loops wait for. Between two steps, on any engine's thread."""
     for reference in list(_loops):
         loop = reference()
         if loop is None:
@@ -172,20 +173,21 @@ def abort_orphans() -> None:
 class OutputStream:
     """One request's output on its way to its consumers.
 
-    `log` is appended to by the engine thread alone. Everything else may be called from any thread.
+    Only the producer, which is the engine thread, appends to `log`, publishes and finishes. All other methods may be
+    called from any thread.
 
     Attributes:
-        slow_consumer: what to do when `is_behind`.
-        max_unread: how many tokens may be unread; a limit unless `slow_consumer` is "coalesce".
-        num_published: how many tokens consumers may read.
-        num_read: how many they have read; who waits for the end counts as having read all.
-        resume: of a paused request, to be called by who has read something; None while it is not paused.
-        ended: the last output is published, or the stream failed; read before `num_published`, which is final then.
-        failure: what each read of a failed stream raises once it finds nothing new.
-        waiters: weak references to those to wake for each token; replaced, never changed.
-        abort_requested: set before the engine hears of it, so that a request that is not submitted yet never starts.
-        readers: those that the request runs for, each with a weak reference to its handle, whose callback removes it
-            when that is collected. The last to leave aborts the request.
+        slow_consumer: what happens to the request while it `is_behind`.
+        max_unread: most unread tokens; a limit unless `slow_consumer` is "coalesce".
+        num_published: tokens that consumers may read.
+        num_read: tokens that they have read. A consumer that waits for the end counts as having read everything.
+        resume: lets a paused request go on; a consumer calls it when it has read something. None if not paused.
+        ended: the final output is published, or the stream failed. Read it before `num_published`, which is final then.
+        failure: the error that reading a failed stream raises once nothing new is left.
+        waiters: weak references to the waiters to wake for each token; replaced, never changed.
+        abort_requested: set before the engine is told, so that a request that is not submitted yet never starts.
+        readers: the readers that the request runs for, each with a weak reference to its handle, whose callback removes
+            the reader when the handle is collected. The last reader to leave aborts the request.
     """
 
     __slots__ = (
@@ -224,7 +226,7 @@ class OutputStream:
 
     @property
     def members(self) -> tuple[OutputStream, ...]:
-        """The stream of each of the prompt's outputs: there is one."""
+        """The streams of the prompt's outputs: this one alone."""
         return (self,)
 
     def reader(self, streaming: bool) -> OutputReader:
@@ -233,23 +235,23 @@ class OutputStream:
 
     @property
     def is_behind(self) -> bool:
-        """True when `max_unread` tokens are unread and nobody waits for the end."""
+        """True if `max_unread` tokens are unread and no consumer waits for the end."""
         return self.num_published - self.num_read >= self.max_unread and not self._final_waiters
 
     def mark_read(self, num_tokens: int) -> None:
-        """Note that a consumer has read so many tokens; the one that has read most counts. A paused request goes on."""
+        """Note that a consumer has read `num_tokens` tokens. A paused request is asked to go on."""
         with self._lock:
             self.num_read = max(self.num_read, num_tokens)
         if (resume := self.resume) is not None:
             resume()
 
     def finish(self) -> list[Waiter]:
-        """Publish the last output; return the waiters to be woken. Engine thread only."""
+        """Publish the final output; return the waiters to wake. Engine thread only."""
         self.num_published = len(self.log.token_ids)
         return self._end()
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
-        """End the stream with an error, unless it has ended; return the waiters to be woken."""
+        """End the stream with an error, unless it has ended; return the waiters to wake."""
         if self.ended:
             return []
         failure.request_id = self.log.public_id
@@ -257,22 +259,22 @@ class OutputStream:
         return self._end()
 
     def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
-        """Let a waiter hear of what is published from now on (or of the end)."""
+        """Have a waiter woken for everything published from now on, or with `final_only` just for the end."""
         self._check_process()
         with self._lock:
             if self.ended:
-                return  # which whoever waits sees before
+                return  # a consumer looks at `ended` before it waits
             if isinstance(waiter, LoopWaiter):
                 _waiters_of(waiter.loop).add(waiter)
             if not final_only:
-                # Without those of readers that have left.
+                # Waiters of readers that have left are dropped.
                 self.waiters = (*(other for other in self.waiters if other() is not None), weakref.ref(waiter))
                 return
             self._final_waiters = (*self._final_waiters, weakref.ref(waiter))
         self.mark_read(self.num_published)
 
     def detach(self, waiter: Waiter) -> None:
-        """Wake this waiter no more; idempotent."""
+        """Never wake this waiter again. Idempotent."""
         reference = weakref.ref(waiter)
         with self._lock:
             if isinstance(waiter, LoopWaiter):
@@ -288,7 +290,7 @@ class OutputStream:
             check_process(self._pid)
 
     def _end(self) -> list[Waiter]:
-        """Return all waiters that are not on their way, and let go of all."""
+        """Forget all waiters; return those for which no call is on its way yet."""
         self.ended = True
         self.resume = None
         waiters = [waiter for reference in (*self.waiters, *self._final_waiters) if (waiter := reference()) is not None]
@@ -303,7 +305,7 @@ class OutputStream:
 
 
 class FamilyStream:
-    """The streams of all outputs of one prompt, seen as one: it has ended when all have. Any thread.
+    """The streams of all outputs of one prompt, seen as one, which has ended when all have. Any thread.
 
     Attributes:
         num_returned: how many outputs the final one has, the best of `members` (`best_of`).
@@ -313,7 +315,7 @@ class FamilyStream:
         self.members = tuple(members)
         self.num_returned = len(members) if num_returned is None else num_returned
         self.log = members[0].log
-        # Of each member, since the engine keeps those that run.
+        # Shared by the members, since the engine keeps only those that run.
         self.readers = members[0].readers
         for member in members:
             member.readers = self.readers
@@ -324,22 +326,22 @@ class FamilyStream:
 
     @property
     def num_published(self) -> int:
-        """Tokens that may be read, of all members."""
+        """Tokens that may be read, summed over all members."""
         return sum(member.num_published for member in self.members)
 
     @property
     def ended(self) -> bool:
-        """True once nothing more will come from any member."""
+        """True once no member will put out anything more."""
         return all(member.ended for member in self.members)
 
     @property
     def failure(self) -> LLMEngineError | None:
-        """What the first failed member's reads raise; None where all are sound."""
+        """The failure of the first member that failed; None if none did."""
         return next((member.failure for member in self.members if member.failure is not None), None)
 
     @property
     def abort_requested(self) -> bool:
-        """As of a single stream; set for all members at once."""
+        """The same as for a single stream; set for all members at once."""
         return self.members[0].abort_requested
 
     @abort_requested.setter
@@ -348,28 +350,28 @@ class FamilyStream:
             member.abort_requested = value
 
     def fail(self, failure: LLMEngineError) -> list[Waiter]:
-        """End all members that have not ended; return the waiters to be woken."""
+        """End all members that have not ended; return the waiters to wake."""
         return [waiter for member in self.members for waiter in member.fail(failure)]
 
     def add_waiter(self, waiter: Waiter, *, final_only: bool) -> None:
-        """Let a waiter hear of what any member publishes from now on (or of the end of each)."""
+        """Have a waiter woken for everything that any member publishes, or with `final_only` for each member's end."""
         for member in self.members:
             member.add_waiter(waiter, final_only=final_only)
 
     def detach(self, waiter: Waiter) -> None:
-        """Wake this waiter no more; idempotent."""
+        """Never wake this waiter again. Idempotent."""
         for member in self.members:
             member.detach(waiter)
 
 
 Stream = OutputStream | FamilyStream
-"""What one call of `generate_async` reads from."""
+"""The output that one call of `generate_async` reads."""
 
 
 def attach(stream: Stream, abort: Callable[[Any, bool], None], *, final_only: bool) -> LoopWaiter:
-    """Return a new waiter of the running event loop. It hears of what is published from now on (or of the end).
+    """A new waiter of the running event loop, woken for everything published from now on (or just for the end).
 
-    `abort` is called with the stream when the loop is closed under a task that waits here.
+    `abort` is called with the stream if the loop is closed while a task waits here.
     """
     waiter = LoopWaiter(stream, asyncio.get_running_loop(), abort)
     stream.add_waiter(waiter, final_only=final_only)
@@ -377,7 +379,7 @@ def attach(stream: Stream, abort: Callable[[Any, bool], None], *, final_only: bo
 
 
 def wait_blocking(stream: Stream, timeout_s: float | None) -> bool:
-    """Block this thread until the stream has ended; False when `timeout_s` seconds passed first."""
+    """Block this thread until the stream has ended; False if `timeout_s` seconds pass first."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     waiter = ThreadWaiter()
     stream.add_waiter(waiter, final_only=True)
@@ -391,7 +393,7 @@ def wait_blocking(stream: Stream, timeout_s: float | None) -> bool:
 
 
 def request_stats(stream: Stream) -> RequestStats:
-    """Return how far the request is that the stream is of. Any thread."""
+    """How far the stream's request is. Any thread."""
     log, members = stream.log, stream.members
     ended = stream.ended
     finished = log.finished if ended else None
@@ -416,9 +418,9 @@ def request_stats(stream: Stream) -> RequestStats:
 
 
 def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
-    """Let consumers see what the streams' logs hold now; return the waiters to be woken. Engine thread only.
+    """Let consumers see what the streams' logs hold now; return the waiters to wake. Engine thread only.
 
-    A waiter whose event loop has not come to looking after it since the last time is not among them.
+    A waiter for which an earlier call is still on its way to the event loop is not among them.
     """
     waiters: list[Waiter] = []
     for stream in streams:
@@ -436,7 +438,7 @@ def publish(streams: Iterable[OutputStream]) -> list[Waiter]:
 
 
 def wake(waiters: Iterable[Waiter]) -> None:
-    """Wake each consumer, one call per event loop."""
+    """Wake the consumers, with one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[LoopWaiter]] = {}
     for waiter in waiters:
         if isinstance(waiter, ThreadWaiter):
@@ -449,14 +451,14 @@ def wake(waiters: Iterable[Waiter]) -> None:
 
 
 def _deliver(waiters: Iterator[LoopWaiter]) -> None:
-    """Let the tasks go on that wait and have something to read, now and here. In their event loop only.
+    """Resume, within this call, the tasks that wait and have something to read. In their event loop only.
 
-    A waiter where no task waits leaves its stream, which would otherwise wake the event loop for nothing.
+    A waiter where no task waits is detached from its stream, which would otherwise wake the event loop for nothing.
     """
     waiter = stream = resume = rest = None
     if length_hint(waiters) > 1:
-        # For those that are left where a task runs the loop in itself until another one has read (as nest_asyncio
-        # lets it), or raises what its event loop does not catch (KeyboardInterrupt, SystemExit).
+        # This second call handles the remaining waiters if a task runs the loop within itself until another task has
+        # read (as nest_asyncio allows), or raises what its event loop does not catch (KeyboardInterrupt, SystemExit).
         rest = asyncio.get_running_loop().call_soon(_deliver, waiters)
     try:
         for waiter in waiters:
@@ -470,5 +472,5 @@ def _deliver(waiters: Iterator[LoopWaiter]) -> None:
         if rest is not None:
             rest.cancel()
     finally:
-        # From Python 3.12 on a task's failure refers to this frame, which would refer to the task.
+        # From Python 3.12 on, a task's failure refers to this frame, which would refer to the task.
         del waiter, stream, resume, rest

@@ -1,4 +1,4 @@
-"""Watchdog: notices that a call into the backend does not come back."""
+"""Watchdog: notices that a call into the backend does not return."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 class Watchdog:
     """Calls `on_hang` once, from a thread of its own, when a watched call takes longer than `timeout_s` seconds.
 
-    One thread makes the calls, between `begin()` and `end()`. While `on_hang` runs that thread is still in its call, or
-    waits in `end()`.
+    One thread makes the calls, between `begin()` and `end()`. While `on_hang` runs, that thread is still in its call,
+    or waits in `end()`.
     """
 
     def __init__(self, timeout_s: float, on_hang: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ class Watchdog:
         self._began = time.monotonic()
 
     def end(self) -> None:
-        """Note that the call came back; raises `TimeoutError` when that was too late."""
+        """Note that the call has returned. Raises `TimeoutError` if that was too late."""
         with self._lock:
             self._began = None
             if self._hung:
@@ -37,7 +37,7 @@ class Watchdog:
 
     @property
     def message(self) -> str:
-        """What to tell of a call that did not come back."""
+        """The error message for a call that did not return."""
         return f"the backend did not return within {self.timeout_s:g} s (scheduler_config.step_timeout_s)"
 
     def stop(self) -> None:
@@ -46,7 +46,7 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        # It looks as seldom as lets it notice in time: telling it of each call would be a switch of threads a step.
+        # It sleeps until a call could be late. Waking it for each call would switch threads at each step.
         delay_s = self.timeout_s
         while not self._stopped.wait(delay_s):
             with self._lock:

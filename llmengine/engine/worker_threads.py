@@ -1,8 +1,8 @@
-"""Threads that prepare requests beside the callers' and the engine's: they tokenize, render and compile.
+"""Threads that prepare requests: they tokenize text, render chats and compile grammars.
 
-Not a `ThreadPoolExecutor`: the interpreter waits at its exit for what runs there, a submission holds a lock that the
-finalizer of an `LLM` takes as well (which a garbage collection may run within it), and jobs that take long hold up
-whatever is queued behind them.
+A `ThreadPoolExecutor` does not serve. At its exit the interpreter waits for the calls that run there. A submission
+holds a lock that the finalizer of an `LLM` takes as well, and a garbage collection within the submission may run that
+finalizer. And jobs that take long hold up all jobs behind them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _PATIENCE_S = 0.02
-"""Jobs that wait for so long, while no thread begins with one, get another thread."""
+"""When jobs have waited for this long and no thread has begun one, another thread is started."""
 
 
 class Job:
-    """Something for a thread to do, once."""
+    """A function for a thread to call once."""
 
     __slots__ = ("_work",)
 
@@ -29,18 +29,18 @@ class Job:
         self._work: Callable[[], None] | None = work
 
     def cancel(self) -> None:
-        """Do not begin, and let go of everything; does nothing to what has begun. Any thread, and never blocks."""
+        """Never begin, and release what the function refers to; does nothing to a job that has begun. Never blocks."""
         self._work = None
 
     def run(self) -> None:
-        """Do it unless it is cancelled."""
+        """Call the function unless the job is cancelled."""
         work, self._work = self._work, None
         if work is not None:
             work()
 
 
 class _Thread(threading.Thread):
-    """A daemon, since the interpreter is not to wait for what nobody will read."""
+    """A daemon, since the interpreter must not wait for results that nobody will read."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         super().__init__(target=work, name=name, daemon=True)
@@ -52,9 +52,9 @@ def is_worker() -> bool:
 
 
 class WorkerThreads:
-    """Up to `num_threads` threads, started as they are needed, which do jobs in the order of their submission.
+    """Up to `num_threads` threads, started when needed, that do jobs in the order of submission.
 
-    When none of them begins a job for 20 ms and jobs wait, others help out until none waits, at most
+    When jobs wait and none of the threads has begun one for 20 ms, helpers join in until no job waits, at most
     `num_helpers` at a time. Every method may be called from any thread.
     """
 
@@ -73,7 +73,7 @@ class WorkerThreads:
         self._stopped = False
 
     def submit(self, work: Callable[[], None]) -> Job:
-        """Have a thread do `work`, which must not raise. Raises RuntimeError where there is no thread nor can be."""
+        """Have a thread call `work`, which must not raise. Raises RuntimeError if no thread can be had."""
         job = Job(work)
         try:
             self.put(job)
@@ -83,7 +83,7 @@ class WorkerThreads:
         return job
 
     def put(self, job: Job) -> None:
-        """`submit` a job."""
+        """Have a thread do the job. Raises RuntimeError as `submit()` does."""
         if self._stopped:
             raise RuntimeError("the threads are stopped")
         self._jobs.put(job)
@@ -93,7 +93,7 @@ class WorkerThreads:
             self._add_thread()
 
     def stop(self) -> None:
-        """Begin with no more jobs, and end the threads. Takes no lock, as it may run inside a garbage collection."""
+        """Begin no more jobs, and end the threads. Takes no lock, since it may run inside a garbage collection."""
         self._stopped = True
         for _ in range(self._max_threads):
             self._jobs.put(None)
@@ -108,7 +108,7 @@ class WorkerThreads:
             except RuntimeError:
                 if not self._num_threads:
                     raise
-                return  # the system refuses, and those that there are will come to it
+                return  # the system refuses, but the existing threads will do the job
             self._num_threads += 1
 
     def _work(self) -> None:
@@ -122,7 +122,7 @@ class WorkerThreads:
                 return
             self._num_begun += 1
             job.run()
-            del job  # what it refers to is not kept until the next one comes
+            del job  # so that what it refers to is not kept until the next one comes
 
     def _add_helper(self) -> None:
         with self._lock:
@@ -131,7 +131,7 @@ class WorkerThreads:
             try:
                 _Thread(self._help, f"{self._name}-helper").start()
             except RuntimeError:
-                return  # as above
+                return  # the same as above
             self._num_helpers += 1
             self._helper_waits = True
 
@@ -140,7 +140,8 @@ class WorkerThreads:
         while num_begun != self._num_begun and not self._jobs.empty():
             num_begun = self._num_begun
             time.sleep(_PATIENCE_S)
-        self._helper_waits = False  # before it looks for a job, so that a job whose submission saw it waiting is found
+        # Cleared before it looks for a job, so that it finds a job whose submission saw it waiting.
+        self._helper_waits = False
         while not self._stopped:
             try:
                 job = self._jobs.get_nowait()
@@ -159,12 +160,12 @@ class WorkerThreads:
 
 
 class PreparationThreads:
-    """The threads that prepare one model's requests, in lanes, so that what takes long holds up only its like.
+    """The threads that prepare one model's requests, in lanes, so that slow jobs hold up only slow jobs.
 
     Attributes:
         texts: for prompts and chats of usual length.
-        long_texts: for those that take longer. There are few, since they compete with the engine for the processors.
-        grammars: for requests with a grammar that has to be compiled.
+        long_texts: for longer ones; few threads, since they compete with the engine for the processors.
+        grammars: for requests whose grammar must be compiled.
     """
 
     def __init__(self) -> None:
@@ -174,7 +175,7 @@ class PreparationThreads:
         self._starter: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "llmengine-starter")
 
     def submit_from_engine(self, threads: WorkerThreads, work: Callable[[], None]) -> Job:
-        """`threads.submit` for the engine thread, which cannot wait until a new thread runs, as starting one does."""
+        """`threads.submit` for the engine thread, which must not wait for a thread to start."""
         if (starter := self._starter) is None:
             raise RuntimeError("the threads are stopped")
         job = Job(work)
@@ -183,12 +184,12 @@ class PreparationThreads:
 
     def stop(self) -> None:
         """End all of them; see `WorkerThreads.stop`."""
-        self._starter = None  # it ends when nothing refers to it; `shutdown()` would take a lock
+        self._starter = None  # it ends once nothing refers to it; `shutdown()` would take a lock
         for threads in (self.texts, self.long_texts, self.grammars):
             threads.stop()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Call a function on one of them and return its result as a future."""
+        """Call a function on one of the threads; the future has its result."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -204,5 +205,5 @@ class PreparationThreads:
 def _put_or_run(threads: WorkerThreads, job: Job) -> None:
     try:
         threads.put(job)
-    except RuntimeError:  # no thread can be had but this one
+    except RuntimeError:  # no other thread can be had
         job.run()

@@ -92,7 +92,7 @@ def test_variables_of_the_template(tokenizer: Any) -> None:
             with pytest.raises(InvalidRequestError, match="chat template"):
                 llm.chat(HI, ONE, **keywords)
         for keywords, message in (
-            ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs is a list"),
+            ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs must be a dict, not a list"),
             ({"chat_template_kwargs": {"tools": [TOOL]}, "tools": [TOOL]}, "'tools' is given twice"),
             ({"continue_final_message": True, "add_generation_prompt": True}, "contradict"),
         ):
@@ -123,7 +123,7 @@ def test_a_tokenizer_that_swallows_keywords() -> None:
             ({"continue_final_message": True}, "continue_final_message"),
             ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
         ):
-            with pytest.raises(InvalidRequestError, match=f"takes any keyword, so that '{name}' may be lost"):
+            with pytest.raises(InvalidRequestError, match=f"takes any keyword, so '{name}' may never reach the template"):
                 llm.chat(HI, ONE, **keywords)
         with pytest.raises(TypeError, match="max_new_tokens"):
             llm.chat(HI, ONE, max_tokens=1)  # type: ignore[call-overload]
