@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
+from llmengine.checks import require_int, require_number, requirement
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import Intake
 from llmengine.engine.prompt_encoder import Prompt
@@ -52,14 +53,10 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         for name in ("num_beams", "max_new_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidRequestError(f"{name}={value!r} is not an integer above 0")
-        penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not -10 <= penalty <= 10:
-            raise InvalidRequestError(f"length_penalty={penalty!r} is outside [-10, 10]")
+            require_int(name, getattr(self, name), 1)
+        require_number("length_penalty", self.length_penalty, -10, 10)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidRequestError(f"early_stopping={self.early_stopping!r} is none of True, False, 'never'")
+            raise requirement(InvalidRequestError, "early_stopping", "True, False or 'never'", self.early_stopping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +148,7 @@ class BeamSearch:
             beside = f"{len(self.eos_token_ids)} EOS ids"
             if self.forbidden:
                 beside += f" and {len(self._forbidden_ends)} tokens that the model must not generate"
-            raise InvalidRequestError(f"num_beams={self.params.num_beams} with {beside} is outside [1, {most}]")
+            raise InvalidRequestError(f"num_beams must be in [1, {most}] with {beside}, not {self.params.num_beams}")
 
     @property
     def num_alternatives(self) -> int:
@@ -322,5 +319,5 @@ def _advance_all(active: Iterable[BeamSearch], outputs: Iterable[GenerationOutpu
 def _following(output: GenerationOutput) -> TokenLogprobs:
     """Return what may come after a beam; raises what kept its request from generating a token."""
     if not output.logprobs:
-        raise output.error or RequestFailedError(f"a beam's request ended with {output.finish_reason!r}")
+        raise output.error or RequestFailedError(f"the request of a beam ended with {output.finish_reason!r}")
     return output.logprobs[0]

@@ -14,6 +14,7 @@ from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
 from llmengine.chat.messages import Messages, is_several
+from llmengine.checks import requirement
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.handle import RequestHandle
@@ -165,7 +166,7 @@ class LLM:
                 spec = RequestSpec(self._params_for(sampling_params, index), options)
                 handles.append(self._intake.submit_blocking(prompt, spec, self._owner))
             if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
-                raise InvalidRequestError(f"{len(sampling_params)} sampling_params for {len(handles)} prompts")
+                raise InvalidRequestError(f"got {len(sampling_params)} sampling_params for {len(handles)} prompts")
             return [handle.result() for handle in _with_progress(handles, progress)]
         finally:
             for handle in handles:
@@ -359,7 +360,7 @@ class LLM:
             EngineError: writing failed (a full disk, say); nothing is left behind.
         """
         if self._model is None:
-            raise ConfigError("this LLM was made from a backend and has no model to save")
+            raise ConfigError("an LLM from from_backend() cannot be saved: it was not loaded from a model's files")
         from llmengine.checkpoints.model_saving import dtype_to_save, save_model
         from llmengine.checkpoints.saved_plans import PlanHolder
         from llmengine.quantization.model_formats import formats_in_use
@@ -410,8 +411,8 @@ class LLM:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "an LLM cannot be pickled or copied: it owns a thread and a loaded model. Use this one from any thread, or "
-            "make one in each process"
+            "an LLM cannot be pickled or copied: it owns a thread and a loaded model; use this one from any "
+            "thread, or make one in each process"
         )
 
     def __enter__(self) -> Self:
@@ -441,9 +442,10 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             return sampling_params
         if not isinstance(sampling_params, Sequence):
-            raise InvalidRequestError(f"sampling_params={sampling_params!r} is no SamplingParams, nor a list of them")
+            allowed = "a SamplingParams or a list of them"
+            raise requirement(InvalidRequestError, "sampling_params", allowed, sampling_params)
         if index >= len(sampling_params):
-            raise InvalidRequestError(f"{len(sampling_params)} sampling_params for more than {index} prompts")
+            raise InvalidRequestError(f"got {len(sampling_params)} sampling_params for more than {index} prompts")
         return sampling_params[index]
 
 

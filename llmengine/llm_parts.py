@@ -153,7 +153,7 @@ def _end_ids(eos_token_ids: Iterable[int], tokenizer: Tokenizer | None, vocab_si
     end_ids = frozenset(eos_token_ids) | tokenizer_end_ids(tokenizer, vocab_size)
     for token_id in end_ids:
         if not 0 <= token_id < vocab_size:
-            raise ConfigError(f"eos_token_ids holds {token_id}, outside the vocabulary [0, {vocab_size})")
+            raise ConfigError(f"eos_token_ids holds token id {token_id}, outside the vocabulary [0, {vocab_size})")
     return end_ids
 
 

@@ -169,9 +169,9 @@ def _manifest(directory: Path) -> Fields:
     try:
         is_engine = (directory / MANIFEST_NAME).is_file()
     except OSError as error:
-        raise ModelLoadError(f"{directory}: cannot be read: {error.strerror or error}") from error
+        raise ModelLoadError(f"{directory} cannot be read: {error.strerror or error}") from error
     if not is_engine:
-        raise ModelLoadError(f"{directory}: is no saved engine: there is no {MANIFEST_NAME}")
+        raise ModelLoadError(f"{directory} is not a saved engine: it has no {MANIFEST_NAME}")
     return read_manifest(directory)
 
 

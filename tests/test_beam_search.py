@@ -146,11 +146,11 @@ def test_cancelling_ends_its_requests() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_beams": 0}, "num_beams=0 is not an integer above 0"),
-        ({"num_beams": 20}, r"num_beams=20 with 1 EOS ids is outside \[1, 19\]"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"length_penalty": float("nan")}, "length_penalty=nan"),
-        ({"early_stopping": "always"}, "early_stopping='always'"),
+        ({"num_beams": 0}, "num_beams must be an integer of at least 1, not 0"),
+        ({"num_beams": 20}, r"num_beams must be in \[1, 19\] with 1 EOS ids, not 20"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, not 0"),
+        ({"length_penalty": float("nan")}, r"length_penalty must be a number in \[-10, 10\], not nan"),
+        ({"early_stopping": "always"}, "early_stopping must be True, False or 'never', not 'always'"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

@@ -259,7 +259,7 @@ def test_chat_options_are_checked_and_need_a_template() -> None:
 
 
 def test_made_from_a_backend_there_is_nothing_to_save() -> None:
-    with make_llm() as llm, pytest.raises(ConfigError, match="no model to save"):
+    with make_llm() as llm, pytest.raises(ConfigError, match="cannot be saved: it was not loaded from a model"):
         llm.save("/nowhere")
 
 

@@ -143,7 +143,7 @@ class Engine:
         Raises `InvalidRequestError`, before anything is closed, if `drain_s` is not a number of seconds.
         """
         if isinstance(drain_s, bool) or not isinstance(drain_s, Real) or not drain_s >= 0:
-            raise InvalidRequestError(f"drain={drain_s!r:.200} must be a number of seconds, 0 or more")
+            raise InvalidRequestError(f"drain must be a number of seconds of at least 0, not {drain_s!r:.200}")
         if self.state in ("loading", "ready"):
             self.state = "draining"
         self._commands.send(partial(self._set_stop_at, time.monotonic() + float(drain_s)), _ignore)

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from llmengine.checks import require_int
 from llmengine.engine.stats import RequestStats
 from llmengine.engine.stream import LoopWaiter, Stream, ThreadWaiter, attach, request_stats, wait_blocking
-from llmengine.errors import InvalidRequestError
 from llmengine.outputs import GenerationOutput
 
 
@@ -146,8 +146,7 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
 
         This handle is not a reader any more, but can still abort the request.
         """
-        if isinstance(num_readers, bool) or not isinstance(num_readers, int) or num_readers < 1:
-            raise InvalidRequestError(f"num_readers={num_readers!r} must be an integer above 0")
+        require_int("num_readers", num_readers, 1)
         readers = [self.subscribe() for _ in range(num_readers)]
         self._close()
         return readers

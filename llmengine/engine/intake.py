@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from llmengine.batch import BackendInfo
+from llmengine.checks import require_kind
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
 from llmengine.engine.chat_prompt import ChatPrompt
@@ -62,12 +63,11 @@ class RequestSpec:
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params={self.params!r} is not a SamplingParams")
+        require_kind("sampling_params", self.params, SamplingParams)
         if self.streaming and self.params.num_outputs > self.params.n:
             raise InvalidRequestError(
-                f"best_of={self.params.best_of} above n={self.params.n} cannot be streamed: "
-                "which are the best is known when all are finished"
+                f"best_of={self.params.best_of} above n={self.params.n} cannot be streamed, since the best outputs are "
+                "known only when all are finished"
             )
 
 
@@ -263,8 +263,8 @@ class Intake:
             bad_word_ids(None, params.bad_words)
         if params.prompt_logprobs is not None and not self._info.has_prompt_logprobs:
             raise InvalidRequestError(
-                f"prompt_logprobs={params.prompt_logprobs}: this backend computes no logits of prompt tokens but the "
-                f"last ({self._info.description})"
+                f"prompt_logprobs={params.prompt_logprobs} needs the logits of all prompt tokens, and this backend "
+                f"computes only those of the final one ({self._info.description})"
             )
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", dict(params.logit_bias))
@@ -274,7 +274,9 @@ class Intake:
     def _check_ids(self, name: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
             if token_id >= self._info.vocab_size:
-                raise InvalidRequestError(f"{name} holds {token_id}, outside [0, {self._info.vocab_size})")
+                raise InvalidRequestError(
+                    f"{name} holds token id {token_id}, outside the vocabulary [0, {self._info.vocab_size})"
+                )
 
     def _with_bad_word_ids(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with token ids for bad words that are strings, and the model's own beside them."""

@@ -66,16 +66,16 @@ class PromptEncoder:
         self._check_num_tokens(num_tokens)
         if max_total_tokens is not None and num_tokens >= max_total_tokens:
             raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; with one generated token the limit is {max_total_tokens} "
-                "(max_total_tokens of the sampling parameters)"
+                f"the prompt has {num_tokens} tokens; with at least one generated token the limit is "
+                f"{max_total_tokens} (max_total_tokens of the sampling parameters)"
             )
 
     def _check_num_tokens(self, num_tokens: int, how_many: str = "") -> None:
         limit = self._max_model_len
         if num_tokens >= limit:
             raise PromptTooLongError(
-                f"the prompt has {how_many or num_tokens} tokens; with one generated token the limit is {limit} "
-                "(max_model_len, and what kv_cache_config leaves room for)"
+                f"the prompt has {how_many or num_tokens} tokens; with at least one generated token the limit is "
+                f"{limit} (max_model_len, and what kv_cache_config leaves room for)"
             )
 
     def _encode_chat(self, prompt: ChatPrompt, has_limit: bool) -> EncodedPrompt:
@@ -103,8 +103,8 @@ class PromptEncoder:
         if low < 0 or high >= self._vocab_size:
             worst = low if low < 0 else high
             raise RequestFailedError(
-                f"the tokenizer gives token id {worst}, and the model has [0, {self._vocab_size}): is it the "
-                "tokenizer of another model?"
+                f"the tokenizer gave token id {worst}, outside the model's vocabulary [0, {self._vocab_size}); it may "
+                "be the tokenizer of another model"
             )
         return token_ids
 
@@ -122,7 +122,7 @@ def as_prompts(prompts: Any) -> Iterable[Prompt]:
         one = getattr(prompts, "ndim", None) in (0, 1)
     if not one and (not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set))):
         raise InvalidRequestError(
-            f"prompts is a {type(prompts).__name__}; it must be text, token ids or several of these"
+            f"prompts must be text, token ids, or several of these, not a {type(prompts).__name__}"
         )
     return (prompts,) if one else prompts
 
@@ -131,16 +131,15 @@ def _as_token_ids(prompt: Any, vocab_size: int) -> list[int]:
     """A caller's token ids as ints; raises `InvalidRequestError` for anything else."""
     values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(values, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise InvalidRequestError(f"the prompt is a {type(prompt).__name__}; it must be text or token ids")
+        raise InvalidRequestError(f"a prompt must be text or token ids, not a {type(prompt).__name__}")
     token_ids = list(values)
     kinds = set(map(type, token_ids))
     for kind in kinds:
         if not _is_integer_type(kind):
-            message = f"the prompt holds a {kind.__name__}; one prompt is text or a list of integer token ids"
-            raise InvalidRequestError(message)
+            raise InvalidRequestError(f"a prompt must be text or integer token ids; this one holds a {kind.__name__}")
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         worst = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequestError(f"the prompt holds token id {worst}, outside [0, {vocab_size})")
+        raise InvalidRequestError(f"the prompt holds token id {worst}, outside the vocabulary [0, {vocab_size})")
     return token_ids if kinds <= {int} else [int(token_id) for token_id in token_ids]
 
 

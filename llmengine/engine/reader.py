@@ -77,8 +77,8 @@ class FamilyReader:
         num_members = len(family.members)
         if streaming and family.num_returned < num_members:
             raise InvalidRequestError(
-                f"streaming=True: which {family.num_returned} of {num_members} outputs are the best (best_of) is known "
-                "only when all are finished"
+                f"streaming=True needs every output, and the best {family.num_returned} of best_of={num_members} are "
+                "known only when all are finished"
             )
         self._family = family
         self.streaming = streaming

@@ -123,7 +123,8 @@ def test_a_tokenizer_that_swallows_keywords() -> None:
             ({"continue_final_message": True}, "continue_final_message"),
             ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
         ):
-            with pytest.raises(InvalidRequestError, match=f"takes any keyword, so '{name}' may never reach the template"):
+            lost = f"takes any keyword, so '{name}' may never reach the template"
+            with pytest.raises(InvalidRequestError, match=lost):
                 llm.chat(HI, ONE, **keywords)
         with pytest.raises(TypeError, match="max_new_tokens"):
             llm.chat(HI, ONE, max_tokens=1)  # type: ignore[call-overload]

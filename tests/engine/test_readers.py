@@ -390,7 +390,7 @@ async def test_family_has_readers(llm: LLM) -> None:
 def test_tee_of_no_reader_is_refused(llm: LLM) -> None:
     handle = llm.generate_async(PROMPT, tokens(2))
     for wrong in (0, -1, True, "2"):
-        with pytest.raises(InvalidRequestError, match="num_readers="):
+        with pytest.raises(InvalidRequestError, match="num_readers must be an integer of at least 1, not "):
             handle.tee(wrong)  # type: ignore[arg-type]
     assert handle.result(WAIT_S).finish_reason == "length"
 

@@ -296,8 +296,8 @@ def test_ends_of_a_callers_backend(tokenizer: Any, given: list[int], ends: set[i
     ("tokenizer", "given", "message"),
     [
         (EndingTokenizer(300), [], r"token id 300 .*\[0, 258\)"),
-        (ByteTokenizer(), [258], r"eos_token_ids holds 258, outside the vocabulary \[0, 258\)"),
-        (None, [-2], r"eos_token_ids holds -2"),
+        (ByteTokenizer(), [258], r"eos_token_ids holds token id 258, outside the vocabulary \[0, 258\)"),
+        (None, [-2], r"eos_token_ids holds token id -2"),
     ],
 )
 def test_a_callers_end_outside_the_vocabulary(tokenizer: Any, given: list[int], message: str) -> None:

@@ -145,8 +145,8 @@ def test_bad_words_are_not_in_the_text() -> None:
         assert {"ab", "ca", "cb"} <= {free[0].text[index : index + 2] for index in range(60)}
         assert not {"ab", "ca", "cb"} & {held[0].text[index : index + 2] for index in range(60)}
         for changes, message in (
-            ({"bad_words": [(1, vocab)]}, f"bad_words holds {vocab}, outside"),
-            ({"logit_bias": {vocab: 1.0}}, f"logit_bias holds {vocab}, outside"),
+            ({"bad_words": [(1, vocab)]}, f"bad_words holds token id {vocab}, outside"),
+            ({"logit_bias": {vocab: 1.0}}, f"logit_bias holds token id {vocab}, outside"),
         ):
             with pytest.raises(InvalidRequestError, match=message):
                 llm.generate_async("x", SamplingParams(**changes))

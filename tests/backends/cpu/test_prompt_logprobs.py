@@ -131,6 +131,9 @@ class WithoutScores(FakeBackend):
 def test_a_backend_without_them_refuses() -> None:
     with (
         make_llm(backend=WithoutScores) as llm,
-        pytest.raises(InvalidRequestError, match=r"computes no logits of prompt tokens but the last \(a GPU\)"),
+        pytest.raises(
+            InvalidRequestError,
+            match=r"needs the logits of all prompt tokens, .* only those of the final one \(a GPU\)",
+        ),
     ):
         llm.generate([1, 2], tokens(1, prompt_logprobs=0))

@@ -314,12 +314,12 @@ def test_plans_of_an_engine_are_run_where_they_can_be(tmp_path: Path, device: st
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_what_is_no_engine_is_one_line(tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"llmengine: {tmp_path}: is no saved engine: there is no engine.json\n"
+    assert capsys.readouterr().err == f"llmengine: {tmp_path} is not a saved engine: it has no engine.json\n"
     (tmp_path / "engine.json").write_text('{"format_version": 99}')
     assert main([command, str(tmp_path)]) == 1
     assert "format_version 99 is of a newer llmengine" in capsys.readouterr().err
     assert main([command, "x" * 300]) == 1
-    assert "xxx: cannot be read: File name too long" in capsys.readouterr().err
+    assert "xxx cannot be read: File name too long" in capsys.readouterr().err
 
 
 @pytest.fixture
