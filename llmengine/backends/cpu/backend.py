@@ -83,7 +83,14 @@ class CpuBackend:
             self._native: NativeDecoder | None = None
             if native_library is not None and runs_native:
                 self._native = NativeDecoder(
-                    native_library, arch, model.parts, model.lm_head, self._attention, max_model_len
+                    native_library,
+                    arch,
+                    embedding=model.embed.weight,
+                    norms={name: norm.weight for name, norm in model.norms.items()},
+                    linears=model.linears,
+                    lm_head=model.lm_head,
+                    attention=self._attention,
+                    max_context=max_model_len,
                 )
                 native_text = f"{_native_steps(self._native)} in the native decoder ({native_library.variant})"
         self._native_library = native_library

@@ -1,23 +1,24 @@
-"""Formats of a weight matrix on the CPU, as data, and the choice among them by measuring.
+"""How the CPU backend lays out a matrix, as data, and the choice among layouts by measuring.
 
-Every format is a callable (`models.decoder.Linear`) that can also give its canonical tensors back.
+A `WeightFormat` says what a matrix is stored as in files; a layout is what a linear makes of it in memory. Every layout
+is a class of `CpuLinear`, which can also give the stored matrix back.
 
-==========  ==================================================  ==========================================
-format      what is stored                                      when
-==========  ==================================================  ==========================================
-torch       [out, in] as it came                                always there
-onednn      oneDNN's own blocked layout                         where torch has oneDNN; float32, and bf16
-                                                                on processors with bf16 units
-int8        int8 [out, in], one scale for each output row       quant_config.weights == "int8" (slow; the native
-                                                                library has a fast one, `native.NativeInt8Linear`)
-==========  ==================================================  ==========================================
+=============  ======  ===========================================  ================================================
+layout         format  what is in memory                            when
+=============  ======  ===========================================  ================================================
+torch          none    [out, in] as it came                         always there
+onednn         none    oneDNN's own blocked layout                  where torch has oneDNN; float32, and bfloat16 on
+                                                                    processors with bfloat16 units
+torch-int8     int8    as stored                                    always there; slow
+native-int8    int8    panels of 16 rows                            with the native library (`native.NativeInt8Linear`)
+=============  ======  ===========================================  ================================================
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmengine.quantization.formats import DENSE, INT8, Shape, WeightFormat
+from llmengine.quantization.matrix import Matrix
+
 MEASURED_TOKENS = (1, 2, 16, 64)
-"""Tokens in a step for which formats are compared."""
+"""Tokens in a step for which layouts are compared."""
 
 _PACK_ROWS = 16
 """Tokens for which oneDNN lays a weight out: one layout for 1, slow for more, and one for all other numbers."""
@@ -42,23 +46,24 @@ _MEASURED_TURNS = 3
 _TOLERANCE = 0.2
 """Logarithm of the product of the ratios at `MEASURED_TOKENS`, 5 % each, that is still called equal."""
 
-_TINY = 1e-30
-
-_LARGEST_INT8 = 127
-
 
 class CpuLinear(Protocol):
-    """`models.decoder.Linear` that knows its size and its canonical tensors."""
+    """`models.decoder.Linear` that knows its size and gives back what it was made of."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return fp32 x @ weight.T + bias + residual; `residual` may be overwritten."""
 
     @property
     def size_bytes(self) -> int:
-        """Resident bytes."""
+        """Resident bytes, without the bias."""
 
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight", ...), and ("weight_scale", ...), ("bias", ...) where there are any."""
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix as it is stored; a new copy where the layout is another."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features], None if there is none."""
 
 
 class TorchLinear:
@@ -68,33 +73,30 @@ class TorchLinear:
     else as float32 copies made part by part.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
+        assert matrix.format == DENSE, matrix.format
+        self.matrix = matrix
+        self.bias = bias
+        self._weight = weight = matrix.weight
         self._is_half = weight.dtype != torch.float32
         self._has_units = weight.dtype == torch.bfloat16 and _has_bf16_units()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._is_half:
-            if residual is not None and self._bias is None:
+            if residual is not None and self.bias is None:
                 return residual.addmm_(x, self._weight.t())
-            y = F.linear(x, self._weight, self._bias)
+            y = F.linear(x, self._weight, self.bias)
         elif self._has_units or x.shape[0] < _WIDENED_TOKENS:
-            y = F.linear(x.to(self._weight.dtype), self._weight, self._bias).float()
+            y = F.linear(x.to(self._weight.dtype), self._weight, self.bias).float()
         else:
             y = _widened_product(x, self._weight)
-            if self._bias is not None:
-                y.add_(self._bias)
+            if self.bias is not None:
+                y.add_(self.bias)
         return y if residual is None else y.add_(residual)
 
     @property
     def size_bytes(self) -> int:
         return self._weight.nbytes
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        yield "weight", self._weight
-        if self._bias is not None:
-            yield "bias", self._bias
 
 
 def padded_tokens(num_tokens: int) -> int:
@@ -112,18 +114,19 @@ def padded_tokens(num_tokens: int) -> int:
 class OneDnnLinear:
     """oneDNN's blocked layout: no copy of the weight on each call."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
+        assert matrix.format == DENSE, matrix.format
+        self.bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(matrix.weight, _PACK_ROWS)
         self._apply = torch.ops.mkldnn._linear_pointwise.default
-        self._bias = bias
-        self._dtype = weight.dtype
-        self._size_bytes = weight.nbytes
+        self._dtype = matrix.weight.dtype
+        self._size_bytes = matrix.size_bytes
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor
         if self._dtype != torch.float32:
             x = x.to(self._dtype)
-        elif residual is not None and x.shape[0] == 1 and self._bias is None:
+        elif residual is not None and x.shape[0] == 1 and self.bias is None:
             # One token's residual is as good a bias as any, and saves an operator.
             y = self._apply(x, self._weight, residual[0], "none", [], "")
             return y
@@ -131,7 +134,7 @@ class OneDnnLinear:
         padded = padded_tokens(num_tokens)
         if padded != num_tokens:
             x = F.pad(x, (0, 0, 0, padded - num_tokens))
-        y = self._apply(x, self._weight, self._bias, "none", [], "")[:num_tokens]
+        y = self._apply(x, self._weight, self.bias, "none", [], "")[:num_tokens]
         if self._dtype != torch.float32:
             y = y.float()
         return y if residual is None else y.add_(residual)
@@ -140,41 +143,32 @@ class OneDnnLinear:
     def size_bytes(self) -> int:
         return self._size_bytes
 
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        yield "weight", self._weight.to_dense()
-        if self._bias is not None:
-            yield "bias", self._bias
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix.dense(self._weight.to_dense())
 
 
 class Int8Linear:
-    """int8 weights with one scale for each output row, on torch's operators: made fp32 part by part on each call.
+    """An `Int8PerChannel` matrix on torch's operators, made float32 part by part on each call.
 
     Args:
-        weight: int8 [out_features, in_features].
-        scale: fp32 [out_features].
-        bias: fp32 [out_features] or None.
+        bias: float32 [out_features] or None.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._scale = scale
-        self._bias = bias
+    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
+        assert matrix.format == INT8, matrix.format
+        self.matrix = matrix
+        self.bias = bias
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = _widened_product(x, self._weight).mul_(self._scale)
-        if self._bias is not None:
-            y.add_(self._bias)
+        y = _widened_product(x, self.matrix.weight).mul_(self.matrix.tensors["weight_scale"])
+        if self.bias is not None:
+            y.add_(self.bias)
         return y if residual is None else y.add_(residual)
 
     @property
     def size_bytes(self) -> int:
-        return self._weight.nbytes + self._scale.nbytes
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        yield "weight", self._weight
-        yield "weight_scale", self._scale
-        if self._bias is not None:
-            yield "bias", self._bias
+        return self.matrix.size_bytes
 
 
 def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -186,58 +180,58 @@ def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 [out_features, in_features] and fp32 scales [out_features]; the largest of each row becomes 127."""
-    weight = weight.float()
-    scale = (weight.abs().amax(dim=1) / _LARGEST_INT8).clamp_(min=_TINY)
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
-
-
 @dataclass(frozen=True, slots=True)
-class LinearFormat:
-    """A way to store an unquantized weight; `pack` takes weight and bias."""
+class Layout:
+    """A way to lay out matrices of one weight format; `pack` takes the matrix and its bias."""
 
     name: str
-    pack: Callable[[Tensor, Tensor | None], CpuLinear]
+    pack: Callable[[Matrix, Tensor | None], CpuLinear]
 
 
-def dense_formats(dtype: torch.dtype) -> list[LinearFormat]:
-    """Return the formats that work here for weights of `dtype`, the plain one first."""
-    formats = [LinearFormat("torch", TorchLinear)]
+ROW_MAJOR = Layout("torch", TorchLinear)
+"""Dense matrices as they come, which the native decoder takes too."""
+
+TORCH_INT8 = Layout("torch-int8", Int8Linear)
+
+
+def dense_layouts(dtype: torch.dtype) -> list[Layout]:
+    """The layouts of dense matrices that work here for weights of `dtype`, the plain one first."""
+    layouts = [ROW_MAJOR]
     fast = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bf16_units())
     if fast and _works(_try_onednn, dtype):
-        formats.append(LinearFormat("onednn", OneDnnLinear))
-    return formats
+        layouts.append(Layout("onednn", OneDnnLinear))
+    return layouts
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A format, and the seconds that each candidate took at each of `MEASURED_TOKENS`; empty if there was only one."""
+    """A layout, and the seconds that each candidate took at each of `MEASURED_TOKENS`; empty if there was only one."""
 
-    format: LinearFormat
+    layout: Layout
     seconds: Mapping[str, Sequence[float]]
 
     def __str__(self) -> str:
-        """The format's name, and how many times faster than the plain one it measured."""
+        """The layout's name, and how many times faster than the plain one it measured."""
         if not self.seconds:
-            return self.format.name
-        plain, own = next(iter(self.seconds.values())), self.seconds[self.format.name]
+            return self.layout.name
+        plain, own = next(iter(self.seconds.values())), self.seconds[self.layout.name]
         ratios = "/".join(f"{a / b:.1f}" for a, b in zip(plain, own, strict=True))
-        return f"{self.format.name} (x{ratios} at {'/'.join(map(str, MEASURED_TOKENS))} tokens)"
+        return f"{self.layout.name} (x{ratios} at {'/'.join(map(str, MEASURED_TOKENS))} tokens)"
 
 
-ROW_MAJOR = Choice(LinearFormat("torch", TorchLinear), {})
-"""The plain format, without a measurement."""
+def fastest_layout(
+    layouts: Sequence[Layout], weight_format: WeightFormat, shapes: Sequence[Shape], dtype: torch.dtype
+) -> Choice:
+    """The layout of `weight_format` that multiplies matrices of `shapes` (out, in) in the least processor time.
 
+    `layouts` come in rising order of expectation: the later one wins a tie. Large matrices are cut down, so that
+    measuring takes about 0.2 s for any model.
 
-def fastest_format(formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Choice:
-    """Measure `formats` on matrices of `shapes` (out, in) and return the one with the least processor time.
-
-    `formats` come in rising order of expectation: the later one wins a tie. Large matrices are cut down, so that it
-    takes about 0.2 s for any model.
+    Args:
+        dtype: of weights that are not quantized.
     """
-    if len(formats) == 1:
-        return Choice(formats[0], {})
+    if len(layouts) == 1:
+        return Choice(layouts[0], {})
     share = min(1.0, _MEASURED_WEIGHTS / sum(rows * columns for rows, columns in shapes)) ** 0.5
     if share < 1.0:
         shapes = [(_cut(rows, share), _cut(columns, share)) for rows, columns in shapes]
@@ -245,11 +239,11 @@ def fastest_format(formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _measure(formats, shapes, dtype)
+        seconds = _measure(layouts, weight_format, shapes, dtype)
     finally:
         torch.set_num_threads(num_threads)
-    best = formats[0]
-    for item in formats[1:]:
+    best = layouts[0]
+    for item in layouts[1:]:
         pairs = zip(seconds[item.name], seconds[best.name], strict=True)
         if sum(math.log(own / other) for own, other in pairs) < _TOLERANCE:
             best = item
@@ -257,18 +251,19 @@ def fastest_format(formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, 
 
 
 def _measure(
-    formats: Sequence[LinearFormat], shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+    layouts: Sequence[Layout], weight_format: WeightFormat, shapes: Sequence[Shape], dtype: torch.dtype
 ) -> dict[str, list[float]]:
-    """Return for each format the least seconds for all matrices at each of `MEASURED_TOKENS`; formats take turns."""
+    """For each layout the least seconds for all matrices at each of `MEASURED_TOKENS`; layouts take turns."""
+
+    def filled(shape: Shape) -> Matrix:
+        return Matrix.dense(torch.full(shape, 0.01, dtype=dtype)).quantized(weight_format)
+
     # Two copies in turn, so that a small model's weights are not simply in the cache from the call before.
-    copies = {
-        item.name: [[item.pack(torch.full(shape, 0.01, dtype=dtype), None) for shape in shapes] for _ in range(2)]
-        for item in formats
-    }
-    seconds: dict[str, list[float]] = {item.name: [] for item in formats}
+    copies = {item.name: [[item.pack(filled(shape), None) for shape in shapes] for _ in range(2)] for item in layouts}
+    seconds: dict[str, list[float]] = {item.name: [] for item in layouts}
     for num_tokens in MEASURED_TOKENS:
         inputs = [torch.full((num_tokens, columns), 0.01) for _, columns in shapes]
-        times: dict[str, list[float]] = {item.name: [] for item in formats}
+        times: dict[str, list[float]] = {item.name: [] for item in layouts}
         for turn in range(_MEASURED_TURNS + 1):
             for name, layers in copies.items():
                 begin = time.thread_time()
@@ -297,7 +292,8 @@ def _works(attempt: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> bool
 
 
 def _try_onednn(dtype: torch.dtype) -> Tensor:
-    linear = OneDnnLinear(torch.full((32, 64), 0.5, dtype=dtype), None)
-    if not torch.equal(next(linear.canonical())[1], torch.full((32, 64), 0.5, dtype=dtype)):
+    weight = torch.full((32, 64), 0.5, dtype=dtype)
+    linear = OneDnnLinear(Matrix.dense(weight), None)
+    if not torch.equal(linear.matrix.weight, weight):
         raise RuntimeError("the packed weight cannot be read back")
     return linear(torch.full((3, 64), 0.5))

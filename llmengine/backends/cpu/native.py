@@ -12,9 +12,8 @@ import ctypes
 import logging
 import sysconfig
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,9 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
+from llmengine.backends.cpu.linear import CpuLinear
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
+from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.matrix import Matrix
 
 MAX_FEW_TOKENS = 128
 """In steps of more tokens, products and attention take tiles of tokens; fp32, bf16 and fp16 weights then need MKL."""
@@ -51,7 +53,7 @@ class NativeUnavailableError(Exception):
     """The native decoder cannot be used here; the message says why, for the backend's description."""
 
 
-class _Matrix(ctypes.Structure):
+class _MatrixStruct(ctypes.Structure):
     _fields_ = (
         ("format", _Int),
         ("weight", _Pointer),
@@ -66,10 +68,10 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("input_norm", _Pointer),
         ("post_attention_norm", _Pointer),
-        ("qkv", _Matrix),
-        ("o", _Matrix),
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
+        ("qkv", _MatrixStruct),
+        ("o", _MatrixStruct),
+        ("gate_up", _MatrixStruct),
+        ("down", _MatrixStruct),
         ("keys", _Pointer),
         ("values", _Pointer),
     )
@@ -87,8 +89,8 @@ class _Model(ctypes.Structure):
         ("block_size", _Int),
         ("max_context", _Int),
         ("layers", _Pointer),
-        ("embedding", _Matrix),
-        ("lm_head", _Matrix),
+        ("embedding", _MatrixStruct),
+        ("lm_head", _MatrixStruct),
         ("final_norm", _Pointer),
         ("norm_eps", ctypes.c_float),
         ("rope", _Pointer),
@@ -112,7 +114,7 @@ class _Step(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = (
-        ("matrix", _Matrix),
+        ("matrix", _MatrixStruct),
         ("num_tokens", _Int),
         ("accumulate", _Int),
         ("x", _Pointer),
@@ -175,25 +177,18 @@ def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> N
     return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
 
 
-class Part(Protocol):
-    """A norm, an embedding or a matrix that can give its canonical tensors."""
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight", ...), and ("bias", ...) where there is one."""
-
-
 class NativeInt8Linear:
-    """`linear.CpuLinear` of int8 weights with one scale for each output row; activations are rounded to 16 bits.
+    """`linear.CpuLinear` of an `Int8PerChannel` matrix; activations are rounded to 16 bits.
 
     A token's result does not depend on the tokens beside it.
 
     Args:
-        weight: int8 [out_features, in_features].
-        scale: fp32 [out_features].
-        bias: fp32 [out_features] or None.
+        bias: float32 [out_features] or None.
     """
 
-    def __init__(self, library: NativeLibrary, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, library: NativeLibrary, matrix: Matrix, bias: Tensor | None) -> None:
+        assert matrix.format == INT8, matrix.format
+        weight, scale = matrix.weight, matrix.tensors["weight_scale"]
         self._library = library
         self._function = library.library.llmengine_multiply_int8
         rows, columns = weight.shape
@@ -202,7 +197,7 @@ class NativeInt8Linear:
         self._packed = self._packed.transpose(1, 2).contiguous()
         self._scale = F.pad(scale.float(), (0, missing))
         self._bias = None if bias is None else F.pad(bias.float(), (0, missing))
-        self.matrix = _Matrix(
+        self.struct = _MatrixStruct(
             format=_FORMATS[torch.int8],
             weight=self._packed.data_ptr(),
             scale=self._scale.data_ptr(),
@@ -215,10 +210,10 @@ class NativeInt8Linear:
         """Return fp32 x @ weight.T + bias + residual; `residual` is overwritten by it."""
         x = x.contiguous()
         num_tokens = len(x)
-        out = x.new_empty(num_tokens, self.matrix.rows) if residual is None else residual.contiguous()
-        workspace = torch.empty(num_tokens * _quantized_size(self.matrix.columns))
+        out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
+        workspace = torch.empty(num_tokens * _quantized_size(self.struct.columns))
         product = _Product(
-            matrix=self.matrix,
+            matrix=self.struct,
             num_tokens=num_tokens,
             accumulate=residual is not None,
             x=x.data_ptr(),
@@ -233,14 +228,18 @@ class NativeInt8Linear:
         """Resident bytes."""
         return self._packed.nbytes + self._scale.nbytes
 
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight", a row-major copy), ("weight_scale", ...), and ("bias", ...) if there is one."""
-        rows, columns = self.matrix.rows, self.matrix.columns
+    @property
+    def matrix(self) -> Matrix:
+        """The matrix as it is stored, a row-major copy."""
+        rows, columns = self.struct.rows, self.struct.columns
         weight = self._packed.transpose(1, 2).reshape(self._packed.shape[0] * _PANEL_ROWS, -1)
-        yield "weight", weight[:rows, :columns].contiguous()
-        yield "weight_scale", self._scale[:rows]
-        if self._bias is not None:
-            yield "bias", self._bias[:rows]
+        weight = weight[:rows, :columns].contiguous()
+        return Matrix(INT8, (rows, columns), {"weight": weight, "weight_scale": self._scale[:rows]})
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features], None if there is none."""
+        return None if self._bias is None else self._bias[: self.struct.rows]
 
 
 def _quantized_size(columns: int) -> int:
@@ -248,7 +247,7 @@ def _quantized_size(columns: int) -> int:
     return 1 + (columns + 1) // 2
 
 
-def _matrices(layer: _Layer) -> tuple[_Matrix, ...]:
+def _matrices(layer: _Layer) -> tuple[_MatrixStruct, ...]:
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
@@ -262,22 +261,27 @@ def _takes_many(matrix_format: int, has_blas: bool) -> bool:
 class NativeDecoder:
     """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
 
-    There is no limit, `max_tokens` is None, for int8 weights and where torch brings MKL along. But the tile units of a
-    processor make torch's products with bf16 weights faster by far.
+    int8 weights have no limit (`max_tokens` is None), nor do others where torch brings MKL along. The exception is
+    bfloat16 on a processor with tile units, with which torch's products are far faster.
+
+    Weights and the attention's KV pools are used where they are.
 
     Args:
-        parts: by canonical name (less ".weight"); matrices are `NativeInt8Linear` or row-major float32, bfloat16 or
-            float16. They are used where they are, as are the attention's KV pools.
-        lm_head: the output matrix, which may be none of `parts`.
-        max_context: tokens, of any request.
+        embedding: [vocab, hidden], float32, bfloat16 or float16.
+        norms: weight [size] of each norm by canonical name less ".weight".
+        linears: a layer's matrices by canonical name less ".weight": `NativeInt8Linear`, or dense and row-major.
+        lm_head: the output matrix, as `linears`.
+        max_context: tokens of the longest request.
     """
 
     def __init__(
         self,
         library: NativeLibrary,
         arch: ModelArch,
-        parts: Mapping[str, Part],
-        lm_head: Part,
+        embedding: Tensor,
+        norms: Mapping[str, Tensor],
+        linears: Mapping[str, CpuLinear],
+        lm_head: CpuLinear,
         attention: PagedAttention,
         max_context: int,
     ) -> None:
@@ -286,7 +290,7 @@ class NativeDecoder:
         sgemm, set_thread_limit = (torch_function(name) for name in ("sgemm_", "MKL_Set_Num_Threads_Local"))
         self._library = library.library
         layers = (_Layer * arch.num_layers)(
-            *(self._layer(f"layers.{index}.", parts, attention, index) for index in range(arch.num_layers))
+            *(self._layer(norms, linears, attention, index) for index in range(arch.num_layers))
         )
         block_size = attention.block_size
         self._model = _Model(
@@ -300,9 +304,9 @@ class NativeDecoder:
             block_size=block_size,
             max_context=-(-max_context // block_size) * block_size,
             layers=ctypes.addressof(layers),
-            embedding=self._matrix(parts["embed_tokens"]),
+            embedding=self._row_major(embedding, None),
             lm_head=self._matrix(lm_head),
-            final_norm=self._norm(parts["final_norm"]),
+            final_norm=self._vector(norms["final_norm"]),
             norm_eps=arch.rms_norm_eps,
             rope=self._vector(attention.rope_table),
         )
@@ -336,31 +340,34 @@ class NativeDecoder:
     def _new_workspace(self, num_tokens: int) -> Tensor:
         return torch.empty(self._library.llmengine_workspace_size(ctypes.byref(self._model), num_tokens))
 
-    def _layer(self, prefix: str, parts: Mapping[str, Part], attention: PagedAttention, index: int) -> _Layer:
+    def _layer(
+        self, norms: Mapping[str, Tensor], linears: Mapping[str, CpuLinear], attention: PagedAttention, index: int
+    ) -> _Layer:
+        prefix = f"layers.{index}."
         return _Layer(
-            input_norm=self._norm(parts[prefix + "input_norm"]),
-            post_attention_norm=self._norm(parts[prefix + "post_attention_norm"]),
-            qkv=self._matrix(parts[prefix + "qkv"]),
-            o=self._matrix(parts[prefix + "o"]),
-            gate_up=self._matrix(parts[prefix + "gate_up"]),
-            down=self._matrix(parts[prefix + "down"]),
+            input_norm=self._vector(norms[prefix + "input_norm"]),
+            post_attention_norm=self._vector(norms[prefix + "post_attention_norm"]),
+            qkv=self._matrix(linears[prefix + "qkv"]),
+            o=self._matrix(linears[prefix + "o"]),
+            gate_up=self._matrix(linears[prefix + "gate_up"]),
+            down=self._matrix(linears[prefix + "down"]),
             keys=attention.keys[index].data_ptr(),
             values=attention.values[index].data_ptr(),
         )
 
-    def _norm(self, part: Part) -> int:
-        return self._vector(dict(part.canonical())["weight"])
+    def _matrix(self, linear: CpuLinear) -> _MatrixStruct:
+        if isinstance(linear, NativeInt8Linear):
+            self._kept.append(linear)
+            return linear.struct
+        assert linear.matrix.format == DENSE, linear.matrix.format
+        return self._row_major(linear.matrix.weight, linear.bias)
 
-    def _matrix(self, part: Part) -> _Matrix:
-        self._kept.append(part)
-        if isinstance(part, NativeInt8Linear):
-            return part.matrix
-        tensors = dict(part.canonical())
-        weight, bias = tensors["weight"], tensors.get("bias")
+    def _row_major(self, weight: Tensor, bias: Tensor | None) -> _MatrixStruct:
         assert weight.is_contiguous()
+        self._kept.append(weight)
         rows, columns = weight.shape
         bias_address = None if bias is None else self._vector(bias)
-        return _Matrix(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
+        return _MatrixStruct(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
 
     def _vector(self, tensor: Tensor) -> int:
         """Return the address of `tensor` as contiguous fp32."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,59 +14,60 @@ from torch import Tensor
 from llmengine.backends.cpu.linear import (
     MEASURED_TOKENS,
     ROW_MAJOR,
+    TORCH_INT8,
     Choice,
     CpuLinear,
-    Int8Linear,
-    dense_formats,
-    fastest_format,
-    quantize_int8,
+    Layout,
+    TorchLinear,
+    dense_layouts,
+    fastest_layout,
 )
 from llmengine.backends.cpu.native import NativeInt8Linear, NativeLibrary
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
+from llmengine.dtypes import ModelDType, torch_dtype
+from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
-from llmengine.quantization.formats import INT8
-from llmengine.quantization.model_formats import formats_in_use
+from llmengine.quantization.formats import DENSE, INT8, WeightFormat
+from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class CpuNorm:
-    """RMSNorm in fp32, in half of `F.rms_norm`'s time on a CPU: x * (weight * sqrt(n)) / sqrt(sum(x^2) + n * eps)."""
+    """RMSNorm in float32, in half of `F.rms_norm`'s time on a CPU.
+
+    It computes x * (weight * sqrt(n)) / sqrt(sum(x^2) + n * eps).
+    """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight = weight
         size = weight.shape[0]
         self._scaled_weight = weight.float() * size**0.5
         self._floor = torch.tensor([(size * eps) ** 0.5])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the normalised [num_tokens, hidden], fp32."""
+        """The normalised [num_tokens, hidden], float32."""
         length: Tensor = torch.linalg.vector_norm(x, 2, -1, True).hypot_(self._floor)
         return torch.mul(x, self._scaled_weight).div_(length)
 
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        return int(self._weight.nbytes + self._scaled_weight.nbytes)
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight", ...)."""
-        yield "weight", self._weight
+        return int(self.weight.nbytes + self._scaled_weight.nbytes)
 
 
 class CpuEmbedding:
-    """Rows of the embedding times `scale`, as fp32."""
+    """Rows of the embedding times `scale`, as float32."""
 
     def __init__(self, weight: Tensor, scale: float) -> None:
         self.weight = weight
         self._scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Return a new fp32 tensor [num_tokens, hidden]."""
+        """A new float32 tensor [num_tokens, hidden]."""
         rows = self.weight.index_select(0, token_ids).float()
         return rows if self._scale == 1.0 else rows.mul_(self._scale)
 
@@ -74,171 +76,205 @@ class CpuEmbedding:
         """Resident bytes."""
         return self.weight.nbytes
 
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield ("weight", ...)."""
-        yield "weight", self.weight
-
-
-class _Part(Protocol):
-    @property
-    def size_bytes(self) -> int: ...
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]: ...
-
 
 @dataclass(frozen=True, slots=True)
 class CpuModel:
-    """A decoder, and its parts by canonical name (less ".weight"), in canonical order.
+    """A decoder and its parts by canonical name less ".weight".
 
     Attributes:
+        norms: of layers, q and k, and the last one.
+        linears: those that are stored; with tied embeddings `lm_head` is not among them.
         qk_norms: each layer's norms of q and k, of [num_tokens, heads, head_dim], for its attention.
+        order: names of all parts in canonical order.
     """
 
     embed: CpuEmbedding
     segments: TorchSegments
     lm_head: CpuLinear
+    norms: Mapping[str, CpuNorm]
+    linears: Mapping[str, CpuLinear]
     qk_norms: Sequence[tuple[Norm | None, Norm | None]]
-    parts: Mapping[str, _Part]
+    order: Sequence[str]
     size_bytes: int
     description: str
 
     def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the canonical weights; packed ones are unpacked one at a time."""
-        for name, part in self.parts.items():
-            for suffix, tensor in part.canonical():
-                yield f"{name}.{suffix}", tensor
+        """Yield the canonical weights; matrices in another layout are laid out as they are stored one at a time."""
+        for name in self.order:
+            linear = self.linears.get(name)
+            if linear is None:
+                yield f"{name}.weight", (self.norms.get(name) or self.embed).weight
+                continue
+            yield from linear.matrix.named_tensors(name)
+            if linear.bias is not None:
+                yield f"{name}.bias", linear.bias
 
 
 def load_cpu_model(
     config: ModelConfig, source: ModelSource, library: NativeLibrary | None, *, row_major: bool
 ) -> CpuModel:
-    """Stream the weights of `source` into the format that measures fastest; peak memory is the model and one matrix.
+    """The model of `source`, its matrices in the layouts that measure fastest; memory peaks at it and one matrix.
 
-    With the native library int8 matrices are packed for it. With `row_major` others stay [out, in] as they came, as
-    the native decoder takes them.
+    With the native library, int8 matrices are packed for it. With `row_major`, dense ones stay [out, in] as they came,
+    as the native decoder takes them. Quantized matrices stay in their format; `quant_config` decides about dense ones
+    (see `formats_in_use`).
 
-    Matrices that arrive as int8 with a `weight_scale` stay so; `quant_config.weights="int8"` quantizes the others. The
-    embedding is never quantized, the output matrix is, also where an int8 engine ties the two.
+    Raises `ConfigError` for a weight format that the CPU backend does not multiply.
     """
+    dtype: ModelDType = "float32" if config.dtype == "auto" else config.dtype
     formats = formats_in_use(source.formats, config.quant_config)
-    loader = _Loader(config, source.arch, formats.default == INT8, library, row_major)
-    for name, tensor in source.weights(_DTYPES[config.dtype]):
+    linears = _LinearPacker(source.arch, dtype, formats, library, row_major)
+    loader = _Loader(source, dtype, linears)
+    for name, tensor in source.weights(torch_dtype(dtype)):
         loader.add(name, tensor)
     return loader.finish()
 
 
 @dataclass(slots=True)
-class _Loader:
-    config: ModelConfig
+class _LinearPacker:
+    """Makes linears of matrices; each weight format in its layout, chosen when its first matrix comes."""
+
     arch: ModelArch
-    wants_int8: bool
+    dtype: ModelDType
+    formats: ModelFormats
     library: NativeLibrary | None
     row_major: bool
-    norms: dict[str, CpuNorm] = field(default_factory=dict)
-    linears: dict[str, CpuLinear] = field(default_factory=dict)
-    embeddings: dict[str, CpuEmbedding] = field(default_factory=dict)
-    arrived: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    num_int8: int = 0
-    choice: Choice | None = None
+    choices: dict[WeightFormat, Choice] = field(default_factory=dict)
+
+    def pack(self, name: str, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
+        """The linear of the matrix `name`, quantized first where its format in use is another."""
+        matrix = matrix.quantized(self.formats.of(name))
+        choice = self.choices.get(matrix.format)
+        if choice is None:
+            choice = self.choices[matrix.format] = self._choose(matrix.format)
+        return choice.layout.pack(matrix, bias)
+
+    def _choose(self, weight_format: WeightFormat) -> Choice:
+        layouts, dtype = self._layouts(weight_format), torch_dtype(self.dtype)
+        shapes = matrix_shapes(self.arch)
+        layer = [shapes[f"layers.0.{name}"] for name in ("qkv", "o", "gate_up", "down")]
+        choice = fastest_layout(layouts, weight_format, layer, dtype)
+        for name, seconds in choice.seconds.items():
+            listed = ", ".join(f"{value * 1e3:.2f}" for value in seconds)
+            _logger.info("layout %s: %s ms a layer at %s tokens", name, listed, MEASURED_TOKENS)
+        return choice
+
+    def _layouts(self, weight_format: WeightFormat) -> list[Layout]:
+        """The layouts that this processor and installation have for a format, the plain one first."""
+        if weight_format == DENSE:
+            if self.row_major:
+                return [ROW_MAJOR]
+            layouts = dense_layouts(torch_dtype(self.dtype))
+            if len(layouts) == 1 and self.dtype != "float32":
+                _logger.warning(
+                    "%s weights: this processor or torch has no fast product for them, float32 is faster", self.dtype
+                )
+            return layouts
+        if weight_format == INT8 and self.library is not None:
+            return [Layout("native-int8", partial(NativeInt8Linear, self.library))]
+        if weight_format == INT8:
+            return [TORCH_INT8]
+        raise ConfigError(
+            f"weights in format {weight_format.name!r} are not available on a CPU in this version; there are "
+            f"{DENSE.name!r} and {INT8.name!r}"
+        )
+
+    @property
+    def description(self) -> str:
+        """The weights and their layouts, for people; quantized ones first."""
+        texts = []
+        for weight_format, choice in sorted(self.choices.items(), key=lambda item: item[0] == DENSE):
+            if weight_format == DENSE:
+                texts.append(f"{self.dtype} weights in layout {choice}")
+            else:
+                slow = " (made float32 on each use: slow)" if choice.layout is TORCH_INT8 else ""
+                texts.append(f"{weight_format.name} weights{slow}")
+        return ", ".join(texts)
+
+
+class _Loader:
+    """Takes canonical tensors as they come and binds them into a decoder."""
+
+    def __init__(self, source: ModelSource, dtype: ModelDType, packer: _LinearPacker) -> None:
+        self._arch = source.arch
+        self._stored = source.formats
+        self._packer = packer
+        self._shapes = matrix_shapes(source.arch)
+        layout = source.formats.layout(source.arch, dtype)
+        self._num_tensors = Counter(name.rpartition(".")[0] for name in layout)
+        self._norms: dict[str, CpuNorm] = {}
+        self._linears: dict[str, CpuLinear] = {}
+        self._embeddings: dict[str, CpuEmbedding] = {}
+        self._arrived: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take over one canonical tensor; a matrix is packed as soon as its scale and bias are there."""
+        """Take over one canonical tensor; a matrix is packed as soon as all its tensors and its bias are there."""
         prefix, _, suffix = name.rpartition(".")
         if prefix == "embed_tokens":
-            self.embeddings[prefix] = CpuEmbedding(tensor, self.arch.embedding_scale)
+            self._embeddings[prefix] = CpuEmbedding(tensor, self._arch.embedding_scale)
         elif prefix.endswith("norm"):
-            self.norms[prefix] = CpuNorm(tensor, self.arch.rms_norm_eps)
+            self._norms[prefix] = CpuNorm(tensor, self._arch.rms_norm_eps)
         else:
-            tensors = self.arrived.setdefault(prefix, {})
+            tensors = self._arrived.setdefault(prefix, {})
             tensors[suffix] = tensor
-            if self._complete(prefix, tensors):
-                self.linears[prefix] = self._pack(self.arrived.pop(prefix))
+            if len(tensors) == self._num_tensors[prefix]:
+                del self._arrived[prefix]
+                bias = tensors.pop("bias", None)
+                matrix = Matrix(self._stored.of(prefix), self._shapes[prefix], tensors)
+                self._linears[prefix] = self._packer.pack(prefix, matrix, bias)
 
     def finish(self) -> CpuModel:
         """Bind everything into a decoder."""
-        assert not self.arrived, f"incomplete: {sorted(self.arrived)}"
-        arch, embedding = self.arch, self.embeddings["embed_tokens"]
-        tied = self._pack({"weight": embedding.weight}) if arch.tie_word_embeddings else None
-        lm_head = tied or self.linears["lm_head"]
+        assert not self._arrived, f"incomplete: {sorted(self._arrived)}"
+        arch, embedding = self._arch, self._embeddings["embed_tokens"]
+        size_bytes = embedding.size_bytes + sum(norm.size_bytes for norm in self._norms.values())
+        size_bytes += sum(linear.size_bytes for linear in self._linears.values())
+        if arch.tie_word_embeddings:
+            lm_head = self._packer.pack("lm_head", Matrix.dense(embedding.weight), None)
+            shares_embedding = isinstance(lm_head, TorchLinear)
+            size_bytes += 0 if shares_embedding else lm_head.size_bytes
+        else:
+            lm_head = self._linears["lm_head"]
         segments = TorchSegments(
             layers=[self._layer(f"layers.{index}.") for index in range(arch.num_layers)],
-            final_norm=self.norms["final_norm"],
+            final_norm=self._norms["final_norm"],
             lm_head=lm_head,
             act_and_mul=ACT_AND_MUL[arch.hidden_act],
             logit_scale=arch.logit_scale,
             logit_soft_cap=arch.logit_soft_cap,
         )
-        unordered: dict[str, _Part] = {**self.embeddings, **self.norms, **self.linears}
-        names = dict.fromkeys(name.rpartition(".")[0] for name in canonical_shapes(arch))
-        parts = {name: unordered[name] for name in names}
-        size_bytes = sum(part.size_bytes for part in parts.values())
-        if tied is not None and self.choice is not ROW_MAJOR:
-            size_bytes += tied.size_bytes
         qk_norms = [
             (self._head_norm(f"layers.{index}.q_norm"), self._head_norm(f"layers.{index}.k_norm"))
             for index in range(arch.num_layers)
         ]
-        return CpuModel(embedding, segments, lm_head, qk_norms, parts, size_bytes, self._describe())
+        order = list(dict.fromkeys(name.rpartition(".")[0] for name in canonical_shapes(arch)))
+        return CpuModel(
+            embed=embedding,
+            segments=segments,
+            lm_head=lm_head,
+            norms=self._norms,
+            linears=self._linears,
+            qk_norms=qk_norms,
+            order=order,
+            size_bytes=size_bytes,
+            description=self._packer.description,
+        )
 
     def _head_norm(self, name: str) -> Norm | None:
-        """Return the norm of [num_tokens, heads, head_dim], None if there is none."""
-        norm = self.norms.get(name)
-        if norm is None or self.arch.qk_norm == "head":
+        """The norm of [num_tokens, heads, head_dim], None if there is none."""
+        norm = self._norms.get(name)
+        if norm is None or self._arch.qk_norm == "head":
             return norm
         return lambda heads: norm(heads.flatten(1)).view(heads.shape)
 
     def _layer(self, prefix: str) -> DecoderLayer:
         return DecoderLayer(
-            qkv=self.linears[prefix + "qkv"],
-            o=self.linears[prefix + "o"],
-            gate_up=self.linears[prefix + "gate_up"],
-            down=self.linears[prefix + "down"],
-            input_norm=self.norms.get(prefix + "input_norm"),
-            attention_out_norm=self.norms.get(prefix + "attention_out_norm"),
-            post_attention_norm=self.norms.get(prefix + "post_attention_norm"),
-            mlp_out_norm=self.norms.get(prefix + "mlp_out_norm"),
+            qkv=self._linears[prefix + "qkv"],
+            o=self._linears[prefix + "o"],
+            gate_up=self._linears[prefix + "gate_up"],
+            down=self._linears[prefix + "down"],
+            input_norm=self._norms.get(prefix + "input_norm"),
+            attention_out_norm=self._norms.get(prefix + "attention_out_norm"),
+            post_attention_norm=self._norms.get(prefix + "post_attention_norm"),
+            mlp_out_norm=self._norms.get(prefix + "mlp_out_norm"),
         )
-
-    def _complete(self, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
-        if "weight" not in tensors or (f"{prefix}.bias" in canonical_shapes(self.arch) and "bias" not in tensors):
-            return False
-        return tensors["weight"].dtype != torch.int8 or "weight_scale" in tensors
-
-    def _pack(self, tensors: Mapping[str, Tensor]) -> CpuLinear:
-        weight, bias = tensors["weight"], tensors.get("bias")
-        if weight.dtype == torch.int8:
-            return self._pack_int8(weight, tensors["weight_scale"], bias)
-        if self.wants_int8:
-            return self._pack_int8(*quantize_int8(weight), bias)
-        if self.choice is None:
-            self.choice = ROW_MAJOR if self.row_major else _choose_format(self.arch, weight.dtype)
-        return self.choice.format.pack(weight, bias)
-
-    def _pack_int8(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> CpuLinear:
-        self.num_int8 += 1
-        if self.library is None:
-            return Int8Linear(weight, scale, bias)
-        return NativeInt8Linear(self.library, weight, scale, bias)
-
-    def _describe(self) -> str:
-        texts = []
-        if self.num_int8:
-            texts.append(
-                "int8 weights" if self.library is not None else "int8 weights (made float32 on each use: slow)"
-            )
-        if self.choice is not None:
-            texts.append(f"{self.config.dtype} weights in format {self.choice}".replace("auto", "float32"))
-        return ", ".join(texts)
-
-
-def _choose_format(arch: ModelArch, dtype: torch.dtype) -> Choice:
-    formats = dense_formats(dtype)
-    if len(formats) == 1 and dtype != torch.float32:
-        _logger.warning("%s weights: this processor or torch has no fast product for them, float32 is faster", dtype)
-    shapes = canonical_shapes(arch)
-    layer = [shapes[f"layers.0.{name}.weight"] for name in ("qkv", "o", "gate_up", "down")]
-    choice = fastest_format(formats, [(rows, columns) for rows, columns in layer], dtype)
-    for name, seconds in choice.seconds.items():
-        listed = ", ".join(f"{value * 1e3:.2f}" for value in seconds)
-        _logger.info("format %s: %s ms a layer at %s tokens", name, listed, MEASURED_TOKENS)
-    return choice

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
-from llmengine.backends.cpu.linear import Int8Linear, LinearFormat, dense_formats, quantize_int8
+from llmengine.backends.cpu.linear import Int8Linear, Layout, dense_layouts
 from llmengine.backends.cpu.step_inputs import HostSlotState
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
+from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
 from tests.models.arch_helpers import SMALL_ARCH
 
@@ -86,21 +88,23 @@ def test_equals_reference_whatever_the_blocks_held_before(
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("item", dense_formats(torch.float32), ids=lambda item: item.name)
-def test_every_format_multiplies_and_gives_its_weight_back(item: LinearFormat) -> None:
+@pytest.mark.parametrize("item", dense_layouts(torch.float32), ids=lambda item: item.name)
+def test_every_layout_multiplies_and_gives_its_weight_back(item: Layout) -> None:
     weight, bias, residual = torch.randn(40, 24), torch.randn(40), torch.randn(5, 40)
-    linear = item.pack(weight, bias)
+    linear = item.pack(Matrix.dense(weight), bias)
     x = torch.randn(5, 24)
     expected = x @ weight.T + bias
     torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(linear(x, residual.clone()), expected + residual, rtol=0, atol=1e-4)
-    assert torch.equal(dict(linear.canonical())["weight"], weight)
+    assert linear.matrix.format == DENSE
+    assert torch.equal(linear.matrix.weight, weight)
+    assert linear.bias is bias
 
 
 def test_int8_is_within_two_percent_and_keeps_rows_apart() -> None:
     weight, bias = torch.randn(64, 200), torch.randn(64)
-    values, scale = quantize_int8(weight)
-    linear = Int8Linear(values, scale, bias)
+    matrix = Matrix.dense(weight).quantized(INT8)
+    linear = Int8Linear(matrix, bias)
     x = torch.randn(9, 200) * torch.logspace(-3, 3, 9)[:, None]
     x[4] = 0
     found, expected = linear(x), x @ weight.T + bias
@@ -111,6 +115,4 @@ def test_int8_is_within_two_percent_and_keeps_rows_apart() -> None:
     sound = [0, 1, 2, 4, 5, 6, 8]
     torch.testing.assert_close(spoiled[sound], found[sound])
     assert not torch.isfinite(spoiled[[3, 7]]).any()
-    restored = dict(linear.canonical())
-    assert torch.equal(restored["weight"], values)
-    assert torch.equal(restored["weight_scale"], scale)
+    assert linear.matrix is matrix

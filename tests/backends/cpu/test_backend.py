@@ -12,7 +12,7 @@ import torch
 
 from llmengine import LLM, llm_parts
 from llmengine.backends import load_backend
-from llmengine.backends.cpu.linear import dense_formats, padded_tokens
+from llmengine.backends.cpu.linear import dense_layouts, padded_tokens
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.checkpoints.engine_dir import save_engine
 from llmengine.checkpoints.opening import open_model
@@ -20,6 +20,7 @@ from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
 from llmengine.quantization.formats import INT8
+from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
@@ -271,7 +272,7 @@ def test_linears_see_few_different_numbers_of_rows() -> None:
     assert all(num_tokens <= size <= max(16, 1.18 * num_tokens) for num_tokens, size in sizes.items())
     assert len(set(sizes.values())) < 100
     weight = torch.randn(24, 12)
-    for linear in (item.pack(weight, None) for item in dense_formats(torch.float32)):
+    for linear in (item.pack(Matrix.dense(weight), None) for item in dense_layouts(torch.float32)):
         x, residual = torch.randn(37, 12), torch.randn(37, 24)
         torch.testing.assert_close(linear(x, residual.clone()), x @ weight.T + residual)
 

@@ -23,6 +23,8 @@ from llmengine.backends.cpu.native import (
     load_native_library,
 )
 from llmengine.batch import TokenLogprobs
+from llmengine.quantization.formats import INT8
+from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
 from tests import ROOT
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, save_tiny
@@ -318,12 +320,17 @@ def test_int8_equals_torch(tmp_path: Path, native_directory: Path, shape: str, n
     assert_close(entries, expected_entries, tolerance=2e-3)
 
 
+def int8_matrix(weight: torch.Tensor, scale: torch.Tensor) -> Matrix:
+    rows, columns = weight.shape
+    return Matrix(INT8, (rows, columns), {"weight": weight, "weight_scale": scale})
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(48, 64), (37, 83), (5, 1)])
 @pytest.mark.parametrize("num_tokens", [1, 5, 13, 200])
 def test_int8_product(native_directory: Path, rows: int, columns: int, num_tokens: int) -> None:
     weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale, bias = torch.rand(rows) + 0.5, torch.randn(rows)
-    linear = NativeInt8Linear(load_native_library(native_directory), weight, scale, bias)
+    linear = NativeInt8Linear(load_native_library(native_directory), int8_matrix(weight, scale), bias)
     # Tokens of very different magnitudes, one of zeros.
     x = torch.randn(num_tokens, columns) * torch.logspace(-9, 9, num_tokens)[:, None]
     x[num_tokens // 2] = 0.0
@@ -340,10 +347,11 @@ def test_int8_product(native_directory: Path, rows: int, columns: int, num_token
     spoiled = linear(x)
     assert bool(spoiled[0].isnan().all())
     assert torch.equal(spoiled[1:], found[1:])
-    tensors = dict(linear.canonical())
-    assert torch.equal(tensors["weight"], weight)
-    assert torch.equal(tensors["weight_scale"], scale)
-    assert torch.equal(tensors["bias"], bias)
+    assert linear.matrix.format == INT8
+    assert torch.equal(linear.matrix.weight, weight)
+    assert torch.equal(linear.matrix.tensors["weight_scale"], scale)
+    assert linear.bias is not None
+    assert torch.equal(linear.bias, bias)
 
 
 def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> None:
@@ -352,7 +360,8 @@ def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> 
     torch.set_num_threads(3)
     try:
         libraries = [load_native_library(native_directory, borrowed_threads=borrowed) for borrowed in (False, True)]
-        own, borrowed = (NativeInt8Linear(library, weight, torch.rand(333).fill_(0.1), None) for library in libraries)
+        matrix = int8_matrix(weight, torch.full((333,), 0.1))
+        own, borrowed = (NativeInt8Linear(library, matrix, None) for library in libraries)
         expected = own(x)
         for _ in range(20):
             assert torch.equal(borrowed(x), expected)
@@ -363,7 +372,7 @@ def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> 
 def test_int8_sums_of_the_largest_products_fit_into_32_bits(native_directory: Path) -> None:
     columns = 9000
     weight = torch.full((16, columns), -128, dtype=torch.int8)
-    linear = NativeInt8Linear(load_native_library(native_directory), weight, torch.ones(16), None)
+    linear = NativeInt8Linear(load_native_library(native_directory), int8_matrix(weight, torch.ones(16)), None)
     torch.testing.assert_close(linear(torch.ones(2, columns)), torch.full((2, 16), -128.0 * columns))
 
 
