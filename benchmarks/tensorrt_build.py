@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.report import format_table
 from benchmarks.shapes import SHAPES, write_shape
-from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans, spool_weights
-from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, plans_of, segments_of
+from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
+from llmengine.backends.tensorrt.constant_weights import spool_constants
+from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, segments_by_plan, segments_of
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 from llmengine.errors import EngineError
@@ -96,7 +97,7 @@ def jobs(
     """Yield the jobs, `idle` first: its peak is what the library itself needs."""
     yield idle
     if chosen[0].spec.weight_mode == "constants":
-        for segment, path in spool_weights(chosen, stream, scratch):
+        for segment, path in spool_constants(chosen, stream, scratch):
             yield PlanJob(segment.plan_name, segment.spec, target, scratch / "plan", path)
     else:
         for segment in chosen:
@@ -131,7 +132,7 @@ def table(
 def segments(arch: ModelArch, mode: str, options: argparse.Namespace) -> list[PlacedSegment]:
     """Return one segment for each plan of a model."""
     profiles = make_profiles(options.max_batch_size, options.max_tokens)
-    return list(plans_of(segments_of(arch, options.dtype, profiles, mode)).values())  # type: ignore[arg-type]
+    return list(segments_by_plan(segments_of(arch, options.dtype, profiles, mode)).values())  # type: ignore[arg-type]
 
 
 def architecture(shape: str) -> ModelArch:

@@ -91,9 +91,9 @@ def inspect(directory: Path) -> dict[str, Any]:
     files = read_files(directory, manifest)
     source = described_engine(directory, manifest, files)
     if source.plans is not None:
-        from llmengine.backends.tensorrt.plan_set import SavedSet
+        from llmengine.backends.tensorrt.plan_set import SavedPlanSet
 
-        SavedSet.read(source.plans, f"{manifest.where}: plans")
+        SavedPlanSet.read(source.plans, f"{manifest.where}: plans")
     size_bytes = sum(file.size_bytes for file in files.values())
     facts = {"directory": str(directory), "size_bytes": size_bytes, "weight_format": str(source.formats)}
     return {**facts, **manifest.values}
@@ -158,9 +158,9 @@ def verify(directory: Path) -> Findings:
     elif source.plans is None:
         findings.device = "not run on a GPU: there are no plans"
     else:
-        from llmengine.backends.tensorrt.check_engine import check_plans
+        from llmengine.backends.tensorrt.verify_engine import verify_saved_plans
 
-        problems, findings.device = check_plans(source)
+        problems, findings.device = verify_saved_plans(source)
         findings.problems += problems
     return findings
 

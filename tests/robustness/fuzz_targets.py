@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from llmengine import saved_engines
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans
+from llmengine.backends.tensorrt.obtain import PlanRequest, obtain_plans
 from llmengine.backends.tensorrt.plan_set import Producer
 from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
@@ -390,7 +390,7 @@ _PLAN_ARCH = _arch(CONFIGS[0])
 _PLAN_REQUEST = PlanRequest(_PLAN_ARCH, "float32", 4, 16, Producer("tensorrt_rtx", "1.7", BuildTarget((89,))))
 
 
-def _build_plans(jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+def _build_plans(jobs: Iterable[PlanJob], num_processes: int) -> Iterator[BuiltPlan]:
     """Stand for the library: a plan names its network, and is the same in each run."""
     for job in jobs:
         job.output.write_bytes(json.dumps({"fingerprint": job.spec.fingerprint()}).encode())
@@ -414,9 +414,9 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
     request = dataclasses.replace(_PLAN_REQUEST, weight_mode=mode)
     check = SegmentCheck("mid", "qkv", 4, 1, 0.5, 1.0, 0.5, 1.0, 0.5, 1.0, finite=True)
     verified = Verification("tensorrt_rtx 1.7", "NVIDIA L4", "2026-11-22", (check,), {1: (10.0, 12.0)})
-    plans = get_plans(request, source, 1, cache=cache, build=_build_plans)
+    plans = obtain_plans(request, source, 1, cache=cache, build=_build_plans)
     plans = plans.replace(verification=verified.to_dict(), library_cache=b'{"kernels": [1, 2]}')
-    cache.remember(plans)
+    cache.store_findings(plans)
     engine_dir.save_model(
         place / mode,
         source,
@@ -436,9 +436,9 @@ def _use_plans(directory: Path, cache: PlanCache) -> None:
     with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         cli.main(["inspect", str(directory)])
     source = open_model(directory)
-    plans = get_plans(_PLAN_REQUEST, source, 1, cache=cache, build=_build_plans)
+    plans = obtain_plans(_PLAN_REQUEST, source, 1, cache=cache, build=_build_plans)
     for segment in plans.segments:
-        assert json.loads(plans.plan_of(segment).read())["fingerprint"] == segment.spec.fingerprint()
+        assert json.loads(plans.plans[segment.plan_name].read())["fingerprint"] == segment.spec.fingerprint()
         assert all(profile.tokens.max <= 4096 for profile in segment.spec.profiles), "an absurd size is built for"
     problems = [problem for problem in saved_engines.verify(directory).files.values() if problem]
     if problems:

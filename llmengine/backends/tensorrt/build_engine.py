@@ -1,4 +1,7 @@
-"""Saved engines with plans, built without running them: for the GPU at hand or, where the library can, for others."""
+"""`llmengine build`: saved engines with plans, for this machine's GPU or, where the library can, for others.
+
+Plans are built and not run, except a layer's where the choice of the weight mode is measured.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from typing import Literal
 import torch
 
 from llmengine.backends.tensorrt.build_progress import BuildProgress
-from llmengine.backends.tensorrt.builder import default_workers
+from llmengine.backends.tensorrt.builder import default_num_processes
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.library import Library, load_library
-from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans, producer_of
-from llmengine.backends.tensorrt.plan_set import Flavour, PlanSet
+from llmengine.backends.tensorrt.library import Flavour, Library, load_library
+from llmengine.backends.tensorrt.obtain import PlanRequest, make_producer, obtain_plans
+from llmengine.backends.tensorrt.plan_set import PlanSet
 from llmengine.backends.tensorrt.spec import BuildTarget, WeightMode
 from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
 from llmengine.checkpoints.engine_dir import require_replaceable
@@ -27,14 +30,14 @@ from llmengine.errors import ConfigError, UnsupportedModelError
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What to build.
+    """The plans to build.
 
     Attributes:
         compute_capabilities: 89 for SM 8.9; empty for the first GPU of this machine.
-        flavour: "auto": whichever library is installed.
+        flavour: "auto": the library that is installed.
         dtype: "auto": the checkpoint's.
-        weight_mode: None: as in the saved engine that is built again, else "inputs". "fastest": a layer is timed both
-            ways on this machine's GPU, which must be what is built for.
+        weight_mode: None: as in the saved engine that is rebuilt, else "inputs". "fastest": a layer is timed both ways
+            on this machine's GPU, which must be the only target.
         max_batch_size: most requests in one step.
         max_tokens_per_step: most tokens in one step.
     """
@@ -49,10 +52,10 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineBuild:
-    """What was built, and the seconds that it took.
+    """A finished build, and the seconds that it took.
 
     Attributes:
-        layer_times: what decided how the plans have their weights; None where nothing was measured.
+        layer_times: the times that decided the weight mode; None if nothing was measured.
     """
 
     plans: PlanSet
@@ -71,17 +74,20 @@ def build_engine(
 ) -> EngineBuild:
     """Build the plans of a model and write them with its weights as an engine directory.
 
-    Raises what `get_plans` and `save_model` raise; `ConfigError` also if no compute capability is given and there is no
-    GPU, or if another is to be measured.
+    The checkpoint is read once for the directory, and once more for plans that contain weights, whose builds take
+    minutes and keep one layer on disk at a time.
+
+    Raises as `obtain_plans` and `save_model` do. Raises `ConfigError` if no compute capability is given and there is no
+    GPU, and if the weight mode cannot be measured for the target.
     """
     require_replaceable(directory)
-    library, request = _prepare(source, options)
+    library, request = _plan_request(source, options)
     begin = time.perf_counter()
     times = None
     if options.weight_mode == "fastest":
-        times = _measure(library, request, source, cache)
+        times = _time_layer(library, request, source, cache)
         request = dataclasses.replace(request, weight_mode="inputs" if times is None else times.fastest)
-    plans = get_plans(request, source, default_workers(library), cache=cache, progress=progress)
+    plans = obtain_plans(request, source, default_num_processes(library), cache=cache, progress=progress)
     built = time.perf_counter()
     save_model(
         directory,
@@ -96,11 +102,11 @@ def build_engine(
 
 
 def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache | None = None) -> LayerTimes | None:
-    """Return what `weight_mode="fastest"` would decide by, for this machine's GPU; None for a model of one layer."""
-    return _measure(*_prepare(source, options), source, cache)
+    """The times by which `weight_mode="fastest"` would decide, on this machine's GPU; None for a model of one layer."""
+    return _time_layer(*_plan_request(source, options), source, cache)
 
 
-def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
+def _plan_request(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
     if not source.formats.is_dense:
         raise UnsupportedModelError(
             f"{source.path}: its weights are {source.formats}; plans are built from a checkpoint that is not quantized"
@@ -112,51 +118,56 @@ def _prepare(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanR
         dtype=source.checkpoint_dtype if options.dtype == "auto" else options.dtype,
         max_batch_size=options.max_batch_size,
         max_tokens_per_step=options.max_tokens_per_step,
-        producer=producer_of(library, target, device_name),
+        producer=make_producer(library, target, device_name),
         weight_mode=None if options.weight_mode == "fastest" else options.weight_mode,
     )
     return library, request
 
 
-def _measure(library: Library, request: PlanRequest, source: ModelSource, cache: PlanCache | None) -> LayerTimes | None:
+def _time_layer(
+    library: Library, request: PlanRequest, source: ModelSource, cache: PlanCache | None
+) -> LayerTimes | None:
     """Time a layer on this machine's GPU; raises `ConfigError` if it is not the only target."""
-    (here, _), target = _device(), request.producer.target
+    (here, _), target = _first_gpu(), request.producer.target
     if target.compute_capabilities != here:
-        found = BuildTarget(here) if here else "there is none"
         raise ConfigError(
-            f"weight_mode='fastest' is measured on this machine's GPU ({found}), not for {target}; choose 'inputs' or "
-            "'constants'"
+            f"weight_mode='fastest' measures on this machine's GPU ({_gpu_text(here)}) and cannot choose for {target}; "
+            "set weight_mode to 'inputs' or 'constants'"
         )
     return time_layer(request, source, library, torch.device("cuda", 0), cache)
 
 
 def _find_library(flavour: Literal["auto"] | Flavour) -> Library:
-    """Return the installed library; raises `ConfigError` if there is none, or another than `flavour`."""
+    """The installed library; raises `ConfigError` if there is none, or if it is not `flavour`."""
     library = load_library()
     if flavour not in ("auto", library.name):
-        raise ConfigError(f"flavour={flavour!r}: {library} is what is found here; install {flavour} instead of it")
+        raise ConfigError(f"flavour={flavour!r}, but {library} is installed; install {flavour} instead")
     return library
 
 
 def _target(library: Library, compute_capabilities: tuple[int, ...]) -> tuple[BuildTarget, str | None]:
-    """Return what to build for, and the name of this machine's GPU if it is for that."""
-    here, name = _device()
+    """The target, and the name of this machine's GPU if that is the target."""
+    here, name = _first_gpu()
     target = BuildTarget(compute_capabilities or here)
     if not target.compute_capabilities:
-        raise ConfigError("there is no GPU here to build for; name compute capabilities, such as 89 for SM 8.9")
+        raise ConfigError("there is no GPU to build for; give compute_capabilities (--sm), such as 89 for SM 8.9")
     library.check_target(target)
     if target.compute_capabilities == here:
         return target, name
     if not library.features.target_capabilities:
         raise ConfigError(
-            f"{library} builds for the GPU of this machine only ({BuildTarget(here) if here else 'there is none'}), "
-            f"not for {target}; tensorrt_rtx builds for others"
+            f"{library} builds only for the GPU of this machine ({_gpu_text(here)}), not for {target}; install "
+            "tensorrt_rtx to build for others"
         )
     return target, None
 
 
-def _device() -> tuple[tuple[int, ...], str | None]:
-    """Return compute capability and name of the first GPU; empty and None if there is none."""
+def _gpu_text(capabilities: tuple[int, ...]) -> str:
+    return str(BuildTarget(capabilities)) if capabilities else "there is none"
+
+
+def _first_gpu() -> tuple[tuple[int, ...], str | None]:
+    """Compute capability and name of the first GPU; empty and None if there is none."""
     if not torch.cuda.is_available():
         return (), None
     major, minor = torch.cuda.get_device_capability(0)

@@ -1,4 +1,4 @@
-"""How far a build is: a bar in a terminal, lines elsewhere."""
+"""Progress of a build: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from llmengine.checkpoints.saved_plans import size_text
 _logger = logging.getLogger("llmengine.tensorrt")
 
 _LEAST_KNOWN = 0.05
-"""Share of the work before which no estimate is made."""
+"""Share of the work that must be done before the time left is estimated."""
 
 
 class BuildProgress:
     """Reports plans as they are built; used as a context manager by one thread.
 
     Args:
-        write: where lines go when `console` is no terminal.
+        write: takes the lines when `console` is not a terminal.
         console: None: stderr.
-        clock: seconds.
+        clock: gives seconds.
     """
 
     def __init__(
@@ -68,17 +68,22 @@ class BuildProgress:
             self._bar.stop()
 
     def begin(self, work: Mapping[str, int], what: str) -> None:
-        """Announce the plans to come: name -> an amount of work, such as bytes of weights."""
+        """Announce the plans that will be built.
+
+        Args:
+            work: plan name -> amount of work, such as bytes of weights.
+            what: the library and the target.
+        """
         self._work = dict(work)
         self._bar.update(self._task, total=len(work))
         self._write(f"building {len(work)} plan{'s' if len(work) > 1 else ''} with {what}: {_listed(list(work))}")
 
     def started(self, name: str) -> None:
-        """Say that a plan is being built."""
+        """Report that the build of a plan begins."""
         self._bar.update(self._task, description=f"building {name}")
 
     def finished(self, name: str, plan: Plan, *, from_cache: bool = False) -> None:
-        """Say that a plan is there; `from_cache`: an earlier build had made it."""
+        """Report that a plan is there; `from_cache`: an earlier build made it."""
         self._done.add(name)
         left = self._left()
         self._bar.update(self._task, advance=1, left=left)

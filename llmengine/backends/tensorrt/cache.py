@@ -1,13 +1,13 @@
-"""What this machine has built, kept between processes.
+"""The cache of the plans that this machine has built.
 
-A directory of files that appear by renaming, so that processes may share it and be killed at any time::
+It is a directory of files that appear by renaming, so processes may share it and be killed at any time::
 
-    {key}.json        which plan a key has, and what building it took; the key covers all that the plan depends on
+    {key}.json        the plan of a key, and what building it took; the key covers everything the plan depends on
     {sha256}.plan     a plan, named by its contents
-    {set}.*.set.json  what was found out about a set of plans on this machine: its verification, for each criterion
+    {set}.*.set.json  the verification of a set of plans on this machine, for each version of the criterion
     {set}.cache       the library's own cache for that set
-    timing-*.cache    what a library has measured, for its next builds
-    build-*/          files of a build under way
+    timing-*.cache    measurements of a library, for its next builds
+    build-*/          files of a build in progress
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llmengine.user_cache import cache_dir
 _logger = logging.getLogger("llmengine.tensorrt")
 
 LIMIT_BYTES = 32 << 30
-"""When a build has made the cache larger, the least recently used files go."""
+"""A build that makes the cache larger than this removes the least recently used files."""
 
 _KEY_VERSION = 2
 _SEAL = "entry_sha256"
@@ -46,7 +46,11 @@ _STALE_BUILD_S = 24 * 3600.0
 
 
 def plan_key(spec: SegmentSpec, producer: Producer, constants_sha256: str | None) -> str:
-    """Return the key of a plan: the sha256 (hex) of everything that decides what it computes and where it runs."""
+    """Key of a plan: the sha256 (hex) of everything that decides what it computes and where it runs.
+
+    Args:
+        constants_sha256: of the weights that the plan contains; None if it contains none.
+    """
     content = {
         "key_version": _KEY_VERSION,
         "fingerprint": spec.fingerprint(),
@@ -60,7 +64,7 @@ def plan_key(spec: SegmentSpec, producer: Producer, constants_sha256: str | None
 
 
 class PlanCache:
-    """The cache in one directory. Where it cannot be written, a warning says so and nothing is kept.
+    """The cache in one directory. If the directory cannot be written, a warning says so and nothing is kept.
 
     Args:
         directory: None: "plans" in the user's cache directory.
@@ -72,29 +76,29 @@ class PlanCache:
         self._limit_bytes = limit_bytes
 
     def find(self, key: str) -> Plan | None:
-        """Return the plan of a key, None if there is none that is whole."""
+        """The plan of a key, None if there is none or it is damaged."""
         entry = self._directory / f"{key}.json"
         if not entry.exists():
             return None
         try:
             fields = read_json_object(entry)
             if fields.values.get(_SEAL) != _seal(key, fields.values):
-                raise CorruptFileError(f"{entry}: is not what was written for this key")
+                raise CorruptFileError(f"{entry}: does not match its key")
             peak = fields.integer("peak_host_bytes") if fields.has("peak_host_bytes") else None
             sha256 = fields.string("sha256")
             path = self._directory / f"{sha256}.plan"
             file = SavedFile(path, fields.integer("size_bytes"), sha256)
             file.check()
-            with contextlib.suppress(OSError):  # in a cache that cannot be written nothing has to be kept in order
+            with contextlib.suppress(OSError):  # the times of use do not matter in a cache that cannot be written
                 for used in (entry, path):
                     os.utime(used)
             return Plan(file, fields.number("build_s"), peak)
         except (EngineError, OSError) as error:
-            _logger.warning("a plan in the cache is not used: %s", error)
+            _logger.warning("a cached plan is ignored: %s", error)
             return None
 
-    def keep(self, key: str, built: BuiltPlan) -> Plan:
-        """Move a built plan into the cache and return it; into memory if it cannot be kept."""
+    def store(self, key: str, built: BuiltPlan) -> Plan:
+        """Move a built plan into the cache and return it; one that cannot be stored is held in memory."""
         with built.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         path = self._directory / f"{sha256}.plan"
@@ -114,16 +118,16 @@ class PlanCache:
             self._write(f"{key}.json", json.dumps({**facts, _SEAL: _seal(key, facts)}).encode())
         return Plan(kept, built.seconds, built.peak_host_bytes)
 
-    def remember(self, plan_set: PlanSet) -> None:
-        """Keep the set's verification and library cache for the next process that gets the same plans."""
+    def store_findings(self, plan_set: PlanSet) -> None:
+        """Keep the set's verification and library cache for the next process that uses the same plans."""
         name = _set_name(plan_set)
         if plan_set.library_cache is not None and self.timing_file(plan_set.producer) is None:
             self._write(f"{name}.cache", plan_set.library_cache)
         if plan_set.verification is not None:
             self._write(_verification_file(name), json.dumps({"verification": dict(plan_set.verification)}).encode())
 
-    def recall(self, plan_set: PlanSet) -> PlanSet:
-        """Return the set with what `remember` kept for its plans, where it did."""
+    def with_findings(self, plan_set: PlanSet) -> PlanSet:
+        """The set with what `store_findings` kept for its plans, if anything."""
         name = _set_name(plan_set)
         verification, library_cache = plan_set.verification, plan_set.library_cache
         with contextlib.suppress(EngineError):
@@ -134,14 +138,14 @@ class PlanCache:
         return plan_set.replace(verification=verification, library_cache=library_cache)
 
     def timing_file(self, producer: Producer) -> Path | None:
-        """Return where the library's measurements on the device are kept; None if it makes none or they cannot be."""
+        """File of the library's measurements on the device; None if it measures nothing or they cannot be kept."""
         if producer.device_name is None or not os.access(self._directory, os.W_OK):
             return None
         name = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{producer.flavour}-{producer.version}-{producer.device_name}")
         return self._directory / f"timing-{name}.cache"
 
     def seed_timings(self, producer: Producer, content: bytes | None) -> None:
-        """Keep the measurements that came with a saved engine, if there are none yet."""
+        """Keep the measurements of a saved engine, unless there are some already."""
         with contextlib.suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
         file = self.timing_file(producer)
@@ -150,46 +154,46 @@ class PlanCache:
 
     @contextmanager
     def build_directory(self) -> Iterator[Path]:
-        """Return an empty directory for a build under way, beside the cache if that can be written; removed at the end.
+        """An empty directory for a build in progress, in the cache if that can be written; removed at the end.
 
-        What killed builds have left is removed a day later. Raises `EngineError` if there is no room for it anywhere.
+        Directories of killed builds are removed a day later. Raises `EngineError` if no directory can be created.
         """
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             for left in self._directory.glob("build-*"):
                 if _age_s(left) > _STALE_BUILD_S:
                     shutil.rmtree(left, ignore_errors=True)
-            made = tempfile.mkdtemp(prefix="build-", dir=self._directory)
+            directory = tempfile.mkdtemp(prefix="build-", dir=self._directory)
         except OSError as error:
-            self._warn("what is built now", error)
+            self._warn("the plans of this build", error)
             try:
-                made = tempfile.mkdtemp(prefix="llmengine-build-")
+                directory = tempfile.mkdtemp(prefix="llmengine-build-")
             except OSError as failure:
-                raise EngineError(f"there is no place to build plans: {failure.strerror or failure}") from failure
+                raise EngineError(f"no directory for building plans: {failure.strerror or failure}") from failure
         try:
-            yield Path(made)
+            yield Path(directory)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
     def trim(self, plan_set: PlanSet) -> None:
-        """Remove the least recently used files while the cache is larger than its limit; those of `plan_set` stay."""
+        """Remove the least recently used files while the cache is larger than its limit, but no plan of `plan_set`."""
         needed = {f"{plan.file.sha256}.plan" for plan in plan_set.plans.values()}
         try:
             files = [path for path in self._directory.iterdir() if path.is_file()]
             sizes = {path: path.stat() for path in files}
         except OSError:
-            return  # another process removes files as well, or there is no cache
+            return  # another process removes files too, or there is no cache
         total = sum(size.st_size for size in sizes.values())
         for path in sorted(files, key=lambda path: sizes[path].st_mtime):
             if total <= self._limit_bytes:
                 return
             if path.name not in needed:
-                with contextlib.suppress(OSError):  # another process has removed it, or nobody may
+                with contextlib.suppress(OSError):  # another process has removed it, or it must not be removed
                     path.unlink()
                 total -= sizes[path].st_size
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is there complete or not at all."""
+        """Write a file that is there complete or not at all."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="build-", dir=self._directory) as scratch:
@@ -199,11 +203,11 @@ class PlanCache:
             self._warn(name, error)
 
     def _warn(self, what: str, error: OSError) -> None:
-        _logger.warning("%s could not be kept in %s: %s", what, self._directory, error.strerror or error)
+        _logger.warning("%s cannot be cached in %s: %s", what, self._directory, error.strerror or error)
 
 
 def _seal(key: str, facts: Mapping[str, Any]) -> str:
-    """Return the hash (hex) that ties an entry to its key: an altered one may name another plan that is whole."""
+    """The hash (hex) that ties an entry to its key. Without it an altered entry could name another, undamaged plan."""
     content = [key, {name: value for name, value in facts.items() if name != _SEAL}]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -214,7 +218,7 @@ def _set_name(plan_set: PlanSet) -> str:
 
 
 def _verification_file(set_name: str) -> str:
-    """Return the name of a file that other versions of the package, which judge otherwise, neither read nor replace."""
+    """Name of a file that versions of the package with another criterion neither read nor replace."""
     return f"{set_name}.{criterion.VERSION}.set.json"
 
 

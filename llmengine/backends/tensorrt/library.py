@@ -1,8 +1,8 @@
-"""The TensorRT library that is installed, behind one small surface.
+"""The installed TensorRT library, behind one small surface.
 
 `load_library` takes `tensorrt` if it is there and complete, else `tensorrt_rtx`. Both have the same Python interface
-but for what is optional, and that is found out by looking for it: no decision here reads a version number. Everything
-that comes from the library is `Any` to the type checker; that ends in this package.
+except for optional parts, which are looked up; no decision here reads a version number. Everything that comes from the
+library is `Any` to the type checker, and none of it leaves this folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any, Literal
 from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.errors import ConfigError, EngineError
 
-LibraryName = Literal["tensorrt", "tensorrt_rtx"]
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+"""NVIDIA's two libraries. Neither runs the plans of the other."""
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
-_EXTRAS: dict[LibraryName, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+_EXTRAS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
 _REQUIRED = (
     "ActivationType.GELU_TANH",
@@ -37,7 +38,7 @@ _REQUIRED = (
     "IExecutionContext.update_device_memory_size_for_shapes",
     "INetworkDefinition.add_cast",
 )
-"""Without one of these a library is too old."""
+"""A library that lacks one of these is too old."""
 
 _MAX_KEPT = 64
 _MAX_QUOTED = 8
@@ -47,17 +48,17 @@ _OLD_DRIVER = "CUDA driver version is insufficient"
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Which optional parts of the interface exist.
+    """The optional parts of the interface.
 
     Attributes:
-        target_capabilities: compute capabilities that can be built for by name, without such a device (80, 89, ...);
-            empty where only the device of the building process can be built for.
-        strongly_typed_flag: `NetworkDefinitionCreationFlag.STRONGLY_TYPED`; given where it exists, also where networks
+        target_capabilities: compute capabilities (80, 89, ...) that plans can be built for without such a device;
+            empty if plans can be built for the device of the building process only.
+        strongly_typed_flag: `NetworkDefinitionCreationFlag.STRONGLY_TYPED` exists. It is then set, even where networks
             are always strongly typed.
-        user_allocation_flag: `BuilderFlag.REQUIRE_USER_ALLOCATION`.
-        timing_cache: measurements are kept between builds. False for a library that measures when the plan is run.
-        runtime_cache: `IRuntimeCache`: kernels that are compiled when a plan is loaded can be kept.
-        cuda_graph_strategy: `CudaGraphStrategy`: the runtime can capture graphs of its own, which must be off.
+        user_allocation_flag: `BuilderFlag.REQUIRE_USER_ALLOCATION` exists.
+        timing_cache: measurements are kept between builds. False for a library that measures when a plan runs.
+        runtime_cache: `IRuntimeCache` exists: kernels that are compiled when a plan is loaded can be kept.
+        cuda_graph_strategy: `CudaGraphStrategy` exists: the runtime can capture graphs of its own, which must be off.
     """
 
     target_capabilities: tuple[int, ...]
@@ -74,10 +75,10 @@ class Library:
 
     Attributes:
         trt: the module.
-        log: the process's one logger for it; whatever takes a logger takes `log.handle`.
+        log: the process's one logger for it; every call that takes a logger gets `log.handle`.
     """
 
-    name: LibraryName
+    name: Flavour
     version: str
     trt: Any
     features: Features
@@ -87,14 +88,14 @@ class Library:
         return f"{self.name} {self.version}"
 
     @contextmanager
-    def calls(self, what: str, tolerates: Callable[[str], bool] | None = None) -> Iterator[None]:
+    def checked_calls(self, what: str, tolerates: Callable[[str], bool] | None = None) -> Iterator[None]:
         """Turn a failure of the library's calls into an `EngineError` that begins with `what` and quotes the library.
 
-        A call fails by what it returns, by what it raises, and also by an error that it only logs: many return nothing,
-        and some that do go on regardless. All calls are made in here.
+        A call may fail by its result, by an exception, or by an error that it only logs: many calls return nothing, and
+        some continue after an error. Every call of the library is made in this context.
 
         Args:
-            tolerates: says of a logged error that what is returned is sound in spite of it.
+            tolerates: whether the result is sound in spite of this logged error.
         """
         with self.log.capture() as messages:
             try:
@@ -102,31 +103,32 @@ class Library:
             except ConfigError:
                 raise
             except (EngineError, TypeError, RuntimeError) as failure:
-                said = f": {quote(messages)}" if messages else ""
-                raise EngineError(f"{what}: {failure}{said}{_hint([str(failure), *messages])}") from failure
+                quoted = f": {quote_messages(messages)}" if messages else ""
+                raise EngineError(f"{what}: {failure}{quoted}{_driver_hint([str(failure), *messages])}") from failure
         errors = [text for text in messages if tolerates is None or not tolerates(text)]
         if errors:
-            raise EngineError(f"{what}: TensorRT logged {quote(errors)}{_hint(errors[:1])}")
+            raise EngineError(f"{what}: TensorRT logged {quote_messages(errors)}{_driver_hint(errors[:1])}")
 
     def create_builder(self) -> Any:
-        """Return a new `Builder`; raises `ConfigError` if the library cannot start here."""
+        """A new `Builder`; raises `ConfigError` if the library cannot start here."""
         try:
-            with self.calls(f"{self} cannot build on this machine"):
+            with self.checked_calls(f"{self} cannot build on this machine"):
                 return self.trt.Builder(self.log.handle)
         except EngineError as failure:
             raise ConfigError(str(failure)) from failure
 
     def create_network(self, builder: Any) -> Any:
-        """Return an empty, strongly typed `INetworkDefinition`."""
+        """An empty, strongly typed `INetworkDefinition`."""
         flags = 0
         if self.features.strongly_typed_flag:
             flags |= 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        return not_none(builder.create_network(flags), "create_network")
+        return require_result(builder.create_network(flags), "create_network")
 
     def set_target(self, config: Any, target: BuildTarget) -> None:
-        """Choose what `config` (an `IBuilderConfig`) builds for; raises `ConfigError` for what it cannot build for.
+        """Set the GPUs that `config` (an `IBuilderConfig`) builds for.
 
-        A library without a choice builds for the device of this process, which `target` then is.
+        A library without that choice builds for the device of this process, which must be `target`. Raises
+        `ConfigError` for a target that the library does not support.
         """
         self.check_target(target)
         if not self.features.target_capabilities or not target.compute_capabilities:
@@ -134,32 +136,32 @@ class Library:
         config.num_compute_capabilities = len(target.compute_capabilities)
         for index, capability in enumerate(target.compute_capabilities):
             value = getattr(self.trt.ComputeCapability, f"SM{capability}")
-            accepted(config.set_compute_capability(value, index), f"set_compute_capability({value}, {index})")
+            require_accepted(config.set_compute_capability(value, index), f"set_compute_capability({value}, {index})")
 
     def check_target(self, target: BuildTarget) -> None:
-        """Raise `ConfigError` if the library has no plans for a part of `target`, naming what it has."""
+        """Raise `ConfigError` if the library does not support a part of `target`; the message names what it does."""
         for value in target.compute_capabilities:
             self.check_device(value // 10, value % 10)
 
     def check_device(self, major: int, minor: int) -> None:
-        """Raise `ConfigError` if the library has no plans for a device of this compute capability."""
+        """Raise `ConfigError` if the library does not support devices of this compute capability."""
         known = self.features.target_capabilities
         if known and 10 * major + minor not in known:
             listed = ", ".join(f"{value // 10}.{value % 10}" for value in known)
             raise ConfigError(
-                f"{self} does not support compute capability {major}.{minor}, only {listed}: "
-                f"{install_hint('tensorrt')} instead, or set backend='torch'"
+                f"{self} does not support compute capability {major}.{minor}, only {listed}; run "
+                f"'{install_command('tensorrt')}' instead, or set backend='torch'"
             )
 
 
 class LibraryLog:
-    """Hands the library's messages to `logging` ("llmengine.tensorrt") and to whoever wants to quote them.
+    """Passes the library's messages to `logging` ("llmengine.tensorrt") and collects errors for our messages.
 
     The first logger that a process registers gets the messages of all its builders and runtimes, so there is one.
 
-    A message belongs to the calls of the thread that brings it. Threads of the library's own say nothing of who set
-    them to work, so what they bring belongs to the calls of every thread. What other threads of Python bring belongs
-    to none: it comes from code beside us that uses the library.
+    A message belongs to the calls of the thread in which it is logged. The library's own threads do not say whose call
+    they serve, so their messages belong to the calls of every thread. Messages in other Python threads belong to none
+    of our calls: other code in this process uses the library there.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -176,10 +178,10 @@ class LibraryLog:
 
     @contextmanager
     def capture(self, *, pass_on: bool = True) -> Iterator[list[str]]:
-        """Collect the errors that are logged for this thread's calls meanwhile.
+        """Collect the errors that are logged for this thread's calls inside the context.
 
         Args:
-            pass_on: to the capture around this one, if there is one.
+            pass_on: the capture around this one, if there is one, gets them too.
         """
         thread = threading.get_ident()
         outer = self._captures.get(thread)
@@ -205,7 +207,7 @@ class LibraryLog:
             _logger.log(level, "%s", text)
 
     def _captures_here(self) -> list[list[str]]:
-        """Return the captures that a message in this thread belongs to."""
+        """The captures that a message in this thread belongs to."""
         own = self._captures.get(threading.get_ident())
         if own is not None:
             return [own]
@@ -213,7 +215,7 @@ class LibraryLog:
 
 
 def _is_python_thread() -> bool:
-    """Say whether Python started this thread. One that it did not is a dummy to it once it has logged something."""
+    """Whether Python started this thread. Any other thread that has logged something is a dummy thread to Python."""
     ident = threading.get_ident()
     return any(
         thread.ident == ident and not isinstance(thread, threading._DummyThread) for thread in threading.enumerate()
@@ -231,42 +233,42 @@ def _make_handle(trt: Any, receive: Any) -> Any:
     return Handle()
 
 
-def _hint(reasons: Sequence[str]) -> str:
-    """Return what is to be done about an old driver, if that is among the reasons."""
+def _driver_hint(reasons: Sequence[str]) -> str:
+    """Advice about an old driver, empty if that is not among the reasons."""
     return "; install a newer NVIDIA driver" if any(_OLD_DRIVER in reason for reason in reasons) else ""
 
 
-def quote(messages: Sequence[str]) -> str:
-    """Return the library's messages as the end of one of ours."""
+def quote_messages(messages: Sequence[str]) -> str:
+    """The library's messages, to be the end of one of ours."""
     return "; ".join(repr(text.strip()) for text in list(dict.fromkeys(messages))[-_MAX_QUOTED:])
 
 
-def not_none(value: Any, call: str) -> Any:
-    """Return what a call of the library returned, unless it is None: then raise `EngineError`."""
+def require_result(value: Any, call: str) -> Any:
+    """The result of a call of the library; raises `EngineError` if it is None."""
     if value is None:
         raise EngineError(f"TensorRT refused {call}")
     return value
 
 
-def accepted(result: Any, call: str) -> None:
-    """Raise `EngineError` if a call that returns True, or an index from 0 on, did not."""
+def require_accepted(result: Any, call: str) -> None:
+    """Raise `EngineError` if the result of a call is neither True nor an index of at least 0."""
     if result is False or result < 0:
         raise EngineError(f"TensorRT refused {call}")
 
 
-def install_hint(name: LibraryName) -> str:
-    """Return how a user gets the library."""
+def install_command(name: Flavour) -> str:
+    """The command that installs a library."""
     return f"pip install llmengine[{_EXTRAS[name]}]"
 
 
 @functools.cache
 def load_library() -> Library:
-    """Return `tensorrt`, else `tensorrt_rtx`; raises `ConfigError` naming what is missing in each.
+    """The `tensorrt` library, else `tensorrt_rtx`; the first call imports it, which takes about a second.
 
-    The first call imports it, which takes about a second.
+    Raises `ConfigError` with what is missing in each.
     """
     reasons = []
-    names: tuple[LibraryName, ...] = ("tensorrt", "tensorrt_rtx")
+    names: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
     for name in names:
         try:
             trt = _import(name)
@@ -274,20 +276,20 @@ def load_library() -> Library:
             reasons.append(f"{name} does not load: {failure}")
             continue
         if trt is None:
-            reasons.append(f"{name} is not installed ({install_hint(name)})")
+            reasons.append(f"{name} is not installed ({install_command(name)})")
             continue
         missing = [part for part in _REQUIRED if not _has(trt, part)]
         if not missing:
-            return _describe(name, trt)
+            return _library_of(name, trt)
         version = getattr(trt, "__version__", "of unknown version")
-        reasons.append(f"{name} {version} is too old, it has no {', '.join(missing)} ({install_hint(name)} -U)")
+        reasons.append(f"{name} {version} is too old: it lacks {', '.join(missing)} ({install_command(name)} -U)")
     raise ConfigError(f"TensorRT is not available: {'; '.join(reasons)}")
 
 
-def _import(name: LibraryName) -> Any:
-    """Return the module, None if it is not installed."""
+def _import(name: Flavour) -> Any:
+    """The module, None if it is not installed."""
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # a folder of that name on the path is no package
+    if spec is None or spec.origin is None:  # without an origin it is a mere folder of that name on the path
         return None
     return importlib.import_module(name)
 
@@ -300,7 +302,7 @@ def _has(trt: Any, path: str) -> bool:
     return True
 
 
-def _describe(name: LibraryName, trt: Any) -> Library:
+def _library_of(name: Flavour, trt: Any) -> Library:
     members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     capabilities = tuple(sorted(int(key[2:]) for key in members if key.startswith("SM")))
     features = Features(

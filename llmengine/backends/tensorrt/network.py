@@ -1,4 +1,4 @@
-"""A segment's definition: layers of an `INetworkDefinition`, strongly typed."""
+"""Definitions of segments as TensorRT networks: layers of an `INetworkDefinition`, strongly typed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmengine.backends.tensorrt.library import Library, not_none
+from llmengine.backends.tensorrt.library import Library, require_result
 from llmengine.backends.tensorrt.spec import SegmentSpec, TensorSpec, WeightSpec
 
 RawArray = npt.NDArray[np.uint8]
@@ -18,13 +18,13 @@ RawArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class DefinedSegment:
-    """A network and what it points to; keep it until the plan is built.
+    """A network and the memory it points to; must live until the plan is built.
 
     Attributes:
         builder: the `Builder` that owns the network.
         network: the `INetworkDefinition`.
-        constants: output tensor name of a constant layer -> its bytes: TensorRT takes no copy of them and does not
-            give every type back.
+        constants: output tensor name of a constant layer -> its bytes. TensorRT does not copy them, and cannot return
+            them in every dtype.
     """
 
     builder: Any
@@ -35,10 +35,10 @@ class DefinedSegment:
 def define_segment(
     library: Library, builder: Any, spec: SegmentSpec, weights: Mapping[str, RawArray] | None = None
 ) -> DefinedSegment:
-    """Return the network of `spec`.
+    """The network of `spec`.
 
     Args:
-        weights: name in the plan -> bytes, for the weights of source "constant". They are not copied.
+        weights: name in the plan -> bytes, for the weights that the plan contains. They are not copied.
 
     Raises `EngineError` naming the call that TensorRT refused.
     """
@@ -81,14 +81,14 @@ def _qkv(graph: _Graph, x: Any, prefix: str) -> Any:
 
 
 def _after_attention(graph: _Graph, attended: Any, x: Any) -> Any:
-    """Return the hidden states after a layer, from its attention's output and what went into it."""
+    """Hidden states after a layer, from the output of its attention and the hidden states before it."""
     x = graph.add(x, _norm(graph, _linear(graph, attended, "o"), "attention_out_norm"))
     gate, up = graph.halves(_linear(graph, _norm(graph, x, "post_attention_norm"), "gate_up"))
     return graph.add(x, _norm(graph, _linear(graph, _gated(graph, gate, up), "down"), "mlp_out_norm"))
 
 
 def _gated(graph: _Graph, gate: Any, up: Any) -> Any:
-    """Return activation(gate) * up, computed in fp32 and rounded once."""
+    """activation(gate) * up, computed in fp32 and rounded once."""
     gate = graph.cast(gate, "float32")
     if graph.spec.numerics.activation == "silu":
         activated = graph.multiply(gate, graph.activate(gate, "SIGMOID"))
@@ -98,7 +98,7 @@ def _gated(graph: _Graph, gate: Any, up: Any) -> Any:
 
 
 def _norm(graph: _Graph, x: Any, name: str) -> Any:
-    """Return RMSNorm of the rows, computed in fp32 and rounded once; x itself where the model has no such norm."""
+    """RMSNorm of the rows, computed in fp32 and rounded once; x itself where the model has no such norm."""
     if not graph.has_weight(f"{name}.weight"):
         return x
     exact = graph.cast(x, "float32")
@@ -109,11 +109,11 @@ def _norm(graph: _Graph, x: Any, name: str) -> Any:
 
 
 def _linear(graph: _Graph, x: Any, name: str) -> Any:
-    """Return x @ weight.T + bias, accumulated in fp32; the bias is there if its weight is.
+    """x @ weight.T, accumulated in fp32, plus the bias where there is one.
 
-    Casts just around a product are how TensorRT is told its accumulator: it makes one half-precision product of them,
-    while without them it may accumulate in fp16. Whatever else stood between product and cast (bias or residual in
-    fp32, an fp32 result) would break the pattern, and the weight would be converted in each step.
+    Casts directly around the product tell TensorRT to accumulate in fp32: it turns casts and product into one
+    half-precision product. Without them it may accumulate in fp16. Anything else between product and cast (a bias or
+    residual in fp32, an fp32 result) would break the pattern, and the weight would be converted in every step.
     """
     exact = graph.matmul_transposed(graph.cast(x, "float32"), graph.cast(graph.weight(f"{name}.weight"), "float32"))
     product = graph.cast(exact, graph.spec.dtype)
@@ -122,7 +122,7 @@ def _linear(graph: _Graph, x: Any, name: str) -> Any:
 
 
 class _Graph:
-    """The layers that segments are made of. Tensors are [rows, columns] unless said otherwise.
+    """The layers that segments consist of. Tensors are [rows, columns] unless another shape is given.
 
     Attributes:
         inputs: the segment's activations by name.
@@ -146,54 +146,54 @@ class _Graph:
         self._weights = {weight.name: self._add_weight(weight, values) for weight in spec.weights}
 
     def has_weight(self, name: str) -> bool:
-        """Say whether the segment reads this weight."""
+        """Whether the segment reads this weight."""
         return name in self._weights
 
     def weight(self, name: str) -> Any:
-        """Return a weight in its `plan_shape`."""
+        """A weight in its `plan_shape`."""
         return self._weights[name]
 
     def scalar(self, value: float) -> Any:
-        """Return a constant fp32 [1, 1]."""
+        """An fp32 constant, [1, 1]."""
         return self._constant((1, 1), "float32", np.array([value], dtype=np.float32).view(np.uint8))
 
     def cast(self, x: Any, dtype: str) -> Any:
-        """Return x in another dtype."""
+        """x in another dtype."""
         wanted = self._dtypes[dtype]
         return x if x.dtype == wanted else self._layer("add_cast", x, wanted).get_output(0)
 
     def add(self, a: Any, b: Any) -> Any:
-        """Return a + b; a row or column of size 1 is repeated."""
+        """a + b; a row or column of size 1 is repeated."""
         return self._layer("add_elementwise", a, b, self._trt.ElementWiseOperation.SUM).get_output(0)
 
     def multiply(self, a: Any, b: Any) -> Any:
-        """Return a * b; a row or column of size 1 is repeated."""
+        """a * b; a row or column of size 1 is repeated."""
         return self._layer("add_elementwise", a, b, self._trt.ElementWiseOperation.PROD).get_output(0)
 
     def row_mean(self, x: Any) -> Any:
-        """Return the mean over the columns, [rows, 1]."""
+        """Mean over the columns, [rows, 1]."""
         return self._layer("add_reduce", x, self._trt.ReduceOperation.AVG, 1 << 1, True).get_output(0)
 
     def reciprocal_root(self, x: Any) -> Any:
-        """Return 1 / sqrt(x)."""
+        """1 / sqrt(x)."""
         root = self._layer("add_unary", x, self._trt.UnaryOperation.SQRT).get_output(0)
         return self._layer("add_unary", root, self._trt.UnaryOperation.RECIP).get_output(0)
 
     def activate(self, x: Any, name: str) -> Any:
-        """Return an `ActivationType` of each element."""
+        """An `ActivationType`, by name, of each element."""
         return self._layer("add_activation", x, getattr(self._trt.ActivationType, name)).get_output(0)
 
     def matmul_transposed(self, x: Any, weight: Any) -> Any:
-        """Return x @ weight.T for a weight [out, in], which is read as it lies."""
+        """x @ weight.T for a weight [out, in], which is read in its own layout."""
         operation = self._trt.MatrixOperation
         return self._layer("add_matrix_multiply", x, operation.NONE, weight, operation.TRANSPOSE).get_output(0)
 
     def gather(self, x: Any, rows: Any) -> Any:
-        """Return x[rows] for indices [num_rows]."""
+        """x[rows] for indices [num_rows]."""
         return self._layer("add_gather", x, rows, 0).get_output(0)
 
     def halves(self, x: Any) -> tuple[Any, Any]:
-        """Return the left and the right half of the columns."""
+        """The left and the right half of the columns."""
         columns = x.shape[1] // 2
         shape = self._layer("add_shape", x).get_output(0)
         num_rows = self._layer("add_slice", shape, (0,), (1,), (1,)).get_output(0)
@@ -202,17 +202,19 @@ class _Graph:
 
         def part(begin: int) -> Any:
             layer = self._layer("add_slice", x, (0, begin), (0, columns), (1, 1))
-            layer.set_input(2, size)  # the number of rows is known in each step only
+            layer.set_input(2, size)  # the number of rows is not known before a step
             return layer.get_output(0)
 
         return part(0), part(columns)
 
     def _layer(self, call: str, *arguments: Any) -> Any:
-        return not_none(getattr(self._network, call)(*arguments), f"{call} in segment {self.spec.kind!r}")
+        return require_result(getattr(self._network, call)(*arguments), f"{call} in segment {self.spec.kind!r}")
 
     def _add_input(self, spec: TensorSpec) -> Any:
         shape = tuple(dim if isinstance(dim, int) else -1 for dim in spec.shape)
-        tensor = not_none(self._network.add_input(spec.name, self._dtypes[spec.dtype], shape), f"input {spec.name}")
+        tensor = require_result(
+            self._network.add_input(spec.name, self._dtypes[spec.dtype], shape), f"input {spec.name}"
+        )
         for index, dim in enumerate(spec.shape):
             if isinstance(dim, str):
                 tensor.set_dimension_name(index, dim)
@@ -221,8 +223,13 @@ class _Graph:
     def _add_weight(self, weight: WeightSpec, values: dict[str, RawArray]) -> Any:
         if weight.source == "input":
             dtype = self._dtypes[weight.dtype]
-            return not_none(self._network.add_input(weight.name, dtype, weight.plan_shape), f"input {weight.name}")
+            return require_result(
+                self._network.add_input(weight.name, dtype, weight.plan_shape), f"input {weight.name}"
+            )
         return self._constant(weight.plan_shape, weight.dtype, values[weight.name], weight.name)
+
+    def _network_input(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        return require_result(self._network.add_input(name, self._dtypes[dtype], shape), f"input {name}")
 
     def _constant(self, shape: tuple[int, ...], dtype: str, value: RawArray, name: str = "") -> Any:
         held = self._trt.Weights(self._dtypes[dtype], value.ctypes.data, int(np.prod(shape)))

@@ -1,6 +1,6 @@
 """The plans of one model as data: where their bytes are, what they were built for and whether they were verified.
 
-Nothing here imports a TensorRT library or reads a plan before it is asked for.
+Nothing here imports a TensorRT library, and a plan's bytes are read only when they are asked for.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
+from llmengine.backends.tensorrt.library import Flavour
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
     ProfileSpec,
     SegmentSpec,
     WeightMode,
-    plans_of,
+    segments_by_plan,
     spec_from_dict,
 )
 from llmengine.checkpoints.metadata_fields import Fields
@@ -27,20 +28,17 @@ from llmengine.errors import CorruptFileError
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
-"""Which of NVIDIA's two libraries built a plan; neither runs the other's."""
-
 LIBRARY_CACHE_FILE = "library.cache"
 
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """What decides, beside the network, whether a plan can be used: library and device.
+    """Library and devices of a plan, which decide, beside the network, whether it can be used.
 
     Attributes:
-        version: of the library, as it names itself.
+        version: the library's name for its own version.
         target: compute capabilities, never empty.
-        device_name: of the GPU on which the library measured; None where building measures nothing.
+        device_name: the GPU on which the library measured; None for a library whose builds measure nothing.
     """
 
     flavour: Flavour
@@ -52,18 +50,18 @@ class Producer:
         device = "" if self.device_name is None else f" ({self.device_name})"
         return f"{self.flavour} {self.version} for {self.target}{device}"
 
-    def mismatches(self, wanted: Producer) -> list[str]:
-        """Return why plans of this producer cannot be used where `wanted` builds; empty if they can."""
-        found: list[str] = []
-        if self.flavour != wanted.flavour:
-            found.append(f"built by {self.flavour}, here is {wanted.flavour}")
-        elif self.version != wanted.version:
-            found.append(f"built by {self.flavour} {self.version}, here is {wanted.version}")
-        if not set(wanted.target.compute_capabilities) <= set(self.target.compute_capabilities):
-            found.append(f"built for {self.target}, needed is {wanted.target}")
-        elif self.flavour == wanted.flavour and self.device_name != wanted.device_name:
-            found.append(f"measured on {self.device_name!r}, here is {wanted.device_name!r}")
-        return found
+    def mismatches(self, needed: Producer) -> list[str]:
+        """Reasons why plans of this producer cannot replace those of `needed`; empty if they can."""
+        reasons: list[str] = []
+        if self.flavour != needed.flavour:
+            reasons.append(f"they were built by {self.flavour}, and {needed.flavour} is installed here")
+        elif self.version != needed.version:
+            reasons.append(f"they were built by {self.flavour} {self.version}, and {needed.version} is installed here")
+        if not set(needed.target.compute_capabilities) <= set(self.target.compute_capabilities):
+            reasons.append(f"they were built for {self.target}, not for {needed.target}")
+        elif self.flavour == needed.flavour and self.device_name != needed.device_name:
+            reasons.append(f"they were measured on {self.device_name!r}, and the GPU here is {needed.device_name!r}")
+        return reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ class Plan:
 
     Attributes:
         build_s: seconds that the build took.
-        peak_host_bytes: most memory that the building process held; None where the system does not tell.
+        peak_host_bytes: peak memory of the building process; None where the system does not report it.
     """
 
     file: SavedFile
@@ -85,20 +83,20 @@ class Plan:
         return self.file.size_bytes
 
     def read(self) -> bytes:
-        """Return the plan; raises `CorruptFileError` naming the file, what was found and what was expected."""
+        """The plan's bytes; raises `CorruptFileError` naming the file, what was found and what was expected."""
         return self.file.read()
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSet:
-    """What a runner needs to run a model's segments.
+    """The plans of a model, complete.
 
     Attributes:
         segments: in the order in which they run.
-        plans: plan name (`PlacedSegment.plan_name`) -> plan; exactly those that `segments` name. Not by fingerprint:
-            plans with constants differ although their networks are defined alike.
-        verification: what verifying the plans on a device found, JSON-ready; None: not done.
-        library_cache: what makes the next start faster and may be lost at any time: the timing cache of
+        plans: plan name (`PlacedSegment.plan_name`) -> plan, for exactly the plans of `segments`. The key is not the
+            fingerprint, because plans with constants differ although their networks are defined alike.
+        verification: `Verification.to_dict()` of these plans; None: not verified.
+        library_cache: content that makes the next start faster and may be lost at any time: the timing cache of
             `tensorrt`, the runtime cache of `tensorrt_rtx`.
     """
 
@@ -109,11 +107,12 @@ class PlanSet:
     library_cache: bytes | None = None
 
     def __post_init__(self) -> None:
-        assert set(self.plans) == set(plans_of(self.segments)), "a plan for each segment, and no other"
+        assert set(self.plans) == set(segments_by_plan(self.segments)), "a plan for each segment, and no other"
 
-    def plan_of(self, segment: PlacedSegment) -> Plan:
-        """Return the plan that runs `segment`."""
-        return self.plans[segment.plan_name]
+    @property
+    def has_constants(self) -> bool:
+        """Whether plans contain weights."""
+        return any(segment.spec.constant_weights for segment in self.segments)
 
     @property
     def size_bytes(self) -> int:
@@ -121,12 +120,12 @@ class PlanSet:
         return sum(plan.size_bytes for plan in self.plans.values())
 
     def replace(self, **changes: Any) -> PlanSet:
-        """Return a copy with `changes`, such as `verification=...`."""
+        """A copy with `changes`, such as `verification=...`."""
         return dataclasses.replace(self, **changes)
 
     def to_saved(self) -> SavedPlans:
-        """Return the form that an engine directory keeps; `SavedSet.read` reads it."""
-        specs = {name: segment.spec for name, segment in plans_of(self.segments).items()}
+        """The form that an engine directory keeps; `SavedPlanSet.read` reads it."""
+        specs = {name: segment.spec for name, segment in segments_by_plan(self.segments).items()}
         files = {plan_file(name): plan.file for name, plan in self.plans.items()}
         if self.library_cache is not None:
             files[LIBRARY_CACHE_FILE] = SavedFile.of(self.library_cache)
@@ -150,8 +149,8 @@ class PlanSet:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedSet:
-    """The plans of an engine directory; whether they fit, and whether their files are whole, is not known yet.
+class SavedPlanSet:
+    """The plans of an engine directory, not yet compared with what is needed, their files not yet checked.
 
     Attributes:
         fingerprints: plan name -> fingerprint of the network that the plan was built from.
@@ -166,16 +165,10 @@ class SavedSet:
     library_cache: SavedFile | None
 
     @classmethod
-    def read(cls, saved: SavedPlans, where: str) -> SavedSet:
-        """Return the plans that `PlanSet.to_saved` described; raises `CorruptFileError` beginning with `where`."""
+    def read(cls, saved: SavedPlans, where: str) -> SavedPlanSet:
+        """The plans that `PlanSet.to_saved` described; raises `CorruptFileError` beginning with `where`."""
         facts = Fields(saved.facts, where)
-        keys = {"flavour", "version", "compute_capabilities", "device_name", "verification", "plans"}
-        facts.require_only(keys)
-        flavour = facts.string("flavour")
-        if flavour not in get_args(Flavour):
-            raise facts.error("flavour", f"one of {', '.join(get_args(Flavour))}")
-        target = BuildTarget(facts.sizes("compute_capabilities"))
-        device_name = facts.string("device_name") if facts.has("device_name") else None
+        facts.require_only({"flavour", "version", "compute_capabilities", "device_name", "verification", "plans"})
         table = facts.fields("plans")
         if not table.values:
             raise facts.error("plans", "at least one plan")
@@ -190,7 +183,7 @@ class SavedSet:
             fingerprints[name] = entry.string("fingerprint")
             specs[name] = _read_spec(entry)
         return cls(
-            Producer(cast(Flavour, flavour), facts.string("version"), target, device_name),
+            _read_producer(facts),
             plans,
             fingerprints,
             specs,
@@ -206,26 +199,55 @@ class SavedSet:
 
     @property
     def weight_mode(self) -> WeightMode:
-        """How the plans have their weights."""
+        """Whether the plans' weights are inputs or constants."""
         return next(iter(self.specs.values())).weight_mode
 
     @property
     def dtype(self) -> ModelDType:
-        """Of activations and weights."""
+        """The dtype of activations and weights."""
         return next(iter(self.specs.values())).dtype
 
     def read_library_cache(self) -> bytes | None:
-        """Return the library's cache, None if there is none that is whole."""
+        """The library's cache, None if there is none or it is damaged."""
         try:
             return self.library_cache.read() if self.library_cache is not None else None
         except CorruptFileError as error:
-            _logger.warning("the library's cache is not used: %s", error)
+            _logger.warning("the library's cache is ignored: %s", error)
             return None
+
+    def usable_plans(self, needed: Mapping[str, PlacedSegment]) -> tuple[dict[str, Plan], list[str]]:
+        """The plans that are built from the needed networks and whole, and the reasons why others are not usable.
+
+        Args:
+            needed: plan name -> segment.
+        """
+        usable, reasons = {}, []
+        for name, segment in needed.items():
+            if name not in self.plans:
+                reasons.append(f"plan {name!r} is missing")
+            elif self.fingerprints[name] != segment.spec.fingerprint():
+                reasons.append(f"plan {name!r} was built from another network than this version of llmengine defines")
+            else:
+                try:
+                    self.plans[name].file.check()
+                    usable[name] = self.plans[name]
+                except CorruptFileError as error:
+                    reasons.append(str(error))
+        return usable, reasons
 
 
 def plan_file(name: str) -> str:
-    """Return the name of a plan's file."""
+    """File name of a plan in an engine directory."""
     return f"{name}.plan"
+
+
+def _read_producer(facts: Fields) -> Producer:
+    flavour = facts.string("flavour")
+    if flavour not in get_args(Flavour):
+        raise facts.error("flavour", f"one of {', '.join(get_args(Flavour))}")
+    device_name = facts.string("device_name") if facts.has("device_name") else None
+    target = BuildTarget(facts.sizes("compute_capabilities"))
+    return Producer(cast(Flavour, flavour), facts.string("version"), target, device_name)
 
 
 def _read_spec(entry: Fields) -> SegmentSpec:

@@ -1,12 +1,12 @@
-"""How large the rounding errors of a segment's outputs are to be expected: their variance, element by element.
+"""Expected rounding errors of a segment's outputs: their variance, element by element.
 
-Each value that a segment stores in its dtype is off by up to half a unit in the last place (ulp), which is taken as
-uniform and independent: variance ulp^2 / 12. The inputs count as rounded as well, which in a model they are: an error
-as small as theirs does no harm, wherever it comes from. To first order an output's error is a sum of such errors with
-the derivatives as weights, so the variances are carried through the formulas beside exact values. Products are summed
-in fp32, in any order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean
-square. The model is that of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error
-Analysis", SIAM J. Sci. Comput. 41 (2019), with the errors' actual sizes in place of bounds.
+Each value that a segment stores in its dtype has an error of up to half a unit in the last place (ulp), which is
+modelled as uniform and independent: variance ulp^2 / 12. The inputs count as rounded too, as they are in a model: an
+error as small as theirs does no harm, wherever it comes from. To first order an output's error is a sum of such errors
+with the derivatives as weights, so the formulas carry variances beside exact values. Products are summed in fp32, in
+any order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean square. The
+model is that of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci.
+Comput. 41 (2019), with the errors' actual sizes in place of bounds.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.reference import ROWS, activate, outputs_of
+from llmengine.backends.tensorrt.formulas import activate, segment_outputs
 from llmengine.backends.tensorrt.spec import SegmentSpec
 
 MAX_ROWS = 512
-"""Rows of activations that are computed at a time: float64 takes four times the memory of a plan's types."""
+"""Rows of activations that are computed at a time: float64 takes four times the memory of a plan's dtype."""
+
+_MATRIX_ROWS = 8192
+"""Rows of a matrix that are converted to float64 at a time."""
 
 _STEP = 1e-5
-"""Half the distance between the points that a derivative is taken from."""
+"""Half the distance between the two points of a numerical derivative."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """Values and the errors that rounding gives them.
+    """Values and the variance of their rounding errors.
 
     Attributes:
         value: float64 [rows, columns], as if nothing had been rounded.
         variance: float32 [rows, columns], of the errors that are independent of each other.
-        row_variance: float32 [rows, 1] or 0, of a relative error that a row's values have in common.
+        row_variance: float32 [rows, 1] or 0, of a relative error that all values of a row share.
     """
 
     value: Tensor
@@ -47,10 +50,10 @@ class Rounded:
         return self.variance + self.row_variance * self.value.square().float()
 
 
-def expected_rows(
+def expected_outputs(
     spec: SegmentSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[slice, dict[str, Rounded]]]:
-    """Yield some rows after the other: which ones, and the outputs by name, for a plan that rounds to `dtype`.
+    """Yield, for some rows at a time, the rows and their outputs by name, for a plan that rounds to `dtype`.
 
     Args:
         tensors: inputs, and weights by their names in the plan.
@@ -60,7 +63,7 @@ def expected_rows(
     for begin in range(0, num_rows, MAX_ROWS):
         rows = slice(begin, min(begin + MAX_ROWS, num_rows))
         part = {**tensors, **{name: tensors[name][rows] for name in names}}
-        yield rows, outputs_of(spec.kind, _Rounding(spec, part, dtype))
+        yield rows, segment_outputs(spec.kind, _Rounding(spec, part, dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class _Rounding:
         mean = squares.mean(-1, keepdim=True) + self.spec.numerics.rms_norm_eps
         factor = mean.rsqrt() * weight.double()
         variance = x.total_variance
-        # The root's error is that of the mean of the squares, and all of the row has it.
+        # The error of the root comes from the mean of the squares, so all values of the row share it.
         of_mean = 4 * (squares * variance).sum(-1, keepdim=True) / squares.shape[-1] ** 2
         row_variance = (of_mean / (4 * mean.square())).float()
         stored = self._stored(x.value * factor, factor.square().float() * variance)
@@ -99,7 +102,7 @@ class _Rounding:
         sums = x.value.shape[-1] / 6 * torch.finfo(torch.float32).eps ** 2 / 12
         spread = x.variance + sums * x.value.square().float()
         values, variances = [], []
-        for part in weight.split(ROWS):
+        for part in weight.split(_MATRIX_ROWS):
             values.append(x.value @ part.double().T)
             variances.append(spread @ part.float().square().T)
         value, variance = torch.cat(values, dim=1), torch.cat(variances, dim=1)
@@ -124,12 +127,12 @@ class _Rounding:
         return Rounded(value, variance + _ulp(value, torch.float32).square() / 12)
 
     def _stored(self, value: Tensor, variance: Tensor | float) -> Rounded:
-        """Return a value that is rounded to the plan's dtype."""
+        """A value that is rounded to the plan's dtype."""
         return Rounded(value, variance + _ulp(value, self.dtype).square() / 12)
 
 
 def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the distance of neighbours in `dtype` where the values are, float32."""
+    """Distance between neighbours in `dtype` near each value, float32."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(value.abs().clamp_min(info.smallest_normal)).exponent - 1
     return torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float32), exponent)

@@ -1,7 +1,7 @@
-"""Plans on a device: the narrow part of TensorRT's runtime interface that runs them, with every result checked.
+"""Plans on a device: TensorRT's runtime, as far as it is needed to run them, with every result checked.
 
-The protocols say which calls are made and how; a test compares them with the real libraries, and the fake that the
-other tests run on implements them. Failures become `EngineError` with the library's own messages.
+The protocols list the calls and their arguments. A test compares them with the real libraries, and the fake runtime of
+the other tests implements them. Failures become `EngineError` with the library's own messages.
 """
 
 from __future__ import annotations
@@ -14,53 +14,53 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.library import Library, accepted, not_none
+from llmengine.backends.tensorrt.library import Library, require_accepted, require_result
 from llmengine.backends.tensorrt.spec import ProfileSpec, SegmentSpec
 from llmengine.errors import EngineError, OutOfMemoryError
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
 ALIGNMENT = 256
-"""Bytes; every address that TensorRT is given is a multiple of it."""
+"""Bytes; every address that TensorRT gets is a multiple of it."""
 
 
 class TrtContext(Protocol):
-    """What is used of `IExecutionContext`."""
+    """The part of `IExecutionContext` that is used."""
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        """Return whether the profile was accepted."""
+        """Whether the profile was accepted."""
 
     def set_device_memory(self, memory: int, size: int) -> None:
         """Set the address and the bytes of scratch memory."""
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Return whether the shape was accepted."""
+        """Whether the shape was accepted."""
 
     def infer_shapes(self) -> list[str]:
-        """Return the inputs that still lack something."""
+        """Names of the inputs that still lack a shape or value."""
 
     def get_tensor_shape(self, name: str) -> Any:
-        """Return the shape of an output, -1 for what is not known."""
+        """Shape of an output, -1 for unknown sizes."""
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        """Return whether the address was accepted."""
+        """Whether the address was accepted."""
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        """Queue the plan; return whether it was queued."""
+        """Queue the plan; whether it was queued."""
 
 
 class TrtRuntimeCache(Protocol):
-    """What is used of `IRuntimeCache`."""
+    """The part of `IRuntimeCache` that is used."""
 
     def deserialize(self, blob: bytes) -> bool:
-        """Take what an earlier cache held; return whether it could be used."""
+        """Take the content of an earlier cache; whether it could be used."""
 
     def serialize(self) -> Any:
-        """Return the content as an `IHostMemory`."""
+        """The content as an `IHostMemory`."""
 
 
 class TrtRuntimeConfig(Protocol):
-    """What is used of `IRuntimeConfig`."""
+    """The part of `IRuntimeConfig` that is used."""
 
     cuda_graph_strategy: Any
     dynamic_shapes_kernel_specialization_strategy: Any
@@ -69,49 +69,49 @@ class TrtRuntimeConfig(Protocol):
         """Choose who allocates scratch memory."""
 
     def create_runtime_cache(self) -> TrtRuntimeCache | None:
-        """Return an empty cache of compiled kernels."""
+        """An empty cache of compiled kernels; None for a failure."""
 
     def set_runtime_cache(self, cache: TrtRuntimeCache) -> bool:
-        """Return whether the cache was accepted."""
+        """Whether the cache was accepted."""
 
 
 class TrtEngine(Protocol):
-    """What is used of `ICudaEngine`."""
+    """The part of `ICudaEngine` that is used."""
 
     num_io_tensors: int
     num_optimization_profiles: int
     device_memory_size_v2: int
 
     def get_tensor_name(self, index: int) -> str:
-        """Return the name of an input or output."""
+        """Name of an input or output."""
 
     def get_tensor_mode(self, name: str) -> Any:
-        """Return a `TensorIOMode`."""
+        """A `TensorIOMode`."""
 
     def get_tensor_location(self, name: str) -> Any:
-        """Return a `TensorLocation`."""
+        """A `TensorLocation`."""
 
     def get_tensor_dtype(self, name: str) -> Any:
-        """Return a `DataType`."""
+        """A `DataType`."""
 
     def get_tensor_shape(self, name: str) -> Any:
-        """Return the shape, -1 for dynamic sizes."""
+        """The shape, -1 for dynamic sizes."""
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> Sequence[Any]:
-        """Return the least, the best and the largest shape of an input."""
+        """The least, the best and the largest shape of an input."""
 
     def create_execution_context(self, strategy: Any, /) -> TrtContext | None:
-        """Return a context, None if there is none to be had; `strategy` may be an `IRuntimeConfig`."""
+        """A context, None for a failure; `strategy` may be an `IRuntimeConfig`."""
 
     def create_runtime_config(self) -> TrtRuntimeConfig | None:
-        """Return settings for contexts."""
+        """Settings for contexts; None for a failure."""
 
 
 class TrtRuntime(Protocol):
-    """What is used of `Runtime`."""
+    """The part of `Runtime` that is used."""
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> TrtEngine | None:
-        """Return the engine, None if the plan cannot be used here."""
+        """The engine, None if the plan cannot be used here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,57 +129,59 @@ class PlanRuntime:
     """The library's runtime and, where it has one, its cache of compiled kernels, which all contexts share.
 
     Args:
-        cache: what `cache_content` returned earlier; a damaged or foreign one only costs time.
+        cache: content of an earlier `cache_content`; a damaged or foreign one only costs time.
     """
 
     def __init__(self, library: Library, cache: bytes | None = None) -> None:
         self.library = library
         self._cache_content = cache
         self._cache: TrtRuntimeCache | None = None
-        with library.calls(f"{library} does not start"):
-            self._runtime: TrtRuntime = not_none(library.trt.Runtime(library.log.handle), "Runtime")
+        with library.checked_calls(f"{library} cannot start"):
+            self._runtime: TrtRuntime = require_result(library.trt.Runtime(library.log.handle), "Runtime")
 
     def load(self, name: str, content: bytes, spec: SegmentSpec) -> LoadedPlan:
-        """Return the plan, ready for contexts; takes device memory for its constants.
+        """The plan, ready for contexts; takes device memory for its constants.
 
         Raises `EngineError` if it cannot be used on this device, or is not a plan of `spec`.
         """
-        with self.library.calls(f"plan {name!r} does not load"):
-            engine: TrtEngine = not_none(self._runtime.deserialize_cuda_engine(content), "deserialize_cuda_engine")
+        with self.library.checked_calls(f"plan {name!r} cannot be loaded"):
+            engine: TrtEngine = require_result(
+                self._runtime.deserialize_cuda_engine(content), "deserialize_cuda_engine"
+            )
         return LoadedPlan(self, name, engine, spec)
 
     def cache_content(self) -> bytes | None:
-        """Return the compiled kernels of all contexts so far, for the next start; None where nothing is compiled."""
+        """The compiled kernels of all contexts so far, for the next start; None for a library that compiles none."""
         if self._cache is None:
             return None
-        with self.library.calls("the runtime cache cannot be saved"):
-            return bytes(not_none(self._cache.serialize(), "serialize"))
+        with self.library.checked_calls("the runtime cache cannot be saved"):
+            return bytes(require_result(self._cache.serialize(), "serialize"))
 
-    def context_setting(self, engine: TrtEngine) -> Any:
-        """Return what contexts of `engine` are created with: their scratch memory is ours."""
+    def context_settings(self, engine: TrtEngine) -> Any:
+        """The argument with which contexts of `engine` are created: their scratch memory is ours."""
         trt = self.library.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.library.features.runtime_cache:
             return strategy
-        config: TrtRuntimeConfig = not_none(engine.create_runtime_config(), "create_runtime_config")
+        config: TrtRuntimeConfig = require_result(engine.create_runtime_config(), "create_runtime_config")
         config.set_execution_context_allocation_strategy(strategy)
         if self.library.features.cuda_graph_strategy:
-            # Ours hold whole steps.
+            # The backend captures whole steps in graphs of its own.
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        # A kernel that is replaced later, by one compiled in the background, would stay in a captured graph.
+        # A generic kernel that is replaced later, by one compiled in the background, would stay in a captured graph.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         if self._cache is None:
             self._cache = self._new_cache(config)
-        accepted(config.set_runtime_cache(self._cache), "set_runtime_cache")
+        require_accepted(config.set_runtime_cache(self._cache), "set_runtime_cache")
         return config
 
     def _new_cache(self, config: TrtRuntimeConfig) -> TrtRuntimeCache:
-        cache: TrtRuntimeCache = not_none(config.create_runtime_cache(), "create_runtime_cache")
+        cache: TrtRuntimeCache = require_result(config.create_runtime_cache(), "create_runtime_cache")
         if self._cache_content is not None:
             with self.library.log.capture(pass_on=False) as messages:
-                is_ours = cache.deserialize(self._cache_content)
-            if messages or not is_ours:
-                _logger.info("the kept kernels are of another library or device; they are compiled again")
+                is_usable = cache.deserialize(self._cache_content)
+            if messages or not is_usable:
+                _logger.info("the cached kernels belong to another library or device and are compiled again")
         return cache
 
 
@@ -187,30 +189,30 @@ class LoadedPlan:
     """A deserialized plan whose inputs, outputs and profiles are those of `spec`.
 
     Attributes:
-        memory_bytes: scratch memory that an execution needs, whatever the sizes.
+        memory_bytes: scratch memory of an execution, for any sizes.
     """
 
     def __init__(self, runtime: PlanRuntime, name: str, engine: TrtEngine, spec: SegmentSpec) -> None:
         self.runtime, self.name, self.spec = runtime, name, spec
         self._engine = engine
-        with runtime.library.calls(f"plan {name!r} is not what it should be"):
+        with runtime.library.checked_calls(f"plan {name!r} does not match its description"):
             _check_interface(runtime.library.trt, engine, spec)
             self.memory_bytes = int(engine.device_memory_size_v2)
-            self._setting = runtime.context_setting(engine)
+            self._settings = runtime.context_settings(engine)
 
     def context(self, sizes: Sizes, memory: Tensor, stream: int) -> PlanContext:
-        """Return a context for these sizes only; costs host memory and, the first time, perhaps compilation.
+        """A context for these sizes only; takes host memory and, the first time, perhaps compilation.
 
         Args:
-            memory: uint8 [at least memory_bytes] on the device; may be shared with all that run in the same stream.
+            memory: uint8 [at least memory_bytes] on the device; plans that run in the same stream may share it.
             stream: handle of the stream that the context will run in.
         """
-        return PlanContext(self, self._engine, self._setting, sizes, memory, stream)
+        return PlanContext(self, self._engine, self._settings, sizes, memory, stream)
 
     def profile_for(self, sizes: Sizes) -> int:
-        """Return the index of the first profile that takes `sizes`; raises `EngineError` if none does."""
+        """Index of the first profile that accepts `sizes`; raises `EngineError` if none does."""
         for index, profile in enumerate(self.spec.profiles):
-            if _holds(profile, sizes):
+            if profile.accepts(sizes.tokens, sizes.samples):
                 return index
         listed = "; ".join(
             f"{profile.name}: T to {profile.tokens.max}, S to {profile.samples.max}" for profile in self.spec.profiles
@@ -219,70 +221,70 @@ class LoadedPlan:
 
 
 class PlanContext:
-    """A plan at one size of its dynamic dimensions; runs in one stream and is used by one thread at a time.
+    """A plan at fixed sizes of its dynamic dimensions; runs in one stream, used by one thread at a time.
 
-    Its shapes never change, since NVIDIA leaves open what becomes of a CUDA graph when the context that it was
-    captured from does. Addresses may: an execution takes them by value, and so does a graph.
+    Its shapes never change, because NVIDIA does not specify what a change does to CUDA graphs that were captured from
+    the context. Addresses may change: an execution takes them by value, and so does a graph.
     """
 
     def __init__(
-        self, plan: LoadedPlan, engine: TrtEngine, setting: Any, sizes: Sizes, memory: Tensor, stream: int
+        self, plan: LoadedPlan, engine: TrtEngine, settings: Any, sizes: Sizes, memory: Tensor, stream: int
     ) -> None:
         assert memory.data_ptr() % ALIGNMENT == 0 or memory.device.type == "cpu", "torch aligns to 512"
         self._library = plan.runtime.library
         self._what = f"plan {plan.name!r} at {sizes}"
         self._memory = memory  # keeps it alive
-        with self._library.calls(f"{self._what} cannot be prepared"):
-            context: TrtContext = not_none(engine.create_execution_context(setting), "create_execution_context")
+        with self._library.checked_calls(f"{self._what} cannot be prepared"):
+            context: TrtContext = require_result(engine.create_execution_context(settings), "create_execution_context")
             profile = plan.profile_for(sizes)
-            accepted(context.set_optimization_profile_async(profile, stream), f"optimization profile {profile}")
+            require_accepted(context.set_optimization_profile_async(profile, stream), f"optimization profile {profile}")
             _check_memory(plan, memory)
             context.set_device_memory(memory.data_ptr(), memory.nbytes)
             _set_shapes(context, plan.spec, sizes)
         self._context = context
 
     def run(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Queue the plan in `stream`; the tensors must stay until it has run.
+        """Queue the plan in `stream`; the tensors must stay alive until it has run.
 
         Args:
-            addresses: of every input and output, weights among them.
+            addresses: of every input and output, including weights that are inputs.
         """
         context = self._context
-        with self._library.calls(f"{self._what} cannot run"):
+        with self._library.checked_calls(f"{self._what} cannot run"):
             for name, address in addresses.items():
-                accepted(context.set_tensor_address(name, address), f"the address {address:#x} of {name!r}")
-            accepted(context.execute_async_v3(stream), "execute_async_v3")
+                require_accepted(context.set_tensor_address(name, address), f"the address {address:#x} of {name!r}")
+            require_accepted(context.execute_async_v3(stream), "execute_async_v3")
 
 
 def scratch_memory(plans: Sequence[LoadedPlan], device: torch.device) -> Tensor:
-    """Return uint8 device memory that is enough for each plan; raises `OutOfMemoryError`."""
+    """Uint8 device memory that is enough for each of the plans; raises `OutOfMemoryError`."""
     size_bytes = max(ALIGNMENT, *(plan.memory_bytes for plan in plans))
     try:
         return torch.empty(size_bytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as failure:
         raise OutOfMemoryError(
-            f"TensorRT's scratch memory: {size_bytes / 2**20:.0f} MiB do not fit on {device}; lower "
+            f"TensorRT's scratch memory of {size_bytes / 2**20:.0f} MiB does not fit on {device}; lower "
             "scheduler_config.max_tokens_per_step"
         ) from failure
 
 
 def current_stream(device: torch.device) -> int:
-    """Return the handle of torch's current stream; 0 on a CPU."""
+    """Handle of torch's current stream; 0 on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _check_memory(plan: LoadedPlan, memory: Tensor) -> None:
     if memory.nbytes < plan.memory_bytes:
-        raise EngineError(f"{memory.nbytes} bytes of scratch memory are fewer than the {plan.memory_bytes} it needs")
+        raise EngineError(f"it needs {plan.memory_bytes} bytes of scratch memory, not {memory.nbytes}")
 
 
 def _set_shapes(context: TrtContext, spec: SegmentSpec, sizes: Sizes) -> None:
     for tensor in spec.inputs:
         shape = tensor.resolve(T=sizes.tokens, S=sizes.samples)
-        accepted(context.set_input_shape(tensor.name, shape), f"the shape {shape} of {tensor.name!r}")
+        require_accepted(context.set_input_shape(tensor.name, shape), f"the shape {shape} of {tensor.name!r}")
     missing = context.infer_shapes()
     if missing:
-        raise EngineError(f"shapes are missing of {', '.join(missing)}")
+        raise EngineError(f"the shapes of {', '.join(missing)} are missing")
     for tensor in spec.outputs:
         expected, found = tensor.resolve(T=sizes.tokens, S=sizes.samples), tuple(context.get_tensor_shape(tensor.name))
         if found != expected:
@@ -309,24 +311,21 @@ def _check_interface(trt: Any, engine: TrtEngine, spec: SegmentSpec) -> None:
             raise EngineError(f"{name!r} is not in device memory")
     for name in expected | found:
         if expected.get(name) != found.get(name):
-            raise EngineError(f"{name!r} is {_described(found.get(name))}, expected {_described(expected.get(name))}")
+            raise EngineError(
+                f"{name!r} is {_tensor_text(found.get(name))}, expected {_tensor_text(expected.get(name))}"
+            )
     if engine.num_optimization_profiles != len(spec.profiles):
-        raise EngineError(f"{engine.num_optimization_profiles} profiles, expected {len(spec.profiles)}")
+        raise EngineError(f"it has {engine.num_optimization_profiles} profiles, expected {len(spec.profiles)}")
     for index, profile in enumerate(spec.profiles):
         _check_profile(engine, spec, index, profile)
 
 
 def _check_profile(engine: TrtEngine, spec: SegmentSpec, index: int, profile: ProfileSpec) -> None:
-    tokens, samples = profile.tokens, profile.samples
     for tensor in spec.inputs:
-        wanted = [
-            tensor.resolve(T=tokens.min, S=samples.min),
-            tensor.resolve(T=tokens.opt, S=samples.opt),
-            tensor.resolve(T=tokens.max, S=samples.max),
-        ]
+        expected = [*profile.shapes_of(tensor)]
         shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape(tensor.name, index)]
-        if shapes != wanted:
-            raise EngineError(f"profile {profile.name!r} of {tensor.name!r} is {shapes}, expected {wanted}")
+        if shapes != expected:
+            raise EngineError(f"profile {profile.name!r} of {tensor.name!r} is {shapes}, expected {expected}")
 
 
 def _dtype_names(trt: Any) -> dict[Any, str]:
@@ -338,13 +337,8 @@ def _dtype_names(trt: Any) -> dict[Any, str]:
     }
 
 
-def _described(interface: tuple[Any, str, tuple[int, ...]] | None) -> str:
+def _tensor_text(interface: tuple[Any, str, tuple[int, ...]] | None) -> str:
     if interface is None:
         return "absent"
     mode, dtype, shape = interface
     return f"{getattr(mode, 'name', mode)} {dtype} {list(shape)}"
-
-
-def _holds(profile: ProfileSpec, sizes: Sizes) -> bool:
-    tokens, samples = profile.tokens, profile.samples
-    return tokens.min <= sizes.tokens <= tokens.max and samples.min <= sizes.samples <= samples.max

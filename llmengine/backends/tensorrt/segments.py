@@ -4,9 +4,9 @@
 
     x ─▶ first ─▶ qkv ─▶ attention 0 ─▶ attended ─▶ mid 0 ─▶ x', qkv ─▶ attention 1 ─▶ ... ─▶ last ─▶ logits
 
-Everything has a fixed address: two hidden states in turn (a plan's inputs and outputs must not overlap), one qkv, the
-weights where the torch backend keeps them, so that they are in memory once. A context exists for each plan and bucket
-and serves all layers: before each layer it is given that layer's addresses.
+Everything has a fixed address: two hidden states in turn, because a plan's inputs and outputs must not overlap; one
+qkv; the weights where the torch backend keeps them, so they are in memory once. A context exists for each plan and
+bucket and serves all layers: before each layer it gets that layer's addresses.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from llmengine.backends.tensorrt.runtime import (
     current_stream,
     scratch_memory,
 )
-from llmengine.backends.tensorrt.spec import PlacedSegment, plans_of
+from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan
 from llmengine.errors import EngineError
 
 
 def load_plans(runtime: PlanRuntime, plan_set: PlanSet) -> dict[str, LoadedPlan]:
-    """Return every plan, by its name; raises `EngineError` for one that cannot be used on this device."""
+    """Every plan by its name; raises `EngineError` for a plan that cannot be used on this device."""
     return {
         name: runtime.load(name, plan_set.plans[name].read(), segment.spec)
-        for name, segment in plans_of(plan_set.segments).items()
+        for name, segment in segments_by_plan(plan_set.segments).items()
     }
 
 
 class TensorRtSegments:
     """`models.decoder.Segments`.
 
-    Several threads may use it, in one stream. The first call with a size makes contexts; after that nothing allocates
-    or looks at a value, so that a CUDA graph can hold it.
+    Several threads may use it, in one stream. The first call with a size creates contexts; later calls allocate nothing
+    and read no values on the host, so a CUDA graph can hold them.
 
     Args:
         segments: in the order in which they run.
-        plans: by plan name. They share one block of scratch memory, since they run one after the other.
+        plans: by plan name. They share one block of scratch memory, because they run one after the other.
 
-    Raises `EngineError` for plans that do not take the largest step, or other weights than the model has.
+    Raises `EngineError` for plans that cannot run the largest step, or whose weight inputs differ from the model's.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TensorRtSegments:
         segment = self._segments[index]
         addresses = {**self._weight_addresses[index], **{name: _address(t) for name, t in tensors.items()}}
         stream = current_stream(self._device)
-        # A context takes its addresses and is queued in one go; so are the plan's kernels, which share the scratch.
+        # Setting addresses and queueing belong together, and plans that share scratch memory must not interleave.
         with self._lock:
             key = (segment.plan_name, sizes)
             if key not in self._contexts:
@@ -113,7 +113,7 @@ class TensorRtSegments:
 
 
 def _weight_addresses(segment: PlacedSegment, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return name in the plan -> address, of the weights that the plan takes as inputs."""
+    """Name in the plan -> address, of the weights that are inputs of the plan."""
     addresses = {}
     for weight in segment.spec.weight_inputs:
         name = weight.canonical(segment.layer)
@@ -121,7 +121,7 @@ def _weight_addresses(segment: PlacedSegment, tensors: Mapping[str, Tensor]) -> 
         found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if found != (weight.dtype, weight.shape):
             raise EngineError(
-                f"weight {name!r} is {found[0]} {list(found[1])}, plan {segment.plan_name!r} takes {weight.dtype} "
+                f"weight {name!r} is {found[0]} {list(found[1])}, but plan {segment.plan_name!r} takes {weight.dtype} "
                 f"{list(weight.shape)}"
             )
         addresses[weight.name] = _address(tensor)

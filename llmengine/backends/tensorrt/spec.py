@@ -1,6 +1,6 @@
-"""What a TensorRT plan computes, as data: segments, their tensors and weights, profiles and targets.
+"""What TensorRT plans compute, as data: segments, their tensors and weights, profiles and targets.
 
-A model is cut at its attentions; what lies between two of them is one segment::
+A model is cut at its attentions. The compute between two of them is one segment::
 
     begin_step: x = embedding rows            (ours)
     first                       x                       -> qkv
@@ -11,8 +11,8 @@ A model is cut at its attentions; what lies between two of them is one segment::
       attention L-1
     last    of layer L-1        attended, x, sample_tokens -> logits      rows are gathered first
 
-Nothing here imports a TensorRT library. Specs of equal `fingerprint()` define the same network; with weights as inputs
-that holds for the `mid` of all layers, which are then one plan.
+Nothing here imports a TensorRT library. Specs with equal `fingerprint()` define the same network. With weights as
+inputs the `mid` segments of all layers have the same spec, so one plan runs them all.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ WeightMode = Literal["inputs", "constants"]
 WeightSource = Literal["input", "constant"]
 Quantization = Literal["none"]
 Dim = int | Literal["T", "S"]
-"""A size, or the name of one that changes from step to step: T tokens, S sampled rows."""
+"""A size, or the name of a size that changes from step to step: T tokens, S sampled rows."""
 
 NETWORK_VERSION = 1
-"""Part of every fingerprint; raised when the same spec is defined as another network."""
+"""Part of every fingerprint; to be raised when the same spec gives another network than before."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
@@ -57,7 +57,7 @@ class TensorSpec:
     shape: tuple[Dim, ...]
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
-        """Return the shape with `sizes` (T=, S=) in place of the names."""
+        """The shape with `sizes` (T=, S=) in place of the names."""
         return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.shape)
 
 
@@ -66,12 +66,12 @@ class WeightSpec:
     """One weight that a segment reads, in the layout of `canonical_shapes` ([out, in], row-major).
 
     Attributes:
-        name: in the plan; the canonical name less its layer ("o.weight", "next.qkv.weight", "lm_head.weight").
-        role: canonical name less "layers.{i}." ("qkv.weight"), or the whole one of a weight outside the layers.
-        layer_offset: added to the segment's layer for the weight's own; None for a weight outside the layers.
-        dtype: as stored and as the plan takes it.
+        name: in the plan; the canonical name without its layer ("o.weight", "next.qkv.weight", "lm_head.weight").
+        role: canonical name without "layers.{i}." ("qkv.weight"); the whole name of a weight outside the layers.
+        layer_offset: the weight's layer minus the segment's; None for a weight outside the layers.
+        dtype: both on the device and in the plan.
         shape: as in `canonical_shapes`.
-        source: network input, or constant in the plan.
+        source: input of the network, or constant in the plan.
     """
 
     name: str
@@ -82,12 +82,12 @@ class WeightSpec:
     source: WeightSource
 
     def canonical(self, layer: int) -> str:
-        """Return the canonical weight's name for a segment placed at `layer`."""
+        """The weight's canonical name for a segment placed at `layer`."""
         return self.role if self.layer_offset is None else f"layers.{layer + self.layer_offset}.{self.role}"
 
     @property
     def plan_shape(self) -> tuple[int, ...]:
-        """The shape in the plan: that of a vector is [1, size], which saves a kernel; its bytes are the same."""
+        """The shape in the plan. A vector is [1, size] there, which saves a kernel; its bytes are the same."""
         return self.shape if len(self.shape) == 2 else (1, *self.shape)
 
     @property
@@ -101,7 +101,7 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A dynamic dimension in a profile: TensorRT tunes for `opt` and accepts `min` to `max`, all inclusive."""
+    """Sizes of a dynamic dimension in a profile: TensorRT tunes for `opt` and accepts `min` to `max`, inclusive."""
 
     min: int
     opt: int
@@ -110,7 +110,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class ProfileSpec:
-    """One optimisation profile; its place in `SegmentSpec.profiles` is its index in the plan.
+    """One optimisation profile; its index in `SegmentSpec.profiles` is its index in the plan.
 
     Attributes:
         tokens: range of T.
@@ -121,16 +121,25 @@ class ProfileSpec:
     tokens: Range
     samples: Range
 
-    def range_of(self, dim: Literal["T", "S"]) -> Range:
-        """Return the range of a named dimension."""
-        return self.tokens if dim == "T" else self.samples
+    def shapes_of(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The least, the best and the largest shape of a tensor."""
+        tokens, samples = self.tokens, self.samples
+        return (
+            tensor.resolve(T=tokens.min, S=samples.min),
+            tensor.resolve(T=tokens.opt, S=samples.opt),
+            tensor.resolve(T=tokens.max, S=samples.max),
+        )
+
+    def accepts(self, tokens: int, samples: int) -> bool:
+        """Whether an execution with these sizes can use the profile."""
+        return self.tokens.min <= tokens <= self.tokens.max and self.samples.min <= samples <= self.samples.max
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What the formulas of a segment depend on beside shapes; see `ModelArch`.
+    """What the formulas of a segment depend on besides shapes; see `ModelArch`.
 
-    A norm or a bias is part of the segment exactly if its weight is.
+    A segment has a norm or a bias if it has its weight.
 
     Attributes:
         activation: of the gate; "none" in a segment without an MLP.
@@ -146,13 +155,13 @@ class Numerics:
 
 @dataclass(frozen=True, slots=True)
 class SegmentSpec:
-    """One network: everything that its plan depends on, save the values of constant weights and the target.
+    """One network: everything that its plan depends on, except the values of constant weights and the target.
 
     Attributes:
-        dtype: of activations, weights and residual (norms' weights may be fp32); norms compute in fp32, logits are
+        dtype: of activations, weights and residual. Norms compute in fp32, and their weights may be fp32. Logits are
             fp32.
         weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan.
-        inputs: activations only, in binding order; the weights of source "input" follow them in the network.
+        inputs: activations only, in binding order; weights that are inputs follow them in the network.
         weights: in canonical order.
         quantization: of the matrices; only "none" so far.
     """
@@ -169,29 +178,34 @@ class SegmentSpec:
 
     @property
     def weight_inputs(self) -> tuple[WeightSpec, ...]:
-        """The weights that are bound as network inputs."""
+        """The weights that are bound as inputs of the network."""
         return tuple(weight for weight in self.weights if weight.source == "input")
 
+    @property
+    def constant_weights(self) -> tuple[WeightSpec, ...]:
+        """The weights that the plan contains."""
+        return tuple(weight for weight in self.weights if weight.source == "constant")
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form that `spec_from_dict` reads back equal."""
+        """A JSON-ready form, from which `spec_from_dict` makes an equal spec."""
         return dataclasses.asdict(self)
 
     def fingerprint(self) -> str:
-        """Return the sha256 (hex) of the network's canonical JSON; the same on every machine and Python."""
+        """The sha256 (hex) of the spec's canonical JSON; the same on every machine and Python."""
         content = {"network_version": NETWORK_VERSION, **self.to_dict()}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> SegmentSpec:
-    """Return the spec that `SegmentSpec.to_dict` gave, also after a way through JSON.
+    """The spec whose `to_dict` gave `values`, which may have been written as JSON and read back.
 
     Raises `CorruptFileError` for anything else.
     """
     plain = json.loads(json.dumps(values))
-    spec = _read_spec(Fields(plain, "not a segment's description"))
+    spec = _read_spec(Fields(plain, "invalid segment description"))
     if json.loads(json.dumps(spec.to_dict())) != plain:
-        raise CorruptFileError("not a segment's description: unknown keys or values")
+        raise CorruptFileError("invalid segment description: unknown keys or values")
     return spec
 
 
@@ -258,7 +272,7 @@ class PlacedSegment:
     """A segment at its place in the model.
 
     Attributes:
-        layer: whose attention comes before it (`mid`, `last`); 0 for `first`.
+        layer: the layer whose attention comes before the segment (`mid`, `last`); 0 for `first`.
     """
 
     spec: SegmentSpec
@@ -266,21 +280,21 @@ class PlacedSegment:
 
     @property
     def plan_name(self) -> str:
-        """Name of the plan that runs it, unique in a model: "first", "mid", "last"; "mid.7" if it holds constants."""
+        """Name of its plan, unique in a model: "first", "mid", "last"; "mid.7" if the plan contains weights."""
         own_plan = self.spec.kind == "mid" and self.spec.weight_mode == "constants"
         return f"mid.{self.layer}" if own_plan else self.spec.kind
 
     def weight_names(self) -> dict[str, str]:
-        """Return the name in the plan -> canonical name, of every weight."""
+        """Name in the plan -> canonical name, of every weight."""
         return {weight.name: weight.canonical(self.layer) for weight in self.spec.weights}
 
 
 @dataclass(frozen=True, slots=True)
 class BuildTarget:
-    """What a plan is built for.
+    """The GPUs that a plan is built for.
 
     Attributes:
-        compute_capabilities: e.g. (80, 89) for SM 8.0 and 8.9; empty for the device of the building process.
+        compute_capabilities: (80, 89) for SM 8.0 and 8.9; empty for the device of the building process.
     """
 
     compute_capabilities: tuple[int, ...] = ()
@@ -290,9 +304,9 @@ class BuildTarget:
 
 
 def make_profiles(max_batch_size: int, max_tokens_per_step: int) -> tuple[ProfileSpec, ...]:
-    """Return the decode profile (T to `max_batch_size`) and the prefill profile (T to `max_tokens_per_step`).
+    """The decode profile (T up to `max_batch_size`) and the prefill profile (T up to `max_tokens_per_step`).
 
-    Both begin at T = S = 1, so that the prefill profile takes any step; S never exceeds the requests in a batch.
+    Both begin at T = S = 1, so the prefill profile accepts any step. S never exceeds the requests in a batch.
     """
     samples = Range(1, max_batch_size, max_batch_size)
     most = max(max_batch_size, max_tokens_per_step)
@@ -309,15 +323,15 @@ def segments_of(
     weight_mode: WeightMode = "inputs",
     quantization: Quantization = "none",
 ) -> list[PlacedSegment]:
-    """Return the segments of a model in the order in which they run: first, mid 0 .. mid L-2, last."""
+    """The segments of a model in the order in which they run: first, mid 0 .. mid L-2, last."""
     last = arch.num_layers - 1
-    make = _Maker(arch, dtype, tuple(profiles), weight_mode, quantization)
-    mid = [PlacedSegment(make.mid(), layer) for layer in range(last)]
-    return [PlacedSegment(make.first(), 0), *mid, PlacedSegment(make.last(), last)]
+    specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, quantization)
+    mid = [PlacedSegment(specs.mid(), layer) for layer in range(last)]
+    return [PlacedSegment(specs.first(), 0), *mid, PlacedSegment(specs.last(), last)]
 
 
-def plans_of(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
-    """Return plan name -> the first segment that the plan runs: what has to be built for a model."""
+def segments_by_plan(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
+    """Plan name -> the first segment that the plan runs: everything that has to be built for a model."""
     plans: dict[str, PlacedSegment] = {}
     for segment in segments:
         plans.setdefault(segment.plan_name, segment)
@@ -325,7 +339,9 @@ def plans_of(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Maker:
+class _ModelSpecs:
+    """The specs of one model's segments."""
+
     arch: ModelArch
     dtype: ModelDType
     profiles: tuple[ProfileSpec, ...]
@@ -397,7 +413,7 @@ class _Maker:
         return self._layer_weights(0, "", ("o.", "gate_up.", "down.", *norms))
 
     def _layer_weights(self, offset: int, prefix: str, parts: tuple[str, ...]) -> tuple[WeightSpec, ...]:
-        """Return the specs of one layer's canonical weights that begin with one of `parts`."""
+        """The specs of one layer's canonical weights that begin with one of `parts`."""
         layer = {
             name.removeprefix("layers.0."): shape
             for name, shape in canonical_shapes(self.arch).items()

@@ -1,9 +1,9 @@
-"""Verification: each plan against torch on the device that it will run on, before it is trusted.
+"""Verification: each plan is compared with torch, on the device that will run it, before it is trusted.
 
 A plan's outputs for random input are compared with the same formulas in float64. Each element's error is divided by
-the size that rounding is expected to give it there (`rounding.py`), and what is left has limits that hold for every
-shape (`criterion.py`). So a plan may round elsewhere, or not at all, and sum in another order, but not be wrong
-anywhere, nor accumulate many products in fewer bits.
+the size that rounding is expected to give it there (`rounding.py`), and the quotients have limits that hold for every
+shape (`criterion.py`). So a plan may round in other places, or not at all, and sum in another order. It must not be
+wrong anywhere, and must not sum many products in fewer bits.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.tensorrt import criterion
-from llmengine.backends.tensorrt.rounding import expected_rows
+from llmengine.backends.tensorrt.rounding import expected_outputs
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
-from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, plans_of
+from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, segments_by_plan
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.errors import CorruptFileError
 
@@ -30,7 +30,7 @@ _SENTINEL = 7.0
 _ERRORS = ("rms_error", "column_error", "max_error")
 _LIMITS = ("rms_limit", "column_limit", "max_limit")
 _OUTLIER_ROWS = 4
-"""Every so many rows of the hidden state have an outlier, as those of real models do."""
+"""Every so many rows the hidden state has an outlier, like the hidden states of real models."""
 _NORMS_OF_X = ("input_norm.weight", "post_attention_norm.weight")
 _OUTLIER = 1000.0
 """Its square is beyond float16's range."""
@@ -38,15 +38,16 @@ _OUTLIER = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class SegmentCheck:
-    """How one output of a plan compared, at the sizes where it came closest to a limit.
+    """The errors of one output of a plan, at the sizes where they come closest to a limit.
 
-    Errors are in units of what rounding is expected to give each element, 1 on average; see `criterion`.
+    Errors are in units of the rounding error that is expected of each element, 1 on average; see `criterion`.
 
     Attributes:
         rms_error: root mean square over all elements.
         column_error: the largest root mean square over the rows of one column.
-        max_error: the largest of one element.
-        finite: every element was written, with a finite value, and nothing beyond; if not, the errors are infinite.
+        max_error: the largest error of one element.
+        finite: the plan wrote every element, each with a finite value, and nothing beyond them; otherwise the errors
+            are infinite.
     """
 
     plan: str
@@ -63,7 +64,7 @@ class SegmentCheck:
 
     @property
     def ratio(self) -> float:
-        """The largest share of a limit that is used; above 1 the check has failed."""
+        """The largest of the errors divided by its limit; above 1 the check has failed."""
         if not self.finite:
             return math.inf
         return max(
@@ -73,7 +74,7 @@ class SegmentCheck:
     def __str__(self) -> str:
         where = f"{self.plan}: {self.output} at T={self.tokens}, S={self.samples}"
         if not self.finite:
-            return f"{where} is not finite"
+            return f"{where} is not finite, or not within its output"
         return (
             f"{where}: in units of the expected rounding, rms error {self.rms_error:.3g} (limit {self.rms_limit:.3g}), "
             f"worst column {self.column_error:.3g} (limit {self.column_limit:.3g}), "
@@ -83,16 +84,16 @@ class SegmentCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What verifying a model's plans on a device found.
+    """The findings about a model's plans on a device.
 
     Attributes:
-        library: name and version of what ran the plans.
+        library: name and version of the library that ran the plans.
         device: name of the GPU.
         date: UTC, ISO 8601.
-        checks: the worst of each output of each plan.
-        step_us: tokens -> microseconds that the dense part of a step of decodes took (TensorRT's, torch's); empty
-            where it was not measured.
-        criterion: version of what decided; see `criterion.VERSION`.
+        checks: the worst check of each output of each plan.
+        step_us: tokens -> microseconds of the dense part of a decode step (with TensorRT, with torch); empty if it was
+            not measured.
+        criterion: the `criterion.VERSION` that decided.
     """
 
     library: str
@@ -108,7 +109,7 @@ class Verification:
         return sorted((check for check in self.checks if not check.ratio <= 1.0), key=lambda check: -check.ratio)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form that `from_dict` reads back equal."""
+        """A JSON-ready form, from which `from_dict` makes an equal verification."""
         values = dataclasses.asdict(self)
         for check in values["checks"]:
             if not check["finite"]:
@@ -119,7 +120,10 @@ class Verification:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Verification | None:
-        """Return what `to_dict` gave, None for anything else or of another criterion: then it has to be done again."""
+        """The verification whose `to_dict` gave `values`; None for anything else, and for another criterion.
+
+        After None the plans have to be verified again.
+        """
         fields = Fields(values, "verification")
         try:
             fields.require_only({item.name for item in dataclasses.fields(cls)})
@@ -138,7 +142,7 @@ class Verification:
             return None
 
     def holds_for(self, library: str, device: torch.device) -> bool:
-        """Say whether it was made with this library, on such a GPU."""
+        """Whether it was made with this library, on a GPU of this name."""
         return (self.library, self.device) == (library, device_name(device))
 
 
@@ -150,20 +154,20 @@ def verify_plans(
 ) -> Verification:
     """Run every plan at the edges of its profiles and compare it with torch.
 
-    Takes device memory for one layer's weights, the LM head's, and activations of the largest step, those of some
-    hundred rows in float64 among them; gives it back.
+    Takes device memory for the weights of one layer and the LM head, and for activations of the largest step, some
+    hundred rows of them in float64, and releases it.
 
     Args:
-        weights: canonical weights on the device, needed for plans that hold some. None: random ones.
+        weights: canonical weights on the device, required for plans that contain weights. None: random weights.
 
-    Raises `EngineError` if a plan cannot run. One that computes something else raises nothing: see `failures`.
+    Raises `EngineError` if a plan cannot run. For a plan with wrong results see `Verification.failures`.
     """
     memory = scratch_memory(list(plans.values()), device)
     checks: list[SegmentCheck] = []
-    for name, segment in plans_of(segments).items():
-        values = _weights(segment, weights, device)
+    for name, segment in segments_by_plan(segments).items():
+        values = _segment_weights(segment, weights, device)
         worst: dict[str, SegmentCheck] = {}
-        for sizes in cases_of(segment.spec):
+        for sizes in checked_sizes(segment.spec):
             for check in _check(plans[name], values, sizes, memory):
                 worst[check.output] = max(worst.get(check.output, check), check, key=lambda one: one.ratio)
         checks += worst.values()
@@ -172,8 +176,8 @@ def verify_plans(
     return Verification(library, device_name(device), date, tuple(checks))
 
 
-def cases_of(spec: SegmentSpec) -> Iterator[Sizes]:
-    """Yield the least, a middle and the largest size for which each profile is used."""
+def checked_sizes(spec: SegmentSpec) -> Iterator[Sizes]:
+    """Yield the least, a middle and the largest sizes for which each profile is used."""
     least = 1
     for profile in spec.profiles:
         tokens, samples = profile.tokens, profile.samples
@@ -204,7 +208,7 @@ def _read_check(fields: Fields) -> SegmentCheck:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name."""
+    """Name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
@@ -218,35 +222,40 @@ def _check(plan: LoadedPlan, weights: Mapping[str, Tensor], sizes: Sizes, memory
         name: tensor.data_ptr() for name, tensor in {**tensors, **outputs}.items() if name in {*bound, *outputs}
     }
     stream = current_stream(memory.device)
-    memory.fill_(0xFF)  # NaN in every type: what is read there before it is written shows
+    memory.fill_(0xFF)  # NaN in every dtype: a read before a write shows
     plan.context(sizes, memory, stream).run(addresses, stream)
     for name, errors in scaled_errors(spec, tensors, outputs).items():
         intact = bool((outputs[name][-1] == _SENTINEL).all())
-        yield compare(plan.name, name, sizes, errors, intact)
+        yield check_errors(plan.name, name, sizes, errors, intact)
 
 
 def scaled_errors(spec: SegmentSpec, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return each output's errors in units of what rounding is expected to give, float32 [rows, columns].
+    """Errors of each output in units of the expected rounding error, float32 [rows, columns].
 
     Args:
         tensors: inputs, and weights by their names in the plan.
-        outputs: by name; rows beyond those that the inputs ask for are left out.
+        outputs: by name; rows beyond those that the inputs ask for are ignored.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in outputs}
-    for rows, expected in expected_rows(spec, tensors, _DTYPES[spec.dtype]):
+    for rows, expected in expected_outputs(spec, tensors, _DTYPES[spec.dtype]):
         for name, exact in expected.items():
             error = outputs[name][rows].double() - exact.value
             parts[name].append((error / exact.total_variance.double().sqrt()).float())
     return {name: torch.cat(errors) for name, errors in parts.items()}
 
 
-def compare(plan: str, output: str, sizes: Sizes, errors: Tensor, intact: bool = True) -> SegmentCheck:
-    """Return the check of one execution from its `scaled_errors`; not `intact`: it wrote beyond its output."""
+def check_errors(plan: str, output: str, sizes: Sizes, errors: Tensor, intact: bool = True) -> SegmentCheck:
+    """The check of one execution.
+
+    Args:
+        errors: see `scaled_errors`.
+        intact: False if the plan wrote beyond its output.
+    """
     num_rows, num_columns = errors.shape
     squares = errors.square()
     rms = float(squares.double().mean().sqrt())
     finite = intact and math.isfinite(rms)
-    found = (rms, float(squares.mean(0).max().sqrt()), float(errors.abs().max())) if finite else (math.inf,) * 3
+    worst = (rms, float(squares.mean(0).max().sqrt()), float(errors.abs().max())) if finite else (math.inf,) * 3
     num_independent = min(num_rows, sizes.tokens)
     scale = rms if finite else 1.0
     return SegmentCheck(
@@ -254,33 +263,35 @@ def compare(plan: str, output: str, sizes: Sizes, errors: Tensor, intact: bool =
         output=output,
         tokens=sizes.tokens,
         samples=sizes.samples,
-        rms_error=found[0],
+        rms_error=worst[0],
         rms_limit=criterion.PRECISION_LIMIT,
-        column_error=found[1],
+        column_error=worst[1],
         column_limit=criterion.local_limit(num_columns, num_independent, scale),
-        max_error=found[2],
+        max_error=worst[2],
         max_limit=criterion.local_limit(errors.numel(), 1, scale),
         finite=finite,
     )
 
 
-def _weights(segment: PlacedSegment, given: Mapping[str, Tensor] | None, device: torch.device) -> dict[str, Tensor]:
-    """Return a segment's weights by their names in the plan."""
+def _segment_weights(
+    segment: PlacedSegment, given: Mapping[str, Tensor] | None, device: torch.device
+) -> dict[str, Tensor]:
+    """A segment's weights by their names in the plan."""
     if given is not None:
         return {name: given[canonical] for name, canonical in segment.weight_names().items()}
-    assert len(segment.spec.weight_inputs) == len(segment.spec.weights), "what a plan holds cannot be random"
+    assert not segment.spec.constant_weights, "weights that a plan contains are not random"
     return {weight.name: _random_weight(weight, device) for weight in segment.spec.weights}
 
 
-def bound_tensors(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
-    """Return new tensors for all that an execution is given addresses of, with random values."""
+def random_tensors(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+    """New tensors with random values for everything that an execution gets addresses of."""
     tensors = {weight.name: _random_weight(weight, device) for weight in spec.weight_inputs}
     tensors |= random_inputs(spec, sizes, device)
     return tensors | {tensor.name: _empty_output(tensor, sizes, device) for tensor in spec.outputs}
 
 
 def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:
-    """Return values that keep activations near 1."""
+    """Values that keep activations near 1."""
     tensor = torch.empty(weight.shape, dtype=_DTYPES[weight.dtype], device=device)
     if len(weight.shape) == 2:
         return tensor.normal_(std=weight.shape[1] ** -0.5)
@@ -288,7 +299,7 @@ def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:
 
 
 def random_inputs(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
-    """Return activations near 1, with outliers where a norm takes them in, and each token sampled once if that fits."""
+    """Activations near 1, with outliers where a norm reads them; no token is sampled twice if there are enough."""
     values = {}
     for tensor in spec.inputs:
         shape = tensor.resolve(T=sizes.tokens, S=sizes.samples)
@@ -304,7 +315,7 @@ def random_inputs(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict
 
 
 def _empty_output(tensor: TensorSpec, sizes: Sizes, device: torch.device) -> Tensor:
-    """Return NaN, which a plan must overwrite, and a row beyond, which it must not touch."""
+    """An output of NaN, which the plan must overwrite, and one more row, which it must not touch."""
     rows, columns = tensor.resolve(T=sizes.tokens, S=sizes.samples)
     output = torch.full((rows + 1, columns), math.nan, dtype=_DTYPES[tensor.dtype], device=device)
     output[-1] = _SENTINEL

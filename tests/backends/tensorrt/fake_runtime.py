@@ -21,17 +21,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from llmengine.backends.tensorrt.library import Features, Library, LibraryLog, load_library
 from llmengine.backends.tensorrt.network import define_segment
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer
-from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
     SegmentSpec,
-    plans_of,
+    segments_by_plan,
     spec_from_dict,
 )
 from llmengine.checkpoints.saved_plans import SavedFile
 from llmengine.errors import ConfigError
 from tests.backends.tensorrt.interpreter import Interpreter
+from tests.backends.tensorrt.torch_reference import reference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int32": torch.int32}
 ALIGNMENT = 256
@@ -304,9 +304,10 @@ class FakeEngine(_Part):
         """Return the least, best and largest shape."""
         self._fails("get_tensor_profile_shape")
         profile = self.spec.profiles[profile_index]
+        ranges = {"T": profile.tokens, "S": profile.samples}
         shape = self.inputs[name][1]
         return [
-            [dim if isinstance(dim, int) else getattr(profile.range_of(dim), bound) for dim in shape]
+            [dim if isinstance(dim, int) else getattr(ranges[dim], bound) for dim in shape]
             for bound in ("min", "opt", "max")
         ]
 
@@ -451,7 +452,7 @@ def fake_plan_set(
 ) -> PlanSet:
     """Return plans that the fake loads; those that hold constants need the canonical `weights`."""
     plans = {}
-    for name, segment in plans_of(segments).items():
+    for name, segment in segments_by_plan(segments).items():
         names = segment.weight_names()
         held = [weight.name for weight in segment.spec.weights if weight.source == "constant"]
         constants = {key: (weights or {})[names[key]] for key in held}

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.obtain import PlanRequest, get_plans
+from llmengine.backends.tensorrt.obtain import PlanRequest, obtain_plans
 from llmengine.backends.tensorrt.plan_set import PlanSet, Producer
 from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.checkpoints.dummy_weights import stream_dummy
@@ -37,7 +37,7 @@ class FakeBuild:
     failure: BaseException = field(default_factory=KeyboardInterrupt)
     built: list[str] = field(default_factory=list)
 
-    def __call__(self, jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+    def __call__(self, jobs: Iterable[PlanJob], num_processes: int) -> Iterator[BuiltPlan]:
         for job in jobs:
             if len(self.built) >= self.fail_after:
                 job.output.write_bytes(b"half a pl")
@@ -99,4 +99,4 @@ def get(
     cache: Path, build: FakeBuild, request: PlanRequest | None = None, source: ModelSource | None = None
 ) -> PlanSet:
     """Return plans through a cache directory."""
-    return get_plans(request or make_request(), source or make_source(), 2, cache=PlanCache(cache), build=build)
+    return obtain_plans(request or make_request(), source or make_source(), 2, cache=PlanCache(cache), build=build)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.reference import activate, outputs_of
+from llmengine.backends.tensorrt.formulas import activate, segment_outputs
 from llmengine.backends.tensorrt.spec import SegmentSpec
 from tests.backends.tensorrt.segment_helpers import DTYPES
 
@@ -47,7 +47,7 @@ FP16_SUMS = Ways(sum_step=16, sum_dtype=torch.float16)
 
 def simulate(spec: SegmentSpec, tensors: Mapping[str, Tensor], ways: Ways) -> dict[str, Tensor]:
     """Return a segment's outputs, in their own types."""
-    outputs = outputs_of(spec.kind, _Simulated(spec, tensors, ways))
+    outputs = segment_outputs(spec.kind, _Simulated(spec, tensors, ways))
     return {tensor.name: outputs[tensor.name].to(DTYPES[tensor.dtype]) for tensor in spec.outputs}
 
 

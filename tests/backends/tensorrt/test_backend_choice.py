@@ -19,10 +19,14 @@ from llmengine.backends import load_backend
 from llmengine.backends.cuda import loading
 from llmengine.backends.cuda.fused_segments import FusedSegments, SegmentsContext
 from llmengine.backends.tensorrt import backend as choosing
-from llmengine.backends.tensorrt.backend import SegmentsChoice, load_tensorrt_backend, load_tensorrt_or_torch, prepare
+from llmengine.backends.tensorrt.backend import (
+    SegmentsChoice,
+    load_tensorrt_backend,
+    load_tensorrt_or_torch,
+    prepare_plans,
+)
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import load_library
-from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.segments import TensorRtSegments
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import Verification
@@ -34,6 +38,7 @@ from llmengine.errors import ConfigError, EngineError
 from tests.backends.helpers import save_tiny
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.segment_helpers import library_or_skip
+from tests.backends.tensorrt.torch_reference import reference
 
 MAX_ROWS, MAX_TOKENS = 4, 16
 
@@ -67,13 +72,13 @@ def make_config(source: ModelSource, **settings: Any) -> ModelConfig:
 
 
 def make_choice(
-    fake: FakeTensorRt, source: ModelSource, *, by_name: bool = False, mode: Any = "inputs", rtx: bool = False
+    fake: FakeTensorRt, source: ModelSource, *, is_required: bool = False, mode: Any = "inputs", rtx: bool = False
 ) -> SegmentsChoice:
     segments = segments_of(source.arch, "float32", make_profiles(MAX_ROWS, MAX_TOKENS), mode)
     weights = {name: tensor.to(fake.device) for name, tensor in source.weights(torch.float32)}
-    plan_set = fake_plan_set(segments, weights, rtx)
     cache = PlanCache()
-    return SegmentsChoice(fake_library(fake, rtx), cache.recall(plan_set), source, cache, by_name=by_name)
+    plan_set = cache.with_findings(fake_plan_set(segments, weights, rtx))
+    return SegmentsChoice(fake_library(fake, rtx), plan_set, source, cache, is_required=is_required)
 
 
 def make_context(fake: FakeTensorRt, source: ModelSource) -> SegmentsContext:
@@ -126,7 +131,7 @@ def test_auto_takes_torch_where_it_is_faster_and_says_so(
         assert isinstance(tunable.segments, FusedSegments)
         assert tunable.description == "Triton (torch is 1.50 times as fast as tensorrt 0.fake)"
         monkeypatch.setattr(choosing, "dense_step_us", never)
-    assert "us by requests: 1: 150 and 100, 4: 150 and 100" in caplog.text
+    assert "with TensorRT and with torch: 1: 150 and 100, 4: 150 and 100" in caplog.text
 
 
 def test_wrong_plans_are_never_used(
@@ -135,18 +140,18 @@ def test_wrong_plans_are_never_used(
     fake.execute = wrong
     tunable = make_choice(fake, source).build(make_context(fake, source))
     assert isinstance(tunable.segments, FusedSegments)
-    assert "computes something else than torch on" in tunable.description
+    assert "plans of tensorrt 0.fake disagree with torch on" in tunable.description
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "rms error" in warning.getMessage()
     # What was found is remembered as well, and by name it is an error.
     monkeypatch.setattr(choosing, "verify_plans", never)
     with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: .* (first|mid|last): .* \(limit "):
-        make_choice(fake, source, by_name=True).build(make_context(fake, source))
+        make_choice(fake, source, is_required=True).build(make_context(fake, source))
 
 
 def test_by_name_nothing_is_timed(fake: FakeTensorRt, source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "dense_step_us", never)
-    tunable = make_choice(fake, source, by_name=True).build(make_context(fake, source))
+    tunable = make_choice(fake, source, is_required=True).build(make_context(fake, source))
     assert isinstance(tunable.segments, TensorRtSegments)
 
 
@@ -157,9 +162,9 @@ def test_plans_that_do_not_load_lead_to_torch_or_an_error(
     tunable = make_choice(fake, source).build(make_context(fake, source))
     assert isinstance(tunable.segments, FusedSegments)
     assert "deserialize_cuda_engine was told to fail" in tunable.description
-    assert "torch, since TensorRT cannot be used: plan 'first' does not load" in caplog.text
-    with pytest.raises(ConfigError, match="cannot be used: plan 'first' does not load"):
-        make_choice(fake, source, by_name=True).build(make_context(fake, source))
+    assert "uses torch: TensorRT cannot be used: plan 'first' cannot be loaded" in caplog.text
+    with pytest.raises(ConfigError, match="cannot be used: plan 'first' cannot be loaded"):
+        make_choice(fake, source, is_required=True).build(make_context(fake, source))
 
 
 def test_a_lack_of_memory_leads_to_torch(
@@ -177,14 +182,14 @@ def test_plans_with_constants_are_verified_with_the_models_weights(fake: FakeTen
     context = make_context(fake, source)
     for tensor in context.tensors.values():
         tensor.fill_(torch.nan)  # as allocated: nothing in them yet
-    tunable = make_choice(fake, source, by_name=True, mode="constants").build(context)
+    tunable = make_choice(fake, source, is_required=True, mode="constants").build(context)
     assert isinstance(tunable.segments, TensorRtSegments)
 
 
 def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     fake: FakeTensorRt, source: ModelSource, caplog: pytest.LogCaptureFixture
 ) -> None:
-    choice = make_choice(fake, source, by_name=True, rtx=True)
+    choice = make_choice(fake, source, is_required=True, rtx=True)
     backend = load_tensorrt_backend(make_config(source), source, fake.device, choice)
     assert isinstance(backend, PlanHolder)
     saved = backend.saved_plans()
@@ -195,14 +200,14 @@ def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     recalled = make_choice(fake, source, rtx=True).plan_set
     assert recalled.library_cache == choice.plan_set.library_cache == b"cache%d" % fake.num_contexts
     fake.failing.add("serialize")
-    choice.keep_cache()
+    choice.store_compiled_kernels()
     assert "the runtime cache cannot be saved" in caplog.text
 
 
 def test_a_model_is_saved_without_plans_whose_files_have_gone(
     fake: FakeTensorRt, source: ModelSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    choice = make_choice(fake, source, by_name=True)
+    choice = make_choice(fake, source, is_required=True)
     plan = choice.plan_set.plans["mid"]
     (tmp_path / "mid.plan").write_bytes(plan.read())
     in_cache = dataclasses.replace(plan.file, content=tmp_path / "mid.plan")
@@ -212,7 +217,7 @@ def test_a_model_is_saved_without_plans_whose_files_have_gone(
     assert backend.saved_plans() is not None
     (tmp_path / "mid.plan").unlink()
     assert backend.saved_plans() is None
-    assert "saved without plans, loading will build them again: " in caplog.text
+    assert "the engine is saved without plans, and loading it will rebuild them: " in caplog.text
     assert "mid.plan: is missing" in caplog.text
     backend.close()
 
@@ -226,7 +231,7 @@ def test_real_plans_are_built_and_without_a_driver_torch_runs_the_model(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     backend = load_tensorrt_or_torch(make_config(source), source, torch.device("cpu"))
-    assert "Triton (TensorRT cannot be used: plan 'first' does not load: " in backend.info.description
+    assert "Triton (TensorRT cannot be used: plan 'first' cannot be loaded: " in backend.info.description
     assert "install a newer NVIDIA driver" in caplog.text
     assert isinstance(backend, PlanHolder)
     saved = backend.saved_plans()
@@ -234,7 +239,9 @@ def test_real_plans_are_built_and_without_a_driver_torch_runs_the_model(
     assert sorted(saved.files) == ["first.plan", "last.plan", "mid.plan"]
     backend.close()
     monkeypatch.setattr(subprocess, "Popen", never)  # nothing is built: the cache has the plans
-    with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: plan 'first' does not load: .*driver"):
+    with pytest.raises(
+        ConfigError, match=r"backend='tensorrt' cannot be used: plan 'first' cannot be loaded: .*driver"
+    ):
         load_tensorrt_or_torch(make_config(source, backend="tensorrt"), source, torch.device("cpu"))
 
 
@@ -242,30 +249,30 @@ def test_a_device_that_the_library_does_not_run_on_is_refused_before_a_build(
     source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = library_or_skip()
-    monkeypatch.setattr(choosing, "get_plans", never)
+    monkeypatch.setattr(choosing, "obtain_plans", never)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     if 90 in library.features.target_capabilities or not library.features.target_capabilities:
         pytest.skip(f"{library} runs there")
     with pytest.raises(ConfigError, match=r"does not support compute capability 9\.0"):
-        prepare(make_config(source), source, torch.device("cuda"))
+        prepare_plans(make_config(source), source, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: .* does not support .*'torch'"):
         load_tensorrt_or_torch(make_config(source, backend="tensorrt"), source, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ConfigError, match="plans of quantized weights are not in this version"):
-        prepare(make_config(source, quant_config=QuantConfig("int8")), source, torch.device("cuda"))
+        prepare_plans(make_config(source, quant_config=QuantConfig("int8")), source, torch.device("cuda"))
 
 
 def test_saved_plans_that_cannot_be_built_again_are_named(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         failure = EngineError("no space left")
-        failure.add_note("the saved plans are not used: built for SM89, needed is SM120")
+        failure.add_note("the saved plans cannot be used: they were built for SM89, not for SM120")
         raise failure
 
-    monkeypatch.setattr(choosing, "prepare", fail)
+    monkeypatch.setattr(choosing, "prepare_plans", fail)
     monkeypatch.setattr(choosing, "load_cuda_backend", lambda config, source, device, make: make)
     monkeypatch.setattr(choosing, "cuda_segments_factory", lambda reason: reason)
     device = torch.device("cuda")
-    said = "no space left; the saved plans are not used: built for SM89, needed is SM120"
+    said = "no space left; the saved plans cannot be used: they were built for SM89, not for SM120"
     assert load_tensorrt_or_torch(make_config(source), source, device) == f"TensorRT cannot be used: {said}"  # type: ignore[comparison-overlap]
     with pytest.raises(ConfigError, match=f"cannot be used: {said}; backend='auto'"):
         load_tensorrt_or_torch(make_config(source, backend="tensorrt"), source, device)
@@ -284,7 +291,7 @@ def test_without_a_library_auto_takes_torch_at_once_and_by_name_it_is_an_error(
         monkeypatch.delitem(sys.modules, name)
     load_backend(make_config(source), source)
     assert not [name for name in sys.modules if name.startswith("llmengine.backends.tensorrt")]
-    assert "uses torch: TensorRT is not installed (pip install llmengine[tensorrt])" in caplog.text
+    assert "backend='auto' uses torch: TensorRT is not installed (pip install llmengine[tensorrt])" in caplog.text
     context = make_context(fake, source)
     assert made[0][0](context).description == "Triton (TensorRT is not installed)"
     load_backend(make_config(source, backend="torch"), source)

@@ -15,26 +15,18 @@ import psutil
 import pytest
 import torch
 
-from llmengine.backends.tensorrt import builder, builder_process
-from llmengine.backends.tensorrt.builder import (
-    BuiltPlan,
-    PlanJob,
-    build_plan,
-    build_plans,
-    constant_offsets,
-    default_workers,
-    map_constants,
-    serialize_segment,
-    spool_weights,
-)
+from llmengine.backends.tensorrt import builder_process
+from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plan, build_plans, default_num_processes
+from llmengine.backends.tensorrt.builder_process import serialize_segment
 from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.constant_weights import constant_offsets, map_constants, spool_constants
 from llmengine.backends.tensorrt.library import Library
-from llmengine.backends.tensorrt.obtain import get_plans
+from llmengine.backends.tensorrt.obtain import obtain_plans
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
     WeightMode,
-    plans_of,
+    segments_by_plan,
     segments_of,
 )
 from llmengine.checkpoints.dummy_weights import stream_dummy
@@ -67,10 +59,10 @@ def library() -> Library:
 def jobs(
     arch: ModelArch, dtype: str, mode: WeightMode, directory: Path, targets: Sequence[BuildTarget] = (ALL,)
 ) -> Iterator[PlanJob]:
-    segments = list(plans_of(segments_of(arch, dtype, PROFILES, mode)).values())  # type: ignore[arg-type]
+    segments = list(segments_by_plan(segments_of(arch, dtype, PROFILES, mode)).values())  # type: ignore[arg-type]
     sources: Iterator[tuple[PlacedSegment, Path | None]] = iter([(segment, None) for segment in segments])
     if mode == "constants":
-        sources = spool_weights(segments, random_weights(arch, DTYPES[dtype]).items(), directory)
+        sources = spool_constants(segments, random_weights(arch, DTYPES[dtype]).items(), directory)
     for segment, weights in sources:
         for target in targets:
             name = f"{segment.plan_name} in {dtype} for {target}"
@@ -126,12 +118,12 @@ def test_no_weight_is_converted_or_copied_when_a_plan_runs(
 
 def test_host_memory_is_bounded_by_a_layer(library: Library, tmp_path: Path) -> None:
     arch = tiny_arch(hidden_size=768, intermediate_size=3072, num_heads=16, head_dim=48, num_layers=8)
-    segments = list(plans_of(segments_of(arch, "float16", PROFILES, "constants")).values())
+    segments = list(segments_by_plan(segments_of(arch, "float16", PROFILES, "constants")).values())
     layer_bytes = sum(weight.size_bytes for weight in segments[1].spec.weights)
     stream = stream_dummy(arch, torch.float16)
     spooled = (
         PlanJob(segment.plan_name, segment.spec, BuildTarget((89,)), tmp_path / segment.plan_name, path)
-        for segment, path in spool_weights(segments, stream, tmp_path)
+        for segment, path in spool_constants(segments, stream, tmp_path)
     )
     process = psutil.Process()
     next(iter(stream_dummy(arch, torch.float16)))
@@ -155,9 +147,9 @@ def test_host_memory_is_bounded_by_a_layer(library: Library, tmp_path: Path) -> 
 def test_a_spooled_file_holds_each_constant_at_its_offset(tmp_path: Path) -> None:
     arch = tiny_arch(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
     weights = random_weights(arch, torch.bfloat16)
-    segments = list(plans_of(segments_of(arch, "bfloat16", PROFILES, "constants")).values())
+    segments = list(segments_by_plan(segments_of(arch, "bfloat16", PROFILES, "constants")).values())
     order = []
-    for segment, path in spool_weights(segments, weights.items(), tmp_path):
+    for segment, path in spool_constants(segments, weights.items(), tmp_path):
         order.append(segment.plan_name)
         found = map_constants(segment.spec, path)
         assert found.keys() == constant_offsets(segment.spec).keys() == segment.weight_names().keys()
@@ -169,14 +161,14 @@ def test_a_spooled_file_holds_each_constant_at_its_offset(tmp_path: Path) -> Non
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     arch = tiny_arch()
-    segments = list(plans_of(segments_of(arch, "float16", PROFILES, "constants")).values())
+    segments = list(segments_by_plan(segments_of(arch, "float16", PROFILES, "constants")).values())
     weights = random_weights(arch, torch.float16)
     early = [(name, tensor) for name, tensor in weights.items() if name != "final_norm.weight"]
     with pytest.raises(EngineError, match=r"final_norm\.weight"):
-        list(spool_weights(segments, early, tmp_path))
+        list(spool_constants(segments, early, tmp_path))
     wrong = {**weights, "layers.1.o.weight": weights["layers.1.o.weight"].float()}
-    with pytest.raises(EngineError, match=r"'o\.weight' is \('float32'"):
-        list(spool_weights(segments, wrong.items(), tmp_path))
+    with pytest.raises(EngineError, match=r"'o\.weight' is float32 \[48, 64\], but the plan needs float16"):
+        list(spool_constants(segments, wrong.items(), tmp_path))
 
 
 def test_a_plan_for_an_unsupported_device_says_what_is(library: Library, tmp_path: Path) -> None:
@@ -201,7 +193,7 @@ def test_an_error_of_the_bindings_is_a_failed_build(library: Library, monkeypatc
     def fail(*_: Any) -> Any:
         raise RuntimeError("no CUDA context")
 
-    monkeypatch.setattr(builder, "define_segment", fail)
+    monkeypatch.setattr(builder_process, "define_segment", fail)
     spec = placed(tiny_arch(), "float16", "inputs", "mid").spec
     with pytest.raises(EngineError, match="could not build 'mid' for SM89: no CUDA context"):
         serialize_segment(library, spec, BuildTarget((89,)), {})
@@ -210,7 +202,7 @@ def test_an_error_of_the_bindings_is_a_failed_build(library: Library, monkeypatc
 def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = placed(tiny_arch(), "float16", "inputs", "first").spec
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(EngineError, match="plan 'first': the process that built it ended with status 1"):
+    with pytest.raises(EngineError, match="plan 'first': the process that built it exited with status 1"):
         build_plan(PlanJob("first", spec, ALL, tmp_path / "plan"))
 
 
@@ -235,13 +227,13 @@ def test_messages_of_a_build_reach_logging_with_the_plans_name(
 def test_a_worker_measures_on_the_gpu_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[PlanJob] = []
 
-    def record(given: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+    def record(given: Iterable[PlanJob], num_processes: int) -> Iterator[BuiltPlan]:
         jobs.extend(given)
         raise EngineError("enough")
         yield
 
     with pytest.raises(EngineError, match="enough"):
-        get_plans(make_request(device_uuid="GPU-7"), make_source(), 1, cache=PlanCache(tmp_path), build=record)
+        obtain_plans(make_request(device_uuid="GPU-7"), make_source(), 1, cache=PlanCache(tmp_path), build=record)
     assert {job.device_uuid for job in jobs} == {"GPU-7"}
 
     def load() -> Library:
@@ -251,7 +243,7 @@ def test_a_worker_measures_on_the_gpu_of_the_request(tmp_path: Path, monkeypatch
     monkeypatch.setattr(builder_process, "load_library", load)
     for device_uuid, seen in ((None, "0,1"), ("GPU-7", "GPU-7")):
         with pytest.raises(ConfigError, match=f"sees {seen}"):
-            builder_process._build({"device_uuid": device_uuid})
+            builder_process._run_job({"device_uuid": device_uuid})
 
 
 def measuring(library: Library) -> Library:
@@ -260,8 +252,8 @@ def measuring(library: Library) -> Library:
 
 
 def test_a_library_that_measures_builds_one_plan_at_a_time(library: Library) -> None:
-    assert default_workers(measuring(library)) == 1
-    assert 1 <= default_workers(library) <= 4
+    assert default_num_processes(measuring(library)) == 1
+    assert 1 <= default_num_processes(library) <= 4
 
 
 @pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX:DeprecationWarning")

@@ -12,8 +12,8 @@ from torch import Tensor
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.criterion import largest_rms
 from llmengine.backends.tensorrt.runtime import Sizes
-from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, plans_of, segments_of
-from llmengine.backends.tensorrt.verify import SegmentCheck, bound_tensors, compare, scaled_errors
+from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, segments_by_plan, segments_of
+from llmengine.backends.tensorrt.verify import SegmentCheck, check_errors, random_tensors, scaled_errors
 from llmengine.dtypes import ModelDType
 from tests.backends.tensorrt.segment_helpers import tiny_arch
 from tests.backends.tensorrt.simulated_plans import FP16_SUMS, SOUND, Ways, simulate
@@ -29,14 +29,14 @@ WIDTHS: dict[str, dict[str, Any]] = {
 
 def spec_of(width: str, kind: str, dtype: ModelDType) -> SegmentSpec:
     arch = tiny_arch(vocab_size=512, **WIDTHS[width])
-    return plans_of(segments_of(arch, dtype, make_profiles(4096, 4096)))[kind].spec
+    return segments_by_plan(segments_of(arch, dtype, make_profiles(4096, 4096)))[kind].spec
 
 
 def given(spec: SegmentSpec, rows: int, *, heavy: bool = False, seed: int = 0) -> tuple[Sizes, Tensors]:
     """Return inputs and weights; heavy: as real models have them, with channels and weights far above the others."""
     torch.manual_seed(seed)
     sizes = Sizes(rows, min(rows, 256))
-    tensors = bound_tensors(spec, sizes, torch.device("cpu"))
+    tensors = random_tensors(spec, sizes, torch.device("cpu"))
     for name, tensor in tensors.items():
         if heavy and name.endswith("norm.weight"):
             tensor *= torch.exp(0.7 * torch.randn(tensor.shape)).to(tensor.dtype)
@@ -51,7 +51,7 @@ def given(spec: SegmentSpec, rows: int, *, heavy: bool = False, seed: int = 0) -
 
 def checked(spec: SegmentSpec, sizes: Sizes, tensors: Tensors, outputs: Tensors) -> dict[str, SegmentCheck]:
     errors = scaled_errors(spec, tensors, outputs)
-    return {name: compare(spec.kind, name, sizes, error) for name, error in errors.items()}
+    return {name: check_errors(spec.kind, name, sizes, error) for name, error in errors.items()}
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (48, 1), (2000, 1), (960, 4), (1, 64), (64, 64)])

@@ -21,12 +21,11 @@ import torch
 from llmengine import LLM, ModelConfig, SamplingParams
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.check_engine import run_plans
-from llmengine.backends.tensorrt.obtain import get_plans
+from llmengine.backends.tensorrt.obtain import obtain_plans
 from llmengine.backends.tensorrt.plan_set import PlanSet
-from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
+from llmengine.backends.tensorrt.verify_engine import verify_on_device
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.saved_plans import SavedFile
@@ -37,6 +36,7 @@ from tests import ROOT
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.plan_fakes import ARCH, RTX_89, FakeBuild, content_of, get, make_request, make_source
 from tests.backends.tensorrt.segment_helpers import library_or_skip
+from tests.backends.tensorrt.torch_reference import reference
 
 PLANS = ["first", "mid", "last"]
 
@@ -104,27 +104,33 @@ def test_plans_for_more_than_is_needed_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"producer": dataclasses.replace(RTX_89, flavour="tensorrt")}, "built by tensorrt_rtx, here is tensorrt"),
-        ({"producer": dataclasses.replace(RTX_89, version="1.8")}, "built by tensorrt_rtx 1.7.1, here is 1.8"),
+        (
+            {"producer": dataclasses.replace(RTX_89, flavour="tensorrt")},
+            "they were built by tensorrt_rtx, and tensorrt is installed here",
+        ),
+        (
+            {"producer": dataclasses.replace(RTX_89, version="1.8")},
+            "they were built by tensorrt_rtx 1.7.1, and 1.8 is installed here",
+        ),
         (
             {"producer": dataclasses.replace(RTX_89, target=BuildTarget((120,)))},
-            "built for SM89, needed is SM120",
+            "they were built for SM89, not for SM120",
         ),
         (
             {"producer": dataclasses.replace(RTX_89, device_name="NVIDIA L4")},
-            "measured on None, here is 'NVIDIA L4'",
+            "they were measured on None, and the GPU here is 'NVIDIA L4'",
         ),
-        ({"dtype": "bfloat16"}, "the plans are of float16, wanted is bfloat16"),
-        ({"weight_mode": "constants"}, "the plans have their weights as inputs, wanted is constants"),
+        ({"dtype": "bfloat16"}, "they compute in float16, not in bfloat16"),
+        ({"weight_mode": "constants"}, "they have their weights as inputs, not as constants"),
         (
             {"max_batch_size": 5},
-            "the plans take up to 4 tokens (decode) and 16 tokens (prefill), wanted is 5 tokens (decode) and 16 tokens "
-            "(prefill)",
+            "they take up to 4 tokens (decode) and 16 tokens (prefill), and 5 tokens (decode) and 16 tokens (prefill) "
+            "are needed",
         ),
         (
             {"producer": dataclasses.replace(RTX_89, version="1.8", target=BuildTarget((120,))), "dtype": "bfloat16"},
-            "built by tensorrt_rtx 1.7.1, here is 1.8; built for SM89, needed is SM120; the plans are of float16, "
-            "wanted is bfloat16",
+            "they were built by tensorrt_rtx 1.7.1, and 1.8 is installed here; they were built for SM89, not for SM120"
+            "; they compute in float16, not in bfloat16",
         ),
     ],
 )
@@ -136,7 +142,7 @@ def test_plans_that_do_not_fit_are_built_again(
     assert set(build.built) == set(loaded.plans)
     assert (loaded.verification, loaded.library_cache) == (None, None)
     assert loaded.producer == changes.get("producer", RTX_89)
-    assert caplog.messages == [f"{tmp_path / 'e'}: {reason}; built again from the weights"]
+    assert caplog.messages == [f"{tmp_path / 'e'}: saved plans have to be rebuilt: {reason}"]
     load(tmp_path / "e", build, **changes)
     assert len(build.built) == len(loaded.plans), "the second time they are in the cache"
 
@@ -162,7 +168,7 @@ def test_a_damaged_library_cache_is_only_lost(tmp_path: Path, saved: PlanSet, ca
     loaded = load(tmp_path / "e", build)
     assert (build.built, loaded.library_cache) == ([], None)
     assert loaded.verification == saved.verification
-    assert "the library's cache is not used" in caplog.text
+    assert "the library's cache is ignored" in caplog.text
 
 
 def test_measurements_of_a_saved_engine_are_where_a_build_looks_for_them(tmp_path: Path) -> None:
@@ -171,14 +177,14 @@ def test_measurements_of_a_saved_engine_are_where_a_build_looks_for_them(tmp_pat
     save_with(tmp_path / "e", plans.replace(library_cache=b"timings"))
     found: list[bytes] = []
 
-    def build(jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+    def build(jobs: Iterable[PlanJob], num_processes: int) -> Iterator[BuiltPlan]:
         for job in jobs:
             assert job.timing_cache is not None
             found.append(job.timing_cache.read_bytes())
-            yield from FakeBuild()([job], num_workers)
+            yield from FakeBuild()([job], num_processes)
 
     request = make_request(producer=producer, max_batch_size=5)
-    get_plans(request, open_model(tmp_path / "e"), 1, cache=PlanCache(tmp_path / "new"), build=build)
+    obtain_plans(request, open_model(tmp_path / "e"), 1, cache=PlanCache(tmp_path / "new"), build=build)
     assert found == [b"timings"] * 3
 
 
@@ -282,7 +288,7 @@ def test_verify_finds_plans_of_another_version(
 ) -> None:
     monkeypatch.setattr("llmengine.backends.tensorrt.spec.NETWORK_VERSION", 999)
     assert main(["verify", str(tmp_path / "e")]) == 1
-    assert capsys.readouterr().out.count("is of another network than this version of llmengine builds") == 3
+    assert capsys.readouterr().out.count("was built from another network than this version of llmengine defines") == 3
 
 
 @pytest.mark.parametrize("mode", ["inputs", "constants"])
@@ -294,7 +300,7 @@ def test_plans_of_an_engine_are_run_where_they_can_be(tmp_path: Path, device: st
     save_with(tmp_path / "e", plans)
     loaded = open_model(tmp_path / "e")
     place = torch.device(device)
-    problems, text = run_plans(plans, loaded, fake_library(FakeTensorRt(place)), place)
+    problems, text = verify_on_device(plans, loaded, fake_library(FakeTensorRt(place)), place)
     assert problems == []
     assert text.startswith("run on ")
     assert "outputs compared" in text
@@ -302,12 +308,12 @@ def test_plans_of_an_engine_are_run_where_they_can_be(tmp_path: Path, device: st
     def wrong(spec: SegmentSpec, feeds: Any) -> Any:
         return {name: value * 1.1 for name, value in reference(spec, feeds, torch.float16).items()}
 
-    problems, _ = run_plans(plans, loaded, fake_library(FakeTensorRt(place, wrong)), place)
+    problems, _ = verify_on_device(plans, loaded, fake_library(FakeTensorRt(place, wrong)), place)
     assert any("logits" in problem for problem in problems)
     fake = FakeTensorRt(place)
     fake.failing.add("deserialize_cuda_engine")
-    problems, text = run_plans(plans, loaded, fake_library(fake), place)
-    assert "does not load" in problems[0]
+    problems, text = verify_on_device(plans, loaded, fake_library(fake), place)
+    assert "cannot be loaded" in problems[0]
     assert text.endswith("failed")
 
 
@@ -381,7 +387,7 @@ def test_build_for_another_machine(
     [
         (["--sm", "77"], 2, "does not support compute capability 7.7"),
         (["--sm", "89", "--flavour", "tensorrt"], 2, "install tensorrt instead"),
-        (["--sm", "89", "--weights", "fastest"], 2, "weight_mode='fastest' is measured on this machine's GPU"),
+        (["--sm", "89", "--weights", "fastest"], 2, "weight_mode='fastest' measures on this machine's GPU"),
         (
             ["--sm", "89", "--max-batch-size", "9", "--max-tokens-per-step", "8"],
             2,
@@ -429,7 +435,7 @@ def test_the_commands_of_the_guide_run(
 def test_without_a_gpu_the_target_must_be_named(model: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library_or_skip()
     assert main(["build", str(model), "-o", str(model.parent / "engine"), "--dummy"]) == 2
-    assert "there is no GPU here to build for" in capsys.readouterr().err
+    assert "there is no GPU to build for; give compute_capabilities (--sm)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

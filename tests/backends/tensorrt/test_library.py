@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from llmengine.backends.tensorrt.library import Library, accepted, not_none, quote
+from llmengine.backends.tensorrt.library import Library, quote_messages, require_accepted, require_result
 from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.errors import ConfigError, EngineError
 from tests import ROOT
@@ -92,7 +92,7 @@ def test_an_old_or_broken_library_is_named_and_the_other_one_taken(tmp_path: Pat
 
 def test_an_old_library_says_what_it_lacks(tmp_path: Path) -> None:
     said = load_with(tmp_path, tensorrt="__version__ = '8.6'\n")
-    assert "tensorrt 8.6 is too old, it has no " in said
+    assert "tensorrt 8.6 is too old: it lacks " in said
     assert "IExecutionContext.update_device_memory_size_for_shapes" in said
     assert "pip install llmengine[tensorrt] -U" in said
 
@@ -105,7 +105,7 @@ def library() -> Library:
 def test_hopper_needs_the_full_library(library: Library) -> None:
     if not library.features.target_capabilities:
         pytest.skip(f"{library} runs there")
-    with pytest.raises(ConfigError, match=r"compute capability 9\.0.*pip install llmengine\[tensorrt\] instead"):
+    with pytest.raises(ConfigError, match=r"compute capability 9\.0.*pip install llmengine\[tensorrt\]' instead"):
         library.check_device(9, 0)
     library.check_device(8, 9)
     library.check_target(BuildTarget((80, 120)))
@@ -166,7 +166,7 @@ def test_calls_fail_by_what_they_return_raise_or_log(library: Library) -> None:
 
     def refuse() -> None:
         log(error, "no room")
-        not_none(None, "the call")
+        require_result(None, "the call")
 
     def complain() -> None:
         log(error, "no effect")
@@ -179,14 +179,14 @@ def test_calls_fail_by_what_they_return_raise_or_log(library: Library) -> None:
         (complain, "it fails: TensorRT logged 'no effect'"),
         (start, "it fails: CUDA driver version is insufficient; install a newer NVIDIA driver"),
     ):
-        with pytest.raises(EngineError) as caught, library.calls("it fails"):
+        with pytest.raises(EngineError) as caught, library.checked_calls("it fails"):
             call()
         assert str(caught.value) == said
-    with pytest.raises(ConfigError, match=r"^as it was$"), library.calls("it fails"):
+    with pytest.raises(ConfigError, match=r"^as it was$"), library.checked_calls("it fails"):
         raise ConfigError("as it was")
-    with library.calls("it fails", lambda text: "effect" in text):
+    with library.checked_calls("it fails", lambda text: "effect" in text):
         complain()
-    with pytest.raises(EngineError, match="no effect"), library.calls("outer"), library.calls("inner"):
+    with pytest.raises(EngineError, match="no effect"), library.checked_calls("outer"), library.checked_calls("inner"):
         complain()
 
 
@@ -199,7 +199,7 @@ def test_a_flood_of_messages_does_not_hide_the_first(library: Library) -> None:
     assert len(messages) == 64
     assert messages[:2] == ["0", "again"]
     assert messages[-1] == "999"
-    assert quote(messages).count(";") == 7
+    assert quote_messages(messages).count(";") == 7
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_the_real_library_only_logs_what_is_wrong_and_the_call_fails(
 ) -> None:
     network = library.create_network(library.create_builder())
     tensor = network.add_input("x", library.trt.float16, (-1, 8))
-    with pytest.raises(EngineError) as caught, library.calls("the network cannot be defined"):
+    with pytest.raises(EngineError) as caught, library.checked_calls("the network cannot be defined"):
         call(network, tensor)
     assert re.match(r"the network cannot be defined: TensorRT logged ['\"]I\w+::\w+: Error Code", str(caught.value))
     assert not str(caught.value).endswith("driver")
@@ -233,7 +233,7 @@ def test_several_threads_use_the_real_library(library: Library) -> None:
         for _ in range(20):
             turns.wait(30)
             try:
-                with library.calls("a mistake"):
+                with library.checked_calls("a mistake"):
                     tensor.set_dimension_name(7 if number % 2 else 0, "T")
             except EngineError:
                 assert number % 2
@@ -250,19 +250,19 @@ def test_a_real_mistake_is_logged_and_quoted(library: Library) -> None:
     with library.log.capture() as messages:
         network.add_input("x", library.trt.float16, (-1, 8))
         assert network.add_input("x", library.trt.float16, (-1, 8)) is None
-    assert "addInput" in quote(messages)
+    assert "addInput" in quote_messages(messages)
 
 
 def test_quote_repeats_nothing() -> None:
-    assert quote(["a ", "b", "a "]) == "'a'; 'b'"
+    assert quote_messages(["a ", "b", "a "]) == "'a'; 'b'"
 
 
 @pytest.mark.parametrize(("result", "is_refused"), [(True, False), (False, True), (0, False), (1, False), (-1, True)])
 def test_accepted(result: Any, is_refused: bool) -> None:
     if is_refused:
         with pytest.raises(EngineError, match="the call"):
-            accepted(result, "the call")
+            require_accepted(result, "the call")
     else:
-        accepted(result, "the call")
+        require_accepted(result, "the call")
     with pytest.raises(EngineError, match="the call"):
-        not_none(None, "the call")
+        require_result(None, "the call")

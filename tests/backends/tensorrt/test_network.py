@@ -13,7 +13,7 @@ from llmengine.backends.tensorrt.network import define_segment
 from llmengine.backends.tensorrt.spec import (
     SegmentSpec,
     make_profiles,
-    plans_of,
+    segments_by_plan,
     segments_of,
     spec_from_dict,
 )
@@ -137,10 +137,10 @@ def test_weights_as_inputs_make_one_plan_of_all_layers() -> None:
         ("mid", 3),
         ("last", 4),
     ]
-    assert list(plans_of(shared)) == ["first", "mid", "last"]
+    assert list(segments_by_plan(shared)) == ["first", "mid", "last"]
     assert len({segment.spec.fingerprint() for segment in shared}) == 3
     own = segments_of(arch, "bfloat16", PROFILES, "constants")
-    assert list(plans_of(own)) == ["first", "mid.0", "mid.1", "mid.2", "mid.3", "last"]
+    assert list(segments_by_plan(own)) == ["first", "mid.0", "mid.1", "mid.2", "mid.3", "last"]
     assert [segment.plan_name for segment in segments_of(tiny_arch(num_layers=1), "float16", PROFILES)] == [
         "first",
         "last",

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from llmengine.backends.tensorrt.build_progress import BuildProgress
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.obtain import get_plans
+from llmengine.backends.tensorrt.obtain import obtain_plans
 from llmengine.backends.tensorrt.spec import BuildTarget
 from llmengine.errors import CorruptFileError, EngineError
 from tests import ROOT
@@ -123,7 +123,7 @@ def test_damaged_files_are_built_again(
     content_of(get(tmp_path, build))
     assert sorted(build.built[3:]) == sorted(INPUT_PLANS)
     if (suffix, damage) != (".json", "missing"):
-        assert caplog.text.count("a plan in the cache is not used") == 3
+        assert caplog.text.count("a cached plan is ignored") == 3
     get(tmp_path, build)
     assert len(build.built) == 6
 
@@ -166,8 +166,8 @@ def test_without_a_writable_cache_plans_are_kept_in_memory(tmp_path: Path, caplo
     made = get(tmp_path / "file", build)
     assert all(isinstance(plan.file.content, bytes) for plan in made.plans.values())
     content_of(made)
-    assert "could not be kept" in caplog.text
-    PlanCache(tmp_path / "file").remember(made.replace(verification={"device": "x"}))
+    assert "cannot be cached" in caplog.text
+    PlanCache(tmp_path / "file").store_findings(made.replace(verification={"device": "x"}))
     get(tmp_path / "file", build)
     assert build.built == INPUT_PLANS * 2
 
@@ -186,7 +186,7 @@ def test_a_cache_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pyt
     assert build.built == []
     PlanCache(tmp_path, limit_bytes=1).trim(made)
     assert sorted(tmp_path.iterdir()) == left
-    with pytest.raises(EngineError, match="no place to build plans: Read-only file system"):
+    with pytest.raises(EngineError, match="no directory for building plans: Read-only file system"):
         get(tmp_path, build, make_request(max_batch_size=3))
 
 
@@ -257,7 +257,7 @@ def test_the_cache_stays_within_its_limit(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         os.utime(path, (1e9, 1e9))
     cache = PlanCache(tmp_path, limit_bytes=size_bytes // 2)
-    made = get_plans(make_request(max_batch_size=3), make_source(), 1, cache=cache, build=build)
+    made = obtain_plans(make_request(max_batch_size=3), make_source(), 1, cache=cache, build=build)
     content_of(made)
     assert len(list(tmp_path.glob("*.plan"))) == 3, "those of this build stay, whatever the limit"
     get(tmp_path, build)
@@ -268,7 +268,7 @@ def test_what_was_found_out_about_plans_is_remembered(tmp_path: Path) -> None:
     build = FakeBuild()
     made = get(tmp_path, build)
     assert (made.verification, made.library_cache) == (None, None)
-    PlanCache(tmp_path).remember(made.replace(verification={"device": "L4"}, library_cache=b"kernels"))
+    PlanCache(tmp_path).store_findings(made.replace(verification={"device": "L4"}, library_cache=b"kernels"))
     again = get(tmp_path, build)
     assert (again.verification, again.library_cache) == ({"device": "L4"}, b"kernels")
     other = get(tmp_path, build, make_request(max_batch_size=3))
@@ -297,7 +297,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(tmp_path: Path) -> None:
     progress = BuildProgress(print, terminal, clock=lambda: next(now))
     request = make_request(weight_mode="constants")
     cache = PlanCache(tmp_path)
-    get_plans(request, make_source(), 1, cache=cache, progress=progress, build=FakeBuild())
+    obtain_plans(request, make_source(), 1, cache=cache, progress=progress, build=FakeBuild())
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert [f"[{index}/5] " in text for index in range(7)] == [False, *[True] * 5, False]
     assert "about 1 s left" in text

@@ -14,7 +14,7 @@ from llmengine import backends
 from llmengine.backends import load_backend
 from llmengine.backends.tensorrt.backend import SegmentsChoice, TensorRtBackend
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.plan_set import SavedSet
+from llmengine.backends.tensorrt.plan_set import SavedPlanSet
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.weight_choice import LayerTimes
 from llmengine.batch import Backend
@@ -40,9 +40,9 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
         profiles = make_profiles(scheduler.max_batch_size, scheduler.max_tokens_per_step)
         plan_set = fake_plan_set(segments_of(source.arch, "float32", profiles))
         if source.plans is not None:
-            plan_set = plan_set.replace(verification=SavedSet.read(source.plans, "plans").verification)
+            plan_set = plan_set.replace(verification=SavedPlanSet.read(source.plans, "plans").verification)
         by_name = config.backend == "tensorrt"
-        choice = SegmentsChoice(fake_library(fake), plan_set, source, PlanCache(), by_name=by_name)
+        choice = SegmentsChoice(fake_library(fake), plan_set, source, PlanCache(), is_required=by_name)
         return TensorRtBackend(config, source, fake.device, choice)
 
     monkeypatch.setattr(backends, "load_backend", load)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime, Sizes, current_stream, scratch_memory
 from llmengine.backends.tensorrt.spec import PlacedSegment
-from llmengine.backends.tensorrt.verify import cases_of
+from llmengine.backends.tensorrt.verify import checked_sizes
 from llmengine.errors import EngineError
 from tests.backends.tensorrt.fake_runtime import DTYPES, FakeTensorRt, Misuse, fake_library, fake_plan
 from tests.backends.tensorrt.segment_helpers import FAMILIES, library_or_skip, placed, tiny_arch
@@ -52,7 +52,7 @@ def fake(device: str) -> FakeTensorRt:
 @pytest.mark.parametrize("rtx", [False, True])
 def test_a_context_runs_at_each_size_of_its_profiles(fake: FakeTensorRt, rtx: bool) -> None:
     plan = loaded(fake, rtx)
-    for sizes in cases_of(plan.spec):
+    for sizes in checked_sizes(plan.spec):
         tensors = all_tensors(plan, sizes, fake.device)
         tensors["x_out"].fill_(torch.nan)
         run(plan, tensors, sizes)
@@ -97,7 +97,10 @@ def test_a_failure_of_a_context_is_reported(fake: FakeTensorRt, call: str) -> No
     verb = "cannot run" if call in RUNNING else "cannot be prepared"
     with pytest.raises(EngineError, match=f"plan 'mid' at T=3, S=1 {verb}: ") as caught:
         run(plan, tensors, sizes)
-    reasons = {"infer_shapes": "shapes are missing of x", "get_tensor_shape": r"has shape (-1, -1), expected (3, 48)"}
+    reasons = {
+        "infer_shapes": "the shapes of x are missing",
+        "get_tensor_shape": r"has shape (-1, -1), expected (3, 48)",
+    }
     assert reasons.get(call, f"'{call} was told to fail'") in str(caught.value)
 
 
@@ -155,7 +158,7 @@ def test_kernels_of_another_device_cost_time_only(fake: FakeTensorRt) -> None:
 
 
 def test_bytes_that_are_no_plan_are_refused(fake: FakeTensorRt) -> None:
-    with pytest.raises(EngineError, match=r"plan 'mid' does not load.*deserialize_cuda_engine: 'not a plan'"):
+    with pytest.raises(EngineError, match=r"plan 'mid' cannot be loaded.*deserialize_cuda_engine: 'not a plan'"):
         PlanRuntime(fake_library(fake)).load("mid", b"something else", mid_segment().spec)
 
 
@@ -171,7 +174,7 @@ def test_bytes_that_are_no_plan_are_refused(fake: FakeTensorRt) -> None:
 )
 def test_a_plan_of_another_segment_is_refused(fake: FakeTensorRt, changes: dict[str, Any], message: str) -> None:
     wanted = placed(tiny_arch(**changes), "float32", "inputs", "mid").spec
-    with pytest.raises(EngineError, match=f"plan 'mid' is not what it should be: {message}"):
+    with pytest.raises(EngineError, match=f"plan 'mid' does not match its description: {message}"):
         PlanRuntime(fake_library(fake)).load("mid", fake_plan(mid_segment().spec), wanted)
 
 
@@ -185,7 +188,7 @@ def test_sizes_outside_every_profile_are_refused(fake: FakeTensorRt) -> None:
 def test_too_little_scratch_memory_is_refused(fake: FakeTensorRt) -> None:
     plan, sizes = loaded(fake), Sizes(3)
     memory = torch.empty(plan.memory_bytes - 1, dtype=torch.uint8, device=fake.device)
-    with pytest.raises(EngineError, match="1023 bytes of scratch memory are fewer than the 1024 it needs"):
+    with pytest.raises(EngineError, match="it needs 1024 bytes of scratch memory, not 1023"):
         run(plan, all_tensors(plan, sizes, fake.device), sizes, memory)
 
 
@@ -210,7 +213,9 @@ def test_the_fake_sees_what_the_library_would_not(fake: FakeTensorRt) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_the_real_library_says_why_it_does_not_load_a_plan() -> None:
     library, spec = library_or_skip(), mid_segment().spec
-    with pytest.raises(EngineError, match=r"plan 'mid' does not load: .*CUDA driver.*; install a newer NVIDIA driver$"):
+    with pytest.raises(
+        EngineError, match=r"plan 'mid' cannot be loaded: .*CUDA driver.*; install a newer NVIDIA driver$"
+    ):
         PlanRuntime(library).load("mid", b"no plan", spec)
 
 

@@ -21,7 +21,7 @@ from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, Pag
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
-from llmengine.backends.tensorrt.spec import make_profiles, plans_of, segments_of
+from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan, segments_of
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.checkpoints.opening import open_model
 from llmengine.models.arch import ModelArch, fused_parts
@@ -57,7 +57,7 @@ class InterpretedSegments:
     def __init__(self, library: Library, arch: ModelArch, dtype: str, weights: dict[str, Tensor]) -> None:
         profiles = make_profiles(SCHEDULER.max_batch_size, SCHEDULER.max_tokens_per_step)
         self._segments = segments_of(arch, dtype, profiles)  # type: ignore[arg-type]
-        plans = plans_of(self._segments)
+        plans = segments_by_plan(self._segments)
         self._networks = {name: interpreted(library, segment, weights) for name, segment in plans.items()}
         self._weights = [weight_feeds(segment, weights) for segment in self._segments]
         self._dtype = DTYPES[dtype]

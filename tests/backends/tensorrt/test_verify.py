@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.reference import reference
 from llmengine.backends.tensorrt.runtime import PlanRuntime, Sizes
 from llmengine.backends.tensorrt.segments import load_plans
 from llmengine.backends.tensorrt.spec import ProfileSpec, Range, SegmentSpec, segments_of
-from llmengine.backends.tensorrt.verify import Verification, cases_of, verify_plans
+from llmengine.backends.tensorrt.verify import Verification, checked_sizes, verify_plans
 from llmengine.models.arch import ModelArch
 from tests.backends.tensorrt.fake_runtime import DTYPES, FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.segment_helpers import (
@@ -25,6 +24,7 @@ from tests.backends.tensorrt.segment_helpers import (
     tiny_arch,
     weight_feeds,
 )
+from tests.backends.tensorrt.torch_reference import reference
 
 Outputs = Mapping[str, Tensor]
 
@@ -158,6 +158,6 @@ def test_the_reference_is_the_models_formulas(family: str) -> None:
 
 def test_cases_are_the_edges_of_what_each_profile_is_used_for() -> None:
     spec = segments_of(tiny_arch(), "float32", PROFILES)[0].spec
-    assert list(cases_of(spec)) == [Sizes(1, 1), Sizes(2, 2), Sizes(4, 4), Sizes(5, 1), Sizes(10, 2), Sizes(16, 4)]
+    assert list(checked_sizes(spec)) == [Sizes(1, 1), Sizes(2, 2), Sizes(4, 4), Sizes(5, 1), Sizes(10, 2), Sizes(16, 4)]
     same = tuple(ProfileSpec(profile.name, Range(1, 1, 1), Range(1, 1, 1)) for profile in PROFILES)
-    assert list(cases_of(segments_of(tiny_arch(), "float32", same)[0].spec)) == [Sizes(1, 1)]
+    assert list(checked_sizes(segments_of(tiny_arch(), "float32", same)[0].spec)) == [Sizes(1, 1)]

@@ -12,9 +12,10 @@ import torch
 from llmengine.backends.tensorrt import build_engine as building
 from llmengine.backends.tensorrt import weight_choice
 from llmengine.backends.tensorrt.build_engine import BuildOptions, build_engine
-from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, map_constants
+from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
-from llmengine.backends.tensorrt.obtain import get_plans
+from llmengine.backends.tensorrt.constant_weights import map_constants
+from llmengine.backends.tensorrt.obtain import obtain_plans
 from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
 from llmengine.errors import ConfigError, EngineError
 from tests.backends.tensorrt.fake_runtime import DTYPES, FakeTensorRt, fake_library, fake_plan
@@ -37,7 +38,7 @@ def built() -> list[str]:
 def build(fake: FakeTensorRt, built: list[str]) -> Callable[[Iterable[PlanJob], int], Iterator[BuiltPlan]]:
     """Stands for `build_plans`: builds what the fake runs."""
 
-    def build_plans(jobs: Iterable[PlanJob], num_workers: int) -> Iterator[BuiltPlan]:
+    def build_plans(jobs: Iterable[PlanJob], num_processes: int) -> Iterator[BuiltPlan]:
         for job in jobs:
             raw = map_constants(job.spec, job.weights)
             constants = {
@@ -68,7 +69,7 @@ def test_a_layer_is_built_both_ways_run_and_timed(
     # The whole model takes the layer from the cache, either way.
     for mode, others in (("inputs", ["first", "last"]), ("constants", ["first", "mid.1", "mid.2", "last"])):
         del built[:]
-        get_plans(make_request(**{"max_batch_size": 9, "weight_mode": mode}), source, 1, cache=cache, build=build)
+        obtain_plans(make_request(**{"max_batch_size": 9, "weight_mode": mode}), source, 1, cache=cache, build=build)
         assert sorted(built) == sorted(others)
 
 
@@ -130,8 +131,8 @@ def test_a_build_measures_and_takes_the_fastest(
 
     monkeypatch.setattr(building, "load_library", lambda: fake_library(fake))
     monkeypatch.setattr(building, "time_layer", measured)
-    monkeypatch.setattr(building, "get_plans", lambda *given, **named: get_plans(*given, **named, build=build))
-    monkeypatch.setattr(building, "_device", lambda: ((89,), "NVIDIA L4"))
+    monkeypatch.setattr(building, "obtain_plans", lambda *given, **named: obtain_plans(*given, **named, build=build))
+    monkeypatch.setattr(building, "_first_gpu", lambda: ((89,), "NVIDIA L4"))
     options = BuildOptions(4, 16, weight_mode="fastest")
     made = build_engine(make_source(path=tmp_path), tmp_path / "e", options, None, cache=PlanCache(tmp_path / "cache"))
     assert len(asked) == 1
@@ -147,7 +148,9 @@ def test_what_is_not_here_cannot_be_measured(
     monkeypatch.setattr(building, "load_library", lambda: fake_library(fake, rtx=True))
     options = BuildOptions(4, 16, compute_capabilities=(89, 120), weight_mode="fastest")
     for here, found in (((), "there is none"), ((89,), "SM89")):
-        monkeypatch.setattr(building, "_device", lambda here=here: (here, None))
-        with pytest.raises(ConfigError, match=rf"on this machine's GPU \({found}\), not for SM89, SM120; choose"):
+        monkeypatch.setattr(building, "_first_gpu", lambda here=here: (here, None))
+        with pytest.raises(
+            ConfigError, match=rf"on this machine's GPU \({found}\) and cannot choose for SM89, SM120; set weight_mode"
+        ):
             build_engine(make_source(path=tmp_path), tmp_path / "e", options, None, cache=PlanCache(tmp_path / "cache"))
     assert not (tmp_path / "e").exists()

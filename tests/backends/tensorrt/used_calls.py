@@ -21,7 +21,7 @@ import torch
 
 import llmengine.backends.tensorrt as package
 from llmengine.backends.tensorrt import library, runtime
-from llmengine.backends.tensorrt.builder import serialize_segment
+from llmengine.backends.tensorrt.builder_process import serialize_segment
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import BuildTarget
 from tests.backends.tensorrt.segment_helpers import FAMILIES, placed, random_weights, raw, tiny_arch
@@ -36,7 +36,7 @@ PROTOCOLS = {
     runtime.TrtRuntimeConfig: "IRuntimeConfig",
     runtime.TrtRuntimeCache: "IRuntimeCache",
 }
-SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("library", "network", "builder", "runtime")]
+SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("builder_process", "library", "network", "runtime")]
 
 
 def used_calls(library: Library, directory: Path) -> Calls:
