@@ -202,7 +202,7 @@ def test_an_error_of_the_bindings_is_a_failed_build(library: Library, monkeypatc
 def test_a_dead_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = placed(tiny_arch(), "float16", "inputs", "first").spec
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(EngineError, match="plan 'first': the process that built it exited with status 1"):
+    with pytest.raises(EngineError, match="plan 'first': the process that was building it exited with status 1"):
         build_plan(PlanJob("first", spec, ALL, tmp_path / "plan"))
 
 
