@@ -12,7 +12,7 @@ import torch
 from benchmarks import tensorrt_report
 from llmengine import backends
 from llmengine.backends import load_backend
-from llmengine.backends.tensorrt.backend import SegmentsChoice, TensorRtBackend
+from llmengine.backends.tensorrt.backend import SegmentsChoice, load_tensorrt_backend
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.plan_set import SavedPlanSet
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
@@ -41,9 +41,9 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
         plan_set = fake_plan_set(segments_of(source.arch, "float32", profiles))
         if source.plans is not None:
             plan_set = plan_set.replace(verification=SavedPlanSet.read(source.plans, "plans").verification)
-        by_name = config.backend == "tensorrt"
-        choice = SegmentsChoice(fake_library(fake), plan_set, source, PlanCache(), is_required=by_name)
-        return TensorRtBackend(config, source, fake.device, choice)
+        is_required = config.backend == "tensorrt"
+        choice = SegmentsChoice(fake_library(fake), plan_set, source, PlanCache(), is_required=is_required)
+        return load_tensorrt_backend(config, source, fake.device, choice)
 
     monkeypatch.setattr(backends, "load_backend", load)
     # The load itself is tested with the other benchmarks; Triton's interpreter takes seconds for a token.
