@@ -42,7 +42,7 @@ class _Settings:
         object.__setattr__(self, name, value)
 
     def resolve(self) -> Self:
-        """Return a checked, frozen copy; raises `ConfigError` naming the field, the value and the range."""
+        """A checked, frozen copy; raises `ConfigError` naming the field, the value and the range."""
         values = {}
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
@@ -64,7 +64,7 @@ class _Settings:
 
 
 def _restore(kind: type[_Settings], values: dict[str, Any], mappings: list[str], frozen: bool) -> _Settings:
-    """Return the configuration that a pickle (or a copy) holds, frozen if it was."""
+    """The configuration that a pickle or a copy holds, frozen if the original was."""
     settings = kind(**{name: MappingProxyType(value) if name in mappings else value for name, value in values.items()})
     object.__setattr__(settings, "_frozen", frozen)
     return settings
@@ -223,9 +223,9 @@ class SchedulerConfig(_Settings):
     share_prefixes_across_tenants: bool = False
 
     def resolve(self, accelerator: bool = False) -> Self:
-        """Return a checked, frozen copy in which `BY_DEVICE` is replaced by the device's limit.
+        """A checked, frozen copy in which the device's limits replace `BY_DEVICE`.
 
-        The limits of tokens then make room for a batch size that was given, and for each other.
+        Token limits that are left to the device are adjusted to the limits that were set.
         """
         batch_size, step, mixed = (
             _LIMITS[name][accelerator] if getattr(self, name) == BY_DEVICE else getattr(self, name) for name in _LIMITS
@@ -311,7 +311,7 @@ class ModelConfig(_Settings):
     load_format: Literal["auto", "dummy"] = "auto"
 
     def resolve(self, accelerator: bool = False) -> Self:
-        """Return a checked, frozen copy; `accelerator` decides what is left to the device."""
+        """A checked, frozen copy; `accelerator` selects the limits that are left to the device."""
         scheduler = self.scheduler_config
         if isinstance(scheduler, SchedulerConfig):
             scheduler = scheduler.resolve(accelerator)

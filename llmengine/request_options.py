@@ -110,7 +110,7 @@ class RequestOptions:
         return self.deadline_s is not None or self.first_token_deadline_s is not None
 
     def replace(self, **changes: Any) -> RequestOptions:
-        """Return a copy with `changes`, checked again."""
+        """A copy with `changes`, checked again."""
         return dataclasses.replace(self, **changes)
 
 
@@ -159,9 +159,9 @@ TEMPLATE_NAMES = frozenset(TemplateKeywords.__annotations__)
 
 
 def split_options(keywords: Mapping[str, Any], **defaults: Any) -> tuple[RequestOptions, dict[str, Any]]:
-    """Return the options among `keywords`, and the keywords that are none.
+    """The request options among `keywords`, and the remaining keywords.
 
-    `defaults` are those of a function that has its own for some options.
+    `defaults` replace the defaults of some options.
     """
     rest = dict(keywords)
     given = {name: rest.pop(name) for name in OPTION_NAMES if name in rest}
@@ -172,7 +172,7 @@ def split_options(keywords: Mapping[str, Any], **defaults: Any) -> tuple[Request
 
 
 def as_options(function: Callable[..., Any], keywords: Mapping[str, Any], **defaults: Any) -> RequestOptions:
-    """Return the options that `keywords` of `function` are; raises `TypeError` for any other."""
+    """The request options in the `keywords` of `function`; raises `TypeError` for any other keyword."""
     options, rest = split_options(keywords, **defaults)
     for name in rest:
         raise unknown_keyword(function, name)
@@ -180,7 +180,7 @@ def as_options(function: Callable[..., Any], keywords: Mapping[str, Any], **defa
 
 
 def unknown_keyword(function: Callable[..., Any], name: str, known: Iterable[str] = ()) -> TypeError:
-    """Return Python's own error for a keyword that `function` does not have, with what may have been meant.
+    """Python's own error for a keyword that `function` does not have, with the name that was probably meant.
 
     `known` are keywords beside those of the function's signature.
     """
@@ -198,7 +198,7 @@ def unknown_keyword(function: Callable[..., Any], name: str, known: Iterable[str
 
 
 def is_sampling_parameter(name: str) -> bool:
-    """Say whether a keyword is one of `SamplingParams`, or of other engines' requests."""
+    """True if a keyword belongs to `SamplingParams` or to the requests of other engines."""
     return name in _ELSEWHERE or any(name == field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -236,6 +236,6 @@ OPTION_NAMES = frozenset(field.name for field in dataclasses.fields(RequestOptio
 
 
 def _attributes(documentation: str) -> str:
-    """Return what a docstring says of the attributes, indented for a method's docstring."""
+    """The attributes section of a docstring, indented for a method's docstring."""
     text = inspect.cleandoc(documentation).partition("Attributes:\n")[2]
     return "".join(f"{line and '        '}{line}\n" for line in text.splitlines())

@@ -201,7 +201,7 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def replace(self, **changes: Any) -> SamplingParams:
-        """Return a copy with `changes`, checked again."""
+        """A copy with `changes`, checked again."""
         return dataclasses.replace(self, **changes)
 
     def for_prompt(self, num_tokens: int) -> SamplingParams:

@@ -73,7 +73,7 @@ def _as_json_text(schema: Any) -> str:
 
 
 def _schema_inside(given: Mapping[str, Any]) -> Any:
-    """Return the schema in OpenAI's form of one, or `given`.
+    """The schema inside OpenAI's response format; `given` itself if it is a schema.
 
     A schema has none of the keys "schema" and "json_schema", whatever its properties are called: they stand a level
     deeper. So one that has them beside keys of OpenAI's form alone is of that form.

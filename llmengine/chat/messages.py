@@ -21,7 +21,7 @@ class MessageObject(Protocol):
     """A message of a client library, such as OpenAI's."""
 
     def model_dump(self) -> dict[str, Any]:
-        """Return the message as a dict."""
+        """The message as a dict."""
 
 
 Messages = Sequence[Mapping[str, Any] | MessageObject]
@@ -36,7 +36,7 @@ PART_SEPARATOR = "\n"
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Return a copy of `value` made of exact JSON types, so that a template reaches no methods of richer objects.
+    """A copy of `value` in exact JSON types, so that a template cannot reach the methods of richer objects.
 
     Mappings, sequences, dataclasses and what has a `model_dump()` (Pydantic models, such as those of OpenAI's client)
     are taken. Raises `InvalidRequestError` naming `where` for anything else.
@@ -68,7 +68,7 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return a copy of a conversation in plain JSON types.
+    """A copy of a conversation in plain JSON types.
 
     Raises `InvalidRequestError` unless it is a non-empty list of messages, each with a "role".
     """
@@ -87,14 +87,14 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def is_several(messages: Any) -> bool:
-    """Say whether `messages` are several conversations rather than one."""
+    """True if `messages` is a list of conversations rather than one conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         return False
     return isinstance(messages[0], Sequence) and not isinstance(messages[0], str | bytes)
 
 
 def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return a copy of a list of tools in OpenAI's form, None for none.
+    """A copy of a list of tools in OpenAI's form, None for none.
 
     A function without its wrapper, `{"name": ..., "parameters": ...}`, gets one. Raises `InvalidRequestError`.
     """
@@ -114,7 +114,7 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def plain_documents(documents: Any) -> list[dict[str, Any]] | None:
-    """Return a copy of a list of documents, None for none; raises `InvalidRequestError` unless they are dicts."""
+    """A copy of a list of documents, None for none; raises `InvalidRequestError` unless they are dicts."""
     if documents is None:
         return None
     copy = plain(documents, "documents")
@@ -263,7 +263,7 @@ class Flexible:
         holder[key] = self._forms[0]
 
     def was_read(self) -> bool:
-        """Say whether the template read the present form; that is not known of a string."""
+        """True if the template read the present form, or if that form is a string, whose reading cannot be noticed."""
         form = self._forms[0]
         return not isinstance(form, Tracked) or form._was_read()
 
@@ -392,9 +392,9 @@ class Conversation:
 
 
 def _arguments(given: Any, where: str) -> list[Any]:
-    """Return a call's arguments as an object, and as the JSON text that the caller gave, if it gave text.
+    """The arguments of a call in two forms: an object, and JSON text (the caller's own if it gave text).
 
-    Text that is not JSON is refused: a template that encodes the object would write a form that no model has seen.
+    Text that is not JSON is refused, because a template that encodes it again would write a form no model has seen.
     """
     if given is None or (isinstance(given, str) and not given.strip()):
         given = {}

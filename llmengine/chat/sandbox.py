@@ -75,7 +75,7 @@ class Message(dict[str, Any]):
 
 
 def range_with_budget() -> Callable[..., range]:
-    """Return a `range` whose items are counted together."""
+    """A `range` function whose calls share one limit on the number of items."""
     num_items = 0
 
     def bounded_range(*bounds: int) -> range:
@@ -110,7 +110,7 @@ class Budget:
             raise InvalidRequestError(f"the chat template takes too long; the limit is {self._max_s:g} s")
 
     def made(self, value: Any) -> Any:
-        """Return `value`, a new one, once its size is counted."""
+        """Count the size of a new `value` and return it."""
         self.step()
         size = _size(value)
         _require_room(size)
@@ -138,7 +138,7 @@ def _require_room(num_chars: int) -> None:
 
 
 def _size(value: Any) -> int:
-    """Return about how many characters and items `value` has when it is written out."""
+    """Approximate number of characters and items of `value` when it is written out."""
     return _nested_size(value, {})
 
 
@@ -269,7 +269,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         return _made(super().call(context, called, *arguments, **keywords))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return what `str.format` is replaced by, None for anything else."""
+        """The replacement of `str.format`; None for any other function."""
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
             _check_widths(_WIDE_BRACES, value.__self__)

@@ -81,7 +81,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the prompt of `messages`, each a dict with "role" and "content" (or "tool_calls").
+        """The prompt for `messages`, each a dict with "role" and "content" (or "tool_calls").
 
         Args:
             messages: content is text, or a list of text parts; arguments of tool calls are objects or JSON text. The
@@ -202,7 +202,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _probe(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
-        """Return what the template writes of `messages`, None where it fails."""
+        """The text that the template writes for `messages`; None if it fails."""
         context = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
         try:
             return self._write({**context, "messages": list(map(Message, messages))}, deadline)
@@ -212,14 +212,14 @@ class ChatTemplate:
             return None
 
     def _can_take_text(self, deadline: float) -> bool:
-        """Say whether content may be text: it may unless only parts come out."""
+        """True if content may be text: it may unless the template writes only content that is given in parts."""
         part = {"type": "text", "text": _NEEDLE}
         if "text" not in self._mentioned or _NEEDLE in (self._probe([_message("user", _NEEDLE)], deadline) or ""):
             return True
         return _NEEDLE not in (self._probe([_message("user", [part])], deadline) or "")
 
     def _is_role_known(self, role: str, deadline: float) -> bool:
-        """Say whether messages of `role` come out, or are rejected, where those of a user come out."""
+        """True if the template writes or rejects messages of `role`, or does not even write those of a user."""
         if role in self._mentioned or role == "user":
             return True
         known = self._knows_role.get(role)
@@ -284,7 +284,7 @@ class ChatTemplates:
         return template.render(messages, add_generation_prompt, tools, others)
 
     def choose(self, chat_template: str | None = None, *, has_tools: bool = False) -> ChatTemplate:
-        """Return the template that `chat_template` names or is; None: the model's for such a conversation."""
+        """The template that `chat_template` names or contains; for None, the model's own for such a conversation."""
         if chat_template is None:
             return self._named(self._default_name(has_tools))
         if not isinstance(chat_template, str):
@@ -323,7 +323,7 @@ class ChatTemplates:
 
 
 def unknown_variable(name: str, known: Iterable[str]) -> str:
-    """Return a message about a variable that a template does not read, with the nearest of those that it does."""
+    """A message about a variable that the template does not read, with the closest name among those that it reads."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, [*names, *_OURS], n=1)
     others = f"its variables: {', '.join(names)}" if names else "it has no variables"
@@ -332,7 +332,7 @@ def unknown_variable(name: str, known: Iterable[str]) -> str:
 
 
 def _mentioned(tree: nodes.Template) -> Iterator[str]:
-    """Yield the attributes and strings of a template."""
+    """All attribute names and string constants in a template."""
     for node in tree.find_all((nodes.Getattr, nodes.Const)):
         name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else None
         if isinstance(name, str):
@@ -344,7 +344,7 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _field_to_continue(given: bool | str, add_generation_prompt: bool | None) -> str:
-    """Return the name of the final message's field that the answer goes on with, "" for none."""
+    """Name of the field of the final message that the answer continues; "" if it continues none."""
     if not isinstance(given, bool | str):
         raise requirement(InvalidRequestError, "continue_final_message", "True, False or the name of a field", given)
     if given and add_generation_prompt:

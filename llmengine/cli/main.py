@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _engine_error(error: BaseException) -> LLMEngineError | None:
-    """Return the first error of our tree in `error`, if all leaves of its exception groups are of our tree."""
+    """The first `LLMEngineError` in `error`; None unless every leaf of its exception groups is one."""
     if not isinstance(error, BaseExceptionGroup):
         return error if isinstance(error, LLMEngineError) else None
     leaves = [_engine_error(inner) for inner in error.exceptions]

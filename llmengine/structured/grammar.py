@@ -81,7 +81,7 @@ class Grammar:
         self._look()
 
     def fork(self, stop_token_ids: Iterable[int]) -> Grammar:
-        """Return a grammar at the same place for a request that these tokens end."""
+        """A grammar at the same position for a request that `stop_token_ids` end."""
         other = object.__new__(Grammar)
         for name in ("_executor", "_forbidden", "_keys", "is_complete", "error", "step_s"):
             setattr(other, name, getattr(self, name))
@@ -190,11 +190,11 @@ class GrammarCompiler:
             raise InvalidRequestError(f"structured output {self._fault}")
 
     def has(self, spec: StructuredOutput) -> bool:
-        """Return whether `compile` has the grammar from before."""
+        """True if the grammar is in the cache of `compile`."""
         return spec in self._cache
 
     def compile(self, spec: StructuredOutput, stop_token_ids: Iterable[int]) -> Grammar:
-        """Return a grammar at its start for a request that these tokens end; takes up to seconds without the GIL.
+        """A grammar at its start for a request that `stop_token_ids` end; takes up to seconds without the GIL.
 
         Raises `InvalidRequestError` for a schema, regex or grammar that is malformed, not supported, too complex, or
         matches no text. The grammars used last are kept.
@@ -272,7 +272,7 @@ class _Vocabulary:
         self._longest = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Return ids of the longest tokens that the text begins with."""
+        """Ids of `text` by greedy longest match."""
         data = text.encode() if isinstance(text, str) else text
         ids = []
         begin = 0
@@ -285,7 +285,7 @@ class _Vocabulary:
 
 
 def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any:
-    """Return what `LLTokenizer` takes for a tokenizer."""
+    """The tokenizer in a form that `LLTokenizer` accepts."""
     if hasattr(tokenizer, "token_bytes"):
         return _Vocabulary(tokenizer.token_bytes(), special_ids, end_id)
     if hasattr(tokenizer, "tokenizer_json"):
@@ -294,9 +294,9 @@ def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any
 
 
 def _with_known_decoder(source: str) -> str:
-    """Return a tokenizer.json whose tokens llguidance can read: it does not know the decoder Metaspace.
+    """A tokenizer.json whose tokens llguidance can read; it does not know the Metaspace decoder.
 
-    Nor does it ask the decoder for more than which characters stand for bytes and spaces.
+    It asks the decoder only which characters stand for bytes and spaces, so others may be left out.
     """
     content = json.loads(source)
     decoder = content.get("decoder") or {}
@@ -315,7 +315,7 @@ def _size(tokenizer: Any) -> int:
 
 
 def _limits() -> LLParserLimits:
-    """Return the fuel: for about 3 s to compile and 0.1 s a token. Ordinary schemas take milliseconds and 50 us."""
+    """Fuel for about 3 s of compiling and 0.1 s a token. Ordinary schemas take milliseconds and 50 us."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -330,7 +330,7 @@ def _limits() -> LLParserLimits:
 
 
 def _source(spec: StructuredOutput) -> str:
-    """Return the grammar in llguidance's own form."""
+    """The grammar in llguidance's own form."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
 

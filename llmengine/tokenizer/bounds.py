@@ -48,7 +48,7 @@ class TextBound:
         self._max_chars = _max_chars_per_token(backend, vocabulary, [token.content for token in added])
 
     def min_tokens(self, text: str) -> int:
-        """Return a number of tokens that `text` has at least; 0 where nothing is known."""
+        """A lower bound of the number of tokens in `text`; 0 if none is known."""
         if self._max_chars is None or self._dropped is None or self._backend.truncation is not None:
             return 0
         if any(token in text for token in self._swallowing) or _has_any_byte(text, self._dropped):
@@ -57,7 +57,7 @@ class TextBound:
 
 
 def _has_any_byte(text: str, values: Iterable[int]) -> bool:
-    """Say whether the UTF-8 of `text` has any of these bytes."""
+    """True if the UTF-8 form of `text` contains any of these bytes."""
     values = [value for value in values if value < 0x80 or not text.isascii()]
     for begin in range(0, len(text) if values else 0, _MANY_CHARS):  # other threads get on in between
         data = text[begin : begin + _MANY_CHARS].encode(errors="surrogatepass")
@@ -67,7 +67,7 @@ def _has_any_byte(text: str, values: Iterable[int]) -> bool:
 
 
 def _max_chars_per_token(backend: Any, tokens: frozenset[str], added: Iterable[str]) -> float | None:
-    """Return how many characters of a text one token can stand for; None where that has no bound."""
+    """Most characters of a text that one token can stand for; None if there is no bound."""
     normalizer, pre_tokenizer = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
     if normalizer is None or pre_tokenizer is None:
         return None
@@ -85,7 +85,7 @@ def _max_chars_per_token(backend: Any, tokens: frozenset[str], added: Iterable[s
 
 
 def _parts(component: Any) -> list[Mapping[str, Any]] | None:
-    """Return a normalizer or pre-tokenizer as the JSON objects that it consists of; None if it has no such form."""
+    """The JSON objects that a normalizer or pre-tokenizer consists of; None if it has no such form."""
     if component is None:
         return []
     try:
@@ -105,7 +105,7 @@ def _flattened(description: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 
 def _shrinking(normalizer: Mapping[str, Any]) -> float | None:
-    """Return how many characters it may make one character of; None if there is no limit."""
+    """Most characters that the normalizer may turn into one; None if there is no limit."""
     kind = normalizer.get("type")
     if kind in _GROWING_NORMALIZERS:
         return 1.0
@@ -125,7 +125,7 @@ def _keeps_text(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 
 def _dropped_bytes(backend: Any, tokens: frozenset[str]) -> list[int] | None:
-    """Return the bytes that may have no token of their own, though UTF-8 has them; None if that can be any text."""
+    """Bytes of UTF-8 that may have no token of their own; None if any text may lack tokens."""
     model = backend.model
     kind = type(model).__name__
     if kind not in ("BPE", "Unigram"):
@@ -141,6 +141,6 @@ def _dropped_bytes(backend: Any, tokens: frozenset[str]) -> list[int] | None:
 
 
 def _byte_level_char(value: int) -> str:
-    """Return the character that stands for a byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    """The character that stands for a byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
     unprintable = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
     return chr(0x100 + unprintable.index(value)) if value in unprintable else chr(value)

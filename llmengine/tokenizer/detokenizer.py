@@ -44,13 +44,13 @@ class TokenTexts:
         self._letter: tuple[list[int], str] | None = None
 
     def is_special(self, token_id: int) -> bool:
-        """Return whether a text begins anew behind the token in a prompt."""
+        """True if a new text begins after this token in a prompt."""
         return token_id in self._special_ids
 
     def context(self, prompt_token_ids: Sequence[int], structured: bool) -> tuple[list[int], str]:
-        """Return ids to decode generated ones behind, so that they read as they do behind the prompt, and their text.
+        """Ids to put before generated ids, so that these decode as they do after the prompt, and their text.
 
-        There are none where these begin a text.
+        There are none where the generated ids begin a text.
         """
         context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
         for index in range(len(context) - 1, -1, -1):
@@ -66,7 +66,7 @@ class TokenTexts:
         return context, text
 
     def read(self, token_id: int, begins: bool) -> str:
-        """Return what the token adds to a text that it begins or continues; U+FFFD for a part of a character."""
+        """The text that the token adds where it begins or continues a text; U+FFFD for a part of a character."""
         text = self._decode([token_id])
         if begins or token_id in self._special_ids:
             return text
@@ -77,7 +77,8 @@ class TokenTexts:
     def reader(
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], structured: bool
     ) -> Callable[[int, int], str]:
-        """Return what reads a token at a position of the prompt and the ids generated behind it, which may grow."""
+        """A function of (position, token id) that gives a token's text at a position of the prompt and the ids generated
+        after it, which may grow."""
         return partial(self._read_at, prompt_token_ids, token_ids, structured)
 
     def _read_at(
@@ -96,20 +97,20 @@ class TokenTexts:
         return self.read(token_id, begins)
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-        """Return the text of ids that were generated behind a prompt, without special tokens."""
+        """The text of ids that were generated after a prompt, without special tokens."""
         detokenizer = IncrementalDetokenizer(self, prompt_token_ids, self._special_ids)
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.finish()
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the tokenizer's text of ids."""
+        """The tokenizer's text for the ids."""
         return self._decode(token_ids)
 
     def has_text(self, token_id: int) -> bool:
-        """Return whether a text has begun behind the token: not behind special ones, nor ids without a token."""
+        """True if the token has text: it is not special, and its id belongs to a token."""
         return token_id not in self._special_ids and self.read(token_id, begins=False) != ""
 
     def _behind_letter(self) -> tuple[list[int], str]:
-        """Return a token that is a letter, as ids, and its text; none where the tokenizer has no such token."""
+        """The ids and text of a token that is one letter; empty if the tokenizer has no such token."""
         if self._letter is None:
             self._letter = next(filter(None, map(self._find, _LETTERS)), ([], ""))
         return self._letter
@@ -199,7 +200,7 @@ class IncrementalDetokenizer:
         return piece if self.stopped is not None else piece + self._hide(token_id, True)
 
     def finish(self) -> str:
-        """Return what was held back, with unfinished characters as U+FFFD; a second call returns ""."""
+        """The text that was held back, with unfinished characters as U+FFFD; a second call returns ""."""
         if self.stopped is not None:
             return ""
         piece = self._flush()
@@ -215,7 +216,7 @@ class IncrementalDetokenizer:
         return piece
 
     def _flush(self) -> str:
-        """Empty the window and return the text in it that was not given out."""
+        """Empty the window and return its text that was not emitted yet."""
         piece = self._decode(self._ids)[len(self._shown) :] if len(self._ids) > self._num_context else ""
         self._ids, self._shown, self._num_context = [], "", 0
         return piece

@@ -36,9 +36,9 @@ _GGUF_CONTROL = 3
 
 
 def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> frozenset[int]:
-    """Return the ids of the tokens that end an answer, of `token_ids`, which maps tokens of `END_TOKENS` to ids.
+    """Ids of the tokens that end an answer, from `token_ids`, which maps tokens of `END_TOKENS` to ids.
 
-    `special` are those of them that are never ordinary text: "</s>" is an HTML tag in Gemma's vocabulary.
+    `special` has those that are never ordinary text: "</s>" is an HTML tag in Gemma's vocabulary.
     """
     ends = dict(token_ids)
     calls = ends.keys() & {"<|call|>", "<|calls|>"}
@@ -50,7 +50,7 @@ def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> froz
 
 
 def gguf_known_end_ids(tokens: Sequence[object], types: Sequence[object] | None) -> frozenset[int]:
-    """Return the ids of a GGUF file's tokens that end an answer by their text, whatever their type."""
+    """Ids of the tokens in a GGUF file whose text ends an answer, whatever their type."""
     names = END_TOKENS | FILL_IN_END_TOKENS
     found = {token: token_id for token_id, token in enumerate(tokens) if isinstance(token, str) and token in names}
     special = [token for token, token_id in found.items() if types is None or types[token_id] == _GGUF_CONTROL]
@@ -58,11 +58,11 @@ def gguf_known_end_ids(tokens: Sequence[object], types: Sequence[object] | None)
 
 
 def tokenizer_end_ids(tokenizer: object, vocab_size: int) -> frozenset[int]:
-    """Return the ids that end an answer by what a tokenizer says; see `llmengine.tokenizer.protocol.Tokenizer`.
+    """Ids that end an answer according to a tokenizer; see `llmengine.tokenizer.protocol.Tokenizer`.
 
-    Those that it names are its `end_token_ids`, or its `eos_token_id` where it has no such attribute. Raises
-    `ConfigError` for one of them outside [0, vocab_size). Of its `known_end_ids`, which nobody vouches for, those that
-    the model has count.
+    The ids that it names are its `end_token_ids`, or its `eos_token_id` without such an attribute. Raises
+    `ConfigError` for one of them outside [0, vocab_size). Its `known_end_ids` are known by their text only, so those
+    outside the vocabulary are ignored.
     """
     named = getattr(tokenizer, "end_token_ids", None)
     if named is None:

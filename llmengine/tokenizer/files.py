@@ -68,7 +68,7 @@ class TokenizerConfig:
         return {role: token.content for role, token in self.named.items() if token is not None}
 
     def with_defaults(self, id_of: Callable[[str], int | None]) -> TokenizerConfig:
-        """Return it with the class's own BOS and EOS where none are named and the vocabulary has these."""
+        """A copy with the default BOS and EOS of its class where none are named and the vocabulary has them."""
         defaults = {
             role: AddedToken(text, normalized=False, special=True)
             for role, text in _DEFAULT_TOKENS.get(self.tokenizer_class, {}).items()
@@ -77,13 +77,13 @@ class TokenizerConfig:
         return replace(self, named={**self.named, **defaults})
 
     def end_ids(self, id_of: Callable[[str], int | None]) -> frozenset[int]:
-        """Return the ids of `end_tokens`."""
+        """Ids of `end_tokens`."""
         found = map(id_of, self.end_tokens)
         return frozenset(token_id for token_id in found if token_id is not None)
 
 
 def read_tokenizer_config(directory: Path) -> TokenizerConfig:
-    """Return what the files in `directory` say; those that are not there say nothing.
+    """The settings in the files of `directory`; missing files are skipped.
 
     Raises `CorruptFileError` naming the file and the entry that is malformed, `UnsupportedModelError` for a flag that
     is not supported.
@@ -122,7 +122,7 @@ def _class(directory: Path, values: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`, {} when there is no such file."""
+    """The JSON object in `path`; {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -135,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text in `path`; raises `CorruptFileError` unless it is UTF-8."""
+    """The text in `path`; raises `CorruptFileError` if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -163,7 +163,7 @@ def _listed(key: str, value: Any) -> list[AddedToken]:
 
 
 def _added(where: str, entry: Any, is_special: bool = False) -> AddedToken:
-    """Return the token that a string or an object with its flags describes."""
+    """The token that a string, or an object with flags, describes."""
     if isinstance(entry, str):
         return AddedToken(entry, normalized=False, special=is_special)
     content = entry.get("content") if isinstance(entry, Mapping) else None

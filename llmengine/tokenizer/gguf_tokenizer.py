@@ -123,10 +123,10 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def build_backend(metadata: Mapping[str, Any], source: str) -> Tokenizer | SentencePieceCodec:
-    """Return what encodes as GGUF `metadata` says; `source` is the file's name for messages.
+    """An encoder built from GGUF `metadata`; `source` is the file's name for messages.
 
-    That is a `tokenizers.Tokenizer` for byte-level BPE (`tokenizer.ggml.model` "gpt2"), and sentencepiece for its BPE
-    ("llama") and unigrams ("t5"). Control tokens become special tokens, user-defined ones are matched whole in the
+    It is a `tokenizers.Tokenizer` for byte-level BPE (`tokenizer.ggml.model` "gpt2"), and a `SentencePieceCodec` for
+    SentencePiece's BPE ("llama") and unigram models ("t5"). Control tokens become special tokens, user-defined ones are matched whole in the
     text; BOS and EOS are added as the file says. Raises `UnsupportedModelError` for another model, an unknown
     pre-tokenizer or a flag that cannot be obeyed, `CorruptFileError` for fields that are missing or contradict each
     other.
@@ -162,7 +162,7 @@ def build_backend(metadata: Mapping[str, Any], source: str) -> Tokenizer | Sente
 
 
 def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
-    """Return the ids of the special tokens that the file names: "bos", "eos", "eot", "eom", "unknown", "padding"."""
+    """Ids of the special tokens that the file names: "bos", "eos", "eot", "eom", "unknown", "padding"."""
     num_tokens = len(_strings(metadata, "tokens", source))
     defaults = _SPECIAL_IDS.get(str(metadata.get(_PREFIX + "model")), {})
     found = {name: token_id for name, token_id in defaults.items() if token_id < num_tokens}
@@ -256,8 +256,10 @@ _SHORT_NAMES = {"unk": "unknown", "bos": "bos", "eos": "eos", "pad": "padding"}
 def _piece_types(
     metadata: Mapping[str, Any], tokens: Sequence[str], ids: Mapping[str, int], source: str
 ) -> list[PieceType]:
-    """Return the type of each piece. Those that are matched in the text beforehand are control pieces, which
-    SentencePiece leaves alone."""
+    """Type of each piece.
+
+    Tokens that are matched before SentencePiece sees the text become control pieces, which it never produces.
+    """
     types = []
     for token, token_type in zip(tokens, _token_types(metadata, tokens, source), strict=True):
         if token_type in (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN):
@@ -272,7 +274,7 @@ def _piece_types(
 
 
 def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> dict[int, AddedToken]:
-    """Return id -> token of what is matched in the text before it is split."""
+    """Tokens that are matched in the text before it is split, by id."""
     # Phi-3's tokenizer.json says so. The format cannot; llama.cpp knows it by the model, too.
     drops_space = metadata.get("general.architecture") == "phi3" and metadata.get(_PREFIX + "model") == "llama"
     added = {}
@@ -289,7 +291,7 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], source: st
 
 
 def _ends(metadata: Mapping[str, Any], source: str) -> tuple[list[int], list[int]]:
-    """Return the ids that are put before and behind a text."""
+    """Ids that are added before and after a text."""
     kind, ids = metadata.get(_PREFIX + "model"), token_ids(metadata, source)
     defaults = {"bos": kind == "llama" or metadata.get(_PREFIX + "pre") in _ADDING_BOS, "eos": kind == "t5"}
     found = []
@@ -318,7 +320,7 @@ def _charsmap(metadata: Mapping[str, Any], source: str) -> bytes:
 
 
 def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> Sequence[int]:
-    """Return the tokens' types. Those known to end an answer are control tokens, as for llama.cpp: files forget it."""
+    """Types of the tokens; as in llama.cpp, tokens known to end an answer are always control tokens."""
     types = metadata.get(_PREFIX + "token_type")
     if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
         raise CorruptFileError(

@@ -27,9 +27,9 @@ _BYTE_LEVEL = frozenset({"GPT2Tokenizer", "Qwen2Tokenizer"})
 
 
 def configure(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
-    """Return `backend`, which is changed, or what takes its place, with what `config` adds and says.
+    """The tokenizer with the tokens and flags of `config`: `backend` itself, changed in place, or a replacement.
 
-    Raises `CorruptFileError` where an id in the files is not the one that the token gets, `UnsupportedModelError` for
+    Raises `CorruptFileError` if a token gets another id than the files say, `UnsupportedModelError` for
     a flag that cannot be obeyed.
     """
     backend = _with_prefix_space(backend, config)
@@ -136,7 +136,7 @@ def _is_byte_level(state: dict[str, Any]) -> bool:
 
 
 def _prefixes(state: dict[str, Any]) -> bool:
-    """Say whether a SentencePiece-like pipeline puts a space before the text."""
+    """True if a SentencePiece-like pipeline puts a space before the text."""
     prepends = any(step["type"] == "Prepend" for step in _steps(state["normalizer"], "normalizers"))
     metaspaces = (step for step in _steps(state["pre_tokenizer"], "pretokenizers") if step["type"] == "Metaspace")
     return prepends or any(step["prepend_scheme"] != "never" for step in metaspaces)

@@ -90,7 +90,7 @@ class LoadedTokenizer:
         self.has_chat_template = bool(self._templates.sources)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`; special tokens written out in it are recognised.
+        """The ids of `text`; special tokens written out in it are recognised.
 
         With `add_special_tokens`, BOS and the like are added as the model's own tokenizer does; text from
         `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot hold,
@@ -101,7 +101,7 @@ class LoadedTokenizer:
             return encode_with(self._backend, text, add_special_tokens)
 
     def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
-        """Return the ids as `encode`; of more than `max_tokens` perhaps a number instead that they are not below."""
+        """The ids as from `encode`, or, for more than `max_tokens`, possibly a lower bound of their number instead."""
         with self._encoding(text):
             return encode_with_limit(self._backend, self._bound, text, max_tokens, add_special_tokens)
 
@@ -115,7 +115,7 @@ class LoadedTokenizer:
             raise CorruptFileError(f"{self._source}: the tokenizer cannot encode {text[:80]!r:.80}: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, special tokens included; ids outside the vocabulary have none."""
+        """The text, special tokens included; ids outside the vocabulary have none."""
         try:
             text: str = self._backend.decode(token_ids, skip_special_tokens=False)
         except BaseException as error:
@@ -131,7 +131,7 @@ class LoadedTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt that the model's template makes of `messages`; see `ChatTemplate.render`.
+        """The prompt that the model's template makes from `messages`; see `ChatTemplate.render`.
 
         `variables` may also have `chat_template`, the name of another template of the model's or a template. Raises
         `InvalidRequestError` when there is no template, for malformed messages, and for what the template rejects or
@@ -140,7 +140,7 @@ class LoadedTokenizer:
         return self._templates.render(messages, add_generation_prompt, tools, variables)
 
     def chat_template_variables(self, chat_template: str | None = None, *, has_tools: bool = False) -> frozenset[str]:
-        """Return the names of the variables that the template for such a conversation reads."""
+        """Names of the variables that the template for such a conversation reads."""
         return self._templates.choose(chat_template, has_tools=has_tools).variables
 
     def check_ends(self, vocab_size: int) -> None:
@@ -154,7 +154,7 @@ class LoadedTokenizer:
                 )
 
     def tokenizer_json(self) -> str:
-        """Return the text of its tokenizer.json."""
+        """The text of its tokenizer.json."""
         text: str = self._backend.to_str()
         return text
 
@@ -202,21 +202,21 @@ class SentencePieceTokenizer(LoadedTokenizer):
         self._describe(special_tokens or {}, codec.token_to_id, chat_templates or {}, end_token_ids, source)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`, as `LoadedTokenizer.encode` does; other threads run meanwhile."""
+        """The ids of `text`, as `LoadedTokenizer.encode` does; other threads run meanwhile."""
         check_text(text)
         return self._codec.encode(text, add_special_tokens)
 
     def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
-        """Return the ids as `encode`; of more than `max_tokens` perhaps a number instead that they are not below."""
+        """The ids as from `encode`, or, for more than `max_tokens`, possibly a lower bound of their number instead."""
         least = self._codec.min_tokens(text)
         return least if least > max_tokens else self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, special tokens included; ids outside the vocabulary have none."""
+        """The text, special tokens included; ids outside the vocabulary have none."""
         return self._codec.decode(token_ids)
 
     def token_bytes(self) -> list[bytes]:
-        """Return what each id stands for inside a text."""
+        """The bytes that each id stands for inside a text."""
         return self._codec.token_bytes()
 
     def tokenizer_json(self) -> str:
@@ -236,7 +236,7 @@ class SentencePieceTokenizer(LoadedTokenizer):
 
 
 def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
-    """Return the tokenizer of the model at `path`.
+    """The tokenizer of the model at `path`.
 
     Args:
         path: "huggingface": a directory with tokenizer.json, tokenizer.model or, read by transformers from local files
@@ -268,7 +268,7 @@ def load_tokenizer(path: str | Path, kind: TokenizerKind) -> LoadedTokenizer:
 
 
 def source_tokenizer(source: ModelSource) -> LoadedTokenizer:
-    """Return the tokenizer of an opened model; raises as `load_tokenizer` does."""
+    """The tokenizer of an opened model; raises as `load_tokenizer` does."""
     if source.kind == "gguf":
         return tokenizer_from_gguf(source.tokenizer_metadata, str(source.tokenizer_path))
     tokenizer = load_tokenizer(source.tokenizer_path, source.kind)
@@ -277,9 +277,9 @@ def source_tokenizer(source: ModelSource) -> LoadedTokenizer:
 
 
 def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
-    """Return what writes a model's tokenizer into an engine directory, None if its files are copied.
+    """The tokenizer to write into an engine directory; None if its files are to be copied.
 
-    They are if they come from such a directory, or if no tokenizer can be made of them.
+    Files are copied if they come from such a directory, or if no tokenizer can be built from them.
     """
     if source.kind == "engine":
         return None
@@ -290,7 +290,7 @@ def tokenizer_to_save(source: ModelSource) -> LoadedTokenizer | None:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedTokenizer:
-    """Return the tokenizer in GGUF `metadata`, as `read_gguf` gives it; `source` names the file in messages."""
+    """The tokenizer in GGUF `metadata`, as `read_gguf` returns it; `source` names the file in messages."""
     from llmengine.checkpoints.end_token_ids import gguf_named_end_ids
     from llmengine.checkpoints.metadata_fields import Fields
     from llmengine.tokenizer.gguf_tokenizer import build_backend, token_ids
@@ -334,7 +334,7 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
 
 
 def _read_sentencepiece(directory: Path) -> SentencePieceTokenizer | None:
-    """Return the tokenizer of a tokenizer.model, None if the file is another library's."""
+    """The tokenizer in a tokenizer.model; None if the file is not a SentencePiece model."""
     path = directory / "tokenizer.model"
     try:
         data = path.read_bytes()
@@ -350,7 +350,7 @@ def _read_sentencepiece(directory: Path) -> SentencePieceTokenizer | None:
 
 
 def _is_from_library(error: BaseException) -> bool:
-    """Say whether the tokenizers library failed: it raises bare Exception, and what is no Exception for its panics."""
+    """True if the tokenizers library failed: it raises a bare Exception, or for a panic a class outside Exception."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 

@@ -37,10 +37,10 @@ class Tokenizer(Protocol):
     """
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the special tokens that the model expects around a prompt."""
+        """The ids of `text`, with the special tokens that the model expects around a prompt."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
+        """The text of `token_ids`, special tokens included; incomplete UTF-8 becomes U+FFFD."""
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ class ChatTokenizer(Tokenizer, Protocol):
     """
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`; text from the template has its special tokens and needs no others."""
+        """The ids of `text`; text from the template has its special tokens and needs no others."""
 
     def apply_chat_template(
         self,
@@ -62,9 +62,9 @@ class ChatTokenizer(Tokenizer, Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt text of `messages`; `variables` are passed on to the template.
+        """The prompt text for `messages`; `variables` are passed on to the template.
 
-        Raises `InvalidRequestError` for messages that do not fit it.
+        Raises `InvalidRequestError` for messages that the template rejects.
         """
 
 
@@ -82,16 +82,16 @@ class ByteTokenizer:
     end_token_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
-        """Return the UTF-8 bytes of `text`; raises `InvalidRequestError` for lone surrogates."""
+        """The UTF-8 bytes of `text`; raises `InvalidRequestError` for lone surrogates."""
         check_text(text)
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the bytes; each maximal invalid sequence becomes one U+FFFD."""
+        """The text of the bytes; each maximal invalid sequence becomes one U+FFFD."""
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
     def token_bytes(self) -> list[bytes]:
-        """Return the bytes of each id."""
+        """The bytes of each id."""
         return [*(bytes((value,)) for value in range(256)), b"<bos>", b"<eos>"]
 
 
@@ -112,7 +112,7 @@ def check_text(text: str) -> None:
 
 
 def encode_with(backend: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Return the ids that a `tokenizers.Tokenizer` gives `text`."""
+    """Ids of `text` from a `tokenizers.Tokenizer`."""
     ids: list[int] = _encoding(backend, text, add_special_tokens).ids
     return ids
 
@@ -120,9 +120,9 @@ def encode_with(backend: Any, text: str, add_special_tokens: bool = True) -> lis
 def encode_with_limit(
     backend: Any, bound: TextBound, text: str, max_tokens: int, add_special_tokens: bool = True
 ) -> list[int] | int:
-    """Return the ids as `encode_with` does; where they are more than `max_tokens`, a number that they are not below.
+    """The ids as from `encode_with`; for more than `max_tokens`, a lower bound of their number instead.
 
-    What is surely longer is not tokenized.
+    Text that is certain to be longer is not tokenized.
     """
     if len(text) > max_tokens and (least := bound.min_tokens(text)) > max_tokens:
         return least
@@ -133,7 +133,7 @@ def encode_with_limit(
 
 
 def _encoding(backend: Any, text: str, add_special_tokens: bool) -> Any:
-    """Return the library's encoding of `text`.
+    """The library's encoding of `text`.
 
     Its `encode` keeps the interpreter lock, so that a megabyte would stop every thread for a second. Its form for
     batches gives the lock up, and runs a batch of one on this thread.
@@ -144,15 +144,15 @@ def _encoding(backend: Any, text: str, add_special_tokens: bool) -> Any:
 
 
 def added_end_ids(added: Mapping[int, Any]) -> frozenset[int]:
-    """Return which of a tokenizer's added tokens, by id as `AddedToken`s, are known to end an answer."""
+    """Ids of the added tokens (id -> `AddedToken`) that are known to end an answer."""
     found = {token.content: token_id for token_id, token in added.items() if token.content in END_TOKENS}
     return known_end_ids(found, {token.content for token in added.values() if token.special})
 
 
 def without_second_bos(tokenizer: Tokenizer, text: str, token_ids: list[int]) -> list[int]:
-    """Return the ids of `text` with one BOS where `text` brings its own and the tokenizer put another before it.
+    """Ids of `text` with one BOS where `text` begins with its own and the tokenizer added another.
 
-    Text that a chat template wrote begins with BOS; models answer worse with two of them.
+    Text from a chat template often begins with BOS; models answer worse with two of them.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None or token_ids[:2] != [bos, bos]:
@@ -178,18 +178,18 @@ class TransformersTokenizer:
         self._bound = _transformers_bound(tokenizer)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`, with BOS and the like when `add_special_tokens`."""
+        """The ids of `text`, with BOS and the like when `add_special_tokens`."""
         check_text(text)
         return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
 
     def encode_with_limit(self, text: str, max_tokens: int, add_special_tokens: bool = True) -> list[int] | int:
-        """Return the ids, or a number above `max_tokens` that they are not below."""
+        """The ids, or a lower bound of their number that is above `max_tokens`."""
         if self._bound is not None and (least := self._bound.min_tokens(text)) > max_tokens:
             return least
         return self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, special tokens included."""
+        """The text, special tokens included."""
         text: str = self._wrapped.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
@@ -200,9 +200,9 @@ class TransformersTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return the prompt that the tokenizer's own template makes of `messages`, by the rules of `ChatTemplate`.
+        """The prompt that the tokenizer's own template makes from `messages`, by the rules of `ChatTemplate`.
 
-        A class with an `apply_chat_template` of its own, rather than transformers', is left to do it. Raises
+        A class that overrides transformers' `apply_chat_template` renders the prompt itself. Raises
         `InvalidRequestError` when there is no template or it rejects the messages.
         """
         templates = self._templates()
@@ -220,12 +220,12 @@ class TransformersTokenizer:
     def chat_template_variables(
         self, chat_template: str | None = None, *, has_tools: bool = False
     ) -> frozenset[str] | None:
-        """Return the names of the variables that its template reads, None where that cannot be told."""
+        """Names of the variables that its template reads; None if they are not known."""
         templates = self._templates()
         return None if templates is None else templates.choose(chat_template, has_tools=has_tools).variables
 
     def _templates(self) -> ChatTemplates | None:
-        """Return the templates that the tokenizer has now; None: it does not use them in the usual way."""
+        """The templates that the tokenizer has now; None if it does not use them in the usual way."""
         from llmengine.chat.template import ChatTemplates
 
         method = getattr(type(self._wrapped).apply_chat_template, "__module__", None)
@@ -242,7 +242,7 @@ class TransformersTokenizer:
         return self._known_templates[2]
 
     def tokenizer_json(self) -> str:
-        """Return the text of its tokenizer.json; raises `AttributeError` where it has no such form."""
+        """The text of its tokenizer.json; raises `AttributeError` where it has no such form."""
         text: str = self._wrapped.backend_tokenizer.to_str()
         return text
 
@@ -252,7 +252,7 @@ class TransformersTokenizer:
 
 
 def _transformers_bound(tokenizer: Any) -> TextBound | None:
-    """Return what is known of a transformers tokenizer's lengths: nothing if its class encodes in a way of its own."""
+    """The bound for a transformers tokenizer; None if its class overrides how text is encoded."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     encoders = [getattr(type(tokenizer), name, None) for name in ("encode", "__call__", "_encode_plus")]
     if not hasattr(backend, "get_added_tokens_decoder") or not all(
@@ -273,21 +273,21 @@ class _EncodingTokenizer:
         self._bound = TextBound(tokenizer, tokenizer.get_vocab())
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with what the post-processor adds."""
+        """The ids of `text`, with what the post-processor adds."""
         check_text(text)
         return encode_with(self._wrapped, text)
 
     def encode_with_limit(self, text: str, max_tokens: int) -> list[int] | int:
-        """Return the ids, or a number above `max_tokens` that they are not below."""
+        """The ids, or a lower bound of their number that is above `max_tokens`."""
         return encode_with_limit(self._wrapped, self._bound, text, max_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, special tokens included."""
+        """The text, special tokens included."""
         text: str = self._wrapped.decode(list(token_ids), skip_special_tokens=False)
         return text
 
     def tokenizer_json(self) -> str:
-        """Return the text of its tokenizer.json."""
+        """The text of its tokenizer.json."""
         text: str = self._wrapped.to_str()
         return text
 
@@ -300,7 +300,7 @@ class _EncodingTokenizer:
 
 
 def adapt_tokenizer(tokenizer: Any) -> Tokenizer:
-    """Return `tokenizer` as a `Tokenizer`: wrapped if it is of transformers or tokenizers, else itself.
+    """The `tokenizer` as a `Tokenizer`: wrapped if it comes from transformers or tokenizers, else unchanged.
 
     Raises `ConfigError` naming the methods that are missing.
     """

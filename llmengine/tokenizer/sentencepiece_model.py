@@ -105,7 +105,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
-    """Return the model that a tokenizer.model holds; None for a file of another tokenizer.
+    """The model that a tokenizer.model holds; None for a file of another tokenizer.
 
     Raises `CorruptFileError` naming `source` for data that is damaged, `UnsupportedModelError` for a model that
     changes text after decoding.
@@ -142,7 +142,7 @@ def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
 
 
 def with_dummy_prefix(data: bytes, add_dummy_prefix: bool) -> bytes:
-    """Return the serialized model with this flag: a later message overrides single fields of an earlier one."""
+    """The serialized model with this flag: in protobuf a later message overrides fields of an earlier one."""
     return data + _field(_NORMALIZER, _field(_DUMMY_PREFIX, int(add_dummy_prefix)))
 
 
@@ -167,7 +167,7 @@ def check_charsmap(charsmap: bytes, source: str) -> None:
 
 
 def _leading_pieces(data: bytes) -> tuple[list[Piece], int]:
-    """Return the pieces that a file begins with, as far as they are short and normal or typed, and where they end.
+    """Pieces at the start of a file that have the usual short form, and the position after them.
 
     A vocabulary of 256k is read in a fraction of the time that `_fields` takes for it.
     """
@@ -208,12 +208,12 @@ def _piece(data: bytes) -> Piece:
 
 
 def _signed(value: int) -> int:
-    """Return what a varint of 64 bits means: -1 is written as 2**64 - 1."""
+    """The signed value of a 64-bit varint: -1 is written as 2**64 - 1."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _field(number: int, value: int | float | bytes) -> bytes:
-    """Return a field of a message."""
+    """A field of a message."""
     if isinstance(value, float):
         return _encoded(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, bytes):
@@ -231,7 +231,7 @@ def _encoded(value: int) -> bytes:
 
 
 def _fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a message: an integer for a varint, else the bytes."""
+    """Number and value of each field of a message: an integer for a varint, else the bytes."""
     while position < len(data):
         key, position = _varint(data, position)
         number, wire_type = key >> 3, key & 7
@@ -252,7 +252,7 @@ def _fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return the integer that begins at `position`, and where it ends."""
+    """The integer that begins at `position`, and where it ends."""
     value = shift = 0
     while True:
         octet = data[position]

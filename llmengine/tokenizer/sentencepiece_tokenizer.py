@@ -80,7 +80,7 @@ class SentencePieceCodec:
         self._decoder = _decoder(model, prefix)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of `text`."""
+        """The ids of `text`."""
         ids: list[int] = list(self._begin) if add_special_tokens else []
         for start, end, token_id in self._stretches(text):
             if token_id is not None:
@@ -90,7 +90,7 @@ class SentencePieceCodec:
         return ids + self._end if add_special_tokens else ids
 
     def min_tokens(self, text: str) -> int:
-        """Return a number of tokens that `text` has at least; 0 where nothing is known.
+        """A lower bound of the number of tokens in `text`; 0 if none is known.
 
         A token stands for no more characters than it has, unless text is normalized, runs of unknown characters are one
         token, or a token swallows the spaces beside it.
@@ -98,22 +98,22 @@ class SentencePieceCodec:
         return math.ceil(len(text) / self._max_chars) if self._max_chars else 0
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text, added and control tokens included; ids outside the vocabulary have none."""
+        """The text, added and control tokens included; ids outside the vocabulary have none."""
         size, texts = self.vocab_size, self._texts
         tokens = [text for i in token_ids if 0 <= i < size and (text := texts[i]) is not None]
         decoded: str = self._decoder.decode(tokens)
         return decoded.removesuffix(" ") if self.model.treat_whitespace_as_suffix else decoded
 
     def token_to_id(self, token: str) -> int | None:
-        """Return the id of a piece or added token, None if there is none."""
+        """Id of a piece or added token; None if there is none."""
         return self._ids.get(token)
 
     def id_to_token(self, token_id: int) -> str | None:
-        """Return the piece or added token of an id, None if there is none."""
+        """The piece or added token with this id; None if there is none."""
         return self._texts[token_id] if 0 <= token_id < self.vocab_size else None
 
     def token_bytes(self) -> list[bytes]:
-        """Return what each id stands for inside a text."""
+        """The bytes that each id stands for inside a text."""
         found = []
         for token_id, text in enumerate(self._texts):
             if token_id not in self.added and self._is_byte(token_id):
@@ -123,7 +123,7 @@ class SentencePieceCodec:
         return found
 
     def flags(self) -> dict[str, Any]:
-        """Return what a tokenizer_config.json beside `model.serialized()` must say for `codec_of_directory`."""
+        """Content of a tokenizer_config.json from which `codec_of_directory` builds this codec again."""
         tokens = {
             str(token_id): {
                 "content": token.content,
@@ -153,7 +153,7 @@ class SentencePieceCodec:
         return ids
 
     def _stretches(self, text: str) -> Iterator[tuple[int, int, int | None]]:
-        """Yield start, end and the id of each added token in `text`, and the text between them with id None."""
+        """Start, end and id of each added token in `text`; id None for the text between them."""
         if self._splitter is None:
             if text:
                 yield 0, len(text), None
@@ -167,7 +167,7 @@ class SentencePieceCodec:
 def codec_of_directory(
     model: SentencePieceModel, config: TokenizerConfig, source: str
 ) -> tuple[SentencePieceCodec, dict[str, str]]:
-    """Return what encodes with `model` and the files beside it, and role -> token.
+    """A codec for `model` with the settings of the files beside it, and the tokens by role.
 
     Control pieces and what the files add are matched in the text. User-defined pieces are left to SentencePiece unless
     the files list them. Unlike a tokenizer.json the model does not say whether BOS and EOS are added: the files do, and
@@ -202,7 +202,7 @@ def codec_of_directory(
 def _added_tokens(
     model: SentencePieceModel, config: TokenizerConfig, named: Mapping[str, str], source: str
 ) -> dict[int, AddedToken]:
-    """Return id -> token of what is matched in the text before SentencePiece sees it."""
+    """Tokens that are matched in the text before SentencePiece sees it, by id."""
     ids = {piece.text: token_id for token_id, piece in reversed([*enumerate(model.pieces)])}
     added = {
         token_id: AddedToken(piece.text, normalized=False, special=True)
@@ -241,8 +241,11 @@ def _processor(data: bytes, add_dummy_prefix: bool, source: str) -> Any:
 
 
 def _splitter(added: Mapping[int, AddedToken]) -> tuple[Tokenizer | None, list[int | None]]:
-    """Return a tokenizer that finds the added tokens, and what its ids mean: of the tokenizers library, whose rules
-    for overlapping tokens, word borders and spaces around tokens are the ones that the flags are made for."""
+    """A tokenizer that finds the added tokens, and the token that each of its ids stands for.
+
+    The tokenizers library defines the flags of added tokens: its rules decide where tokens overlap, where words end and
+    which spaces around a token belong to it.
+    """
     if not added:
         return None, []
     splitter = Tokenizer(models.WordLevel(vocab={"": 0}, unk_token=""))

@@ -30,7 +30,7 @@ class StopMatcher:
         self._num_since_hidden = self._automaton.max_depth
 
     def feed(self, piece: str, check_stop: bool) -> tuple[str, str | None]:
-        """Return the text that cannot be part of a stop any more, and the stop that became complete if any."""
+        """Read `piece`; return the text that no stop can contain any more, and the stop that is now complete, or None."""
         text = self._held + piece
         automaton, state, hidden = self._automaton, self._state, self._hidden
         for end, char in enumerate(piece, len(self._held) + 1):
@@ -63,7 +63,7 @@ class StopMatcher:
         return self._release(self._held), None
 
     def flush(self) -> str:
-        """Return the held text and forget it."""
+        """End the text: return what is held, and hold nothing."""
         held = self._held
         self._forget()
         return held
@@ -122,7 +122,7 @@ class _HiddenMatch:
             self.step(char)
 
     def match(self) -> tuple[int, str | None]:
-        """Return the stop that is complete here and how many of its characters are shown; none: None and 0."""
+        """Number of shown characters of the stop that is complete here, and that stop; (0, None) if there is none."""
         state = self._state
         while (stop := self._automaton.match[state]) is not None:
             if not self._begins_inside(len(stop)):
@@ -176,7 +176,7 @@ class _Automaton:
             self.match[child] = self.match[child] or self.match[self.fail[child]]
 
     def step(self, state: int, char: str) -> int:
-        """Return the state behind one more character."""
+        """State after one more character."""
         while True:
             child = self._next[state].get(char)
             if child is not None:
@@ -186,13 +186,13 @@ class _Automaton:
             state = self.fail[state]
 
     def open_state(self, state: int) -> int:
-        """Return the longest end of the state's text that a longer stop begins with."""
+        """State of the longest suffix of the state's text that begins a longer stop."""
         while state and not self._next[state]:
             state = self.fail[state]
         return state
 
     def at_depth(self, state: int, depth: int) -> int:
-        """Return the end of the state's text that is `depth` long, which begins a stop."""
+        """State of the suffix of length `depth` of the state's text, which must begin a stop."""
         while self.depth[state] > depth:
             state = self.fail[state]
         return state
@@ -210,7 +210,7 @@ class _Automaton:
         self.match[state] = stop
 
     def _breadth_first(self) -> Iterator[tuple[int, str, int]]:
-        """Yield (state, char, child), shallow states first, so that a child's fail state is complete before it."""
+        """Edges as (state, char, child), shallow states first, so that a child's fail state is complete before it."""
         level = [0]
         while level:
             edges = [(state, char, child) for state in level for char, child in self._next[state].items()]
