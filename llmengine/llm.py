@@ -13,7 +13,7 @@ import anyio.to_thread
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
-from llmengine.chat.messages import Messages, is_several
+from llmengine.chat.messages import Messages, is_conversation_list
 from llmengine.checks import requirement
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.chat_prompt import ChatPrompt
@@ -254,7 +254,7 @@ class LLM:
         Raises `InvalidRequestError` where the template rejects them or ignores something of them, or the model has
         none; `TypeError` for a keyword that neither this method nor the template has.
         """
-        if is_several(messages):
+        if is_conversation_list(messages):
             checked, rest = split_options(options, wait_for_admission=True)
             prompts = (self._intake.chats.prompt(LLM.chat, conversation, rest) for conversation in messages)
             return self._run_all(prompts, sampling_params, checked)
@@ -453,7 +453,7 @@ def _is_conversation(prompt: Any) -> bool:
     """Say whether `prompt` holds messages rather than token ids."""
     if not isinstance(prompt, Sequence) or not prompt:
         return False
-    return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_several(prompt)
+    return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_conversation_list(prompt)
 
 
 def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:

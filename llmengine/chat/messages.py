@@ -3,7 +3,7 @@
 Two things differ between templates and cannot be told from a template's text for certain: whether it takes a message's
 content as text or as a list of parts, and a tool call's arguments as an object or as JSON text. So such a value is
 given in one form that notices whether it is read; where it was not, or the template failed, the template gets the next
-form and writes again (`Flexible`). An object is also written as JSON wherever a template wants text of it.
+form and writes again (`FlexibleValue`). An object is also written as JSON wherever a template wants text of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PART_SEPARATOR = "\n"
 """Stands between the text parts of one message where a template takes text."""
 
 
-def plain(value: Any, where: str, depth: int = 0) -> Any:
+def plain_value(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of `value` in exact JSON types, so that a template cannot reach the methods of richer objects.
 
     Mappings, sequences, dataclasses and what has a `model_dump()` (Pydantic models, such as those of OpenAI's client)
@@ -55,15 +55,15 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise requirement(InvalidRequestError, f"a key in {where}", "a string", key)
-        return {str.__str__(key): plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {str.__str__(key): plain_value(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [plain(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [plain_value(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if not isinstance(value, type):
         if dataclasses.is_dataclass(value):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return plain(fields, where, depth + 1)
+            return plain_value(fields, where, depth + 1)
         if callable(getattr(value, "model_dump", None)):
-            return plain(value.model_dump(), where, depth + 1)
+            return plain_value(value.model_dump(), where, depth + 1)
     raise requirement(InvalidRequestError, where, "a JSON value", value)
 
 
@@ -77,7 +77,7 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     copies = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
-        copy = plain(message, where)
+        copy = plain_value(message, where)
         if not isinstance(copy, dict):
             raise requirement(InvalidRequestError, where, "a dict", message)
         if not isinstance(copy.get("role"), str):
@@ -86,7 +86,7 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     return copies
 
 
-def is_several(messages: Any) -> bool:
+def is_conversation_list(messages: Any) -> bool:
     """True if `messages` is a list of conversations rather than one conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         return False
@@ -104,12 +104,12 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
         raise requirement(InvalidRequestError, "tools", "a list of dicts", tools)
     copies: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
-        copy = plain(tool, f"tools[{index}]")
+        copy = plain_value(tool, f"tools[{index}]")
         if not isinstance(copy, dict):
             raise requirement(InvalidRequestError, f"tools[{index}]", "a dict", tool)
         if "function" not in copy and "name" in copy and copy.get("type", "function") == "function":
             copy = {"type": "function", "function": {key: item for key, item in copy.items() if key != "type"}}
-        copies.append(Wrapped(copy))
+        copies.append(WrappedFunction(copy))
     return copies or None
 
 
@@ -117,14 +117,14 @@ def plain_documents(documents: Any) -> list[dict[str, Any]] | None:
     """A copy of a list of documents, None for none; raises `InvalidRequestError` unless they are dicts."""
     if documents is None:
         return None
-    copy = plain(documents, "documents")
+    copy = plain_value(documents, "documents")
     if not isinstance(copy, list) or not all(isinstance(document, dict) for document in copy):
         allowed = 'a list of dicts such as {"title": ..., "text": ...}'
         raise requirement(InvalidRequestError, "documents", allowed, documents)
     return copy or None
 
 
-class Tracked:
+class ReadTracked:
     """A value of a message that knows whether the template read all of it."""
 
     __slots__ = ()
@@ -136,7 +136,7 @@ class Tracked:
         raise NotImplementedError
 
 
-class JsonObject(dict[str, Any], Tracked):
+class JsonObject(dict[str, Any], ReadTracked):
     """An object that is `text`, its JSON, wherever a template wants text of it: printed, added to a string."""
 
     __slots__ = ("_read", "_text")
@@ -222,7 +222,7 @@ class _Part(dict[str, Any]):
         return super().values()
 
 
-class TextParts(list[_Part], Tracked):
+class TextParts(list[_Part], ReadTracked):
     """Content as a list of text parts. A template that prints the list itself has not read it."""
 
     __slots__ = ("_printed",)
@@ -244,7 +244,7 @@ class TextParts(list[_Part], Tracked):
         return super().__str__()
 
 
-class Wrapped(dict[str, Any]):
+class WrappedFunction(dict[str, Any]):
     """A tool or tool call, in OpenAI's form: what stands in its "function" is found without that as well."""
 
     __slots__ = ()
@@ -253,7 +253,7 @@ class Wrapped(dict[str, Any]):
         return self["function"][key] if key != "function" else dict.__getitem__(self, key)
 
 
-class Flexible:
+class FlexibleValue:
     """A value of a message in the forms that templates may want: the next one where a form was not read."""
 
     __slots__ = ("_forms", "_holder", "_key")
@@ -265,11 +265,11 @@ class Flexible:
     def was_read(self) -> bool:
         """True if the template read the present form, or if that form is a string, whose reading cannot be noticed."""
         form = self._forms[0]
-        return not isinstance(form, Tracked) or form._was_read()
+        return not isinstance(form, ReadTracked) or form._was_read()
 
     def forget(self) -> None:
         """Begin anew: nothing was read."""
-        if isinstance(self._forms[0], Tracked):
+        if isinstance(self._forms[0], ReadTracked):
             self._forms[0]._forget()
 
     def advance(self) -> bool:
@@ -281,7 +281,7 @@ class Flexible:
         return True
 
 
-def mark_written(value: Any, nested: bool = False) -> None:
+def mark_as_written(value: Any, nested: bool = False) -> None:
     """Note that the template wrote `value` as JSON, which reads all in it, though not a list of parts itself."""
     if isinstance(value, JsonObject):
         value._read = True
@@ -291,10 +291,10 @@ def mark_written(value: Any, nested: bool = False) -> None:
             part._read = True
     elif isinstance(value, dict):
         for item in value.values():
-            mark_written(item, True)
+            mark_as_written(item, True)
     elif isinstance(value, list | tuple):
         for item in value:
-            mark_written(item, True)
+            mark_as_written(item, True)
 
 
 class Conversation:
@@ -311,7 +311,7 @@ class Conversation:
     def __init__(self, messages: Any, message_type: type[dict[str, Any]] = dict, *, as_parts: bool = False) -> None:
         self._as_parts = as_parts
         self.messages: list[dict[str, Any]] = []
-        self.flexible: list[Flexible] = []
+        self.flexible: list[FlexibleValue] = []
         for index, copy in enumerate(plain_messages(messages)):
             # A field that is None is one that a client's message object has and did not fill.
             message = message_type({key: value for key, value in copy.items() if value is not None})
@@ -340,28 +340,28 @@ class Conversation:
             if not may_lack or ("content" not in given and not message.get("tool_calls")):
                 raise InvalidRequestError(f'{where} must have "content" or "tool_calls"')
         elif isinstance(content, list):
-            self._set_list(message, content, where)
+            self._set_content_list(message, content, where)
         elif isinstance(content, str):
             if self._as_parts:
-                self.flexible.append(Flexible(message, "content", [_text_parts([content]), content]))
+                self.flexible.append(FlexibleValue(message, "content", [_text_parts([content]), content]))
         elif role in _SPEAKERS:
             raise requirement(InvalidRequestError, f'{where}["content"]', "a string or a list", content)
         elif isinstance(content, dict):
             text = _to_json(content)
-            self.flexible.append(Flexible(message, "content", [JsonObject(content, text), text]))
+            self.flexible.append(FlexibleValue(message, "content", [JsonObject(content, text), text]))
         else:
             message["content"] = _to_json(content)
 
-    def _set_list(self, message: dict[str, Any], content: list[Any], where: str) -> None:
+    def _set_content_list(self, message: dict[str, Any], content: list[Any], where: str) -> None:
         """Content in parts: as they are, else as one part, else as text. A tool's list of other things is JSON."""
         is_data = not all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
         if is_data and message["role"] not in _SPEAKERS:
             message["content"] = _to_json(content)
             return
-        parts = [_text_part(part, f'{where}["content"][{index}]') for index, part in enumerate(content)]
+        parts = [_as_text_part(part, f'{where}["content"][{index}]') for index, part in enumerate(content)]
         text = PART_SEPARATOR.join(part["text"] for part in parts)
         forms: list[Any] = [TextParts(parts), _text_parts([text]), text]
-        self.flexible.append(Flexible(message, "content", forms if len(parts) > 1 else [forms[0], text]))
+        self.flexible.append(FlexibleValue(message, "content", forms if len(parts) > 1 else [forms[0], text]))
 
     def _set_tool_calls(self, message: dict[str, Any], where: str) -> None:
         calls = message["tool_calls"]
@@ -371,10 +371,10 @@ class Conversation:
             del message["tool_calls"]
             return
         message["tool_calls"] = [
-            self._tool_call(call, f'{where}["tool_calls"][{index}]') for index, call in enumerate(calls)
+            self._wrap_tool_call(call, f'{where}["tool_calls"][{index}]') for index, call in enumerate(calls)
         ]
 
-    def _tool_call(self, call: Any, where: str) -> dict[str, Any]:
+    def _wrap_tool_call(self, call: Any, where: str) -> dict[str, Any]:
         if not isinstance(call, dict):
             raise requirement(InvalidRequestError, where, "a dict", call)
         if "function" not in call:
@@ -386,12 +386,12 @@ class Conversation:
         function = call["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise requirement(InvalidRequestError, f'{where}["function"]', 'a dict with a string "name"', function)
-        forms = _arguments(function.get("arguments"), f'{where}["function"]["arguments"]')
-        self.flexible.append(Flexible(function, "arguments", forms))
-        return Wrapped(call)
+        forms = _argument_forms(function.get("arguments"), f'{where}["function"]["arguments"]')
+        self.flexible.append(FlexibleValue(function, "arguments", forms))
+        return WrappedFunction(call)
 
 
-def _arguments(given: Any, where: str) -> list[Any]:
+def _argument_forms(given: Any, where: str) -> list[Any]:
     """The arguments of a call in two forms: an object, and JSON text (the caller's own if it gave text).
 
     Text that is not JSON is refused, because a template that encodes it again would write a form no model has seen.
@@ -400,7 +400,7 @@ def _arguments(given: Any, where: str) -> list[Any]:
         given = {}
     text = given if isinstance(given, str) else _to_json(given)
     try:
-        value = plain(json.loads(given), where) if isinstance(given, str) else given
+        value = plain_value(json.loads(given), where) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{where} is not valid JSON: {error}; it is {given!r:.200}") from error
     if not isinstance(value, dict):
@@ -408,7 +408,7 @@ def _arguments(given: Any, where: str) -> list[Any]:
     return [JsonObject(value, text), text]
 
 
-def _text_part(part: Any, where: str) -> dict[str, Any]:
+def _as_text_part(part: Any, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):

@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from llmengine.chat.messages import mark_written
+from llmengine.chat.messages import mark_as_written
 from llmengine.errors import InvalidRequestError
 
 MAX_PROMPT_CHARS = 16_000_000
@@ -39,12 +39,12 @@ MAX_RANGE_ITEMS = 1_000_000
 MAX_STEPS = 1_000_000
 """Most turns of loops and calls of one rendering together."""
 
-_MAX_MADE_CHARS = 16 * MAX_PROMPT_CHARS
+_MAX_TOTAL_CHARS = 16 * MAX_PROMPT_CHARS
 _MAX_INT_BITS = 1 << 16
-_MAX_REPEATED = 1_000_000
+_MAX_REPEATED_ITEMS = 1_000_000
 
 
-class Absent(jinja2.Undefined):
+class AbsentContent(jinja2.Undefined):
     """The content of a message that has none: undefined, none, and an empty text, whichever a template asks for."""
 
     __slots__ = ()
@@ -71,10 +71,10 @@ class Message(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         if key != "content":
             raise KeyError(key)
-        return Absent(name="content")
+        return AbsentContent(name="content")
 
 
-def range_with_budget() -> Callable[..., range]:
+def bounded_range_function() -> Callable[..., range]:
     """A `range` function whose calls share one limit on the number of items."""
     num_items = 0
 
@@ -91,7 +91,7 @@ def range_with_budget() -> Callable[..., range]:
     return bounded_range
 
 
-class Budget:
+class RenderBudget:
     """What one writing of a template has used, and by which moment it has to be done."""
 
     def __init__(self, max_s: float = math.inf, deadline: float = math.inf) -> None:
@@ -109,28 +109,28 @@ class Budget:
         if time.monotonic() > self._deadline:
             raise InvalidRequestError(f"the chat template takes too long; the limit is {self._max_s:g} s")
 
-    def made(self, value: Any) -> Any:
+    def count_value(self, value: Any) -> Any:
         """Count the size of a new `value` and return it."""
         self.step()
         size = _size(value)
-        _require_room(size)
+        _check_size(size)
         self._chars += size
-        if self._chars > _MAX_MADE_CHARS:
+        if self._chars > _MAX_TOTAL_CHARS:
             raise InvalidRequestError(
-                f"the chat template creates too many values; the limit is {_MAX_MADE_CHARS} characters in all"
+                f"the chat template creates too many values; the limit is {_MAX_TOTAL_CHARS} characters in all"
             )
         return value
 
 
-BUDGET: ContextVar[Budget] = ContextVar("llmengine_chat_template_budget")
+RENDER_BUDGET: ContextVar[RenderBudget] = ContextVar("llmengine_chat_template_budget")
 
 
-def _made(value: Any) -> Any:
-    budget = BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
-    return (Budget() if budget is None else budget).made(value)
+def _count_value(value: Any) -> Any:
+    budget = RENDER_BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
+    return (RenderBudget() if budget is None else budget).count_value(value)
 
 
-def _require_room(num_chars: int) -> None:
+def _check_size(num_chars: int) -> None:
     if num_chars > MAX_PROMPT_CHARS:
         raise InvalidRequestError(
             f"the chat template creates a value that is too large; the limit is {MAX_PROMPT_CHARS} characters"
@@ -160,26 +160,26 @@ def _nested_size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-class _Counted:
+class _CountedItems:
     """Iterates over `items`; each turn is a step."""
 
     def __init__(self, items: Any) -> None:
         self._items = items
 
     def __iter__(self) -> Iterator[Any]:
-        budget = BUDGET.get()
+        budget = RENDER_BUDGET.get()
         for item in self._items:
             budget.step()
             yield item
 
 
-class _CountedSized(_Counted):
+class _CountedCollection(_CountedItems):
     def __len__(self) -> int:
         return len(self._items)
 
 
-def _counted(items: Any) -> _Counted:
-    return (_CountedSized if isinstance(items, Sized) else _Counted)(items)
+def _count_items(items: Any) -> _CountedItems:
+    return (_CountedCollection if isinstance(items, Sized) else _CountedItems)(items)
 
 
 class _Namespace(Namespace):
@@ -193,18 +193,18 @@ _PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
 _SPREADING = ("expandtabs", "indent", "tojson")
 
 
-def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
+def _check_result_size(name: str, value: Any, arguments: Sequence[Any]) -> None:
     """Raise `InvalidRequestError` if the filter or string method `name` would make too large a value of `value`."""
     number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
     longest = max((len(item) for item in arguments if isinstance(item, str)), default=0)
     if name in _PADDING:
-        _require_room(number)
+        _check_size(number)
     elif name in _SPREADING:
-        _require_room(_size(value) * (1 + number + longest))
+        _check_size(_size(value) * (1 + number + longest))
     elif name == "replace" and len(arguments) >= 2 and isinstance(value, str):
-        _require_room(len(value) + value.count(str(arguments[0])) * longest)
+        _check_size(len(value) + value.count(str(arguments[0])) * longest)
     elif name == "join" and isinstance(value, list | tuple | str):
-        _require_room(_size(value) + len(value) * longest)
+        _check_size(_size(value) + len(value) * longest)
     elif name == "format" and isinstance(value, str):
         _check_widths(_WIDE_PERCENT, value)
     elif name == "sum" and any(isinstance(item, list | tuple) for item in arguments):
@@ -226,8 +226,8 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     @functools.wraps(function)
     def bounded(*arguments: Any, **keywords: Any) -> Any:
         value, *given = arguments[skipped:]
-        _check_growth(name, value, [*given, *keywords.values()])
-        return _made(function(*arguments, **keywords))
+        _check_result_size(name, value, [*given, *keywords.values()])
+        return _count_value(function(*arguments, **keywords))
 
     return bounded
 
@@ -241,8 +241,8 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         for name in ("urlize", "xmlattr", "wordwrap"):  # they write more than can be told from what they are given
             del self.filters[name]
         self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
-        self.filters |= {_COUNTED: _counted, _CONCAT: _concat, _MADE: _made}
-        self.tests["none"] = lambda value: value is None or isinstance(value, Absent)
+        self.filters |= {_COUNTED: _count_items, _CONCAT: _concat, _MADE: _count_value}
+        self.tests["none"] = lambda value: value is None or isinstance(value, AbsentContent)
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
@@ -252,21 +252,21 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         """Have what loops and what makes values without a filter, call or operator pass through filters that count."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
-            loop.iter = _filtered(loop.iter, _COUNTED)
+            loop.iter = _filter_node(loop.iter, _COUNTED)
         for block in tree.find_all(nodes.AssignBlock):
-            block.filter = _filtered(block.filter, _MADE)
+            block.filter = _filter_node(block.filter, _MADE)
         return _ValuesCounted().visit(tree)  # type: ignore[no-any-return]
 
     def call(self, context: Any, called: Any, /, *arguments: Any, **keywords: Any) -> Any:
         """Call a function, macro or method: one step, and a value of bounded size."""
         if isinstance(called, LoopContext) and arguments:
-            arguments = (_counted(arguments[0]), *arguments[1:])
+            arguments = (_count_items(arguments[0]), *arguments[1:])
         value = getattr(called, "__self__", None)
         if isinstance(value, str):
-            _check_growth(called.__name__, value, [*arguments, *keywords.values()])
+            _check_result_size(called.__name__, value, [*arguments, *keywords.values()])
             if called.__name__ == "join" and arguments:
-                _check_growth("join", arguments[0], [value])
-        return _made(super().call(context, called, *arguments, **keywords))
+                _check_result_size("join", arguments[0], [value])
+        return _count_value(super().call(context, called, *arguments, **keywords))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """The replacement of `str.format`; None for any other function."""
@@ -285,24 +285,24 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for items, count in ((left, right), (right, left)):
                 is_repeat = isinstance(items, str | list | tuple) and isinstance(count, int)
-                if is_repeat and len(items) * count > _MAX_REPEATED:
+                if is_repeat and len(items) * count > _MAX_REPEATED_ITEMS:
                     raise InvalidRequestError(
-                        f"the chat template repeats a value too often; the limit is {_MAX_REPEATED} items"
+                        f"the chat template repeats a value too often; the limit is {_MAX_REPEATED_ITEMS} items"
                     )
         elif operator == "%" and isinstance(left, str):
             _check_widths(_WIDE_PERCENT, left)
-        return _made(super().call_binop(context, operator, left, right))
+        return _count_value(super().call_binop(context, operator, left, right))
 
 
 _COUNTED, _CONCAT, _MADE = "llmengine_counted", "llmengine_concat", "llmengine_made"
 
 
 def _concat(items: Sequence[Any]) -> str:
-    _require_room(_size(items))
+    _check_size(_size(items))
     return "".join(map(str, items))
 
 
-def _filtered(node: nodes.Node | None, name: str) -> nodes.Filter:
+def _filter_node(node: nodes.Node | None, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None)
 
 
@@ -311,19 +311,19 @@ class _ValuesCounted(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(_filtered(nodes.List(node.nodes), _CONCAT), _MADE)
+        return _filter_node(_filter_node(nodes.List(node.nodes), _CONCAT), _MADE)
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, _MADE)
+        return _filter_node(node, _MADE)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, _MADE)
+        return _filter_node(node, _MADE)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, _MADE) if node.ctx == "load" else node
+        return _filter_node(node, _MADE) if node.ctx == "load" else node
 
 
 class _GenerationBlock(Extension):
@@ -351,6 +351,6 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    mark_written(value)
-    value = None if isinstance(value, Absent) else value
+    mark_as_written(value)
+    value = None if isinstance(value, AbsentContent) else value
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

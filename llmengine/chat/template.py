@@ -15,16 +15,16 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from llmengine.chat.messages import Conversation, plain, plain_documents, plain_messages, plain_tools
+from llmengine.chat.messages import Conversation, plain_documents, plain_messages, plain_tools, plain_value
 from llmengine.chat.sandbox import (
-    BUDGET,
     MAX_PROMPT_CHARS,
     MAX_RANGE_ITEMS,
     MAX_STEPS,
-    Budget,
+    RENDER_BUDGET,
     Message,
+    RenderBudget,
     SandboxedTemplates,
-    range_with_budget,
+    bounded_range_function,
 )
 from llmengine.checks import requirement
 from llmengine.errors import InvalidRequestError, ModelLoadError
@@ -64,7 +64,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             self.variables = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()
             self._reads_messages = "messages" in self.variables
-            self._mentioned = frozenset(_mentioned(tree))
+            self._mentioned = frozenset(_mentioned_names(tree))
             code = environment.compile(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelLoadError(
@@ -100,7 +100,7 @@ class ChatTemplate:
         field = _field_to_continue(given.pop("continue_final_message", False), add_generation_prompt)
         tools = plain_tools(tools)
         self._check_variables(given, tools=tools, documents=documents)
-        context = {**self._special_tokens, **{name: plain(value, name) for name, value in given.items()}}
+        context = {**self._special_tokens, **{name: plain_value(value, name) for name, value in given.items()}}
         context |= {"tools": tools, "documents": documents}
         context["add_generation_prompt"] = not field if add_generation_prompt is None else add_generation_prompt
         deadline = time.monotonic() + MAX_RENDER_S
@@ -108,7 +108,7 @@ class ChatTemplate:
         ending = _mark_ending(plainly, field) if field else ""
         conversation = self._conversation(plainly, deadline)
         try:
-            text = self._write_flexibly(conversation, context, deadline)
+            text = self._write_in_forms(conversation, context, deadline)
         except InvalidRequestError:
             raise
         except RecursionError as error:
@@ -155,7 +155,7 @@ class ChatTemplate:
             raise InvalidRequestError('the chat template does not use "tool_calls", so they would be lost')
         return conversation
 
-    def _write_flexibly(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
+    def _write_in_forms(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
         """Write with the first forms that the template reads.
 
         What it did not read while it went through all messages gets its next form. Where it failed, what it did not
@@ -188,9 +188,9 @@ class ChatTemplate:
     def _write(self, context: Mapping[str, Any], deadline: float) -> str:
         pieces = []
         num_chars = 0
-        token = BUDGET.set(Budget(MAX_RENDER_S, deadline))
+        token = RENDER_BUDGET.set(RenderBudget(MAX_RENDER_S, deadline))
         try:
-            for piece in self._template.generate({**context, "range": range_with_budget()}):
+            for piece in self._template.generate({**context, "range": bounded_range_function()}):
                 pieces.append(piece)
                 num_chars += len(piece)
                 if num_chars > MAX_PROMPT_CHARS:
@@ -198,7 +198,7 @@ class ChatTemplate:
                         f"the chat template writes too much text; the limit is {MAX_PROMPT_CHARS} characters"
                     )
         finally:
-            BUDGET.reset(token)
+            RENDER_BUDGET.reset(token)
         return "".join(pieces)
 
     def _probe(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
@@ -286,11 +286,11 @@ class ChatTemplates:
     def choose(self, chat_template: str | None = None, *, has_tools: bool = False) -> ChatTemplate:
         """The template that `chat_template` names or contains; for None, the model's own for such a conversation."""
         if chat_template is None:
-            return self._named(self._default_name(has_tools))
+            return self._compiled_template(self._default_name(has_tools))
         if not isinstance(chat_template, str):
             raise requirement(InvalidRequestError, "chat_template", "a string", chat_template)
         if chat_template in self.sources:
-            return self._named(chat_template)
+            return self._compiled_template(chat_template)
         if "{" not in chat_template:
             names = f"one of {', '.join(map(repr, self.sources))}, or " if self.sources else ""
             raise requirement(InvalidRequestError, "chat_template", f"{names}the text of a template", chat_template)
@@ -315,7 +315,7 @@ class ChatTemplates:
             )
         return next(iter(self.sources))
 
-    def _named(self, name: str) -> ChatTemplate:
+    def _compiled_template(self, name: str) -> ChatTemplate:
         template = self._compiled.get(name)
         if template is None:
             template = self._compiled[name] = ChatTemplate(self.sources[name], self._special_tokens, self._where)
@@ -331,7 +331,7 @@ def unknown_variable(name: str, known: Iterable[str]) -> str:
     return f"{name!r:.100} is not a variable of the chat template, so it would be lost; {hint}"
 
 
-def _mentioned(tree: nodes.Template) -> Iterator[str]:
+def _mentioned_names(tree: nodes.Template) -> Iterator[str]:
     """All attribute names and string constants in a template."""
     for node in tree.find_all((nodes.Getattr, nodes.Const)):
         name = node.attr if isinstance(node, nodes.Getattr) else node.value if isinstance(node, nodes.Const) else None

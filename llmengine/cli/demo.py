@@ -166,7 +166,9 @@ def show_answers(llm: LLM, run: Run, max_new_tokens: int, console: Console) -> N
     """Answer all questions of `run` at once, show the answers while they come, and print the summary."""
     prompts, is_chat = render_prompts(llm, [answer.question for answer in run.answers])
     if not is_chat:
-        _say(console, "This model has no chat template, so it continues the questions instead of answering them.")
+        _print_line(
+            console, "This model has no chat template, so it continues the questions instead of answering them."
+        )
     params = [
         SamplingParams(max_new_tokens=max_new_tokens, temperature=0.6, top_p=0.9, seed=answer.number)
         for answer in run.answers
@@ -178,9 +180,9 @@ def show_answers(llm: LLM, run: Run, max_new_tokens: int, console: Console) -> N
             refresh_per_second=_REFRESHES_A_SECOND,
         )
         with screen:
-            anyio.run(_answer, llm, prompts, params, run, None)
+            anyio.run(_stream_into_run, llm, prompts, params, run, None)
     else:
-        anyio.run(_answer, llm, prompts, params, run, console)
+        anyio.run(_stream_into_run, llm, prompts, params, run, console)
     _print_summary(run, llm.stats(), console)
 
 
@@ -188,7 +190,7 @@ def _can_redraw(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-async def _answer(
+async def _stream_into_run(
     llm: LLM,
     prompts: Sequence[str | list[int]],
     params: Sequence[SamplingParams],
@@ -206,7 +208,7 @@ async def _answer(
         run.max_used_blocks = max(run.max_used_blocks, llm.stats().num_used_blocks)
         if output.finished and plain_console is not None:
             num_finished += 1
-            _say(plain_console, _finished_line(answer, num_finished, len(run.answers)))
+            _print_line(plain_console, _finished_line(answer, num_finished, len(run.answers)))
 
     began = time.monotonic()
     await stream_answers(llm, prompts, params, show)
@@ -225,7 +227,7 @@ def load_model(model: Path, *, int8: bool, console: Console) -> tuple[LLM, float
         with console.status(Text(message)):
             llm = LLM(config)
     else:
-        _say(console, f"{message} ...")
+        _print_line(console, f"{message} ...")
         llm = LLM(config)
     load_s = time.monotonic() - began
     console.print(Text(f"Ready in {load_s:.1f} s: {llm.info.description}"), soft_wrap=not console.is_terminal)
@@ -315,7 +317,7 @@ def _finished_line(answer: Answer, num_finished: int, total: int) -> str:
     return f"[{num_finished}/{total}] {counted} ({answer.finish_reason}) | {answer.question} | {text}"
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     """Print one line, cut to the console's width."""
     console.print(Text(line), no_wrap=True, overflow="ellipsis")
 
@@ -324,7 +326,7 @@ def _print_summary(run: Run, stats: EngineStats, console: Console) -> None:
     console.print()
     console.print(_answer_table(run.answers, console))
     console.print()
-    facts = _totals(run, stats)
+    facts = _total_lines(run, stats)
     label_width = max(len(label) for label, _ in facts)
     for label, value in facts:
         console.print(Text(f"{label:<{label_width}}  {value}"), soft_wrap=not console.is_terminal)
@@ -355,7 +357,7 @@ def _answer_table(answers: Sequence[Answer], console: Console) -> Table:
     return table
 
 
-def _totals(run: Run, stats: EngineStats) -> list[tuple[str, str]]:
+def _total_lines(run: Run, stats: EngineStats) -> list[tuple[str, str]]:
     """The summary's lines below the table as (label, value)."""
     num_blocks = stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks
     return [

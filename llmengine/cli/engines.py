@@ -34,7 +34,7 @@ def add_engine_commands(commands: Any) -> None:
     )
     build.add_argument(
         "--sm",
-        type=_capabilities,
+        type=_compute_capabilities,
         default=(),
         metavar="LIST",
         help="compute capabilities to build for, such as 89,120 (default: this machine's first GPU)",
@@ -76,7 +76,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def _capabilities(text: str) -> tuple[int, ...]:
+def _compute_capabilities(text: str) -> tuple[int, ...]:
     """Compute capabilities from an argument: (89, 120) for "89,120" and for "8.9,12.0"."""
     try:
         found = tuple(int(part.strip().replace(".", "")) for part in text.split(","))
@@ -124,7 +124,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
-    for name, text in _summary(facts):
+    for name, text in _summary_lines(facts):
         print(f"{name:<12}{text}")
     if facts.get("plans"):
         from rich.console import Console
@@ -133,7 +133,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         # Lines are not wrapped in a pipe, since its reader has no width.
         width = None if sys.stdout.isatty() else 200
         Console(width=width, force_terminal=sys.stdout.isatty(), highlight=False, emoji=False, markup=False).print(
-            _plans(facts)
+            _plan_table(facts)
         )
     return 0
 
@@ -154,7 +154,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if findings.sound else 1
 
 
-def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines above the table, as (name, text)."""
     from llmengine.saved_engines import verified
 
@@ -190,7 +190,7 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _plans(facts: dict[str, Any]) -> Table:
+def _plan_table(facts: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -206,12 +206,12 @@ def _plans(facts: dict[str, Any]) -> Table:
             size_text(facts["files"][f"plans/{name}.plan"]["size_bytes"]),
             f"{plan['build_s']:.2f} s",
             "?" if peak is None else size_text(peak),
-            _tensors(segment["inputs"]),
+            _tensor_list(segment["inputs"]),
             f"{len(segment['weights'])} as {segment['weight_mode']}",
-            _tensors(segment["outputs"]),
+            _tensor_list(segment["outputs"]),
         )
     return table
 
 
-def _tensors(tensors: list[dict[str, Any]]) -> str:
+def _tensor_list(tensors: list[dict[str, Any]]) -> str:
     return "\n".join(f"{item['name']} {item['dtype']} [{', '.join(map(str, item['shape']))}]" for item in tensors)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmengine.chat.messages import plain, plain_messages
+from llmengine.chat.messages import plain_messages, plain_value
 from llmengine.errors import InvalidRequestError
 from llmengine.request_options import TEMPLATE_NAMES, is_sampling_parameter, unknown_keyword
 from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer
@@ -46,7 +46,7 @@ class ChatRenderer:
         given = keywords.get("chat_template_kwargs")
         if given is not None and not isinstance(given, Mapping):
             raise InvalidRequestError(f"chat_template_kwargs must be a dict, not a {type(given).__name__}")
-        variables = plain(given or {}, "chat_template_kwargs")
+        variables = plain_value(given or {}, "chat_template_kwargs")
         if twice := sorted(direct.keys() & variables.keys()):
             raise InvalidRequestError(f"{twice[0]!r} is given twice: as a keyword and in chat_template_kwargs")
         merged = {**variables, **direct}
@@ -57,7 +57,7 @@ class ChatRenderer:
             known = known or self._known(tokenizer, merged)
             if known is not None and name not in known:
                 raise unknown_keyword(function, name, {*known, *TEMPLATE_NAMES})
-        arguments = {name: plain(value, name) for name, value in merged.items() if value is not None}
+        arguments = {name: plain_value(value, name) for name, value in merged.items() if value is not None}
         for name in ("tools", "documents"):
             if arguments.get(name) == []:
                 del arguments[name]

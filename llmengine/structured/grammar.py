@@ -78,7 +78,7 @@ class Grammar:
         self.is_complete = False
         self.error: str | None = None
         self.step_s = 0.0
-        self._look()
+        self._update_mask()
 
     def fork(self, stop_token_ids: Iterable[int]) -> Grammar:
         """A grammar at the same position for a request that `stop_token_ids` end."""
@@ -88,7 +88,7 @@ class Grammar:
         other._matcher = self._matcher.deep_copy()
         other._end_ids = tuple(stop_token_ids)
         other.mask = self.mask
-        other.mask = other._with_ends(self.mask)
+        other.mask = other._with_end_tokens(self.mask)
         return other
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
@@ -104,34 +104,34 @@ class Grammar:
             for token_id in token_ids:
                 # Unlike the matcher's own method, the executor's lets go of the GIL.
                 if self._executor.consume_token_par([(self._matcher, token_id)]) != [True]:
-                    self.error = _reason(self._matcher) or f"token {token_id} is not in the grammar"
+                    self.error = _error_reason(self._matcher) or f"token {token_id} is not in the grammar"
                     break
                 if self._keys is not None and token_id not in self._end_ids:
                     self._keys = self._keys.after(token_id)
             else:
-                self._look()
+                self._update_mask()
         except Exception as fault:  # of the library: this request's alone
             self.error = repr(fault)
         self.step_s = time.thread_time() - began
         if self.step_s > _MAX_STEP_S:
             self.error = f"a step of the grammar took {self.step_s:.2f} s; the limit is {_MAX_STEP_S} s"
 
-    def _look(self) -> None:
+    def _update_mask(self) -> None:
         """Compute what may come next."""
         matcher = self._matcher
         self.is_complete = matcher.is_stopped() and matcher.is_accepting()
         if not self.is_complete:
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
-                self.mask = self._with_ends(self._without_repeats(mask))
+                self.mask = self._with_end_tokens(self._without_repeated_keys(mask))
                 # What was found while looking through the vocabulary: nothing can follow.
                 self.is_complete = matcher.is_stopped() and matcher.is_accepting()
         if matcher.is_error():
-            self.error = _reason(matcher)
+            self.error = _error_reason(matcher)
 
-    def _without_repeats(self, mask: bytes) -> bytes:
+    def _without_repeated_keys(self, mask: bytes) -> bytes:
         """Rule out tokens that would repeat a key, unless nothing else can come next."""
-        repeating = [] if self._keys is None else self._keys.repeating()
+        repeating = [] if self._keys is None else self._keys.repeating_tokens()
         if not repeating:
             return mask
         bits = bytearray(mask)
@@ -146,7 +146,7 @@ class Grammar:
             )
         return mask
 
-    def _with_ends(self, mask: bytes) -> bytes:
+    def _with_end_tokens(self, mask: bytes) -> bytes:
         bits = bytearray(mask[: len(self.mask)].ljust(len(self.mask), b"\0"))
         for token_id in (*self._forbidden, *self._end_ids):
             bits[token_id // 8] &= ~(1 << token_id % 8)
@@ -182,7 +182,7 @@ class GrammarCompiler:
         elif importlib.util.find_spec("llguidance") is None:
             self._fault = "needs the package llguidance; run pip install 'llmengine[structured]'"
         else:
-            self._read(tokenizer, vocab_size, frozenset(eos_token_ids))
+            self._read_vocabulary(tokenizer, vocab_size, frozenset(eos_token_ids))
 
     def check(self) -> None:
         """Raise `InvalidRequestError` where no structured output is possible. Quick."""
@@ -218,9 +218,9 @@ class GrammarCompiler:
     def _compile(self, spec: StructuredOutput) -> Grammar:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._vocabulary, _source(spec), log_level=0, limits=_limits())
+        matcher = LLMatcher(self._vocabulary, _grammar_source(spec), log_level=0, limits=_parser_limits())
         if matcher.is_error():
-            raise _refusal(_reason(matcher))
+            raise _refusal(_error_reason(matcher))
         grammar = Grammar(matcher, self._executor, self._forbidden, self._num_bytes, self._unique_keys(spec))
         if grammar.error is not None:
             raise _refusal(grammar.error)
@@ -237,7 +237,7 @@ class GrammarCompiler:
             )
         return UniqueKeys(self._quotes, KeyTracker(), '"minProperties"' in str(spec.json_schema))
 
-    def _read(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    def _read_vocabulary(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         from llguidance import LLExecutor, LLTokenizer
 
         special: frozenset[int] = getattr(tokenizer, "special_ids", frozenset())
@@ -248,8 +248,8 @@ class GrammarCompiler:
             return
         end_id = candidates[0]
         try:
-            source = _vocabulary(tokenizer, special, end_id)
-            self._vocabulary = LLTokenizer(source, n_vocab=max(vocab_size, _size(tokenizer)), eos_token=end_id)
+            source = _vocabulary_source(tokenizer, special, end_id)
+            self._vocabulary = LLTokenizer(source, n_vocab=max(vocab_size, _vocab_size(tokenizer)), eos_token=end_id)
         except Exception as error:  # the library's errors have no common base, and the tokenizer is the caller's
             self._fault = f"is not possible with this tokenizer: {error}"
             return
@@ -284,7 +284,7 @@ class _Vocabulary:
         return ids
 
 
-def _vocabulary(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any:
+def _vocabulary_source(tokenizer: Any, special_ids: frozenset[int], end_id: int) -> Any:
     """The tokenizer in a form that `LLTokenizer` accepts."""
     if hasattr(tokenizer, "token_bytes"):
         return _Vocabulary(tokenizer.token_bytes(), special_ids, end_id)
@@ -309,12 +309,12 @@ def _with_known_decoder(source: str) -> str:
     return json.dumps(content)
 
 
-def _size(tokenizer: Any) -> int:
+def _vocab_size(tokenizer: Any) -> int:
     size: int = getattr(tokenizer, "vocab_size", 0)
     return size
 
 
-def _limits() -> LLParserLimits:
+def _parser_limits() -> LLParserLimits:
     """Fuel for about 3 s of compiling and 0.1 s a token. Ordinary schemas take milliseconds and 50 us."""
     from llguidance import LLParserLimits
 
@@ -329,7 +329,7 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _source(spec: StructuredOutput) -> str:
+def _grammar_source(spec: StructuredOutput) -> str:
     """The grammar in llguidance's own form."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark, is_lark_syntax
@@ -358,7 +358,7 @@ def _source(spec: StructuredOutput) -> str:
         raise _refusal(str(error)) from error
 
 
-def _reason(matcher: LLMatcher) -> str:
+def _error_reason(matcher: LLMatcher) -> str:
     reason = matcher.get_error().replace("<non-verbose/>", "").strip()
     return _STOP_REASONS.get(reason, reason)
 

@@ -72,7 +72,7 @@ class KeyTracker:
                 other._read_structure(byte)
         return other
 
-    def repeating(self, tokens: QuoteTokens) -> list[int]:
+    def repeating_tokens(self, tokens: QuoteTokens) -> list[int]:
         """Ids of the tokens that would end a key which the object has."""
         found: list[int] = []
         if self._key is not None and self._frames[-1]:
@@ -134,9 +134,9 @@ class UniqueKeys:
         """The place behind a token."""
         return replace(self, place=self.place.after(self.tokens.text_of(token_id)))
 
-    def repeating(self) -> list[int]:
+    def repeating_tokens(self) -> list[int]:
         """Ids of the tokens that would end a key which the object has."""
-        return self.place.repeating(self.tokens)
+        return self.place.repeating_tokens(self.tokens)
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
         """How many of the tokens, one after the other, repeat no key."""

@@ -68,12 +68,12 @@ def _has_any_byte(text: str, values: Iterable[int]) -> bool:
 
 def _max_chars_per_token(backend: Any, tokens: frozenset[str], added: Iterable[str]) -> float | None:
     """Most characters of a text that one token can stand for; None if there is no bound."""
-    normalizer, pre_tokenizer = _parts(backend.normalizer), _parts(backend.pre_tokenizer)
+    normalizer, pre_tokenizer = _pipeline_parts(backend.normalizer), _pipeline_parts(backend.pre_tokenizer)
     if normalizer is None or pre_tokenizer is None:
         return None
     factor = 1.0
     for part in normalizer:
-        shrinking = _shrinking(part)
+        shrinking = _max_shrink_factor(part)
         if shrinking is None:
             return None
         factor *= shrinking
@@ -84,7 +84,7 @@ def _max_chars_per_token(backend: Any, tokens: frozenset[str], added: Iterable[s
     return factor * max((len(token) for token in (*tokens, *normalized)), default=1)
 
 
-def _parts(component: Any) -> list[Mapping[str, Any]] | None:
+def _pipeline_parts(component: Any) -> list[Mapping[str, Any]] | None:
     """The JSON objects that a normalizer or pre-tokenizer consists of; None if it has no such form."""
     if component is None:
         return []
@@ -92,19 +92,19 @@ def _parts(component: Any) -> list[Mapping[str, Any]] | None:
         description = json.loads(component.__getstate__())
     except Exception:  # one that is written in Python
         return None
-    return list(_flattened(description))
+    return list(_flat_parts(description))
 
 
-def _flattened(description: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+def _flat_parts(description: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     if description.get("type") != "Sequence":
         yield description
         return
     for name in ("normalizers", "pretokenizers"):
         for part in description.get(name, ()):
-            yield from _flattened(part)
+            yield from _flat_parts(part)
 
 
-def _shrinking(normalizer: Mapping[str, Any]) -> float | None:
+def _max_shrink_factor(normalizer: Mapping[str, Any]) -> float | None:
     """Most characters that the normalizer may turn into one; None if there is no limit."""
     kind = normalizer.get("type")
     if kind in _GROWING_NORMALIZERS:
@@ -134,7 +134,7 @@ def _dropped_bytes(backend: Any, tokens: frozenset[str]) -> list[int] | None:
         return []
     if kind == "BPE" and model.unk_token is not None and not model.fuse_unk:
         return []
-    parts = (*(_parts(backend.normalizer) or ()), *(_parts(backend.pre_tokenizer) or ()))
+    parts = (*(_pipeline_parts(backend.normalizer) or ()), *(_pipeline_parts(backend.pre_tokenizer) or ()))
     if not any(part.get("type") == "ByteLevel" for part in parts):
         return None
     return [value for value in _UTF8_BYTES if _byte_level_char(value) not in tokens]

@@ -48,7 +48,7 @@ class TokenTexts:
         return token_id in self._special_ids
 
     def context(self, prompt_token_ids: Sequence[int], structured: bool) -> tuple[list[int], str]:
-        """Ids to put before generated ids, so that these decode as they do after the prompt, and their text.
+        """Ids to put before generated ids, so that these decode as after the prompt, and their text.
 
         There are none where the generated ids begin a text.
         """
@@ -61,7 +61,7 @@ class TokenTexts:
         if not text and not any(map(self.has_text, context)):
             context = []
         if text.endswith(_REPLACEMENT) or (structured and not context):
-            letter, text = self._behind_letter()
+            letter, text = self._letter_context()
             return list(letter), text
         return context, text
 
@@ -70,15 +70,17 @@ class TokenTexts:
         text = self._decode([token_id])
         if begins or token_id in self._special_ids:
             return text
-        letter, shown = self._behind_letter()
+        letter, shown = self._letter_context()
         behind = self._decode([*letter, token_id])
         return behind[len(shown) :] if behind.startswith(shown) else text
 
     def reader(
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], structured: bool
     ) -> Callable[[int, int], str]:
-        """A function of (position, token id) that gives a token's text at a position of the prompt and the ids generated
-        after it, which may grow."""
+        """A function of (position, token id) that returns the token's text at that position.
+
+        Positions count the prompt and the ids generated after it, which may grow.
+        """
         return partial(self._read_at, prompt_token_ids, token_ids, structured)
 
     def _read_at(
@@ -109,13 +111,13 @@ class TokenTexts:
         """True if the token has text: it is not special, and its id belongs to a token."""
         return token_id not in self._special_ids and self.read(token_id, begins=False) != ""
 
-    def _behind_letter(self) -> tuple[list[int], str]:
+    def _letter_context(self) -> tuple[list[int], str]:
         """The ids and text of a token that is one letter; empty if the tokenizer has no such token."""
         if self._letter is None:
-            self._letter = next(filter(None, map(self._find, _LETTERS)), ([], ""))
+            self._letter = next(filter(None, map(self._find_letter, _LETTERS)), ([], ""))
         return self._letter
 
-    def _find(self, letter: str) -> tuple[list[int], str] | None:
+    def _find_letter(self, letter: str) -> tuple[list[int], str] | None:
         for token_id in reversed(self._encode(letter)):
             if token_id not in self._special_ids and self._decode([token_id]).strip() == letter:
                 return [token_id], self._decode([token_id])
@@ -179,7 +181,7 @@ class IncrementalDetokenizer:
         """
         assert self.stopped is None, "push() after a stop string matched"
         if token_id in self._skip_special_ids:
-            return self._hide(token_id, check_stop)
+            return self._push_hidden(token_id, check_stop)
         if not self._ids and self._texts.is_special(token_id):
             piece = self._decode([token_id])  # a text does not begin with it
         else:
@@ -197,7 +199,7 @@ class IncrementalDetokenizer:
         if self._matcher is None:
             return ""
         piece, self.stopped = self._matcher.feed(self._flush(), True)
-        return piece if self.stopped is not None else piece + self._hide(token_id, True)
+        return piece if self.stopped is not None else piece + self._push_hidden(token_id, True)
 
     def finish(self) -> str:
         """The text that was held back, with unfinished characters as U+FFFD; a second call returns ""."""
@@ -209,7 +211,7 @@ class IncrementalDetokenizer:
         piece, self.stopped = self._matcher.feed(piece, True)
         return piece if self.stopped is not None else piece + self._matcher.flush()
 
-    def _hide(self, token_id: int, check_stop: bool) -> str:
+    def _push_hidden(self, token_id: int, check_stop: bool) -> str:
         if self._matcher is None:
             return ""
         piece, self.stopped = self._matcher.feed_hidden(self._decode([token_id]), check_stop)

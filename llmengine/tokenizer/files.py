@@ -91,28 +91,30 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     path = directory / "tokenizer_config.json"
     values = read_json(path)
     try:
-        flags = {name: _flag(name, values[name]) for name in _FLAGS if values.get(name) is not None}
+        flags = {name: _checked_flag(name, values[name]) for name in _FLAGS if values.get(name) is not None}
         if flags.pop("split_special_tokens", False):
             raise UnsupportedModelError(f"{path}: split_special_tokens=true is not supported; pass LLM(tokenizer=...)")
         entries = values.get("added_tokens_decoder")
         older = read_json(directory / "special_tokens_map.json")
         named = values if entries is not None else {**values, **older}
-        roles = {role: _named(role, named[role]) for role in NAMED_TOKENS if role in named}
-        ends = [_named("eos_token", file.get("eos_token")) for file in (values, older)]
-        unnamed = tuple(token for key in _LISTS for token in _listed(key, named.get(key)))
+        roles = {role: _named_token(role, named[role]) for role in NAMED_TOKENS if role in named}
+        ends = [_named_token("eos_token", file.get("eos_token")) for file in (values, older)]
+        unnamed = tuple(token for key in _LISTS for token in _token_list(key, named.get(key)))
         if entries is not None:
-            added = {int(token_id): _added("added_tokens_decoder", entry) for token_id, entry in entries.items()}
+            added = {
+                int(token_id): _as_added_token("added_tokens_decoder", entry) for token_id, entry in entries.items()
+            }
         else:
             special = {token.content for token in (*roles.values(), *unnamed) if token is not None}
-            added = _older_added(directory / "added_tokens.json", special)
-        tokenizer_class = _class(directory, values)
+            added = _older_added_tokens(directory / "added_tokens.json", special)
+        tokenizer_class = _tokenizer_class(directory, values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path}: malformed entry: {error}") from error
     end_tokens = frozenset(token.content for token in ends if token is not None)
     return TokenizerConfig(path, tokenizer_class, roles, unnamed, end_tokens, added, flags, values)
 
 
-def _class(directory: Path, values: Mapping[str, Any]) -> str:
+def _tokenizer_class(directory: Path, values: Mapping[str, Any]) -> str:
     name = values.get("tokenizer_class")
     if not name:
         model = read_json(directory / "config.json")
@@ -144,25 +146,28 @@ def read_text(path: Path) -> str:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _flag(name: str, value: Any) -> bool:
+def _checked_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, not {value!r:.80}")
     return value
 
 
-def _named(role: str, value: Any) -> AddedToken | None:
-    return None if value is None else _added(role, value, is_special=True)
+def _named_token(role: str, value: Any) -> AddedToken | None:
+    return None if value is None else _as_added_token(role, value, is_special=True)
 
 
-def _listed(key: str, value: Any) -> list[AddedToken]:
+def _token_list(key: str, value: Any) -> list[AddedToken]:
     if value is None:
         return []
     if not isinstance(value, list | Mapping):
         raise TypeError(f"{key} must be a list or an object of tokens, not {value!r:.80}")
-    return [_added(key, token, is_special=True) for token in (value.values() if isinstance(value, Mapping) else value)]
+    return [
+        _as_added_token(key, token, is_special=True)
+        for token in (value.values() if isinstance(value, Mapping) else value)
+    ]
 
 
-def _added(where: str, entry: Any, is_special: bool = False) -> AddedToken:
+def _as_added_token(where: str, entry: Any, is_special: bool = False) -> AddedToken:
     """The token that a string, or an object with flags, describes."""
     if isinstance(entry, str):
         return AddedToken(entry, normalized=False, special=is_special)
@@ -170,11 +175,11 @@ def _added(where: str, entry: Any, is_special: bool = False) -> AddedToken:
     if not isinstance(content, str):
         raise TypeError(f'{where} must be a string or an object with a string "content", not {entry!r:.80}')
     names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = {name: _flag(f"{name} of {where} {content!r}", entry[name]) for name in names if name in entry}
+    flags = {name: _checked_flag(f"{name} of {where} {content!r}", entry[name]) for name in names if name in entry}
     return AddedToken(content, **{**flags, "special": is_special or flags.get("special", False)})
 
 
-def _older_added(path: Path, special: set[str]) -> dict[int, AddedToken]:
+def _older_added_tokens(path: Path, special: set[str]) -> dict[int, AddedToken]:
     added: dict[int, AddedToken] = {}
     for token, token_id in read_json(path).items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:

@@ -101,15 +101,15 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 """`tokenizer.ggml.pre` -> patterns; each splits the pieces that the one before it left."""
 
-_ADDING_BOS = frozenset(
+_PRE_TOKENIZERS_WITH_BOS = frozenset(
     {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 )
 """BOS is added unless the file says otherwise."""
 
-_WHOLE_WORDS = _ADDING_BOS | {"minicpm5"}
+_PRE_TOKENIZERS_WITH_WHOLE_WORDS = _PRE_TOKENIZERS_WITH_BOS | {"minicpm5"}
 """Words that are in the vocabulary are taken without merging."""
 
-_KEEPING_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_SPACE_KEEPING_TOKENS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 """Phi-3's special tokens behind which spaces and line ends are kept; behind the others they are no part of the text."""
 
 
@@ -126,33 +126,34 @@ def build_backend(metadata: Mapping[str, Any], source: str) -> Tokenizer | Sente
     """An encoder built from GGUF `metadata`; `source` is the file's name for messages.
 
     It is a `tokenizers.Tokenizer` for byte-level BPE (`tokenizer.ggml.model` "gpt2"), and a `SentencePieceCodec` for
-    SentencePiece's BPE ("llama") and unigram models ("t5"). Control tokens become special tokens, user-defined ones are matched whole in the
-    text; BOS and EOS are added as the file says. Raises `UnsupportedModelError` for another model, an unknown
-    pre-tokenizer or a flag that cannot be obeyed, `CorruptFileError` for fields that are missing or contradict each
-    other.
+    SentencePiece's BPE ("llama") and unigram models ("t5"). Control tokens become special tokens, user-defined ones are
+    matched whole in the text, and BOS and EOS are added as the file says.
+
+    Raises `UnsupportedModelError` for another model, an unknown pre-tokenizer or a flag that cannot be obeyed,
+    `CorruptFileError` for fields that are missing or contradict each other.
     """
     kind = metadata.get(_PREFIX + "model")
     if kind not in _SPECIAL_IDS:
         raise UnsupportedModelError(
             f"{source}: tokenizer.ggml.model={kind!r} is not supported; supported: {', '.join(_SPECIAL_IDS)}"
         )
-    tokens = _strings(metadata, "tokens", source)
+    tokens = _string_list(metadata, "tokens", source)
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise CorruptFileError(f"{source}: tokenizer.ggml.tokens repeats {len(tokens) - len(vocab)} of its entries")
-    if _flag(metadata, "add_sep_token", False, source):
+    if _checked_flag(metadata, "add_sep_token", False, source):
         raise UnsupportedModelError(f"{source}: tokenizer.ggml.add_sep_token=true is not supported")
     if kind != "gpt2":
-        return _sentencepiece(metadata, tokens, source)
-    if _flag(metadata, "add_space_prefix", False, source):
+        return _sentencepiece_codec(metadata, tokens, source)
+    if _checked_flag(metadata, "add_space_prefix", False, source):
         raise UnsupportedModelError(
             f"{source}: tokenizer.ggml.add_space_prefix=true is not supported with model 'gpt2'"
         )
-    backend = _byte_level(metadata, vocab, source)
+    backend = _byte_level_tokenizer(metadata, vocab, source)
     added = _added_tokens(metadata, tokens, source)
     for is_special, add in ((True, backend.add_special_tokens), (False, backend.add_tokens)):
         add([token for token in added.values() if token.special == is_special])
-    begin, end = _ends(metadata, source)
+    begin, end = _end_token_ids(metadata, source)
     if begin or end:
         backend.post_processor = processors.TemplateProcessing(
             single=[*(tokens[token_id] for token_id in begin), "$A", *(tokens[token_id] for token_id in end)],
@@ -163,7 +164,7 @@ def build_backend(metadata: Mapping[str, Any], source: str) -> Tokenizer | Sente
 
 def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
     """Ids of the special tokens that the file names: "bos", "eos", "eot", "eom", "unknown", "padding"."""
-    num_tokens = len(_strings(metadata, "tokens", source))
+    num_tokens = len(_string_list(metadata, "tokens", source))
     defaults = _SPECIAL_IDS.get(str(metadata.get(_PREFIX + "model")), {})
     found = {name: token_id for name, token_id in defaults.items() if token_id < num_tokens}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
@@ -180,7 +181,7 @@ def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
     return found
 
 
-def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], source: str) -> Tokenizer:
+def _byte_level_tokenizer(metadata: Mapping[str, Any], vocab: dict[str, int], source: str) -> Tokenizer:
     pre = metadata.get(_PREFIX + "pre")
     if pre is None:
         logger.warning(
@@ -194,14 +195,14 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], source: str)
             f"{source}: tokenizer.ggml.pre={pre!r} is not supported; supported: {', '.join(sorted(_SPLITS))}"
         )
     merges = []
-    for merge in _strings(metadata, "merges", source):
+    for merge in _string_list(metadata, "merges", source):
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise CorruptFileError(
                 f"{source}: tokenizer.ggml.merges has {merge!r}, but not all of its tokens are in tokenizer.ggml.tokens"
             )
         merges.append((left, right))
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _PRE_TOKENIZERS_WITH_WHOLE_WORDS))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -212,7 +213,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], source: str)
     return backend
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> SentencePieceCodec:
+def _sentencepiece_codec(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> SentencePieceCodec:
     is_bpe = metadata[_PREFIX + "model"] == "llama"
     scores = metadata.get(_PREFIX + "scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
@@ -220,7 +221,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: s
             f"{source}: tokenizer.ggml.scores must be a list of {len(tokens)} numbers, one for each token"
         )
     charsmap = _charsmap(metadata, source)
-    removes_spaces = _flag(metadata, "remove_extra_whitespaces", False, source)
+    removes_spaces = _checked_flag(metadata, "remove_extra_whitespaces", False, source)
     if is_bpe and (charsmap or removes_spaces):
         name = "precompiled_charsmap" if charsmap else "remove_extra_whitespaces=true"
         raise UnsupportedModelError(f"{source}: tokenizer.ggml.{name} is not supported with model 'llama'")
@@ -233,7 +234,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: s
         Piece(token or f"[EMPTY_{token_id}]", float(scores[token_id]), types[token_id])
         for token_id, token in enumerate(tokens)
     )
-    adds_space = _flag(metadata, "add_space_prefix", is_bpe, source)
+    adds_space = _checked_flag(metadata, "add_space_prefix", is_bpe, source)
     model = SentencePieceModel(
         pieces=tuple(pieces),
         model_type=ModelType.BPE if is_bpe else ModelType.UNIGRAM,
@@ -247,7 +248,9 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], source: s
     unknown = ids.get("unknown")
     if unknown is not None:
         added.setdefault(unknown, AddedToken(tokens[unknown], normalized=False, special=True))
-    return SentencePieceCodec(model, added, "always" if adds_space else "never", source, *_ends(metadata, source))
+    return SentencePieceCodec(
+        model, added, "always" if adds_space else "never", source, *_end_token_ids(metadata, source)
+    )
 
 
 _SHORT_NAMES = {"unk": "unknown", "bos": "bos", "eos": "eos", "pad": "padding"}
@@ -285,26 +288,29 @@ def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], source: st
                 token,
                 normalized=False,
                 special=token_type != PieceType.USER_DEFINED,
-                rstrip=drops_space and token not in _KEEPING_SPACE,
+                rstrip=drops_space and token not in _SPACE_KEEPING_TOKENS,
             )
     return added
 
 
-def _ends(metadata: Mapping[str, Any], source: str) -> tuple[list[int], list[int]]:
+def _end_token_ids(metadata: Mapping[str, Any], source: str) -> tuple[list[int], list[int]]:
     """Ids that are added before and after a text."""
     kind, ids = metadata.get(_PREFIX + "model"), token_ids(metadata, source)
-    defaults = {"bos": kind == "llama" or metadata.get(_PREFIX + "pre") in _ADDING_BOS, "eos": kind == "t5"}
+    defaults = {
+        "bos": kind == "llama" or metadata.get(_PREFIX + "pre") in _PRE_TOKENIZERS_WITH_BOS,
+        "eos": kind == "t5",
+    }
     found = []
     for name, default in defaults.items():
         key = f"add_{name}_token"
-        is_added = _flag(metadata, key, default, source)
+        is_added = _checked_flag(metadata, key, default, source)
         if is_added and name not in ids and metadata.get(_PREFIX + key) is not None:
             raise CorruptFileError(f"{source}: {_PREFIX}{key} is true, but {_PREFIX}{name}_token_id is missing")
         found.append([ids[name]] if is_added and name in ids else [])
     return found[0], found[1]
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool, source: str) -> bool:
+def _checked_flag(metadata: Mapping[str, Any], name: str, default: bool, source: str) -> bool:
     value = metadata.get(_PREFIX + name)
     if value is not None and not isinstance(value, bool):
         raise CorruptFileError(f"{source}: {_PREFIX}{name} must be true or false, not {value!r}")
@@ -332,7 +338,7 @@ def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str], source: str
     return found
 
 
-def _strings(metadata: Mapping[str, Any], name: str, source: str) -> list[str]:
+def _string_list(metadata: Mapping[str, Any], name: str, source: str) -> list[str]:
     value = metadata.get(_PREFIX + name)
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise CorruptFileError(f"{source}: tokenizer.ggml.{name} must be a non-empty list of strings")

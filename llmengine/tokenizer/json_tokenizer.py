@@ -26,7 +26,7 @@ _BYTE_LEVEL = frozenset({"GPT2Tokenizer", "Qwen2Tokenizer"})
 """Classes that obey `add_prefix_space`; byte-level ones take it for false where it is absent."""
 
 
-def configure(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+def apply_tokenizer_config(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer with the tokens and flags of `config`: `backend` itself, changed in place, or a replacement.
 
     Raises `CorruptFileError` if a token gets another id than the files say, `UnsupportedModelError` for
@@ -34,7 +34,7 @@ def configure(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """
     backend = _with_prefix_space(backend, config)
     _add_tokens(backend, config)
-    _add_ends(backend, config)
+    _add_end_tokens(backend, config)
     return backend
 
 
@@ -44,7 +44,7 @@ def _add_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
     for token_id, token in sorted(config.added.items()):
         token = _as_special(token) if token.content in special else token
         if repr(backend.get_added_tokens_decoder().get(token_id)) != repr(token):
-            _add(backend, token)
+            _add_token(backend, token)
         found = backend.token_to_id(token.content)
         if found != token_id:
             raise CorruptFileError(
@@ -56,10 +56,10 @@ def _add_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
             continue
         known = next((t for t in backend.get_added_tokens_decoder().values() if t.content == named.content), None)
         if known is None or (not known.special and named in config.named.values()):
-            _add(backend, named if known is None else _as_special(known))
+            _add_token(backend, named if known is None else _as_special(known))
 
 
-def _add(backend: Tokenizer, token: AddedToken) -> None:
+def _add_token(backend: Tokenizer, token: AddedToken) -> None:
     (backend.add_special_tokens if token.special else backend.add_tokens)([token])
 
 
@@ -74,19 +74,19 @@ def _as_special(token: AddedToken) -> AddedToken:
     )
 
 
-def _add_ends(backend: Tokenizer, config: TokenizerConfig) -> None:
+def _add_end_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
     flags = config.flags
     if config.tokenizer_class not in _ADDING_ENDS or not {"add_bos_token", "add_eos_token"} & flags.keys():
         return
-    begin = _end(backend, config, "bos_token", flags.get("add_bos_token", True))
-    end = _end(backend, config, "eos_token", flags.get("add_eos_token", False))
+    begin = _added_end(backend, config, "bos_token", flags.get("add_bos_token", True))
+    end = _added_end(backend, config, "eos_token", flags.get("add_eos_token", False))
     backend.post_processor = processors.TemplateProcessing(
         single=[*(token for token, _ in begin), "$A", *(token for token, _ in end)],
         special_tokens=list(dict.fromkeys([*begin, *end])),
     )
 
 
-def _end(backend: Tokenizer, config: TokenizerConfig, role: str, is_added: bool) -> list[tuple[str, int]]:
+def _added_end(backend: Tokenizer, config: TokenizerConfig, role: str, is_added: bool) -> list[tuple[str, int]]:
     token = config.special_tokens.get(role)
     token_id: int | None = None if token is None else backend.token_to_id(token)
     if not is_added:
@@ -110,10 +110,10 @@ def _with_prefix_space(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer
         if pre["add_prefix_space"] == wanted:
             return backend
         pre["add_prefix_space"] = wanted
-    elif config.tokenizer_class in _SENTENCEPIECE and _prefixes(state):
+    elif config.tokenizer_class in _SENTENCEPIECE and _adds_prefix_space(state):
         if wanted:
             return backend
-        _drop_prefix(state)
+        _drop_prefix_space(state)
     elif config.tokenizer_class in _SENTENCEPIECE and wanted and not _is_byte_level(state):
         raise UnsupportedModelError(
             f"{config.path}: add_prefix_space=true contradicts tokenizer.json, which adds no space before a text; "
@@ -124,7 +124,7 @@ def _with_prefix_space(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def _pipeline_steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if not part:
         return []
     found: list[dict[str, Any]] = part[key] if part["type"] == "Sequence" else [part]
@@ -132,24 +132,26 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _is_byte_level(state: dict[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(state["pre_tokenizer"], "pretokenizers"))
+    return any(step["type"] == "ByteLevel" for step in _pipeline_steps(state["pre_tokenizer"], "pretokenizers"))
 
 
-def _prefixes(state: dict[str, Any]) -> bool:
+def _adds_prefix_space(state: dict[str, Any]) -> bool:
     """True if a SentencePiece-like pipeline puts a space before the text."""
-    prepends = any(step["type"] == "Prepend" for step in _steps(state["normalizer"], "normalizers"))
-    metaspaces = (step for step in _steps(state["pre_tokenizer"], "pretokenizers") if step["type"] == "Metaspace")
+    prepends = any(step["type"] == "Prepend" for step in _pipeline_steps(state["normalizer"], "normalizers"))
+    metaspaces = (
+        step for step in _pipeline_steps(state["pre_tokenizer"], "pretokenizers") if step["type"] == "Metaspace"
+    )
     return prepends or any(step["prepend_scheme"] != "never" for step in metaspaces)
 
 
-def _drop_prefix(state: dict[str, Any]) -> None:
-    steps = [step for step in _steps(state["normalizer"], "normalizers") if step["type"] != "Prepend"]
+def _drop_prefix_space(state: dict[str, Any]) -> None:
+    steps = [step for step in _pipeline_steps(state["normalizer"], "normalizers") if step["type"] != "Prepend"]
     state["normalizer"] = {"type": "Sequence", "normalizers": steps} if steps else None
-    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
+    for step in _pipeline_steps(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
     decoder = state["decoder"]
-    for step in _steps(decoder, "decoders"):
+    for step in _pipeline_steps(decoder, "decoders"):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
     if decoder and decoder["type"] == "Sequence":

@@ -21,7 +21,7 @@ from llmengine.chat.template import ChatTemplates
 from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
 from llmengine.tokenizer.bounds import TextBound
 from llmengine.tokenizer.files import NAMED_TOKENS, TokenizerConfig, read_text, read_tokenizer_config
-from llmengine.tokenizer.json_tokenizer import configure
+from llmengine.tokenizer.json_tokenizer import apply_tokenizer_config
 from llmengine.tokenizer.protocol import added_end_ids, check_text, encode_with, encode_with_limit
 from llmengine.tokenizer.sentencepiece_model import read_sentencepiece
 from llmengine.tokenizer.sentencepiece_tokenizer import SentencePieceCodec, codec_of_directory
@@ -64,9 +64,9 @@ class LoadedTokenizer:
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
         self._bound = TextBound(backend, vocab)
-        self._describe(special_tokens or {}, backend.token_to_id, chat_templates or {}, end_token_ids, source)
+        self._set_common_parts(special_tokens or {}, backend.token_to_id, chat_templates or {}, end_token_ids, source)
 
-    def _describe(
+    def _set_common_parts(
         self,
         special_tokens: Mapping[str, str],
         id_of: Callable[[str], int | None],
@@ -199,7 +199,7 @@ class SentencePieceTokenizer(LoadedTokenizer):
         self.special_ids = codec.special_ids
         self.known_end_ids = added_end_ids(codec.added)
         self.vocab_size = codec.vocab_size
-        self._describe(special_tokens or {}, codec.token_to_id, chat_templates or {}, end_token_ids, source)
+        self._set_common_parts(special_tokens or {}, codec.token_to_id, chat_templates or {}, end_token_ids, source)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, as `LoadedTokenizer.encode` does; other threads run meanwhile."""
@@ -324,7 +324,7 @@ def _read_tokenizer_json(directory: Path) -> LoadedTokenizer:
         raise CorruptFileError(f"{path}: not a valid tokenizer: {error}") from error
     config = read_tokenizer_config(directory).with_defaults(backend.token_to_id)
     try:
-        backend = configure(backend, config)
+        backend = apply_tokenizer_config(backend, config)
     except BaseException as error:
         if not _is_from_library(error):
             raise

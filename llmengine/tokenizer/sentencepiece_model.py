@@ -90,17 +90,23 @@ class SentencePieceModel:
         """The model as a tokenizer.model."""
         if self.data:
             return self.data
-        trainer = [_field(_MODEL_TYPE, self.model_type), _field(_SUFFIX, int(self.treat_whitespace_as_suffix))]
-        trainer.append(_field(_BYTE_FALLBACK, int(self.byte_fallback)))
+        trainer = [
+            _message_field(_MODEL_TYPE, self.model_type),
+            _message_field(_SUFFIX, int(self.treat_whitespace_as_suffix)),
+        ]
+        trainer.append(_message_field(_BYTE_FALLBACK, int(self.byte_fallback)))
         for name, (number, _) in _SPECIAL_IDS.items():
             token_id = self.special_ids.get(name, -1)
-            trainer.append(_field(number, token_id % 2**64))
+            trainer.append(_message_field(number, token_id % 2**64))
             if token_id >= 0:
-                trainer.append(_field(number + 5, self.pieces[token_id].text.encode()))
+                trainer.append(_message_field(number + 5, self.pieces[token_id].text.encode()))
         flags = (self.add_dummy_prefix, self.remove_extra_whitespaces, self.escape_whitespaces)
-        normalizer = [_field(1, b"user_defined" if self.charsmap else b"identity"), _field(_CHARSMAP, self.charsmap)]
-        normalizer += [_field(number, int(flag)) for number, flag in enumerate(flags, _DUMMY_PREFIX)]
-        specs = (_field(_TRAINER, b"".join(trainer)), _field(_NORMALIZER, b"".join(normalizer)))
+        normalizer = [
+            _message_field(1, b"user_defined" if self.charsmap else b"identity"),
+            _message_field(_CHARSMAP, self.charsmap),
+        ]
+        normalizer += [_message_field(number, int(flag)) for number, flag in enumerate(flags, _DUMMY_PREFIX)]
+        specs = (_message_field(_TRAINER, b"".join(trainer)), _message_field(_NORMALIZER, b"".join(normalizer)))
         return b"".join((*map(_piece_field, self.pieces), *specs))
 
 
@@ -115,13 +121,13 @@ def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
     pieces, position = _leading_pieces(data)
     parts: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}, _DENORMALIZER: {}}
     try:
-        for number, value in _fields(data, position):
+        for number, value in _message_fields(data, position):
             if number == _PIECE:
-                pieces.append(_piece(value))
+                pieces.append(_parsed_piece(value))
             elif number in parts:
-                parts[number] |= dict(_fields(value))
+                parts[number] |= dict(_message_fields(value))
         trainer, normalizer = parts[_TRAINER], parts[_NORMALIZER]
-        named = {name: _signed(trainer.get(number, default)) for name, (number, default) in _SPECIAL_IDS.items()}
+        named = {name: _signed_int(trainer.get(number, default)) for name, (number, default) in _SPECIAL_IDS.items()}
         charsmap = bytes(normalizer.get(_CHARSMAP, b""))
     except (ValueError, IndexError, TypeError, struct.error) as error:
         raise CorruptFileError(f"{source}: not a valid SentencePiece model: {error}") from error
@@ -143,7 +149,7 @@ def read_sentencepiece(data: bytes, source: str) -> SentencePieceModel | None:
 
 def with_dummy_prefix(data: bytes, add_dummy_prefix: bool) -> bytes:
     """The serialized model with this flag: in protobuf a later message overrides fields of an earlier one."""
-    return data + _field(_NORMALIZER, _field(_DUMMY_PREFIX, int(add_dummy_prefix)))
+    return data + _message_field(_NORMALIZER, _message_field(_DUMMY_PREFIX, int(add_dummy_prefix)))
 
 
 def check_charsmap(charsmap: bytes, source: str) -> None:
@@ -198,30 +204,32 @@ def _piece_field(piece: Piece) -> bytes:
     if len(text) < 100:  # nearly all: lengths are single bytes
         size = len(text)
         return _SHORT_PIECE.pack(10, size + 9, 10, size) + text + _PIECE_END.pack(21, piece.score, 24, piece.type)
-    return _field(_PIECE, _field(1, text) + _field(2, piece.score) + _field(3, int(piece.type)))
+    return _message_field(
+        _PIECE, _message_field(1, text) + _message_field(2, piece.score) + _message_field(3, int(piece.type))
+    )
 
 
-def _piece(data: bytes) -> Piece:
-    fields = dict(_fields(data))
+def _parsed_piece(data: bytes) -> Piece:
+    fields = dict(_message_fields(data))
     (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
     return Piece(str(fields.get(1, b""), "utf-8"), score, int(fields.get(3, 1)))
 
 
-def _signed(value: int) -> int:
+def _signed_int(value: int) -> int:
     """The signed value of a 64-bit varint: -1 is written as 2**64 - 1."""
     return value - 2**64 if value >= 2**63 else value
 
 
-def _field(number: int, value: int | float | bytes) -> bytes:
+def _message_field(number: int, value: int | float | bytes) -> bytes:
     """A field of a message."""
     if isinstance(value, float):
-        return _encoded(number << 3 | 5) + struct.pack("<f", value)
+        return _varint_bytes(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, bytes):
-        return _encoded(number << 3 | _LENGTH) + _encoded(len(value)) + value
-    return _encoded(number << 3 | _VARINT) + _encoded(value)
+        return _varint_bytes(number << 3 | _LENGTH) + _varint_bytes(len(value)) + value
+    return _varint_bytes(number << 3 | _VARINT) + _varint_bytes(value)
 
 
-def _encoded(value: int) -> bytes:
+def _varint_bytes(value: int) -> bytes:
     octets = bytearray()
     while value > 0x7F:
         octets.append(value & 0x7F | 0x80)
@@ -230,17 +238,17 @@ def _encoded(value: int) -> bytes:
     return bytes(octets)
 
 
-def _fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
+def _message_fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a message: an integer for a varint, else the bytes."""
     while position < len(data):
-        key, position = _varint(data, position)
+        key, position = _read_varint(data, position)
         number, wire_type = key >> 3, key & 7
         if wire_type == _VARINT:
-            value, position = _varint(data, position)
+            value, position = _read_varint(data, position)
             yield number, value
             continue
         if wire_type == _LENGTH:
-            size, position = _varint(data, position)
+            size, position = _read_varint(data, position)
         elif wire_type in _FIXED_SIZES:
             size = _FIXED_SIZES[wire_type]
         else:
@@ -251,7 +259,7 @@ def _fields(data: bytes, position: int = 0) -> Iterator[tuple[int, Any]]:
         position += size
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     """The integer that begins at `position`, and where it ends."""
     value = shift = 0
     while True:

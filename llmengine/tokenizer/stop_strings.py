@@ -30,7 +30,7 @@ class StopMatcher:
         self._num_since_hidden = self._automaton.max_depth
 
     def feed(self, piece: str, check_stop: bool) -> tuple[str, str | None]:
-        """Read `piece`; return the text that no stop can contain any more, and the stop that is now complete, or None."""
+        """Read `piece`; return the text that no stop can contain any more, and the stop now complete, or None."""
         text = self._held + piece
         automaton, state, hidden = self._automaton, self._state, self._hidden
         for end, char in enumerate(piece, len(self._held) + 1):
@@ -39,9 +39,9 @@ class StopMatcher:
             cut = 0 if stop is None else len(stop)
             if hidden is not None:
                 hidden.step(char)
-                cut, stop = max((cut, stop), hidden.match(), key=_length)
+                cut, stop = max((cut, stop), hidden.match(), key=_match_order)
             if stop is not None and check_stop:
-                self._forget()
+                self._reset()
                 return text[: end - cut], stop
         self._state = automaton.open_state(state)
         self._num_since_hidden += len(piece)
@@ -58,14 +58,14 @@ class StopMatcher:
         cut, stop = self._hidden.match()
         if stop is not None and check_stop:
             shown = self._held[: len(self._held) - cut]
-            self._forget()
+            self._reset()
             return shown, stop
         return self._release(self._held), None
 
     def flush(self) -> str:
         """End the text: return what is held, and hold nothing."""
         held = self._held
-        self._forget()
+        self._reset()
         return held
 
     def _release(self, text: str) -> str:
@@ -80,7 +80,7 @@ class StopMatcher:
         self._held = text[num_free:]
         return text[:num_free]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._held, self._state, self._hidden = "", 0, None
 
 
@@ -218,7 +218,7 @@ class _Automaton:
             level = [child for _, _, child in edges]
 
 
-def _length(found: tuple[int, str | None]) -> tuple[int, int]:
+def _match_order(found: tuple[int, str | None]) -> tuple[int, int]:
     """Sort key: what begins first among the shown characters, then the longest."""
     cut, stop = found
     return cut, 0 if stop is None else len(stop)
