@@ -74,12 +74,14 @@ class TunableSegments:
         tune: takes seconds; chooses the fastest of what it has, on the weights in their places, and needs no graph to
             exist. Called once.
         compilations: of what the first steps run; each on any thread. They may launch kernels, whose results are junk.
+        has_loaded_weights: the weights are in their places already, because choosing these segments needed them.
     """
 
     segments: Segments
     description: str
     tune: Callable[[float], None] = _no_tuning
     compilations: Sequence[Callable[[], None]] = ()
+    has_loaded_weights: bool = False
 
 
 SegmentsFactory = Callable[[SegmentsContext], TunableSegments]

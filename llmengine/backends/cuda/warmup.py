@@ -41,7 +41,8 @@ def load_and_compile(program: StepProgram, sizes: BucketSizes, source: ModelSour
     device = program.kv.device
     with ThreadPoolExecutor(1, "llmengine-compile") as thread:
         compiled = thread.submit(_compile_kernels, program, sizes, _stream_after_current(device))
-        load_weights(program.model.weights, source)
+        if not program.model.tunable_segments.has_loaded_weights:
+            load_weights(program.model.weights, source)
         loaded = time.monotonic()
         compiled.result()
     _logger.info("weights were there after %.1f s, kernels after %.1f s", loaded - began, time.monotonic() - began)

@@ -126,11 +126,19 @@ class SegmentsChoice:
         self.plan_set = plan_set
         self._library, self._source, self._cache, self._is_required = library, source, cache, is_required
         self._runtime: PlanRuntime | None = None
+        self._has_loaded_weights = False
 
     def build(self, context: SegmentsContext) -> TunableSegments:
-        """Return the segments; raises `ConfigError` if TensorRT was asked for by name and fails."""
+        """The segments; raises `ConfigError` if TensorRT was asked for by name and fails.
+
+        Plans that contain weights are verified with these: the weights are then loaded here, once for the model.
+        """
+        chosen = self._choose(context)
+        return dataclasses.replace(chosen, has_loaded_weights=self._has_loaded_weights)
+
+    def _choose(self, context: SegmentsContext) -> TunableSegments:
         try:
-            return self._build(context)
+            return self._verified_segments(context)
         except (EngineError, torch.OutOfMemoryError) as failure:
             if self._is_required:
                 raise _unusable(failure) from failure
@@ -149,7 +157,7 @@ class SegmentsChoice:
             self.plan_set = self.plan_set.replace(library_cache=content)
             self._cache.store_findings(self.plan_set)
 
-    def _build(self, context: SegmentsContext) -> TunableSegments:
+    def _verified_segments(self, context: SegmentsContext) -> TunableSegments:
         self._runtime = PlanRuntime(self._library, self.plan_set.library_cache)
         plans = load_plans(self._runtime, self.plan_set)
         verification = self._verify(plans, context)
@@ -170,6 +178,7 @@ class SegmentsChoice:
         weights = None
         if self.plan_set.has_constants:
             load_weights(CudaWeights(context.tensors), self._source)
+            self._has_loaded_weights = True
             weights = context.tensors
         verification = verify_plans(self.plan_set.segments, plans, device, weights)
         _logger.info("plans compared with torch on %s: %s", device, "; ".join(map(str, verification.checks)))

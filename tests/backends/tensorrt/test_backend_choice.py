@@ -32,7 +32,7 @@ from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import Verification
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.saved_plans import PlanHolder
-from llmengine.checkpoints.source import ModelSource
+from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, EngineError
 from tests.backends.helpers import save_tiny
@@ -184,6 +184,30 @@ def test_plans_with_constants_are_verified_with_the_models_weights(fake: FakeTen
         tensor.fill_(torch.nan)  # as allocated: nothing in them yet
     tunable = make_choice(fake, source, is_required=True, mode="constants").build(context)
     assert isinstance(tunable.segments, TensorRtSegments)
+
+
+@pytest.mark.parametrize("plans_are_wrong", [False, True])
+def test_plans_with_constants_are_loaded_with_one_reading_of_the_checkpoint(
+    fake: FakeTensorRt, source: ModelSource, plans_are_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings: list[torch.dtype] = []
+
+    def stream(dtype: torch.dtype) -> WeightStream:
+        readings.append(dtype)
+        return source.stream(dtype)
+
+    counted = dataclasses.replace(source, stream=stream)
+    choice = make_choice(fake, counted, mode="constants")
+    del readings[:]
+    take_times(monkeypatch, 100.0, 100.0)
+    if plans_are_wrong:
+        fake.execute = wrong
+    backend = load_tensorrt_backend(make_config(source), counted, fake.device, choice)
+    assert ("disagree with torch" in backend.info.description) == plans_are_wrong
+    assert readings == [torch.float32]
+    loaded = dict(backend.weights())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in source.weights(torch.float32))
+    backend.close()
 
 
 def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
