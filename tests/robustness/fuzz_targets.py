@@ -28,14 +28,17 @@ from llmengine.checkpoints import engine_dir, gguf_checkpoint, huggingface_check
 from llmengine.checkpoints.canonical_weights import stored_shapes
 from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.safetensors_file import write_tensors
 from llmengine.checkpoints.source import ModelSource
 from llmengine.cli import main as cli
+from llmengine.dtypes import dtype_name
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import FAMILIES
 from llmengine.models.rope import layer_tables
+from llmengine.quantization.formats import TensorSpec
 from llmengine.quantization.model_formats import DENSE_MODEL
 from llmengine.tokenizer.loading import load_tokenizer, tokenizer_from_gguf
 from tests.robustness.fuzz import TARGETS, Target, mutate_bytes, mutate_json, mutate_text
@@ -97,10 +100,9 @@ def _write_json(path: Path, value: object) -> bytes:
 
 
 def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> bytes:
-    kind = str(dtype).removeprefix("torch.")
     with path.open("wb") as file:
         tensors = ((name, torch.full(shape, 0.5, dtype=dtype)) for name, shape in shapes.items())
-        write_tensors(file, {name: (kind, shape) for name, shape in shapes.items()}, tensors)
+        write_tensors(file, {name: TensorSpec(dtype_name(dtype), shape) for name, shape in shapes.items()}, tensors)
     return path.read_bytes()
 
 
@@ -417,7 +419,7 @@ def _save_plans(place: Path, mode: WeightMode) -> tuple[Path, PlanCache]:
     plans = obtain_plans(request, source, 1, cache=cache, build=_build_plans)
     plans = plans.replace(verification=verified.to_dict(), library_cache=b'{"kernels": [1, 2]}')
     cache.store_findings(plans)
-    engine_dir.save_model(
+    save_model(
         place / mode,
         source,
         source.weights(torch.float32),

@@ -154,7 +154,7 @@ def test_a_tokenizer_that_contradicts_itself(tmp_path: Path, changes: dict[str, 
 def test_the_tokenizer_of_another_model() -> None:
     with make_llm(vocab_size=100) as llm:
         assert [output.num_prompt_tokens for output in llm.generate("abc", tokens(1))] == [3]
-        with pytest.raises(RequestFailedError, match=r"token id 122, and the model has \[0, 100\)"):
+        with pytest.raises(RequestFailedError, match=r"token id 122, outside the model's vocabulary \[0, 100\)"):
             llm.generate("xyz", tokens(1))
 
 
