@@ -1,15 +1,16 @@
 """The seam between engine and backends: one step's work and its result, as plain data.
 
 Steps run in order. The engine may launch step N+1 before it has collected step N (up to
-`BackendInfo.max_steps_in_flight`), so the ids sampled in step N can be inputs of step N+1 that the host does not know
-yet: a row then brings one token id fewer than `num_tokens`, and the backend takes the missing last one from the slot,
-where it left it when it sampled it. Blocks freed by the engine may be handed out again at once: step order makes
-that safe.
+`BackendInfo.max_steps_in_flight`), so an id sampled in step N can be an input of step N+1 that the host does not know
+yet. Such a row brings one token id fewer than `num_tokens`, and the backend takes the missing final id from the slot,
+where it stored it when it sampled it. Blocks that the engine frees may be handed out again at once: the order of steps
+makes that safe.
 
-A step may give several tokens of a request (`BackendInfo.max_samples`). The backend then has written the KV of all but
-the last of them, into blocks that the row's table has for it, and no later step has a row of that request before the
-engine has seen them. The engine may keep only the first few, where a stop, the length or a grammar ends what it can
-use: the request's next row starts right behind those, brings their ids, and what came after them never was.
+A step may sample several tokens of a request (`BackendInfo.max_samples`). The backend has then written the KV of all
+but the final one of them, into blocks that the row's table has for it, and no later step has a row of that request
+before the engine has seen the tokens. The engine may keep only the first few of them, up to a stop, a length limit or
+the first token that a grammar does not allow. The request's next row then starts right after those and brings their
+ids, and the tokens after them are void.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from typing import Any, Protocol, runtime_checkable
 from llmengine.sampling_params import SamplingParams
 
 NULL_BLOCK = 0
-"""Block id that belongs to no request; padding reads and writes go there."""
+"""Id of the block that belongs to no request; padding reads and writes go there."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotInit:
-    """A request takes a slot (newly admitted, or resumed after preemption): replaces all state of that slot.
+    """A request takes a slot, newly admitted or resumed after a preemption; this replaces all state of that slot.
 
     Attributes:
-        slot: row of the backend's persistent per-request state, in [0, max_batch_size).
-        token_ids: every token known so far, prompt first.
-        num_prompt_tokens: how many of them are the prompt.
-        sampling_params: as the caller gave them, bad words as token ids.
+        slot: row of the backend's persistent state of requests, in [0, max_batch_size).
+        token_ids: all tokens known so far, prompt first.
+        num_prompt_tokens: number of prompt tokens among them.
+        sampling_params: the caller's, with bad words as token ids.
         seed: resolved seed. The random number for the token at position p is a function of (seed, p) alone.
         stop_token_ids: EOS ids (unless ignored) and the caller's stop ids; masked out of the logits while fewer than
             `sampling_params.min_new_tokens` tokens were generated.
@@ -48,19 +49,19 @@ class SlotInit:
 
 @dataclass(slots=True)
 class BatchRow:
-    """One request's part of a step: compute tokens at positions [start, start + num_tokens). Nobody changes it.
+    """One request's part of a step: the tokens at positions [start, start + num_tokens). It is never changed.
 
-    Not frozen: that would make it five times as dear, and a step makes one for each running request.
+    It is not frozen, since that would make it five times slower to create, and a step has one for each running request.
 
     Attributes:
         slot: the request's slot.
-        start: position of the first token; KV of [0, start) is in the slot's blocks.
-        num_tokens: how many tokens, >= 1.
-        token_ids: their ids; one fewer than num_tokens when the last is the slot's latest sampled token.
-        new_block_ids: blocks appended to the slot's block table before this step (after `SlotInit`: the whole table).
-            Token at position p lives in block_table[p // block_size], row p % block_size.
-        sample: most tokens that the step may sample for the row, at most `BackendInfo.max_samples`; 0: none. The first
-            follows from the last position's logits and becomes the token at start + num_tokens.
+        start: position of the first token; the KV of [0, start) is in the slot's blocks.
+        num_tokens: number of tokens, >= 1.
+        token_ids: their ids; one fewer than `num_tokens` if the final one is the slot's latest sampled token.
+        new_block_ids: blocks appended to the slot's block table before this step; after a `SlotInit`, the whole table.
+            The token at position p is in block_table[p // block_size], row p % block_size.
+        sample: most tokens that the step may sample for the row, at most `BackendInfo.max_samples`; 0 for none. The
+            first follows from the logits of the final position and becomes the token at start + num_tokens.
     """
 
     slot: int
@@ -73,10 +74,14 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `rows` hold each slot at most once; `slot_inits` come before them.
+    """One step.
 
-    `masks`: slot -> the tokens that it may choose first in this step, for rows with a grammar. 4 * ceil(vocab / 32)
-    bytes, id t if bit t % 8 of byte t // 8 is set.
+    Attributes:
+        step: number of the step.
+        rows: at most one for each slot.
+        slot_inits: slots that requests take before the rows are computed.
+        masks: slot -> tokens allowed as the first that the step samples for it, for rows with a grammar. A mask has
+            4 * ceil(vocab_size / 32) bytes and allows id t if bit t % 8 of byte t // 8 is set.
     """
 
     step: int
@@ -92,7 +97,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: that of the token there, and the likeliest (ids, values), best first."""
+    """Log-probabilities at one position: of the token there, and of the likeliest tokens, best first."""
 
     logprob: float
     top_ids: Sequence[int] = ()
@@ -101,18 +106,18 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled.
+    """The tokens that a step sampled, and how long it took.
 
     Attributes:
-        step: the batch's step number.
+        step: number of the batch's step.
         token_ids: slot -> ids of the sampled tokens in order, 1 to `BatchRow.sample` of them, for each row with
-            `sample` that did not fail; an int stands for a sequence of one.
+            `sample` that did not fail. An int stands for a sequence of one.
         logprobs: slot -> log-probabilities of each of them, for rows whose parameters ask for them.
         prompt_logprobs: slot -> log-probabilities of the row's prompt tokens at positions start + 1 to
             min(start + num_tokens, num_prompt_tokens - 1), for rows whose parameters ask for them.
-        errors: slot -> cause, for rows that failed alone (non-finite logits); the others are sound.
-        forward_s: seconds that the model's forward pass took, without sampling and input preparation.
-        idle_s: seconds that the device waited for this step, after the one before that was in flight with it.
+        errors: slot -> cause, for rows that failed alone, with non-finite logits for instance; the others are sound.
+        forward_s: seconds of the model's forward pass, without sampling and preparing inputs.
+        idle_s: seconds that the device waited for this step after the previous one, if that was in flight with it.
     """
 
     step: int
@@ -126,19 +131,19 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
-    """What the engine must know of a ready backend.
+    """Facts about a ready backend that the engine needs.
 
     Attributes:
-        description: one line for people: backend, device, dtype and weight formats with what measuring chose.
+        description: one line for people: backend, device, dtype, and weight formats with the results of measurements.
         vocab_size: logits per position; token ids are in [0, vocab_size).
         max_model_len: most tokens of one request, prompt and output together.
-        num_blocks: KV blocks, `NULL_BLOCK` included (so num_blocks - 1 can be handed out).
+        num_blocks: KV blocks, including `NULL_BLOCK`, so that num_blocks - 1 can be handed out.
         block_size: tokens a block.
         kv_bytes_per_block: bytes of one block over all layers.
         weight_bytes: bytes of the resident weights.
-        max_steps_in_flight: how many steps may be launched and not yet collected, >= 1.
+        max_steps_in_flight: most steps that may be launched and not yet collected, >= 1.
         max_samples: most tokens that a step samples for one row, >= 1.
-        has_prompt_logprobs: it computes `SamplingParams.prompt_logprobs`.
+        has_prompt_logprobs: the backend computes `SamplingParams.prompt_logprobs`.
     """
 
     description: str
@@ -156,7 +161,7 @@ class BackendInfo:
 class Backend(Protocol):
     """Runs batches on a device. One thread makes it, calls it and closes it.
 
-    An exception from `launch` or `collect` is fatal for the engine; what concerns one row goes into
+    An exception from `launch` or `collect` is fatal for the engine. The failure of a single row goes into
     `StepResult.errors`.
     """
 
@@ -165,13 +170,13 @@ class Backend(Protocol):
         """Facts that do not change while the backend lives."""
 
     def launch(self, batch: Batch) -> None:
-        """Queue one step. May return before it is done; at most `max_steps_in_flight` are outstanding."""
+        """Queue one step, which may be unfinished on return; at most `max_steps_in_flight` are outstanding."""
 
     def collect(self) -> StepResult:
-        """Wait for the oldest outstanding step and return its result."""
+        """The result of the oldest outstanding step; waits for it."""
 
     def close(self) -> None:
-        """Release device memory; idempotent."""
+        """Release device memory. Idempotent."""
 
 
 @runtime_checkable
@@ -179,11 +184,11 @@ class PreparingBackend(Backend, Protocol):
     """A backend that can use quiet moments to make later steps start faster."""
 
     def prepare(self) -> bool:
-        """Do one piece of that, in a fraction of a second, while no step is in flight; False: there was none left."""
+        """Do one piece of that work, in a fraction of a second, while no step is in flight; False if none was left."""
 
 
 class SavableBackend(Backend, Protocol):
-    """A backend that was loaded from a checkpoint and can give its weights back."""
+    """A backend that was loaded from a checkpoint and can return its weights."""
 
     def weights(self) -> Iterator[tuple[str, Any]]:
-        """Yield (canonical name, tensor) as the weights are used, one copy at a time."""
+        """Yield (canonical name, tensor) of each weight in the form in which it is used, one copy at a time."""

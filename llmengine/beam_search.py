@@ -1,9 +1,9 @@
 """Beam search on top of ordinary requests: each step asks for one token of each beam, with its likeliest alternatives.
 
-A beam's request finds the full blocks of its tokens in the prefix cache, so a step computes at most a block for each
-beam; all beams of all prompts are in flight together. Without the prefix cache each step computes the beams anew.
+A beam's request finds the full blocks of its tokens in the prefix cache, so a step computes at most one block for each
+beam. All beams of all prompts are in flight together. Without the prefix cache, each step computes the beams anew.
 
-The search is that of transformers' `generate(num_beams=...)`. `BeamSearch` is one prompt's, and knows no engine.
+The search is that of transformers' `generate(num_beams=...)`. A `BeamSearch` handles one prompt and knows no engine.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import MAX_LOGPROBS, SamplingParams
 
 Submit = Callable[[Sequence[int], SamplingParams, RequestOptions], RequestHandle]
-"""Submits token ids."""
+"""Submits token ids as a request."""
 
 BeamFinishReason = Literal["stop", "length", "timeout"]
 
 _LEAST_S = 1e-6
-"""What is left of a deadline that has passed: the request ends before its first step."""
+"""Stands for the rest of a deadline that has passed, so that the request ends before its first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams:
-    """How to search; raises `InvalidRequestError` for a value out of range.
+    """How to search. Raises `InvalidRequestError` for a value out of range.
 
     Attributes:
-        num_beams: beams that are followed, and outputs, in [1, 20 - number of EOS ids].
-        max_new_tokens: most tokens of an output, >= 1; less where the context ends before.
-        length_penalty: outputs are ranked by cumulative log-probability / length ** length_penalty, in [-10, 10]. Above
-            0 favours long ones, below 0 short ones.
+        num_beams: number of beams that are followed, and of outputs, in [1, 20 - number of EOS ids].
+        max_new_tokens: most tokens of an output, >= 1; fewer if the context ends before.
+        length_penalty: outputs are ranked by cumulative log-probability / length ** length_penalty, in [-10, 10]. A
+            positive value favours long outputs, a negative one short outputs.
         early_stopping: when to end although beams could go on. True: as soon as there are `num_beams` outputs. False:
-            when the best beam, ended now, would not be among them. "never": when no beam can get among them.
+            when the best beam, if it ended now, would not be among them. "never": when no beam can get among them.
     """
 
     num_beams: int = 4
@@ -65,11 +65,11 @@ class BeamOutput:
 
     Attributes:
         index: 0 for the best.
-        text: as `generate`'s for the same tokens, without special tokens; "" without a tokenizer.
-        token_ids: an EOS that ended it included.
+        text: the text that `generate` gives for the same tokens, without special tokens; "" without a tokenizer.
+        token_ids: generated ids, including an EOS that ended the output.
         cumulative_logprob: sum of the tokens' log-probabilities.
-        score: what it is ranked by, see `BeamSearchParams.length_penalty`.
-        finish_reason: "stop" at an EOS, "length" at the limit, "timeout" where a deadline ended the search.
+        score: outputs are ranked by it, highest first; see `BeamSearchParams.length_penalty`.
+        finish_reason: "stop" at an EOS, "length" at the limit, "timeout" if a deadline ended the search.
     """
 
     index: int
@@ -85,8 +85,8 @@ class BeamSearchOutput:
     """The outputs of one prompt, best first.
 
     Attributes:
-        prompt: None where the caller gave token ids.
-        request_id, metadata: the caller's; None where none was given.
+        prompt: text of the prompt; None if the caller gave token ids.
+        request_id, metadata: the caller's; None if it gave none.
     """
 
     prompt: str | None
@@ -121,12 +121,12 @@ class _Hypothesis:
 
 @dataclass(slots=True)
 class BeamSearch:
-    """The search for one prompt: give `advance()` what comes after each of `prefixes` until it is `finished`.
+    """The search for one prompt. Call `advance()` with the tokens after each of `prefixes` until it is `finished`.
 
     Attributes:
-        max_new_tokens: as the context allows.
+        max_new_tokens: most tokens of an output, within the context.
         forbidden: sequences of token ids that no output has.
-        options: of the whole search.
+        options: options of the whole search.
         began: `time.monotonic()` from which its deadlines count.
     """
 
@@ -152,7 +152,7 @@ class BeamSearch:
 
     @property
     def num_alternatives(self) -> int:
-        """How many of the likeliest tokens after each beam count: among them, as many as there are beams go on."""
+        """Number of the likeliest tokens after each beam that count: enough of them can go on for every beam."""
         return self.params.num_beams + len(self.eos_token_ids | self._forbidden_ends)
 
     @property
@@ -165,7 +165,7 @@ class BeamSearch:
         return [[*self.prompt_token_ids, *beam.token_ids] for beam in self._beams]
 
     def advance(self, following: Sequence[TokenLogprobs]) -> None:
-        """Go on by one token, given the likeliest `num_alternatives` tokens after each of `prefixes`."""
+        """Extend the beams by one token, given the likeliest `num_alternatives` tokens after each of `prefixes`."""
         num_beams = self.params.num_beams
         candidates = [
             _Beam((*beam.token_ids, token_id), beam.logprob + logprob)
@@ -176,19 +176,19 @@ class BeamSearch:
         candidates.sort(key=lambda beam: -beam.logprob)
         length = len(candidates[0].token_ids)
         at_limit = length >= self.max_new_tokens
-        going_on: list[_Beam] = []
+        continued: list[_Beam] = []
         for rank, beam in enumerate(candidates):
             if at_limit or beam.token_ids[-1] in self.eos_token_ids:
                 if rank < num_beams:
                     self._add(beam)
-            elif len(going_on) < num_beams:
-                going_on.append(beam)
-        self._beams = going_on
-        self.finished = at_limit or not going_on or self._may_stop(length)
+            elif len(continued) < num_beams:
+                continued.append(beam)
+        self._beams = continued
+        self.finished = at_limit or not continued or self._may_stop(length)
 
     @property
     def remaining_options(self) -> RequestOptions:
-        """The options of the next token's requests, with what is left of the deadlines."""
+        """Options of the requests for the next token, with the rest of the deadlines."""
         has_tokens = bool(self._beams and self._beams[0].token_ids)
         return self.options.replace(
             deadline_s=self._remaining_s(self.options.deadline_s),
@@ -205,7 +205,7 @@ class BeamSearch:
         return None if seconds is None else max(self.began + seconds - time.monotonic(), _LEAST_S)
 
     def output(self, text: Callable[[Sequence[int], Sequence[int]], str]) -> BeamSearchOutput:
-        """Return what was found; `text` gives that of ids behind a prompt's."""
+        """The outputs found so far; `text(prompt_token_ids, token_ids)` gives the text of ids after a prompt."""
         outputs = [
             BeamOutput(
                 index,
@@ -284,7 +284,7 @@ def run(searches: Sequence[BeamSearch], submit: Submit) -> None:
 
 
 async def run_async(searches: Sequence[BeamSearch], submit: Submit) -> None:
-    """Finish all searches; `submit` must not block. When cancelled, nothing goes on."""
+    """Finish all searches; `submit` must not block. If this is cancelled, all requests are aborted."""
     while active := [search for search in searches if not search.finished]:
         handles: list[RequestHandle] = []
         try:
@@ -317,7 +317,7 @@ def _advance_all(active: Iterable[BeamSearch], outputs: Iterable[GenerationOutpu
 
 
 def _following(output: GenerationOutput) -> TokenLogprobs:
-    """Return what may come after a beam; raises what kept its request from generating a token."""
+    """The tokens that may come after a beam. Raises the error of a request that generated no token."""
     if not output.logprobs:
         raise output.error or RequestFailedError(f"the request of a beam ended with {output.finish_reason!r}")
     return output.logprobs[0]

@@ -1,4 +1,4 @@
-"""LLM: the public face. `llm_parts` makes what it is put together from."""
+"""LLM: the public face. `llm_parts` makes the parts that it is assembled from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
 import anyio.to_thread
 
 from llmengine import beam_search
-from llmengine.batch import Backend, BackendInfo, SavableBackend
+from llmengine.batch import Backend, BackendInfo
 from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
 from llmengine.chat.messages import Messages, is_conversation_list
 from llmengine.checks import requirement
@@ -41,17 +41,16 @@ from llmengine.tokenizer.protocol import Tokenizer
 class LLM:
     """A loaded model that generates for any number of callers at once, from any thread and any event loop.
 
-    The constructor loads the model and blocks until it is ready (`await LLM.create(...)` does the same without
-    blocking an event loop). Close it with `close()`, `aclose()`, or a ``with`` / ``async with`` block; its memory is
-    then given back.
+    The constructor loads the model and blocks until it is ready; `await LLM.create(...)` does the same without blocking
+    an event loop. `close()`, `aclose()`, or the end of a ``with`` or ``async with`` block frees its memory.
 
     Args:
         config: a `ModelConfig`, or just the path that would be its `model_dir`. `from_backend` passes finished parts
             instead, and then nothing is loaded.
-        tokenizer: anything with `encode(text)` and `decode(token_ids)`, both safe to call from several threads; None:
-            the model's own.
-        enable_tokenizer: False: prompts are token ids, and outputs have no text.
-        async_mode: accepted for compatibility and without effect: every `LLM` serves sync and async callers.
+        tokenizer: anything with `encode(text)` and `decode(token_ids)`, both safe to call from several threads. None
+            stands for the model's own.
+        enable_tokenizer: if False, prompts are token ids, and outputs have no text.
+        async_mode: accepted for compatibility, without effect: every `LLM` serves sync and async callers.
 
     Raises:
         ConfigError, ModelLoadError (UnsupportedModelError, CorruptFileError), OutOfMemoryError.
@@ -97,7 +96,7 @@ class LLM:
         tokenizer: Any = None,
         enable_tokenizer: bool = True,
     ) -> Self:
-        """Return `LLM(config, ...)` without blocking the running event loop while the model loads."""
+        """`LLM(config, ...)`, without blocking the running event loop while the model loads."""
         return await anyio.to_thread.run_sync(partial(cls, config, tokenizer, enable_tokenizer))
 
     @property
@@ -107,7 +106,7 @@ class LLM:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Ids that end an answer: those of the model's files and the tokenizer's; see `SamplingParams.ignore_eos`."""
+        """Ids that end an answer, from the model's files and the tokenizer; see `SamplingParams.ignore_eos`."""
         return self._intake.eos_token_ids
 
     @property
@@ -116,10 +115,10 @@ class LLM:
         return self._info
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return what `generate` uses when given none: the model's `generation_config.json`, else greedy.
+        """The parameters of requests that bring none: those of the model's `generation_config.json`, else greedy.
 
-        Parameters of your own replace all of it; change single ones with `.replace(temperature=0.5)`. Raises
-        `UnsupportedModelError` where the file asks for what cannot be honoured.
+        A request's own parameters replace all of these. To change one of them, use `.replace(temperature=0.5)`. Raises
+        `UnsupportedModelError` if the file asks for something that is not supported.
         """
         if isinstance(self._default_params, str):
             raise UnsupportedModelError(self._default_params)
@@ -140,11 +139,11 @@ class LLM:
         outputs in `outputs`, and is itself the first of them.
 
         Args:
-            prompts: a string, a list of token ids, or an iterable of either. More than fit the queue are submitted
-                as room comes up.
-            sampling_params: for all prompts, or one a prompt; None: `get_default_sampling_params()`.
+            prompts: a string, a list of token ids, or an iterable of either. If there are more than fit the queue, the
+                rest are submitted as room becomes free.
+            sampling_params: one for all prompts, or one for each; None for `get_default_sampling_params()`.
             progress: show a progress bar on stderr.
-            options: of each request, see `RequestOptions`.
+            options: the options of each request, see `RequestOptions`.
 
         Raises what `generate_async` raises for the first prompt that is at fault; all others are then aborted. A
         request that fails alone does not raise: its output has finish reason "error".
@@ -159,7 +158,7 @@ class LLM:
         options: RequestOptions,
         progress: bool = False,
     ) -> list[GenerationOutput]:
-        options = options.replace(slow_consumer=None)  # all are read to their ends, however late
+        options = options.replace(slow_consumer=None)  # all requests are read to the end, however late
         handles: list[RequestHandle] = []
         try:
             for index, prompt in enumerate(prompts):
@@ -182,20 +181,20 @@ class LLM:
     ) -> RequestHandle:
         """Submit one request and return its handle at once: ``async for`` it, or ``await`` it.
 
-        Needs no running event loop and never blocks: text is tokenized on a thread of its own.
+        Needs no running event loop and never blocks: another thread tokenizes text.
 
         Args:
             prompt: text or token ids.
-            sampling_params: None: `get_default_sampling_params()`.
-            streaming: the handle yields whenever tokens arrive; otherwise the final output only. With
-                `SamplingParams.n` above 1, what it yields is of one output at a time: `index` says which, and each has
-                a last one that is `finished`.
+            sampling_params: None for `get_default_sampling_params()`.
+            streaming: if True, the handle yields an output whenever tokens arrive, otherwise just the final one. With
+                `SamplingParams.n` above 1, each yielded output belongs to one of the prompt's outputs, which `index`
+                names, and for each of these there is one that is `finished`.
             options: see `RequestOptions`.
 
         Raises:
             InvalidRequestError: a parameter or token id is out of range.
-            PromptTooLongError: the prompt leaves no room for a token (from the handle where the prompt is text).
-            QueueFullError: too many requests or prompt tokens are waiting (the latter from the handle as well).
+            PromptTooLongError: the prompt leaves no room for a token (raised by the handle if the prompt is text).
+            QueueFullError: too many requests or prompt tokens are waiting (the latter may be raised by the handle).
             EngineClosedError, EngineDeadError.
         """
         spec = RequestSpec(self._params_or_default(sampling_params), as_options(LLM.generate_async, options), streaming)
@@ -210,11 +209,11 @@ class LLM:
     ) -> Generator[GenerationOutput, None, None]:
         """Submit one request and return a generator of its outputs as tokens arrive; each step blocks this thread.
 
-        Leaving the loop aborts the request, see `RequestHandle.stream`, which does the same for a handle (of a chat,
-        say). In an event loop it blocks that as well: use ``async for`` there.
+        Leaving the loop aborts the request. `RequestHandle.stream` does the same for a handle, of a chat for instance.
+        In an event loop, which this would block, use ``async for`` instead.
 
         Args:
-            prompt, sampling_params: as for `generate_async`.
+            prompt, sampling_params: the same as for `generate_async`.
             options: see `RequestOptions`.
 
         Raises, at once or from the generator, what `generate_async` raises.
@@ -248,11 +247,11 @@ class LLM:
     ) -> GenerationOutput | list[GenerationOutput]:
         """Answer a conversation through the model's chat template and block until the answer is finished.
 
-        `messages` are mappings with "role" and "content", see the guide to chats. Several conversations are answered
-        at once, as by `generate`, and their outputs returned in order.
+        `messages` are mappings with "role" and "content"; see the guide to chats. Several conversations are answered at
+        once, as by `generate`, and their outputs are returned in order.
 
-        Raises `InvalidRequestError` where the template rejects them or ignores something of them, or the model has
-        none; `TypeError` for a keyword that neither this method nor the template has.
+        Raises `InvalidRequestError` if the model has no template, or the template rejects the messages or ignores a
+        part of them, and `TypeError` for a keyword that neither this method nor the template has.
         """
         if is_conversation_list(messages):
             checked, rest = split_options(options, wait_for_admission=True)
@@ -274,9 +273,9 @@ class LLM:
         streaming: bool = False,
         **options: Unpack[ChatKeywords],
     ) -> RequestHandle:
-        """`generate_async` for a conversation, which is copied at the call. Rendered and tokenized on another thread.
+        """`generate_async` for a conversation, which is copied at once. Another thread renders and tokenizes it.
 
-        Raises what `generate_async` and `chat` raise; what the template rejects comes up where the handle is read.
+        Raises what `generate_async` and `chat` raise. If the template rejects the messages, reading the handle raises.
         """
         checked, rest = split_options(options)
         spec = RequestSpec(self._params_or_default(sampling_params), checked, streaming)
@@ -284,9 +283,9 @@ class LLM:
 
     @takes_options(TemplateKeywords)
     def count_tokens(self, prompt: Prompt | Messages, **options: Unpack[TemplateKeywords]) -> int:
-        """Return how many tokens `generate` would compute of a prompt, or `chat` of a conversation. Blocks.
+        """Number of tokens that a prompt has for `generate`, or a conversation for `chat`. Blocks.
 
-        The options are those of a conversation. A prompt may have more tokens than fit. Raises `InvalidRequestError`,
+        The number may exceed the context length. The options are those of a conversation. Raises `InvalidRequestError`,
         and `TypeError` for a keyword that the template does not have.
         """
         if isinstance(prompt, str) or not _is_conversation(prompt):
@@ -306,12 +305,12 @@ class LLM:
         early_stopping: bool | Literal["never"] = False,
         **options: Unpack[RequestKeywords],
     ) -> list[BeamSearchOutput]:
-        """Return the `num_beams` likeliest continuations of each prompt that beam search finds, best first. Blocks.
+        """The `num_beams` best continuations of each prompt that beam search finds, best first. Blocks.
 
         Args:
-            prompts: as for `generate`.
+            prompts: the same as for `generate`.
             num_beams, max_new_tokens, length_penalty, early_stopping: see `BeamSearchParams`.
-            options: of each request, see `RequestOptions`.
+            options: the options of each request, see `RequestOptions`.
 
         Raises what `generate_async` raises, and the error of a beam's request that fails.
         """
@@ -336,7 +335,7 @@ class LLM:
         early_stopping: bool | Literal["never"] = False,
         **options: Unpack[RequestKeywords],
     ) -> list[BeamSearchOutput]:
-        """`beam_search` without blocking the event loop. When cancelled, its requests are aborted."""
+        """`beam_search` without blocking the event loop. If this is cancelled, its requests are aborted."""
         params = BeamSearchParams(num_beams, max_new_tokens, length_penalty, early_stopping)
         checked = as_options(LLM.beam_search_async, options, wait_for_admission=True)
         listed = list(as_prompts(prompts))
@@ -349,61 +348,41 @@ class LLM:
         return [search.output(self._intake.text) for search in searches]
 
     def save(self, directory: str | Path) -> None:
-        """Write an engine directory that `ModelConfig(model_dir=directory)` loads: fused weights as they are
-        quantized, TensorRT plans where they were used, tokenizer, and a manifest with the hash of each file.
+        """Write an engine directory that `ModelConfig(model_dir=directory)` loads, and block until it is written.
 
-        Loading it gives the same tokens: with `dtype="auto"` on a CPU, weights that the checkpoint's dtype cannot hold
-        are written as float32. Blocks; requests in progress wait until the weights are written.
+        It holds the fused weights as they are quantized, TensorRT plans if they were used, the tokenizer, and a
+        manifest with the hash of each file. The loaded engine gives the same tokens. To that end, with `dtype="auto"`
+        on a CPU, weights that the checkpoint's dtype cannot hold are written as float32. Requests in progress wait
+        meanwhile.
 
         Raises:
             ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
-            EngineError: writing failed (a full disk, say); nothing is left behind.
+            EngineError: writing failed, on a full disk for instance; nothing is left behind.
         """
         if self._model is None:
             raise ConfigError("an LLM from from_backend() cannot be saved: it was not loaded from a model's files")
-        from llmengine.checkpoints.model_saving import dtype_to_save, save_model
-        from llmengine.checkpoints.saved_plans import PlanHolder
-        from llmengine.quantization.model_formats import formats_in_use
-        from llmengine.tokenizer.loading import tokenizer_to_save
-
-        config, source = self._model.config, self._model.source
-        formats = formats_in_use(source.formats, config.quant_config)
-
-        def write(backend: Backend) -> None:
-            weights = cast(SavableBackend, backend).weights
-            plans = backend.saved_plans() if isinstance(backend, PlanHolder) else None
-            save_model(
-                directory,
-                source,
-                weights(),
-                dtype=dtype_to_save(config, source, formats, weights),
-                formats=formats,
-                tokenizer=self.tokenizer if hasattr(self.tokenizer, "save") else tokenizer_to_save(source),
-                plans=plans,
-            )
-
-        self._engine.call(write).result()
+        self._engine.call(partial(self._model.save, directory, self.tokenizer)).result()
 
     def requests(self) -> list[RequestStats]:
-        """Return how far each request is that has not ended, the oldest first, with its id and metadata."""
+        """How far each unfinished request is, oldest first, with its id and metadata."""
         return self._intake.requests()
 
     def stats(self) -> EngineStats:
-        """Return running and waiting requests, KV blocks, token counts, preemptions, hit rate and step times."""
+        """Running and waiting requests, KV blocks, token counts, preemptions, hit rate and step times."""
         return self._engine.stats()
 
     def health(self) -> EngineHealth:
-        """Return whether the engine serves, and if not, why."""
+        """Whether the engine accepts requests, and if not, why."""
         return self._engine.health()
 
     def close(self) -> None:
-        """Abort what is running, stop the engine thread and give the memory back. Blocks for about one step."""
+        """Abort all requests, stop the engine thread and free the memory. Blocks for about one step. Idempotent."""
         self._owner.close()
 
     async def aclose(self, drain: float = 0.0) -> None:
-        """Like `close()` without blocking the event loop; first lets requests go on for up to `drain` seconds.
+        """`close()` without blocking the event loop. First, requests go on for up to `drain` seconds.
 
-        When cancelled, the engine still stops by itself.
+        If this is cancelled, the engine still stops by itself.
         """
         self._engine.stop(drain)
         await self._engine.wait_over()
@@ -450,7 +429,7 @@ class LLM:
 
 
 def _is_conversation(prompt: Any) -> bool:
-    """Say whether `prompt` holds messages rather than token ids."""
+    """Whether `prompt` holds messages rather than token ids."""
     if not isinstance(prompt, Sequence) or not prompt:
         return False
     return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_conversation_list(prompt)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from llmengine.batch import Backend, BackendInfo
+from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.engine.intake import Intake
@@ -39,6 +39,29 @@ class LoadedModel:
 
     config: ModelConfig
     source: ModelSource
+
+    def save(self, directory: str | Path, tokenizer: Tokenizer | None, backend: Backend) -> None:
+        """Write the backend's weights and plans as an engine directory. On the engine thread, between two steps.
+
+        A tokenizer that cannot save itself is replaced by the model's own. Raises what `LLM.save` raises.
+        """
+        from llmengine.checkpoints.model_saving import dtype_to_save, save_model
+        from llmengine.checkpoints.saved_plans import PlanHolder
+        from llmengine.quantization.model_formats import formats_in_use
+        from llmengine.tokenizer.loading import tokenizer_to_save
+
+        source = self.source
+        formats = formats_in_use(source.formats, self.config.quant_config)
+        weights = cast(SavableBackend, backend).weights
+        save_model(
+            directory,
+            source,
+            weights(),
+            dtype=dtype_to_save(self.config, source, formats, weights),
+            formats=formats,
+            tokenizer=tokenizer if hasattr(tokenizer, "save") else tokenizer_to_save(source),
+            plans=backend.saved_plans() if isinstance(backend, PlanHolder) else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a caller receives: `GenerationOutput`, a cheap immutable view of a request's append-only `OutputLog`."""
+"""`GenerationOutput`, which callers receive: a cheap immutable view of a request's append-only `OutputLog`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from llmengine.batch import TokenLogprobs
 from llmengine.errors import LLMEngineError
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
-"""Why a request ended: EOS or a stop matched, a length limit, the caller aborted, its deadline passed, it failed."""
+"""Why a request ended: at EOS or a stop, at a length limit, by the caller's abort, at its deadline, by a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTimeline:
-    """Moments of a request, in seconds of `time.monotonic()`; None: has not happened.
+    """Moments of a request, in seconds of `time.monotonic()`; None if the moment has not come.
 
     Attributes:
-        queued: `generate_async()` or `generate()` took the request.
-        first_scheduled: its first tokens were put into a step.
-        first_token: the host learned of its first token.
+        queued: the request was submitted.
+        first_scheduled: its first tokens became part of a step.
+        first_token: the host received its first token.
         finished: it ended, for whatever reason.
-        num_preemptions: how often its KV blocks were taken away and computed again.
+        num_preemptions: times that its KV blocks were taken away, to be computed again later.
     """
 
     queued: float
@@ -46,13 +46,13 @@ class RequestTimeline:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token that could have been at a position.
+    """One of the tokens that were possible at a position.
 
     Attributes:
-        logprob: of the model's distribution there.
-        rank: 1 for the likeliest; None: beyond the alternatives that were asked for.
-        decoded_token: the text that it adds, or would add, at its place, so that the chosen ones make up the text;
-            U+FFFD for a part of a character, None without a tokenizer.
+        logprob: its log-probability in the model's distribution there.
+        rank: 1 for the likeliest token; None beyond the requested alternatives.
+        decoded_token: the text that it adds, or would add, at its position, so that those of the chosen tokens make up
+            the text. U+FFFD for a part of a character; None without a tokenizer.
     """
 
     logprob: float
@@ -62,14 +62,23 @@ class Logprob:
 
 @dataclass(slots=True, eq=False)
 class OutputLog:
-    """Everything one request has put out so far. The engine thread appends; nothing is ever changed or removed.
+    """Everything that one request has put out so far. The engine thread appends; nothing is changed or removed.
 
-    `pieces` holds the text that each token released ("" while it is held back), and at the end one more for what
-    was held back; their concatenation is the text. Only a token that ends the request may have no piece.
-    `read_token(position, token_id)` is the text of a token at a position, counted from the prompt's first.
-    `prompt_logprobs` has None for the first token, and is complete when there is a generated one. The outputs of one
-    prompt share it, and have the `family_id` of the first. `given_id`, `metadata`, `tenant` and `priority` are what the
-    caller said.
+    Attributes:
+        request_id: the engine's number of the request.
+        queued, first_scheduled, first_token, finished, num_preemptions: see `RequestTimeline`.
+        given_id, metadata, tenant, priority: the caller's options.
+        prompt: text of the prompt; None if the caller gave token ids.
+        pieces: the text that each token released ("" while text is held back), and at the end one more for what was
+            held back. Their concatenation is the text. Only a token that ends the request may have no piece.
+        logprobs: None unless the caller asked for them.
+        prompt_logprobs: begins with None for the first token, and is complete when there is a generated token. The
+            outputs of one prompt share it.
+        index: number of the output among those of its prompt.
+        family_id: `request_id` of the prompt's first output; None for a single output.
+        read_token: (position counted from the prompt's first token, token id) -> text of the token there.
+        num_cached_tokens: prompt tokens whose KV blocks were in the prefix cache.
+        matched_stop: the stop string or token id that ended the request.
     """
 
     request_id: int
@@ -98,7 +107,7 @@ class OutputLog:
 
     @property
     def public_id(self) -> int | str:
-        """The id that callers see: their own, else the engine's number, the same for all outputs of one prompt."""
+        """The id that callers see: their own, else the engine's number. The same for all outputs of one prompt."""
         if self.given_id is not None:
             return self.given_id
         return self.request_id if self.family_id is None else self.family_id
@@ -106,7 +115,7 @@ class OutputLog:
 
 @dataclass(frozen=True, slots=True)
 class _KnownTexts:
-    """The texts of tokens at positions that a pickled output can be asked for."""
+    """The texts of all tokens at all positions that a pickled output may be asked for."""
 
     texts: Mapping[tuple[int, int], str]
 
@@ -115,10 +124,10 @@ class _KnownTexts:
 
 
 class GenerationOutput:
-    """One output of a request, up to some moment; `*_delta` is what came since the output before it.
+    """One output of a request, up to some moment; `*_delta` is what came since the previous output.
 
-    Concatenating the deltas of a stream gives the final `text` and `token_ids`. Slices are made when asked for, so a
-    stream of n tokens does not cost n copies of the text.
+    The concatenated deltas of a stream are the final `text` and `token_ids`. Slices are made when they are asked for,
+    so a stream of n tokens does not cost n copies of the text.
     """
 
     __slots__ = ("_begin", "_end", "_log", "_num_preemptions", "_outputs", "finish_reason")
@@ -131,7 +140,7 @@ class GenerationOutput:
         finish_reason: FinishReason | None = None,
         outputs: Sequence[GenerationOutput] = (),
     ) -> None:
-        """View tokens [begin, end) as the delta."""
+        """A view whose delta is the tokens [begin, end)."""
         self._outputs = outputs
         self._log = log
         self._begin = begin
@@ -154,9 +163,9 @@ class GenerationOutput:
 
     @property
     def request_id(self) -> int | str:
-        """The caller's `request_id`, else a number, increasing and unique within the `LLM`.
+        """The caller's `request_id`, else a number that increases and is unique within the `LLM`.
 
-        The same for all outputs of one prompt.
+        It is the same for all outputs of one prompt.
         """
         return self._log.public_id
 
@@ -167,20 +176,20 @@ class GenerationOutput:
 
     @property
     def index(self) -> int:
-        """Which of the prompt's `SamplingParams.num_outputs` outputs this is, from 0."""
+        """Number of this output among the prompt's `SamplingParams.num_outputs` outputs, from 0."""
         return self._log.index
 
     @property
     def outputs(self) -> list[GenerationOutput]:
-        """All `SamplingParams.n` outputs of the prompt: by index, or best first where `best_of` chose them.
+        """All `SamplingParams.n` outputs of the prompt, by index, or best first if `best_of` chose them.
 
-        This output's own fields are those of the first. A streamed output, and a request's only one, has itself.
+        The other fields of this output are those of the first. A streamed or single output holds itself alone.
         """
         return list(self._outputs) or [self]
 
     @property
     def prompt(self) -> str | None:
-        """The prompt's text; None where the caller gave token ids."""
+        """Text of the prompt; None if the caller gave token ids."""
         return self._log.prompt
 
     @property
@@ -190,12 +199,12 @@ class GenerationOutput:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """How many tokens the prompt has."""
+        """Number of the prompt's tokens."""
         return len(self._log.prompt_token_ids)
 
     @property
     def num_cached_tokens(self) -> int:
-        """How many of the prompt's tokens had their KV blocks in the prefix cache."""
+        """Prompt tokens whose KV blocks were in the prefix cache."""
         return self._log.num_cached_tokens
 
     @property
@@ -205,38 +214,38 @@ class GenerationOutput:
 
     @property
     def text_delta(self) -> str:
-        """Text that came since the previous output; may be "" while characters are incomplete or held back."""
+        """Text since the previous output. It may be "" while a character is incomplete or text is held back."""
         return "".join(self._log.pieces[self._begin : self._end_piece])
 
     @property
     def token_ids(self) -> list[int]:
-        """Generated token ids so far, a token that ended the request included."""
+        """Generated token ids so far, including one that ended the request."""
         return self._log.token_ids[: self._end]
 
     @property
     def token_ids_delta(self) -> list[int]:
-        """Token ids that came since the previous output."""
+        """Token ids since the previous output."""
         return self._log.token_ids[self._begin : self._end]
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens were generated so far."""
+        """Number of tokens generated so far."""
         return self._end
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
-        """Log-probabilities of each generated token so far; None unless asked for."""
+        """Log-probabilities of each generated token so far; None unless they were asked for."""
         return None if self._log.logprobs is None else self._log.logprobs[: self._end]
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Sum of the generated tokens' log-probabilities so far; None unless `logprobs` are there."""
+        """Sum of the generated tokens' log-probabilities so far; None without `logprobs`."""
         logprobs = self.logprobs
         return None if logprobs is None else sum(entry.logprob for entry in logprobs)
 
     @property
     def decoded_logprobs(self) -> list[dict[int, Logprob]] | None:
-        """`logprobs` as one dictionary for each token, by token id: the chosen one first, then the alternatives."""
+        """`logprobs` as one dictionary by token id for each token: the chosen token first, then the alternatives."""
         logprobs = self.logprobs
         if logprobs is None:
             return None
@@ -245,12 +254,12 @@ class GenerationOutput:
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        """Log-probabilities of each token of the prompt, None for the first; None unless asked for."""
+        """Log-probabilities of the prompt's tokens, with None for the first; None unless they were asked for."""
         return None if self._log.prompt_logprobs is None else list(self._log.prompt_logprobs)
 
     @property
     def decoded_prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
-        """`prompt_logprobs` as `decoded_logprobs`."""
+        """`prompt_logprobs` in the form of `decoded_logprobs`."""
         logprobs = self.prompt_logprobs
         if logprobs is None:
             return None
@@ -259,24 +268,24 @@ class GenerationOutput:
 
     @property
     def finished(self) -> bool:
-        """True for the last output of a request."""
+        """True for the final output of a request."""
         return self.finish_reason is not None
 
     @property
     def matched_stop(self) -> str | int | None:
-        """The stop string or token id that ended the request, when `finish_reason` is "stop"."""
+        """The stop string or token id that ended the request, if `finish_reason` is "stop"; else None."""
         return self._log.matched_stop if self.finished else None
 
     @property
     def error(self) -> LLMEngineError | None:
-        """What went wrong, when `finish_reason` is "error", or "abort" for a consumer that did not read."""
+        """The cause if `finish_reason` is "error", or "abort" because the consumer did not read; else None."""
         if not self.finished or self._log.error is None:
             return None
         self._log.error.request_id = self.request_id
         return self._log.error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle (and copy) as what the output is now: without the tokenizer, and without what came later."""
+        """Pickle (and copy) the output as it is, without the tokenizer and without later tokens."""
         log = self._log
         kept = dataclasses.replace(
             log,
@@ -294,7 +303,7 @@ class GenerationOutput:
         return type(self), (kept, self._begin, self._end, self.finish_reason, self._outputs)
 
     def _known_texts(self) -> _KnownTexts | None:
-        """Return what stands for the tokenizer in a pickle."""
+        """The texts that replace the tokenizer in a pickle."""
         if self._log.read_token is None:
             return None
         begin = self.num_prompt_tokens
@@ -316,7 +325,7 @@ class GenerationOutput:
 
     @property
     def _end_piece(self) -> int | None:
-        """End of this output's pieces; the last output has all that there are."""
+        """End of this output's pieces; None for the final output, which has all of them."""
         return None if self.finished else self._end
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Work on engine directories that needs no running engine: build one with TensorRT plans, look into it, check it."""
+"""Work on engine directories without a running engine: build one with TensorRT plans, inspect it, verify it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def build(
     """Build a model's TensorRT plans and save them with its weights in `directory`.
 
     Args:
-        write: gets lines about the progress, unless stderr is a terminal, which gets a bar.
-        scheduler_config: the limits that the plans are built for; what it leaves open is an accelerator's.
+        write: called with lines about the progress, unless stderr is a terminal, which shows a bar.
+        scheduler_config: the limits that the plans are built for, by default those of an accelerator.
 
     See `backends.tensorrt.build.BuildOptions` for the rest, and `build_engine` for what is raised.
     """
@@ -60,9 +60,10 @@ def build(
 
 
 def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) -> LayerTimes | None:
-    """Return how long a layer takes on this machine's GPU with its weights as inputs and built in.
+    """Times of a layer on this machine's GPU, with its weights as inputs and with its weights built in.
 
-    None for a model of one layer. Limits are as in `build`, which raises the same with `weight_mode="fastest"`.
+    None for a model of one layer. The limits are those of `build`. Raises what `build` raises with
+    `weight_mode="fastest"`.
     """
     options = _options(model, scheduler_config)
     source = open_model(model)
@@ -100,14 +101,14 @@ def inspect(directory: Path) -> dict[str, Any]:
 
 
 def verified(verification: Mapping[str, Any] | None) -> str:
-    """Return one line on what a manifest says of its plans' verification."""
+    """One line on the verification of the plans that a manifest records."""
     if verification is None:
         return "no: not run on any GPU yet"
     from llmengine.backends.tensorrt.verify import Verification
 
     found = Verification.from_dict(verification)
     if found is None:
-        return "no: what is kept of it is of another version of llmengine"
+        return "no: the record of it is from another version of llmengine"
     where = f"on {found.device} with {found.library}, {found.date}"
     if found.failures:
         return f"FAILED {where}: {'; '.join(map(str, found.failures))}"
@@ -120,11 +121,11 @@ def verified(verification: Mapping[str, Any] | None) -> str:
 
 @dataclass(slots=True)
 class Findings:
-    """What `verify` found.
+    """The results of `verify`.
 
     Attributes:
-        files: name -> what is wrong with it, None for a sound one.
-        problems: what is wrong beside the files' contents; what the plans fail on this machine's GPU.
+        files: name -> fault of the file; None for a sound file.
+        problems: other faults, such as those of plans that fail on this machine's GPU.
         device: what was run on a GPU, or why nothing was.
     """
 
@@ -134,14 +135,14 @@ class Findings:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.problems and not any(self.files.values())
 
 
 def verify(directory: Path) -> Findings:
-    """Check sizes and hashes of every file of a saved engine and what its manifest says; run its plans if possible.
+    """Check the manifest of a saved engine and the size and hash of each file; run its plans if possible.
 
-    Raises for a manifest that cannot be used, as `inspect` does.
+    Raises what `inspect` raises for a manifest that cannot be used.
     """
     findings = Findings()
     findings.files[MANIFEST_NAME] = None

@@ -1,8 +1,8 @@
-"""FakeBackend and ChatByteTokenizer: no model, for tests of the engine and of applications built on it.
+"""FakeBackend and ChatByteTokenizer, which need no model: for tests of the engine and of applications built on it.
 
-It keeps real "KV": each computed token's id is written into the pool through the request's block table, and the next
-token is a function of the whole context read back through that table. A block that is shared wrongly, freed too early
-or forgotten therefore shows up as a wrong token.
+A `FakeBackend` keeps real "KV": it writes the id of each computed token into the pool through the request's block
+table, and the next token is a function of the whole context, read back through that table. So a block that is shared
+wrongly, freed too early or forgotten shows up as a wrong token.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from llmengine.batch import Backend, BackendInfo, Batch, BatchRow, SlotInit, Ste
 from llmengine.tokenizer.protocol import ByteTokenizer
 
 NextToken = Callable[[Sequence[int]], int | None]
-"""Maps a context's token ids to the next one; None: this row's logits are not finite."""
+"""Maps a context's token ids to the next one; None if the row's logits are not finite."""
 
 
 def mixing_model(vocab_size: int) -> NextToken:
-    """Return a next-token function that depends on every token of the context and its order."""
+    """A next-token function that depends on every token of the context and on their order."""
 
     def next_token(token_ids: Sequence[int]) -> int:
         state = 17
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = """{% for message in messages %}<{{ message.role }}>{{ message.c
 class ChatByteTokenizer(ByteTokenizer):
     """A `ByteTokenizer` with a chat template, for tests of chats without a model.
 
-    Raises `ModelLoadError` if `chat_template` is no Jinja template.
+    Raises `ModelLoadError` if `chat_template` is not a Jinja template.
     """
 
     def __init__(self, chat_template: str = CHAT_TEMPLATE) -> None:
@@ -47,7 +47,7 @@ class ChatByteTokenizer(ByteTokenizer):
         self._templates.choose()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the UTF-8 bytes of `text`; there are no special tokens to add."""
+        """UTF-8 bytes of `text`; there are no special tokens to add."""
         return super().encode(text)
 
     def apply_chat_template(
@@ -57,20 +57,20 @@ class ChatByteTokenizer(ByteTokenizer):
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return what the template writes; see `llmengine.chat.template.ChatTemplate.render`."""
+        """The template's text of a conversation; see `llmengine.chat.template.ChatTemplate.render`."""
         return self._templates.render(messages, add_generation_prompt, tools, variables)
 
     def chat_template_variables(self, chat_template: str | None = None, *, has_tools: bool = False) -> frozenset[str]:
-        """Return the names of the variables that the template reads."""
+        """Names of the variables that the template reads."""
         return self._templates.choose(chat_template, has_tools=has_tools).variables
 
 
 class FakeBackend:
     """Implements `llmengine.batch.Backend` in plain Python.
 
-    `on_step` is called on the engine thread in each `collect()`, before the result is handed out: a test may block
-    there, count, or raise. Steps are computed in order at `launch()`, as a device's stream would. With `max_samples`
-    above 1 a step gives any number of a row's next tokens up to that, the same tokens as one at a time.
+    Each `collect()` calls `on_step` on the engine thread before it returns the result. A test may block there, count,
+    or raise. Steps are computed in order at `launch()`, as a device's stream would compute them. With `max_samples`
+    above 1, a step samples from 1 to that many tokens of a row: the same tokens as one at a time.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class FakeBackend:
         self._results.append((batch, StepResult(batch.step, token_ids, logprobs, prompt_logprobs, errors, idle_s=1.0)))
 
     def collect(self) -> StepResult:
-        """Return the oldest step's result, after `on_step`."""
+        """The oldest step's result, after a call of `on_step`."""
         batch, result = self._results.popleft()
         self.num_steps += 1
         if self._on_step is not None:
@@ -159,7 +159,7 @@ class FakeBackend:
         self.closed = True
 
     def _sample(self, row: BatchRow, mask: bytes | None) -> list[int]:
-        """Tokens that follow the row's, as many as the context says; none where its logits are not finite."""
+        """Tokens that follow the row's, as many as the context says; none if its logits are not finite."""
         end = row.start + row.num_tokens
         context = self._read(row.slot, end)
         count = 1 + sum(context) % row.sample
@@ -180,7 +180,7 @@ class FakeBackend:
             self._pool[table[position // size]][position % size] = token_id
 
     def _score_prompt(self, row: BatchRow) -> list[TokenLogprobs]:
-        """Return the row's part of the prompt's log-probabilities: 0 for what the model says comes next, else -1."""
+        """The row's part of the prompt's log-probabilities: 0 for the token that the model chooses, else -1."""
         init = self._slots[row.slot]
         entries = []
         for position in range(row.start + 1, min(row.start + row.num_tokens + 1, init.num_prompt_tokens)):
@@ -197,7 +197,7 @@ class FakeBackend:
 
 
 def _allowed_token(token_id: int, mask: bytes) -> int | None:
-    """Return the token if the mask allows it, else one that it allows and the token chooses; None: it allows none."""
+    """The token if the mask allows it, else an allowed one that depends on the token; None if the mask allows none."""
     if mask[token_id // 8] >> token_id % 8 & 1:
         return token_id
     allowed = [8 * index + bit for index, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1]

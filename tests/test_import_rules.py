@@ -53,12 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "saved_engines": {*DATA, "backends", "backends.tensorrt", "checkpoints", "models", "tokenizer"},
     "beam_search": {*DATA, "engine"},
-    "llm_parts": {*DATA, "backends", "checkpoints", "engine", "tokenizer", "tokenizer.protocol"},
-    "llm": {
+    "llm_parts": {
         *DATA,
-        *("beam_search", "chat", "checkpoints", "engine", "llm_parts", "quantization", "tokenizer"),
-        "tokenizer.protocol",
+        *("backends", "checkpoints", "engine", "quantization", "tokenizer", "tokenizer.protocol"),
     },
+    "llm": {*DATA, "beam_search", "chat", "engine", "llm_parts", "tokenizer.protocol"},
     "cli": {*DATA, "__init__", "checkpoints", "llm", "saved_engines", "tokenizer.protocol"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search"},

@@ -1,7 +1,7 @@
-"""Intake: from what a caller passes to a `Request` that the engine has, with everything checked on the way.
+"""Intake: turns what a caller passes into a `Request` that the engine has, and checks all of it on the way.
 
-Whatever is wrong with a request is found here, on the caller's thread or on a tokenizer thread: nothing that reaches
-the engine thread can fail there and take others with it.
+Every fault of a request is found here, on the caller's thread or on a tokenizer thread, so that no request can fail on
+the engine thread and take others with it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from llmengine.tokenizer.protocol import Tokenizer
 _NUM_CACHED_BAD_WORDS = 16
 
 _MANY_CHARS = 16_384
-"""A text that is tokenized within 10 ms is no longer than that."""
+"""Longer texts may take more than 10 ms to tokenize."""
 
 
 @dataclass(frozen=True, slots=True)
 class _TenantSalt:
-    """A cache salt that requests of one tenant alone can have."""
+    """A cache salt that only requests of one tenant can have."""
 
     tenant: str
     salt: Hashable
@@ -56,7 +56,7 @@ class _TenantSalt:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What to generate and how to run it; raises `InvalidRequestError` for what does not fit together."""
+    """What to generate and how to run it. Raises `InvalidRequestError` if these contradict each other."""
 
     params: SamplingParams
     options: RequestOptions
@@ -72,11 +72,16 @@ class RequestSpec:
 
 
 class Intake:
-    """Checks, tokenizes and submits the requests of one model.
+    """Checks, tokenizes and submits the requests of one model. Every method may be called from any thread.
 
-    Text is tokenized on `threads` where the caller must not be blocked, and grammars are compiled there. Every method
-    may be called from any thread. `owner` is kept alive by the handles. No request generates a sequence that is
-    `forbidden`.
+    The handles keep the `owner` of their submission alive.
+
+    Args:
+        info: facts about the engine's backend.
+        tokenizer: None if prompts are token ids.
+        eos_token_ids: tokens that end an answer.
+        threads: they tokenize text if the caller must not be blocked, and compile grammars.
+        forbidden: sequences of token ids that no request generates.
     """
 
     def __init__(
@@ -100,13 +105,13 @@ class Intake:
         self.eos_token_ids = frozenset(eos_token_ids)
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
-        # Callers tend to send the same words with each request.
+        # Cached, since callers tend to send the same words with each request.
         self._bad_words = lru_cache(_NUM_CACHED_BAD_WORDS)(partial(bad_word_ids, tokenizer))
         self._threads = threads
         self._grammars = GrammarCompiler(tokenizer, info.vocab_size, self.eos_token_ids)
         self._request_ids = itertools.count()
         self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
-        # Seeded by the system once: asking it for each request takes as long as all else here.
+        # The system seeds this once: asking it for each request would take as long as everything else here.
         self._seeds = random.Random()
 
     def check_open(self) -> None:
@@ -114,7 +119,10 @@ class Intake:
         self._engine.check_open()
 
     def submit(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
-        """Submit without blocking; raises what is wrong with anything but the tokens of a text or chat."""
+        """Submit without blocking. Faults of a text or chat that show when it is tokenized are raised by the handle.
+
+        Raises what `LLM.generate_async` raises.
+        """
         if isinstance(prompt, str | ChatPrompt):
             return self._submit_later(partial(self._prompts.encode, prompt), _num_chars(prompt), spec, owner)
         encoded = self._prompts.encode(prompt)
@@ -125,9 +133,9 @@ class Intake:
         return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
 
     def submit_blocking(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
-        """Submit, tokenizing on this thread and waiting for room in the queue if that is wanted.
+        """Submit a request that is tokenized on this thread, which also waits for room if the options say so.
 
-        A deadline passes while that goes on as well, so such a request is left to the engine.
+        The engine prepares requests with a deadline instead, since the deadline may pass meanwhile.
         """
         admission, options = self._engine.admission, spec.options
         if options.has_deadline:
@@ -164,7 +172,7 @@ class Intake:
     def _submit_later(
         self, encode: Callable[[], EncodedPrompt], num_chars: int, spec: RequestSpec, owner: object
     ) -> RequestHandle:
-        """Submit a request that a thread prepares; `num_chars` are tokenized for it, more or less."""
+        """Submit a request that a thread prepares; its text has about `num_chars` characters."""
         self._check_params(spec.params)
         self._engine.check_open()
         ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
@@ -189,13 +197,11 @@ class Intake:
             )
             return handle
         try:
-            self._engine.waiting_room.prepare(
-                stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline
-            )
+            waiting_room.prepare(stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline)
         except BaseException:
             ticket.release()
             self._engine.nudge()  # it may be draining and wait for this request
-            self._engine.check_open()  # the threads end with it
+            self._engine.check_open()  # the threads may have ended with it
             raise
         return handle
 
@@ -209,15 +215,15 @@ class Intake:
     def _encode_and_submit(
         self, stream: Stream, encode: Callable[[], EncodedPrompt], spec: RequestSpec, ticket: AdmissionTicket
     ) -> None:
-        """Tokenize, compile and submit on a thread of ours; whatever goes wrong ends up in the stream.
+        """Tokenize, compile and submit on a preparation thread. All faults go into the stream.
 
-        The request may end meanwhile, and then what becomes of it here does not matter.
+        If the request ends meanwhile, the result is ignored.
         """
         try:
             encoded = encode()
             if not stream.ended:
                 self._engine.submit_prepared(self._make_request(stream, encoded, spec, ticket))
-        except BaseException as fault:  # a panic of a tokenizer written in Rust is no `Exception`
+        except BaseException as fault:  # a tokenizer may panic in Rust, which is not an `Exception`
             self._engine.waiting_room.reject(stream, _as_failure(fault))
 
     def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
@@ -227,8 +233,8 @@ class Intake:
     def _new_stream(self, spec: RequestSpec) -> Stream:
         params = spec.params
         if params.num_outputs == 1:
-            return self._new_member(spec)
-        members = [self._new_member(spec) for _ in range(params.num_outputs)]
+            return self._new_output(spec)
+        members = [self._new_output(spec) for _ in range(params.num_outputs)]
         leader = members[0].log
         for index, member in enumerate(members):
             member.log.index = index
@@ -237,7 +243,7 @@ class Intake:
             member.log.prompt_logprobs = leader.prompt_logprobs
         return FamilyStream(members, params.n)
 
-    def _new_member(self, spec: RequestSpec) -> OutputStream:
+    def _new_output(self, spec: RequestSpec) -> OutputStream:
         params = spec.params
         options = spec.options
         log = OutputLog(
@@ -279,7 +285,7 @@ class Intake:
                 )
 
     def _with_bad_word_ids(self, params: SamplingParams) -> SamplingParams:
-        """Return the parameters with token ids for bad words that are strings, and the model's own beside them."""
+        """The parameters with all bad words as token ids, and with the sequences that the model forbids."""
         if not self.forbidden and not any(isinstance(word, str) for word in params.bad_words):
             return params
         with tokenizer_faults("encode bad_words"):
@@ -289,8 +295,8 @@ class Intake:
         return params.replace(bad_words=words)
 
     def requests(self) -> list[RequestStats]:
-        """Return how far each request is that has not ended, the oldest first. Any thread."""
-        # `values()` would meet streams that other threads add.
+        """How far each unfinished request is, oldest first."""
+        # Not `values()`, which fails if another thread adds a stream meanwhile.
         streams = [stream for reference in self._streams.valuerefs() if (stream := reference()) is not None]
         return [stats for stream in streams if (stats := request_stats(stream)).state != "finished"]
 
@@ -317,7 +323,7 @@ class Intake:
     def _make_request(
         self, stream: Stream, encoded: EncodedPrompt, spec: RequestSpec, ticket: AdmissionTicket
     ) -> Request:
-        """Return the request; of several outputs the first one's, which has the others as relatives."""
+        """The request; with several outputs that of the first, whose relatives are those of the others."""
         self._prompts.check_length(encoded, spec.params.max_total_tokens)
         ticket.add_tokens(len(encoded.token_ids))
         params = self._with_bad_word_ids(spec.params).for_prompt(len(encoded.token_ids))
@@ -326,7 +332,7 @@ class Intake:
             return self._make_member(stream, encoded, params, seed, spec, ticket)
         ranked = params.num_outputs > params.n and params.logprobs is None
         params = params.replace(n=1, best_of=None, logprobs=0 if ranked else params.logprobs)
-        # The first one has the prompt's log-probabilities for all.
+        # Only the first member asks for the prompt's log-probabilities, which all share.
         others = params.replace(prompt_logprobs=None)
         members = [
             self._make_member(member, encoded, params if index == 0 else others, child_seed(seed, index), spec)
@@ -393,7 +399,7 @@ def _has_long_words(params: SamplingParams) -> bool:
 
 
 def _num_chars(prompt: Any) -> int:
-    """Return how long the text of a prompt or of a conversation is, more or less."""
+    """Approximate length of a prompt's or a conversation's text."""
     if isinstance(prompt, ChatPrompt):
         prompt = prompt.messages
     if isinstance(prompt, str):
@@ -404,7 +410,7 @@ def _num_chars(prompt: Any) -> int:
 
 
 def _deadlines(log: OutputLog, spec: RequestSpec) -> tuple[float | None, float | None]:
-    """Return the moments by which the request has to have ended, and to have its first token."""
+    """The moments by which the request must have ended, and must have its first token; None if there are none."""
     queued = log.queued
     whole, first = spec.options.deadline_s, spec.options.first_token_deadline_s
     return None if whole is None else queued + whole, None if first is None else queued + first

@@ -1,4 +1,4 @@
-"""WaitingRoom: the requests that the scheduler does not know yet."""
+"""WaitingRoom: the requests that the engine has and the scheduler does not know yet."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class UnpreparedRequest:
 class WaitingRoom:
     """Where a request is until it is prepared: first it waits for an admission ticket, then for a thread.
 
-    While it is here it can be aborted, expire and end with the engine, whatever the thread does. A request leaves once,
-    and whoever takes it out ends its stream or hands it to the scheduler: `leave()` when its preparation is done,
-    `finish()`, `reject()` or `close()` when it ends here. It then withdraws its application, cancels its job and gives
-    its ticket back. Methods may be called from any thread unless they say otherwise, and take no lock.
+    While a request is here it can be aborted, expire and end with the engine, whatever the thread does. It leaves
+    exactly once: by `leave()`, with its ticket, when it is prepared, or by `finish()`, `reject()` or `close()`, which
+    end its stream, withdraw its application, cancel its job and give its ticket back. Calls that come later do nothing.
+    Methods may be called from any thread unless they say otherwise.
 
     Args:
-        deadlines: those of all requests; touched on the engine thread only.
+        deadlines: the deadlines of all requests; touched on the engine thread only.
         refusal: makes the error that new work gets; None while the engine takes new work.
     """
 
