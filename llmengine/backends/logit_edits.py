@@ -1,10 +1,9 @@
-"""What a request's parameters do to the logits of single tokens before one is chosen: bias, penalties, forbidden words.
+"""Edits of the logits of single tokens, as a request's parameters ask for them: bias, penalties, forbidden words.
 
-A slot has *entries*, distinct tokens whose logits change: those with a bias and, with penalties, those of its prompt
-and output, which a chosen token joins. And it has *words*, sequences of tokens whose last one cannot be chosen after
-the others: bad words and, for some positions, stop tokens. So a step's work grows with these and not with the
-vocabulary. `SlotEdits` is one slot's part, as every backend takes it over; `LogitEditor` has the tables of all slots
-on the CPU, vectorised over rows.
+A slot has *entries*: distinct tokens whose logits change. These are tokens with a bias and, with penalties, the tokens
+of its prompt and output, which every chosen token joins. It also has *words*: sequences of tokens whose last one must
+not be chosen after the others. These are bad words and, at some positions, stop tokens. So a step's work grows with
+entries and words, not with the vocabulary. `SlotEdits` describes one slot to every backend.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ NO_MASKS: Mapping[int, Int32Array] = MappingProxyType({})
 
 
 def mask_words(masks: Mapping[int, bytes]) -> Mapping[int, Int32Array]:
-    """Return a batch's masks as samplers take them."""
+    """A batch's masks as samplers take them, slot -> int32 [ceil(vocab / 32)]."""
     return {slot: np.frombuffer(mask, dtype="<i4") for slot, mask in masks.items()} if masks else NO_MASKS
 
 
@@ -39,21 +38,21 @@ ALWAYS = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class SlotEdits:
-    """What is to be done to a slot's logits, int32 unless said otherwise.
+    """Edits of one slot's logits; arrays are int32 unless another dtype is given.
 
     Attributes:
         penalties: repetition, frequency and presence penalty.
         counting: chosen tokens become entries.
         entry_ids: [num_entries], distinct.
-        entry_states: [num_entries], twice how often the token is in the output, plus 1 if it is in the prompt; 0: it
-            has a bias only.
+        entry_states: [num_entries], twice the number of times that the token is in the output, plus 1 if it is in the
+            prompt; 0 for a token that only has a bias.
         entry_biases: fp32 [num_entries].
         word_tokens: [num_word_tokens], the words one after another.
         word_ends: [num_words], where each word ends in `word_tokens`.
         word_lengths: [num_words].
         word_untils: [num_words], the first position at which the word is allowed again.
-        ring: [power of two], the latest tokens: that of position p at p % len(ring), -1 where there is none; as many
-            as the longest word has before its last.
+        ring: [power of two], the latest tokens, as many as the longest word has before its last one: the token at
+            position p is at p % len(ring), -1 where there is none.
     """
 
     penalties: tuple[float, float, float]
@@ -69,7 +68,7 @@ class SlotEdits:
 
 
 def slot_edits(init: SlotInit, vocab_size: int) -> SlotEdits | None:
-    """Return the edits of a slot that is taken, from all tokens that it has so far; None: there are none."""
+    """Edits of a slot that a request takes, given all its tokens so far; None if there are none."""
     params = init.sampling_params
     stops = sorted(init.stop_token_ids) if params.min_new_tokens else ()
     if not (params.penalizes or params.logit_bias or params.bad_words or stops):
@@ -93,7 +92,7 @@ def slot_edits(init: SlotInit, vocab_size: int) -> SlotEdits | None:
 
 
 def _entries(init: SlotInit) -> tuple[Int32Array, Int32Array, FloatArray]:
-    """Return ids, states and biases."""
+    """Ids, states and biases of the entries."""
     bias = dict(init.sampling_params.logit_bias)
     known = _int32(init.token_ids if init.sampling_params.penalizes else ())
     ids, places = np.unique(np.concatenate((known, _int32(list(bias)))), return_inverse=True)

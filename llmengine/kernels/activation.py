@@ -27,7 +27,7 @@ def silu_and_mul(gate_up: Tensor, out: Tensor, pdl: bool = False) -> None:
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
-    """Return what `silu_and_mul` writes, as fp32."""
+    """The result of `silu_and_mul`, in fp32."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -1,13 +1,13 @@
-"""Paged attention of one layer for CUDA: what its kernels have in common.
+"""Paged attention of one layer on CUDA: the parts that its kernels share.
 
 A layer's pool is `kv` [num_blocks, 2, num_kv_heads, block_size, head_dim], keys at index 0 and values at 1, so one
 block's keys of one head are contiguous. `qkv` is [max_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q, k, v.
 Both have one dtype: bf16, fp16 or fp32. The rope table is fp32 [max_positions, head_dim], see `models.rope`.
 
-Decodes take one launch for all of it (`attention_decode`). Chunks of prompts take two (`attention_prefill`), since
-their queries attend to keys that other programs write.
+Decodes take a single launch (`attention_decode`). Chunks of prompts take two (`attention_prefill`), since their
+queries attend to keys that other programs write.
 
-Grids are fixed by the shapes of the tensors alone; every program reads from `DeviceStep` what it has to do.
+The shapes of the tensors alone fix the grids; every program reads its work from `DeviceStep`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """What the layers of a model share.
+    """Sizes and factors of a layer's attention.
 
     Attributes:
         num_heads: query heads, a multiple of num_kv_heads; heads [h * group, (h + 1) * group) share KV head h.
         num_kv_heads: key and value heads.
         head_dim: an even number.
-        block_size: tokens a KV block, a power of two.
-        scale: what scores are multiplied by; 0 stands for head_dim ** -0.5.
+        block_size: tokens per KV block, a power of two.
+        scale: factor of the scores; 0 stands for head_dim ** -0.5.
         sliding_window: a token attends to this many tokens, itself included; 0 for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 for none.
     """
@@ -57,7 +57,7 @@ class AttentionConfig:
 
 @triton.jit
 def head_dims(HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Return a head's dimensions, each half padded to a power of two, and which of them exist."""
+    """A head's dimensions, each half padded to a power of two, and a mask of those that exist."""
     padded = tl.arange(0, 2 * HALF_PAD)
     within = padded % HALF_PAD
     return padded // HALF_PAD * (HEAD_DIM // 2) + within, within < HEAD_DIM // 2
@@ -75,7 +75,7 @@ def rotated(
     HALF_PAD: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """Return fp32 [heads, padded dims] of a token, normalized if there are weights, rotated; zeros as padding.
+    """Load a token's heads, fp32 [heads, padded dims], normalized if there are weights, rotated; padding is zero.
 
     Every element is loaded again for its partner in the other half: cheaper than an exchange between threads.
     """
@@ -106,14 +106,14 @@ def cells_of(
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Return where in the pool, int64, the tokens' keys of head 0 begin."""
+    """Offsets in the pool, int64, at which the tokens' keys of head 0 begin."""
     blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
     return blocks * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + positions % BLOCK_SIZE * HEAD_DIM
 
 
 @triton.jit
 def capped(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Return the scores of q . k times log2(e), so that exp2 serves for exp."""
+    """Scores of the products q . k, times log2(e), so that exp2 can stand for exp."""
     if SOFT_CAP != 0.0:
         scaled = products * (SCALE / SOFT_CAP)
         decay = tl.exp2(tl.abs(scaled) * (-2.0 * _LOG2_E))
@@ -135,7 +135,7 @@ def fold_dot(
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
 ):
-    """Return the online softmax [rows], [rows], [rows, dims] after one more tile [tile, dims] of k and v."""
+    """The online softmax [rows], [rows], [rows, dims] after one more tile [tile, dims] of k and v."""
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = tl.where(attended, capped(products, SCALE, SOFT_CAP), float("-inf"))
     raised = tl.maximum(maximum, tl.max(scores, axis=1))

@@ -1,10 +1,10 @@
 """Paged attention for decodes: norm, rotation, KV write and attention in one launch.
 
-The new token's key and value come from registers, so that nothing is read which the launch writes. A long context is
-cut into splits, one program each (Dao et al., Flash-Decoding, 2023); the last program to arrive for a row and head
-combines them, which is cheaper than a second kernel where a context turns out too short to be split.
+The new token's key and value come from registers, so the launch reads nothing that it writes. A long context is cut
+into splits, one program each (Dao et al., Flash-Decoding, 2023). The last program to arrive for a row and head combines
+them, which is cheaper than a second kernel when a context turns out too short to be split.
 
-Tensors are as `kernels.attention` describes them.
+`kernels.attention` describes the tensors.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PROGRAMS_PER_SM = 4
 
 @dataclass(frozen=True, slots=True)
 class DecodeLaunch:
-    """How the decode kernel is compiled.
+    """Parameters that the decode kernel is compiled with.
 
     Attributes:
         tile: cached tokens that a program loads at once.
         min_split_tokens: a split has at least this many tokens, in whole tiles.
-        num_warps: warps a program.
-        num_stages: 1: tiles go through registers; 3, 5, 7: 1, 2, 3 of them are in flight through shared memory (block
-            ids take as many stages as the tiles that they lead to).
-        vector: plain arithmetic, one query head at a time; else tensor cores, the group padded to 16 rows.
+        num_warps: warps per program.
+        num_stages: with 1, tiles go through registers; with 3, 5 or 7, there are 1, 2 or 3 of them in flight through
+            shared memory (block ids take as many stages as the tiles that they lead to).
+        vector: plain arithmetic, one query head at a time; otherwise tensor cores, with the group padded to 16 rows.
     """
 
     tile: int
@@ -47,7 +47,7 @@ class DecodeLaunch:
 
 
 def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
-    """Return the parameters that serve `config` on an H100: small programs, of which an SM holds many."""
+    """Parameters that suit an H100: small programs, many of which fit on an SM."""
     row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
     if config.group == 1:
         tile = max(16, min(128, 4096 // row_bytes))
@@ -59,12 +59,12 @@ def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWorkspace:
-    """Results of splits until they are combined; one serves all layers of all graphs that never run at once.
+    """Results of splits until they are combined; graphs that never run at once share one, for all their layers.
 
     Attributes:
         partial_out: fp32 [num_programs, group, head_dim].
         partial_lse: fp32 [num_programs, group], log2 of the splits' sums of exponentials.
-        arrivals: int32 [num_programs], splits that are done, for each (row, KV head); zero between launches.
+        arrivals: int32 [num_programs], number of finished splits for each (row, KV head); zero between launches.
     """
 
     partial_out: Tensor
@@ -100,17 +100,17 @@ def decode_attention(
 
     Args:
         step: the rows.
-        qkv: not yet rotated; unchanged.
+        qkv: before the rotation; unchanged.
         kv: the layer's pool.
         rope_table: cos and sin.
-        config: the model's.
-        out: [max_tokens, num_heads * head_dim]; row r is token r, others are left alone.
-        workspace: where splits meet.
+        config: the layer's attention.
+        out: [max_tokens, num_heads * head_dim]; row r is token r, and other rows are left alone.
+        workspace: results of splits.
         q_norm: [head_dim], weights of an RMS norm of each query head before the rotation, given together with k_norm.
         k_norm: likewise for keys.
-        eps: of the norms.
+        eps: epsilon of the norms.
         pdl: see `linear.LinearKernels`.
-        launch: other parameters than those of `decode_launch`.
+        launch: parameters in place of those of `decode_launch`.
     """
     max_rows = min(qkv.shape[0], step.row_slots.shape[0])
     launch = launch or decode_launch(config, qkv.dtype)
@@ -149,8 +149,8 @@ def decode_attention(
         PDL=pdl,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        # Threads that sum the same products must get the same sum. Products of fp32 are rounded, and fusing one with
-        # an addition leaves it unrounded in one thread and not in the others.
+        # Threads that sum the same products must get the same sum. Products of fp32 are rounded. Fused with an
+        # addition, a product would stay unrounded in one thread and not in the others.
         enable_fp_fusion=qkv.dtype != torch.float32,
         launch_pdl=pdl,
     )
@@ -195,8 +195,8 @@ def _decode_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # The head of a chain of dependent loads: all three before the first is looked at (a slot is never negative, but
-    # its load would else sink below the branch).
+    # These three begin a chain of dependent loads, so all are issued before the first is looked at. (A slot is never
+    # negative, but its load would otherwise sink below the branch.)
     num_decodes = tl.load(counts_ptr + _NUM_DECODES)
     context_len = tl.load(context_lens_ptr + row)
     slot = tl.load(row_slots_ptr + row)
@@ -205,8 +205,8 @@ def _decode_kernel(
     num_tiles = tl.cdiv(last - first, TILE)
     split_tiles = tl.maximum(tl.cdiv(num_tiles, tl.num_programs(2)), MIN_TILES)
     num_splits = tl.maximum(tl.cdiv(num_tiles, split_tiles), 1)
-    # The step's rows and block tables were there before the layer's first kernel; qkv is of the kernel before. Also a
-    # program without work waits, or the next kernel would not wait for that one.
+    # The step's rows and block tables were there before the layer's first kernel, but qkv comes from the kernel before
+    # this one. A program without work waits too; otherwise the next kernel would not wait for that one.
     if PDL:
         tl.extra.cuda.gdc_wait()
     if (row >= num_decodes) | (split >= num_splits) | (slot < 0):
@@ -246,13 +246,13 @@ def _decode_kernel(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         tokens = start + tl.arange(0, TILE)
         valid = tokens < end
-        if not VECTOR:  # the compiler loads these ahead, since it pipelines
+        if not VECTOR:  # the compiler pipelines, and so loads these ahead
             cells = cells_of(table_ptr, tokens, valid, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         offsets, loaded = cells[:, None] + dims[None, :], valid[:, None] & in_head[None, :]
         k = tl.load(keys_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
         v = tl.load(values_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
         if VECTOR:
-            tl.debug_barrier()  # or else the compiler spreads the loads over the arithmetic, and few are in flight
+            tl.debug_barrier()  # without it the compiler spreads the loads over the arithmetic, and few are in flight
             tokens += TILE
             cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
             maximum, total, acc = _fold_vector(q, k, v, valid, maximum, total, acc, SCALE, SOFT_CAP)
@@ -276,7 +276,7 @@ def _decode_kernel(
         partial = partials + split * GROUP
         tl.store(partial_lse_ptr + partial, maximum + tl.log2(total), mask=in_group)
         tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dims[None, :], result, mask=stored)
-        tl.debug_barrier()  # the arrival is one thread's, and releases what all of them stored
+        tl.debug_barrier()  # one thread arrives, and thereby releases what all threads stored
         arrived = tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel")
         if arrived == num_splits - 1:
             tl.store(arrivals_ptr + pair, 0)
@@ -289,9 +289,9 @@ def _decode_kernel(
 
 @triton.jit
 def _fold_vector(q, k, v, valid, maximum, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
-    """Return the online softmax [tile], [tile], [tile, dims] after one more tile of k and v, for the one q [1, dims].
+    """The online softmax [tile], [tile], [tile, dims] after one more tile of k and v, for a single q [1, dims].
 
-    Each lane of the tile keeps a softmax of its own, so that warps need not meet within the loop.
+    Each lane of the tile keeps a softmax of its own, so that warps do not have to meet within the loop.
     """
     products = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
     scores = tl.where(valid, capped(products, SCALE, SOFT_CAP), float("-inf"))
@@ -313,7 +313,7 @@ def _combined(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Return [group, dims] of all splits; read from the L2 cache, where the other programs' results are."""
+    """Combine all splits, [group, dims]; reads from the L2 cache, where the other programs' results are."""
     maximum = tl.load(lse_ptrs, mask=in_group, other=0.0, cache_modifier=".cg")
     acc = tl.load(out_ptrs, mask=stored, other=0.0, cache_modifier=".cg")
     total = tl.where(in_group, 1.0, 1.0)

@@ -1,6 +1,6 @@
 """Paged attention for chunks of prompts: rotation with the KV write, then attention (Dao, FlashAttention-2, 2023).
 
-Tensors are as `kernels.attention` describes them.
+`kernels.attention` describes the tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NUM_QUERY_BLOCKS = tl.constexpr(NUM_QUERY_BLOCKS)
 
 @dataclass(frozen=True, slots=True)
 class PrefillLaunch:
-    """How the prefill kernel is compiled: query rows (tokens x heads of a group) and key tile of a program."""
+    """Compiled sizes of the prefill kernel: a program's query rows (tokens x heads of a group) and key tile."""
 
     rows: int
     tile: int
@@ -32,16 +32,16 @@ class PrefillLaunch:
 
 
 def prefill_launch(config: AttentionConfig, dtype: torch.dtype, max_shared: int) -> PrefillLaunch:
-    """Return the parameters that serve `config` well on an H100, within a program's bytes of shared memory."""
+    """Parameters that suit an H100, within a program's bytes of shared memory."""
     row_bytes = _row_bytes(config, dtype)
     tile, rows = max(16, min(64, 16384 // row_bytes)), _query_rows(config, dtype)
-    # q, two tiles of k and of v, and what compiling for compute capability 8.9 showed beside them.
+    # q, two tiles of k and two of v, and what compiling for compute capability 8.9 showed on top of them.
     needed = (rows + 4 * tile) * row_bytes + (512 if row_bytes <= 256 else 4352)
     return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=5 if needed <= max_shared else 3)
 
 
 def query_block_size(config: AttentionConfig, dtype: torch.dtype) -> int:
-    """Return the tokens of a query block: block i of a row starts this many tokens after block i - 1."""
+    """Tokens of a query block: block i of a row starts this many tokens after block i - 1."""
     return _query_rows(config, dtype) // int(triton.next_power_of_2(config.group))
 
 
@@ -67,8 +67,8 @@ def rope_and_write(
 ) -> None:
     """Rotate q of the tokens [NUM_DECODES, NUM_TOKENS) in `qkv`; write their rotated k, and v, to `kv`.
 
-    The arguments are those of `decode_attention`. k in `qkv` is left as it was. With `decode_q`, contiguous
-    [max_rows, num_heads * head_dim], the decodes' k and v are written as well, and their rotated q goes there.
+    The arguments are those of `decode_attention`. k in `qkv` stays as it is. If `decode_q` is given, contiguous
+    [max_rows, num_heads * head_dim], the decodes' k and v are written as well, and their rotated q goes to it.
     """
     _rope_and_write_kernel[(qkv.shape[0],)](
         step.counts,
@@ -109,12 +109,12 @@ def prefill_attention(
 
     Args:
         step: the rows; query blocks have `query_block_size` tokens.
-        qkv: q rotated, as `rope_and_write` leaves it; k and v are not read.
-        kv: the layer's pool, in which the chunks' own keys and values are written.
-        config: the model's.
-        out: [max_tokens, num_heads * head_dim]; tokens outside of the query blocks are left alone.
+        qkv: with q rotated, as `rope_and_write` leaves it; k and v are not read.
+        kv: the layer's pool, which already holds the chunks' own keys and values.
+        config: the layer's attention.
+        out: [max_tokens, num_heads * head_dim]; tokens outside the query blocks are left alone.
         pdl: see `linear.LinearKernels`.
-        launch: other parameters than those of `prefill_launch`.
+        launch: parameters in place of those of `prefill_launch`.
     """
     launch = launch or prefill_launch(config, qkv.dtype, max_shared_bytes(qkv.device))
     _prefill_kernel[(config.num_kv_heads, step.query_block_rows.shape[0])](
@@ -243,7 +243,7 @@ def _prefill_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0)
-    # The last query blocks of a long prompt have most to do: they come first.
+    # The last query blocks of a long prompt have the most work, so they come first.
     query_block = tl.load(counts_ptr + _NUM_QUERY_BLOCKS) - 1 - tl.program_id(1)
     if query_block < 0:
         return
@@ -265,7 +265,7 @@ def _prefill_kernel(
     q = tl.load(qkv_ptr + q_offsets, mask=is_query, other=0.0)
 
     first_position = context_len - row_end + first_token
-    # Tiles begin at multiples of TILE, so that a token's keys are added up in the same order however its row is cut.
+    # Tiles begin at multiples of TILE, so that a token's keys are summed in the same order however its row is cut.
     begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE if WINDOW else 0
     end = tl.minimum(first_position + ROWS // GROUP_PAD, context_len)
     keys_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
@@ -284,5 +284,5 @@ def _prefill_kernel(
             attended &= keys[None, :] > positions[:, None] - WINDOW
         maximum, total, acc = fold_dot(q, k, v, attended, maximum, total, acc, SCALE, SOFT_CAP)
     out_offsets = (tokens.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
-    # Rows beyond the last token may have nothing in their windows.
+    # The windows of rows beyond the last token may be empty.
     tl.store(out_ptr + out_offsets, acc / tl.where(total > 0.0, total, 1.0)[:, None], mask=is_query)

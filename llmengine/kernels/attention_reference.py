@@ -1,4 +1,4 @@
-"""What `kernels.attention` computes, written plainly in torch: row after row, token after token, in fp32."""
+"""The attention of `kernels.attention` in plain torch: row after row, token after token, in fp32."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rope_and_write_reference(
 ) -> None:
     """Rotate q of tokens [NUM_DECODES, NUM_TOKENS) in place; write their k and v to `kv`.
 
-    With `decode_q`, the same for the decodes, whose q goes there.
+    If `decode_q` is given, does the same for the decodes, whose q goes to it.
     """
     num_decodes = int(step.counts[NUM_DECODES])
     for token in range(num_decodes if decode_q is None else 0, int(step.counts[NUM_TOKENS])):
@@ -69,14 +69,14 @@ def prefill_attention_reference(
 
 
 def _heads(token: Tensor, config: AttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views [heads, head_dim] of q, k and v."""
+    """Views [heads, head_dim] of q, k and v."""
     heads = token.view(-1, config.head_dim)
     q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads))
     return q, k, v
 
 
 def _rotate(heads: Tensor, cos_sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-    """Return fp32 [heads, head_dim], normalized if there are weights, rotated."""
+    """Rotate heads, fp32 [heads, head_dim], after normalizing them if there are weights."""
     heads = heads.float()
     if norm is not None:
         heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps) * norm.float()
@@ -93,7 +93,7 @@ def _write(step: DeviceStep, kv: Tensor, slot: int, position: int, k: Tensor, v:
 
 
 def _attend(step: DeviceStep, kv: Tensor, slot: int, position: int, q: Tensor, config: AttentionConfig) -> Tensor:
-    """Return fp32 [num_heads, head_dim]: q [num_heads, head_dim] over the keys up to `position`."""
+    """Attention of q [num_heads, head_dim] over the keys up to `position`, fp32 [num_heads, head_dim]."""
     begin = max(0, position + 1 - config.sliding_window) if config.sliding_window else 0
     blocks = step.block_tables[slot, : position // config.block_size + 1].long()
     # [2, num_kv_heads, tokens, head_dim]

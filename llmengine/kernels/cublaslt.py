@@ -1,8 +1,8 @@
-"""cuBLASLt's matrix products with the algorithm named: its ranking is good, but the first is not always the fastest.
+"""Matrix products by a named algorithm of cuBLASLt: its ranking is good, but its first is not always the fastest.
 
-torch takes the first algorithm that the library proposes (or asks cuBLAS, which proposes another). Here the proposals
-can be tried one by one, and tiles that it does not propose. The library is the one that torch has loaded; calls keep
-the interpreter lock, since each is a few microseconds long.
+torch takes the first algorithm that the library proposes (or asks cuBLAS, which proposes another one). Here each
+proposal can be tried, and also tiles that the library does not propose. The library is the one that torch has loaded.
+Calls keep the interpreter lock, since each takes only a few microseconds.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class _Algorithm(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class CublasConfig:
-    """A proposal of cuBLASLt; where the library is not there (on a CPU) torch's product.
+    """A proposal of cuBLASLt; without the library (on a CPU), torch's product.
 
     Attributes:
-        index: its place in the library's ranking for `num_rows` rows.
-        num_rows: 0: as many as the product has.
+        index: place in the library's ranking for `num_rows` rows.
+        num_rows: 0 stands for the product's own number of rows.
     """
 
     index: int = 0
@@ -69,7 +69,7 @@ class CublasConfig:
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """A kernel of cuBLASLt's by its tile, proposed or not; where it cannot run, what the library proposes first.
+    """A kernel of cuBLASLt with a given tile, proposed or not; if it cannot run, the library's first proposal.
 
     Attributes:
         tile: outputs and rows of a program, one of `TILES`.
@@ -90,7 +90,7 @@ class Product:
 
     Attributes:
         accumulate: add to what `out` holds.
-        bias: there is one, in x's dtype.
+        bias: whether there is a bias, in x's dtype.
     """
 
     m: int
@@ -104,7 +104,7 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the library needs for a product: its descriptors and its proposals, best first."""
+    """The library's descriptors of a product and its proposals, best first."""
 
     desc: ctypes.c_void_p
     weight: ctypes.c_void_p
@@ -132,7 +132,7 @@ class CublasLt:
         weakref.finalize(self, self._library.cublasLtDestroy, self._handle)
 
     def num_algorithms(self, product: Product) -> int:
-        """Return how many algorithms the library proposes, at most 8."""
+        """Number of algorithms that the library proposes, at most 8."""
         return len(self._plan(product).algorithms)
 
     def run(
@@ -147,7 +147,7 @@ class CublasLt:
         """Queue the product in torch's current stream.
 
         Args:
-            config: what computes it; where that cannot, the library's first proposal does.
+            config: the algorithm; if it cannot compute the product, the library's first proposal does.
         """
         plan = self._plan(product)
         if config not in plan.chosen:
@@ -184,13 +184,13 @@ class CublasLt:
         return plan
 
     def _proposed(self, product: Product, config: CublasConfig) -> list[_Algorithm]:
-        """Return the named proposal, none where the library has fewer."""
+        """The named proposal, in a list; empty if the library has fewer."""
         num_rows = config.num_rows or product.m
         algorithms = self._plan(replace(product, m=num_rows)).algorithms
         return list(algorithms[config.index : config.index + 1])
 
     def _tiled(self, plan: _Plan, config: TileConfig) -> list[_Algorithm]:
-        """Return the plan's proposals with this tile, of those that can have one."""
+        """The plan's proposals with this tile, as far as they can have one."""
         settings: tuple[tuple[int, ctypes.c_uint32 | ctypes.c_uint16], ...] = (
             (_CONFIG_TILE, ctypes.c_uint32(TILES[config.tile])),
             (_CONFIG_CLUSTER, ctypes.c_uint16(CLUSTERS[config.cluster])),
@@ -203,7 +203,7 @@ class CublasLt:
         ]
 
     def _configure(self, algorithm: _Algorithm, name: int, value: ctypes.c_uint32 | ctypes.c_uint16) -> bool:
-        """Set an attribute of the algorithm; False where it has no such attribute or value."""
+        """Set an attribute of the algorithm; return False if it has no such attribute or value."""
         status = self._library.cublasLtMatmulAlgoConfigSetAttribute(
             ctypes.byref(algorithm.algo),
             ctypes.c_int(name),
@@ -227,7 +227,7 @@ class CublasLt:
         return not status and int(checked.workspace_size) <= _WORKSPACE_BYTES
 
     def _new_plan(self, product: Product) -> _Plan:
-        # The library thinks in columns: there out is [n, m], and weight [k, n] is transposed.
+        # The library is column-major: to it, out is [n, m], and weight [k, n] is transposed.
         desc = ctypes.c_void_p()
         status = self._library.cublasLtMatmulDescCreate(
             ctypes.byref(desc), ctypes.c_int(_COMPUTE_32F), ctypes.c_int(_REAL_TYPES[torch.float32])

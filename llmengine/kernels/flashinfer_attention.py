@@ -1,14 +1,14 @@
-"""Decode attention by FlashInfer's XQA kernel on our pool, for machines where FlashInfer is installed.
+"""Decode attention by FlashInfer's XQA kernel on our pool, where FlashInfer is installed.
 
-`flashinfer.xqa.xqa` is the entry point of FlashInfer that needs no plan by the host: block tables and lengths are
-device tensors that it reads when it runs, so a CUDA graph replays it for steps that the host does not know yet. (The
-wrappers with `plan()` cut contexts into pieces on the host before each step.) What it asks for, beside `unsupported`:
-tables and lengths of the rows of the step and not of slots, and q packed, rotated, apart from k and v. So a step begins
-with one small kernel that gathers tables and lengths, and each layer with `rope_and_write`.
+`flashinfer.xqa.xqa` is FlashInfer's entry point that needs no plan by the host. It reads block tables and lengths from
+the device when it runs, so a CUDA graph can replay it for steps that the host does not know yet. (The wrappers with
+`plan()` cut contexts into pieces on the host before each step.) Apart from what `unsupported` checks, it needs tables
+and lengths by row of the step instead of by slot, and q packed and rotated, apart from k and v. So a step begins with
+one small kernel that gathers tables and lengths, and each layer begins with `rope_and_write`.
 
 FlashInfer compiles the kernel with nvcc when a machine first needs it, once for each combination of dtype, block size,
-head size, group and whether there is a window. That takes ten seconds or more and is kept in FlashInfer's own cache
-directory.
+head size, group and whether there is a window. That takes ten seconds or more; FlashInfer keeps the result in its own
+cache directory.
 """
 
 from __future__ import annotations
@@ -42,37 +42,37 @@ _COPY_BLOCKS = 512
 
 
 def is_installed() -> bool:
-    """Say whether there is a FlashInfer to import, without importing it."""
+    """Whether FlashInfer is installed, without importing it."""
     spec = importlib.util.find_spec("flashinfer")
-    # A folder of that name on the path has a spec as well, without an origin.
+    # A folder of that name on the path also has a spec, but no origin.
     return spec is not None and spec.origin is not None
 
 
 def unsupported(config: AttentionConfig, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
-    """Return why FlashInfer's kernel cannot compute this on a GPU of such a compute capability, None where it can."""
+    """Reason why FlashInfer's kernel cannot compute this on a GPU of that compute capability; None if it can."""
     if capability[0] not in CAPABILITIES:
-        return f"compute capability {capability[0]}.{capability[1]}, and there are kernels for {_listed(CAPABILITIES)}"
+        return f"compute capability {capability[0]}.{capability[1]}; there are kernels for {_listed(CAPABILITIES)} only"
     if dtype not in DTYPES:
-        return f"dtype {_name(dtype)}, and there are kernels for {_listed(map(_name, DTYPES))}"
+        return f"dtype {_name(dtype)}; there are kernels for {_listed(map(_name, DTYPES))} only"
     if config.block_size not in BLOCK_SIZES:
-        return f"block_size={config.block_size}, and there are kernels for {_listed(BLOCK_SIZES)}"
+        return f"block_size={config.block_size}; there are kernels for {_listed(BLOCK_SIZES)} only"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 16:
-        return f"head_dim={config.head_dim}, and there are kernels for multiples of 16 up to {MAX_HEAD_DIM}"
+        return f"head_dim={config.head_dim}; there are kernels for multiples of 16 up to {MAX_HEAD_DIM} only"
     if config.group > MAX_GROUP:
-        return f"{config.group} query heads for each KV head, and kernels end at {MAX_GROUP}"
+        return f"{config.group} query heads for each KV head; its kernels take {MAX_GROUP} at most"
     if config.soft_cap:
-        return f"attention scores are capped at {config.soft_cap:g}, which it does not do"
+        return f"attention scores are capped at {config.soft_cap:g}, which it does not support"
     return None
 
 
 class FlashInferDecode:
-    """Decode attention of all layers; holds buffers for the largest step, one for all graphs that never run at once.
+    """Decode attention of all layers, with buffers for the largest step; graphs that never run at once share one.
 
     Imports FlashInfer.
 
     Args:
-        config: of any layer; they differ in their windows only.
-        dtype: of q, k, v and the result.
+        config: the attention of any layer; layers differ in their windows only.
+        dtype: dtype of q, k, v and the result.
         max_rows: rows of the largest step.
         max_blocks: most blocks of a row.
         num_sms: decides how far contexts are split.
@@ -93,13 +93,13 @@ class FlashInferDecode:
         self._tables = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._lens = torch.ones(max_rows, dtype=torch.int32, device=device)
         semaphores = torch.zeros(max_rows * config.num_kv_heads, dtype=torch.int32, device=device)
-        self._semaphores = semaphores.view(torch.uint32)  # the kernel leaves them zero
+        self._semaphores = semaphores.view(torch.uint32)  # the kernel leaves them at zero
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def begin(self, step: DeviceStep, num_rows: int) -> None:
-        """Gather what `attend` reads of the step, once for all layers.
+        """Gather what `attend` reads from the step, once for all layers.
 
-        Rows from NUM_DECODES on get one token of block 0, which is zeros: `attend` computes them as well.
+        Rows from NUM_DECODES on get one token of block 0, which is zeros, since `attend` computes them as well.
         """
         _gather_kernel[(num_rows,)](
             step.counts,
@@ -130,16 +130,16 @@ class FlashInferDecode:
     ) -> None:
         """Do what `rope_and_write` does for all tokens of the step, then attend for the rows [0, NUM_DECODES).
 
-        The arguments are those of `decode_attention`. Of `out`, the other rows that were given to `begin` are
-        overwritten as well, with finite values, so that chunks of prompts attend after it.
+        The arguments are those of `decode_attention`. The other rows of `out` that were given to `begin` are
+        overwritten with finite values, so chunks of prompts must attend after this.
         """
         rope_and_write(step, qkv, kv, rope_table, config, q_norm, k_norm, eps, pdl, self._q)
         self._run(kv, config, out, min(qkv.shape[0], step.row_slots.shape[0]), pdl)
 
     def compile(self, config: AttentionConfig) -> None:
-        """Let FlashInfer compile its kernel for `config` where it has not yet, and load it; raises what it raises.
+        """Let FlashInfer compile its kernel for `config`, unless it has done so before, and load it.
 
-        Called from one thread, outside of a capture.
+        Must be called from one thread, outside a capture. Raises whatever FlashInfer raises.
         """
         pool = (1, 2, config.num_kv_heads, config.block_size, config.head_dim)
         self._run(self._q.new_zeros(pool), config, torch.empty_like(self._q[:1]), 1, pdl=False)

@@ -10,7 +10,7 @@ import triton
 
 @functools.cache
 def max_shared_bytes(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program can have; those of an H100 where there is no GPU."""
+    """Bytes of shared memory that a program can have; those of an H100 if there is no GPU."""
     if device.type != "cuda":
         return 227 << 10
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -19,7 +19,7 @@ def max_shared_bytes(device: torch.device) -> int:
 
 @functools.cache
 def tiled_sms(device: torch.device) -> int:
-    """Return the number of multiprocessors if they are Hopper's, whose tiles `cublaslt` knows, else 0."""
+    """Number of multiprocessors of a Hopper GPU, whose tiles `cublaslt` knows; 0 for other devices."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,8 +1,8 @@
 """Bias, penalties and forbidden words on the device, inside a step: logits of single tokens, no pass over a vocabulary.
 
-`edit_logits` changes a step's logits in place and keeps what they were. When a row's token is chosen, `undo_and_count`
-puts that back, so that log-probabilities are the model's own, and counts the token, so that the next step, which the
-host may have launched already, finds it. What entries, words and rings are: `llmengine.backends.logit_edits`.
+`edit_logits` changes a step's logits in place and keeps the old values. When a row's token is chosen, `undo_and_count`
+restores them, so that log-probabilities are the model's own. It also counts the token, so that the next step, which the
+host may have launched already, finds it. `llmengine.backends.logit_edits` explains entries, words and rings.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _BLOCK = tl.constexpr(1024)
 
 @dataclass(frozen=True, slots=True)
 class EditTables:
-    """The edits of every slot, one line each, int32 unless said otherwise; the last slot, of padding, has none.
+    """Edits of every slot, one line each; int32 unless another dtype is given. The last slot is padding without edits.
 
     Attributes:
         penalties: fp32 [3, num_slots + 1], repetition, frequency, presence.
-        counting: [num_slots + 1]; 1: chosen tokens become entries.
+        counting: [num_slots + 1]; 1 if chosen tokens become entries.
         num_entries: [num_slots + 1].
         entry_ids: [num_slots + 1, max_entries], distinct within a slot.
         entry_states: [num_slots + 1, max_entries], twice the count in the output, plus 1 for tokens of the prompt.
@@ -34,10 +34,10 @@ class EditTables:
         entry_logits: fp32 [num_slots + 1, max_entries], logits before the edits of a step.
         num_words: [num_slots + 1].
         word_tokens: [num_slots + 1, max_word_tokens].
-        word_ends: [num_slots + 1, max_words], where in `word_tokens`.
+        word_ends: [num_slots + 1, max_words], where each word ends in `word_tokens`.
         word_lengths: [num_slots + 1, max_words].
         word_untils: [num_slots + 1, max_words], the first position at which the word is allowed.
-        word_logits: fp32 [num_slots + 1, max_words], of the words' last tokens, before the edits of a step.
+        word_logits: fp32 [num_slots + 1, max_words], logits of the words' last tokens before the edits of a step.
         ring_masks: [num_slots + 1]; the token of position p is at p & mask.
         ring: [num_slots + 1, max_ring], the latest tokens.
     """
@@ -67,7 +67,7 @@ class EditTables:
         max_ring: int,
         device: torch.device | str,
     ) -> EditTables:
-        """Return tables without edits."""
+        """Tables without edits."""
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -95,7 +95,7 @@ class EditTables:
 def edit_logits(
     logits: Tensor, counts: Tensor, sample_slots: Tensor, sample_positions: Tensor, tables: EditTables
 ) -> None:
-    """Add biases and penalties, forbid words; NaN and inf stay. `undo_and_count` must follow in the same step.
+    """Add biases and penalties and forbid words; NaN and inf stay. `undo_and_count` must follow in the same step.
 
     Args:
         logits: [max_samples, vocab], contiguous, fp32 or bf16; rows from counts[NUM_SAMPLES] on are left alone.
@@ -170,7 +170,7 @@ def _edit(
         words = tl.load(num_words + slot)
         line = logits + row.to(tl.int64) * vocab
         word_tokens += slot * max_word_tokens
-        # A word's last token may be an entry or another word's: all are kept before any is changed.
+        # A word's last token may also be an entry or end another word, so all logits are kept before any is changed.
         for begin in range(0, words, _BLOCK):
             lanes = begin + tl.arange(0, _BLOCK)
             used = lanes < words
@@ -191,7 +191,7 @@ def _edit(
             values = tl.load(line + ids, mask=used, other=0.0).to(tl.float32)
             tl.store(entry_logits + lanes, values, mask=used)
             values += tl.load(entry_biases + lanes, mask=used, other=0.0)
-            # Slots without penalties have none to divide by.
+            # Slots without penalties have a repetition penalty of 0, by which nothing may be divided.
             penalized = tl.where(values < 0.0, values * repetition, tl.div_rn(values, tl.maximum(repetition, 0.01)))
             values = tl.where(states > 0, penalized, values)
             in_output = (states >> 1).to(tl.float32)
@@ -240,14 +240,14 @@ def undo_and_count(
     max_word_tokens,
     max_ring,
 ):
-    """Restore a row's logits at `line`, and take over the token that was `chosen` for `position`.
+    """Restore a row's logits at `line` and record the token that was `chosen` for `position`.
 
-    A full table of entries takes no more: its owner widens it in time.
+    A full table of entries takes no more; its owner widens it in time.
     """
     entries = tl.load(num_entries + slot)
     words = tl.load(num_words + slot)
     ids = entry_ids + slot * max_entries
-    tl.debug_barrier()  # all of the program has read the logits, and how many entries there are
+    tl.debug_barrier()  # now every thread has read the logits and the number of entries
     place = entries
     for begin in range(0, entries, _BLOCK):
         lanes = begin + tl.arange(0, _BLOCK)
@@ -275,7 +275,7 @@ def undo_and_count(
 
 
 def edit_logits_reference(logits: Tensor, slot: int, position: int, tables: EditTables) -> Tensor:
-    """Return one row's logits [vocab] as `edit_logits` leaves them, in fp32."""
+    """One row's logits [vocab] as `edit_logits` leaves them, in fp32."""
     values = logits.float().clone()
     number = int(tables.num_entries[slot])
     ids, states = tables.entry_ids[slot, :number].long(), tables.entry_states[slot, :number]

@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, pdl: bool = Fal
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what `rms_norm` writes, as fp32."""
+    """The result of `rms_norm`, in fp32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 

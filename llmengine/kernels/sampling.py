@@ -8,14 +8,14 @@ vocabulary order, at one uniform number that is a function of (seed, position).
 `sample` reads the logits once. `_summarize` leaves the maximum and the mass of each segment of `_SEGMENT` tokens;
 `_choose`, one program a row, then works on segments: for a draw from the whole vocabulary it finds the segment and
 reads only that; with top_k, top_p or min_p the summaries bound the threshold from below, so only segments whose maximum
-is above that bound can hold kept tokens, and the exact threshold is searched among those. Where the distribution is
-flat, these are all segments, and a row takes 12 to 17 reads of its logits (twice that with both).
+is above that bound can hold kept tokens, and the exact threshold is searched among those. If the distribution is flat,
+these are all segments, and a row takes 12 to 17 reads of its logits (twice that with both).
 
-Masses that are compared or inverted are fixed-point integers, 2**44 for the likeliest token: their sums are
-exact in any order, so a row's token depends on nothing but its own logits, parameters, seed and position. Tokens less
-likely than the likeliest by more than that factor are never drawn.
+Masses that are compared or inverted are fixed-point integers, 2**44 for the likeliest token. Their sums are exact in
+any order, so a row's token depends only on its own logits, parameters, seed and position. Tokens that are less likely
+than the likeliest by more than that factor are never drawn.
 
-Before all of this come masks of allowed tokens, which are applied wherever logits are read, and `EditTables`.
+Masks of allowed tokens, which apply wherever logits are read, and `EditTables` come before all of this.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class SlotParams:
     """Sampling parameters of every slot, [num_slots + 1] each; may change between steps.
 
     Attributes:
-        temperature: fp32; 0: greedy.
-        top_k: int32; 0: all.
-        top_p: fp32; 1: all.
-        min_p: fp32 in [0, 1], relative to the likeliest token; 0: all.
+        temperature: fp32; 0 is greedy.
+        top_k: int32; 0 keeps all tokens.
+        top_p: fp32; 1 keeps all tokens.
+        min_p: fp32 in [0, 1], relative to the likeliest token; 0 keeps all tokens.
         seed: int64.
     """
 
@@ -66,10 +66,10 @@ class SlotParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Which tokens a slot may choose; may change between steps.
+    """Tokens that each slot may choose; they may change between steps.
 
     Attributes:
-        lines: int32 [num_slots + 1], the line of `words` that holds for a slot.
+        lines: int32 [num_slots + 1], each slot's line of `words`.
         words: int32 [num_lines, ceil(vocab / 32)]; id t is allowed if bit t % 32 of word t // 32 is set.
     """
 
@@ -97,7 +97,7 @@ class SamplingWorkspace:
 
 
 def sampling_workspace(max_samples: int, vocab: int, device: torch.device | str) -> SamplingWorkspace:
-    """Return what `sample_greedy` and `sample` need for up to `max_samples` rows."""
+    """Allocate what `sample_greedy` and `sample` need for up to `max_samples` rows."""
     shape = max_samples, triton.cdiv(vocab, _SEGMENT)
     return SamplingWorkspace(
         best=torch.zeros(max_samples, dtype=torch.int64, device=device),
@@ -151,16 +151,16 @@ def sample(
     edits: EditTables | None = None,
     masks: TokenMasks | None = None,
 ) -> None:
-    """Draw a token for each row with its slot's parameters; greedy rows may be among them. `edits` then know of it.
+    """Draw a token for each row by its slot's parameters, and record it in `edits`; rows may be greedy.
 
     Args:
-        logits: [max_samples, vocab], contiguous, fp32 or bf16, vocab <= `MAX_VOCAB`, unchanged in the end; rows from
+        logits: [max_samples, vocab], contiguous, fp32 or bf16, vocab <= `MAX_VOCAB`, restored in the end; rows from
             counts[NUM_SAMPLES] on are left alone.
         counts: `DeviceStep.counts`.
         sample_slots: int32 [max_samples].
         sample_positions: int32 [max_samples], the positions that the tokens take.
         out_ids: int32 [max_samples]; 0 where failed.
-        out_failed: int32 [max_samples]; 1 if the row holds NaN or inf, or nothing but -inf is left of it.
+        out_failed: int32 [max_samples]; 1 if the row holds NaN or inf, or only -inf is left of it.
     """
     if edits is not None:
         edit_logits(logits, counts, sample_slots, sample_positions, edits)
@@ -246,7 +246,7 @@ def choose(
 
 
 def _undo_arguments(edits: EditTables | None) -> tuple[Tensor | int | None, ...]:
-    """Return what `_choose` passes on to `undo_and_count`."""
+    """Arguments that `_choose` passes on to `undo_and_count`."""
     if edits is None:
         return (None,) * 12 + (0,) * 4
     return (
@@ -408,7 +408,7 @@ def _choose(
             greedy = (temperature == 0.0) | (top_k == 1)
             top_k = tl.where(top_k < vocab, top_k, 0)
             filtered = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
-            # Kept are all candidates above the threshold, and of those that equal it the first num_ties.
+            # All candidates above the threshold are kept, and the first num_ties of those that equal it.
             threshold = tl.full([], _KEY_OF_MINUS_INF, tl.int64)
             num_ties = tl.full([], 0, tl.int64)
             single = tl.full([], -1, tl.int32)
@@ -426,7 +426,7 @@ def _choose(
                 tl.store(listed + places, segments, mask=wanted)
                 size = tl.sum(wanted.to(tl.int32), 0) * SEGMENT
                 tl.debug_barrier()
-                # A little below what the bound stands for, since a threshold found too low would be wrong.
+                # A little below the bound's value, so that rounding never puts it above the true threshold.
                 lowest = reference + bound / scale
                 lowest -= 1e-5 * (tl.abs(lowest) + tl.abs(reference))
                 threshold = key_of(tl.where(lowest == 0.0, 0.0, lowest)).to(tl.int64)

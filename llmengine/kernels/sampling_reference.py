@@ -1,4 +1,4 @@
-"""What `kernels.sampling` writes and draws from, in torch."""
+"""The results and distributions of `kernels.sampling`, in torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sample_greedy_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int64 ids and bool failures [num_rows], as `sample_greedy` writes them."""
+    """Int64 ids and bool failures [num_rows], as `sample_greedy` writes them."""
     largest = logits.float().nan_to_num(nan=torch.inf, neginf=-torch.inf).amax(dim=-1, keepdim=True)
     failed = largest[:, 0].isinf()
     ids = (logits.float() == largest).to(torch.int32).argmax(dim=-1)
@@ -15,7 +15,7 @@ def sample_greedy_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distribution_reference(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Return float64 [vocab], the probabilities that `sample` draws from, for finite or -inf logits [vocab]."""
+    """Probabilities that `sample` draws from, float64 [vocab], for logits [vocab] that are finite or -inf."""
     values, ids = logits.double().sort(descending=True, stable=True)
     if temperature == 0.0:
         top_k = 1

@@ -1,11 +1,11 @@
-"""Which tokens a row keeps, and the one that is drawn: searches among its candidates, for one program a row.
+"""Searches for the tokens that a row keeps and the one that is drawn, by one program per row.
 
-Candidates are what `top_k`, `top_p` or `min_p` may keep, as a tuple:
+Candidates are the tokens that `top_k`, `top_p` or `min_p` may keep, as a tuple:
 
 - line: the row's logits; mask_words: its line of `TokenMasks.words`, or None;
 - segments: a list of segments of tokens; single: one segment in its place, or -1; size: tokens in these segments;
 - vocab;
-- reference: the logit whose weight is 1; scale: what turns a difference of logits into log2 of a ratio of weights.
+- reference: the logit whose weight is 1; scale: factor from a difference of logits to log2 of a ratio of weights.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ NO_ID = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def lower_bound(log_weights, masses, top_k, top_p, min_p, SEGMENT: tl.constexpr):
-    """Return log2 of a weight (relative to the likeliest token) that no kept token is below.
+    """log2 of a weight (relative to the likeliest token) that every kept token reaches.
 
     A probed bound holds with top_k if that many segments have a maximum above it. With top_p it holds if less than
-    1 - top_p of the mass is below it; of a segment whose maximum is above, at most all but that maximum is.
+    1 - top_p of the mass is below it. A segment whose maximum is above the bound has at most all its other mass below.
     """
     weights = tl.exp2(log_weights)
     rest = tl.maximum(masses - 1.0, 0.0) * weights
     masses *= weights
-    # Cautious by more than the rounding of these sums.
+    # The margin is wider than the rounding of these sums.
     spare = tl.sum(masses, 0) * (1.0 - top_p) * 0.999
     low = tl.full([], _FLOOR, tl.float32)
     high = tl.full([], 0.0, tl.float32)
@@ -52,8 +52,7 @@ def lower_bound(log_weights, masses, top_k, top_p, min_p, SEGMENT: tl.constexpr)
 
 @triton.jit
 def _block_of(candidates, begin, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the ids and logits of a block of candidates, ids rising, but meaningless from `size` on, where
-    the logits are -inf."""
+    """Ids, ascending, and logits of a block of candidates; from `size` on, ids are meaningless and logits -inf."""
     line, mask_words, segments, single, size, vocab, _reference, _scale = candidates
     entries = begin + tl.arange(0, BLOCK)
     listed = tl.where(single < 0, entries, size) < size
@@ -64,7 +63,7 @@ def _block_of(candidates, begin, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def search(candidates, low, needed, by_count, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the largest key such that the candidates from it up are `needed` or more by count or by mass, or `low`."""
+    """The largest key at or above which candidates are `needed` or more, by count or by mass; or `low`."""
     _line, _mask_words, _segments, _single, size, _vocab, reference, scale = candidates
     high = key_of(reference).to(tl.int64)
     while low < high:
@@ -81,7 +80,7 @@ def search(candidates, low, needed, by_count, SEGMENT: tl.constexpr, BLOCK: tl.c
             sum2 += tl.where(keys >= 2 * step, amounts, 0)
             sum3 += tl.where(keys >= 3 * step, amounts, 0)
             sum4 += tl.where(keys >= 4 * step, amounts, 0)
-        # One reduction for the four.
+        # One reduction for all four.
         sums = tl.sum(tl.join(tl.join(sum1, sum2), tl.join(sum3, sum4)), 0)
         reached = tl.sum(tl.sum((sums >= needed).to(tl.int64), 0), 0)
         low += reached * step
@@ -91,7 +90,7 @@ def search(candidates, low, needed, by_count, SEGMENT: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def total_above(candidates, threshold, min_p, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return count and mass of the candidates with keys above `threshold` and weights from min_p up."""
+    """Count and mass of the candidates with keys above `threshold` and weights of at least min_p."""
     _line, _mask_words, _segments, _single, size, _vocab, reference, scale = candidates
     number = tl.zeros([BLOCK], tl.int64)
     mass = tl.zeros([BLOCK], tl.int64)
@@ -106,7 +105,7 @@ def total_above(candidates, threshold, min_p, SEGMENT: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def invert(candidates, threshold, num_ties, min_p, target, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the first kept id at which the cumulative mass exceeds `target`."""
+    """The first kept id at which the cumulative mass exceeds `target`."""
     _line, _mask_words, _segments, _single, size, _vocab, reference, scale = candidates
     chosen = 0
     found = False

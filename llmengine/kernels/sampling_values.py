@@ -1,7 +1,4 @@
-"""What `kernels.sampling` makes of a logit: an integer that orders as it does, a weight in fixed point.
-
-Random numbers are here as well.
-"""
+"""Integers that order as logits do, weights in fixed point, and random numbers for `kernels.sampling`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ _ONE = tl.constexpr(float(1 << 44))
 
 @triton.jit
 def load_logits(pointers, mask):
-    """fp32; NaN becomes inf, so that one maximum tells of both, and -0 becomes 0: equal logits have equal keys."""
+    """Load logits as fp32: NaN becomes inf, so one maximum finds both; -0 becomes 0, so equal logits have one key."""
     values = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
     values = tl.where(values < float("inf"), values, float("inf"))
     return tl.where(values == 0.0, 0.0, values)
@@ -22,7 +19,7 @@ def load_logits(pointers, mask):
 
 @triton.jit
 def load_allowed(line, mask_words, ids, mask):
-    """As `_load_logits`, with -inf where a line of `TokenMasks.words`, if there is one, forbids a token; inf stays."""
+    """Load logits, with -inf for tokens that a line of `TokenMasks.words`, if there is one, forbids; inf stays."""
     values = load_logits(line + ids, mask)
     if mask_words is not None:
         words = tl.load(mask_words + (ids >> 5), mask=mask, other=0)
@@ -33,20 +30,20 @@ def load_allowed(line, mask_words, ids, mask):
 
 @triton.jit
 def key_of(values):
-    """int32 that orders as the fp32 values do."""
+    """int32 keys that order as the fp32 values do."""
     bits = values.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def value_of(keys):
-    """Inverse of `_key`."""
+    """Inverse of `key_of`."""
     return tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_of(temperature):
-    """What turns a difference of logits into log2 of the ratio of probabilities; finite, so that 0 stays 0."""
+    """Factor from a difference of logits to log2 of the ratio of probabilities; finite, so that 0 stays 0."""
     return tl.where(temperature > 0.0, tl.minimum(1.4426950408889634 / tl.maximum(temperature, 1e-37), 1e38), 1.0)
 
 

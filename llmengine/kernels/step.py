@@ -77,7 +77,7 @@ class SlotState:
 
     @staticmethod
     def empty(num_slots: int, max_blocks: int, device: Any) -> SlotState:
-        """Return a state in which all blocks are `NULL_BLOCK` and all tokens 0."""
+        """A state in which all blocks are `NULL_BLOCK` and all tokens are 0."""
         size = (num_slots + 1) * max_blocks
         values = torch.zeros(size + num_slots + 1, dtype=torch.int32, device=device)
         return SlotState(values, values[:size].view(num_slots + 1, max_blocks), values[size:])

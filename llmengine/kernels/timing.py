@@ -1,4 +1,4 @@
-"""Time of calls on the GPU, as a CUDA graph runs them."""
+"""Time that calls take on the GPU when a CUDA graph runs them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MIN_REPLAY_US = 400.0
 
 
 def time_graph(functions: Sequence[Callable[[], None]], repeats: int = _REPEATS) -> float:
-    """Return the microseconds of one call when `functions` run one after the other in a CUDA graph.
+    """Microseconds of one call when `functions` run one after the other in a CUDA graph.
 
-    Let each function work on buffers of its own, more together than the L2 holds, so that it finds them cold. The
-    median of `repeats` measurements, each of as many replays as make it long enough for the events' resolution.
+    Each function should work on buffers of its own, together more than the L2 holds, so that it finds them cold. The
+    result is the median of `repeats` measurements, each with enough replays for the resolution of the events.
     """
-    functions[0]()  # compiles kernels and makes cuBLAS handles, which a capture may not
+    functions[0]()  # compiles kernels and creates cuBLAS handles, which a capture must not do
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads of the program may use CUDA

@@ -267,8 +267,8 @@ LAYER = AttentionConfig(8, 2, 64)
 @pytest.mark.parametrize(
     ("layer", "dtype", "capability", "message"),
     [
-        (LAYER, torch.float16, (8, 9), "compute capability 8.9, and there are kernels for 9, 10, 12"),
-        (LAYER, torch.float32, HOPPER, "dtype float32, and there are kernels for float16, bfloat16"),
+        (LAYER, torch.float16, (8, 9), "compute capability 8.9; there are kernels for 9, 10, 12 only"),
+        (LAYER, torch.float32, HOPPER, "dtype float32; there are kernels for float16, bfloat16 only"),
         (AttentionConfig(8, 2, 64, block_size=256), torch.float16, HOPPER, "block_size=256"),
         (AttentionConfig(8, 2, 288), torch.float16, HOPPER, "head_dim=288"),
         (AttentionConfig(8, 2, 100), torch.float16, HOPPER, "head_dim=100"),

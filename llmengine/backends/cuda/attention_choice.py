@@ -1,4 +1,4 @@
-"""Who attends for decodes on CUDA: our Triton kernel, or FlashInfer's where it is installed and was asked for."""
+"""The kernel that attends for decodes on CUDA: our Triton kernel, or FlashInfer's if it is installed and asked for."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _FILE_VERSION = 1
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 TimeUs = Callable[[int, FlashInferDecode | None], float]
-"""Returns the microseconds of all layers' attention for a number of rows, by FlashInfer's kernel or by ours (None)."""
+"""Microseconds of all layers' attention for a number of rows, by FlashInfer's kernel or by ours (None)."""
 
 
 @dataclass(slots=True)
 class DecodeChoice:
-    """Which kernel attends for decodes, by the number of rows of a step.
+    """The kernel that attends for decodes, by the number of rows of a step.
 
     Attributes:
-        flashinfer: None where it never does.
-        faster: bucket of rows -> FlashInfer attends, ascending.
-        missing: buckets that are to be measured; ours attends until then.
-        file: where measurements are kept between processes.
-        key: of this model in it.
+        flashinfer: FlashInfer's kernel; None if it never attends.
+        faster: bucket of rows -> whether FlashInfer attends, ascending.
+        missing: buckets that are not measured yet; our kernel attends until then.
+        file: keeps measurements between processes.
+        key: this model's key in the file.
     """
 
     flashinfer: FlashInferDecode | None = None
@@ -56,20 +56,20 @@ class DecodeChoice:
     key: str = ""
 
     def of(self, num_rows: int) -> FlashInferDecode | None:
-        """Return FlashInfer's kernel if it attends in steps of `num_rows` rows, None if ours does."""
+        """FlashInfer's kernel if it attends in steps of `num_rows` rows; None if ours does."""
         bucket = min((rows for rows in self.faster if rows >= num_rows), default=max(self.faster, default=0))
         return self.flashinfer if self.faster.get(bucket, False) else None
 
     @property
     def description(self) -> str:
-        """What attends, for people; empty where it is ours throughout."""
+        """Name of what attends, for people; empty if our kernel always does."""
         rows = [str(rows) for rows, faster in self.faster.items() if faster]
         if self.flashinfer is None or not rows:
             return ""
         return "FlashInfer attention" + (f" for {', '.join(rows)} rows" if len(rows) < len(self.faster) else "")
 
     def measure(self, time_us: TimeUs) -> None:
-        """Measure what is missing and keep it. Runs on the device and must not overlap a graph capture."""
+        """Measure the missing buckets and keep the results. Runs on the device and must not overlap a graph capture."""
         began = time.monotonic()
         for rows in self.missing:
             ours, theirs = time_us(rows, None), time_us(rows, self.flashinfer)
@@ -79,7 +79,7 @@ class DecodeChoice:
             measured = {f"{self.key} {rows}": _NAMES[self.faster[rows]] for rows in self.missing}
             write_choices(self.file, _FILE_VERSION, read_choices(self.file, _FILE_VERSION) | measured)
             self.missing = []
-            _logger.info("choosing who attends for decodes took %.1f s", time.monotonic() - began)
+            _logger.info("choosing the decode attention took %.1f s", time.monotonic() - began)
         self.faster = dict(sorted(self.faster.items()))
 
 
@@ -94,18 +94,18 @@ def choose_decode(
     device: torch.device,
     num_sms: int,
 ) -> DecodeChoice:
-    """Return who attends for decodes in a model; by measurement, it may be left to `DecodeChoice.measure`.
+    """Choose the kernel that attends for decodes in a model; what has to be measured is left to `DecodeChoice.measure`.
 
-    FlashInfer is imported, and its kernels are compiled, only where it may attend.
+    FlashInfer is imported, and its kernels are compiled, only if it may attend.
 
     Args:
-        layers: of the model's layers.
-        dtype: of its activations.
+        layers: the attention of each layer.
+        dtype: dtype of the activations.
         limit: most tokens of a request.
-        num_sms: of the device.
+        num_sms: multiprocessors of the device.
 
     Raises:
-        ConfigError: FlashInfer was chosen by name and is not installed, or cannot attend for this model here.
+        ConfigError: FlashInfer was chosen by name, but is not installed or cannot attend for this model and device.
     """
     backend, max_rows = config.attention_backend, config.scheduler_config.max_batch_size
 
@@ -137,7 +137,7 @@ def _reason_against(
     config: ModelConfig, layers: Sequence[AttentionConfig], dtype: torch.dtype, device: torch.device
 ) -> str | None:
     if config.deterministic:
-        return "deterministic=True excludes it, since it adds up in an order that depends on the number of rows"
+        return "deterministic=True excludes it: the order in which it adds numbers depends on the number of rows"
     capability = torch.cuda.get_device_capability(device)
     reasons = (unsupported(layer, dtype, capability) for layer in layers)
     reason = next((reason for reason in reasons if reason is not None), None)
@@ -154,14 +154,14 @@ def _compiled(
     num_sms: int,
     device: torch.device,
 ) -> FlashInferDecode:
-    """Return FlashInfer's kernels, ready to run; raises `ConfigError` where they cannot be had."""
+    """Compile FlashInfer's kernels; raises `ConfigError` if that fails."""
     began = time.monotonic()
     try:
         flashinfer = FlashInferDecode(layers[0], dtype, max_rows, max_blocks, num_sms, device)
         for layer in {bool(layer.sliding_window): layer for layer in layers}.values():
             flashinfer.compile(layer)
     except (ImportError, AttributeError, OSError, RuntimeError, ValueError) as failure:
-        raise ConfigError(f"FlashInfer is installed and cannot be used: {failure!r}") from failure
+        raise ConfigError(f"FlashInfer is installed but cannot be used: {failure!r}") from failure
     _logger.info("FlashInfer was ready after %.1f s", time.monotonic() - began)
     return flashinfer
 
@@ -169,7 +169,7 @@ def _compiled(
 def _kept_choice(
     layers: Sequence[AttentionConfig], dtype: torch.dtype, max_rows: int, device: torch.device
 ) -> DecodeChoice:
-    """Return what this machine has measured for such layers."""
+    """The choice that this machine has measured for such layers."""
     try:
         version = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError:
@@ -185,11 +185,11 @@ def _kept_choice(
 
 
 def decode_step(num_rows: int, like: Tensor, num_blocks: int, block_size: int) -> DeviceStep:
-    """Return a step of decodes with scattered blocks, for measuring.
+    """A step of decodes with scattered blocks, for measuring.
 
     Args:
         like: the block tables of the slots, [num_slots + 1, max_blocks], num_slots >= num_rows.
-        num_blocks: blocks of the pool; where there are fewer than the rows need, rows share them.
+        num_blocks: blocks of the pool; rows share blocks if there are too few.
     """
     context = min(CONTEXT_TOKENS, like.shape[1] * block_size)
     used = -(-context // block_size)

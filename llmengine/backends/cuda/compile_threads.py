@@ -12,10 +12,10 @@ _NICER = 10
 
 
 def compile_threads() -> ThreadPoolExecutor:
-    """Return as many threads as there are processors, up to a limit, that leave these to others.
+    """Threads, one for each processor up to a limit, that give way to other threads.
 
-    Beside threads of equal rights the copies of weights stand still until the kernels are compiled: each waits for the
-    slowest of its own threads.
+    Beside threads of equal priority, copies of weights would stand still until the kernels are compiled, because each
+    copy waits for the slowest of its own threads.
     """
     return ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "llmengine-compile", initializer=_be_nice)
 

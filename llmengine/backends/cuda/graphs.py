@@ -22,15 +22,15 @@ CAPTURE_BUDGET_BYTES = 1 << 30
 """Most device memory that all captures may take."""
 
 _SHARE_AHEAD = 0.5
-"""Share of the budgets for what was captured before anybody asked for it."""
+"""Share of both budgets that captures ahead of need may take."""
 
 
 class GraphCache(Generic[KeyT]):
-    """Runs functions of fixed device addresses: eagerly the first two times, as a graph from then on.
+    """Runs functions on fixed device addresses: eagerly the first two times, as a graph from then on.
 
-    The second time pays for the capture as well, unless `capture` was called in a quiet moment. A function must not
+    The second time also pays for the capture, unless `capture` was called in a quiet moment. A function must not
     synchronise, must launch the same work whenever it is called with the same key, and must keep no tensor that it
-    allocated. Graphs hold raw addresses: whoever owns the tensors clears the cache before they go.
+    allocated. Graphs hold raw addresses, so the owner of the tensors clears the cache before it frees them.
     """
 
     def __init__(self, device: torch.device, stream: StepStream) -> None:
@@ -50,7 +50,7 @@ class GraphCache(Generic[KeyT]):
 
     @property
     def may_capture_ahead(self) -> bool:
-        """Whether `capture` may be called for what has not been needed yet."""
+        """Whether `capture` may be called for keys that were not needed yet."""
         return self._may_capture and (
             self._spent_s < _SHARE_AHEAD * CAPTURE_BUDGET_S and self._spent_bytes < _SHARE_AHEAD * CAPTURE_BUDGET_BYTES
         )
@@ -71,9 +71,9 @@ class GraphCache(Generic[KeyT]):
         self._seen[key] = None
 
     def capture(self, key: KeyT, function: Callable[[], None]) -> None:
-        """Capture the function after it has run once, which loads what it needs.
+        """Run the function once, which loads what it needs, then capture it.
 
-        If the device is too full for that, `torch.OutOfMemoryError` is raised, and nothing is captured from then on.
+        If the device is too full for that, raises `torch.OutOfMemoryError` and captures nothing from then on.
         """
         try:
             function()
@@ -83,7 +83,7 @@ class GraphCache(Generic[KeyT]):
         self._capture(key, function)
 
     def drop(self, stale: Callable[[KeyT], bool]) -> None:
-        """Drop the graphs of such keys; nothing may be running."""
+        """Drop the graphs of all keys that are `stale`; nothing may be running."""
         self._graphs = {key: graph for key, graph in self._graphs.items() if not stale(key)}
 
     def clear(self) -> None:

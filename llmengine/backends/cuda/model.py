@@ -51,10 +51,10 @@ class CudaWeights:
 
 
 def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaWeights:
-    """Return room for all weights of `source` on the device, not filled yet.
+    """Allocate all weights of `source` on the device, without filling them.
 
-    Raises `ConfigError` for quantized weights, `UnsupportedModelError` for a model that is larger than the kernels
-    take, `OutOfMemoryError` if they do not fit.
+    Raises `ConfigError` for quantized weights, `UnsupportedModelError` for a model that is too large for the kernels,
+    and `OutOfMemoryError` if the weights do not fit.
     """
     _check_sizes(source.arch)
     formats = formats_in_use(source.formats, config.quant_config)
@@ -86,7 +86,7 @@ def _check_sizes(arch: ModelArch) -> None:
 def load_weights(weights: CudaWeights, source: ModelSource) -> None:
     """Stream the weights of `source` into their places; host memory peaks at one fused tensor and what `Uploads` has.
 
-    The last copies may still be on their way, in the current stream.
+    The last copies may still be under way, in the current stream.
     """
     embedding = weights.by_name["embed_tokens.weight"]
     uploads = Uploads(embedding.device)
@@ -244,7 +244,7 @@ class CudaModel:
             qkv = torch.zeros((bucket.num_tokens, self._qkv_width), dtype=kv.dtype, device=kv.device)
             for config, layer in kinds.items():
                 for launch in self._attention(layer, qkv, step, kv, bucket, None):
-                    # Decodes attend in steps of both kinds, by one kernel.
+                    # Decodes attend by the same kernel in steps of both kinds.
                     calls[config, launch.func] = launch
         return list(calls.values())
 

@@ -1,4 +1,4 @@
-"""Sampling parameters of every slot on the device, the choice of tokens in a step, log-probabilities after it."""
+"""Sampling on the device: parameters of every slot, the choice of tokens in a step, log-probabilities after it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmengine.sampling_params import MAX_LOGPROBS
 _ENTRIES = 1024
 _WORDS = 16
 _RING = 8
-"""Entries, words and latest tokens that a slot has room for at first."""
+"""Entries, words and latest tokens of a slot in the first tables; wider tables replace them when needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PendingLogprobs:
     ids: Tensor
 
     def collect(self) -> dict[int, Sequence[TokenLogprobs]]:
-        """Return slot -> log-probabilities of its token."""
+        """Log-probabilities of each slot's token."""
         lines = zip(self.rows, self.values.tolist(), self.ids.tolist(), strict=True)
         return {slot: (_entry(values, ids, count),) for (_, slot, count), values, ids in lines}
 
@@ -64,7 +64,7 @@ class PendingPromptLogprobs:
     """Log-probabilities of prompt tokens on their way to the host, valid when the step's event has passed.
 
     Attributes:
-        wanted: one after another, whose tokens they are.
+        wanted: the prompt tokens, one request after another.
         parts: fp32 [n, 1 + alternatives] and int64 [n, alternatives] as in `PendingLogprobs`, with rows of padding.
         sizes: how many rows of each part are used.
     """
@@ -74,7 +74,7 @@ class PendingPromptLogprobs:
     sizes: Sequence[int]
 
     def collect(self) -> dict[int, list[TokenLogprobs]]:
-        """Return slot -> log-probabilities."""
+        """Log-probabilities of each slot's prompt tokens."""
         lines = (
             line
             for (values, ids), size in zip(self.parts, self.sizes, strict=True)
@@ -87,10 +87,10 @@ class PendingPromptLogprobs:
 
 
 def _ordered_top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest values and their columns, among equal values in the order of the columns.
+    """The largest values and their columns; equal values are in the order of their columns.
 
-    torch's order among them depends on the number of rows, and so does which of those that equal the last it returns:
-    it is asked for some more.
+    torch's order among equal values depends on the number of rows, and so does its choice among those that equal the
+    last one. So it is asked for more than `count`.
     """
     top = values.topk(min(2 * count, values.shape[1]), dim=-1)
     columns, order = top.indices.sort(dim=-1)
@@ -107,7 +107,7 @@ class SamplerTensors:
     """Device tensors of a sampler, with a line for padding after those of the slots.
 
     Attributes:
-        floats: fp32 [6, num_slots + 1], of which `params` and `tables` hold views; so a step copies them at once.
+        floats: fp32 [6, num_slots + 1], of which `params` and `tables` hold views, so that one copy changes all.
         ints: int32 [5, num_slots + 1], likewise.
         params: how each slot samples.
         tables: edits of each slot's logits, wide enough for most requests.
@@ -174,17 +174,17 @@ class DeviceSampler:
         self._num_logprobs: dict[int, int] = {}
         self._special: set[int] = set()
         self._changed: dict[int, tuple[SlotInit, SlotEdits | None]] = {}
-        # For slots whose chosen tokens become entries: entries less tokens, when the slot was taken.
+        # For slots whose chosen tokens become entries: number of entries minus number of tokens when it was taken.
         self._counted: dict[int, int] = {}
         self._masked: set[int] = set()
 
     def prepare(self, batch: Batch, masks: Mapping[int, Int32Array] = NO_MASKS) -> bool:
-        """Take over the slots that a step initialises, copying what changes in the current stream.
+        """Take over the slots that a step initialises; copies are queued in the current stream.
 
         Args:
             masks: slot -> int32 [ceil(vocab / 32)], the tokens that it may choose in this step, see `TokenMasks`.
 
-        Returns True if tensors were replaced, so that graphs of steps that draw are void.
+        Returns whether tensors were replaced, which makes graphs of steps that draw void.
         """
         for init in batch.slot_inits:
             self._init_slot(init)
@@ -195,7 +195,7 @@ class DeviceSampler:
         return replaced
 
     def draws(self, rows: Sequence[BatchRow]) -> bool:
-        """True if some row is not simply greedy."""
+        """Whether some row is not simply greedy."""
         special = self._special | self._masked if self._masked else self._special
         return bool(special) and any(row.slot in special for row in rows)
 
@@ -215,7 +215,7 @@ class DeviceSampler:
             self._counted[slot] = len(edits.entry_ids) - len(init.token_ids)
 
     def _make_room(self, rows: Sequence[BatchRow]) -> bool:
-        """Widen tables that the step could fill; True if there were any."""
+        """Widen tables that the step could fill; return whether there were any."""
         if not self._changed and not self._counted:
             return False
         changed = [edits for _, edits in self._changed.values() if edits is not None]
@@ -250,7 +250,7 @@ class DeviceSampler:
             self._send_edits(list(edited.values()), self._tensor(list(edited), torch.int64))
 
     def _scalars(self, init: SlotInit, edits: SlotEdits | None) -> tuple[Sequence[float], Sequence[int]]:
-        """Return a slot's part of `_floats` and of `_ints`."""
+        """One slot's column of `_floats` and of `_ints`."""
         params = init.sampling_params
         floats = (params.temperature, params.top_p, params.min_p)
         top_k = params.top_k if params.top_k < self._vocab_size else 0
@@ -270,7 +270,7 @@ class DeviceSampler:
                 table[:, : padded.shape[1]].index_copy_(0, slots, self._to_device(torch.from_numpy(padded)))
 
     def _send_masks(self, masks: Mapping[int, Int32Array]) -> bool:
-        """Give these slots masks, and no others; True if that took new tensors."""
+        """Give masks to these slots and to no others; return whether that took new tensors."""
         is_first = self._masks is None
         if self._masks is None:
             self._masks = self._new_masks()
@@ -285,7 +285,7 @@ class DeviceSampler:
         return is_first
 
     def _new_masks(self) -> TokenMasks:
-        """Return masks that allow everything: slots without a mask share the last line, of ones."""
+        """Masks that allow everything: slots without a mask share the last line, which is all ones."""
         lines = torch.full_like(self._ints[0], self._ints.shape[1] - 1)
         words = torch.full((len(lines), -(-self._vocab_size // 32)), -1, dtype=torch.int32, device=self._device)
         return TokenMasks(lines, words)
@@ -299,10 +299,12 @@ class DeviceSampler:
             sample_greedy(logits, step.counts, ids, failed, self._workspace)
 
     def compilations(self, logits: Tensor, step: DeviceStep) -> list[Callable[[], None]]:
-        """Return calls that compile what draws, a kernel each, also as it is from the first mask on; they do nothing.
+        """Calls that compile the kernels of steps that draw, one kernel each, with and without masks.
+
+        The calls change nothing.
 
         Args:
-            step: one without rows.
+            step: a step without rows.
         """
         first = step.counts, step.sample_slots
         calls: list[Callable[[], None]] = [partial(edit_logits, logits, *first, step.sample_positions, self._tables)]
@@ -314,7 +316,7 @@ class DeviceSampler:
     def _bound(
         self, function: Callable[..., None], logits: Tensor, step: DeviceStep, masks: TokenMasks | None
     ) -> partial[None]:
-        """Return a call of `sample`, or of its part `choose`, for this step."""
+        """A call of `sample`, or of its part `choose`, for this step."""
         ids, failed = self.ids[: len(logits)], self.failed[: len(logits)]
         where = step.counts, step.sample_slots, step.sample_positions
         return partial(function, logits, *where, self._params, ids, failed, self._workspace, self._tables, masks)
@@ -322,7 +324,7 @@ class DeviceSampler:
     def logprobs(self, logits: Tensor, sampled: Sequence[int]) -> PendingLogprobs | None:
         """Queue the log-probabilities that the sampled slots want, from the logits that `choose` has just used.
 
-        A bounded number of logits at a time, since the copies are not in memory that was there from the start.
+        Works on a bounded number of logits at a time, since the copies are allocated now and not at the start.
         """
         if not self._num_logprobs:
             return None
@@ -341,11 +343,11 @@ class DeviceSampler:
     def prompt_logprobs(
         self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
     ) -> PendingPromptLogprobs:
-        """Queue the log-probabilities of prompt tokens, a bounded number of logits at a time.
+        """Queue the log-probabilities of prompt tokens, on a bounded number of logits at a time.
 
         Args:
             logits_after: indices of the step's tokens, int32 [n] -> logits fp32 [n, vocab].
-            sizes: values of n, ascending from 1.
+            sizes: the values that n may have, ascending from 1.
         """
         sizes = [size for size in sizes if size == 1 or size * self._vocab_size <= MAX_LOGITS]
         tokens = [token for item in wanted for token in item.tokens]
@@ -362,8 +364,8 @@ class DeviceSampler:
         return PendingPromptLogprobs(wanted, parts, used)
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the log-probabilities of token_ids [n] and of the `count` likeliest, and those' ids."""
-        # Rows that begin at a multiple of 16 bytes are all added up in the same order.
+        """Log-probabilities of token_ids [n] and of the `count` likeliest tokens, and the ids of those."""
+        # Rows that begin at a multiple of 16 bytes are all summed in the same order.
         padded = F.pad(logits, (0, -self._vocab_size % 4), value=float("-inf")) if self._vocab_size % 4 else logits
         values = torch.log_softmax(padded, dim=-1)
         top, ids = _ordered_top(values, MAX_LOGPROBS) if self._deterministic else values.topk(count, dim=-1)

@@ -1,8 +1,8 @@
 """A step's rows on their way to the device: one pinned buffer, one copy.
 
 All int32 arrays of a `DeviceStep` are parts of one device buffer, mirrored in pinned host memory, so a step costs one
-asynchronous copy of what it uses. The host side is a ring: a step in flight may still be read from while the next
-one is written.
+asynchronous copy of what it uses. The host side is a ring, because the next step is written while steps in flight may
+still be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmengine.kernels.step import (
 )
 
 _ALIGNMENT = 64
-"""Parts begin at multiples of 256 bytes, so that kernels load them in wide words and TensorRT takes their addresses."""
+"""Parts begin at multiples of 256 bytes: kernels then load wide words, and TensorRT accepts the addresses."""
 
 Int32Array = NDArray[np.int32]
 

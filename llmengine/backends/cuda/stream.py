@@ -1,8 +1,8 @@
 """The stream that steps run on: copies, graph launches and time stamps, without giving up the GIL.
 
-torch gives the GIL up for each such call. Beside a thread that computes in Python each then takes an interpreter
-switch interval (5 ms by default) to come back, and a launch makes four of them. So these few go to the CUDA driver
-directly; none of them waits for the device. Only `wait` does, and there the GIL is given up.
+torch gives up the GIL for each such call. Beside a thread that computes in Python, each call then takes an interpreter
+switch interval (5 ms by default) to get it back, and a launch makes four calls. So these calls go to the CUDA driver
+directly. None of them waits for the device; only `wait` does, and it gives up the GIL.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StepStream(Protocol):
         """Queue a copy from (pinned) host memory; both are contiguous and of one size."""
 
     def capture(self, function: Callable[[], None]) -> Any:
-        """Return what `replay` queues as `function` would; it is called, but nothing runs. Raises RuntimeError."""
+        """Call `function` without running its work, and return that work for `replay`. Raises RuntimeError."""
 
     def replay(self, graph: Any) -> None:
         """Queue a captured graph."""
@@ -42,7 +42,7 @@ class StepStream(Protocol):
         """Block, without the GIL, until all that is queued is done."""
 
     def wait(self, index: int, before: int | None) -> tuple[float, float]:
-        """Block until the step has ended; return the seconds it ran, and those between the end of `before` and it."""
+        """Block until the step has ended; return its seconds, and those from the end of `before` to its begin."""
 
     def close(self) -> None:
         """Free what the stream holds; nothing may be queued."""
@@ -69,14 +69,14 @@ class CudaStream:
         self._driver = driver
         self._waiting_driver = waiting_driver
         self._stream = stream
-        # One pool for all graphs: they never run at once, and none reads what another left in it.
+        # All graphs share one pool: they never run at the same time, and none reads what another left in it.
         self._pool = torch.cuda.graph_pool_handle()
         self._begins = begins
         self._ends = ends
 
     @classmethod
     def open(cls, num_steps: int) -> CudaStream:
-        """Return torch's current stream of the calling thread, with time stamps for `num_steps` steps."""
+        """Open torch's current stream of the calling thread, with time stamps for `num_steps` steps."""
         name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         driver = ctypes.PyDLL(name)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -90,12 +90,12 @@ class CudaStream:
         _check(self._driver.cuMemcpyHtoDAsync_v2(address, source_address, size, self._stream), "cuMemcpyHtoDAsync")
 
     def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Return a graph of what `function` queues."""
+        """Capture the work that `function` queues."""
         graph = torch.cuda.CUDAGraph()
         collects = gc.isenabled()
-        gc.disable()  # what it frees on this thread could end the capture
+        gc.disable()  # tensors that it frees on this thread could end the capture
         try:
-            # Other threads of the program may use CUDA meanwhile; by default a capture forbids them to allocate.
+            # Other threads may use CUDA meanwhile; by default a capture forbids them to allocate.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 function()
@@ -123,7 +123,7 @@ class CudaStream:
         _check(self._waiting_driver.cuStreamSynchronize(self._stream), "the steps queued")
 
     def wait(self, index: int, before: int | None) -> tuple[float, float]:
-        """Block, without the GIL, unless the step has ended; return its seconds, and those since `before` ended."""
+        """Block, without the GIL, until the step has ended; see `StepStream.wait`."""
         status = self._driver.cuEventQuery(self._ends[index])
         if status == _NOT_READY:
             status = self._waiting_driver.cuEventSynchronize(self._ends[index])
