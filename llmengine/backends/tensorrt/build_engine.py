@@ -24,7 +24,7 @@ from llmengine.backends.tensorrt.weight_choice import LayerTimes, time_layer
 from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.source import ModelSource
-from llmengine.dtypes import DTypeChoice
+from llmengine.dtypes import DTypeChoice, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
 
 
@@ -92,7 +92,7 @@ def build_engine(
     save_model(
         directory,
         source,
-        source.weights(getattr(torch, request.dtype)),
+        source.weights(torch_dtype(request.dtype)),
         dtype=request.dtype,
         formats=source.formats,
         tokenizer=tokenizer,

@@ -17,6 +17,7 @@ import numpy as np
 from llmengine.backends.tensorrt.network import RawArray
 from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, WeightSpec
 from llmengine.errors import EngineError
+from llmengine.quantization.formats import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -82,10 +83,11 @@ def map_constants(spec: SegmentSpec, path: Path | None) -> dict[str, RawArray]:
 def _write_constant(path: Path, offset: int, weight: WeightSpec, tensor: torch.Tensor) -> None:
     import torch
 
-    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    if (dtype, shape) != (weight.dtype, weight.shape):
+    found = TensorSpec.of(tensor)
+    if found != weight.stored:
         raise EngineError(
-            f"weight {weight.role!r} is {dtype} {list(shape)}, but the plan needs {weight.dtype} {list(weight.shape)}"
+            f"weight {weight.role!r} is {found.dtype} {list(found.shape)}, but the plan needs {weight.dtype} "
+            f"{list(weight.shape)}"
         )
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.seek(offset)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmengine.backends.tensorrt.library import Library, require_result
-from llmengine.backends.tensorrt.spec import SegmentSpec, TensorSpec, WeightSpec
+from llmengine.backends.tensorrt.spec import PlanTensor, SegmentSpec, WeightSpec
 
 RawArray = npt.NDArray[np.uint8]
 """A weight's bytes, contiguous, in the dtype of its `WeightSpec`: numpy has no bfloat16."""
@@ -210,7 +210,7 @@ class _Graph:
     def _layer(self, call: str, *arguments: Any) -> Any:
         return require_result(getattr(self._network, call)(*arguments), f"{call} in segment {self.spec.kind!r}")
 
-    def _add_input(self, spec: TensorSpec) -> Any:
+    def _add_input(self, spec: PlanTensor) -> Any:
         shape = tuple(dim if isinstance(dim, int) else -1 for dim in spec.shape)
         tensor = require_result(
             self._network.add_input(spec.name, self._dtypes[spec.dtype], shape), f"input {spec.name}"

@@ -27,7 +27,7 @@ from llmengine.backends.tensorrt.spec import (
     segments_of,
 )
 from llmengine.checkpoints.source import ModelSource
-from llmengine.dtypes import ModelDType
+from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import CorruptFileError, EngineError
 from llmengine.models.arch import ModelArch
 
@@ -237,7 +237,7 @@ class _CachedBuild:
         if not _has_constants(left):
             yield from ((segment, None) for segment in left.values())
             return
-        weights = self.source.weights(getattr(torch, self.request.dtype))
+        weights = self.source.weights(torch_dtype(self.request.dtype))
         yield from spool_constants(list(left.values()), weights, directory)
 
     def _find(self, name: str, spec: SegmentSpec, constants_sha256: str | None) -> bool:

@@ -30,6 +30,7 @@ from llmengine.backends.tensorrt.runtime import (
 )
 from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan
 from llmengine.errors import EngineError
+from llmengine.quantization.formats import TensorSpec
 
 
 def load_plans(runtime: PlanRuntime, plan_set: PlanSet) -> dict[str, LoadedPlan]:
@@ -118,11 +119,11 @@ def _weight_addresses(segment: PlacedSegment, tensors: Mapping[str, Tensor]) -> 
     for weight in segment.spec.weight_inputs:
         name = weight.canonical(segment.layer)
         tensor = tensors[name]
-        found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if found != (weight.dtype, weight.shape):
+        found = TensorSpec.of(tensor)
+        if found != weight.stored:
             raise EngineError(
-                f"weight {name!r} is {found[0]} {list(found[1])}, but plan {segment.plan_name!r} takes {weight.dtype} "
-                f"{list(weight.shape)}"
+                f"weight {name!r} is {found.dtype} {list(found.shape)}, but plan {segment.plan_name!r} takes "
+                f"{weight.dtype} {list(weight.shape)}"
             )
         addresses[weight.name] = _address(tensor)
     return addresses

@@ -25,25 +25,27 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
-from llmengine.dtypes import MODEL_DTYPES, ModelDType
+from llmengine.dtypes import MODEL_DTYPES, DType, ModelDType
 from llmengine.errors import CorruptFileError
-from llmengine.models.arch import Activation, ModelArch, canonical_shapes
+from llmengine.models.arch import Activation, ModelArch
+from llmengine.quantization.formats import TensorSpec
+from llmengine.quantization.model_formats import DENSE_MODEL
 
 SegmentKind = Literal["first", "mid", "last"]
 WeightMode = Literal["inputs", "constants"]
 WeightSource = Literal["input", "constant"]
-Quantization = Literal["none"]
 Dim = int | Literal["T", "S"]
 """A size, or the name of a size that changes from step to step: T tokens, S sampled rows."""
 
 NETWORK_VERSION = 1
 """Part of every fingerprint; to be raised when the same spec gives another network than before."""
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+_DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16", "int32")
+"""The dtypes of a plan's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
+class PlanTensor:
     """One input or output of a plan.
 
     Attributes:
@@ -53,7 +55,7 @@ class TensorSpec:
     """
 
     name: str
-    dtype: str
+    dtype: DType
     shape: tuple[Dim, ...]
 
     def resolve(self, **sizes: int) -> tuple[int, ...]:
@@ -63,21 +65,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One weight that a segment reads, in the layout of `canonical_shapes` ([out, in], row-major).
+    """One stored tensor of the model (`ModelFormats.layout`) that a segment reads; a matrix is [out, in], row-major.
 
     Attributes:
         name: in the plan; the canonical name without its layer ("o.weight", "next.qkv.weight", "lm_head.weight").
         role: canonical name without "layers.{i}." ("qkv.weight"); the whole name of a weight outside the layers.
         layer_offset: the weight's layer minus the segment's; None for a weight outside the layers.
         dtype: both on the device and in the plan.
-        shape: as in `canonical_shapes`.
+        shape: on the device; see `plan_shape`.
         source: input of the network, or constant in the plan.
     """
 
     name: str
     role: str
     layer_offset: int | None
-    dtype: str
+    dtype: DType
     shape: tuple[int, ...]
     source: WeightSource
 
@@ -91,12 +93,14 @@ class WeightSpec:
         return self.shape if len(self.shape) == 2 else (1, *self.shape)
 
     @property
+    def stored(self) -> TensorSpec:
+        """The tensor on the device."""
+        return TensorSpec(self.dtype, self.shape)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the contiguous tensor."""
-        size = DTYPE_BYTES[self.dtype]
-        for dim in self.shape:
-            size *= dim
-        return size
+        return self.stored.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class ProfileSpec:
     tokens: Range
     samples: Range
 
-    def shapes_of(self, tensor: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def shapes_of(self, tensor: PlanTensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The least, the best and the largest shape of a tensor."""
         tokens, samples = self.tokens, self.samples
         return (
@@ -163,18 +167,18 @@ class SegmentSpec:
         weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan.
         inputs: activations only, in binding order; weights that are inputs follow them in the network.
         weights: in canonical order.
-        quantization: of the matrices; only "none" so far.
+        quantization: name of the `WeightFormat` of the matrices; only "none" so far.
     """
 
     kind: SegmentKind
     dtype: ModelDType
     weight_mode: WeightMode
     profiles: tuple[ProfileSpec, ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
     weights: tuple[WeightSpec, ...]
     numerics: Numerics
-    quantization: Quantization = "none"
+    quantization: Literal["none"] = "none"
 
     @property
     def weight_inputs(self) -> tuple[WeightSpec, ...]:
@@ -230,7 +234,7 @@ def _read_spec(fields: Fields) -> SegmentSpec:
             logit_scale=numerics.number("logit_scale"),
             logit_soft_cap=numerics.optional_number("logit_soft_cap"),
         ),
-        quantization=fields.choice("quantization", get_args(Quantization)),
+        quantization=fields.choice("quantization", ("none",)),
     )
 
 
@@ -242,9 +246,9 @@ def _read_range(profile: Fields, key: str) -> Range:
     return found
 
 
-def _read_tensor(fields: Fields) -> TensorSpec:
-    dtype = fields.choice("dtype", tuple(DTYPE_BYTES))
-    return TensorSpec(fields.string("name"), dtype, _read_shape(fields, get_args(get_args(Dim)[1])))
+def _read_tensor(fields: Fields) -> PlanTensor:
+    dtype = fields.choice("dtype", _DTYPES)
+    return PlanTensor(fields.string("name"), dtype, _read_shape(fields, get_args(get_args(Dim)[1])))
 
 
 def _read_weight(fields: Fields) -> WeightSpec:
@@ -252,7 +256,7 @@ def _read_weight(fields: Fields) -> WeightSpec:
         name=fields.string("name"),
         role=fields.string("role"),
         layer_offset=fields.optional_integer("layer_offset"),
-        dtype=fields.choice("dtype", tuple(DTYPE_BYTES)),
+        dtype=fields.choice("dtype", _DTYPES),
         shape=_read_shape(fields),
         source=fields.choice("source", get_args(WeightSource)),
     )
@@ -321,11 +325,10 @@ def segments_of(
     dtype: ModelDType,
     profiles: Sequence[ProfileSpec],
     weight_mode: WeightMode = "inputs",
-    quantization: Quantization = "none",
 ) -> list[PlacedSegment]:
     """The segments of a model in the order in which they run: first, mid 0 .. mid L-2, last."""
     last = arch.num_layers - 1
-    specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, quantization)
+    specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, DENSE_MODEL.layout(arch, dtype))
     mid = [PlacedSegment(specs.mid(), layer) for layer in range(last)]
     return [PlacedSegment(specs.first(), 0), *mid, PlacedSegment(specs.last(), last)]
 
@@ -340,13 +343,17 @@ def segments_by_plan(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegme
 
 @dataclass(frozen=True, slots=True)
 class _ModelSpecs:
-    """The specs of one model's segments."""
+    """The specs of one model's segments.
+
+    Attributes:
+        layout: every stored tensor of the model by canonical name.
+    """
 
     arch: ModelArch
     dtype: ModelDType
     profiles: tuple[ProfileSpec, ...]
     weight_mode: WeightMode
-    quantization: Quantization
+    layout: Mapping[str, TensorSpec]
 
     def first(self) -> SegmentSpec:
         return self._segment("first", (self._x(),), (self._qkv(),), self._qkv_weights(0, ""))
@@ -357,21 +364,20 @@ class _ModelSpecs:
         return self._segment("mid", inputs, (self._x("x_out"), self._qkv()), weights)
 
     def last(self) -> SegmentSpec:
-        inputs = (self._attended(), self._x(), TensorSpec("sample_tokens", "int32", ("S",)))
+        inputs = (self._attended(), self._x(), PlanTensor("sample_tokens", "int32", ("S",)))
         head = "embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight"
-        shapes = canonical_shapes(self.arch)
         weights = (
             *self._mlp_weights(),
-            self._weight("final_norm.weight", "final_norm.weight", None, shapes["final_norm.weight"]),
-            self._weight("lm_head.weight", head, None, shapes[head]),
+            self._weight("final_norm.weight", "final_norm.weight", None, self.layout["final_norm.weight"]),
+            self._weight("lm_head.weight", head, None, self.layout[head]),
         )
-        return self._segment("last", inputs, (TensorSpec("logits", "float32", ("S", self.arch.vocab_size)),), weights)
+        return self._segment("last", inputs, (PlanTensor("logits", "float32", ("S", self.arch.vocab_size)),), weights)
 
     def _segment(
         self,
         kind: SegmentKind,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
+        inputs: tuple[PlanTensor, ...],
+        outputs: tuple[PlanTensor, ...],
         weights: tuple[WeightSpec, ...],
     ) -> SegmentSpec:
         return SegmentSpec(
@@ -383,7 +389,6 @@ class _ModelSpecs:
             outputs=outputs,
             weights=weights,
             numerics=self._numerics(kind),
-            quantization=self.quantization,
         )
 
     def _numerics(self, kind: SegmentKind) -> Numerics:
@@ -395,15 +400,15 @@ class _ModelSpecs:
             logit_soft_cap=arch.logit_soft_cap if kind == "last" else None,
         )
 
-    def _x(self, name: str = "x") -> TensorSpec:
-        return TensorSpec(name, self.dtype, ("T", self.arch.hidden_size))
+    def _x(self, name: str = "x") -> PlanTensor:
+        return PlanTensor(name, self.dtype, ("T", self.arch.hidden_size))
 
-    def _attended(self) -> TensorSpec:
-        return TensorSpec("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))
+    def _attended(self) -> PlanTensor:
+        return PlanTensor("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))
 
-    def _qkv(self) -> TensorSpec:
+    def _qkv(self) -> PlanTensor:
         heads = self.arch.num_heads + 2 * self.arch.num_kv_heads
-        return TensorSpec("qkv", self.dtype, ("T", heads * self.arch.head_dim))
+        return PlanTensor("qkv", self.dtype, ("T", heads * self.arch.head_dim))
 
     def _qkv_weights(self, offset: int, prefix: str) -> tuple[WeightSpec, ...]:
         return self._layer_weights(offset, prefix, ("input_norm.", "qkv."))
@@ -413,17 +418,14 @@ class _ModelSpecs:
         return self._layer_weights(0, "", ("o.", "gate_up.", "down.", *norms))
 
     def _layer_weights(self, offset: int, prefix: str, parts: tuple[str, ...]) -> tuple[WeightSpec, ...]:
-        """The specs of one layer's canonical weights that begin with one of `parts`."""
-        layer = {
-            name.removeprefix("layers.0."): shape
-            for name, shape in canonical_shapes(self.arch).items()
-            if name.startswith("layers.0.")
-        }
+        """The specs of one layer's stored tensors whose names begin with one of `parts`."""
+        roles = (name.removeprefix("layers.0.") for name in self.layout if name.startswith("layers.0."))
         return tuple(
-            self._weight(prefix + role, role, offset, shape) for role, shape in layer.items() if role.startswith(parts)
+            self._weight(prefix + role, role, offset, self.layout[f"layers.0.{role}"])
+            for role in roles
+            if role.startswith(parts)
         )
 
-    def _weight(self, name: str, role: str, offset: int | None, shape: tuple[int, ...]) -> WeightSpec:
+    def _weight(self, name: str, role: str, offset: int | None, stored: TensorSpec) -> WeightSpec:
         source: WeightSource = "constant" if self.weight_mode == "constants" else "input"
-        is_exact = self.arch.float32_norms and role.endswith("norm.weight")
-        return WeightSpec(name, role, offset, "float32" if is_exact else self.dtype, shape, source)
+        return WeightSpec(name, role, offset, stored.dtype, stored.shape, source)

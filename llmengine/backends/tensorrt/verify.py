@@ -21,11 +21,11 @@ from torch import Tensor
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.rounding import expected_outputs
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
-from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, TensorSpec, WeightSpec, segments_by_plan
+from llmengine.backends.tensorrt.spec import PlacedSegment, PlanTensor, SegmentSpec, WeightSpec, segments_by_plan
 from llmengine.checkpoints.metadata_fields import Fields
+from llmengine.dtypes import torch_dtype
 from llmengine.errors import CorruptFileError
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SENTINEL = 7.0
 _ERRORS = ("rms_error", "column_error", "max_error")
 _LIMITS = ("rms_limit", "column_limit", "max_limit")
@@ -237,7 +237,7 @@ def scaled_errors(spec: SegmentSpec, tensors: Mapping[str, Tensor], outputs: Map
         outputs: by name; rows beyond those that the inputs ask for are ignored.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in outputs}
-    for rows, expected in expected_outputs(spec, tensors, _DTYPES[spec.dtype]):
+    for rows, expected in expected_outputs(spec, tensors, torch_dtype(spec.dtype)):
         for name, exact in expected.items():
             error = outputs[name][rows].double() - exact.value
             parts[name].append((error / exact.total_variance.double().sqrt()).float())
@@ -292,7 +292,7 @@ def random_tensors(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dic
 
 def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:
     """Values that keep activations near 1."""
-    tensor = torch.empty(weight.shape, dtype=_DTYPES[weight.dtype], device=device)
+    tensor = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype), device=device)
     if len(weight.shape) == 2:
         return tensor.normal_(std=weight.shape[1] ** -0.5)
     return tensor.uniform_(0.5, 1.5) if "norm" in weight.role else tensor.normal_(std=0.2)
@@ -307,16 +307,16 @@ def random_inputs(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict
             rows = torch.randperm(sizes.tokens, dtype=torch.int32, device=device)
             values[tensor.name] = rows[torch.arange(*shape, device=device) % sizes.tokens]
         else:
-            values[tensor.name] = torch.randn(shape, device=device).to(_DTYPES[tensor.dtype])
+            values[tensor.name] = torch.randn(shape, device=device).to(torch_dtype(tensor.dtype))
     if any(weight.name in _NORMS_OF_X for weight in spec.weights):
         x = values["x"]
         x[_OUTLIER_ROWS - 1 :: _OUTLIER_ROWS, int(torch.randint(x.shape[1], ()))] = _OUTLIER
     return values
 
 
-def _empty_output(tensor: TensorSpec, sizes: Sizes, device: torch.device) -> Tensor:
+def _empty_output(tensor: PlanTensor, sizes: Sizes, device: torch.device) -> Tensor:
     """An output of NaN, which the plan must overwrite, and one more row, which it must not touch."""
     rows, columns = tensor.resolve(T=sizes.tokens, S=sizes.samples)
-    output = torch.full((rows + 1, columns), math.nan, dtype=_DTYPES[tensor.dtype], device=device)
+    output = torch.full((rows + 1, columns), math.nan, dtype=torch_dtype(tensor.dtype), device=device)
     output[-1] = _SENTINEL
     return output

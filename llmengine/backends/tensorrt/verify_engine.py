@@ -12,6 +12,7 @@ from llmengine.backends.tensorrt.segments import load_plans
 from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan, segments_of
 from llmengine.backends.tensorrt.verify import device_name, verify_plans
 from llmengine.checkpoints.source import ModelSource
+from llmengine.dtypes import torch_dtype
 from llmengine.errors import CorruptFileError, EngineError
 
 
@@ -44,7 +45,7 @@ def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
 
 def _segments(saved: SavedPlanSet, source: ModelSource) -> tuple[PlacedSegment, ...]:
     spec = next(iter(saved.specs.values()))
-    return tuple(segments_of(source.arch, spec.dtype, saved.profiles, spec.weight_mode, spec.quantization))
+    return tuple(segments_of(source.arch, spec.dtype, saved.profiles, spec.weight_mode))
 
 
 def _find_gpu(saved: SavedPlanSet) -> tuple[Library, torch.device]:
@@ -63,7 +64,7 @@ def verify_on_device(
     """Run every plan on `device` and compare it with torch; the result is that of `verify_saved_plans`."""
     weights = None
     if plan_set.has_constants:
-        dtype = getattr(torch, plan_set.segments[0].spec.dtype)
+        dtype = torch_dtype(plan_set.segments[0].spec.dtype)
         weights = {name: tensor.to(device) for name, tensor in source.weights(dtype)}
     try:
         plans = load_plans(PlanRuntime(library, plan_set.library_cache), plan_set)

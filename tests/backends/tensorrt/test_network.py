@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from llmengine.backends.tensorrt.network import define_segment
 from llmengine.backends.tensorrt.spec import (
     SegmentSpec,
+    WeightMode,
     make_profiles,
     segments_by_plan,
     segments_of,
     spec_from_dict,
 )
+from llmengine.dtypes import MODEL_DTYPES
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import RopeConfig, canonical_shapes
 from tests.backends.tensorrt.interpreter import Interpreter
@@ -145,6 +148,17 @@ def test_weights_as_inputs_make_one_plan_of_all_layers() -> None:
         "first",
         "last",
     ]
+
+
+def test_fingerprints_of_saved_engines_stay() -> None:
+    """A saved engine or a cache whose plans have other fingerprints would be rebuilt: raise `NETWORK_VERSION` then."""
+    digest = hashlib.sha256()
+    for changes in FAMILIES.values():
+        for dtype in MODEL_DTYPES:
+            for mode in get_args(WeightMode):
+                for segment in segments_of(tiny_arch(**changes), dtype, PROFILES, mode):
+                    digest.update((segment.plan_name + segment.spec.fingerprint()).encode())
+    assert digest.hexdigest() == "0a8ee81cdaaa52308b5a4d2f7a70ca9849d65fb6410dbf741cd5ae94b73a42c1"
 
 
 def test_a_fingerprint_changes_with_what_the_plan_depends_on_and_nothing_else() -> None:
