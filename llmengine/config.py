@@ -1,4 +1,4 @@
-"""What a user configures. Mutable until `LLM` takes its own frozen copy; an unknown name raises at once.
+"""Configuration. Mutable until `LLM` takes its own frozen copy; an unknown name raises at once.
 
 Each class is a slots dataclass, so a mistyped field raises `TypeError` in the constructor and `AttributeError` in an
 assignment. `resolve()` checks every value and returns an independent frozen copy; from then on assignments raise.
@@ -32,13 +32,13 @@ _require_kind = partial(checks.require_kind, error=ConfigError)
 
 
 class _Settings:
-    """Copy, check and freeze, shared by the configuration classes."""
+    """Base of the configuration classes: how they are copied, checked and frozen."""
 
     __slots__ = ("_frozen",)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if getattr(self, "_frozen", False):
-            raise ConfigError(f"{type(self).__name__} is in use by an LLM and cannot be changed ({name}={value!r})")
+            raise ConfigError(f"{type(self).__name__} is in use by an LLM and cannot be changed: {name}={value!r}")
         object.__setattr__(self, name, value)
 
     def resolve(self) -> Self:
@@ -78,9 +78,9 @@ _ONE_GPU = (
 
 @dataclass(slots=True)
 class ParallelConfig(_Settings):
-    """How many GPUs share the model, each layer's matrices (`tp_size`) or the layers (`pp_size`).
+    """How many GPUs share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
 
-    Only 1 x 1 runs so far; more raises at `LLM()`.
+    Only 1 x 1 is supported so far; `LLM()` raises `ConfigError` for more.
     """
 
     tp_size: int = 1
@@ -147,10 +147,10 @@ class KvCacheConfig(_Settings):
     """Size and behaviour of the paged KV cache.
 
     Attributes:
-        free_memory_fraction: share of the memory that is free after the weights are loaded, in (0, 1]; None: 0.9 on
-            an accelerator, 0.2 on a CPU, where other programs share it.
-        max_bytes: upper bound in bytes; with both, the smaller wins.
-        block_size: tokens a block, a power of two.
+        free_memory_fraction: fraction, in (0, 1], of the memory that is free once the weights are loaded. None: 0.9 on
+            an accelerator, 0.2 on a CPU, whose memory other programs share.
+        max_bytes: upper bound in bytes; if both limits are set, the smaller one applies.
+        block_size: tokens per block, a power of two.
         enable_prefix_caching: reuse KV blocks of equal prefixes across requests.
     """
 
@@ -171,7 +171,7 @@ class KvCacheConfig(_Settings):
 
 
 _LEAST, _MOST = 1e-9, 1e9
-"""Range of times and weights; what follows from them stays finite."""
+"""Range of times and weights, within which everything computed from them stays finite."""
 
 BY_DEVICE = -1
 """Value of a limit that is left to the device."""
@@ -182,31 +182,32 @@ _LIMITS = {"max_batch_size": (64, 256), "max_tokens_per_step": (512, 2048), "max
 
 @dataclass(slots=True)
 class SchedulerConfig(_Settings):
-    """Limits of a step and of the queue, and who comes first.
+    """Limits of a step and of the queue, and the order of requests.
 
     Attributes:
         max_batch_size: most requests in one step; `BY_DEVICE`: 64 on a CPU, 256 on an accelerator.
         max_tokens_per_step: most tokens in one step; longer prompts are computed in chunks. `BY_DEVICE`: 512 on a CPU,
             2048 on an accelerator.
-        max_tokens_per_mixed_step: the same for a step that also decodes, lower so that a prompt delays the tokens
-            of running requests by a bounded time. `BY_DEVICE`: 256 on a CPU, 1024 on an accelerator.
-        max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`.
-            Also the most that are paused (`slow_consumer="pause"`); of more, the one paused the longest is aborted.
-        max_queued_tokens: most prompt tokens of waiting requests; a request that finds the queue empty always fits.
-        max_preemptions: a request preempted this often is not chosen again while another can be.
-        max_unread_tokens: a request with `slow_consumer` "pause" or "abort" is held back when so many of its tokens are
-            unread; steps that are in flight then may add a few.
-        step_timeout_s: the engine is declared dead, for a `TimeoutError`, when a call into the backend takes more than
-            these seconds; far more than the slowest step, which may compile something. None: wait for ever.
-        max_decode_latency_ms: a step that decodes takes only as many prompt tokens as let it end within this time, as
-            far as it can be told from the steps before, but at least a sixteenth of `max_tokens_per_mixed_step`. None:
-            always up to `max_tokens_per_mixed_step`.
-        priority_ageing_s: waiting for so long is worth one level of priority. So a request is overtaken only by those
-            of its tenant that come less than (their priority - its own) * priority_ageing_s later.
-        tenant_weights: tenant -> its share when others wait as well, in proportion to the other weights; 1 if not
-            named here.
-        share_prefixes_across_tenants: let requests of different tenants reuse each other's prefix blocks. A tenant can
-            then tell from a prompt's latency whether another has sent it before.
+        max_tokens_per_mixed_step: the same limit for a step that also decodes. It is lower, so that a prompt delays the
+            tokens of running requests by a bounded time. `BY_DEVICE`: 256 on a CPU, 1024 on an accelerator.
+        max_queued_requests: most requests that wait for their first step; one more raises `QueueFullError`. It is also
+            the limit of paused requests (`slow_consumer="pause"`), above which the one paused longest is aborted.
+        max_queued_tokens: most prompt tokens of all waiting requests; a request always fits into an empty queue.
+        max_preemptions: a request that was preempted this often is spared while another request can be preempted.
+        max_unread_tokens: number of unread tokens at which a request with `slow_consumer` "pause" or "abort" is paused
+            or aborted; steps in flight may add a few more.
+        step_timeout_s: seconds after which a call into the backend counts as hanging: the engine is declared dead, with
+            a `TimeoutError` as the cause. Choose far more than the slowest step takes, since a step may compile
+            kernels. None: no limit.
+        max_decode_latency_ms: target for the duration of a step that decodes. The step takes only as many prompt tokens
+            as should fit, judging by earlier steps, but at least a sixteenth of `max_tokens_per_mixed_step`. None: up
+            to `max_tokens_per_mixed_step`.
+        priority_ageing_s: seconds of waiting that are worth one level of priority. So only those requests of its tenant
+            overtake a request that arrive less than (their priority - its own) * priority_ageing_s later.
+        tenant_weights: tenant -> weight. Tenants that wait at the same time share the engine in proportion to their
+            weights; a tenant that is not named has weight 1.
+        share_prefixes_across_tenants: let tenants reuse each other's prefix blocks. A tenant can then infer from the
+            latency of a prompt whether another tenant has sent it before.
     """
 
     max_batch_size: int = BY_DEVICE
@@ -277,21 +278,21 @@ class ModelConfig(_Settings):
 
     Attributes:
         model_dir: a Hugging Face directory, a `.gguf` file or a directory with one, or a directory that `LLM.save()`
-            wrote; which of them is found out.
-        dtype: of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU.
+            wrote; the kind is detected.
+        dtype: type of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "torch" or "tensorrt".
-        attention_backend: who attends for decodes on CUDA. "auto": Triton kernels of ours. "flashinfer": FlashInfer's
-            kernel (`pip install llmengine[flashinfer]`), which is compiled when a machine first needs it: half a
-            minute. "measure": of the two the one that is faster on this GPU for the model's shapes, for each number of
-            rows, kept on disk; ours where FlashInfer is not installed or cannot attend for the model.
+        attention_backend: attention kernels for decodes on CUDA. "auto": our Triton kernels. "flashinfer": FlashInfer's
+            (`pip install llmengine[flashinfer]`), which take half a minute to compile when a machine first needs them.
+            "measure": for each number of rows the faster of the two on this GPU for the model's shapes; the result is
+            kept on disk. Without FlashInfer, or for a model that it does not support, "measure" means ours.
         max_model_len: most tokens of one request, prompt and output; None: the model's context length.
         num_threads: CPU threads of the forward pass; None: torch's default.
-        tuning_budget_s: most seconds that loading may spend on measuring which matrix products are fastest on this
-            GPU for the model's shapes; what was measured is kept on disk for the next time. 0: rules of thumb.
+        tuning_budget_s: most seconds that loading may spend on measuring which matrix products are fastest on this GPU
+            for the model's shapes; the results are kept on disk. 0: rules of thumb instead.
         deterministic: the same prompt and parameters give bit-equal tokens and log-probabilities on this machine,
-            whatever else is in the batch, and however the prompt is cut, cached or computed again. Slower; on a CPU
-            by far without the native decoder; on CUDA with the torch backend.
+            whatever else is in the batch, and however the prompt is chunked, cached or computed again. Slower, and
+            much slower on a CPU without the native decoder; on CUDA it needs the torch backend.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
     """
 

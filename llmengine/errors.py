@@ -6,16 +6,16 @@
     ├── RequestError                the caller's fault: an HTTP server answers 4xx
     │   ├── InvalidRequestError     (ValueError) a prompt or parameter is malformed or out of range      400
     │   │   └── PromptTooLongError  the prompt leaves no room for a single new token                     400
-    │   └── QueueFullError          admission limit reached; try again later                             429
-    └── EngineError                 ours or the operator's: an HTTP server answers 5xx
+    │   └── QueueFullError          the queue is full; try again later                                   429
+    └── EngineError                 our fault or the operator's: an HTTP server answers 5xx
         ├── ConfigError             (ValueError) a configuration that cannot be served                   500
         ├── ModelLoadError          a checkpoint or engine directory cannot be read                      500
         │   ├── UnsupportedModelError  readable, but of an architecture or format that is not supported  500
         │   └── CorruptFileError       truncated, altered or inconsistent file                           500
-        ├── OutOfMemoryError        a component does not fit; names it, the memory and the knob          500
+        ├── OutOfMemoryError        weights, buffers or the KV cache do not fit in memory                500
         ├── RequestFailedError      the engine failed one request and lives on                           500
         ├── EngineClosedError       `close()` was called                                                 503
-        └── EngineDeadError         the engine stopped for a fault; ``__cause__`` is that fault          503
+        └── EngineDeadError         the engine stopped because of a fault, which is ``__cause__``        503
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LLMEngineError(Exception):
     """Base of every error that llmengine raises on purpose.
 
     Attributes:
-        status: the HTTP status that fits it.
-        request_id: of the request that it ended; None where none had been submitted.
+        status: the matching HTTP status.
+        request_id: the request that the error ended; None if none had been submitted.
     """
 
     status: int = 500
@@ -48,7 +48,7 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class QueueFullError(RequestError):
-    """The engine's admission limit is reached; nothing was queued."""
+    """An admission limit of the engine is reached; nothing was queued."""
 
     status = 429
 
@@ -74,7 +74,7 @@ class CorruptFileError(ModelLoadError):
 
 
 class OutOfMemoryError(EngineError):
-    """A component does not fit in memory; the message names it, what is free, and the knob to turn."""
+    """A component does not fit in memory; the message names it, the free memory, and the setting to change."""
 
 
 class RequestFailedError(EngineError):
@@ -82,12 +82,12 @@ class RequestFailedError(EngineError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was closed; it accepts no request, and those it held were aborted."""
+    """The engine was closed: it aborted its requests and accepts no new ones."""
 
     status = 503
 
 
 class EngineDeadError(EngineError):
-    """The engine stopped for a fault of its own; ``__cause__`` holds it."""
+    """The engine stopped because of a fault, which is ``__cause__``."""
 
     status = 503

@@ -9,10 +9,10 @@ from llmengine.checks import requirement
 from llmengine.errors import InvalidRequestError
 
 FORBIDDING_BIAS = -1000.0
-"""A `sequence_bias` of this or less forbids its sequence: no other logits are so far apart."""
+"""A `sequence_bias` of this or less forbids its sequence, since it exceeds any difference between logits."""
 
 LIBRARY_MAX_LENGTH = 20
-"""`max_length` that old versions of transformers wrote into every config.json, whoever asked for it."""
+"""The `max_length` that old versions of transformers wrote into every config.json."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -33,10 +33,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "constraints": ([],),
     "force_words_ids": ([],),
 }
-"""Keys that change what transformers generates and that are not computed, with the values that change nothing."""
+"""Unsupported keys that change what transformers generates -> the values that change nothing."""
 
 _NEUTRAL_WHEN_SAMPLING: dict[str, float] = {"typical_p": 1.0, "top_h": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""The same for keys that count only where `do_sample` is true."""
+"""The same for keys that count only if `do_sample` is true."""
 
 _HINTS = {
     "num_beams": "beam search is LLM.beam_search()",
@@ -66,7 +66,7 @@ Words = tuple[tuple[int, ...], ...]
 
 
 def unsupported_keys(config: Mapping[str, Any]) -> list[str]:
-    """Keys of the configuration that change what transformers generates but are not computed here, with values."""
+    """Keys that change what transformers generates but are not supported here, with their values."""
     found = [key for key, neutral in _NEUTRAL.items() if config.get(key) is not None and config[key] not in neutral]
     if config.get("do_sample"):
         found += [
@@ -84,7 +84,7 @@ def unsupported_keys(config: Mapping[str, Any]) -> list[str]:
 def forbidden_sequences(config: Mapping[str, Any]) -> Words:
     """Sequences of token ids that the model must not generate: `suppress_tokens` and `bad_words_ids`.
 
-    As in transformers, a bad word that is an EOS token stays allowed.
+    As in transformers, an EOS token stays allowed even if it is a bad word.
     """
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -102,7 +102,7 @@ def forbidden_sequences(config: Mapping[str, Any]) -> Words:
 def sampling_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `SamplingParams` that do what transformers' `generate` does by default with this configuration.
 
-    Raises `InvalidRequestError` naming key and value for what is of the wrong type.
+    Raises `InvalidRequestError` naming key and value for a value of the wrong type.
     """
     fields = {**_lengths(config), **_sampling(config)} if config.get("do_sample") else _lengths(config)
     if config.get("repetition_penalty") is not None:
@@ -121,7 +121,7 @@ def sampling_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an old config.json that transformers takes for a generation_config.json where there is none."""
+    """The keys of an old config.json that transformers uses if there is no generation_config.json."""
     names = (*_HONOURED, *_NEUTRAL, *_NEUTRAL_WHEN_SAMPLING)
     found = {name: config[name] for name in names if config.get(name) is not None}
     if found.get("max_length") == LIBRARY_MAX_LENGTH:
@@ -130,7 +130,7 @@ def generation_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `max_new_tokens`, or else `max_length`, and `min_new_tokens`, or else `min_length`, stand for."""
+    """Length limits: `max_new_tokens` or else `max_length`, and `min_new_tokens` or else `min_length`."""
     fields: dict[str, Any] = {}
     most, most_total = _integer(config, "max_new_tokens"), _integer(config, "max_length")
     if most is not None:
@@ -153,14 +153,14 @@ def _sampling(config: Mapping[str, Any]) -> dict[str, Any]:
         fields[name] = default if value is None else value
     if fields["top_k"] == -1:  # what other engines write for "all"
         fields["top_k"] = 0
-    if fields["top_p"] == 0:  # of which one token is kept
+    if fields["top_p"] == 0:  # keeps one token
         fields |= {"top_p": 1.0, "top_k": 1}
     count = _integer(config, "num_return_sequences")
     return fields if count is None else {**fields, "n": count}
 
 
 def _biases(config: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
-    """`sequence_bias`, a list of [token ids, number]."""
+    """`sequence_bias`, a list of [token ids, number], as (token ids, number)."""
     biases: dict[tuple[int, ...], float] = {}
     for index, pair in enumerate(_list(config, "sequence_bias")):
         malformed = requirement(InvalidRequestError, f"sequence_bias[{index}]", "[token ids, number]", pair)
@@ -189,6 +189,6 @@ def _token_ids(key: str, value: Any) -> tuple[int, ...]:
 
 
 def _integer(config: Mapping[str, Any], key: str) -> Any:
-    """The value, as an int where it is a float without a fraction; its type is checked where it is used."""
+    """The value, as an int if it is a whole float; its type is checked where it is used."""
     value = config.get(key)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,4 +1,4 @@
-"""Request options: how a request is run, beside what it generates (`SamplingParams`).
+"""Request options: how a request is run, as opposed to what it generates (`SamplingParams`).
 
 Everything that submits requests takes these options as keywords. A new one is a field of `RequestOptions` and its key
 in `RequestKeywords`, which type checkers read; a test compares the two.
@@ -26,10 +26,10 @@ from llmengine.errors import InvalidRequestError
 from llmengine.sampling_params import SamplingParams
 
 SlowConsumer = Literal["coalesce", "pause", "abort"]
-"""What becomes of a request whose consumer has too many tokens to read: nothing, it stops until it is read, it ends."""
+"""What happens to a request with too many unread tokens: it goes on, it pauses until they are read, or it ends."""
 
 MAX_PRIORITY = 1_000_000
-"""Largest `RequestOptions.priority`, and the smallest is its negative."""
+"""Largest `RequestOptions.priority`; the smallest is -MAX_PRIORITY."""
 
 MAX_REQUEST_ID_CHARS = 256
 """Most characters of `RequestOptions.request_id`."""
@@ -40,7 +40,7 @@ _ELSEWHERE = {
     "stream": "streaming=True of the methods that end in _async",
     "timeout": "deadline_s",
 }
-"""What is meant by keywords of other engines."""
+"""Keyword of another engine -> what it is called here."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -53,23 +53,23 @@ class RequestOptions:
 
     Attributes:
         priority: higher is scheduled first and preempted last, among the requests of its tenant; in [-1e6, 1e6].
-        tenant: on whose behalf. Tenants share the engine by `SchedulerConfig.tenant_weights`, whatever their
-            priorities, and no prefix blocks unless `share_prefixes_across_tenants`.
-        deadline_s: seconds from now after which the request ends, wherever it is, with finish reason "timeout".
-        first_token_deadline_s: seconds from now after which it ends so unless it has a token.
+        tenant: the tenant that the request belongs to. Tenants share the engine by `SchedulerConfig.tenant_weights`,
+            whatever their priorities. They share prefix blocks only with `share_prefixes_across_tenants`.
+        deadline_s: seconds from now after which the request ends with finish reason "timeout".
+        first_token_deadline_s: the same for a request that has no token yet.
         cache_salt: the request shares cached prefix blocks only with requests of an equal salt.
-        wait_for_admission: where the queue is full, have the request wait for room (the tenants in turn) instead of
-            raising `QueueFullError`. It is not tokenized before; reading, cancelling, `abort()` and deadlines work as
-            ever. The default is False for a single request, and True for `generate`, `stream` and beam search.
-        slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": nothing,
-            they come as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
-            others need them; of more than `max_queued_requests` paused ones the oldest is aborted. "abort": end the
+        wait_for_admission: if the queue is full, wait for room (tenants take turns) instead of raising
+            `QueueFullError`. The request is tokenized once it is admitted; reading, cancelling, `abort()` and deadlines
+            work as usual. The default is False for a single request, and True for `generate`, `stream` and beam search.
+        slow_consumer: what to do while `SchedulerConfig.max_unread_tokens` tokens are unread. "coalesce": go on;
+            they arrive as one longer delta. "pause": compute no more until they are read; the KV blocks stay until
+            others need them, and beyond `max_queued_requests` paused requests the oldest is aborted. "abort": end the
             request with finish reason "abort"; the output's `error` says why. A caller that waits for the final output
-            has read everything.
-        request_id: a name of the caller's for the request, at most 256 characters. Outputs, errors, logs and statistics
-            show it in place of the number that the engine counts. It is a label: it need not be unique, and the
-            requests of one call all have it.
-        metadata: any object. It comes back, the same object, with each output and in the request's statistics.
+            counts as having read everything.
+        request_id: the caller's own name for the request, at most 256 characters. Outputs, errors, logs and statistics
+            show it instead of the engine's number. It is a label: it need not be unique, and all requests of one call
+            share it.
+        metadata: any object; each output and the request's statistics carry it unchanged.
     """
 
     priority: int = 0
@@ -106,7 +106,7 @@ class RequestOptions:
 
     @property
     def has_deadline(self) -> bool:
-        """True when the request may end with "timeout"."""
+        """True if the request may end with "timeout"."""
         return self.deadline_s is not None or self.first_token_deadline_s is not None
 
     def replace(self, **changes: Any) -> RequestOptions:
@@ -132,15 +132,15 @@ class TemplateKeywords(TypedDict, total=False):
     """The keywords of what makes a prompt of a conversation.
 
     Attributes:
-        tools: functions as JSON Schema, in OpenAI's form or without its wrapper. Like all of these, refused where the
-            chat template does not use them.
-        documents: what to answer from, mappings with "title" and "text" for most templates.
+        tools: functions as JSON Schema, in OpenAI's form or without its wrapper. Like the other keywords, refused if
+            the chat template does not use it.
+        documents: sources for the answer; mappings with "title" and "text" for most templates.
         add_generation_prompt: end the prompt with the header of an answer. The default is True, unless the final
             message is continued.
-        continue_final_message: have the answer go on with the final message, or with the field of it that is named.
-        chat_template: the name of another template of the model's, or a template, instead of the usual one.
-        chat_template_kwargs: variables of the template's own, such as ``{"enable_thinking": False}``. They may also be
-            keywords, which type checkers cannot know.
+        continue_final_message: True: the answer continues the final message; a string: it continues that field of it.
+        chat_template: the name of another template of the model, or the text of a template.
+        chat_template_kwargs: variables of the template itself, such as ``{"enable_thinking": False}``. They may also be
+            passed as keywords, but type checkers do not know those.
     """
 
     tools: Sequence[Any] | None
@@ -152,7 +152,7 @@ class TemplateKeywords(TypedDict, total=False):
 
 
 class ChatKeywords(RequestKeywords, TemplateKeywords, total=False):
-    """The keywords of chats: those of requests, and those of the conversation's prompt."""
+    """The keywords of chats: those of requests and those of the chat template."""
 
 
 TEMPLATE_NAMES = frozenset(TemplateKeywords.__annotations__)
@@ -205,7 +205,7 @@ def is_sampling_parameter(name: str) -> bool:
 def takes_options(keywords: type = RequestKeywords, **defaults: Any) -> Callable[[_F], _F]:
     """Show the options in the signature and the documentation of a function that has them as ``**options``.
 
-    `defaults` are the function's own, as for `as_options`. Beside `TemplateKeywords` are variables.
+    `defaults` are the function's own, as for `as_options`. `TemplateKeywords` come with variables of the template.
     """
 
     def decorate(function: _F) -> _F:

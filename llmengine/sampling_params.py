@@ -21,22 +21,22 @@ from llmengine.generation_config import sampling_fields, unsupported_keys
 from llmengine.structured_output import StructuredOutput
 
 MAX_LOGPROBS = 20
-"""Most alternatives per token that `SamplingParams.logprobs` may ask for."""
+"""Largest number of alternatives per token that `SamplingParams.logprobs` may ask for."""
 
 MAX_OUTPUTS = 128
-"""Most outputs of one prompt that `SamplingParams.n` or `best_of` may ask for."""
+"""Largest number of outputs of one prompt that `SamplingParams.n` or `best_of` may ask for."""
 
 MAX_LISTED_TOKENS = 16384
-"""Most tokens in `SamplingParams.logit_bias` or `stop_token_ids`, most characters and token ids in `bad_words`: the
-device has room for every slot to hold as many as one of them. Also most characters in `stop`."""
+"""Most tokens in `SamplingParams.logit_bias` or `stop_token_ids`, most characters and token ids in `bad_words`, and
+most characters in `stop`. The device reserves memory for that many tokens in every slot."""
 
 MIN_TEMPERATURE = 1e-6
-"""Least `SamplingParams.temperature` beside 0; logits divided by it stay finite in 32 bits."""
+"""Smallest `SamplingParams.temperature` other than 0; logits divided by it stay finite in 32 bits."""
 
 MAX_MIN_NEW_TOKENS = 2**30
-"""Most of `SamplingParams.min_new_tokens`; positions are 32-bit integers on the device."""
+"""Largest `SamplingParams.min_new_tokens`; positions are 32-bit integers on the device."""
 
-_SEED_NAMES = {
+_SAMPLING_CONFIG_FIELDS = {
     "end_id": "stop_token_ids",
     "max_new_tokens": "max_new_tokens",
     "min_length": "min_new_tokens",
@@ -48,7 +48,7 @@ _SEED_NAMES = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
-"""Names of TensorRT-LLM's first `SamplingConfig`, and where they live here."""
+"""Field of TensorRT-LLM's first `SamplingConfig` -> field of `SamplingParams`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,50 +56,50 @@ class SamplingParams:
     """Immutable; one object may serve any number of requests.
 
     Raises `InvalidRequestError`, naming the value and the range, when a field is out of range. None stands for a
-    field's default, but for `max_new_tokens`, where it says what it says below.
+    field's default, except for `max_new_tokens`, where it has the meaning below.
 
     The model's logits pass through, in this order: the allowed tokens of a grammar, logit_bias, repetition_penalty,
-    frequency_penalty, presence_penalty, bad_words, min_new_tokens, temperature, top_k, top_p, min_p. What a forbidden
-    token's logit was does not matter, so this is the order of transformers and of vLLM, but that vLLM has min_p before
-    top_k. A request fails where nothing is left to choose from.
+    frequency_penalty, presence_penalty, bad_words, min_new_tokens, temperature, top_k, top_p, min_p. The logit of
+    a forbidden token does not matter, so this order is equivalent to that of transformers and of vLLM, except that vLLM
+    applies min_p before top_k. A request fails if no token is left to choose from.
 
     Attributes:
-        n: how many outputs to generate for the prompt, in [1, 128]; more than one need a temperature above 0. The
-            prompt is computed once. `GenerationOutput.outputs` has them. Output i draws with a seed derived from
-            `seed` and i alone, the first with `seed` itself.
-        best_of: generate this many, in [n, 128], and return the n of the highest `cumulative_logprob`, best first;
-            None: n. Above n nothing can be streamed, and `logprobs` is 0 if it is None.
+        n: number of outputs to generate for the prompt, in [1, 128]; more than one need a temperature above 0.
+            `GenerationOutput.outputs` has them. The prompt is computed once. Output i draws with a seed that depends
+            only on `seed` and i; the first output uses `seed` itself.
+        best_of: number of outputs to generate, in [n, 128], of which the n with the highest `cumulative_logprob` are
+            returned, best first; None: n. Above n, outputs cannot be streamed, and `logprobs=None` counts as 0.
         max_new_tokens: most tokens to generate, >= 1; None: until the context is full.
-        min_new_tokens: ends and stop tokens cannot be chosen, and stop strings do not end the request, before
-            this many tokens; in [0, 2**30].
-        max_total_tokens: most tokens of prompt and output together, >= 1, beside `max_new_tokens`; None: no such limit.
+        min_new_tokens: number of tokens, in [0, 2**30], before which end tokens and stop tokens cannot be chosen and
+            stop strings do not end the request.
+        max_total_tokens: most tokens of prompt and output together, >= 1, as well as `max_new_tokens`; None: no limit.
             A prompt that leaves no room for a token raises `PromptTooLongError`.
-        min_total_tokens: like `min_new_tokens`, but before prompt and output together have this many tokens.
-        temperature: 0 is greedy (argmax); else logits are divided by it, in [1e-6, 100].
+        min_total_tokens: like `min_new_tokens`, but for the tokens of prompt and output together.
+        temperature: 0 chooses the likeliest token; otherwise logits are divided by it, in [1e-6, 100].
         top_k: sample among the k likeliest tokens; 0: all.
         top_p: sample among the smallest set of likeliest tokens whose probabilities reach top_p, in (0, 1].
         min_p: sample among the tokens that are at least min_p times as likely as the likeliest, in [0, 1]; 0: all.
-        repetition_penalty: logits of tokens in prompt or output are divided by it if above 0, else multiplied with it,
-            in [0.01, 100]; 1: none.
-        frequency_penalty: subtracted from a token's logit for each time that it is in the output, in [-2, 2].
-        presence_penalty: subtracted once from the logits of tokens in the output, in [-2, 2].
-        logit_bias: token id -> what is added to its logit, in [-100, 100]; a mapping or pairs, kept as sorted pairs.
-        bad_words: what must not be generated: strings (which need a tokenizer) and sequences of token ids. The last
-            token of a sequence cannot be chosen where the ones before it end the prompt or output. A string stands for
-            the tokens that it has at the start of a text and, where that makes a difference, after a space.
-        seed: the same seed, prompt and parameters draw with the same random numbers whatever else is in the
-            batch; None: a fresh seed for each request. In [0, 2**63).
-        stop: strings that end the request; the text is cut just before the match. At most 16,384 characters.
-        stop_token_ids: token ids that end the request, beside the model's (`LLM.eos_token_ids`).
-        ignore_eos: do not end at the model's ends (stop and stop_token_ids still apply).
-        logprobs: None: none; k >= 0: for each token its own log-probability and those of the k likeliest, k <= 20.
-            They are of the model's distribution, before anything that these parameters do to it.
-        prompt_logprobs: the same for each token of the prompt but the first; not on every backend. The prompt is then
+        repetition_penalty: in [0.01, 100]; for tokens in the prompt or output, positive logits are divided by it and
+            others multiplied by it; 1: no penalty.
+        frequency_penalty: subtracted from a token's logit for each occurrence in the output, in [-2, 2].
+        presence_penalty: subtracted once from the logit of each token in the output, in [-2, 2].
+        logit_bias: token id -> number added to its logit, in [-100, 100]; a mapping or pairs, kept as sorted pairs.
+        bad_words: strings (which need a tokenizer) and sequences of token ids that must not be generated. The last
+            token of a sequence cannot be chosen after the tokens before it. A string stands for its tokens at the start
+            of a text and, if they differ, for its tokens after a space.
+        seed: in [0, 2**63). The same seed, prompt and parameters draw the same random numbers whatever else is in the
+            batch. None: a fresh seed for each request.
+        stop: strings that end the request, at most 16,384 characters in all; the text is cut just before the match.
+        stop_token_ids: token ids that end the request, in addition to the model's (`LLM.eos_token_ids`).
+        ignore_eos: do not end at the model's end tokens (stop and stop_token_ids still apply).
+        logprobs: k in [0, 20]: for each token its own log-probability and those of the k likeliest tokens, in the
+            model's distribution before these parameters change it. None: no log-probabilities.
+        prompt_logprobs: the same for each token of the prompt except the first; not on every backend. Such a prompt is
             computed without reading the prefix cache.
         skip_special_tokens: leave special tokens (BOS, EOS, chat markers) out of the text.
-        structured: the form that the text must have. Stop tokens can be chosen only where it may end, and the request
-            ends by itself, with "stop", where nothing can follow; other limits and stop strings may cut it off. Needs
-            a tokenizer, and the package llguidance.
+        structured: the form that the text must have. Stop tokens can be chosen only where the form may end, and the
+            request ends with "stop" where nothing can follow; other limits and stop strings may cut the text off. Needs
+            a tokenizer and the package llguidance.
     """
 
     n: int = 1
@@ -187,17 +187,17 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True when the likeliest token is always chosen."""
+        """True if the likeliest token is always chosen."""
         return self.temperature == 0.0 or self.top_k == 1
 
     @property
     def num_outputs(self) -> int:
-        """How many outputs are generated, of which `n` are returned."""
+        """Number of outputs that are generated, of which `n` are returned."""
         return self.n if self.best_of is None else self.best_of
 
     @property
     def penalizes(self) -> bool:
-        """True when what a logit becomes depends on the tokens before."""
+        """True if a penalty makes logits depend on earlier tokens."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     def replace(self, **changes: Any) -> SamplingParams:
@@ -205,7 +205,7 @@ class SamplingParams:
         return dataclasses.replace(self, **changes)
 
     def for_prompt(self, num_tokens: int) -> SamplingParams:
-        """These parameters for a prompt of so many tokens: limits of the total are limits of what is new."""
+        """These parameters for a prompt of `num_tokens` tokens, with total limits turned into limits of new tokens."""
         if self.max_total_tokens is None and not self.min_total_tokens:
             return self
         most, least = self.max_new_tokens, max(self.min_new_tokens, self.min_total_tokens - num_tokens)
@@ -223,9 +223,8 @@ class SamplingParams:
     def from_sampling_config(cls, config: Mapping[str, Any]) -> SamplingParams:
         """Translate the names of TensorRT-LLM's first `SamplingConfig` (`end_id`, `random_seed`, `min_length`, ...).
 
-        `pad_id` has no meaning here and is ignored, as are `length_penalty` and `early_stopping`, which mean something
-        to beam search alone; `num_beams` above 1 (see `LLM.beam_search`) and any unknown name raise
-        `InvalidRequestError`.
+        `pad_id` has no meaning here and is ignored, as are `length_penalty` and `early_stopping`, which only beam
+        search uses. `num_beams` above 1 (see `LLM.beam_search`) and any unknown name raise `InvalidRequestError`.
         """
         fields: dict[str, Any] = {}
         for name, value in config.items():
@@ -235,16 +234,17 @@ class SamplingParams:
                 )
             if name in ("pad_id", "num_beams", "length_penalty", "early_stopping"):
                 continue
-            if name not in _SEED_NAMES:
-                known = ", ".join(sorted(_SEED_NAMES))
+            if name not in _SAMPLING_CONFIG_FIELDS:
+                known = ", ".join(sorted(_SAMPLING_CONFIG_FIELDS))
                 raise InvalidRequestError(f"SamplingConfig field {name!r} is not supported; supported: {known}")
-            fields[_SEED_NAMES[name]] = value
+            fields[_SAMPLING_CONFIG_FIELDS[name]] = value
         return cls(**fields)
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> SamplingParams:
-        """What transformers' `generate` does by default with this `generation_config.json`; what it leaves open is as
-        in `SamplingParams()`. docs/sampling.md lists the keys.
+        """Parameters that do what transformers' `generate` does by default with this `generation_config.json`.
+
+        Fields that it leaves open are as in `SamplingParams()`; docs/sampling.md lists the keys.
 
         EOS ids belong to the model, not to these parameters; keys that change no token (of caches, of speculation) are
         left out. Raises `InvalidRequestError` for a malformed value, `UnsupportedModelError` naming the keys that

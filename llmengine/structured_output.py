@@ -19,18 +19,18 @@ _KINDS = ("json_schema", "regex", "choice", "grammar")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
-    """Exactly one of the four; whatever is generated satisfies it when the request ends with "stop".
+    """One form, given by exactly one of the four fields; a text that ends with "stop" satisfies it.
 
-    Raises `InvalidRequestError` for what is none of these, or longer than `MAX_GRAMMAR_CHARS`. Whether a schema, regex
-    or grammar can be used is found when a request is submitted.
+    Raises `InvalidRequestError` for a malformed form, or one longer than `MAX_GRAMMAR_CHARS`. Whether a schema, regex
+    or grammar can be used is checked once a request is submitted.
 
     Attributes:
         json_schema: a JSON Schema: a mapping (a Pydantic model's `model_json_schema()`, say) or JSON text, kept as JSON
-            text; True: any JSON. Between tokens of JSON is at most one space. Keywords that cannot be enforced are
-            refused. What OpenAI's clients send as `response_format` is the schema in it: with its `type` or without,
+            text; True: any JSON. JSON tokens are separated by at most one space. Keywords that cannot be enforced are
+            refused. OpenAI's `response_format` is accepted for the schema inside it, with its `type` or without:
             ``{"name": ..., "schema": {...}}``.
-        regex: what the whole text must match, in the syntax of Rust's `regex` crate: no look-around, no references.
-        choice: strings, of which the text is one.
+        regex: a pattern for the whole text, in the syntax of Rust's `regex` crate: no look-around, no references.
+        choice: strings, one of which becomes the text.
         grammar: a context-free grammar in EBNF: Lark's syntax with a rule `start`, or llama.cpp's GBNF with `root ::=`.
     """
 
@@ -58,7 +58,7 @@ class StructuredOutput:
 
 def _as_json_text(schema: Any) -> str:
     if isinstance(schema, str) and len(schema) > MAX_GRAMMAR_CHARS:
-        return schema  # too long to be read; refused for that
+        return schema  # refused later for its length, without being parsed
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         if value is True:
@@ -75,8 +75,8 @@ def _as_json_text(schema: Any) -> str:
 def _schema_inside(given: Mapping[str, Any]) -> Any:
     """The schema inside OpenAI's response format; `given` itself if it is a schema.
 
-    A schema has none of the keys "schema" and "json_schema", whatever its properties are called: they stand a level
-    deeper. So one that has them beside keys of OpenAI's form alone is of that form.
+    A schema itself never has the keys "schema" and "json_schema", since names of properties are one level deeper. So a
+    mapping with one of them, and otherwise only keys of OpenAI's form, is of that form.
     """
     if given.get("type") == "json_schema" and isinstance(given.get("json_schema"), Mapping):
         given = given["json_schema"]

@@ -1,9 +1,9 @@
-"""How few tokens a text can have: what cannot fit a context is refused without tokenizing it.
+"""A lower bound of the number of tokens in a text, so that a text that cannot fit is refused without tokenizing it.
 
-A token stands for no more characters of the text than it has itself, unless something shortens the text (a normalizer,
-a pre-tokenizer that drops characters, tokens that swallow the spaces beside them) or one token stands for many
-characters that are not in the vocabulary. Where that is not known to be so there is no bound: no prompt that fits is
-refused.
+A token stands for at most as many characters of the text as it has itself, with two exceptions: something shortens the
+text (a normalizer, a pre-tokenizer that drops characters, a token that swallows the spaces beside it), or one token
+stands for many characters that are not in the vocabulary. If either is possible there is no bound, so no prompt that
+fits is ever refused.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
 _UTF8_BYTES = sorted({*range(0xF5)} - {0xC0, 0xC1})
 
 _MANY_CHARS = 2**20
-"""Text that UTF-8 is made of within a millisecond."""
+"""Characters that are encoded as UTF-8 within a millisecond."""
 
 _NUM_COMPOSED = 4
 """Most characters that one character of NFC or NFKC is composed of (UAX #15: UTF-32 expands 4 times at most)."""
 
 _KEEPING_PRE_TOKENIZERS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "FixedLength"})
 _SPLITTING_PRE_TOKENIZERS = frozenset({"Split", "Punctuation"})
-"""They keep every character, unless `behavior` says that they remove what they split at."""
+"""Pre-tokenizers that keep every character, unless `behavior` says that they remove what they split at."""
 
 _GROWING_NORMALIZERS = frozenset({"NFD", "NFKD", "Lowercase", "Prepend", "ByteLevel"})
 
@@ -43,7 +43,7 @@ class TextBound:
         vocabulary = frozenset(tokens)
         added = list(backend.get_added_tokens_decoder().values())
         self._swallowing = tuple(token.content for token in added if token.lstrip or token.rstrip)
-        """Tokens beside which any number of spaces belongs to them."""
+        """Tokens that swallow any number of spaces beside them."""
         self._dropped = _dropped_bytes(backend, vocabulary)
         self._max_chars = _max_chars_per_token(backend, vocabulary, [token.content for token in added])
 
@@ -59,7 +59,7 @@ class TextBound:
 def _has_any_byte(text: str, values: Iterable[int]) -> bool:
     """True if the UTF-8 form of `text` contains any of these bytes."""
     values = [value for value in values if value < 0x80 or not text.isascii()]
-    for begin in range(0, len(text) if values else 0, _MANY_CHARS):  # other threads get on in between
+    for begin in range(0, len(text) if values else 0, _MANY_CHARS):  # lets other threads run in between
         data = text[begin : begin + _MANY_CHARS].encode(errors="surrogatepass")
         if any(value in data for value in values):
             return True
@@ -90,7 +90,7 @@ def _pipeline_parts(component: Any) -> list[Mapping[str, Any]] | None:
         return []
     try:
         description = json.loads(component.__getstate__())
-    except Exception:  # one that is written in Python
+    except Exception:  # a component written in Python
         return None
     return list(_flat_parts(description))
 

@@ -1,4 +1,4 @@
-"""Token ids to text: the rule for leading spaces, and generated ids that become text while they arrive."""
+"""Token ids to text: the rules for leading spaces, and incremental detokenization of generated ids."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _LETTERS = "ae0."
 
 
 class TokenTexts:
-    """What tokens of one tokenizer read as, depending on where they stand: the rule for leading spaces.
+    """Texts of the tokens of one tokenizer, which depend on their position: the rules for leading spaces.
 
-    SentencePiece's tokenizers have a word's space in its token, and put one before a text that has none; so their
-    decoders drop the first space of what they are given. The rule, for every tokenizer:
+    SentencePiece tokenizers keep the space before a word in its token, and add one before a text that has none; so
+    their decoders drop the first space of their input. The rules, for every tokenizer:
 
-    - A prompt's text begins with its first token, and anew behind each special token. Only a token that begins a text
-      loses its space, if its tokenizer drops it.
-    - Generated text continues the prompt's: prompt and text together read as the tokens do. It begins a text where the
-      prompt ends with a special token (BOS alone, a chat's end of turn), and from its first token that is not special.
-    - Structured output never begins a text: the form was matched against the tokens' bytes, and these are the text.
+    - In a prompt, a text begins with the first token, and a new one after each special token. Only a token that begins
+      a text loses its space, if its tokenizer drops it.
+    - Generated text continues the text of the prompt. If the prompt ends with a special token (BOS alone, a chat's end
+      of turn), a new text begins with the first generated token that is not special.
+    - Structured output never begins a text: the form was matched with the bytes of the tokens, and these are the text.
 
     Safe to use from several threads.
     """
@@ -37,7 +37,7 @@ class TokenTexts:
     __slots__ = ("_decode", "_encode", "_letter", "_special_ids")
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int] = frozenset()) -> None:
-        """`special_ids` are special beside the tokenizer's own."""
+        """`special_ids` are special in addition to the tokenizer's own."""
         self._encode = tokenizer.encode
         self._decode = tokenizer.decode
         self._special_ids = special_ids.union(getattr(tokenizer, "special_ids", ()))
@@ -125,29 +125,28 @@ class TokenTexts:
 
 
 class IncrementalDetokenizer:
-    """Turns generated ids, one at a time, into pieces of text that are final.
+    """Turns generated ids, one at a time, into final pieces of text.
 
     The pieces concatenate to the final text: that of the generated ids in the context of the prompt, cut just before
-    the stop string that matched. Each push decodes a bounded window (the ids of the last piece as context, then those
-    not yet shown), so its cost does not depend on how much was generated.
+    the stop string that matched. Each push decodes a bounded window (the ids of the last piece as context, then the ids
+    not shown yet), so its cost does not depend on how much was generated.
 
-    UTF-8: the last U+FFFD characters of the window, at most three, may be an unfinished character and wait for the
-    next ids; whatever stands before them is given out, so invalid bytes are delayed by at most three further ids that
-    have text. For byte-level tokenizers the final text is exactly `decode(generated ids)`. Where a decoder looks
-    further back (SentencePiece turns a whole run of byte tokens into U+FFFD when one is invalid), what was given out
-    stays.
+    UTF-8: up to three U+FFFD characters at the end of the window may be an unfinished character and wait for the next
+    ids; the text before them is emitted. So invalid bytes are delayed by at most three further ids that have text. For
+    byte-level tokenizers the final text is exactly `decode(generated ids)`. If a decoder changes earlier text
+    (SentencePiece turns a whole run of byte tokens into U+FFFD if one is invalid), text that was emitted stays.
 
-    Leading spaces: as `TokenTexts` says. Tokenizers that drop the first token's space see the last prompt tokens before
+    Leading spaces: see `TokenTexts`. A tokenizer that drops the first token's space sees the last prompt tokens before
     the first generated one, back to the latest special token.
 
-    Stops: as `StopMatcher` says; the ids in `skip_special_ids` are its hidden tokens, and so is the one that ends the
-    answer. Only generated text counts. Where the text ends depends on neither token borders nor the order of `stop`,
-    and never waits for a longer match once the text holds one.
+    Stops: see `StopMatcher`; its hidden tokens are the ids in `skip_special_ids` and the token that ends the answer.
+    Only generated text counts. The end of the text depends neither on token boundaries nor on the order of `stop`, and
+    does not wait for a longer match once a stop has matched.
 
     Args:
-        tokenizer: or its `TokenTexts`.
+        tokenizer: a tokenizer or its `TokenTexts`.
         skip_special_ids: ids that are not shown.
-        structured: the text is a structured output's.
+        structured: True for structured output.
 
     Attributes:
         stopped: the stop string that matched, or None.
@@ -169,21 +168,21 @@ class IncrementalDetokenizer:
         self._decode = tokenizer.decode
         self._skip_special_ids = skip_special_ids
         self._matcher = StopMatcher(stop) if stop else None
-        # _ids[:_num_context] were shown entirely; _shown is what was given out of decode(_ids), context included.
+        # _ids[:_num_context] were shown completely; _shown is the emitted part of decode(_ids), context included.
         self._ids, self._shown = self._texts.context(prompt_token_ids, structured)
         self._num_context = len(self._ids)
 
     def push(self, token_id: int, check_stop: bool = True) -> str:
-        """Append a generated id and return the text that is final now, "" while it is held back.
+        """Append a generated id and return the text that is now final, "" while text is held back.
 
-        With `check_stop=False` a stop that becomes complete with this id is ordinary text; one that only begins with
-        it may still match later. Must not be called once `stopped` is set.
+        With `check_stop=False` a stop that this id completes is ordinary text; a stop that only begins with it may
+        still match later. Must not be called once `stopped` is set.
         """
         assert self.stopped is None, "push() after a stop string matched"
         if token_id in self._skip_special_ids:
             return self._push_hidden(token_id, check_stop)
         if not self._ids and self._texts.is_special(token_id):
-            piece = self._decode([token_id])  # a text does not begin with it
+            piece = self._decode([token_id])  # a special token does not begin a text
         else:
             piece = self._next_piece(token_id)
         if self._matcher is None or not piece:
@@ -192,9 +191,9 @@ class IncrementalDetokenizer:
         return piece
 
     def end(self, token_id: int) -> str:
-        """Let the answer end at an id that is not shown; return the text that is final now.
+        """End the answer at an id that is not shown, and return the text that is now final.
 
-        A stop string may end with the id's text. Followed by `finish`.
+        A stop string may end with the text of the id. Call `finish` next.
         """
         if self._matcher is None:
             return ""
@@ -243,9 +242,9 @@ class IncrementalDetokenizer:
         return text[num_shown:num_final]
 
     def _drop_context(self) -> str:
-        """The decoder rewrote text that was given out: return the text of the other ids, less the context.
+        """Drop the context, since the decoder changed text that was emitted, and return the text of the other ids.
 
-        As much of it counts as shown as was shown of them before, so that nothing is given out twice.
+        As much of this text counts as shown as was shown before, so that nothing is emitted twice.
         """
         context, self._ids = self._ids[: self._num_context], self._ids[self._num_context :]
         num_context_chars = len(self._decode(context)) if context else 0
@@ -254,22 +253,22 @@ class IncrementalDetokenizer:
         return text
 
     def _start_window(self, text: str) -> None:
-        """Everything is shown: the ids since the context become the next context."""
+        """Start a new window after everything was shown: the ids since the context become the next context."""
         if text == self._shown and self._num_context == len(self._ids) - 1:
             if text or not self._texts.has_text(self._ids[-1]):
-                self._ids.pop()  # an id without text is no context
-            self._num_context = len(self._ids)  # of a first space that the decoder drops, it is
+                self._ids.pop()  # an id without text is useless as context
+            self._num_context = len(self._ids)  # but the token of a dropped first space is kept
             return
         del self._ids[: self._num_context]
         self._num_context = len(self._ids)
         self._shown = self._decode(self._ids)
 
     def _shrink_window(self, text: str, num_final: int) -> int:
-        """Cut a window of invalid bytes at a character border and return how much of `text` is shown now.
+        """Cut a window of invalid bytes at a character boundary and return how much of `text` is shown now.
 
-        A cut where both sides decode to what they were together is a border. Byte-level tokenizers have one within
-        the last four ids with text, unless ids without text stand between: those go first. A decoder without such a
-        border (none is known) gets everything shown.
+        A cut is at a boundary if both sides, decoded separately, give the same text as together. Byte-level tokenizers
+        have a boundary within the last four ids with text; ids without text in between are removed first. If a decoder
+        has no boundary (none is known), everything is shown.
         """
         ids = [token_id for token_id in self._ids if self._decode([token_id])]
         if self._decode(ids) != text:

@@ -1,7 +1,7 @@
-"""Tokens that are known to end an answer, also in a model whose files do not say so.
+"""Tokens that are known to end an answer, even in a model whose files do not say so.
 
-Many files name one end only, the base model's end of text, while the chat template ends turns with another token: so
-do fine-tunes of Llama 3 and ChatML models, Phi-3 and Gemma. llama.cpp therefore takes tokens as ends by their text; the
+Many files name only the base model's end of text, while the chat template ends turns with another token; examples are
+fine-tunes of Llama 3 and ChatML models, Phi-3 and Gemma. llama.cpp therefore recognises end tokens by their text. The
 names, and the models that use one of them for something else, are those of its vocabulary loader.
 """
 
@@ -30,7 +30,7 @@ FILL_IN_END_TOKENS = frozenset(
         "<|file_sep|>",
     }
 )
-"""Texts of tokens behind which a code model goes on with another file. llama.cpp ends there, transformers does not."""
+"""Texts of tokens after which a code model continues with another file. llama.cpp ends there, transformers does not."""
 
 _GGUF_CONTROL = 3
 
@@ -43,7 +43,7 @@ def known_end_ids(token_ids: Mapping[str, int], special: Container[str]) -> froz
     ends = dict(token_ids)
     calls = ends.keys() & {"<|call|>", "<|calls|>"}
     if calls and ends.keys() & {"<|return|>", "<|flush|>"}:
-        ends.pop("<|end|>", None)  # ends a message there, behind which the answer goes on
+        ends.pop("<|end|>", None)  # there it ends a message, and the answer continues
     if "</s>" not in special or "<|tool_response>" in ends:
         ends.pop("</s>", None)
     return frozenset(ends.values())

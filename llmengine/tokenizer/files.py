@@ -1,7 +1,7 @@
 """What the files beside a tokenizer say: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-Which file counts for what is transformers' rule: `added_tokens_decoder` in tokenizer_config.json replaces the two
-others, which are older; without it special_tokens_map.json wins over tokenizer_config.json.
+Precedence follows transformers: `added_tokens_decoder` in tokenizer_config.json replaces the two other, older files;
+without it, special_tokens_map.json takes precedence over tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DEFAULT_TOKENS = {
     "CodeLlamaTokenizer": _LLAMA_TOKENS,
     "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>"},
 }
-"""Class -> what it takes for BOS and EOS where the files name neither."""
+"""Class -> its BOS and EOS if the files name neither."""
 
 _CLASSES = {
     **dict.fromkeys(("qwen2", "qwen3"), "Qwen2Tokenizer"),
@@ -32,7 +32,7 @@ _CLASSES = {
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
     "smollm3": "PreTrainedTokenizerFast",
 }
-"""`model_type` in config.json -> the class that transformers takes where none is named; Llama's for the others."""
+"""`model_type` in config.json -> the class that transformers uses if none is named; Llama's for other types."""
 
 _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "split_special_tokens")
 
@@ -42,14 +42,14 @@ class TokenizerConfig:
     """The files beside a tokenizer, read and checked.
 
     Attributes:
-        path: of tokenizer_config.json, for messages.
-        tokenizer_class: the class in transformers, without "Fast": the one that is named, here or in config.json, or
-            the one that the model's type implies; "" where there is neither.
-        named: role ("bos_token") -> token; None where the file says that there is none.
+        path: path of tokenizer_config.json, for messages.
+        tokenizer_class: the class in transformers, without "Fast": the class named here or in config.json, or
+            else the one that the model's type implies; "" if there is neither.
+        named: role ("bos_token") -> token; None if the file says that there is none.
         unnamed: special tokens without a role.
-        end_tokens: what either file names as EOS; they may differ, and then both end an answer.
-        added: id -> token, of what the model's vocabulary may lack.
-        flags: `legacy` and the like, where the file has them and not null.
+        end_tokens: the EOS of either file; if they differ, both end an answer.
+        added: id -> token, for tokens that the model's vocabulary may lack.
+        flags: `legacy` and similar flags that the file has and that are not null.
         values: all of tokenizer_config.json.
     """
 

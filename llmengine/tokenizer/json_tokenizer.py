@@ -1,10 +1,10 @@
-"""What the files beside a tokenizer.json change in it.
+"""Changes that the files beside a tokenizer.json make to it.
 
-A tokenizer.json describes a tokenizer completely, so it wins over what transformers' classes would build anew. Tokens
-that only the other files have are added, as every version of transformers does. `add_bos_token`, `add_eos_token` and
-`add_prefix_space` were always obeyed by some classes and always ignored by others; transformers 5 ignores the first two
-in all of them, so that DeepSeek's distilled models lose their BOS. Here a flag that is set counts for the classes that
-obeyed it while the models were made.
+A tokenizer.json describes a tokenizer completely, so it takes precedence over what transformers' classes would build.
+Tokens that only the other files have are added, as in every version of transformers. Some classes always obeyed
+`add_bos_token`, `add_eos_token` and `add_prefix_space`, others always ignored them; transformers 5 ignores the first
+two in all classes, so DeepSeek's distilled models lose their BOS. Here, a flag that is set applies to the classes that
+obeyed it when the models were made.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmengine.tokenizer.files import TokenizerConfig
 
 _ADDING_ENDS = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 """Classes that put BOS and EOS where `add_bos_token` and `add_eos_token` say.
-Without either flag the file's own rule stays; with one, the other's default is true for BOS and false for EOS."""
+Without either flag the file's own rule stays; if one is set, the other defaults to true for BOS and false for EOS."""
 
 _SENTENCEPIECE = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer"})
 _BYTE_LEVEL = frozenset({"GPT2Tokenizer", "Qwen2Tokenizer"})
-"""Classes that obey `add_prefix_space`; byte-level ones take it for false where it is absent."""
+"""Classes that obey `add_prefix_space`; byte-level ones default to false."""
 
 
 def apply_tokenizer_config(backend: Tokenizer, config: TokenizerConfig) -> Tokenizer:
@@ -39,7 +39,7 @@ def apply_tokenizer_config(backend: Tokenizer, config: TokenizerConfig) -> Token
 
 
 def _add_tokens(backend: Tokenizer, config: TokenizerConfig) -> None:
-    """Add what only the configuration has, in the order of ids, and mark the named tokens special."""
+    """Add the tokens that only the configuration has, in the order of their ids, and mark the named tokens special."""
     special = {token.content for token in (*config.named.values(), *config.unnamed) if token is not None}
     for token_id, token in sorted(config.added.items()):
         token = _as_special(token) if token.content in special else token

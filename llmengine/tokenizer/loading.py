@@ -1,10 +1,10 @@
 """Tokenizers from a model's files: a Hugging Face directory, a GGUF file, an engine directory.
 
-What encodes is one of two libraries: tokenizers, for a tokenizer.json and for what becomes one, and sentencepiece, for
-a SentencePiece model wherever it is stored. transformers is not imported where it need not be: `AutoTokenizer` takes
-3 s to import, tokenizers 0.07 s, and it drops what its classes do not know, such as SmolLM2's split of digits or a
-SentencePiece model's normalizer. Only vocabularies in other formats go through it. What the files beside a tokenizer
-change is in `files`, and what of that applies to a tokenizer.json in `json_tokenizer`.
+One of two libraries encodes text: tokenizers, for a tokenizer.json and for formats that are converted to one, and
+sentencepiece, for a SentencePiece model wherever it is stored. transformers reads only the other formats, because
+`AutoTokenizer` takes 3 s to import (tokenizers takes 0.07 s) and drops what its classes do not know, such as SmolLM2's
+splitting of digits or the normalizer of a SentencePiece model. The files beside a tokenizer are read in `files`;
+`json_tokenizer` applies them to a tokenizer.json.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class LoadedTokenizer:
 
     Attributes:
         special_ids: ids left out of the text when `SamplingParams.skip_special_tokens` is set.
-        bos_token_id: None where the model has none.
-        eos_token_id: likewise.
+        bos_token_id: None if the model has none.
+        eos_token_id: None if the model has none.
         end_token_ids: ids that the files name as ends of an answer: EOS, and a GGUF file's ends of turn and of message.
-        known_end_ids: ids of tokens that end one by their text, whatever the files say; see `end_tokens.py`.
+        known_end_ids: ids of tokens whose text is known to end an answer, whatever the files say; see `end_tokens.py`.
         vocab_size: one above the highest id.
         has_chat_template: whether `apply_chat_template` can work.
     """
@@ -74,7 +74,7 @@ class LoadedTokenizer:
         end_token_ids: frozenset[int],
         source: str,
     ) -> None:
-        """Set what does not depend on the library that encodes."""
+        """Set the attributes that do not depend on the library that encodes."""
         self._special_tokens = dict(special_tokens)
         self._templates = ChatTemplates(chat_templates, self._special_tokens, source)
         for name in self._templates.sources:
@@ -93,8 +93,8 @@ class LoadedTokenizer:
         """The ids of `text`; special tokens written out in it are recognised.
 
         With `add_special_tokens`, BOS and the like are added as the model's own tokenizer does; text from
-        `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot hold,
-        `CorruptFileError` for a tokenizer that contradicts itself.
+        `apply_chat_template` brings them itself. Raises `InvalidRequestError` for text that UTF-8 cannot encode,
+        `CorruptFileError` for an inconsistent tokenizer.
         """
         check_text(text)
         with self._encoding(text):
@@ -115,7 +115,7 @@ class LoadedTokenizer:
             raise CorruptFileError(f"{self._source}: the tokenizer cannot encode {text[:80]!r:.80}: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text, special tokens included; ids outside the vocabulary have none."""
+        """The text, special tokens included; ids outside the vocabulary have no text."""
         try:
             text: str = self._backend.decode(token_ids, skip_special_tokens=False)
         except BaseException as error:
@@ -212,7 +212,7 @@ class SentencePieceTokenizer(LoadedTokenizer):
         return least if least > max_tokens else self.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text, special tokens included; ids outside the vocabulary have none."""
+        """The text, special tokens included; ids outside the vocabulary have no text."""
         return self._codec.decode(token_ids)
 
     def token_bytes(self) -> list[bytes]:
@@ -220,7 +220,7 @@ class SentencePieceTokenizer(LoadedTokenizer):
         return self._codec.token_bytes()
 
     def tokenizer_json(self) -> str:
-        """Raise `UnsupportedModelError`: there is no such form that gives the same ids; see `token_bytes`."""
+        """Raise `UnsupportedModelError`, since no tokenizer.json gives the same ids; see `token_bytes`."""
         raise UnsupportedModelError(
             f"{self._source}: a SentencePiece model cannot be written as a tokenizer.json; use token_bytes()"
         )
@@ -393,7 +393,7 @@ def _read_with_transformers(directory: Path) -> LoadedTokenizer:
 
     try:
         wrapped = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # anything: the files are not ours, and neither is the reader
+    except Exception as error:  # any exception: neither the files nor the reader are ours
         raise ModelLoadError(f"{directory}: transformers cannot read the tokenizer: {error}") from error
     backend = getattr(wrapped, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):

@@ -1,7 +1,7 @@
-"""Text to token ids and back: what a tokenizer must offer, and how those of other libraries are made to.
+"""Text to token ids and back: what a tokenizer must offer, and adapters for tokenizers of other libraries.
 
 Importing this module loads no tokenizer library; `llmengine.tokenizer.loading` reads tokenizers from files, and
-`llmengine.tokenizer.detokenizer` makes text of generated ids while they arrive.
+`llmengine.tokenizer.detokenizer` turns generated ids into text as they arrive.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from llmengine.chat.template import ChatTemplates
 
 _FEW_CHARS = 1024
-"""Text that is tokenized within half a millisecond."""
+"""Characters that are tokenized within half a millisecond."""
 
 _MANY_CHARS = 2**20
-"""Text that UTF-8 is made of within a millisecond."""
+"""Characters that are encoded as UTF-8 within a millisecond."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The two methods that `LLM(tokenizer=...)` needs; `adapt_tokenizer` makes other known kinds fit.
+    """The two methods that `LLM(tokenizer=...)` needs; `adapt_tokenizer` wraps other known kinds.
 
     Optional attributes are used where present: `special_ids` (ids left out of the text when
-    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (those that end an answer, beside the model's own; in
-    its absence `eos_token_id`); for structured output `token_bytes()`, the bytes of each id, or
+    `SamplingParams.skip_special_tokens` is set), `end_token_ids` (ids that end an answer, in addition to the model's
+    own; without it, `eos_token_id`); for structured output `token_bytes()`, the bytes of each id, or
     `tokenizer_json()`, the text of a tokenizer.json.
     """
 
@@ -49,11 +49,11 @@ class ChatTokenizer(Tokenizer, Protocol):
 
     Optional: `chat_template_variables(chat_template, *, has_tools)`, the names of the variables that the template
     reads. Without it, keywords of a chat that `apply_chat_template` does not name are passed on only if it raises for
-    those that it does not know.
+    unknown ones.
     """
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; text from the template has its special tokens and needs no others."""
+        """The ids of `text`; text from a template already has its special tokens."""
 
     def apply_chat_template(
         self,
@@ -71,8 +71,8 @@ class ChatTokenizer(Tokenizer, Protocol):
 class ByteTokenizer:
     """Ids 0..255 are bytes, 256 is BOS and 257 EOS; for tests and demonstrations.
 
-    `encode` adds neither BOS nor EOS. `decode` gives no text for ids above 255. An LLM does not end at EOS because of
-    this tokenizer: a `FakeBackend` may generate any id.
+    `encode` adds neither BOS nor EOS. `decode` gives no text for ids above 255. It names no end
+    tokens, since a `FakeBackend` may generate any id.
     """
 
     bos_token_id = 256
@@ -100,8 +100,8 @@ def check_text(text: str) -> None:
     if not isinstance(text, str):
         raise requirement(InvalidRequestError, "the text to tokenize", "a string", text)
     if text.isascii():
-        return  # known without a look at the text
-    for begin in range(0, len(text), _MANY_CHARS):  # other threads get on in between
+        return  # a flag of the string, known without reading it
+    for begin in range(0, len(text), _MANY_CHARS):  # lets other threads run in between
         try:
             text[begin : begin + _MANY_CHARS].encode()
         except UnicodeEncodeError as error:
@@ -135,8 +135,8 @@ def encode_with_limit(
 def _encoding(backend: Any, text: str, add_special_tokens: bool) -> Any:
     """The library's encoding of `text`.
 
-    Its `encode` keeps the interpreter lock, so that a megabyte would stop every thread for a second. Its form for
-    batches gives the lock up, and runs a batch of one on this thread.
+    Its `encode` holds the interpreter lock, so a megabyte would stop every thread for a second. Its batch method
+    releases the lock, and runs a batch of one on this thread.
     """
     if len(text) <= _FEW_CHARS:
         return backend.encode(text, add_special_tokens=add_special_tokens)
@@ -173,7 +173,7 @@ class TransformersTokenizer:
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.known_end_ids = added_end_ids(added)
         self._known_templates: tuple[dict[str, str], dict[str, Any], ChatTemplates] | None = None
-        # The first call undoes stored truncation and padding, which must not happen while another thread encodes.
+        # The first call resets stored truncation and padding, which must not happen while another thread encodes.
         tokenizer.encode("")
         self._bound = _transformers_bound(tokenizer)
 

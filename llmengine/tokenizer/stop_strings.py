@@ -1,4 +1,4 @@
-"""Stop strings: found in text that arrives piece by piece, with the least of it held back."""
+"""Stop strings in text that arrives piece by piece, with as little text held back as possible."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence
 class StopMatcher:
     """Reads an answer as it arrives and cuts it just before the first stop string.
 
-    The answer consists of characters that are shown and of hidden tokens, special tokens that are not shown. A stop
-    matches
+    The answer consists of shown characters and hidden tokens (special tokens that are not shown). A stop is searched in
 
-    - the text that is shown, read without the hidden tokens: so what is shown never holds a stop; and
-    - the text with the hidden tokens' texts in it, each taken as one piece: a stop may be such a text, contain it,
-      begin or end with it, but a part of one matches nothing. "<" does not end an answer at a hidden "<|im_start|>".
+    - the shown text without the hidden tokens, so that the shown text never contains a stop; and
+    - the text including the texts of hidden tokens, each as one unit: a stop may be, contain, begin or end with such a
+      text, but not match a part of it. "<" does not end an answer at a hidden "<|im_start|>".
 
-    The first stop to be complete counts, reading character by character; of several that complete at the same place,
-    the one that begins first, then the longest. The text held back is always the longest end of what is shown that
-    belongs to the beginning of some stop.
+    Reading character by character, the first stop that is complete counts; of several that end at the same place, the
+    one that begins first, then the longest. The text held back is always the longest suffix of the shown text that may
+    still become part of a stop.
     """
 
     __slots__ = ("_automaton", "_held", "_hidden", "_num_since_hidden", "_state")
@@ -48,7 +47,7 @@ class StopMatcher:
         return self._release(text), None
 
     def feed_hidden(self, text: str, check_stop: bool) -> tuple[str, str | None]:
-        """Read a token that is not shown; returns as `feed` does."""
+        """Read a token that is not shown; returns the same as `feed`."""
         if not text:
             return "", None
         if self._hidden is None:
@@ -85,12 +84,12 @@ class StopMatcher:
 
 
 class _HiddenMatch:
-    """The longest end of the text that begins a stop, hidden tokens included; needed while there is one in it."""
+    """The longest suffix of the text, hidden tokens included, that begins a stop; kept while it has a hidden token."""
 
     __slots__ = ("_automaton", "_position", "_state", "_tokens")
 
     def __init__(self, automaton: _Automaton, state: int, num_since_hidden: int) -> None:
-        """Begin with the end of the shown text that the `state` stands for, as far as no hidden token is in it."""
+        """Begin with the suffix of the shown text that `state` stands for, as far as it has no hidden token."""
         while automaton.depth[state] > num_since_hidden:
             state = automaton.fail[state]
         self._automaton = automaton
@@ -100,12 +99,12 @@ class _HiddenMatch:
 
     @property
     def is_over(self) -> bool:
-        """No hidden token is part of it any more."""
+        """True if the suffix has no hidden token any more."""
         return not self._tokens
 
     @property
     def num_shown(self) -> int:
-        """How many of its characters are shown."""
+        """Number of its characters that are shown."""
         return self._num_shown(self._automaton.depth[self._state])
 
     def step(self, char: str) -> None:
@@ -131,7 +130,7 @@ class _HiddenMatch:
         return 0, None
 
     def close(self) -> None:
-        """Forget a complete stop that begins no longer one, and tokens that no stop can begin at or before."""
+        """Drop a complete stop that begins no longer one, and tokens that no stop can include any more."""
         self._state = self._automaton.open_state(self._state)
         while self._state and self._begins_inside(self._automaton.depth[self._state]):
             self._state = self._automaton.fail[self._state]
@@ -150,12 +149,12 @@ class _HiddenMatch:
 class _Automaton:
     """Aho-Corasick automaton over the stop strings (Aho and Corasick, 1975): one step for each character.
 
-    A state is the longest end of the text that begins some stop, so its depth is exactly the number of characters that
-    must be held back.
+    A state is the longest suffix of the text that begins some stop, so its depth is exactly the number of characters to
+    hold back.
 
     Attributes:
         depth: by state.
-        fail: by state, the longest shorter end of its text that begins a stop.
+        fail: by state, the longest proper suffix of its text that begins a stop.
         match: by state, the longest stop that its text ends with, or None.
         max_depth: length of the longest stop.
     """
@@ -219,6 +218,6 @@ class _Automaton:
 
 
 def _match_order(found: tuple[int, str | None]) -> tuple[int, int]:
-    """Sort key: what begins first among the shown characters, then the longest."""
+    """Sort key: the stop that begins first among the shown characters, then the longest."""
     cut, stop = found
     return cut, 0 if stop is None else len(stop)
