@@ -46,7 +46,7 @@ class LoadedModel:
         A tokenizer that cannot save itself is replaced by the model's own. Raises what `LLM.save` raises.
         """
         from llmengine.checkpoints.model_saving import dtype_to_save, save_model
-        from llmengine.checkpoints.saved_plans import PlanHolder
+        from llmengine.checkpoints.saved_files import PlanHolder
         from llmengine.quantization.model_formats import formats_in_use
         from llmengine.tokenizer.loading import tokenizer_to_save
 

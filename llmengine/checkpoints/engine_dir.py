@@ -31,7 +31,7 @@ from llmengine.checkpoints.canonical_weights import check_tensors
 from llmengine.checkpoints.end_token_ids import ids_in_vocabulary
 from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, read_entries, read_tensor, write_tensors
-from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
+from llmengine.checkpoints.saved_files import SavedFile, SavedPlans
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.dtypes import MODEL_DTYPES, ModelDType, model_dtype_name, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmengine.checkpoints.canonical_weights import COPY_ELEMENTS
 from llmengine.checkpoints.end_token_ids import unique_ids
 from llmengine.checkpoints.engine_dir import save_engine
-from llmengine.checkpoints.saved_plans import SavedPlans
+from llmengine.checkpoints.saved_files import SavedPlans
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import ModelDType, torch_dtype

@@ -15,7 +15,7 @@ from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 if TYPE_CHECKING:
     import torch
 
-    from llmengine.checkpoints.saved_plans import SavedPlans
+    from llmengine.checkpoints.saved_files import SavedPlans
 
 SourceKind = Literal["huggingface", "gguf", "engine", "dummy"]
 WeightStream = Iterator[tuple[str, "torch.Tensor"]]

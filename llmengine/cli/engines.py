@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.checkpoints.saved_plans import size_text
+from llmengine.checkpoints.saved_files import size_text
 from llmengine.config import BY_DEVICE, SchedulerConfig
 
 if TYPE_CHECKING:

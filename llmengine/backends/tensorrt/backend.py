@@ -28,7 +28,7 @@ from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.step_times import dense_step_us, mean_speedup, timed_batch_sizes
 from llmengine.backends.tensorrt.verify import Verification, verify_plans
-from llmengine.checkpoints.saved_plans import SavedPlans
+from llmengine.checkpoints.saved_files import SavedPlans
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
@@ -188,7 +188,7 @@ class SegmentsChoice:
     def _faster(
         self, tunable: TunableSegments, verification: Verification, context: SegmentsContext
     ) -> TunableSegments:
-        """Return `tunable`, or torch's segments if a dense decode step takes less time with them."""
+        """`tunable`, or torch's segments if the dense part of a decode step takes less time with them."""
         torch_segments: TunableSegments | None = None
         if not verification.step_us:
             torch_segments = build_cuda_segments(context)

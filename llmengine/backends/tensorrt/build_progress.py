@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from llmengine.backends.tensorrt.plan_set import Plan
-from llmengine.checkpoints.saved_plans import size_text
+from llmengine.checkpoints.saved_files import size_text
 
 _logger = logging.getLogger("llmengine.tensorrt")
 

@@ -31,7 +31,7 @@ from llmengine.backends.tensorrt.builder import BuiltPlan
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer
 from llmengine.backends.tensorrt.spec import SegmentSpec
 from llmengine.checkpoints.metadata_fields import read_json_object
-from llmengine.checkpoints.saved_plans import SavedFile
+from llmengine.checkpoints.saved_files import SavedFile
 from llmengine.errors import CorruptFileError, EngineError
 from llmengine.user_cache import cache_dir
 

@@ -22,7 +22,7 @@ from llmengine.backends.tensorrt.spec import (
     spec_from_dict,
 )
 from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.saved_plans import SavedFile, SavedPlans
+from llmengine.checkpoints.saved_files import SavedFile, SavedPlans
 from llmengine.dtypes import ModelDType
 from llmengine.errors import CorruptFileError
 

@@ -28,7 +28,7 @@ from llmengine.backends.tensorrt.spec import (
     segments_by_plan,
     spec_from_dict,
 )
-from llmengine.checkpoints.saved_plans import SavedFile
+from llmengine.checkpoints.saved_files import SavedFile
 from llmengine.errors import ConfigError
 from tests.backends.tensorrt.interpreter import Interpreter
 from tests.backends.tensorrt.torch_reference import reference

@@ -31,7 +31,7 @@ from llmengine.backends.tensorrt.segments import TensorRtSegments
 from llmengine.backends.tensorrt.spec import make_profiles, segments_of
 from llmengine.backends.tensorrt.verify import Verification
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.saved_plans import PlanHolder
+from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, EngineError

@@ -28,7 +28,7 @@ from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.backends.tensorrt.verify_engine import verify_on_device
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.saved_plans import SavedFile
+from llmengine.checkpoints.saved_files import SavedFile
 from llmengine.cli.main import main
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from llmengine.quantization.model_formats import DENSE_MODEL

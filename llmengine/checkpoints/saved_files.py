@@ -1,4 +1,4 @@
-"""What a backend built for its model, as a saved engine keeps it beside the weights: files, and facts about them."""
+"""Files of a saved engine with their sizes and hashes, and the plans among them, which a backend built for its model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from llmengine.errors import CorruptFileError
 
 @dataclass(frozen=True, slots=True)
 class SavedFile:
-    """A file's contents, in memory or on disk, and what they must be.
+    """A file in memory or on disk, with the size and hash that it must have.
 
     Attributes:
+        content: the bytes, or the path of the file.
         sha256: hex.
     """
 
@@ -25,11 +26,11 @@ class SavedFile:
 
     @classmethod
     def of(cls, content: bytes) -> Self:
-        """Return the file with these contents."""
+        """A file with these contents."""
         return cls(content, len(content), hashlib.sha256(content).hexdigest())
 
     def check_size(self) -> None:
-        """Raise `CorruptFileError` unless the file is there and has its size."""
+        """Raise `CorruptFileError` unless the file exists and has its size."""
         if isinstance(self.content, bytes):
             return
         try:
@@ -42,7 +43,10 @@ class SavedFile:
             raise CorruptFileError(f"{self.content}: has {found} bytes, expected {self.size_bytes}")
 
     def check(self) -> None:
-        """Raise `CorruptFileError` naming the file, what was found and what was expected; reads it in pieces."""
+        """Raise `CorruptFileError` unless the file has its size and hash; reads it in pieces.
+
+        The message names the file, what was found and what was expected.
+        """
         if isinstance(self.content, bytes):
             return
         self.check_size()
@@ -54,7 +58,7 @@ class SavedFile:
         self._compare(self.content, found)
 
     def read(self) -> bytes:
-        """Return the contents; raises as `check` does."""
+        """The contents; raises as `check` does."""
         if isinstance(self.content, bytes):
             return self.content
         self.check_size()
@@ -75,9 +79,10 @@ class SavedPlans:
     """The plans of a model.
 
     Attributes:
-        facts: JSON-ready; what the files are and where they can be used. Only the backend that wrote it reads it.
-        files: name in the engine directory's plans/ -> file. They are checked when they are used: weights that are
-            sound make up for plans that are not.
+        facts: JSON-ready description of the plans and of the devices that run them. Only the backend that wrote it reads
+            it.
+        files: name in the engine directory's plans/ -> file. They are checked when they are used, because damaged plans
+            can be rebuilt from undamaged weights.
     """
 
     facts: Mapping[str, Any]
@@ -89,11 +94,11 @@ class PlanHolder(Protocol):
     """A backend whose plans are saved with its weights."""
 
     def saved_plans(self) -> SavedPlans | None:
-        """Return what `save` writes, None for no plans; the files must stay as they are until it has."""
+        """The plans to save, None for none; their files must not change until they are written."""
 
 
 def size_text(size_bytes: int) -> str:
-    """Return a size for people: "512 B", "1.21 MB"."""
+    """A size for people: "512 B", "1.21 MB"."""
     size, unit = float(size_bytes), "B"
     for larger in ("kB", "MB", "GB"):
         if size < 1000:
