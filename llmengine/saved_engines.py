@@ -17,10 +17,9 @@ from llmengine.errors import LLMEngineError, ModelLoadError
 
 if TYPE_CHECKING:
     from llmengine.backends.tensorrt.build_engine import BuildOptions, EngineBuild
+    from llmengine.backends.tensorrt.library import Flavour
     from llmengine.backends.tensorrt.spec import WeightMode
     from llmengine.backends.tensorrt.weight_choice import LayerTimes
-
-FlavourName = Literal["auto", "tensorrt", "tensorrt_rtx"]
 
 
 def build(
@@ -29,7 +28,7 @@ def build(
     write: Callable[[str], None],
     *,
     compute_capabilities: tuple[int, ...] = (),
-    flavour: FlavourName = "auto",
+    flavour: Literal["auto"] | Flavour = "auto",
     dtype: DTypeChoice = "auto",
     weight_mode: Literal["fastest"] | WeightMode | None = None,
     scheduler_config: SchedulerConfig | None = None,
@@ -41,7 +40,7 @@ def build(
         write: called with lines about the progress, unless stderr is a terminal, which shows a bar.
         scheduler_config: the limits that the plans are built for, by default those of an accelerator.
 
-    See `backends.tensorrt.build.BuildOptions` for the rest, and `build_engine` for what is raised.
+    See `backends.tensorrt.build_engine` for the other arguments (`BuildOptions`) and for errors (`build_engine`).
     """
     options = _options(
         model,

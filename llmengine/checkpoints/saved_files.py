@@ -1,4 +1,4 @@
-"""Files of a saved engine with their sizes and hashes, and the plans among them, which a backend built for its model."""
+"""Files of a saved engine with sizes and hashes, and the plans among them, which a backend built for its model."""
 
 from __future__ import annotations
 
@@ -79,8 +79,7 @@ class SavedPlans:
     """The plans of a model.
 
     Attributes:
-        facts: JSON-ready description of the plans and of the devices that run them. Only the backend that wrote it reads
-            it.
+        facts: JSON-ready description of the plans and their devices, read only by the backend that wrote it.
         files: name in the engine directory's plans/ -> file. They are checked when they are used, because damaged plans
             can be rebuilt from undamaged weights.
     """

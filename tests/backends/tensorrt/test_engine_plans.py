@@ -242,7 +242,7 @@ def test_inspect_and_verify_show_an_engine(tmp_path: Path, saved: PlanSet, capsy
     out = capsys.readouterr().out
     assert "tensorrt_rtx 1.7.1, compute capability 8.9" in out
     assert "decode to 4 tokens, prefill to 16 tokens; weights as inputs" in out
-    assert "verified    no: what is kept of it is of another version" in out
+    assert "verified    no: the record of it is from another version" in out
     assert "sample_tokens int32 [S]" in out
     assert main(["inspect", str(engine), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
