@@ -28,10 +28,10 @@ _OPERATIONS: dict[str, Operation] = {
     "gate_up": "norm_linear_silu",
     "down": "linear_add",
 }
-"""A layer's matrices, and what each is used in."""
+"""A layer's matrices, and the operation that each is used in."""
 
 _COLD_BYTES = 160 << 20
-"""Weights that a measurement goes through before it meets one again; three times an H100's L2."""
+"""Weights that a measurement reads before it reads one again; three times an H100's L2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class SegmentsContext:
-    """What segments are made from.
+    """Everything that segments are built from.
 
     Attributes:
         tensors: canonical weights on the device, in their places but perhaps not filled yet.
-        logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
+        logits: fp32 [max_batch_size, vocab], to which `last` writes.
         pdl: kernels may start before those ahead of them have ended.
     """
 
@@ -67,13 +67,14 @@ def _no_tuning(_: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TunableSegments:
-    """What runs between attentions.
+    """Segments, the dense compute between attentions, with what prepares them.
 
     Attributes:
-        description: what it is, for people.
-        tune: takes seconds; chooses the fastest of what it has, on the weights in their places, and needs no graph to
-            exist. Called once.
-        compilations: of what the first steps run; each on any thread. They may launch kernels, whose results are junk.
+        description: name of what computes, for people.
+        tune: chooses the fastest kernels by measuring them on the weights in their places, within about the given
+            seconds. Called once, before any graph exists.
+        compilations: calls that compile what the first steps run, each on any thread. They may launch kernels, whose
+            results are junk.
         has_loaded_weights: the weights are in their places already, because choosing these segments needed them.
     """
 
@@ -88,7 +89,7 @@ SegmentsFactory = Callable[[SegmentsContext], TunableSegments]
 
 
 def fused_segments(context: SegmentsContext) -> TunableSegments:
-    """Return Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
+    """Segments of Triton kernels and cuBLASLt products, for models with `has_llama_segments`."""
     assert context.arch.has_llama_segments, context.arch.architecture
     config = context.config
     fused = FusedSegments(
@@ -150,10 +151,10 @@ class FusedSegments:
         return len(self._layers)
 
     def compilations(self, will_tune: bool = False) -> list[Callable[[], None]]:
-        """Return calls that compile what steps of decodes begin with, about a kernel each.
+        """Calls that compile the first kernels of steps of decodes, about one kernel each.
 
         Args:
-            will_tune: also what `tune` measures first; its time is better spent on measuring.
+            will_tune: also compile what `tune` measures first, whose time is better spent on measuring.
         """
         max_rows = len(self._logits)
         x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
@@ -186,7 +187,7 @@ class FusedSegments:
                 return
 
     def _shapes(self, num_rows: int) -> list[GemmShape]:
-        """Return the products of a step of `num_rows` tokens in the order of their use."""
+        """Products of a step of `num_rows` tokens, in the order of their use."""
         shapes: list[GemmShape] = []
         for operation, n, k in self._layer_shapes:
             outputs = n // 2 if operation == "norm_linear_silu" else n
@@ -197,7 +198,7 @@ class FusedSegments:
         return shapes
 
     def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
-        """Compile what will be timed, on threads; what is not begun at the deadline is left."""
+        """Compile the candidates that will be timed, on threads; none is started after the deadline."""
 
         def compile_in_time(shape: GemmShape, config: SkinnyConfig) -> None:
             if time.monotonic() < deadline:
@@ -218,9 +219,9 @@ class FusedSegments:
             self._kernels.compile(shape, config)
 
     def _time_us(self, shape: GemmShape) -> float:
-        """Return the microseconds of the products of a few layers (of all of a small model), or of one and the LM head.
+        """Microseconds of the products of a few layers (all, if the model is small), or of one layer and the LM head.
 
-        For the largest steps if the shape has more rows than those have.
+        If the shape has more rows than the largest step, that step is timed.
         """
         num_rows = min(shape.num_rows, len(self._qkv))
         is_head = (shape.n, shape.k) == self._head_shape
@@ -295,5 +296,5 @@ def _choices_of(kernels: LinearKernels, device: torch.device) -> GemmChoices | N
 
 
 def _plain(_: GemmShape) -> CublasConfig:
-    """Choose torch's product: there is no device to measure on."""
+    """Choose torch's product, since there is no device to measure on."""
     return CublasConfig()

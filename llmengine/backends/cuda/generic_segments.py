@@ -1,4 +1,4 @@
-"""A decoder's dense compute on CUDA for models that the fused kernels do not know: torch's functions, one at a time."""
+"""A decoder's dense compute on CUDA by torch's functions, for models that the fused kernels cannot compute."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegme
 
 
 def build_cuda_segments(context: SegmentsContext) -> TunableSegments:
-    """Return fused kernels where they compute the model, else `generic_segments`."""
+    """Fused kernels if they can compute the model, otherwise `generic_segments`."""
     return fused_segments(context) if context.arch.has_llama_segments else generic_segments(context)
 
 
 def cuda_segments_factory(reason: str) -> SegmentsFactory:
-    """Return `build_cuda_segments` with a description that says why it is these."""
+    """`build_cuda_segments`, with a description that gives the reason why these segments were chosen."""
 
     def build(context: SegmentsContext) -> TunableSegments:
         tunable = build_cuda_segments(context)
@@ -34,9 +34,9 @@ def cuda_segments_factory(reason: str) -> SegmentsFactory:
 
 
 def generic_segments(context: SegmentsContext) -> TunableSegments:
-    """Return segments of any architecture. They allocate their results, which a graph capture keeps in its pool."""
+    """Segments for any architecture. They allocate their results, which a graph capture keeps in its pool."""
     arch, tensors = context.arch, context.tensors
-    # Without programmatic launch, since the torch functions between do not know of it.
+    # No programmatic launch, since the torch functions in between do not know of it.
     device = context.logits.device
     choose = partial(fixed_config, max_shared=max_shared_bytes(device)) if context.config.deterministic else _cublas
     ops = LinearOps(LinearKernels(device), choose)
@@ -86,7 +86,7 @@ class CudaNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the normalised [num_tokens, hidden]."""
+        """Normalise x [num_tokens, hidden] into a new tensor."""
         normed = torch.empty_like(x)
         rms_norm(x, self.weight, self.eps, normed)
         return normed
@@ -99,7 +99,7 @@ class CudaLinear:
     Attributes:
         product: the weight, bound.
         out_features: columns of the result.
-        out: where results go; None: into new tensors of the input's dtype.
+        out: tensor that results are written to; None for new tensors of the input's dtype.
     """
 
     product: BoundLinear
@@ -107,14 +107,14 @@ class CudaLinear:
     out: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the product, [num_tokens, out_features]."""
+        """The product, [num_tokens, out_features], plus the residual if there is one."""
         y = x.new_empty(len(x), self.out_features) if self.out is None else self.out[: len(x)]
         self.product(x, y)
         return y if residual is None else y.add_(residual)
 
 
 def head_norm(weight: Tensor, eps: float) -> Callable[[Tensor], None]:
-    """Return what normalises q or k of all heads, [num_tokens, len(weight)], in place."""
+    """Norm of q or k over all heads, [num_tokens, len(weight)], in place."""
 
     def apply(x: Tensor) -> None:
         normed = x.contiguous()

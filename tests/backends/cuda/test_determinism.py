@@ -17,6 +17,7 @@ import torch
 
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.backends.kv_layout import joint_kv_layout
 from llmengine.batch import TokenLogprobs
 from llmengine.checkpoints.opening import open_model
 from llmengine.kernels.attention import AttentionConfig
@@ -174,14 +175,14 @@ def open_llm(directory: Path, rng: random.Random | None, **settings: Any) -> LLM
     step = max(mixed, rng.choice((16, 64, 200, 512)) if rng else 512)
     num_blocks = rng.choice((29, 34, 80)) if rng else 80
     source = open_model(directory)
-    block_bytes = 64 * source.arch.num_layers * source.arch.num_kv_heads * source.arch.head_dim
+    layout = joint_kv_layout(source.arch, 16, torch.bfloat16)
     config = ModelConfig(
         directory,
         scheduler_config=SchedulerConfig(
             max_batch_size=batch_size, max_tokens_per_mixed_step=mixed, max_tokens_per_step=step
         ),
         kv_cache_config=KvCacheConfig(
-            block_size=16, max_bytes=num_blocks * block_bytes, enable_prefix_caching=rng is not None
+            block_size=16, max_bytes=num_blocks * layout.bytes_per_block, enable_prefix_caching=rng is not None
         ),
         **{"deterministic": True, "dtype": "bfloat16", "tuning_budget_s": 0.0, **settings},
     )
