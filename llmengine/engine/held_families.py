@@ -11,12 +11,12 @@ class HeldFamilies:
     """Holds the members of each family until its first member, the leader, has computed their prompt.
 
     Args:
-        enqueue: takes a member that need not wait any more.
+        enqueue: called with each member that need not wait any longer.
     """
 
     def __init__(self, enqueue: Callable[[Request], None]) -> None:
         self._enqueue = enqueue
-        # Running leaders that others wait for, and some that they do not wait for any more.
+        # Running leaders for which members wait, and some for which they no longer wait.
         self._leaders: list[Request] = []
 
     def hold(self, leader: Request) -> None:
@@ -32,19 +32,19 @@ class HeldFamilies:
             self._leaders.append(request)
 
     def release_ready(self) -> None:
-        """Let the families go whose prompts are computed by the steps launched so far."""
+        """Enqueue the families whose prompts are computed by the steps launched so far."""
         if self._leaders:
             self._leaders = [leader for leader in self._leaders if self._still_holds(leader)]
 
     def release(self, request: Request) -> None:
-        """Let the family of a leader go, because it ended or pauses; does nothing for other requests."""
+        """Enqueue the family of a leader, which has ended or pauses; does nothing for other requests."""
         if request.family is not None and request is request.relatives[0]:
             held, request.family.held = request.family.held, []
             for relative in held:
                 self._enqueue(relative)
 
     def drop(self, request: Request) -> None:
-        """Hold a request no more that has ended."""
+        """Forget a member that has ended."""
         if request.family is not None and request in request.family.held:
             request.family.held.remove(request)
 

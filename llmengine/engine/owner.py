@@ -1,4 +1,4 @@
-"""EngineOwner: ends an engine with whoever refers to it."""
+"""EngineOwner: ends an engine when nothing refers to it any more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EngineOwner:
         self._finalizer = weakref.finalize(self, _shut_down, engine, threads)
 
     def start(self) -> BackendInfo:
-        """Start the engine and block until its backend is ready; raises what making the backend raised."""
+        """Start the engine and block until its backend is ready. Raises what making the backend raised."""
         try:
             return self._engine.start()
         except BaseException:
@@ -39,8 +39,8 @@ class EngineOwner:
 def _shut_down(engine: Engine, threads: PreparationThreads) -> None:
     """Stop both, and wait for the engine. May run inside a garbage collection, on any thread."""
     if engine.is_forked:
-        return  # the threads are the other process's
+        return  # the threads are in the other process
     engine.stop()
     threads.stop()
-    if not is_worker():  # which may hold a lock that the engine wants
+    if not is_worker():  # a worker may hold a lock that the engine needs
         engine.join(_EXIT_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""PromptEncoder: prompts to token ids, and what is wrong with them."""
+"""PromptEncoder: from prompts to token ids, with checks of both."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ class EncodedPrompt:
 
 
 class PromptEncoder:
-    """Makes token ids of texts and chats, and checks those that callers give. Any thread.
-
-    What is longer than `max_model_len` may be refused before it is tokenized.
-    """
+    """Tokenizes texts and chats, and checks the token ids that callers pass. Any thread."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int) -> None:
         self.tokenizer = tokenizer
@@ -37,9 +34,9 @@ class PromptEncoder:
         self._max_model_len = max_model_len
 
     def encode(self, prompt: Prompt | ChatPrompt, *, has_limit: bool = True) -> EncodedPrompt:
-        """The prompt's token ids, of any number of which the context may have room or not; blocks while it tokenizes.
+        """The prompt's token ids, which may be more than fit the context; blocks while text is tokenized.
 
-        With `has_limit`, a prompt that cannot fit the context may be refused unread. Raises `InvalidRequestError`,
+        With `has_limit`, a prompt that cannot fit may be refused unread. Raises `InvalidRequestError`,
         `PromptTooLongError`, and `RequestFailedError` for a fault of the tokenizer.
         """
         if isinstance(prompt, ChatPrompt):
@@ -110,7 +107,7 @@ class PromptEncoder:
 
 
 def as_prompts(prompts: Any) -> Iterable[Prompt]:
-    """One prompt, or several, as several. An empty list is no prompt; arrays of one dimension are token ids.
+    """An iterable of prompts, made of one prompt or of several. An empty list has none; a 1-D array is token ids.
 
     Raises `InvalidRequestError` for anything else.
     """
@@ -152,8 +149,8 @@ def _is_integer_type(kind: type) -> bool:
 def tokenizer_faults(task: str, text: str = "") -> Iterator[None]:
     """Raise `RequestFailedError` for what a tokenizer raises, unless that is an error of ours already.
 
-    The fault is that of whoever brought the tokenizer, not the request's, unless `text` is not Unicode text; then
-    `InvalidRequestError` is raised.
+    A failing tokenizer is not the request's fault, unless `text` is not Unicode text; then this raises
+    `InvalidRequestError`.
     """
     try:
         yield

@@ -29,7 +29,7 @@ from llmengine.outputs import FinishReason
 
 
 def _nothing() -> None:
-    """The default of `notify`."""
+    """The default of `Scheduler.notify`."""
 
 
 class Scheduler:

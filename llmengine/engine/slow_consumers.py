@@ -1,4 +1,4 @@
-"""SlowConsumers: what becomes of requests whose consumers do not read (`RequestOptions.slow_consumer`)."""
+"""SlowConsumers: pausing and aborting requests whose consumers do not read (`RequestOptions.slow_consumer`)."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class WaitingRoom:
         )
 
     def leave(self, request_id: int) -> bool:
-        """Let a prepared request out, with its ticket; False if it has ended meanwhile."""
+        """Release a prepared request, with its ticket; False if it has ended meanwhile."""
         return self._requests.pop(request_id, None) is not None
 
     def reject(self, stream: Stream, failure: LLMEngineError) -> None:
@@ -132,7 +132,7 @@ class WaitingRoom:
                 self.reject(request.stream, refusal)
 
     def close(self) -> None:
-        """Reject everything that is here, and what comes from now on, since the engine has ended."""
+        """Reject all requests, those that are here and later ones, since the engine has ended."""
         self._closed = True
         for request_id in list(self._requests):
             if (refusal := self._refusal()) is not None and (request := self._take_out(request_id)) is not None:
