@@ -431,6 +431,13 @@ def test_the_commands_of_the_guide_run(
         assert main(shlex.split(command)[1:]) == 0, command
 
 
+def test_the_guide_lists_every_file() -> None:
+    guide = (ROOT / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", guide.partition("## The files of")[2], re.MULTILINE)
+    files = (ROOT / "llmengine" / "backends" / "tensorrt").glob("*.py")
+    assert sorted(listed) == sorted(file.stem for file in files if file.stem != "__init__")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_target_must_be_named(model: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library_or_skip()
