@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -152,6 +152,14 @@ class FairQueue(Generic[T]):
         self._order.clear()
         self._prune_at = _MAX_REMEMBERED
         self.floor = 0.0
+
+    def check_integrity(self, running: Sequence[TenantShare[T]], waiting: Sequence[TenantShare[T]]) -> None:
+        """Assert that the counts are right, given the share of each running and of each waiting item."""
+        assert len(self) == len(waiting)
+        for share in {id(share): share for share in (*running, *waiting)}.values():
+            assert share is self.share(share.name), "a tenant has two shares"
+            assert share.num_running == sum(other is share for other in running)
+            assert share.num_waiting == sum(other is share for other in waiting)
 
     def _next_share(self) -> TenantShare[T] | None:
         """The waiting tenant with the least service, which is then the first in `_order`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmengine.engine.request import Request
+from llmengine.engine.request import Request, RequestStatus
 
 
 class PausedRequests:
@@ -48,6 +48,8 @@ class PausedRequests:
         """The longest paused resident, which is resident no more; None if there is none."""
         return self._residents.pop(next(iter(self._residents))) if self._residents else None
 
-    def is_resident(self, request: Request) -> bool:
-        """Whether a paused request keeps slot and blocks."""
-        return request.request_id in self._residents
+    def check_integrity(self) -> None:
+        """Assert that all requests are paused, and that just the residents have slots."""
+        for request_id, request in self._requests.items():
+            assert request.status is RequestStatus.PAUSED
+            assert (request.slot is not None) == (request_id in self._residents)

@@ -137,6 +137,17 @@ class Request:
             return 0
         return self.num_tokens - self.num_computed_tokens
 
+    @property
+    def place(self) -> tuple[float, float, int]:
+        """Sort key of prompts in the fair order, the lowest first."""
+        return self.share.service, self.rank, self.request_id
+
+    def charge_tenant(self) -> None:
+        """Charge its tenant for the tokens that were computed or planned since the previous charge."""
+        if self.num_computed_tokens > self.num_charged_tokens:
+            self.share.charge(self.num_computed_tokens - self.num_charged_tokens)
+            self.num_charged_tokens = self.num_computed_tokens
+
     def extend(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> FinishReason | None:
         """Add a step's tokens to the output, up to the one that ends the request; return the reason if one does.
 

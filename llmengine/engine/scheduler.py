@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 
 from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
 from llmengine.config import SchedulerConfig
@@ -220,7 +221,7 @@ class Scheduler:
 
     def pause(self, request: Request) -> None:
         """Leave a running request out of steps until `resume()`. Tokens from steps in flight are still appended."""
-        self._settle(request)  # so that its eviction charges nobody while the next in the fair order is admitted
+        request.charge_tenant()  # so that its eviction charges nobody while the next in the fair order is admitted
         self.running.remove(request)
         request.status = RequestStatus.PAUSED
         self._paused.add(request)
@@ -278,7 +279,6 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that slots, queue and blocks are consistent. Too slow for anything but tests."""
         waiting = list(self._waiting)
-        assert len(self._waiting) == len(waiting)
         residents = [*self.running, *self._paused.residents]
         slots = [request.slot for request in residents]
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
@@ -287,13 +287,8 @@ class Scheduler:
         for request in residents:
             assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
         assert all(request.status is RequestStatus.RUNNING for request in self.running)
-        for paused in self._paused:
-            assert paused.status is RequestStatus.PAUSED
-            assert (paused.slot is not None) == self._paused.is_resident(paused)
-        for share in {id(r.share): r.share for r in (*residents, *waiting)}.values():
-            assert share is self._waiting.share(share.name), "a tenant has two shares"
-            assert share.num_running == sum(request.share is share for request in residents)
-            assert share.num_waiting == sum(request.share is share for request in waiting)
+        self._paused.check_integrity()
+        self._waiting.check_integrity([request.share for request in residents], [request.share for request in waiting])
         self.kv_cache.check_integrity(request.blocks for request in self.requests())
         if not self.has_requests:
             assert self.kv_cache.num_used_blocks == 0, "an idle engine holds blocks"
@@ -304,7 +299,7 @@ class Scheduler:
         share = request.share
         if share.num_waiting == 0 and self._waiting.num_tenants > 1:
             # The tenant has no claim to what the others got while it had nothing waiting.
-            self._settle_running()
+            self._charge_running()
             self._waiting.raise_floor(running.share for running in self.running if running.share is not share)
         self._waiting.push(share, request.rank, request.request_id, request)
 
@@ -312,15 +307,9 @@ class Scheduler:
         request.share = self._waiting.share(request.tenant)  # the share that it had may have been forgotten
         self._enqueue(request)
 
-    def _settle(self, request: Request) -> None:
-        """Charge the request's tenant for the tokens that were computed or planned since the previous charge."""
-        if request.num_computed_tokens > request.num_charged_tokens:
-            request.share.charge(request.num_computed_tokens - request.num_charged_tokens)
-            request.num_charged_tokens = request.num_computed_tokens
-
-    def _settle_running(self) -> None:
+    def _charge_running(self) -> None:
         for request in self.running:
-            self._settle(request)
+            request.charge_tenant()
 
     def _prompt_budget(self, num_decodes: int) -> int:
         """Tokens that the step may have beside its decodes."""
@@ -376,7 +365,7 @@ class Scheduler:
             if self._evict_paused():
                 continue
             if self._waiting.num_tenants > 1:
-                self._settle_running()
+                self._charge_running()
             victim = choose_victim(self.running, self.kv_cache, self.config)
             self._preempt(victim)
             needing.discard(victim)
@@ -403,7 +392,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         assert request.slot is not None
-        self._settle(request)
+        request.charge_tenant()
         request.share.num_running -= 1
         self._free_slots.append(request.slot)
         request.slot = None
@@ -416,11 +405,11 @@ class Scheduler:
         if not chunks and not may_admit:
             return
         if self._waiting.num_tenants > 1:
-            self._settle_running()
-        chunks.sort(key=_place, reverse=True)
+            self._charge_running()
+        chunks.sort(key=attrgetter("place"), reverse=True)
         while plan.budget > 0:
             waiting = self._waiting.peek() if may_admit else None
-            if waiting is not None and (not chunks or _place(waiting) < _place(chunks[-1])):
+            if waiting is not None and (not chunks or waiting.place < chunks[-1].place):
                 may_admit = self._admit(plan, waiting) and self._has_slot
             elif chunks:
                 request = chunks.pop()
@@ -508,13 +497,8 @@ class Scheduler:
         plan.requests.append(request)
         plan.budget -= num_tokens
         request.num_computed_tokens = end
-        self._settle(request)
+        request.charge_tenant()
 
 
 def _is_waiting(request: Request) -> bool:
     return request.status is RequestStatus.WAITING
-
-
-def _place(request: Request) -> tuple[float, float, int]:
-    """Sort key of prompts: the lowest is next."""
-    return request.share.service, request.rank, request.request_id
