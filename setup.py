@@ -1,6 +1,7 @@
-"""The native CPU decoder: one shared object for each kind of vector unit, each left out where it does not compile.
+"""The native CPU decoder: one shared library for each kind of vector unit. A library that does not compile is omitted.
 
-A wheel with any of them is for this platform and Python; one without any, as built without a compiler, is for all.
+A wheel with at least one library is for this platform and Python version; a wheel built without a compiler has none and
+is for all platforms.
 """
 
 import platform
@@ -29,14 +30,14 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class TaggedByContent(bdist_wheel):
-    """A wheel whose tag says what is in it."""
+    """A wheel tagged for one platform only if it contains native libraries."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Return the tags of a wheel that has been built; called before its metadata are written."""
+        """The tags of a wheel that has been built; called before its metadata is written."""
         build_ext = self.get_finalized_command("build_ext")
         if any(Path(path).exists() for path in build_ext.get_outputs()):
             return super().get_tag()
-        print("no native decoder was built: the wheel has Python files only, and is tagged for all platforms")
+        print("no native decoder was built: the wheel contains only Python files and is tagged for all platforms")
         self.root_is_pure = True
         return ("py3", "none", "any")
 

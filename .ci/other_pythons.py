@@ -1,7 +1,7 @@
-"""Runs the tests of the engine under the other Pythons that the package supports, as far as this machine has them.
+"""Runs the engine's tests under every other supported Python version that this machine has.
 
-The engine needs no torch, which is a download of gigabytes for some interpreters, so it is left out. Prints which
-interpreters were used and exits with the first failure's status.
+The engine does not need torch, so torch is not installed: for some interpreters it is a download of gigabytes. Prints
+the interpreters that were used and exits with the status of the first failure.
 """
 
 import glob
@@ -19,11 +19,11 @@ TESTS = (
     *("engine", "chat/test_templates.py", "tokenizer/test_bounds.py", "tokenizer/test_detokenizer.py"),
     *("test_config.py", "test_generate.py", "test_public_api.py", "test_request_options.py", "test_sampling_params.py"),
 )
-"""What of tests/ needs no torch."""
+"""Tests that do not need torch."""
 
 
 def find_python(version: str) -> str | None:
-    """Path of an interpreter of this version: from PATH, or one that pyenv has installed."""
+    """Path of an interpreter of this version, from PATH or installed by pyenv; None if there is none."""
     candidates = [shutil.which(f"python{version}")]
     root = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
     candidates += sorted(glob.glob(f"{root}/versions/{version}.*/bin/python"))
@@ -36,7 +36,7 @@ def find_python(version: str) -> str | None:
 
 
 def requirements() -> list[str]:
-    """The package's dependencies without torch, and what the tests need."""
+    """The package's dependencies without torch, and the packages that the tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [name for name in project["dependencies"] if not name.startswith("torch>")] + list(TEST_PACKAGES)
 
@@ -57,7 +57,7 @@ def main() -> int:
             continue
         interpreter = find_python(version)
         if interpreter is None:
-            print(f"Python {version}: not on this machine", flush=True)
+            print(f"Python {version}: not found on this machine", flush=True)
             continue
         print(f"Python {version}: {interpreter}", flush=True)
         try:

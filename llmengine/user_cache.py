@@ -1,4 +1,4 @@
-"""Where what was measured or built on this machine is kept between processes."""
+"""The user's cache directory, which keeps what was measured or built on this machine between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _logger = logging.getLogger("llmengine.user_cache")
 
 
 def cache_dir() -> Path:
-    """Return LLMENGINE_CACHE_DIR, else llmengine in the user's cache directory; it may not exist."""
+    """The directory LLMENGINE_CACHE_DIR if that is set, else llmengine in the user's cache; it may not exist yet."""
     own = os.environ.get("LLMENGINE_CACHE_DIR")
     if own:
         return Path(own)
@@ -21,7 +21,7 @@ def cache_dir() -> Path:
 
 
 def read_choices(file: Path, version: int) -> dict[str, str]:
-    """Return what `write_choices` kept, nothing of another version; an unreadable file is reported in the log."""
+    """Choices that `write_choices` kept; none of another version, or if the file cannot be read, which is logged."""
     try:
         stored = json.loads(file.read_text())
         if stored["version"] != version:
@@ -30,12 +30,12 @@ def read_choices(file: Path, version: int) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _logger.warning("measured choices in %s are ignored: %r", file, error)
+        _logger.warning("ignoring the measured choices in %s: %r", file, error)
         return {}
 
 
 def write_choices(file: Path, version: int, choices: Mapping[str, str]) -> None:
-    """Keep measured choices, in place of those in the file; a failure is reported in the log."""
+    """Keep measured choices in place of those in the file; a failure is logged."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place, so that another process never reads half a file.
@@ -43,4 +43,4 @@ def write_choices(file: Path, version: int, choices: Mapping[str, str]) -> None:
             json.dump({"version": version, "choices": dict(choices)}, temporary, indent=1)
         os.replace(temporary.name, file)
     except OSError as error:
-        _logger.warning("measured choices could not be kept in %s: %r", file, error)
+        _logger.warning("cannot keep measured choices in %s: %r", file, error)

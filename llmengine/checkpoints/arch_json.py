@@ -1,4 +1,4 @@
-"""`ModelArch` to and from the JSON of a saved engine."""
+"""Conversion of `ModelArch` to and from the JSON of a saved engine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _MAX_LAYERS = 10_000
 
 
 def arch_to_dict(arch: ModelArch) -> dict[str, Any]:
-    """Return a JSON-ready form of `arch` that `arch_from_dict` reads back equal."""
+    """JSON-ready form of `arch`, from which `arch_from_dict` restores an equal one."""
     return dataclasses.asdict(arch)
 
 
 def arch_from_dict(values: Mapping[str, Any], where: str) -> ModelArch:
-    """Return the architecture that `arch_to_dict` wrote.
+    """The architecture that `arch_to_dict` wrote; `where` names the file in errors.
 
-    Raises `CorruptFileError` for a missing, unknown or mistyped key or a contradiction, `UnsupportedModelError` for an
-    architecture that this version does not know.
+    Raises `CorruptFileError` for a missing, unknown or mistyped key and for values that contradict each other,
+    `UnsupportedModelError` for an architecture that this version does not know.
     """
     fields = Fields(values, where)
     fields.require_only({item.name for item in dataclasses.fields(ModelArch)})

@@ -1,4 +1,4 @@
-"""Directories that appear under their name complete or not at all: they are written beside it, synced and renamed."""
+"""Directories that appear complete or not at all: they are written under a temporary name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _STALE_S = 24 * 3600.0
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Return an empty directory to write, with every file synced, that takes the place of `target` at the block's end.
+    """An empty directory that replaces `target` when the `with` block ends.
 
-    What is at `target`, an absolute path without links, is replaced in one step. (Where the file system cannot swap two
-    directories, a kill between two renames leaves the replaced one beside, named `.NAME.*.old`.) A block that raises
-    leaves everything as it was; what a killed one leaves beside the directory is removed by the next one, a day later.
+    The block must sync every file that it writes (`sync_file`). `target` is an absolute path without links; a directory
+    that exists there is replaced in one step. (On file systems that cannot swap two directories, a process killed
+    between two renames leaves the replaced one beside it as `.NAME.*.old`.) If the block raises, everything stays as it
+    was. The temporary directory of a killed process is removed by the next call that finds it more than a day old.
     """
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -41,18 +42,18 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in new_parents:
-            with contextlib.suppress(OSError):  # as it does where something is there now
+            with contextlib.suppress(OSError):  # not empty: something else was created there
                 parent.rmdir()
 
 
 def sync_file(file: BinaryIO) -> None:
-    """Bring what was written to an open file to the disk."""
+    """Flush an open file and sync it to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def files_below(directory: Path) -> set[str]:
-    """Return the relative paths of all that is in a directory but directories; links are among it, not followed."""
+    """Relative paths of everything below a directory except directories; links are listed, not followed."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -73,7 +74,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; a replaced directory is then at `staging`, or put back if that fails."""
+    """Rename `staging` to `target`. A replaced directory ends up at `staging`; it is restored if renaming fails."""
     if not target.exists() or not any(target.iterdir()):
         staging.rename(target)
     elif not _exchange(staging, target):
@@ -89,7 +90,7 @@ def _move_into_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step; returns False where this cannot be done, which is anywhere but on Linux."""
+    """Swap two directories in one step. Returns False where that is impossible, as on any system but Linux."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -100,7 +101,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what blocks for `target` left when they were killed, once none can be under way any more."""
+    """Remove temporary directories that killed processes left for `target`, old enough not to be in use any more."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE_S:

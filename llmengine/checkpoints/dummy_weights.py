@@ -1,4 +1,4 @@
-"""Random weights for a config.json without weights: for benchmarks and tests of sizes, not of text."""
+"""Random weights for a config.json without weights, for benchmarks and tests that do not depend on the text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOISE_LENGTH = (1 << 20) + 7
 
 
 def open_dummy(directory: Path) -> ModelSource:
-    """Return a source of random weights shaped by the directory's config.json; other weight files are not read."""
+    """A source of random weights for the architecture in a directory's config.json. Reads no weight files."""
     metadata = read_hf_metadata(directory)
     return ModelSource(
         kind="dummy",
@@ -37,10 +37,10 @@ def open_dummy(directory: Path) -> ModelSource:
 
 
 def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
-    """Yield canonical weights ~ N(0, 0.02), norms 1; the same on every call.
+    """Yield canonical weights drawn from N(0, 0.02), and norms of 1; every call yields the same.
 
-    One block of noise is repeated, rotated per tensor: drawing each weight would take longer than reading a file. The
-    block's odd length keeps rows of a matrix different.
+    All tensors repeat one block of noise, rotated differently for each, because drawing every weight would take longer
+    than reading a file. The block's odd length keeps the rows of a matrix different.
     """
     import torch
 
@@ -54,7 +54,7 @@ def stream_dummy(arch: ModelArch, dtype: torch.dtype) -> WeightStream:
         else:
             shifted = noise.roll(index * 8191)
             flat, whole = tensor.view(-1), tensor.numel() // length
-            # One copy: thousands of small ones would wait for the interpreter beside threads that compile.
+            # One copy: each of thousands of small ones would wait for the interpreter lock while other threads compile.
             flat[: whole * length].view(whole, length).copy_(shifted.expand(whole, length))
             flat[whole * length :].copy_(shifted[: flat.numel() - whole * length])
         yield name, tensor

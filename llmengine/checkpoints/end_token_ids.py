@@ -1,4 +1,4 @@
-"""Ids that end an answer, as a checkpoint's files name them."""
+"""Ids of the tokens that end an answer, as a checkpoint's files name them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ _GGUF_KEYS = (
 
 
 def ids_in_vocabulary(fields: Fields, key: str, vocab_size: int) -> tuple[int, ...]:
-    """The ids under `key` that the model can generate, each of them in [0, vocab_size).
+    """Ids under `key` that the model can generate, each of them in [0, vocab_size).
 
-    Ids outside are left out with a warning beside ones inside: fine-tunes name an end of turn that their embedding has
-    no row for. Raises `CorruptFileError` naming file, key and id where all are outside: no answer would ever end.
+    Ids outside the vocabulary are dropped with a warning as long as others are inside: some fine-tunes name an
+    end-of-turn token for which their embedding has no row. Raises `CorruptFileError` naming file, key and id if all of
+    them are outside, since no answer would ever end.
     """
     ids = fields.token_ids(key)
     known = tuple(token_id for token_id in ids if token_id < vocab_size)
     if len(known) < len(ids):
         outside = next(token_id for token_id in ids if token_id >= vocab_size)
-        message = f"{fields.where}: {key} holds {outside}, outside the model's vocabulary [0, {vocab_size})"
+        message = f"{fields.where}: {key} contains {outside}, which is outside the model's vocabulary [0, {vocab_size})"
         if not known:
             raise CorruptFileError(message)
-        logger.warning("%s; it can never be generated", message)
+        logger.warning("%s; this token can never be generated", message)
     return known
 
 
 def hf_end_ids(config: Fields, generation: Fields, vocab_size: int) -> tuple[int, ...]:
-    """Return what generation_config.json and config.json, the object `text_config` in it included, name as EOS.
+    """EOS ids in generation_config.json and in config.json, including its nested object `text_config`.
 
     Raises `CorruptFileError` as `ids_in_vocabulary` does.
     """
@@ -46,20 +47,20 @@ def hf_end_ids(config: Fields, generation: Fields, vocab_size: int) -> tuple[int
 
 
 def gguf_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
-    """Return the ids that GGUF metadata names as ends of text, turn or message, then those of tokens known to be ends.
+    """Ids that GGUF metadata names as ends of text, turn or message, then ids of tokens that are known to be ends.
 
     Raises `CorruptFileError` as `ids_in_vocabulary` does.
     """
     tokens, types = (metadata.values.get(_PREFIX + name) for name in ("tokens", "token_type"))
     known: Iterable[int] = ()
-    if isinstance(tokens, list):  # what is wrong with them is the tokenizer's to say
+    if isinstance(tokens, list):  # the tokenizer's reader reports malformed ones
         fits = isinstance(types, list) and len(types) == len(tokens)
         known = sorted(item for item in gguf_known_end_ids(tokens, types if fits else None) if item < vocab_size)
     return unique_ids((*gguf_named_end_ids(metadata, vocab_size), *known))
 
 
 def gguf_named_end_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
-    """Return the first of `gguf_end_ids`, those that the metadata names."""
+    """The first part of `gguf_end_ids`: ids that the metadata names."""
     return unique_ids(chain.from_iterable(ids_in_vocabulary(metadata, key, vocab_size) for key in _GGUF_KEYS))
 
 

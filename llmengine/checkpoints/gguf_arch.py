@@ -1,4 +1,4 @@
-"""A GGUF file's metadata to `ModelArch`, with llama.cpp's defaults for what the format leaves out."""
+"""`ModelArch` from a GGUF file's metadata, with llama.cpp's defaults where the format has no key."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ ROPE_TENSORS = (_LLAMA3_DIVISORS, _SHORT_FACTORS, _LONG_FACTORS)
 """Tensors that are part of the architecture."""
 
 _NOPE_INTERVAL = 4
-"""Every so many layers of a family with NoPE layers do not rotate; the format has no key for it."""
+"""In families with NoPE layers, one layer in this many does not rotate; the format has no key for it."""
 
 
 def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
-    """Return the architecture of a GGUF file.
+    """The architecture of a GGUF file.
 
-    Raises `CorruptFileError` naming key and expectation, `UnsupportedModelError` for what is not supported.
+    Raises `CorruptFileError` naming the key and what was expected, `UnsupportedModelError` for an unsupported
+    architecture or option.
     """
     where = metadata.where
     _reject_other_kinds(gguf, metadata)
@@ -38,8 +39,12 @@ def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
     hidden_size = metadata.integer(f"{name}.embedding_length", low=1)
     num_heads = metadata.integer(f"{name}.attention.head_count", low=1, high=hidden_size)
     head_dim = metadata.integer(f"{name}.attention.key_length", hidden_size // num_heads, low=2)
-    if metadata.integer(f"{name}.attention.value_length", head_dim) != head_dim:
-        raise UnsupportedModelError(f"{where}: {name}.attention.value_length differs from the head size {head_dim}")
+    value_length = metadata.integer(f"{name}.attention.value_length", head_dim)
+    if value_length != head_dim:
+        raise UnsupportedModelError(
+            f"{where}: {name}.attention.value_length={value_length} is not supported; supported: the head size, "
+            f"{head_dim}"
+        )
     embedding = gguf.tensors.get("token_embd.weight")
     max_positions = metadata.integer(f"{name}.context_length", low=1)
     num_layers = metadata.integer(f"{name}.block_count", low=1, high=len(gguf.tensors))
@@ -79,23 +84,28 @@ def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
 
 
 def _reject_other_kinds(gguf: GgufFile, metadata: Fields) -> None:
-    """Raise `UnsupportedModelError` for files that hold something else than a model."""
+    """Raise `UnsupportedModelError` for a file that does not contain a model."""
     kind = gguf.kind
     if kind == "adapter":
-        refuse_gguf_adapter(metadata.where, str(gguf.metadata.get("adapter.type", "of unknown type")))
+        refuse_gguf_adapter(metadata.where, str(gguf.metadata.get("adapter.type", "unknown type")))
     if kind != "model":
-        raise UnsupportedModelError(f"{metadata.where}: general.type={kind!r}: is not a language model's weights")
+        raise UnsupportedModelError(
+            f"{metadata.where}: general.type={kind!r}: the file does not contain the weights of a language model"
+        )
     if not gguf.tensors:
-        raise UnsupportedModelError(f"{metadata.where}: has no tensors: a vocabulary or a plan, and not a model")
+        raise UnsupportedModelError(f"{metadata.where}: contains no tensors: it is a vocabulary or a plan, not a model")
 
 
 def _reject_unsupported(metadata: Fields, name: str) -> None:
-    if metadata.integer(f"{name}.expert_count", 0):
-        raise UnsupportedModelError(f"{metadata.where}: mixture of experts ({name}.expert_count) is not supported")
+    num_experts = metadata.integer(f"{name}.expert_count", 0)
+    if num_experts:
+        raise UnsupportedModelError(
+            f"{metadata.where}: {name}.expert_count={num_experts}: mixtures of experts are not supported"
+        )
 
 
 def _layers(metadata: Fields, family: ModelFamily, num_layers: int) -> tuple[LayerArch, ...]:
-    """Return `ModelArch.layers`; which layers slide is a property of the family."""
+    """`ModelArch.layers`. The family says which layers have a sliding window."""
     key, pattern = f"{family.gguf_architecture}.attention.sliding_window", family.layer_pattern
     rotates = [pattern != "nope" or (index + 1) % _NOPE_INTERVAL != 0 for index in range(num_layers)]
     window = metadata.integer(key, 0, high=MAX_SIZE)
@@ -118,7 +128,7 @@ def _soft_cap(metadata: Fields, family: ModelFamily, key: str) -> float | None:
 def _attention_scale(
     metadata: Fields, family: ModelFamily, hidden_size: int, num_layers: int, num_heads: int, head_dim: int
 ) -> float | None:
-    """Return what scores are multiplied by, None for head_dim ** -0.5."""
+    """Factor of the attention scores, None for head_dim ** -0.5."""
     is_wide = num_layers == family.wide_scale_layers
     default = (hidden_size / num_heads if is_wide else head_dim) ** -0.5
     scale = metadata.number(f"{family.gguf_architecture}.attention.scale", default)
@@ -134,12 +144,13 @@ def _local_rope(metadata: Fields, family: ModelFamily, max_positions: int) -> Ro
 
 
 def _rope(gguf: GgufFile, metadata: Fields, family: ModelFamily, max_positions: int, head_dim: int) -> RopeConfig:
-    """Return the rotary encoding; raises `UnsupportedModelError` for a scaling that `RopeConfig` cannot express."""
+    """The rotary encoding. Raises `UnsupportedModelError` for a scaling that `RopeConfig` cannot express."""
     name = family.gguf_architecture
     rotary_dim = metadata.integer(f"{name}.rope.dimension_count", head_dim)
     if rotary_dim != head_dim and not family.partial_rotary:
         raise UnsupportedModelError(
-            f"{metadata.where}: {name}.rope.dimension_count={rotary_dim} differs from the head size {head_dim}"
+            f"{metadata.where}: {name}.rope.dimension_count={rotary_dim} is not supported for "
+            f"{family.architecture}; supported: the head size, {head_dim}"
         )
     rope = RopeConfig(
         theta=metadata.number(f"{name}.rope.freq_base", 10000.0, above=1.0),
@@ -154,11 +165,13 @@ def _rope(gguf: GgufFile, metadata: Fields, family: ModelFamily, max_positions: 
     if f"{name}.rope.scale_linear" in metadata.values and scaling_type == "none" and factor != 1.0:
         scaling_type = "linear"
     if scaling_type not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(f"{metadata.where}: {scaling}.type={scaling_type!r} is not none, linear or yarn")
+        raise UnsupportedModelError(
+            f"{metadata.where}: {scaling}.type={scaling_type!r} is not supported; supported: none, linear, yarn"
+        )
     if _LLAMA3_DIVISORS in gguf.tensors:
         if scaling_type != "none":
             raise UnsupportedModelError(
-                f"{metadata.where}: both {_LLAMA3_DIVISORS} and {scaling}.type={scaling_type!r}"
+                f"{metadata.where}: tensor {_LLAMA3_DIVISORS} and {scaling}.type={scaling_type!r} contradict each other"
             )
         return _llama3_rope(gguf, rope, head_dim)
     if scaling_type == "none":
@@ -172,8 +185,11 @@ def _rope(gguf: GgufFile, metadata: Fields, family: ModelFamily, max_positions: 
 
 def _yarn_rope(metadata: Fields, scaling: str, rope: RopeConfig, factor: float) -> RopeConfig:
     for key, neutral in (("attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
-        if metadata.number(f"{scaling}.{key}", neutral) != neutral:
-            raise UnsupportedModelError(f"{metadata.where}: {scaling}.{key} other than {neutral:g} is not supported")
+        value = metadata.number(f"{scaling}.{key}", neutral)
+        if value != neutral:
+            raise UnsupportedModelError(
+                f"{metadata.where}: {scaling}.{key}={value:g} is not supported; supported: {neutral:g}"
+            )
     return dataclasses.replace(
         rope,
         type="yarn",
@@ -201,10 +217,10 @@ def _longrope(gguf: GgufFile, metadata: Fields, name: str, rope: RopeConfig, rot
 
 
 def _numbers(gguf: GgufFile, name: str, count: int) -> tuple[float, ...]:
-    """Return the `count` positive numbers of a vector."""
+    """The `count` positive numbers of the vector `name`."""
     tensor = gguf.tensors.get(name)
     if tensor is None:
-        raise CorruptFileError(f"{gguf.path}: 1 tensor missing: {name}")
+        raise CorruptFileError(f"{gguf.path}: tensor {name!r} is missing")
     if tensor.shape != (count,) or tensor.type != "F32":
         raise CorruptFileError(f"{gguf.path}: tensor {name!r} is {tensor.type} {tensor.shape}, expected F32 ({count},)")
     with tensor.path.open("rb") as file:
@@ -214,15 +230,16 @@ def _numbers(gguf: GgufFile, name: str, count: int) -> tuple[float, ...]:
         raise CorruptFileError(f"{gguf.path}: tensor {name!r} is truncated")
     values = struct.unpack(f"<{count}f", raw)
     if not all(math.isfinite(value) and value > 0.0 for value in values):
-        raise CorruptFileError(f"{gguf.path}: tensor {name!r} holds values that are no finite number > 0")
+        raise CorruptFileError(f"{gguf.path}: tensor {name!r} contains values that are not finite numbers > 0")
     return values
 
 
 def _llama3_rope(gguf: GgufFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
-    """Return the llama3 scaling whose frequency divisors the file stores.
+    """The llama3 scaling that gives the frequency divisors in the file.
 
-    The converter stores the divisors but not what they come from. The low-frequency divisor is the factor; the rest
-    is tried with the one set of values that Llama 3.1, 3.2 and 3.3 share, and rejected if it gives other divisors.
+    The converter stores the divisors, not the parameters from which it computed them. The largest divisor is the
+    factor. The other parameters are assumed to be those that Llama 3.1, 3.2 and 3.3 share; a file whose divisors differ
+    from theirs is rejected.
     """
     divisors = _numbers(gguf, _LLAMA3_DIVISORS, head_dim // 2)
     llama3 = dataclasses.replace(
@@ -238,13 +255,14 @@ def _llama3_rope(gguf: GgufFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
         for index, value in enumerate(divisors)
     ):
         raise UnsupportedModelError(
-            f"{gguf.path}: tensor {_LLAMA3_DIVISORS!r} is not Llama 3's scaling (low 1, high 4, original context 8192)"
+            f"{gguf.path}: tensor {_LLAMA3_DIVISORS!r} is not supported; supported: Llama 3's scaling "
+            "(low_freq_factor 1, high_freq_factor 4, original context 8192)"
         )
     return llama3
 
 
 def _llama3_divisor(rope: RopeConfig, exponent: float) -> float:
-    """Return what llama3 scaling divides the frequency theta ** -exponent by."""
+    """Divisor that llama3 scaling applies to the frequency theta ** -exponent."""
     wavelength = 2 * math.pi * rope.theta**exponent
     context = rope.original_max_position_embeddings
     if wavelength < context / rope.high_freq_factor:

@@ -1,4 +1,4 @@
-"""Models in GGUF files: architecture from the metadata, weights dequantized into canonical layout."""
+"""Models in GGUF files: the architecture from the metadata, the weights dequantized into the canonical layout."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ _DTYPES: dict[str, ModelDType] = {"F32": "float32", "F16": "float16", "BF16": "b
 
 
 def open_gguf(path: Path) -> ModelSource:
-    """Return the checkpoint of a GGUF file, or of several into which one was split and of which `path` is any; reads
-    everything but the tensors."""
+    """The checkpoint in a GGUF file, or in the files of a split one; `path` may be any of these.
+
+    Reads everything but the tensors.
+    """
     gguf = read_split_gguf(path)
     path = gguf.path
     metadata = Fields(gguf.metadata, str(path))
@@ -78,7 +80,7 @@ def open_gguf(path: Path) -> ModelSource:
 
 
 def stored_names(arch: ModelArch) -> Callable[[str], str]:
-    """Return what gives a part's name in GGUF: `layers.0.q.weight` is `blk.0.attn_q.weight`."""
+    """A function from a part's canonical name to its name in GGUF: `layers.0.q.weight` is `blk.0.attn_q.weight`."""
     names = _STORED_NAMES | (_FUSED_NAMES if family_of(arch).stored_fused else {})
 
     def stored_name(part: str) -> str:
@@ -90,7 +92,7 @@ def stored_names(arch: ModelArch) -> Callable[[str], str]:
 
 
 def _check_tensors(gguf: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise unless the file has the `expected` tensors, of types that can be read, and no others that count."""
+    """Raise unless the file has the `expected` tensors in readable types and no others that would matter."""
 
     def is_harmless(name: str) -> bool:
         tensor = gguf.tensors[name]
@@ -101,7 +103,8 @@ def _check_tensors(gguf: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> N
         tensor = gguf.tensors.get(name)
         if tensor is not None and tensor.type not in BLOCK_SIZES:
             raise UnsupportedModelError(
-                f"{tensor.path}: tensor {name!r} has {tensor.type}; supported are {', '.join(BLOCK_SIZES)}"
+                f"{tensor.path}: tensor {name!r} is stored as {tensor.type}, which is not supported; supported: "
+                f"{', '.join(BLOCK_SIZES)}"
             )
     shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
     padded = ("token_embd.weight", "output.weight")
@@ -131,17 +134,19 @@ def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream
 
 
 def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
-    """Fill `out` (contiguous, of the tensor's shape) a bounded number of rows at a time.
+    """Fill `out` (contiguous, of the tensor's shape), a bounded number of rows at a time.
 
-    With head_dim > 1 the rows of each head are brought back from interleaved order (0, d/2, 1, d/2 + 1, ...) to halves
-    (0, 1, ..., d/2, ...), on the raw bytes, which are fewer.
+    With head_dim > 1, the rows of each head are reordered from interleaved (0, d/2, 1, d/2 + 1, ...) to halves
+    (0, 1, ..., d/2, ...). This is done on the raw bytes, of which there are fewer.
     """
     import torch
 
     from llmengine.checkpoints.gguf_dequantize import dequantize
 
     if out.dim() == 1 and tensor.type not in _DTYPES:
-        raise UnsupportedModelError(f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type})")
+        raise UnsupportedModelError(
+            f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type}), which is not supported"
+        )
     num_columns = tensor.shape[-1]
     rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
     row_bytes = tensor.size_bytes // rows.shape[0]

@@ -1,8 +1,8 @@
 """GGUF block formats to float32. Layouts: ggml's `block_q*` structs.
 
-The common formats are written here, about 10 times faster than the gguf package's, which does the rest. In numpy, not
-torch: torch would wake all its threads for each of these small operations, which costs far more than it gains whenever
-other work has the cores.
+The common formats are converted here, about 10 times faster than by the gguf package, which converts the others. The
+code uses numpy because torch would wake all of its threads for each of these small operations, which costs far more
+than it gains while other work occupies the cores.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 _PIECE_ELEMENTS = 1 << 18
-"""Weights converted at a time, so that the passes over them stay in the cache."""
+"""Weights converted at a time: few enough for several passes over them to stay in the processor's cache."""
 
 
 def dequantize(raw: Bytes, type_name: str, out: Floats) -> None:
     """Write the weights of `raw` ([rows, row_bytes]) to `out` ([rows, columns]); both contiguous.
 
-    Scales that are not finite give weights that are not finite.
+    Scales that are not finite produce weights that are not finite.
     """
     if type_name not in _CONVERTERS:
         _dequantize_with_gguf(raw, type_name, out)
@@ -77,12 +77,12 @@ _CONVERTERS = {
 
 
 def _halves(raw: Bytes) -> Floats:
-    """Return the float16 numbers in [n, 2 * k] bytes as [n, k]."""
+    """The float16 numbers in bytes [n, 2 * k], as float32 [n, k]."""
     return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
 
 
 def _nibbles(raw: Bytes) -> Bytes:
-    """Return [n, 32] of [n, 16]: the low halves, then the high halves, worked out four bytes at a time."""
+    """The 4-bit numbers in bytes [n, 16], as [n, 32]: low halves, then high halves; computed four bytes at a time."""
     words = np.ascontiguousarray(raw).view(np.uint32)
     low, high = words & np.uint32(0x0F0F0F0F), (words >> np.uint32(4)) & np.uint32(0x0F0F0F0F)
     return np.concatenate((low, high), axis=1).view(np.uint8)
@@ -93,5 +93,5 @@ def _dequantize_with_gguf(raw: Bytes, type_name: str, out: Floats) -> None:
     from gguf.quants import dequantize as reference
 
     if type_name not in GGMLQuantizationType.__members__:
-        raise UnsupportedModelError(f"tensors of type {type_name} need a newer gguf package: pip install -U gguf")
+        raise UnsupportedModelError(f"tensors of type {type_name} require a newer gguf package: pip install -U gguf")
     out[...] = reference(raw, GGMLQuantizationType[type_name])

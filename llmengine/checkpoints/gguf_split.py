@@ -1,7 +1,8 @@
-"""GGUF models that lie in several files, as llama-gguf-split and the converter write them.
+"""GGUF models split into several files, as llama-gguf-split and the converter write them.
 
-Each file is a whole GGUF file: `NAME-00002-of-00003.gguf` has some of the tensors, and in its metadata `split.no`,
-counted from 0, `split.count` and `split.tensors.count`, of all files. Only the first has the model's metadata.
+Each is a complete GGUF file: `NAME-00002-of-00003.gguf` contains some of the tensors. Its metadata has `split.no`,
+which counts from 0, `split.count`, and `split.tensors.count`, the number of tensors in all files. Only the first file
+has the model's metadata.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MAX_PARTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What a file's name says: it is number `number`, from 1, of `count`."""
+    """A file's place according to its name: number `number`, counted from 1, of `count`."""
 
     path: Path
     stem: str
@@ -34,7 +35,7 @@ class _Part:
 
 
 def first_files(paths: Iterable[Path]) -> list[Path]:
-    """Return one file of each model among GGUF files: of those that are split, the first that is there."""
+    """One file for each model among GGUF files; for a split model, the first of its files that exists."""
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(paths):
         part = _part(path)
@@ -43,10 +44,10 @@ def first_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_split_gguf(path: Path) -> GgufFile:
-    """Return a GGUF file, or all files of a split one of which `path` is any, as one.
+    """Metadata and tensor table of a GGUF file, or of all files of a split model; `path` may be any of these.
 
-    Raises what `read_gguf` raises, `CorruptFileError` naming the files that are missing or contradict each other, and
-    `ModelLoadError` for one of several files whose name does not tell the others.
+    Raises what `read_gguf` raises, `CorruptFileError` naming files that are missing or contradict each other, and
+    `ModelLoadError` for one of several files whose name does not lead to the others.
     """
     given = read_gguf(path)
     num_files = Fields(given.metadata, str(path)).integer("split.count", 0, high=_MAX_PARTS)
@@ -56,16 +57,16 @@ def read_split_gguf(path: Path) -> GgufFile:
     if part is None:
         number = _number(given, num_files)
         raise ModelLoadError(
-            f"{path}: is file {number} of {num_files} of a split model, and the others are found by its name: call it "
-            f"NAME-{number:05d}-of-{num_files:05d}.gguf as llama-gguf-split does, or merge them with its --merge"
+            f"{path}: file {number} of {num_files} of a split model, but its name does not lead to the others; rename "
+            f"it to NAME-{number:05d}-of-{num_files:05d}.gguf, or merge the files with llama-gguf-split --merge"
         )
     if part.count != num_files:
-        raise CorruptFileError(f"{path}: split.count={num_files} contradicts its name, which says {part.count}")
+        raise CorruptFileError(f"{path}: split.count={num_files} contradicts the file name, which says {part.count}")
     paths = [part.sibling(number) for number in range(1, num_files + 1)]
     missing = [file.name for file in paths if not file.is_file()]
     if missing:
         raise CorruptFileError(
-            f"{path}: is file {part.number} of {num_files} of a split model, and {len(missing)} of them are not there: "
+            f"{path}: file {part.number} of {num_files} of a split model; {len(missing)} of them are missing: "
             + ", ".join(missing[:8])
             + (", ..." if len(missing) > 8 else "")
         )
@@ -73,11 +74,11 @@ def read_split_gguf(path: Path) -> GgufFile:
 
 
 def _joined(files: list[GgufFile]) -> GgufFile:
-    """Return the files of a split model, in order, as one."""
+    """The files of a split model, given in order, as one."""
     tensors: dict[str, GgufTensor] = {}
     for index, file in enumerate(files):
         if (number := _number(file, len(files))) != index + 1:
-            raise CorruptFileError(f"{file.path}: split.no={number - 1} contradicts its name, expected {index}")
+            raise CorruptFileError(f"{file.path}: split.no={number - 1} contradicts the file name, expected {index}")
         twice = tensors.keys() & file.tensors.keys()
         if twice:
             raise CorruptFileError(f"{file.path}: tensor {min(twice)!r} is also in {tensors[min(twice)].path.name}")
@@ -86,13 +87,13 @@ def _joined(files: list[GgufFile]) -> GgufFile:
     total = Fields(first.metadata, str(first.path)).integer("split.tensors.count", len(tensors))
     if total != len(tensors):
         raise CorruptFileError(
-            f"{first.path}: split.tensors.count={total}, but its {len(files)} files have {len(tensors)} tensors"
+            f"{first.path}: split.tensors.count={total}, but the {len(files)} files contain {len(tensors)} tensors"
         )
     return replace(first, tensors=tensors)
 
 
 def _number(file: GgufFile, num_files: int) -> int:
-    """Return which of the files it is, from 1; raises `CorruptFileError` unless it is one of so many."""
+    """The file's number, counted from 1. Raises `CorruptFileError` unless it is one of `num_files` files."""
     fields = Fields(file.metadata, str(file.path))
     if fields.integer("split.count", 0) != num_files:
         raise fields.error("split.count", f"{num_files}, as in the other files")

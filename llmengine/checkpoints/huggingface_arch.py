@@ -1,4 +1,4 @@
-"""A Hugging Face config.json to `ModelArch`, with transformers' defaults and precedence of keys."""
+"""`ModelArch` from a Hugging Face config.json, with transformers' defaults and precedence of keys."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def arch_from_hf_config(config: Mapping[str, Any], where: str) -> ModelArch:
-    """Return the architecture that a Hugging Face config.json describes; `where` names the file in errors.
+    """The architecture that a Hugging Face config.json describes; `where` names the file in errors.
 
-    Reads both the old (`rope_theta`, `rope_scaling`) and the new (`rope_parameters`) form. Raises `CorruptFileError`
-    naming key and expectation for a missing, mistyped or inconsistent key, `UnsupportedModelError` for an
-    architecture or option that is not supported.
+    Reads both the old form (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`). Raises
+    `CorruptFileError` naming the key and what was expected for a missing, mistyped or inconsistent key,
+    `UnsupportedModelError` for an unsupported architecture or option.
     """
     family = _hf_family(Fields(config, where))
     fields = Fields({**family.config_defaults, **config}, where)
@@ -37,7 +37,9 @@ def arch_from_hf_config(config: Mapping[str, Any], where: str) -> ModelArch:
     hidden_size = fields.integer("hidden_size", low=1, high=MAX_SIZE)
     num_heads = fields.integer("num_attention_heads", low=1, high=MAX_SIZE)
     if not fields.has("head_dim") and hidden_size % num_heads:
-        raise fields.error("hidden_size", f"a multiple of num_attention_heads={num_heads} where head_dim is absent")
+        raise fields.error(
+            "hidden_size", f"a multiple of num_attention_heads={num_heads} as long as head_dim is absent"
+        )
     head_dim = fields.integer("head_dim", hidden_size // num_heads, low=1, high=MAX_SIZE)
     num_layers = fields.integer("num_hidden_layers", low=1, high=_MAX_LAYERS)
     max_positions = fields.integer("max_position_embeddings", 2048, low=1, high=MAX_SIZE)
@@ -65,16 +67,16 @@ def arch_from_hf_config(config: Mapping[str, Any], where: str) -> ModelArch:
         norm_placement=family.norm_placement,
         qk_norm=family.qk_norm,
         attention_scale=_attention_scale(fields, family, head_dim),
-        attention_soft_cap=_own_number(fields, family, "attn_logit_softcapping"),
+        attention_soft_cap=_family_number(fields, family, "attn_logit_softcapping"),
         embedding_scale=hidden_size**0.5
         if family.scaled_embedding
-        else _own_number(fields, family, "embedding_multiplier") or 1.0,
-        logit_scale=1.0 / (_own_number(fields, family, "logits_scaling") or 1.0),
-        logit_soft_cap=_own_number(fields, family, "final_logit_softcapping"),
+        else _family_number(fields, family, "embedding_multiplier") or 1.0,
+        logit_scale=1.0 / (_family_number(fields, family, "logits_scaling") or 1.0),
+        logit_soft_cap=_family_number(fields, family, "final_logit_softcapping"),
         float32_norms=family.norms_plus_one,
     )
     check_arch(arch, where)
-    return folded_residual_scale(arch, _own_number(fields, family, "residual_multiplier") or 1.0)
+    return folded_residual_scale(arch, _family_number(fields, family, "residual_multiplier") or 1.0)
 
 
 def _hf_family(fields: Fields) -> ModelFamily:
@@ -99,31 +101,31 @@ def _reject_unsupported(fields: Fields, family: ModelFamily) -> None:
     key = "hidden_act" if family.hidden_act == "silu" else "hidden_activation"
     activation = fields.string(key, supported[0])
     if activation not in supported:
-        raise UnsupportedModelError(f"{where}: {key}={activation!r} is not supported; supported is: {supported[0]}")
+        raise UnsupportedModelError(f"{where}: {key}={activation!r} is not supported; supported: {supported[0]}")
     if fields.boolean("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{where}: use_bidirectional_attention=true is not supported")
     if fields.has("quantization_config"):
         method = fields.fields("quantization_config").values.get("quant_method")
         raise UnsupportedModelError(
             f"{where}: quantization_config (quant_method={method!r}): quantized Hugging Face checkpoints are not "
-            "supported; load the unquantized one and set quant_config"
+            "supported; load the unquantized checkpoint and set quant_config"
         )
 
 
-def _own_number(fields: Fields, family: ModelFamily, key: str) -> float | None:
-    """Return a number > 0 that models of the family have, None if it is null or the family has no such key."""
+def _family_number(fields: Fields, family: ModelFamily, key: str) -> float | None:
+    """The number > 0 under `key`; None if it is absent or null, or if the family has no such key."""
     return fields.optional_number(key, above=0.0) if key in family.config_defaults else None
 
 
 def _attention_scale(fields: Fields, family: ModelFamily, head_dim: int) -> float | None:
-    """Return what scores are multiplied by, None for head_dim ** -0.5."""
-    scalar = _own_number(fields, family, "query_pre_attn_scalar")
-    scale = _own_number(fields, family, "attention_multiplier") if scalar is None else scalar**-0.5
+    """Factor of the attention scores, None for head_dim ** -0.5."""
+    scalar = _family_number(fields, family, "query_pre_attn_scalar")
+    scale = _family_number(fields, family, "attention_multiplier") if scalar is None else scalar**-0.5
     return None if scale == head_dim**-0.5 else scale
 
 
 def _layers(fields: Fields, family: ModelFamily, num_layers: int) -> tuple[LayerArch, ...]:
-    """Return `ModelArch.layers`."""
+    """`ModelArch.layers`."""
     pattern = family.layer_pattern
     window = fields.optional_integer("sliding_window", low=1, high=MAX_SIZE) if pattern != "full" else None
     if pattern in ("upper_sliding", "nope") and not fields.boolean("use_sliding_window", False):
@@ -133,7 +135,7 @@ def _layers(fields: Fields, family: ModelFamily, num_layers: int) -> tuple[Layer
 
 
 def _sliding(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[bool]:
-    """Return for each layer whether it slides."""
+    """Whether each layer has a sliding window."""
     pattern, num_layers = family.layer_pattern, len(rotates)
     if pattern in ("full", "all_sliding"):
         return [pattern == "all_sliding"] * num_layers
@@ -144,7 +146,7 @@ def _sliding(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[b
         unknown = sorted(set(types) - set(_LAYER_TYPES))
         if unknown:
             raise UnsupportedModelError(
-                f"{fields.where}: layer_types {', '.join(unknown)} not supported; supported are: "
+                f"{fields.where}: layer_types {', '.join(unknown)} are not supported; supported: "
                 + ", ".join(_LAYER_TYPES)
             )
         return [name == "sliding_attention" for name in types]
@@ -158,7 +160,7 @@ def _sliding(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[b
 
 
 def _rotating(fields: Fields, num_layers: int) -> list[bool]:
-    """Return for each layer of a model with NoPE layers whether it rotates."""
+    """Whether each layer of a model with NoPE layers rotates."""
     if fields.values.get("no_rope_layers"):
         given = fields.sizes("no_rope_layers")
         if len(given) < num_layers:
@@ -171,16 +173,20 @@ def _rotating(fields: Fields, num_layers: int) -> list[bool]:
 def _ropes(
     fields: Fields, family: ModelFamily, max_positions: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Return the rotary encoding of a config.json, and that of its sliding layers if they have their own.
+    """The rotary encoding in a config.json, and that of the sliding layers if they have their own.
 
-    `rope_scaling`, which people add to a config.json, wins over `rope_parameters`, which may be there already.
+    `rope_scaling`, which people add to a config.json, takes precedence over `rope_parameters`, which may already be
+    there.
     """
     scaling, parameters = _object(fields, "rope_scaling"), _object(fields, "rope_parameters")
     theta = fields.number("rope_theta", family.config_defaults.get("rope_theta", 10000.0), above=1.0)
     sliding = Fields({}, parameters.where)
     if any(parameters.has(name) for name in _LAYER_TYPES):
         if family.local_theta is None:
-            raise UnsupportedModelError(f"{parameters.where}: one for each layer type is not supported")
+            raise UnsupportedModelError(
+                f"{parameters.where}: separate parameters for each layer type are not supported for "
+                f"{family.architecture}"
+            )
         full, sliding = (_object(parameters, name) for name in _LAYER_TYPES)
         parameters = Fields({**full.values, **scaling.values}, full.where)
     elif scaling.values:
@@ -193,20 +199,20 @@ def _ropes(
 
 
 def _object(fields: Fields, key: str) -> Fields:
-    """Return the nested object under `key`, an empty one if it is absent."""
+    """The nested object under `key`; an empty one if the key is absent."""
     return fields.fields(key) if fields.has(key) else Fields({}, f"{fields.where}: {key}")
 
 
 def _rope(
     fields: Fields, parameters: Fields, family: ModelFamily, theta: float, max_positions: int, head_dim: int
 ) -> RopeConfig:
-    """Return the rotary encoding of `parameters`, where `fields` has what transformers looks up outside of them."""
+    """The rotary encoding in `parameters`, a few of whose keys transformers looks up in the enclosing `fields`."""
     rope_type = parameters.string("rope_type", parameters.string("type", "default"))
     if rope_type == "su" or (family.architecture == "Phi3ForCausalLM" and rope_type == "yarn"):
         rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
-            f"{parameters.where}: rope type {rope_type!r} is not supported; supported are: {', '.join(ROPE_TYPES)}"
+            f"{parameters.where}: rope_type={rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
     original = max_positions
     if rope_type in ("llama3", "yarn", "longrope"):

@@ -43,10 +43,10 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""What a directory's weights are in, or the index that names their files; the first that is there counts."""
+"""Files that may contain a directory's weights or an index of them, in order of preference."""
 
 _OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
-"""Of files that may have weights in another form, to be named where there are none in ours."""
+"""Suffixes of files that may contain weights in another format; an error about missing weights lists them."""
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _UNPICKLING_ERRORS = (
@@ -62,12 +62,12 @@ _UNPICKLING_ERRORS = (
     AssertionError,
     OverflowError,
 )
-"""What torch.load raises for damaged files; it has no error of its own."""
+"""Exceptions that torch.load raises for damaged files; it has none of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class HfMetadata:
-    """What the JSON files of a Hugging Face directory say."""
+    """Contents of config.json and generation_config.json."""
 
     arch: ModelArch
     dtype: ModelDType | None
@@ -77,7 +77,7 @@ class HfMetadata:
 
 
 def read_hf_metadata(directory: Path) -> HfMetadata:
-    """Read config.json and generation_config.json, the second optional."""
+    """Metadata from config.json and, if it exists, generation_config.json."""
     config = read_json_object(directory / "config.json")
     generation_path = directory / "generation_config.json"
     if generation_path.exists():
@@ -97,7 +97,7 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
 
 
 def _check_generation(generation: Fields) -> None:
-    """Raise `CorruptFileError` for malformed values; `LLM` tells of keys that cannot be honoured."""
+    """Raise `CorruptFileError` for malformed values; `LLM` reports keys that it cannot honour."""
     try:
         SamplingParams.from_generation_config(generation.values)
     except InvalidRequestError as error:
@@ -107,15 +107,15 @@ def _check_generation(generation: Fields) -> None:
 
 
 def open_hf(directory: Path) -> ModelSource:
-    """Return the checkpoint of a Hugging Face directory; reads JSON files and safetensors headers only."""
+    """The checkpoint in a Hugging Face directory. Reads only JSON files and the headers of safetensors files."""
     metadata = read_hf_metadata(directory)
     arch = metadata.arch
     file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
     if file_name is None:
         others = sorted(entry.name for entry in directory.iterdir() if entry.suffix in _OTHER_SUFFIXES)
         raise ModelLoadError(
-            f"{directory}: has config.json but no weights; looked for {', '.join(WEIGHT_FILES)} "
-            f"(load_format='dummy' makes random ones){'; found: ' + ', '.join(others[:8]) if others else ''}"
+            f"{directory}: config.json but no weights; looked for {', '.join(WEIGHT_FILES)}"
+            f"{'; found: ' + ', '.join(others[:8]) if others else ''}; load_format='dummy' creates random weights"
         )
     shards = indexed_shards(directory, file_name)
     if "safetensors" in file_name:
@@ -143,7 +143,7 @@ def open_hf(directory: Path) -> ModelSource:
 
 
 def _config_dtype(config: Fields) -> ModelDType | None:
-    """Return the dtype that config.json names, None where it leaves it to the files."""
+    """The dtype that config.json names; None if it names none, so that the files decide."""
     key = next((key for key in ("dtype", "torch_dtype") if config.has(key)), None)
     name = config.string(key).removeprefix("torch.") if key else "auto"
     return None if name == "auto" else _supported_dtype(_DTYPE_ALIASES.get(name, name), config.where)
@@ -153,7 +153,7 @@ def _supported_dtype(name: str, where: str) -> ModelDType:
     for dtype in MODEL_DTYPES:
         if name == dtype:
             return dtype
-    raise UnsupportedModelError(f"{where}: dtype {name!r} is not supported; use float32, float16 or bfloat16")
+    raise UnsupportedModelError(f"{where}: dtype={name!r} is not supported; supported: {', '.join(MODEL_DTYPES)}")
 
 
 def _read_safetensors(path: Path) -> Iterator[Stored[TensorEntry]]:
@@ -164,7 +164,7 @@ def _read_safetensors(path: Path) -> Iterator[Stored[TensorEntry]]:
 def _stream_safetensors(
     arch: ModelArch, weights: Mapping[str, Stored[TensorEntry]], dtype: torch.dtype
 ) -> WeightStream:
-    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
+    places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
     with ExitStack() as stack:
         paths = sorted({weight.path for weight in weights.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -183,19 +183,19 @@ def _stream_safetensors(
 def _check_tied(
     arch: ModelArch, weights: Mapping[str, Stored[TensorT]], are_equal: Callable[[TensorT, TensorT], bool]
 ) -> None:
-    """Raise `CorruptFileError` for a stored output projection that differs from the embedding that it is tied to."""
+    """Raise `CorruptFileError` if a stored output projection differs from the embedding to which it is tied."""
     if not arch.tie_word_embeddings or HEAD not in weights:
         return
     head, embedding = weights[HEAD], weights[EMBEDDING]
     if not are_equal(head.tensor, embedding.tensor):
         raise CorruptFileError(
-            f"{head.path.parent}: tensors {head.name!r} and {embedding.name!r} differ, contrary to "
-            "tie_word_embeddings=true in config.json; set that to false to use both"
+            f"{head.path.parent}: tensors {head.name!r} and {embedding.name!r} differ, although config.json has "
+            "tie_word_embeddings=true; set it to false to use both"
         )
 
 
-def _plus_one(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
-    """Return what makes a norm's stored weights those that x is multiplied by."""
+def _norm_weights(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
+    """A function that turns a norm's stored weights, in place, into the factors of x; other parts stay as they are."""
     adds = family_of(arch).norms_plus_one
 
     def add(part: str, out: torch.Tensor) -> None:
@@ -206,7 +206,7 @@ def _plus_one(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
 
 
 def _bin_weights(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]) -> dict[str, Stored[torch.Tensor]]:
-    """Return the model's weights in .bin files, memory-mapped where the format allows it, checked."""
+    """The model's weights in .bin files, checked, and memory-mapped where the format allows it."""
     return weights_of(arch, directory, merged(directory, shards, _read_bin))
 
 
@@ -219,18 +219,18 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _UNPICKLING_ERRORS as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        raise CorruptFileError(f"{path}: torch.load(weights_only=True) refuses it: {reason}") from error
+        raise CorruptFileError(f"{path}: torch.load(weights_only=True) failed: {reason}") from error
     if not isinstance(state, dict):
-        raise CorruptFileError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
+        raise CorruptFileError(f"{path}: contains a {type(state).__name__}, expected a dict of tensors")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CorruptFileError(f"{path}: {name!r} is no tensor")
+            raise CorruptFileError(f"{path}: {name!r} must be a tensor, not a {type(tensor).__name__}")
     return state
 
 
@@ -238,7 +238,7 @@ def _stream_bin(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]
     weights = _bin_weights(directory, arch, shards)
     num_rows = arch.vocab_size
     _check_tied(arch, weights, lambda one, other: one.dtype == other.dtype and one[:num_rows].equal(other[:num_rows]))
-    places, read_norm = stored_parts(arch, stored_names(arch)), _plus_one(arch)
+    places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
 
     def read_part(part: str, out: torch.Tensor) -> None:
         place = places[part]

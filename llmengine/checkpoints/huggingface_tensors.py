@@ -1,7 +1,7 @@
-"""Which of the tensors in a Hugging Face directory's files are the model's, under which names.
+"""The model's weights among the tensors in a Hugging Face directory's files, and their names.
 
-Files hold more than a model's weights, and name them in more than one way. What cannot change the result is left out:
-buffers, tensors of other types, parts of a larger model. What could is an error.
+Files contain more than a model's weights, and name them in more than one way. Tensors that cannot change the result are
+ignored: buffers, tensors of other types, parts of a larger model. Any other unknown tensor is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""Types of tensors that weights can be read from."""
+"""Dtypes from which weights can be read."""
 
 _STORED_NAMES = {
     "embed_tokens": "model.embed_tokens",
@@ -54,7 +54,7 @@ _FUSED_NAMES = {
 _BUFFER = re.compile(
     r"(^|\.)(rotary_emb\.\w+|rope\.freqs|masked_bias|position_ids|attention_mask|causal_mask|[qkv]_scale|kv_scale)$"
 )
-"""Names of buffers that older versions of libraries saved, and of scales for quantized KV caches."""
+"""Names of buffers that older versions of libraries saved, and of scales for a quantized KV cache."""
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale"
@@ -67,7 +67,7 @@ TensorT = TypeVar("TensorT")
 
 @dataclass(frozen=True, slots=True)
 class Stored(Generic[TensorT]):
-    """A tensor in a file: `name` as the file has it, `dtype` in torch's words where torch has one for it."""
+    """A tensor in a file: `name` is as in the file, `dtype` is torch's name where torch has that dtype."""
 
     path: Path
     name: str
@@ -77,9 +77,10 @@ class Stored(Generic[TensorT]):
 
 
 def stored_names(arch: ModelArch) -> Callable[[str], str]:
-    """Return what gives a part's name in Hugging Face's files.
+    """A function from a part's canonical name to its name in Hugging Face's files.
 
-    `layers.0.q.weight` is `model.layers.0.self_attn.q_proj.weight`; all parts of a tensor have its name.
+    `layers.0.q.weight` is `model.layers.0.self_attn.q_proj.weight`; all parts of a fused tensor have that tensor's
+    name.
     """
     names = dict(_STORED_NAMES)
     if arch.norm_placement == "both":
@@ -96,10 +97,10 @@ def stored_names(arch: ModelArch) -> Callable[[str], str]:
 
 
 def indexed_shards(directory: Path, file_name: str) -> dict[str, set[str]]:
-    """Return file -> names of the tensors that the index places there; no names for a file without an index.
+    """File -> names of the tensors that the index assigns to it; no names for a file without an index.
 
-    What an index says beyond the names of the files counts only where two of them have a tensor of one name: some
-    indices name tensors that were left out of the files later, or leave out some that are there.
+    The index decides which files to read. The tensors that it lists matter only if two files have a tensor of the same
+    name: some indices list tensors that were later removed from the files, or omit some that exist.
     """
     if not file_name.endswith(".index.json"):
         return {file_name: set()}
@@ -115,14 +116,14 @@ def indexed_shards(directory: Path, file_name: str) -> dict[str, set[str]]:
         raise index.error("weight_map", "at least one tensor")
     missing = [file for file in shards if not (directory / file).is_file()]
     if missing:
-        raise CorruptFileError(f"{index.where}: names files that are not there: {', '.join(sorted(missing))}")
+        raise CorruptFileError(f"{index.where}: weight_map names files that do not exist: {', '.join(sorted(missing))}")
     return shards
 
 
 def merged(
     directory: Path, shards: Mapping[str, set[str]], read: Callable[[Path], Iterable[Stored[TensorT]]]
 ) -> dict[str, Stored[TensorT]]:
-    """Return the tensors of all files by name; the index decides between two of one name."""
+    """The tensors of all files by name; the index decides between two of the same name."""
     found: dict[str, Stored[TensorT]] = {}
     for file, indexed in shards.items():
         for tensor in read(directory / file):
@@ -131,22 +132,23 @@ def merged(
                 found[tensor.name] = tensor
             elif tensor.name not in shards[first.path.relative_to(directory).as_posix()]:
                 raise CorruptFileError(
-                    f"{tensor.path}: tensor {tensor.name!r} is also in {first.path.name}, and the index names neither"
+                    f"{tensor.path}: tensor {tensor.name!r} is also in {first.path.name}, and the index names "
+                    "neither file"
                 )
     return found
 
 
 def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[TensorT]]) -> dict[str, Stored[TensorT]]:
-    """Return the model's weights among `tensors`, by the names of `stored_names`, checked.
+    """The model's weights among `tensors`, by the names of `stored_names`, checked.
 
-    Raises `CorruptFileError` for a missing or misshapen weight and for tensors that the model should have a place for,
-    `UnsupportedModelError` for weights of another type, quantized ones, and an adapter's.
+    Raises `CorruptFileError` for a missing or misshapen weight and for tensors that look like weights but have no place
+    in the model, `UnsupportedModelError` for weights of another dtype, quantized weights, and those of an adapter.
     """
     refuse_adapter_tensors(tensors, str(directory))
     inside = _canonical_names(tensors)
     others = [name for name in tensors if name not in inside and not _is_buffer(tensors[name])]
     if others:
-        logger.warning("%s: not part of the language model and ignored: %s", directory, _listed(others))
+        logger.warning("%s: ignoring tensors that are not part of the language model: %s", directory, _listed(others))
     named = {inside[name]: tensor for name, tensor in tensors.items() if name in inside}
     expected = stored_shapes(arch, stored_names(arch))
     _refuse_quantized(directory, [name for name in expected if name not in named], tensors)
@@ -154,7 +156,7 @@ def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[Te
         if name in named and named[name].dtype not in WEIGHT_DTYPES:
             tensor = named[name]
             raise UnsupportedModelError(
-                f"{tensor.path}: tensor {tensor.name!r} has dtype {tensor.dtype}; weights can be read from "
+                f"{tensor.path}: tensor {tensor.name!r} has dtype {tensor.dtype}, which is not supported; supported: "
                 f"{', '.join(WEIGHT_DTYPES)}"
             )
 
@@ -174,15 +176,15 @@ def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[Te
 
 
 def _is_buffer(tensor: Stored[TensorT]) -> bool:
-    """Return whether a tensor that is no weight is nothing to worry about either."""
+    """Whether a tensor that is not one of the model's weights can be ignored."""
     return _BUFFER.search(tensor.name) is not None or tensor.dtype not in WEIGHT_DTYPES or 0 in tensor.shape
 
 
 def _canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Return name in the files -> name as transformers writes it, for all tensors of the language model.
+    """Name in the files -> name as transformers writes it, for all tensors of the language model.
 
-    The model may have been saved without its head (`layers.0...`), or as a part of something: `module.`, `_orig_mod.`,
-    `language_model.`. What comes before the embedding's name comes before all.
+    The model may have been saved without its head (`layers.0...`) or as part of a larger one (`module.`, `_orig_mod.`,
+    `language_model.`). The prefix of the embedding's name is the prefix of all names.
     """
     names = list(names)
     prefixes = [match["prefix"] for name in names if (match := _EMBEDDING_END.fullmatch(name))]
@@ -204,7 +206,7 @@ def _refuse_quantized(directory: Path, missing: list[str], names: Iterable[str])
     if missing and found:
         raise UnsupportedModelError(
             f"{directory}: the weights are quantized ({_listed(found)}): quantized Hugging Face checkpoints are not "
-            "supported; load the unquantized one and set quant_config"
+            "supported; load the unquantized checkpoint and set quant_config"
         )
 
 

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, IA3, prompt tuning) beside a model or in its files: they are not computed, so they are refused."""
+"""Adapters (LoRA, IA3, prompt tuning) beside a model or in its files. They are not supported, so they are refused."""
 
 from __future__ import annotations
 
@@ -29,48 +29,52 @@ _MERGE = (
 
 
 def refuse_adapters(directory: Path) -> None:
-    """Raise `UnsupportedModelError` for a directory with an adapter's files; those below it are only warned of, since
-    what a training run left in a subdirectory (`checkpoint-500`) is not part of the model."""
+    """Raise `UnsupportedModelError` for a directory that contains an adapter's files.
+
+    Adapters in subdirectories only cause a warning: what a training run left in `checkpoint-500` is not part of the
+    model.
+    """
     entries = sorted(directory.iterdir())
     found = [entry.name for entry in entries if _FILE_NAME.fullmatch(entry.name) and entry.is_file()]
     if found:
         raise UnsupportedModelError(
-            f"{directory}: holds {_kind(directory)} ({', '.join(found)}), and adapters are not applied: {_MERGE}, or "
-            "move these files away to load the base model alone"
+            f"{directory}: contains {_description(directory)} ({', '.join(found)}); adapters are not supported; "
+            f"{_MERGE}, or move these files away to load the base model alone"
         )
     nested = adapter_directories(entries)
     if nested:
-        logger.warning("%s: adapters in %s are not applied", directory, ", ".join(nested))
+        logger.warning("%s: ignoring the adapters in %s; adapters are not supported", directory, ", ".join(nested))
 
 
 def adapter_directories(entries: Iterable[Path]) -> list[str]:
-    """Names of those of a directory's `entries` that are directories with an adapter."""
+    """Names of the subdirectories among a directory's `entries` that contain an adapter."""
     return sorted(entry.name for entry in entries if (entry / _CONFIG_NAME).is_file())
 
 
 def refuse_adapter_tensors(names: Iterable[str], where: str) -> None:
-    """Raise `UnsupportedModelError` for names of tensors of a model that was saved with an adapter in it."""
+    """Raise `UnsupportedModelError` if tensor names show that a model was saved with an adapter in it."""
     found = [name for name in names if _TENSOR_NAME.search(name)]
     if found:
         raise UnsupportedModelError(
-            f"{where}: {len(found)} tensors are an adapter's that is not merged ({', '.join(found[:3])}): {_MERGE}"
+            f"{where}: {len(found)} tensors belong to an adapter that has not been merged ({', '.join(found[:3])}); "
+            f"{_MERGE}"
         )
 
 
 def refuse_gguf_adapter(where: str, kind: str) -> None:
     """Raise `UnsupportedModelError` for a GGUF file that is an adapter of this kind ("lora")."""
     raise UnsupportedModelError(
-        f"{where}: is an adapter ({kind}) and no model, and adapters are not applied: merge it into its base model "
-        "first (llama-export-lora)"
+        f"{where}: an adapter ({kind}), not a model; adapters are not supported; merge it into its base model first "
+        "(llama-export-lora)"
     )
 
 
-def _kind(directory: Path) -> str:
-    """What adapter_config.json says that the adapter is."""
+def _description(directory: Path) -> str:
+    """The adapter's type and base model, as far as adapter_config.json names them."""
     try:
         config = read_json_object(directory / _CONFIG_NAME)
         kind = config.values.get("peft_type") or config.values.get("fine_tune_type")
         base = config.values.get("base_model_name_or_path")
-    except LLMEngineError:  # it is not there or unreadable, and none the less an adapter's
+    except LLMEngineError:  # missing or unreadable; the other files are an adapter's all the same
         kind = base = None
     return f"an adapter{f' of type {kind}' if kind else ''}{f' for {base!r:.100}' if base else ''}"

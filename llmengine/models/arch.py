@@ -1,4 +1,4 @@
-"""What distinguishes one dense decoder from another, as data: sizes, options, position encoding, weight shapes."""
+"""The differences between dense decoders as data: sizes, options, position encoding, weight shapes."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ LayerRope = Literal["global", "local", "none"]
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position encoding, with the names and the meaning that transformers' `ROPE_INIT_FUNCTIONS` give them.
+    """Rotary position encoding; names and meanings are those of transformers' `ROPE_INIT_FUNCTIONS`.
 
     Attributes:
         theta: base period.
-        type: how the frequencies are derived; what a type does not use keeps its default.
+        type: how the frequencies are derived; fields that a type does not use keep their defaults.
         factor: context extension (linear, dynamic, llama3, yarn, longrope).
-        original_max_position_embeddings: context length of the pretraining; always set: `max_position_embeddings` for
-            default, linear and dynamic.
+        original_max_position_embeddings: context length of the pretraining; for default, linear and dynamic it is
+            `max_position_embeddings`.
         low_freq_factor: llama3.
         high_freq_factor: llama3.
-        attention_factor: yarn and longrope, factor on cos and sin; None: derived from `factor` (yarn: and `mscale`,
-            `mscale_all_dim`; longrope: and `original_max_position_embeddings`).
+        attention_factor: yarn and longrope, factor on cos and sin; None: derived from `factor` and, for yarn, from
+            `mscale` and `mscale_all_dim`, for longrope from `original_max_position_embeddings`.
         beta_fast: yarn.
         beta_slow: yarn.
         mscale: yarn.
         mscale_all_dim: yarn.
-        truncate: yarn, round the correction range to whole dimensions.
-        short_factor: longrope, [rotary_dim / 2], divisors of the frequencies for contexts of the original length.
-        long_factor: longrope, [rotary_dim / 2], divisors for longer ones.
+        truncate: yarn, whether to round the correction range to whole dimensions.
+        short_factor: longrope, [rotary_dim / 2], divisors of the frequencies for contexts up to the original length.
+        long_factor: longrope, [rotary_dim / 2], divisors for longer contexts.
         rotary_dim: dimensions of a head that rotate, even; None for all. The others stay as they are.
     """
 
@@ -60,11 +60,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class LayerArch:
-    """What may differ from layer to layer.
+    """Options that may differ from layer to layer.
 
     Attributes:
-        sliding_window: a token attends to this many tokens, itself included; None for all before it.
-        rope: which of the model's rotary encodings q and k get; "none": they stay as they are (NoPE).
+        sliding_window: number of tokens, itself included, to which a token attends; None: all tokens before it.
+        rope: which of the model's rotary encodings applies to q and k; "none": they are not rotated (NoPE).
     """
 
     sliding_window: int | None = None
@@ -76,25 +76,25 @@ class ModelArch:
     """A dense decoder: RMSNorm, rotary grouped-query attention, gated MLP. The defaults are Llama's.
 
     Attributes:
-        rms_norm_eps: of all norms.
-        hidden_act: of the MLP's gate; "gelu_tanh" is GELU in its tanh approximation.
-        attention_bias: q, k and v have biases.
-        attention_out_bias: the attention's output projection has one.
-        tie_word_embeddings: the output projection is the embedding.
-        rope: the rotary encoding of layers with rope "global".
-        local_rope: that of layers with rope "local".
-        layers: one for each layer; empty: every layer is `LayerArch()`. Use `layer(index)`.
-        norm_placement: "pre": attention and MLP have a norm before them. "post": their results have one, before they
-            are added to the residual. "both".
-        qk_norm: norms of q and k before they are rotated: "head": of each head, weights [head_dim]. "projection": of
+        rms_norm_eps: epsilon of all norms.
+        hidden_act: activation of the MLP's gate; "gelu_tanh" is GELU in its tanh approximation.
+        attention_bias: whether q, k and v have biases.
+        attention_out_bias: whether the attention's output projection has a bias.
+        tie_word_embeddings: whether the output projection is the embedding.
+        rope: rotary encoding of layers with rope "global".
+        local_rope: rotary encoding of layers with rope "local".
+        layers: options of each layer; if empty, every layer is `LayerArch()`. Use `layer(index)`.
+        norm_placement: "pre": a norm precedes attention and MLP. "post": a norm follows them, before their results are
+            added to the residual. "both": one precedes and one follows.
+        qk_norm: norms of q and k before their rotation. "head": over each head, weights [head_dim]. "projection": over
             all of q and all of k, weights [num_heads * head_dim] and [num_kv_heads * head_dim].
-        attention_scale: what scores are multiplied by; None for head_dim ** -0.5.
-        attention_soft_cap: scores become cap * tanh(score / cap) after scaling; None for no cap.
-        embedding_scale: embeddings are multiplied by it.
-        logit_scale: logits are multiplied by it.
-        logit_soft_cap: logits become cap * tanh(logit / cap) after scaling; None for no cap.
-        float32_norms: the weights of norms stay float32 whatever the dtype of the others: those of the form 1 + w
-            would lose too much.
+        attention_scale: factor of the attention scores; None for head_dim ** -0.5.
+        attention_soft_cap: cap of the scores, which become cap * tanh(score / cap) after scaling; None for no cap.
+        embedding_scale: factor of the embeddings.
+        logit_scale: factor of the logits.
+        logit_soft_cap: cap of the logits, which become cap * tanh(logit / cap) after scaling; None for no cap.
+        float32_norms: whether the weights of norms stay float32 regardless of the other weights' dtype; weights of the
+            form 1 + w would lose too much precision.
     """
 
     architecture: str
@@ -125,27 +125,27 @@ class ModelArch:
     float32_norms: bool = False
 
     def layer(self, index: int) -> LayerArch:
-        """Return what layer `index` has of its own."""
+        """Options of layer `index`."""
         return self.layers[index] if self.layers else LayerArch()
 
     def layer_rope(self, index: int) -> RopeConfig | None:
-        """Return the rotary encoding of layer `index`, None if it has none."""
+        """Rotary encoding of layer `index`, None if it has none."""
         return {"global": self.rope, "local": self.local_rope, "none": None}[self.layer(index).rope]
 
     @property
     def score_scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def has_llama_segments(self) -> bool:
-        """Whether what lies between two attentions is computed as in Llama: norms before, residual added, SiLU."""
+        """Whether the computation between two attentions is Llama's: norm first, residual added after, SiLU."""
         return self.norm_placement == "pre" and self.hidden_act == "silu"
 
     def is_llama(self, context: int) -> bool:
-        """Return whether everything is computed as in Llama for contexts of up to this many tokens.
+        """Whether all of the computation is Llama's for contexts of up to this many tokens.
 
-        Biases, head sizes and any rotary encoding that all layers share are among what Llama has.
+        Llama has biases, any head size, and any rotary encoding that all layers share.
         """
         layers = (self.layer(index) for index in range(self.num_layers))
         return (
@@ -161,9 +161,9 @@ class ModelArch:
 
 
 def fused_parts(arch: ModelArch) -> dict[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """Return, in stream order, each canonical weight's parts: name and shape of what is stacked along dimension 0.
+    """Canonical weight -> name and shape of the parts stacked along its dimension 0, in stream order.
 
-    A weight that is not fused has one part of its own name.
+    A weight that is not fused has one part, which has its name.
     """
     embedding = (arch.vocab_size, arch.hidden_size)
     result = _whole("embed_tokens.weight", embedding)
@@ -223,7 +223,7 @@ def _mlp_parts(arch: ModelArch) -> _Parts:
 
 
 def canonical_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
-    """Return every canonical weight's shape, in stream order.
+    """Canonical weight -> shape, in stream order.
 
     ::
 
@@ -245,17 +245,17 @@ def canonical_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
         final_norm.weight                      [hidden]
         lm_head.weight                         [vocab, hidden], only without tie_word_embeddings
 
-    Within each head of q and k (biases and norms alike) dimension j rotates together with j + head_dim / 2; where only
-    `rotary_dim` of them rotate, the readers have brought the rows into `head_order`.
+    Within each head of q and k (weights, biases and norms), dimension j rotates together with j + head_dim / 2. If only
+    `rotary_dim` of them rotate, readers bring the rows into `head_order`.
     """
     return {name: (sum(shape[0] for _, shape in parts), *parts[0][1][1:]) for name, parts in fused_parts(arch).items()}
 
 
 def head_order(arch: ModelArch) -> tuple[int, ...] | None:
-    """Return, for each canonical row of a head of q or k, its number in checkpoints; None if they are the same.
+    """Row in checkpoints of each canonical row of a head of q or k; None if the order is the same.
 
-    Checkpoints have the dimensions that rotate in front. Here both halves of a head end with dimensions that do not
-    (they get cos 1 and sin 0), so that every model rotates whole heads, half against half.
+    In checkpoints the dimensions that rotate come first. In canonical order each half of a head ends with dimensions
+    that do not rotate (their cos is 1, their sin 0), so that every model rotates whole heads, half against half.
     """
     if arch.rope.rotary_dim in (None, arch.head_dim):
         return None
@@ -265,10 +265,10 @@ def head_order(arch: ModelArch) -> tuple[int, ...] | None:
 
 
 def folded_residual_scale(arch: ModelArch, scale: float) -> ModelArch:
-    """Return `arch` for a model that multiplies every result by `scale` before it adds it to the residual.
+    """`arch` for a model that multiplies each result of attention and MLP by `scale` before adding it to the residual.
 
-    With all hidden states divided by `scale` nothing has to be multiplied: norms see the same up to their eps, and the
-    embeddings begin with the division.
+    If all hidden states are divided by `scale`, nothing needs to be multiplied: the embedding's factor does the
+    division, and norms compute the same as before once their eps is divided by scale ** 2.
     """
     assert arch.norm_placement == "pre" or scale == 1.0
     return dataclasses.replace(
@@ -280,36 +280,42 @@ def check_arch(arch: ModelArch, where: str) -> None:
     """Raise `CorruptFileError` if the sizes of `arch` contradict each other."""
     if arch.num_heads % arch.num_kv_heads:
         raise CorruptFileError(
-            f"{where}: {arch.num_heads} attention heads are no multiple of {arch.num_kv_heads} key-value heads"
+            f"{where}: the number of attention heads must be a multiple of the number of key-value heads, "
+            f"{arch.num_kv_heads}, not {arch.num_heads}"
         )
     if arch.head_dim % 2:
-        raise CorruptFileError(f"{where}: head_dim={arch.head_dim} is odd, rotary encoding needs pairs")
+        raise CorruptFileError(f"{where}: head_dim must be even for rotary encoding, not {arch.head_dim}")
     if len(arch.layers) not in (0, arch.num_layers):
-        raise CorruptFileError(f"{where}: {len(arch.layers)} layers are described, the model has {arch.num_layers}")
+        raise CorruptFileError(f"{where}: {len(arch.layers)} layers are described, expected {arch.num_layers}")
     if arch.local_rope is None and any(layer.rope == "local" for layer in arch.layers):
-        raise CorruptFileError(f"{where}: layers have a local rope, but the model has none")
+        raise CorruptFileError(f"{where}: some layers use a local rope, but the model has none")
     if arch.local_rope is not None and arch.local_rope.rotary_dim != arch.rope.rotary_dim:
-        raise CorruptFileError(f"{where}: both rotary encodings must rotate equally many dimensions of a head")
+        raise CorruptFileError(
+            f"{where}: rope and local_rope must rotate the same number of dimensions of a head, not "
+            f"{arch.rope.rotary_dim or arch.head_dim} and {arch.local_rope.rotary_dim or arch.head_dim}"
+        )
     for rope in filter(None, (arch.rope, arch.local_rope)):
         _check_rope(rope, arch.head_dim, where)
 
 
 def _check_rope(rope: RopeConfig, head_dim: int, where: str) -> None:
     if rope.theta <= 1.0:
-        raise CorruptFileError(f"{where}: rope theta {rope.theta:g} is not > 1")
+        raise CorruptFileError(f"{where}: rope theta must be > 1, not {rope.theta:g}")
     rotary_dim = head_dim if rope.rotary_dim is None else rope.rotary_dim
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise CorruptFileError(
-            f"{where}: {rotary_dim} dimensions of a head rotate, expected an even number in [2, {head_dim}]"
+            f"{where}: the number of dimensions of a head that rotate must be even and in [2, {head_dim}], not "
+            f"{rotary_dim}"
         )
     if rope.type == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         raise CorruptFileError(
-            f"{where}: rope low_freq_factor={rope.low_freq_factor:g} is not below "
+            f"{where}: rope low_freq_factor={rope.low_freq_factor:g} must be less than "
             f"high_freq_factor={rope.high_freq_factor:g}"
         )
     if rope.type == "longrope":
         for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
             if len(factors) != rotary_dim // 2:
                 raise CorruptFileError(
-                    f"{where}: rope {name} has {len(factors)} numbers, expected {rotary_dim // 2}, one for each pair"
+                    f"{where}: rope {name} has {len(factors)} numbers, expected {rotary_dim // 2}, one for each pair "
+                    "of dimensions"
                 )

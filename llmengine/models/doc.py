@@ -1,4 +1,4 @@
-"""docs/models.md, written from the data that the loaders use: `python -m llmengine.models.doc > docs/models.md`."""
+"""Generator of docs/models.md from the data that the loaders use: `python -m llmengine.models.doc > docs/models.md`."""
 
 from __future__ import annotations
 
@@ -14,81 +14,83 @@ _CONTEXT = 1024
 _WIDTH = 120
 _HEAD = """# Models
 
-Written by `python -m llmengine.models.doc` from `models/families.py`; a test compares it.
+This page is generated from `models/families.py` by `python -m llmengine.models.doc`; a test keeps the two equal.
 
-A model is a directory with `config.json` and its weights (safetensors or `pytorch_model.bin`, one file or several), a
-GGUF file, or a saved engine. Everything that is not in these tables raises `UnsupportedModelError`, which lists what
-is: mixtures of experts, models that also read images or sound, other architectures, options of a known architecture
-that are not computed.
+A model is a directory with `config.json` and weights (safetensors or `pytorch_model.bin`, one file or several), a GGUF
+file, or a saved engine. Anything else raises `UnsupportedModelError` with a list of what is supported: mixtures of
+experts, models that also read images or sound, other architectures, and options of a supported architecture that are
+not in these tables.
 
-Only the model's own weights are read and checked. Buffers, tensors of other types than floating point, other parts
-beside the language model (they are named in a warning), copies in other formats, and what an index says beyond the
-names of files do not matter; names may have a prefix (`module.`, `_orig_mod.`, `language_model.`) or lack `model.`, and
-an embedding may have rows beyond the vocabulary.
+Only the model's own weights are read and checked. These are ignored: buffers; tensors that are not floating point;
+parts of a model other than the language model, with a warning that names them; copies in other formats; and anything in
+an index except the names of files. Tensor names may have a prefix (`module.`, `_orig_mod.`, `language_model.`) or lack
+`model.`, and an embedding may have more rows than the vocabulary.
 
-An adapter in the directory (`adapter_config.json`, `adapter_model.*` and the like: LoRA, IA3, prompt tuning) raises
-`UnsupportedModelError`, as do weights that were saved with one in them, and GGUF files of type `adapter`: merge it
-first, with `merge_and_unload()` in peft. Adapters in subdirectories, such as a training run's `checkpoint-500`, are
-named in a warning and not applied.
+Adapters (LoRA, IA3, prompt tuning) are not supported. A directory that contains one (`adapter_config.json`,
+`adapter_model.*` and the like), weights that were saved with one, and GGUF files of type `adapter` raise
+`UnsupportedModelError`; merge the adapter into the weights first, with peft's `merge_and_unload()`. Adapters in
+subdirectories, such as a training run's `checkpoint-500`, are ignored with a warning that names them.
 
 ## Families
 
-One decoder computes them all; a family is a row of data. What is not mentioned is as in Llama: RMSNorm before attention
-and MLP, rotary grouped-query attention, SiLU-gated MLP.
+One decoder computes all of them; a family is a row of data. Whatever a row does not mention is as in Llama: RMSNorm
+before attention and MLP, rotary grouped-query attention, SiLU-gated MLP.
 """
 _WHERE = """
 ## Where they run
 
-CPU and CUDA compute every family. "Native" is the CPU's compiled decoder, which knows Llama's computation; with another
-one, torch's operators run every step. "Fused" are the CUDA backend's kernels around matrix products; "generic" are
-cuBLAS and torch's functions one after another. Attention on CUDA is the same kernels for all.
+Both CPU and CUDA run every family. "Native" is the CPU's compiled decoder, which only knows Llama's computation; for
+other families torch's operators run every step. "Fused" means the CUDA backend's own kernels around the matrix
+products, "generic" means cuBLAS and torch's functions one after another. On CUDA all families use the same attention
+kernels.
 """
 _NOTES = """
-A sliding window matters to "native" only if a request may be longer: `max_model_len` up to the window keeps it.
+A "native" model with a sliding window runs natively only if `max_model_len` does not exceed the window.
 
 ## Rotary encodings
 
-{ropes}. Where the frequencies would
-depend on a request's length, they are a function of the model's limit or of the position instead, so that cached
-prefixes stay exact: `longrope` takes its short factors if `max_model_len` is within the original context length and the
-long ones otherwise, `dynamic` gives each position the frequencies of a context that ends there.
+Supported types: {ropes}.
 
-A model's limit is its `max_position_embeddings`. `linear`, `dynamic` and `yarn` are often added to a config.json that
-keeps the original one there: `max_model_len` may then be up to `factor` times the original context length.
+Cached prefixes must stay exact, so frequencies never depend on a request's length. `longrope` uses its short factors if
+`max_model_len` is within the original context length, and its long factors otherwise. `dynamic` gives each position the
+frequencies of a context that ends there.
+
+`max_position_embeddings` limits the context of a model. `linear`, `dynamic` and `yarn` are often added to a config.json
+that keeps the original value there; `max_model_len` may then be up to `factor` times the original context length.
 
 ## GGUF
 
-A model in several files (`NAME-00001-of-00003.gguf`, made by llama-gguf-split or the converter) is loaded by the path
-of any of them, or of their directory; missing ones are named. In a directory, projectors (`mmproj`) and importance
-matrices beside the model are passed over; of several models, give the path of one.
+For a model in several files (`NAME-00001-of-00003.gguf`, made by llama-gguf-split or the converter), give the path of
+any of them or of their directory; an error names missing files. In a directory, projectors (`mmproj`) and importance
+matrices beside the model are ignored. If a directory contains several models, give the path of one.
 
 Tensor types:
 {types}.
 
 Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of
-all these families; the error for an unknown one lists the known. A file that names none is split as llama.cpp does by
-default, with a logged warning.
+all these families; the error for an unknown pre-tokenizer lists the known ones. If a file names no pre-tokenizer, text
+is split by llama.cpp's default, with a logged warning.
 
-What the format has no key for is as in llama.cpp: files of Mistral are Llamas without a window, every fourth layer of
-SmolLM3 does not rotate, Gemma's window pattern and score scale follow from the family and the number of layers.
+Where the format has no key, the behaviour is llama.cpp's: Mistral files are Llamas without a window, every fourth layer
+of SmolLM3 does not rotate, and Gemma's window pattern and score scale follow from the family and the number of layers.
 """
 _PATTERNS = {
     "full": "",
-    "all_sliding": "sliding window in all layers, where config.json has one",
+    "all_sliding": "sliding window in all layers if config.json has one",
     "upper_sliding": "sliding window in the upper layers with `use_sliding_window`",
     "nope": "every fourth layer does not rotate",
-    "alternating": "sliding window in all but every {period}. layer",
+    "alternating": "sliding window in all layers except one in {period}",
 }
 _NORMS = {
     "pre": "",
-    "post": "norms after attention and MLP, none before",
+    "post": "norms after attention and MLP instead of before",
     "both": "norms before and after attention and MLP",
 }
-_QK_NORMS = {"none": "", "head": "norms of each head of q and k", "projection": "norms of all of q and all of k"}
+_QK_NORMS = {"none": "", "head": "norms over each head of q and k", "projection": "norms over all of q and all of k"}
 
 
 def page() -> str:
-    """Return docs/models.md."""
+    """The text of docs/models.md."""
     parts = [_HEAD, *_table(("Models", "config.json", "GGUF", "Differences"), _family_rows())]
     parts += [_WHERE, *_table(("Models", "CPU", "CUDA"), _backend_rows())]
     notes = _NOTES.format(
@@ -110,7 +112,7 @@ def _family_rows() -> Iterator[tuple[str, ...]]:
 
 def _backend_rows() -> Iterator[tuple[str, ...]]:
     for family in FAMILIES:
-        arch = _sample(family)
+        arch = _example_arch(family)
         native = "native" if arch.is_llama(_CONTEXT) else "torch"
         yield family.title, native, "fused" if arch.has_llama_segments else "generic"
 
@@ -122,11 +124,11 @@ def _differences(family: ModelFamily) -> Iterator[str]:
         _QK_NORMS[family.qk_norm],
         _NORMS[family.norm_placement],
         family.norms_plus_one and "norms multiply by 1 + weight",
-        family.hidden_act == "gelu_tanh" and "GELU (tanh) in place of SiLU",
+        family.hidden_act == "gelu_tanh" and "GELU (tanh) instead of SiLU",
         _PATTERNS[family.layer_pattern].format(period=defaults.get("sliding_window_pattern")),
-        family.local_theta is not None and "windowed layers rotate with a base of their own",
-        family.partial_rotary and "part of each head may rotate",
-        family.stored_fused and "q, k and v, and gate and up, are stored as one tensor",
+        family.local_theta is not None and "layers with a window rotate with their own base",
+        family.partial_rotary and "only part of each head may rotate",
+        family.stored_fused and "q, k and v are stored as one tensor, gate and up as another",
         "attn_logit_softcapping" in defaults and "scores and logits are soft-capped",
         "query_pre_attn_scalar" in defaults and "scores are scaled by `query_pre_attn_scalar`",
         family.scaled_embedding and "embeddings are scaled",
@@ -135,8 +137,8 @@ def _differences(family: ModelFamily) -> Iterator[str]:
     return (text for text in texts if text)
 
 
-def _sample(family: ModelFamily) -> ModelArch:
-    """Return a model of the family whose window, if it has one, is never left."""
+def _example_arch(family: ModelFamily) -> ModelArch:
+    """A small model of the family with the family's default options."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     config = {"architectures": [family.architecture], "num_hidden_layers": 12, "head_dim": 2, **dict.fromkeys(sizes, 8)}
     return arch_from_hf_config(config, family.architecture)

@@ -1,4 +1,4 @@
-"""The supported model families, as data: what each has in common, and how its files name and store it."""
+"""The supported model families as data: what sets each one apart, and how its files name and store it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ModelFamily:
     """One supported architecture. The defaults are Llama's.
 
     Attributes:
-        title: name and generations that it stands for.
+        title: names and generations of the models.
         architecture: its name in config.json's `architectures`.
         model_type: its name in config.json's `model_type`.
         gguf_architecture: its name in GGUF's `general.architecture`.
@@ -25,20 +25,22 @@ class ModelFamily:
         hidden_act: see `ModelArch`.
         norm_placement: see `ModelArch`.
         qk_norm: see `ModelArch`.
-        qkv_bias: q, k and v have biases and o has none; else config.json's `attention_bias` decides for all four.
-        stored_fused: files hold q, k and v as one tensor, and gate and up.
-        norms_plus_one: config.json's model adds 1 to the weights of its norms (GGUF stores the sum).
+        qkv_bias: q, k and v have biases and o has none; if False, config.json's `attention_bias` decides for all four.
+        stored_fused: files contain q, k and v as one tensor, and gate and up as another.
+        norms_plus_one: norms multiply by 1 + weight (GGUF files store the sum).
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
-        partial_rotary: part of a head's dimensions may rotate.
-        layer_pattern: which layers slide or do not rotate, where config.json's `layer_types` does not say it.
-            "full": none slides. "all_sliding": all do where there is a `sliding_window`. "upper_sliding": with
-            `use_sliding_window` those from `max_window_layers` on. "nope": every `no_rope_layer_interval`-th does not
-            rotate, and slides with `use_sliding_window`. "alternating": all but every `sliding_window_pattern`-th.
-        local_theta: sliding layers have a rotary encoding of their own, with this base unless the file says another.
-        wide_scale_layers: a GGUF file does not say what scores are multiplied by: with so many layers it is
-            (hidden_size / num_heads) ** -0.5, else head_dim ** -0.5.
-        config_defaults: values of config.json keys that are absent, as transformers has them. Scales and soft caps are
-            read only if they are here.
+        partial_rotary: only part of a head's dimensions may rotate.
+        layer_pattern: which layers have a sliding window or do not rotate, unless config.json's `layer_types` says so.
+            "full": no layer slides. "all_sliding": all do if there is a `sliding_window`. "upper_sliding": with
+            `use_sliding_window`, layers from `max_window_layers` on. "nope": every `no_rope_layer_interval`-th layer
+            does not rotate, and slides with `use_sliding_window`. "alternating": all layers slide except every
+            `sliding_window_pattern`-th.
+        local_theta: base of the sliding layers' own rotary encoding, unless the file names another; None if they use
+            that of the other layers.
+        wide_scale_layers: number of layers of the model whose scores are multiplied by (hidden_size / num_heads) **
+            -0.5 instead of head_dim ** -0.5; GGUF files do not store that factor.
+        config_defaults: transformers' defaults for keys that are absent in config.json. Scales and soft caps are read
+            only if they have a default here.
     """
 
     title: str
@@ -201,7 +203,7 @@ FAMILIES = (
 def family_layers(
     family: ModelFamily, window: int | None, slides: Sequence[bool], rotates: Sequence[bool]
 ) -> tuple[LayerArch, ...]:
-    """Return `ModelArch.layers`, of which some slide over `window` tokens (None for none) and some do not rotate."""
+    """`ModelArch.layers`, where each layer may slide over `window` tokens (None: none does) and may rotate."""
     sliding_rope: LayerRope = "global" if family.local_theta is None else "local"
     ropes: list[LayerRope] = [
         "none" if not rotating else sliding_rope if slide else "global"
@@ -212,11 +214,11 @@ def family_layers(
 
 
 def family_of(arch: ModelArch) -> ModelFamily:
-    """Return the row of `FAMILIES` that `arch` belongs to."""
+    """The row of `FAMILIES` to which `arch` belongs."""
     return next(family for family in FAMILIES if family.architecture == arch.architecture)
 
 
 def unsupported_architecture(where: str, found: str) -> UnsupportedModelError:
-    """Return the error for an unknown architecture; lists the supported ones."""
+    """The error for an unknown architecture; lists the supported ones."""
     supported = ", ".join(family.architecture for family in FAMILIES)
-    return UnsupportedModelError(f"{where}: architecture {found} is not supported; supported are: {supported}")
+    return UnsupportedModelError(f"{where}: architecture {found} is not supported; supported: {supported}")

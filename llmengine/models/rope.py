@@ -1,15 +1,17 @@
-"""Rotary position encoding as one table, cos and sin for each position, equal to transformers' frequencies.
+"""Rotary position encoding as one table of cos and sin for each position, with transformers' frequencies.
 
-The table is a function of the position alone, so a KV cache, prefix reuse and any chunking of the prompt are exact.
-For "dynamic" (NTK) that is a choice. transformers recomputes the base from the running length and leaves the keys it
-has cached rotated with older bases; here position p has the frequencies of a context of p + 1 tokens, which is what
-transformers gives a token that it decodes with a cache, and equals it in full up to the original context length.
-(The alternative, one base for factor times the original length, differs from transformers at every length.)
+The table depends on the position alone, so a KV cache, prefix reuse and any chunking of the prompt are exact. For two
+types this took a choice.
 
-For "longrope" it is one too. transformers takes the short factors until a context outgrows the original length, and
-then the long ones, for which Phi-3's generation computes all keys again. Here the longest context that the table is
-for decides for all: short factors up to the original length, as in transformers, else long ones, which transformers
-uses for the contexts that need them. (llama.cpp and vLLM choose in the same way.)
+"dynamic" (NTK): transformers recomputes the base from the running length, but keys in its cache stay rotated with older
+bases. Here position p has the frequencies of a context of p + 1 tokens. These are the ones that transformers uses for a
+token that it decodes with a cache; up to the original context length everything is equal. (The alternative, one base
+for factor times the original length, differs from transformers at every length.)
+
+"longrope": transformers uses the short factors until a context outgrows the original length, and then the long factors,
+for which Phi-3's generation recomputes all keys. Here the longest context that the table covers decides: up to the
+original length all positions have the short factors, as in transformers; otherwise all have the long factors, which
+transformers uses for the contexts that need them. (llama.cpp and vLLM choose in the same way.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from llmengine.models.arch import ModelArch, RopeConfig
 
 
 def layer_tables(arch: ModelArch, num_positions: int) -> list[Tensor]:
-    """Return each layer's `rope_table`; layers with the same encoding share one."""
+    """Each layer's `rope_table`; layers with the same encoding share one."""
     tables: dict[RopeConfig | None, Tensor] = {}
     for index in range(arch.num_layers):
         rope = arch.layer_rope(index)
@@ -33,10 +35,11 @@ def layer_tables(arch: ModelArch, num_positions: int) -> list[Tensor]:
 
 
 def rope_table(rope: RopeConfig | None, head_dim: int, num_positions: int) -> Tensor:
-    """Return fp32 [num_positions, head_dim]: cos of the head_dim / 2 angles, then their sin.
+    """Table fp32 [num_positions, head_dim]: cos of the head_dim / 2 angles, then their sin.
 
-    Both are multiplied by the attention factor. Dimension j of a head rotates together with j + head_dim / 2 (the two
-    halves, not interleaved). Pairs that do not rotate (the last of each half; without `rope` all) have cos 1, sin 0.
+    Both are multiplied by the attention factor. Dimension j of a head rotates together with j + head_dim / 2 (halves,
+    not interleaved). Pairs that do not rotate have cos 1 and sin 0: the last ones of each half, or all if `rope` is
+    None.
     """
     half = head_dim // 2
     cos, sin = torch.ones(num_positions, half), torch.zeros(num_positions, half)
@@ -53,9 +56,9 @@ def rope_table(rope: RopeConfig | None, head_dim: int, num_positions: int) -> Te
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context: int) -> Tensor:
-    """Return fp32 [rotary_dim / 2]: radians a position, for contexts of up to `context` tokens.
+    """Radians per position, fp32 [rotary_dim / 2], for contexts of up to `context` tokens.
 
-    For "dynamic" those within the original context length.
+    For "dynamic", these are the frequencies within the original context length.
     """
     if rope.type == "longrope":
         is_long = context > rope.original_max_position_embeddings
@@ -72,17 +75,17 @@ def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context: int) -> Tens
 
 
 def stretched_context(rope: RopeConfig) -> int:
-    """Return the context length that scaling extends the original one to.
+    """Context length to which scaling extends the original one, for types whose `factor` is a ratio of lengths.
 
-    Only for types with `factor` as a ratio of lengths; the original length for the others, whose configurations name
-    the extended one as `max_position_embeddings`.
+    For the other types it is the original length; their configurations name the extended one as
+    `max_position_embeddings`.
     """
     factor = rope.factor if rope.type in ("linear", "dynamic", "yarn") else 1.0
     return int(factor * rope.original_max_position_embeddings)
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """Return what cos and sin are multiplied by: 1 for every type but yarn and longrope.
+    """Factor of cos and sin: 1 for every type except yarn and longrope.
 
     Sources: Peng et al., arXiv 2309.00071; Ding et al., arXiv 2402.13753.
     """
@@ -103,7 +106,7 @@ def _exponents(head_dim: int) -> Tensor:
 
 
 def _dynamic_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
-    """Return fp32 [num_positions, head_dim / 2]; row p is NTK-scaled for a context of p + 1 tokens."""
+    """Frequencies fp32 [num_positions, head_dim / 2]; row p is NTK-scaled for a context of p + 1 tokens."""
     if head_dim <= 2:
         return inverse_frequencies(rope, head_dim, num_positions).expand(num_positions, -1)
     original = rope.original_max_position_embeddings
@@ -113,7 +116,7 @@ def _dynamic_frequencies(rope: RopeConfig, head_dim: int, num_positions: int) ->
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, and those in between blended."""
     original = rope.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     low_wavelength, high_wavelength = original / rope.low_freq_factor, original / rope.high_freq_factor
@@ -139,7 +142,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _yarn_dimension(rope: RopeConfig, head_dim: int, num_rotations: float) -> float:
-    """Return the dimension that turns `num_rotations` times within the original context."""
+    """The dimension that turns `num_rotations` times within the original context."""
     turns = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)
     return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 

@@ -64,7 +64,7 @@ def test_an_adapter_is_named_with_its_type(directory: Path, peft_type: str) -> N
 )
 def test_any_file_of_an_adapter_is_enough(directory: Path, name: str) -> None:
     (directory / name).write_bytes(b"")
-    with pytest.raises(UnsupportedModelError, match=rf"holds an adapter \({name}\), and adapters are not applied"):
+    with pytest.raises(UnsupportedModelError, match=rf"contains an adapter \({name}\); adapters are not supported"):
         open_model(directory)
 
 
@@ -85,7 +85,7 @@ def test_linked_files_count(directory: Path, tmp_path_factory: pytest.TempPathFa
     blobs = tmp_path_factory.mktemp("blobs")
     (blobs / "abc").write_text("{}")
     (directory / "adapter_config.json").symlink_to(blobs / "abc")
-    with pytest.raises(UnsupportedModelError, match="holds an adapter"):
+    with pytest.raises(UnsupportedModelError, match="contains an adapter"):
         open_model(directory)
 
 
@@ -96,7 +96,7 @@ def test_what_a_training_run_left_below_a_model_is_warned_of(
     write_config(directory / below, peft_type="LORA")
     with caplog.at_level(logging.WARNING, "llmengine"):
         assert open_model(directory).kind == "huggingface"
-    assert f"adapters in {below} are not applied" in caplog.text
+    assert f"ignoring the adapters in {below}; adapters are not supported" in caplog.text
 
 
 def test_adapters_below_a_directory_without_a_model_are_named(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_weights_with_an_adapter_in_them(directory: Path, names: tuple[str, ...]
     state |= {name.format(module): weight.clone() for name in names}
     (directory / "model.safetensors").unlink()
     (save_file if file == "model.safetensors" else torch.save)(state, directory / file)
-    with pytest.raises(UnsupportedModelError, match=r"an adapter's that is not merged"):
+    with pytest.raises(UnsupportedModelError, match=r"tensors belong to an adapter that has not been merged"):
         list(open_model(directory).weights(torch.float32))
 
 
@@ -142,7 +142,7 @@ def write_gguf(path: Path, kind: str, architecture: str = "llama") -> None:
 def test_a_gguf_adapter(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", "adapter")
     for place in (tmp_path, tmp_path / "a.gguf"):
-        with pytest.raises(UnsupportedModelError, match=r"is an adapter \(lora\) and no model.*llama-export-lora"):
+        with pytest.raises(UnsupportedModelError, match=r": an adapter \(lora\), not a model.*llama-export-lora"):
             open_model(place)
 
 

@@ -109,7 +109,7 @@ def test_missing_files_are_named(model: Any, tmp_path: Path, missing: tuple[int,
     message = ", ".join(paths[number - 1].name for number in missing)
     for place in (tmp_path, paths[2]):
         with pytest.raises(
-            CorruptFileError, match=rf"of 4 of a split model, and {len(missing)} .*not there: {message}$"
+            CorruptFileError, match=rf"of 4 of a split model; {len(missing)} .*missing: {message}$"
         ):
             open_model(place)
 
@@ -117,11 +117,11 @@ def test_missing_files_are_named(model: Any, tmp_path: Path, missing: tuple[int,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"file2": {"no": 2}}, r"x-00002-of-00003\.gguf: split\.no=2 contradicts its name, expected 1"),
+        ({"file2": {"no": 2}}, r"x-00002-of-00003\.gguf: split\.no=2 contradicts the file name, expected 1"),
         ({"file2": {"no": 7}}, r"x-00002-of-00003\.gguf: split\.no: expected an integer in \[0, 2\]"),
         ({"file2": {"count": 4}}, r"x-00002-of-00003\.gguf: split\.count: expected 3, as in the other files, found 4"),
-        ({"file1": {"count": 4}}, r"x-00001-of-00003\.gguf: split\.count=4 contradicts its name, which says 3"),
-        ({"file1": {"tensors": 20}}, r"x-00001-of-00003\.gguf: split\.tensors\.count=20, but its 3 files have 21"),
+        ({"file1": {"count": 4}}, r"x-00001-of-00003\.gguf: split\.count=4 contradicts the file name, which says 3"),
+        ({"file1": {"tensors": 20}}, r"x-00001-of-00003\.gguf: split\.tensors\.count=20, but the 3 files contain 21"),
     ],
 )
 def test_contradictions_are_named(model: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -155,7 +155,7 @@ def test_a_file_that_was_renamed(model: Any, tmp_path: Path) -> None:
     write_gguf(tmp_path / "whole.gguf", model, "F32")
     paths = split(tmp_path / "whole.gguf", "x", 2)
     paths[1].rename(tmp_path / "second.gguf")
-    with pytest.raises(ModelLoadError, match=r"is file 2 of 2 of a split model.*NAME-00002-of-00002\.gguf"):
+    with pytest.raises(ModelLoadError, match=r"file 2 of 2 of a split model.*NAME-00002-of-00002\.gguf"):
         open_model(tmp_path / "second.gguf")
 
 

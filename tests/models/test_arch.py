@@ -121,8 +121,8 @@ def test_wrong_values_name_file_and_key(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel.*supported are: LlamaForCausalLM"),
-        ("architectures", [], "supported are: LlamaForCausalLM"),
+        ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
+        ("architectures", [], "supported: LlamaForCausalLM"),
         ("hidden_act", "gelu", "gelu.*silu"),
         ("quantization_config", {"quant_method": "gptq"}, "gptq"),
         ("rope_scaling", {"type": "spiral"}, "spiral.*yarn"),
@@ -233,13 +233,13 @@ def test_longrope_and_partial_rotation() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*supported are.*MistralForCausalLM"),
-        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "supported are.*Gemma3ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*supported: .*MistralForCausalLM"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "supported: .*Gemma3ForCausalLM"),
         ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "silu"}, "hidden_activation='silu'"),
         ({"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True}, "use_bidirectional"),
         ({"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention", "linear_attention"]}, "linear_att"),
         ({"architectures": ["Qwen3ForCausalLM"], "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one for each layer type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "separate parameters for each layer type"),
     ],
 )
 def test_families_refuse_what_they_do_not_compute(changes: dict[str, Any], message: str) -> None:

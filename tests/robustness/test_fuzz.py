@@ -44,7 +44,7 @@ def segment_of(plans: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda plans: plans.pop("version"), "missing keys ['version']"),
+        (lambda plans: plans.pop("version"), "missing keys: 'version'"),
         (lambda plans: plans.update(compute_capabilities=["8.9"]), "compute_capabilities: expected a list of integers"),
         (lambda plans: plans.update(plans=[]), "plans: expected an object, found list of 0 items"),
         (lambda plans: segment_of(plans).update(profiles=5), "profiles: expected a list of objects, found 5"),
