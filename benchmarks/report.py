@@ -1,4 +1,4 @@
-"""What the benchmarks share: statistics, the machine's description, JSON lines, tables and the style of plots."""
+"""Reports of the benchmarks: statistics, a description of the machine, JSON lines, tables, and the style of plots."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ import math
 import os
 import platform
 import time
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+def new_parser(name: str, doc: str | None) -> ArgumentParser:
+    """A parser for `python -m benchmarks.NAME` whose help is the module's docstring."""
+    return ArgumentParser(prog=f"benchmarks.{name}", description=doc, formatter_class=RawDescriptionHelpFormatter)
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Add `--json`, the file to which `append_record` writes."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line for each result")
+
+
 def require_gpu() -> None:
-    """End the program with a message where torch finds no GPU."""
+    """Exit with a message if torch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("a GPU is needed: kernels of the CUDA backend are what is measured")
+        raise SystemExit("a GPU is needed: this benchmark measures kernels of the CUDA backend")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the percentile by linear interpolation between the two nearest values (numpy's default); nan if empty."""
+    """The percentile, interpolated between the two nearest values (numpy's default); nan without values."""
     if not 0 <= percent <= 100:
-        raise ValueError(f"percent={percent} is outside [0, 100]")
+        raise ValueError(f"percent must be in [0, 100], not {percent}")
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -35,17 +45,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the 50th percentile; nan if empty."""
+    """The 50th percentile; nan without values."""
     return percentile(values, 50)
 
 
 def median_of_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return each figure's median over runs that all have the same figures."""
+    """Median of each figure over runs that all have the same figures."""
     return {name: median([run[name] for run in runs]) for name in runs[0]}
 
 
 def machine() -> dict[str, Any]:
-    """Return what a reader needs to compare figures: processor, cores, versions, load."""
+    """Facts that a reader needs to compare figures: processor, cores, versions, load."""
     import torch
     import transformers
 
@@ -73,6 +83,16 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def append_record(arguments: Namespace, benchmark: str, results: Any, **more: Any) -> None:
+    """Append one JSON line with machine, arguments and results to the file `arguments.json`, if there is one.
+
+    Args:
+        more: further entries of the record.
+    """
+    record = {"benchmark": benchmark, "machine": machine(), "arguments": vars(arguments), **more, "results": results}
+    append_json(arguments.json, record)
+
+
 def append_json(path: Path | None, record: Mapping[str, Any]) -> None:
     """Append one JSON line; nan becomes null. Does nothing without a path."""
     if path is not None:
@@ -91,15 +111,15 @@ def _without_nan(value: Any) -> Any:
 
 
 def positive_integers(text: str) -> list[int]:
-    """Return [1, 8] for the argument "1,8"; anything else but integers >= 1 is a usage error."""
+    """[1, 8] for the argument "1,8"; anything but integers >= 1 is a usage error."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise ArgumentTypeError(f"{text!r} is no list of integers >= 1 such as 1,8,64")
+        raise ArgumentTypeError(f"must be a list of integers >= 1 such as 1,8,64, not {text!r}")
     return [int(part) for part in parts]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns, the first one to the left, the others to the right."""
+    """A Markdown table with aligned columns: the first one to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -110,8 +130,19 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), ruler, *map(line, rows)])
 
 
+def print_cells(cells: Sequence[object], width: int, first: int | None = None) -> None:
+    """Print one row of a table that grows while it is measured.
+
+    Args:
+        width: of the right-aligned cells.
+        first: width of the first cell, which is then left-aligned.
+    """
+    label = f"{cells[0]!s:>{width}}" if first is None else f"{cells[0]!s:<{first}}"
+    print(label, *(f"{cell!s:>{width}}" for cell in cells[1:]), flush=True)
+
+
 def new_plot(num_panels: int, title: str) -> tuple[Any, Sequence[Any]]:
-    """Return a matplotlib figure without a window, and its panels side by side."""
+    """A matplotlib figure without a window, and its panels side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -128,7 +159,7 @@ def new_plot(num_panels: int, title: str) -> tuple[Any, Sequence[Any]]:
 
 
 def save_plot(figure: Any, path: Path) -> None:
-    """Write the figure and forget it."""
+    """Write the figure to a file and close it."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=150)

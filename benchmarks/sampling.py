@@ -1,21 +1,21 @@
-"""Milliseconds that the CPU's sampler takes for a step.
+"""Milliseconds per step of the CPU sampler.
 
 python -m benchmarks.sampling [--rows 1 16 64 256] [--vocab 128256]
 
-Logits are normal with deviation 4; every slot has a prompt of 1000 tokens. "everything" is penalties, a bias for 300
-tokens, 200 bad words of two tokens, log-probabilities of 2 alternatives, top_k, top_p, min_p and a mask of allowed
-tokens.
+Logits have a normal distribution with standard deviation 4; every slot has a prompt of 1000 tokens. "everything" means
+penalties, a bias for 300 tokens, 200 bad words of two tokens, log-probabilities of 2 alternatives, top_k, top_p, min_p
+and a mask of allowed tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.report import median, new_parser, print_cells
 from llmengine.backends.cpu.sampler import Sampler
 from llmengine.batch import SlotInit
 from llmengine.sampling_params import SamplingParams
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def measure(params: SamplingParams, num_rows: int, vocab: int, masks: dict[int, NDArray[np.int32]]) -> float:
-    """Return the median milliseconds of a step."""
+    """Median milliseconds of a step."""
     random = np.random.default_rng(0)
     sampler = Sampler(num_rows, vocab)
     for slot in range(num_rows):
@@ -54,24 +54,24 @@ def measure(params: SamplingParams, num_rows: int, vocab: int, masks: dict[int, 
         began = time.perf_counter()
         sampler.sample(logits, np.arange(num_rows), np.full(num_rows, position), masks)
         times.append(time.perf_counter() - began)
-    return 1e3 * float(np.median(times))
+    return 1e3 * median(times)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("sampling", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--vocab", type=int, default=128256)
     arguments = parser.parse_args()
     print(f"CPU, {torch.get_num_threads()} threads, vocabulary of {arguments.vocab}; milliseconds")
-    print(*(f"{name:>12}" for name in ["rows", *KINDS]))
+    print_cells(["rows", *KINDS], 12)
     for num_rows in arguments.rows:
         masks = dict.fromkeys(range(num_rows), np.full(-(-arguments.vocab // 32), -2, dtype=np.int32))
         cells = [
             f"{measure(params, num_rows, arguments.vocab, masks if name == 'everything' else {}):.2f}"
             for name, params in KINDS.items()
         ]
-        print(*(f"{cell:>12}" for cell in [num_rows, *cells]), flush=True)
+        print_cells([num_rows, *cells], 12)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Three loads beside the closed loop of `benchmarks.serving`, on random weights of a shape.
+"""Three workloads that complement the closed loop of `benchmarks.serving`, on random weights of a shape.
 
     python -m benchmarks.scenarios mixed    --shape 8b     `generate` of 1,000 requests of mixed lengths, one call
     python -m benchmarks.scenarios long     --shape 8b     16 streams with prompts of 8,000 tokens
-    python -m benchmarks.scenarios arriving --shape 8b     64 streams decode while prompts arrive all the time
+    python -m benchmarks.scenarios arriving --shape 8b     64 streams decode while prompts keep arriving
 
-`arriving` says what prompts cost those who already stream: prompts of 256 tokens, each asking for one token, are sent
-one after the other by two clients; a step takes at most --prompt-tokens-per-step of them beside the decodes.
+`arriving` shows what prompts cost the requests that already stream. Two clients send prompts of 256 tokens one after
+the other, each of which asks for one token; a step takes at most --prompt-tokens-per-step prompt tokens beside its
+decodes.
 """
 
 from __future__ import annotations
@@ -20,26 +21,22 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.report import append_json, format_table, machine, median, percentile
+from benchmarks.models import add_shape, add_tuning_budget, load_llm
+from benchmarks.report import add_json, append_record, format_table, median, new_parser, percentile
 from benchmarks.serving import Arrivals, consume
 from benchmarks.shapes import SHAPES, write_shape
-from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
+from benchmarks.workloads import exact_length, random_prompts
+from llmengine import LLM, SchedulerConfig
 
 Figures = dict[str, float]
 
-_VOCAB = 512  # of the smallest shape
+_VOCAB_SIZE = min(shape["vocab_size"] for shape in SHAPES.values())
 _ARRIVING_PROMPT = 256
 _ARRIVING_CLIENTS = 2
 
 
-def prompts_of(lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Return random prompts of these lengths."""
-    rng = random.Random(seed)
-    return [[rng.randrange(_VOCAB) for _ in range(length)] for length in lengths]
-
-
 def gaps_while_all_run(arrivals: Sequence[Arrivals]) -> list[float]:
-    """Return the seconds between outputs from the last request's first output on: then no prompt of theirs is left."""
+    """Seconds between outputs, counted from the last request's first output on, when no prompt of theirs is left."""
     all_run = max(request.times[0] for request in arrivals)
     gaps = [
         later - earlier
@@ -48,7 +45,9 @@ def gaps_while_all_run(arrivals: Sequence[Arrivals]) -> list[float]:
         if earlier >= all_run
     ]
     if not gaps:
-        raise SystemExit("the first streams ended before the last one began: nothing to measure; use a smaller --scale")
+        raise SystemExit(
+            "there is nothing to measure: the first streams ended before the last one began; use a smaller --scale"
+        )
     return gaps
 
 
@@ -58,8 +57,8 @@ def run_mixed(llm: LLM, arguments: argparse.Namespace) -> Figures:
     scale = arguments.scale
     lengths = [max(1, rng.randint(32, 1024) // scale) for _ in range(arguments.requests)]
     outputs = [max(1, rng.randint(16, 512) // scale) for _ in range(arguments.requests)]
-    params = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in outputs]
-    prompts = prompts_of(lengths, seed=1)
+    params = [exact_length(length) for length in outputs]
+    prompts = random_prompts(random.Random(1), lengths, _VOCAB_SIZE)
     llm.generate(prompts[:8], params[:8])
     began = time.perf_counter()
     results = llm.generate(prompts, params)
@@ -77,7 +76,7 @@ def run_mixed(llm: LLM, arguments: argparse.Namespace) -> Figures:
 
 def run_long(llm: LLM, arguments: argparse.Namespace) -> Figures:
     """Stream from long prompts, all sent at once."""
-    prompts = prompts_of([8000 // arguments.scale] * arguments.streams, seed=2)
+    prompts = random_prompts(random.Random(2), [8000 // arguments.scale] * arguments.streams, _VOCAB_SIZE)
     num_outputs = 128 // min(arguments.scale, 16)
 
     async def serve() -> list[Arrivals]:
@@ -87,7 +86,7 @@ def run_long(llm: LLM, arguments: argparse.Namespace) -> Figures:
                 group.start_soon(consume, llm, iter([prompt]), num_outputs, arrivals)
         return arrivals
 
-    llm.generate(prompts[0][:64], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    llm.generate(prompts[0][:64], exact_length(4))
     began = time.perf_counter()
     arrivals = anyio.run(serve)
     wall_s = time.perf_counter() - began
@@ -103,8 +102,9 @@ def run_long(llm: LLM, arguments: argparse.Namespace) -> Figures:
 
 
 def run_arriving(llm: LLM, arguments: argparse.Namespace) -> Figures:
-    """Stream while others send prompts; compare the gaps with those of the same streams alone."""
+    """Stream while others send prompts, and compare the gaps with those of the same streams alone."""
     num_outputs = 512 // arguments.scale
+    lengths = [128 // min(arguments.scale, 16)] * arguments.streams
 
     async def serve(num_clients: int) -> tuple[list[float], int]:
         arrivals: list[Arrivals] = []
@@ -114,13 +114,13 @@ def run_arriving(llm: LLM, arguments: argparse.Namespace) -> Figures:
             nonlocal num_prompts
             rng = random.Random(num_clients)
             while True:
-                prompt = [rng.randrange(_VOCAB) for _ in range(max(1, _ARRIVING_PROMPT // arguments.scale))]
-                await llm.generate_async(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
+                (prompt,) = random_prompts(rng, [max(1, _ARRIVING_PROMPT // arguments.scale)], _VOCAB_SIZE)
+                await llm.generate_async(prompt, exact_length(1))
                 num_prompts += 1
 
         async with anyio.create_task_group() as clients:
             async with anyio.create_task_group() as streams:
-                for prompt in prompts_of([128 // min(arguments.scale, 16)] * arguments.streams, seed=3):
+                for prompt in random_prompts(random.Random(3), lengths, _VOCAB_SIZE):
                     streams.start_soon(consume, llm, iter([prompt]), num_outputs, arrivals)
                 for _ in range(num_clients):
                     clients.start_soon(send)
@@ -148,64 +148,53 @@ SCENARIOS: dict[str, Callable[[LLM, argparse.Namespace], Figures]] = {
 }
 
 
-def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
-    """Return the shape's model with the limits of the scenario."""
-    streams = {"mixed": 256}.get(arguments.scenario, arguments.streams + _ARRIVING_CLIENTS)
-    per_step = arguments.tokens_per_step
-    mixed = per_step
+def scheduler_config(arguments: argparse.Namespace) -> SchedulerConfig:
+    """The limits of the scenario."""
+    batch_size = 256 if arguments.scenario == "mixed" else arguments.streams + _ARRIVING_CLIENTS
+    mixed = arguments.tokens_per_step
     if arguments.scenario == "arriving":
         mixed = arguments.streams + arguments.prompt_tokens_per_step
-    scheduler = SchedulerConfig(
-        max_batch_size=streams, max_tokens_per_step=max(per_step, mixed), max_tokens_per_mixed_step=mixed
+    return SchedulerConfig(
+        max_batch_size=batch_size,
+        max_tokens_per_step=max(arguments.tokens_per_step, mixed),
+        max_tokens_per_mixed_step=mixed,
     )
-    return LLM(
-        ModelConfig(
-            write_shape(arguments.shape, directory),
-            load_format="dummy",
-            dtype=arguments.dtype,
-            device=arguments.device,
-            tuning_budget_s=arguments.tuning_budget,
-            kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-            scheduler_config=scheduler,
-        ),
-        enable_tokenizer=False,
+
+
+def load_shape(arguments: argparse.Namespace, directory: Path) -> LLM:
+    """The shape's model with the limits of the scenario."""
+    return load_llm(
+        write_shape(arguments.shape, directory),
+        scheduler_config(arguments),
+        load_format="dummy",
+        dtype=arguments.dtype,
+        device=arguments.device,
+        tuning_budget_s=arguments.tuning_budget,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one scenario and print its figures."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.scenarios", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("scenarios", __doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--dtype", default="auto")
+    add_shape(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=1000, metavar="N", help="of mixed")
     parser.add_argument("--streams", type=int, metavar="N", help="16 of long, 64 of arriving by default")
     parser.add_argument("--tokens-per-step", type=int, default=2048, metavar="N")
     parser.add_argument("--prompt-tokens-per-step", type=int, default=256, metavar="N", help="of arriving")
-    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divides all lengths, for a try on a CPU")
-    parser.add_argument("--tuning-budget", type=float, default=ModelConfig(".").tuning_budget_s, metavar="SECONDS")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line")
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all lengths by N, for a try on a CPU")
+    add_tuning_budget(parser)
+    add_json(parser)
     arguments = parser.parse_args(argv)
     if arguments.streams is None:
         arguments.streams = 16 if arguments.scenario == "long" else 64
-    with tempfile.TemporaryDirectory() as directory, load_llm(arguments, Path(directory)) as llm:
+    with tempfile.TemporaryDirectory() as directory, load_shape(arguments, Path(directory)) as llm:
         description = llm.info.description
         figures = SCENARIOS[arguments.scenario](llm, arguments)
     print(f"{description}\n{arguments.scenario}, {arguments.shape}\n")
     print(format_table(["figure", "value"], [[name, f"{value:,.1f}"] for name, value in figures.items()]))
-    append_json(
-        arguments.json,
-        {
-            "benchmark": f"scenarios {arguments.scenario}",
-            "machine": machine(),
-            "arguments": vars(arguments),
-            "engine": {"description": description},
-            "results": figures,
-        },
-    )
+    append_record(arguments, f"scenarios {arguments.scenario}", figures, engine={"description": description})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""N consumers at once, each streaming one request after the other: throughput and latencies as a consumer sees them.
+"""Throughput and latencies as seen by N concurrent consumers, each of which streams one request after the other.
 
     python -m benchmarks.serving --shape 135m --concurrency 1,8,64 --prompt-tokens 128 --output-tokens 128
 
-Prompts are random token ids, EOS is ignored, the prefix cache and the tokenizer are off: every request has exactly
-the asked lengths. Latencies are taken in the consumer's event loop.
+Prompts are random token ids, EOS is ignored, the prefix cache and the tokenizer are off: every request has exactly the
+requested lengths. Latencies are measured in the consumers' event loop.
 
     TTFT  from `generate_async()` to the first output
     ITL   between two outputs of one request (an output holds several tokens when the consumer was late)
@@ -25,46 +25,39 @@ from typing import Any
 
 import anyio
 
+from benchmarks.models import add_model_or_shape, add_tuning_budget, load_llm
 from benchmarks.report import (
-    append_json,
+    add_json,
+    append_record,
     format_table,
     machine,
     median,
     median_of_runs,
+    new_parser,
     new_plot,
     percentile,
     positive_integers,
     save_plot,
 )
-from benchmarks.shapes import SHAPES, write_shape
-from llmengine import LLM, EngineStats, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams, SchedulerConfig
+from benchmarks.shapes import write_shape
+from benchmarks.workloads import StreamingLoad, exact_length, keep_busy, random_prompts
+from llmengine import LLM, EngineStats, QuantConfig, SchedulerConfig
 
 _WARM_UP_TOKENS = 4
 
 
 @dataclass(slots=True)
 class Arrivals:
-    """When one request was sent, and when its outputs came (`time.perf_counter()` seconds)."""
+    """Times at which one request was sent and its outputs arrived, in seconds of `time.perf_counter()`."""
 
     sent: float
     times: list[float] = field(default_factory=list)
     num_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the consumers ask for."""
-
-    concurrency: int
-    num_requests: int
-    prompt_tokens: int
-    output_tokens: int
-    busy_ms: float
-
-
 async def consume(llm: LLM, prompts: Iterator[list[int]], output_tokens: int, arrivals: list[Arrivals]) -> None:
-    """Stream one request after the other until there are no prompts left."""
-    params = SamplingParams(max_new_tokens=output_tokens, ignore_eos=True)
+    """Stream one request after the other until no prompts are left."""
+    params = exact_length(output_tokens)
     for prompt in prompts:
         request = Arrivals(time.perf_counter())
         async for output in llm.generate_async(prompt, params, streaming=True):
@@ -73,25 +66,15 @@ async def consume(llm: LLM, prompts: Iterator[list[int]], output_tokens: int, ar
         arrivals.append(request)
 
 
-async def keep_busy(busy_ms: float) -> None:
-    """Compute in Python for `busy_ms`, sleep as long, and so on: a handler that does not yield."""
-    while True:
-        end = time.perf_counter() + busy_ms * 1e-3
-        while time.perf_counter() < end:
-            pass
-        await anyio.sleep(busy_ms * 1e-3)
-
-
-async def serve(llm: LLM, load: Load, seed: int) -> tuple[list[Arrivals], float]:
+async def serve(llm: LLM, load: StreamingLoad, seed: int) -> tuple[list[Arrivals], float]:
     """Run all consumers and return the requests' arrivals and the wall-clock seconds."""
-    rng = random.Random(seed)
-    vocab_size = llm.info.vocab_size
-    prompts = iter([[rng.randrange(vocab_size) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)])
+    lengths = [load.prompt_tokens] * load.num_requests
+    prompts = iter(random_prompts(random.Random(seed), lengths, llm.info.vocab_size))
     arrivals: list[Arrivals] = []
     began = time.perf_counter()
     async with anyio.create_task_group() as others:
-        if load.busy_ms:
-            others.start_soon(keep_busy, load.busy_ms)
+        if load.busy_s:
+            others.start_soon(keep_busy, load.busy_s)
         async with anyio.create_task_group() as consumers:
             for _ in range(load.concurrency):
                 consumers.start_soon(consume, llm, prompts, load.output_tokens, arrivals)
@@ -100,7 +83,7 @@ async def serve(llm: LLM, load: Load, seed: int) -> tuple[list[Arrivals], float]
 
 
 def summarize(arrivals: Sequence[Arrivals], wall_s: float, before: EngineStats, after: EngineStats) -> dict[str, float]:
-    """Return one run's figures: tokens a second, latencies in ms, batch size, overhead as a share of the step time."""
+    """Figures of one run: tokens per second, latencies in ms, batch size, overhead as a share of the step time."""
     ttft = [request.times[0] - request.sent for request in arrivals]
     itl = [later - earlier for request in arrivals for earlier, later in itertools.pairwise(request.times)]
     tpot = [
@@ -126,7 +109,7 @@ def summarize(arrivals: Sequence[Arrivals], wall_s: float, before: EngineStats, 
     }
 
 
-def run_once(llm: LLM, load: Load, seed: int) -> dict[str, float]:
+def run_once(llm: LLM, load: StreamingLoad, seed: int) -> dict[str, float]:
     """Serve the load once and return its figures."""
     before = llm.stats()
     arrivals, wall_s = anyio.run(serve, llm, load, seed)
@@ -134,68 +117,58 @@ def run_once(llm: LLM, load: Load, seed: int) -> dict[str, float]:
     return summarize(arrivals, wall_s, before, llm.stats())
 
 
-def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
-    """Return the model that the arguments ask for, without tokenizer and prefix cache."""
+def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
+    """The model that the arguments name."""
     largest = max(arguments.concurrency)
     batch_size = min(largest, arguments.max_batch_size or largest)
     scheduler = SchedulerConfig(max_batch_size=batch_size)
     scheduler.max_queued_requests = max(scheduler.max_queued_requests, largest)
     if arguments.tokens_per_step is not None:
         scheduler.max_tokens_per_step = scheduler.max_tokens_per_mixed_step = arguments.tokens_per_step
-    config = ModelConfig(
+    return load_llm(
         write_shape(arguments.shape, directory) if arguments.model is None else arguments.model,
+        scheduler,
         load_format="dummy" if arguments.model is None else "auto",
         quant_config=QuantConfig(weights="int8" if arguments.int8 else "none"),
-        kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-        scheduler_config=scheduler,
         dtype=arguments.dtype,
         device=arguments.device,
         num_threads=arguments.threads,
         tuning_budget_s=arguments.tuning_budget,
         deterministic=arguments.deterministic,
     )
-    return LLM(config, enable_tokenizer=False)
 
 
 def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """Run every concurrency `--runs` times, interleaved; return the medians."""
+    """Run every concurrency `--runs` times, interleaved, and return the medians."""
     runs: dict[int, list[dict[str, float]]] = {concurrency: [] for concurrency in arguments.concurrency}
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
-        llm = load_llm(arguments, Path(directory))
+        llm = load_model(arguments, Path(directory))
         load_s = time.perf_counter() - began
-    gc.freeze()  # as docs/streaming_and_cancellation.md advises: else a full collection stops a run for 200 ms
+    gc.freeze()  # see docs/streaming_and_cancellation.md: a full garbage collection would stop a run for 200 ms
     with llm:
         print(f"{llm.info.description}\nloaded in {load_s:.1f} s")
         time.sleep(arguments.quiet)
         for run, concurrency in itertools.product(range(-1, arguments.runs), arguments.concurrency):
             warm_up = run < 0
-            load = Load(
+            load = StreamingLoad(
                 concurrency,
                 concurrency if warm_up else max(arguments.requests or concurrency, concurrency),
                 arguments.prompt_tokens,
                 min(_WARM_UP_TOKENS, arguments.output_tokens) if warm_up else arguments.output_tokens,
-                arguments.busy_ms,
+                arguments.busy_ms / 1e3,
             )
             results = run_once(llm, load, seed=concurrency * 1000 + run)
             if warm_up:
                 continue
             runs[concurrency].append(results)
-            record = {
-                "benchmark": "serving",
-                "machine": machine(),
-                "arguments": vars(arguments),
-                "engine": {"description": llm.info.description, "load_s": load_s},
-                "concurrency": concurrency,
-                "run": run,
-                "results": results,
-            }
-            append_json(arguments.json, record)
+            engine = {"description": llm.info.description, "load_s": load_s}
+            append_record(arguments, "serving", results, engine=engine, concurrency=concurrency, run=run)
     return {concurrency: median_of_runs(results) for concurrency, results in runs.items()}
 
 
 def table(medians: dict[int, dict[str, float]]) -> str:
-    """Return the medians as a table."""
+    """One row of medians for each concurrency."""
     header = [
         "concurrency",
         "output tok/s",
@@ -246,28 +219,31 @@ def plot(medians: dict[int, dict[str, float]], title: str, path: Path) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.serving", description="Concurrent streaming consumers.")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="a real model")
-    model.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    parser = new_parser("serving", __doc__)
+    add_model_or_shape(parser)
     parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--requests", type=int, metavar="N", help="in each run; default: one a consumer")
+    parser.add_argument("--requests", type=int, metavar="N", help="in each run; default: one per consumer")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="default: the largest concurrency")
     parser.add_argument("--tokens-per-step", type=int, metavar="N", help="most tokens in a step, prompts included")
-    parser.add_argument("--tuning-budget", type=float, default=ModelConfig(".").tuning_budget_s, metavar="SECONDS")
+    add_tuning_budget(parser)
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--quiet", type=float, default=0.0, metavar="SECONDS", help="before the first run; steps are captured then"
+        "--quiet",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait before the first run, while steps are captured",
     )
-    parser.add_argument("--busy-ms", type=float, default=0.0, metavar="MS", help="a task that blocks the loop as long")
+    parser.add_argument(
+        "--busy-ms", type=float, default=0.0, metavar="MS", help="a task blocks the loop for so long, again and again"
+    )
     parser.add_argument("--threads", type=int, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line a run")
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 

@@ -1,10 +1,13 @@
-"""Model shapes without weights: what `ModelConfig(load_format="dummy")` makes random ones for."""
+"""Shapes of models without weights; `ModelConfig(load_format="dummy")` creates random weights for them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
+from llmengine.models.arch import ModelArch
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -52,16 +55,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
 }
-"""SmolLM2-135M, Llama-3.2-1B, Llama-2-7B and Llama-3-8B; "tiny" is for the tests of the benchmarks."""
+"""SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, Llama-3-8B and Llama-3-70B; "tiny" is for the benchmarks' own tests."""
 
 _MAX_POSITIONS = 8192
 
 
-def write_shape(name: str, directory: Path) -> Path:
-    """Write the config.json of a shape into `directory` and return the directory."""
-    shape = SHAPES[name]
-    config = {
+def shape_config(name: str) -> dict[str, Any]:
+    """The config.json of a shape."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -71,7 +82,16 @@ def write_shape(name: str, directory: Path) -> Path:
         "dtype": "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": 2,
-        **shape,
+        **SHAPES[name],
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def shape_arch(name: str) -> ModelArch:
+    """The architecture of a shape."""
+    return arch_from_hf_config(shape_config(name), name)
+
+
+def write_shape(name: str, directory: Path) -> Path:
+    """Write the config.json of a shape into `directory` and return the directory."""
+    (directory / "config.json").write_text(json.dumps(shape_config(name), indent=2))
     return directory

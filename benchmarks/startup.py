@@ -3,12 +3,11 @@
     python -m benchmarks.startup --shape 8b --dtype bfloat16             empty caches: kernels are compiled
     python -m benchmarks.startup --shape 8b --dtype bfloat16 --warm      with those that the first run left
 
-Weights are random, so no file is read. What takes long in between is told by the engine's log, which is shown.
+Weights are random, so no file is read. The engine's log, which is shown, says what takes long.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,8 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.report import append_json, format_table, machine
-from benchmarks.shapes import SHAPES, write_shape
+from benchmarks.models import add_shape
+from benchmarks.report import add_json, append_record, format_table, new_parser
+from benchmarks.shapes import write_shape
 
 _CODE = """
 import json, logging, sys
@@ -32,40 +32,51 @@ with LLM(ModelConfig(options.pop("model_dir"), load_format="dummy", **options), 
 """
 
 
-def measure(options: Mapping[str, str], caches: Path | None) -> dict[str, float]:
-    """Start a process; return its seconds until the model was ready, and until its first token.
+def time_lines(
+    code: str, arguments: Sequence[str], expected: Sequence[str], environment: Mapping[str, str] | None = None
+) -> list[float]:
+    """Seconds from the start of a Python process that runs `code` until it has printed each of the `expected` lines.
 
     Args:
-        options: of `ModelConfig`.
-        caches: where compiled kernels and measured choices are kept; None: where they usually are.
+        environment: changes to this process's environment.
+
+    Raises `SystemExit` if the process prints anything else or exits with an error.
     """
-    changes = (
-        {} if caches is None else {name: str(caches / name) for name in ("TRITON_CACHE_DIR", "LLMENGINE_CACHE_DIR")}
-    )
-    command = [sys.executable, "-c", _CODE, json.dumps(options)]
+    command, seconds = [sys.executable, "-c", code, *arguments], []
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **changes}) as process:
+    changed = {**os.environ, **(environment or {})}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=changed) as process:
         assert process.stdout is not None
-        figures = {}
-        for name, expected in (("ready_s", "ready"), ("first_token_s", "1")):
-            line = process.stdout.readline().strip()
-            figures[name] = time.perf_counter() - began
-            if line != expected:
+        for line in expected:
+            printed = process.stdout.readline().strip()
+            seconds.append(time.perf_counter() - began)
+            if printed != line:
                 process.kill()
-                raise SystemExit(f"the process printed {line!r} instead of {expected!r}")
-    return figures
+                raise SystemExit(f"the process printed {printed!r} instead of {line!r}")
+    if process.returncode:
+        raise SystemExit(f"the process exited with code {process.returncode}")
+    return seconds
+
+
+def measure(options: Mapping[str, str], caches: Path | None) -> dict[str, float]:
+    """Seconds from the start of a process until its model was ready, and until its first token.
+
+    Args:
+        options: options of `ModelConfig`.
+        caches: directory for compiled kernels and measured choices; None: the usual ones.
+    """
+    names = () if caches is None else ("TRITON_CACHE_DIR", "LLMENGINE_CACHE_DIR")
+    seconds = time_lines(_CODE, [json.dumps(options)], ["ready", "1"], {name: str(caches / name) for name in names})
+    return dict(zip(("ready_s", "first_token_s"), seconds, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--dtype", default="auto")
+    parser = new_parser("startup", __doc__)
+    add_shape(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--warm", action="store_true", help="use what earlier runs have compiled and measured")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as directory:
         model_dir = str(write_shape(arguments.shape, Path(directory)))
@@ -74,10 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         format_table(["seconds from process start", "s"], [[name, f"{value:.1f}"] for name, value in figures.items()])
     )
-    append_json(
-        arguments.json,
-        {"benchmark": "startup of a shape", "machine": machine(), "arguments": vars(arguments), "results": figures},
-    )
+    append_record(arguments, "startup of a shape", figures)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Where the GPU's time goes in a step of N decodes: each kernel's part, as `torch.profiler` sees them.
+"""Where the GPU spends a step of N decodes: the time of each kernel according to `torch.profiler`.
 
     python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 64
 
-N requests stream meanwhile, so the steps are those of a running engine, with its graphs. What is between the sum of the
-kernels and the time of a step are gaps, less what kernels overlap (each may start while the one before ends).
+N requests stream during the profile, so the steps are those of a running engine, with its graphs. The difference
+between the sum of the kernels and the time of a step is gaps, less the overlap of kernels that start before their
+predecessors end.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.report import append_json, format_table, machine, require_gpu
-from benchmarks.shapes import SHAPES, write_shape
-from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
+from benchmarks.models import add_shape, add_tuning_budget, load_llm
+from benchmarks.report import add_json, append_record, format_table, new_parser, require_gpu
+from benchmarks.shapes import write_shape
+from benchmarks.workloads import exact_length
+from llmengine import LLM, SchedulerConfig
 
 _CONTEXT = 4096
 _MAX_NAME = 70
 
 
 def kernel_rows(kernels: Iterable[tuple[str, float]], num_steps: int) -> list[tuple[str, float, float, float]]:
-    """Return (name, launches a step, microseconds a launch, microseconds a step), the longest first.
+    """(name, launches per step, microseconds per launch, microseconds per step), the longest first.
 
     Args:
         kernels: (name, microseconds) of each launch.
@@ -41,13 +44,13 @@ def kernel_rows(kernels: Iterable[tuple[str, float]], num_steps: int) -> list[tu
 
 
 async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list[tuple[str, float]], int, float]:
-    """Let requests stream; return the kernels of some steps, how many steps these were, and their seconds."""
+    """Profile some steps of streaming requests; return their kernels, their number and their seconds."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]):
-        pass  # the first one takes long to begin, and tokens would be generated meanwhile
-    params = SamplingParams(max_new_tokens=_CONTEXT - arguments.prompt_tokens, ignore_eos=True)
+        pass  # the first profile takes long to begin; tokens would be generated meanwhile
+    params = exact_length(_CONTEXT - arguments.prompt_tokens)
     prompts = [[2 + stream % 500] * arguments.prompt_tokens for stream in range(arguments.streams)]
     handles = [llm.generate_async(prompt, params, streaming=True) for prompt in prompts]
     for handle in handles:
@@ -58,7 +61,7 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
         await anyio.sleep(arguments.seconds)
         num_steps, seconds = llm.stats().counters.num_steps - before, time.perf_counter() - began
     if any(handle.done for handle in handles) or num_steps == 0:
-        raise SystemExit(f"requests ended before {arguments.seconds} s were over: use fewer --seconds")
+        raise SystemExit(f"requests ended within the {arguments.seconds} s of the profile; use fewer --seconds")
     for handle in handles:
         handle.abort()
     device = torch.autograd.DeviceType.CUDA
@@ -71,38 +74,35 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.step_profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--dtype", default="auto")
+    parser = new_parser("step_profile", __doc__)
+    add_shape(parser)
     parser.add_argument("--streams", type=int, default=64, metavar="N")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of the profile, and of the warm-up before it")
-    parser.add_argument("--tuning-budget", type=float, default=ModelConfig(".").tuning_budget_s, metavar="SECONDS")
+    add_tuning_budget(parser)
     parser.add_argument("--most", type=int, default=14, metavar="N", help="rows of the table")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     require_gpu()
-    with tempfile.TemporaryDirectory() as directory:
-        config = ModelConfig(
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        load_llm(
             write_shape(arguments.shape, Path(directory)),
+            SchedulerConfig(max_batch_size=arguments.streams),
             load_format="dummy",
             dtype=arguments.dtype,
             device="cuda",
             max_model_len=_CONTEXT,
             tuning_budget_s=arguments.tuning_budget,
-            kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-            scheduler_config=SchedulerConfig(max_batch_size=arguments.streams),
-        )
-        with LLM(config, enable_tokenizer=False) as llm:
-            kernels, num_steps, seconds = anyio.run(profile_decodes, llm, arguments)
-            description = llm.info.description
+        ) as llm,
+    ):
+        kernels, num_steps, seconds = anyio.run(profile_decodes, llm, arguments)
+        description = llm.info.description
     rows = kernel_rows(kernels, num_steps)
     sum_us, step_us = sum(row[3] for row in rows), 1e6 * seconds / num_steps
     print(f"{description}\n{num_steps} steps of {arguments.streams} decodes, {step_us:.0f} us each")
     print(f"kernels: {sum_us:.0f} us\n")
-    columns = ["kernel", "launches a step", "us a launch", "us a step"]
+    columns = ["kernel", "launches/step", "us/launch", "us/step"]
     print(
         format_table(
             columns,
@@ -112,16 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ],
         )
     )
-    append_json(
-        arguments.json,
-        {
-            "benchmark": "step profile",
-            "machine": machine(),
-            "arguments": vars(arguments),
-            "engine": {"description": description},
-            "results": {"step_us": step_us, "kernels": rows},
-        },
-    )
+    results = {"step_us": step_us, "kernels": rows}
+    append_record(arguments, "step profile", results, engine={"description": description})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What building TensorRT plans costs: seconds, size and host memory. Plans are built, none is executed.
+"""Cost of building TensorRT plans: seconds, sizes and host memory. Plans are built but not executed.
 
     python -m benchmarks.tensorrt_build                          SmolLM2 and the 1b, 8b and 70b shapes, for SM 8.9
     python -m benchmarks.tensorrt_build --shapes 8b --modes constants --sm 86 120
 
-SmolLM2 has its real weights and is built whole; the others have random ones, and one `mid` with constants stands for
-all of them. One plan is built at a time; "seconds each" is the median of its kind. "peak" is the building process's
-largest resident memory, "more" what it needed beyond an idle one with the library loaded.
+SmolLM2 is built whole, with its real weights. The other shapes have random weights, and one `mid` plan with constants
+stands for all of its kind. One plan is built at a time; "seconds each" is the median of a kind. "peak" is the largest
+resident memory of the building process, "more" its excess over an idle process that has loaded the library.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import format_table
-from benchmarks.shapes import SHAPES, write_shape
+from benchmarks.report import format_table, median, new_parser
+from benchmarks.shapes import shape_arch
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
 from llmengine.backends.tensorrt.constant_weights import spool_constants
 from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, segments_by_plan, segments_of
@@ -29,15 +29,6 @@ from llmengine.errors import EngineError
 from llmengine.models.arch import ModelArch, canonical_shapes
 
 SMOLLM2 = "SmolLM2"
-SHAPE_70B = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 MIB = 1 << 20
 HEADER = (
     "shape",
@@ -55,7 +46,7 @@ HEADER = (
 
 def main() -> None:
     """Build and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("tensorrt_build", __doc__)
     parser.add_argument("--shapes", nargs="+", default=[SMOLLM2, "1b", "8b", "70b"])
     parser.add_argument("--modes", nargs="+", default=["inputs", "constants"])
     parser.add_argument("--kinds", nargs="+", default=["first", "mid", "last"])
@@ -63,14 +54,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--scratch", type=Path, help="where weights and plans lie meanwhile")
+    parser.add_argument("--scratch", type=Path, help="directory for temporary weights and plans")
     options = parser.parse_args()
     rows = [row for shape in options.shapes for mode in options.modes for row in measure(shape, mode, options)]
     print(format_table(HEADER, rows))
 
 
 def measure(shape: str, mode: str, options: argparse.Namespace) -> list[list[str]]:
-    """Return the table's rows for one shape and weight mode; a failure is a row as well."""
+    """The table's rows for one shape and weight mode; a failure is a row as well."""
     arch = architecture(shape)
     chosen = [item for item in segments(arch, mode, options) if item.spec.kind in options.kinds]
     if shape != SMOLLM2:
@@ -94,7 +85,7 @@ def jobs(
     target: BuildTarget,
     scratch: Path,
 ) -> Iterator[PlanJob]:
-    """Yield the jobs, `idle` first: its peak is what the library itself needs."""
+    """Yield the jobs; `idle` comes first, since its peak is the memory of the library itself."""
     yield idle
     if chosen[0].spec.weight_mode == "constants":
         for segment, path in spool_constants(chosen, stream, scratch):
@@ -107,7 +98,7 @@ def jobs(
 def table(
     shape: str, mode: str, arch: ModelArch, chosen: Sequence[PlacedSegment], built: Sequence[BuiltPlan]
 ) -> list[list[str]]:
-    """Return a row for each kind, of its largest figures, and for constants the seconds of the whole model."""
+    """A row of largest figures for each kind of plan, and for constants the seconds of the whole model."""
     idle = built[0].peak_host_bytes or 0
     rows = []
     for kind in dict.fromkeys(segment.spec.kind for segment in chosen):
@@ -115,7 +106,7 @@ def table(
         plans = [plan for plan in built if plan.name in names]
         weights = max(sum(weight.size_bytes for weight in names[plan.name].spec.weights) for plan in plans)
         num_plans = arch.num_layers - 1 if kind == "mid" and mode == "constants" else 1
-        seconds = sorted(plan.seconds for plan in plans)[len(plans) // 2]
+        seconds = median([plan.seconds for plan in plans])
         peak = max(plan.peak_host_bytes or 0 for plan in plans)
         size = max(plan.size_bytes for plan in plans)
         figures = [
@@ -130,27 +121,23 @@ def table(
 
 
 def segments(arch: ModelArch, mode: str, options: argparse.Namespace) -> list[PlacedSegment]:
-    """Return one segment for each plan of a model."""
+    """One segment for each plan of a model."""
     profiles = make_profiles(options.max_batch_size, options.max_tokens)
     return list(segments_by_plan(segments_of(arch, options.dtype, profiles, mode)).values())  # type: ignore[arg-type]
 
 
 def architecture(shape: str) -> ModelArch:
-    """Return SmolLM2's architecture, or that of a shape."""
-    if shape == SMOLLM2:
-        return open_model(find_demo_model()).arch
-    with tempfile.TemporaryDirectory() as folder:
-        SHAPES.setdefault("70b", SHAPE_70B)
-        return open_model(write_shape(shape, Path(folder)), load_format="dummy").arch
+    """SmolLM2's architecture, or that of a shape."""
+    return open_model(find_demo_model()).arch if shape == SMOLLM2 else shape_arch(shape)
 
 
 def smollm2_weights(dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream the real ones."""
+    """Stream SmolLM2's real weights."""
     return open_model(find_demo_model()).weights(getattr(torch, dtype))
 
 
 def random_weights(arch: ModelArch, chosen: Sequence[PlacedSegment], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Stream noise for what the chosen segments read."""
+    """Stream noise for the weights that the chosen segments read."""
     read = {name for segment in chosen for name in segment.weight_names().values()}
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(getattr(torch, dtype))
     for name, shape in canonical_shapes(arch).items():

@@ -1,10 +1,11 @@
-"""TensorRT on the GPU at hand: does it build, is it right, is it faster than torch? Writes a report to paste.
+"""A report about TensorRT on this machine's GPU: whether it builds, is correct, and is faster than torch.
 
     python -m benchmarks.tensorrt_report --shape 1b                    random weights of a model's shape
     python -m benchmarks.tensorrt_report --model DIRECTORY             a real model
 
-It loads the model with each backend in turn, so it takes some minutes and about as much device memory as serving the
-model. Exit codes: 0 the report is complete, 1 TensorRT cannot be used (the report says why), 2 there is no GPU.
+It loads the model with each backend in turn, which takes a few minutes and about as much device memory as serving the
+model. Exit codes: 0 if the report is complete, 1 if TensorRT cannot be used (the report says why), 2 if there is no
+GPU.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.report import format_table, machine
-from benchmarks.serving import Load, run_once
-from benchmarks.shapes import SHAPES, write_shape
-from llmengine import LLM, KvCacheConfig, LLMEngineError, ModelConfig, SamplingParams, SchedulerConfig
+from benchmarks.models import add_model_or_shape, load_llm
+from benchmarks.report import format_table, machine, new_parser
+from benchmarks.serving import run_once
+from benchmarks.shapes import write_shape
+from benchmarks.workloads import StreamingLoad, exact_length
+from llmengine import LLM, LLMEngineError, SchedulerConfig
 from llmengine.saved_engines import measure_layer
 
 _NUM_COMPARED = 32
-"""Greedy tokens of each prompt that are compared between the backends."""
+"""Number of greedy tokens of each prompt that are compared between the backends."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What was found out so far; written in any case.
+    """Results so far; the report is written even if a later step fails.
 
     Attributes:
         notes: one line each.
@@ -48,7 +51,7 @@ class Report:
         self.notes.append(text)
 
     def markdown(self) -> str:
-        """Return everything as Markdown."""
+        """The report as Markdown."""
         lines = ["# llmengine with TensorRT", "", *(f"- {note}" for note in self.notes), ""]
         for title, table in self.tables.items():
             lines += [f"## {title}", "", "```", table, "```", ""]
@@ -56,7 +59,7 @@ class Report:
 
 
 def run(arguments: argparse.Namespace, model: Path, report: Report) -> None:
-    """Fill the report; raises `LLMEngineError` if TensorRT cannot be used."""
+    """Fill the report. Raises `LLMEngineError` if TensorRT cannot be used."""
     with tempfile.TemporaryDirectory() as directory:
         engine = Path(directory) / "engine"
         figures, tokens = {}, {}
@@ -84,36 +87,34 @@ def _open(
     report: Report,
     what: str,
 ) -> LLM:
-    config = ModelConfig(
+    began = time.perf_counter()
+    llm = load_llm(
         model,
+        SchedulerConfig(max_batch_size=max(arguments.concurrency)),
         backend=backend,
         dtype=arguments.dtype,
         device=arguments.device,
         load_format="dummy" if (model / "config.json").is_file() and arguments.shape else "auto",
-        kv_cache_config=KvCacheConfig(enable_prefix_caching=False),
-        scheduler_config=SchedulerConfig(max_batch_size=max(arguments.concurrency)),
     )
-    began = time.perf_counter()
-    llm = LLM(config, enable_tokenizer=False)
     report.note(f"backend={backend!r} {what}: {time.perf_counter() - began:.1f} s; {llm.info.description}")
     return llm
 
 
 def _measure(llm: LLM, arguments: argparse.Namespace) -> tuple[dict[int, dict[str, float]], list[list[int]]]:
-    """Return figures by concurrency, the second run's, and greedy tokens of a few prompts."""
+    """Figures of the second run by concurrency, and greedy tokens of a few prompts."""
     figures = {}
     for concurrency in arguments.concurrency:
-        load = Load(concurrency, concurrency, arguments.prompt_tokens, arguments.output_tokens, busy_ms=0.0)
+        load = StreamingLoad(concurrency, concurrency, arguments.prompt_tokens, arguments.output_tokens)
         for seed in range(2):
             figures[concurrency] = run_once(llm, load, seed)
-    params = SamplingParams(max_new_tokens=min(_NUM_COMPARED, arguments.output_tokens), ignore_eos=True)
+    params = exact_length(min(_NUM_COMPARED, arguments.output_tokens))
     length = min(16, arguments.prompt_tokens)
     prompts = [[(7 * row + place) % llm.info.vocab_size for place in range(length)] for row in range(4)]
     return figures, [list(output.token_ids) for output in llm.generate(prompts, params)]
 
 
 def _agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> str:
-    """Return how long the greedy outputs are the same; near-ties part them sooner or later."""
+    """How long the greedy outputs are equal; near-ties make them diverge sooner or later."""
     total = sum(map(len, ours))
     same = 0
     for mine, other in zip(ours, theirs, strict=True):
@@ -184,14 +185,11 @@ def _mib(size_bytes: int | None) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.tensorrt_report", description="TensorRT on the GPU at hand.")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="a real model")
-    model.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    parser = new_parser("tensorrt_report", __doc__)
+    add_model_or_shape(parser)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 64], metavar="N")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=Path("tensorrt_report.md"), metavar="FILE")
     return parser.parse_args(argv)
@@ -204,8 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine()
     if arguments.device != "cpu" and facts["gpu"] is None:
         print(
-            f"TensorRT cannot run here: torch {facts['torch']} finds no CUDA device; it takes an NVIDIA GPU, a driver "
-            "for it and a CUDA build of torch",
+            f"TensorRT cannot run here: torch {facts['torch']} finds no CUDA device; TensorRT needs an NVIDIA GPU, its "
+            "driver and a CUDA build of torch",
             file=sys.stderr,
         )
         return 2

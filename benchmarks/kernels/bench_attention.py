@@ -1,10 +1,10 @@
-"""Times of attention on the GPU with cold KV in a CUDA graph, every variant checked against the reference first.
+"""Times of attention on the GPU with cold KV in a CUDA graph; every variant is first checked against the reference.
 
 python -m benchmarks.kernels.bench_attention [135m 1b 7b 8b] [--launch v64x256w4s1 ...] [--decodes 64x200 ...] [--pdl]
 
-A decode launch is named v (vector) or d (dot), tile x least tokens of a split, w warps, s stages; where FlashInfer is
-installed, its kernel with the rotation and KV write that it needs ahead is a column as well. TB/s counts the KV of the
-contexts, TFLOP/s the causal half of the products.
+The name of a decode launch is v (vector) or d (dot), tile x least tokens of a split, w warps, s stages. If FlashInfer
+is installed, its kernel is a column as well, including the rotation and KV write that must precede it. TB/s counts the
+KV of the contexts, TFLOP/s the causal half of the products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from benchmarks.report import require_gpu
+from benchmarks.report import new_parser, print_cells, require_gpu
+from benchmarks.shapes import shape_arch
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace, decode_attention, decode_launch
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, prefill_launch, rope_and_write
@@ -27,12 +28,7 @@ from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
 from llmengine.kernels.timing import time_graph
 
-MODELS = {
-    "135m": AttentionConfig(9, 3, 64),
-    "1b": AttentionConfig(32, 8, 64),
-    "7b": AttentionConfig(32, 32, 128),
-    "8b": AttentionConfig(32, 8, 128),
-}
+MODELS = ["135m", "1b", "7b", "8b"]
 DECODES = [(rows, context) for context in (192, 1024) for rows in (1, 8, 64, 256)]
 FLASHINFER = "flashinfer"
 PREFILLS = [(16, 128), (1, 2048)]
@@ -45,30 +41,30 @@ MAX_LAYERS = 600
 
 
 def parse_launch(name: str) -> DecodeLaunch:
-    """Return the launch of a name like v64x256w4s1."""
+    """The launch with a name like v64x256w4s1."""
     match = re.fullmatch(r"([vd])(\d+)x(\d+)w(\d+)s(\d+)", name)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{name!r} is not like v64x256w4s1")
+        raise argparse.ArgumentTypeError(f"must be like v64x256w4s1, not {name!r}")
     tile, split, warps, stages = map(int, match.groups()[1:])
     return DecodeLaunch(tile, split, warps, stages, vector=match[1] == "v")
 
 
 def parse_decodes(name: str) -> tuple[int, int]:
-    """Return rows and context of a name like 64x200."""
+    """Rows and context of a name like 64x200."""
     match = re.fullmatch(r"(\d+)x(\d+)", name)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{name!r} is not like 64x200")
+        raise argparse.ArgumentTypeError(f"must be like 64x200, not {name!r}")
     return int(match[1]), int(match[2])
 
 
 def name_of(launch: DecodeLaunch) -> str:
-    """Return what `parse_launch` reads."""
+    """The name of a launch, which `parse_launch` reads."""
     kind = "v" if launch.vector else "d"
     return f"{kind}{launch.tile}x{launch.min_split_tokens}w{launch.num_warps}s{launch.num_stages}"
 
 
 def make_step(config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int) -> tuple[DeviceStep, int]:
-    """Return a step of rows (context length, tokens) and how many blocks it uses; the blocks are scattered."""
+    """A step of rows (context length, tokens), and the number of blocks that it uses; the blocks are scattered."""
     counts = [-(-length // config.block_size) for length, _ in rows]
     num_blocks = sum(counts) + 1
     blocks = (torch.randperm(num_blocks - 1) + 1).int().split(counts)
@@ -101,7 +97,7 @@ def make_step(config: AttentionConfig, rows: Sequence[tuple[int, int]], query_bl
 
 
 class Layers:
-    """Enough layers' tensors for one step that they do not fit into the L2 cache together."""
+    """Tensors for one step of as many layers as it takes to exceed the L2 cache."""
 
     def __init__(self, config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int = 1) -> None:
         self.config = config
@@ -126,7 +122,7 @@ class Layers:
             self.flashinfer.begin(self.step, len(rows))
 
     def decode(self, layer: int, launch: DecodeLaunch | None, pdl: bool) -> None:
-        """Attend in a layer; None stands for FlashInfer."""
+        """Run decode attention of a layer; a launch of None stands for FlashInfer."""
         if launch is None:
             assert self.flashinfer is not None
             self.flashinfer.attend(self.step, self.qkv, self.kv[layer], self.rope, self.config, self.out, pdl=pdl)
@@ -150,12 +146,12 @@ class Layers:
         rope_and_write(self.step, self.qkv, self.kv[layer], self.rope, self.config, pdl=pdl)
 
     def time(self, call: Callable[[int], None]) -> float:
-        """Return microseconds a layer."""
+        """Microseconds per layer."""
         return time_graph([lambda layer=layer: call(layer) for layer in range(self.num_layers)])
 
 
 def check(found: Tensor, expected: Tensor) -> None:
-    """Raise if the result is off; NaN is."""
+    """Raise if the result is wrong, which includes NaN."""
     error = (found.float() - expected.float()).abs().max().item()
     if not error < 0.03:
         raise AssertionError(f"error {error:.3g}")
@@ -183,7 +179,7 @@ def query_block_of(config: AttentionConfig, launch: PrefillLaunch) -> int:
 
 
 def attempt(run: Callable[[], str]) -> str:
-    """Return what `run` returns, or the kind of its failure: one variant's must not end the benchmark."""
+    """The result of `run`, or the kind of its failure: one variant must not end the benchmark."""
     try:
         return run()
     except Exception as error:
@@ -203,7 +199,7 @@ def bench_decode(
 
     failures = {launch: attempt(lambda launch=launch: checked(launch)) for launch in launches}
     names = [name_of(launch) if launch else FLASHINFER for launch in launches]
-    print(f"{model} decode: us, TB/s".ljust(26), *(f"{name:>17}" for name in names), flush=True)
+    print_cells([f"{model} decode: us, TB/s", *names], 17, first=26)
     for rows, context in decodes:
         layers = Layers(config, [(context, 1)] * rows)
 
@@ -212,7 +208,7 @@ def bench_decode(
             return f"{time_us:.1f}, {layers.kv_bytes / time_us * 1e-6:.2f}"
 
         cells = [failures[launch] or attempt(lambda launch=launch: measured(launch)) for launch in launches]
-        print(f"{rows:4} rows x {context:<5} tokens".ljust(26), *(f"{cell:>17}" for cell in cells), flush=True)
+        print_cells([f"{rows:4} rows x {context:<5} tokens", *cells], 17, first=26)
 
 
 def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
@@ -225,7 +221,7 @@ def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
         replace(usual, rows=64, num_warps=4, num_stages=3),
     ]
     names = [f"r{launch.rows}t{launch.tile}w{launch.num_warps}s{launch.num_stages}" for launch in launches]
-    print(f"{model} prefill: us, TFLOP/s".ljust(26), *(f"{name:>17}" for name in [*names, "rope, TB/s"]), flush=True)
+    print_cells([f"{model} prefill: us, TFLOP/s", *names, "rope, TB/s"], 17, first=26)
     for rows, length in PREFILLS:
 
         def measured(launch: PrefillLaunch, rows: int = rows, length: int = length) -> str:
@@ -242,26 +238,27 @@ def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
 
         cells = [attempt(lambda launch=launch: measured(launch)) for launch in launches]
         cells.append(attempt(written))
-        print(f"{rows:4} x {length} tokens".ljust(26), *(f"{cell:>17}" for cell in cells), flush=True)
+        print_cells([f"{rows:4} x {length} tokens", *cells], 17, first=26)
 
 
 def main() -> None:
     """Print one table for each model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
+    parser = new_parser("kernels.bench_attention", __doc__)
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument(
-        "--launch", nargs="+", type=parse_launch, default=[], help="decode launches instead of the usual"
+        "--launch", nargs="+", type=parse_launch, default=[], help="decode launches instead of the usual ones"
     )
     parser.add_argument(
-        "--decodes", nargs="+", type=parse_decodes, default=[], help="rows x tokens of context, and nothing else"
+        "--decodes", nargs="+", type=parse_decodes, default=[], help="rows x tokens of context, and no prefills"
     )
-    parser.add_argument("--block-size", type=int, default=16, help="tokens a KV block")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per KV block")
     parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
     args = parser.parse_args()
     require_gpu()
     torch.manual_seed(0)
     for model in args.models:
-        config = replace(MODELS[model], block_size=args.block_size)
+        arch = shape_arch(model)
+        config = AttentionConfig(arch.num_heads, arch.num_kv_heads, arch.head_dim, block_size=args.block_size)
         usual = map(parse_launch, MHA_LAUNCHES if config.group == 1 else GQA_LAUNCHES)
         launches = args.launch or list(dict.fromkeys([decode_launch(config, DTYPE), *usual]))
         launches = [*launches, None] if is_installed() else launches

@@ -1,21 +1,21 @@
-"""Times of every implementation of a model's matrix products, checked, with cold weights in a CUDA graph.
+"""Times of every implementation of a model's matrix products with cold weights in a CUDA graph; results are checked.
 
 python -m benchmarks.kernels.bench_linear 135m [qkv o gate_up down lm_head] [--rows 1 8 16 32 64 256]
     [--configs m16n32k128w4s4 ...] [--no-pdl] [--fp16]
 
-`--configs` adds configurations to the candidates; up to 64 rows have any. TB/s counts the weight alone.
+`--configs` adds configurations to the candidates. TB/s counts only the weight.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
-from benchmarks.report import require_gpu
+from benchmarks.report import new_parser, require_gpu
+from benchmarks.shapes import SHAPES, shape_arch
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_choice import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig, parse_config
@@ -24,13 +24,6 @@ from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.norm import rms_norm
 from llmengine.kernels.timing import time_graph
 
-MODELS = {
-    "135m": (576, 960, 1536, 49152),
-    "1b": (2048, 3072, 8192, 128256),
-    "7b": (4096, 12288, 11008, 32000),
-    "8b": (4096, 6144, 14336, 128256),
-}
-"""hidden, outputs of q, k and v, intermediate, vocabulary."""
 PRODUCTS = ("qkv", "o", "gate_up", "down", "lm_head")
 EPS = 1e-5
 TOLERANCE = 0.02
@@ -38,21 +31,23 @@ COLD_BYTES = 160 << 20
 
 
 def shape_of(model: str, product: str, num_rows: int, dtype: torch.dtype) -> GemmShape:
-    """Return the shape of a model's product."""
-    hidden, qkv, intermediate, vocab = MODELS[model]
+    """The shape of a model's product."""
+    arch = shape_arch(model)
+    hidden, intermediate = arch.hidden_size, arch.intermediate_size
+    q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     operation: Operation
     operation, n, k = {
-        "qkv": ("norm_linear", qkv, hidden),
-        "o": ("linear_add", hidden, hidden),
+        "qkv": ("norm_linear", q_size + 2 * kv_size, hidden),
+        "o": ("linear_add", hidden, q_size),
         "gate_up": ("norm_linear_silu", intermediate, hidden),
         "down": ("linear_add", hidden, intermediate),
-        "lm_head": ("norm_linear", vocab, hidden),
+        "lm_head": ("norm_linear", arch.vocab_size, hidden),
     }[product]
     return GemmShape(operation, num_rows, n, k, dtype, torch.float32 if product == "lm_head" else dtype)
 
 
 def error_of(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> float:
-    """Return the largest error of the result over the largest element of the fp32 reference, for random operands."""
+    """Largest error of the result relative to the largest element of the fp32 reference, for random operands."""
 
     def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*size, device="cuda") * scale).to(shape.dtype)
@@ -72,9 +67,9 @@ def error_of(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> 
 
 
 def time_us(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> float:
-    """Return the microseconds of the shape's operation with weights that are not in the L2."""
+    """Microseconds of the shape's operation with weights that are not in the L2 cache."""
     num_rows = shape.n * (2 if shape.operation == "norm_linear_silu" else 1)
-    # Random, since zeros make the memory and the chip faster than they are.
+    # Random, since memory and chip are faster with zeros.
     weights = [
         (torch.randn(num_rows, shape.k, device="cuda") * 0.02).to(shape.dtype)
         for _ in range(-(-COLD_BYTES // (num_rows * shape.k * shape.dtype.itemsize)))
@@ -94,7 +89,7 @@ def time_us(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> f
 
 
 def can_run(shape: GemmShape, config: LinearConfig) -> bool:
-    """Return whether the configuration takes the shape's rows and operation."""
+    """Whether the configuration supports the shape's rows and operation."""
     if not isinstance(config, SkinnyConfig):
         return True
     takes_rows = config.any_rows or config.block_m >= shape.num_rows
@@ -102,7 +97,7 @@ def can_run(shape: GemmShape, config: LinearConfig) -> bool:
 
 
 def bench_product(kernels: LinearKernels, name: str, shape: GemmShape, extra: Sequence[LinearConfig]) -> None:
-    """Print a line for each implementation, the fastest marked."""
+    """Print a line for each implementation and mark the fastest."""
     size_bytes = shape.n * shape.k * shape.dtype.itemsize * (2 if shape.operation == "norm_linear_silu" else 1)
     device = torch.device("cuda", torch.cuda.current_device())
     usual = candidates(shape, max_shared_bytes(device), tiled_sms(device))
@@ -127,7 +122,8 @@ def bench_product(kernels: LinearKernels, name: str, shape: GemmShape, extra: Se
 
 def bench_rows(model: str, dtype: torch.dtype, pdl: bool) -> None:
     """Print the times of the row-wise kernels around cuBLAS."""
-    hidden, _, intermediate, _ = MODELS[model]
+    arch = shape_arch(model)
+    hidden, intermediate = arch.hidden_size, arch.intermediate_size
     weight = torch.ones(hidden, device="cuda", dtype=dtype)
     for num_rows in (1, 256, 8192):
         x = torch.randn(num_rows, hidden, device="cuda").to(dtype)
@@ -139,9 +135,9 @@ def bench_rows(model: str, dtype: torch.dtype, pdl: bool) -> None:
 
 
 def main() -> None:
-    """Run the products that the arguments name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
+    """Measure the products that the arguments name."""
+    parser = new_parser("kernels.bench_linear", __doc__)
+    parser.add_argument("model", choices=SHAPES)
     parser.add_argument("products", nargs="*", metavar="product", help=f"of {', '.join(PRODUCTS)}; all if none")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64, 256])
     parser.add_argument("--configs", type=parse_config, nargs="+", default=[])

@@ -1,21 +1,21 @@
-"""Times of the choice of tokens, checked, in a CUDA graph, beside torch's own.
+"""Times of sampling in a CUDA graph beside torch's own functions; results are checked.
 
 python -m benchmarks.kernels.bench_sampling [--rows 1 16 64 256] [--vocabs 32000 49152 128256]
 
-Logits are normal with deviation 4: of 128256 tokens top_p=.9 keeps some 400. The flat column, at temperature 4, keeps
-60 % of all, the worst case. "edits" is a greedy choice after penalties on 1000 tokens or more, a bias for 300 and 200
-bad words; "everything" has top_k, top_p, min_p and a mask of allowed tokens on top of that. Batches of logits rotate;
-those of a few rows stay in the L2, as in a step, whose LM head has just written them.
+Logits have a normal distribution with standard deviation 4, so that top_p=.9 keeps about 400 of 128256 tokens. The
+"flat" column, at temperature 4, keeps 60 % of them, which is the worst case. "edits" is a greedy choice after penalties
+on 1000 tokens or more, a bias for 300 tokens and 200 bad words; "everything" adds top_k, top_p, min_p and a mask of
+allowed tokens. Batches of logits rotate; those of few rows stay in the L2 cache, as in a step whose LM head has just
+written them.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.report import require_gpu
+from benchmarks.report import new_parser, print_cells, require_gpu
 from llmengine.kernels.logit_edits import EditTables, edit_logits_reference
 from llmengine.kernels.sampling import SlotParams, TokenMasks, sample, sample_greedy, sampling_workspace
 from llmengine.kernels.sampling_reference import distribution_reference, sample_greedy_reference
@@ -36,7 +36,7 @@ NUM_ENTRIES, MAX_ENTRIES, NUM_WORDS = 1300, 4096, 200
 
 
 class Rows:
-    """One batch of logits and all that sampling it needs."""
+    """One batch of logits and the tensors that sampling it needs."""
 
     def __init__(self, num_rows: int, vocab: int) -> None:
         self.logits = torch.randn(num_rows, vocab, device="cuda") * 4.0
@@ -75,7 +75,7 @@ class Rows:
 
 
 def slot_params(num_rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> SlotParams:
-    """Return the same parameters for every slot, with seeds of their own."""
+    """The same parameters for every slot, each with its own seed."""
     return SlotParams(
         temperature=torch.full((num_rows,), temperature, device="cuda"),
         top_k=torch.full((num_rows,), top_k, dtype=torch.int32, device="cuda"),
@@ -106,13 +106,13 @@ def edit_tables(num_rows: int, vocab: int) -> EditTables:
 
 
 def check_greedy(rows: Rows) -> bool:
-    """True if the ids are right."""
+    """Whether the ids are right."""
     rows.greedy()
     return torch.equal(rows.ids.long(), sample_greedy_reference(rows.logits)[0])
 
 
 def check_draw(rows: Rows, kind: tuple[float, int, float, float]) -> bool:
-    """True if the ids of the first rows are kept tokens, give or take the last one, and no row failed."""
+    """Whether the ids of the first rows are tokens that are kept, give or take the last one, and no row failed."""
     rows.draw(slot_params(len(rows.ids), *kind))
     kept = [distribution_reference(line, *kind) > 0 for line in rows.logits[:4]]
     lowest = torch.stack([line[mask].min() for line, mask in zip(rows.logits, kept, strict=False)])
@@ -121,7 +121,7 @@ def check_draw(rows: Rows, kind: tuple[float, int, float, float]) -> bool:
 
 
 def check_edits(rows: Rows, kind: tuple[float, int, float, float], edits: EditTables, masks: TokenMasks | None) -> bool:
-    """True if the ids of the first rows are kept tokens of the edited logits, and the logits come out unchanged."""
+    """Whether the ids of the first rows are kept tokens of the edited logits, and the logits are unchanged after."""
     before = rows.logits.clone()
     lines = [edit_logits_reference(line, slot, slot, edits) for slot, line in enumerate(before[:4])]
     rows.draw(slot_params(len(rows.ids), *kind), edits, masks)
@@ -136,7 +136,7 @@ def check_edits(rows: Rows, kind: tuple[float, int, float, float], edits: EditTa
 
 
 def timed(call: Callable[[Rows], None], batches: list[Rows], right: Callable[[Rows], bool] | None = None) -> str:
-    """Return the microseconds, with a mark if the result is wrong, or what was raised."""
+    """Microseconds, marked if the result is wrong, or the name of the exception."""
 
     def bound(rows: Rows) -> Callable[[], None]:
         return lambda: call(rows)
@@ -144,13 +144,13 @@ def timed(call: Callable[[Rows], None], batches: list[Rows], right: Callable[[Ro
     try:
         mark = "" if right is None or right(batches[0]) else " WRONG"
         return f"{time_graph([bound(rows) for rows in batches]):.1f}{mark}"
-    except Exception as error:  # the other columns shall still be measured
+    except Exception as error:  # one failure must not end the benchmark
         torch.cuda.synchronize()
         return type(error).__name__
 
 
 def measure_edits(batches: list[Rows], kind: tuple[float, int, float, float], masked: bool) -> str:
-    """Return the microseconds of a choice after edits."""
+    """Microseconds of sampling after edits."""
     num_rows, vocab = batches[0].logits.shape
     params, tables = slot_params(num_rows, *kind), edit_tables(num_rows, vocab)
     masks = None
@@ -163,7 +163,7 @@ def measure_edits(batches: list[Rows], kind: tuple[float, int, float, float], ma
 
 
 def measure(num_rows: int, vocab: int) -> list[str]:
-    """Return one line of the table."""
+    """One line of the table."""
     size_bytes = 4 * num_rows * vocab
     batches = [Rows(num_rows, vocab) for _ in range(min(64, max(2, -(-COLD_BYTES // size_bytes))))]
     cells = [timed(Rows.greedy, batches, check_greedy)]
@@ -190,7 +190,7 @@ def measure(num_rows: int, vocab: int) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("kernels.bench_sampling", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 49152, 128256])
     arguments = parser.parse_args()
@@ -198,15 +198,10 @@ def main() -> None:
     torch.manual_seed(0)
     torch_columns = ["argmax", "multinomial", "sort top_p"]
     print(f"{torch.cuda.get_device_name()}; microseconds")
-    print(
-        *(
-            f"{name:>17}"
-            for name in ["rows", "vocab", "at 3 TB/s", "greedy", *KINDS, "edits", "everything", *torch_columns]
-        )
-    )
+    print_cells(["rows", "vocab", "at 3 TB/s", "greedy", *KINDS, "edits", "everything", *torch_columns], 17)
     for vocab in arguments.vocabs:
         for num_rows in arguments.rows:
-            print(*(f"{cell:>17}" for cell in measure(num_rows, vocab)), flush=True)
+            print_cells(measure(num_rows, vocab), 17)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`benchmarks.contention` on a tiny model: it ends its busy loops and reports every contender and load."""
+"""`benchmarks.contention` on a tiny model: it ends its busy loops and reports every contender and workload."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def test_busy_loops_run_meanwhile_and_end_with_an_error() -> None:
     assert loops() == []
 
 
-def test_reports_every_contender_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_every_contender_and_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path)
     lines = tmp_path / "lines.jsonl"
     arguments = ["--model", str(tmp_path), "--weights", "int8", "--loads", "1,prefill", "--runs", "1", "--loops", "1"]
     assert contention.main([*arguments, "--threads", "1", "--scale", "16", "--json", str(lines)]) in (0, 1)
     records = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [record["load"] for record in records] == ["1", "prefill"]
+    assert [record["workload"] for record in records] == ["1", "prefill"]
     assert all(record["results"]["ratio"] > 0 for record in records)
     assert "| llmengine int8 |" in capsys.readouterr().out
     assert loops() == []
 
 
-def test_unknown_loads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_workloads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         contention.main(["--loads", "1,2"])
-    assert "--loads: ['2'] are not among 1, 8, 16, prefill" in capsys.readouterr().err
+    assert "--loads must be among 1, 8, 16, prefill, not '2'" in capsys.readouterr().err

@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from benchmarks import host
+from benchmarks.workloads import StreamingLoad
 from llmengine.batch import Batch, BatchRow
 
 
 def test_a_step_begins_when_its_predecessor_has_ended() -> None:
-    backend = host.NullBackend(host.Load(concurrency=1, step_s=0.01))
+    backend = host.NullBackend(StreamingLoad(concurrency=1, num_requests=1), host.Device(step_s=0.01))
     for step in (1, 2):
         backend.launch(Batch(step, [BatchRow(0, step, 1, (), (), 1)]))
     assert [backend.collect().token_ids for _ in range(2)] == [{0: (1,)}, {0: (2,)}]
@@ -21,8 +22,8 @@ def test_a_step_begins_when_its_predecessor_has_ended() -> None:
 
 @pytest.mark.parametrize("busy_s", [0.0, 0.001])
 def test_figures_of_one_run(busy_s: float) -> None:
-    load = host.Load(concurrency=3, prompt_tokens=8, output_tokens=16, step_s=0.001, busy_s=busy_s)
-    figures = host.run_once(load)
+    load = StreamingLoad(concurrency=3, num_requests=3, prompt_tokens=8, output_tokens=16, busy_s=busy_s)
+    figures = host.run_once(load, host.Device(step_s=0.001))
     assert 0 < figures["tokens_per_s"] < 3 * 1000
     assert 0 < figures["steps_per_s"] <= 1001
     assert 0 <= figures["idle"] + 1e-6 < 1
@@ -37,7 +38,7 @@ def test_figures_of_one_run(busy_s: float) -> None:
 def test_a_bad_concurrency_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         host.main([f"--concurrency={text}"])
-    assert f"{text!r} is no list of integers >= 1" in capsys.readouterr().err
+    assert f"must be a list of integers >= 1 such as 1,8,64, not {text!r}" in capsys.readouterr().err
 
 
 def test_prints_a_row_for_each_concurrency_and_profiles_both_threads(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import simulate
-from benchmarks.simulate import Arrival, Cost, Simulation, Workload
+from benchmarks.simulate import Arrival, Cost, Simulation, TraceProfile
 from llmengine import SchedulerConfig
 
 SECOND = Cost(step_ms=1000.0, token_us=0.0, context_us=0.0)
@@ -72,7 +72,7 @@ def test_jain_index() -> None:
 
 
 def test_index_is_higher_with_fairness_where_more_is_asked_than_served() -> None:
-    trace = simulate.make_trace(Workload(num_requests=400, load=2.0, num_tenants=3), Cost(), 8)
+    trace = simulate.make_trace(TraceProfile(num_requests=400, load=2.0, num_tenants=3), Cost(), 8)
     config = SchedulerConfig(max_batch_size=8, max_tokens_per_step=256, max_tokens_per_mixed_step=256)
     fair, unfair = (
         Simulation(trace, Cost(), config, num_blocks=1001, fair=fair, window_s=2.0).run() for fair in (True, False)
@@ -83,21 +83,21 @@ def test_index_is_higher_with_fairness_where_more_is_asked_than_served() -> None
 
 
 def test_made_up_traces_are_what_was_asked_for_and_repeatable() -> None:
-    workload = Workload(num_requests=3000, num_tenants=3)
-    trace = simulate.make_trace(workload, Cost(), 64)
-    assert trace == simulate.make_trace(workload, Cost(), 64)
+    profile = TraceProfile(num_requests=3000, num_tenants=3)
+    trace = simulate.make_trace(profile, Cost(), 64)
+    assert trace == simulate.make_trace(profile, Cost(), 64)
     assert [a.arrival_s for a in trace] == sorted(a.arrival_s for a in trace)
     assert {a.tenant for a in trace} == {"noisy", "tenant 1", "tenant 2"}
-    assert sum(a.prompt_tokens for a in trace) / 3000 == pytest.approx(workload.prompt_tokens, rel=0.1)
-    assert sum(a.output_tokens for a in trace) / 3000 == pytest.approx(workload.output_tokens, rel=0.1)
-    assert sum(a.priority for a in trace) / 3000 == pytest.approx(workload.urgent, abs=0.03)
+    assert sum(a.prompt_tokens for a in trace) / 3000 == pytest.approx(profile.prompt_tokens, rel=0.1)
+    assert sum(a.output_tokens for a in trace) / 3000 == pytest.approx(profile.output_tokens, rel=0.1)
+    assert sum(a.priority for a in trace) / 3000 == pytest.approx(profile.urgent, abs=0.03)
 
 
 @pytest.mark.parametrize(
     ("line", "named"),
     [("{", "Expecting"), ("[]", "mapping"), ('{"arrival_s": 1}', "prompt_tokens"),
-     ('{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 1}', "at least one prompt token"),
-     ('{"arrival_s": 0, "prompt_tokens": 4, "output_tokens": 1, "prefix_tokens": 4}', "prefix_tokens is outside")],
+     ('{"arrival_s": 0, "prompt_tokens": 0, "output_tokens": 1}', "must be at least 1"),
+     ('{"arrival_s": 0, "prompt_tokens": 4, "output_tokens": 1, "prefix_tokens": 4}', "prefix_tokens must be in")],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path: Path, line: str, named: str) -> None:
     path = tmp_path / "trace.jsonl"
@@ -107,7 +107,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, named: str) -> None:
 
 
 def test_a_request_that_can_never_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="2001 tokens does not fit in a KV cache of 1024"):
+    with pytest.raises(ValueError, match="2001 tokens exceeds the KV cache of 1024"):
         run([Arrival(0.0, 2000, 1)])
 
 
@@ -122,6 +122,6 @@ def test_commands_write_replay_print_and_draw(tmp_path: Path, capsys: pytest.Cap
     assert plot.read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [record["scheduling"] for record in records] == ["fair", "not fair"]
-    assert records[0]["decode_step_p99_s"] < 0.025
+    assert records[0]["results"]["decode_step_p99_s"] < 0.025
     simulate.main([*options, "--no-fairness"])
     assert "| not fair" in capsys.readouterr().out

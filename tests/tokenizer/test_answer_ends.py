@@ -184,16 +184,16 @@ def test_configurations_name_ends(
 @pytest.mark.parametrize(
     ("files", "name"),
     [
-        ({"config.json": 311}, r"config\.json: eos_token_id holds 311"),
-        ({"config.json": [32000, 32001]}, r"config\.json: eos_token_id holds 32000"),
-        ({"config.json": 5, "generation_config.json": 400}, r"generation_config\.json: eos_token_id holds 400"),
+        ({"config.json": 311}, r"config\.json: eos_token_id contains 311"),
+        ({"config.json": [32000, 32001]}, r"config\.json: eos_token_id contains 32000"),
+        ({"config.json": 5, "generation_config.json": 400}, r"generation_config\.json: eos_token_id contains 400"),
     ],
 )
 def test_a_configured_end_outside_the_vocabulary(tmp_path: Path, files: dict[str, Any], name: str) -> None:
     directory = hf_model(tmp_path, eos_token_id=files["config.json"])
     if "generation_config.json" in files:
         write_json(directory / "generation_config.json", eos_token_id=files["generation_config.json"])
-    with pytest.raises(CorruptFileError, match=rf"{name}, outside the model's vocabulary \[0, 311\)"):
+    with pytest.raises(CorruptFileError, match=rf"{name}, which is outside the model's vocabulary \[0, 311\)"):
         LLM(ModelConfig(directory, num_threads=1))
 
 
@@ -204,8 +204,8 @@ def test_an_end_outside_the_vocabulary_beside_a_sound_one_is_left_out(
     write_json(directory / "generation_config.json", eos_token_id=[400, 7])
     assert loaded_ends(directory) == {5, 7}
     messages = [record.getMessage() for record in caplog.records]
-    assert any("generation_config.json: eos_token_id holds 400" in message for message in messages)
-    assert any("config.json: eos_token_id holds 32000" in message for message in messages)
+    assert any("generation_config.json: eos_token_id contains 400" in message for message in messages)
+    assert any("config.json: eos_token_id contains 32000" in message for message in messages)
     path = gguf_model(tmp_path / "a.gguf", ["<x>"], {"eos_token_ids": [0, 5]})
     with LLM(ModelConfig(path, num_threads=1)) as llm:
         assert llm.eos_token_ids == {FIRST}

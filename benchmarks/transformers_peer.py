@@ -1,7 +1,7 @@
 """transformers on the same weights: `generate`, a static batch, and its continuous batching.
 
-The weights are those that llmengine's loader reads, put into transformers' own model class: transformers reads GGUF
-files only with the package accelerate, and a conversion of its own could differ.
+llmengine's loader reads the weights, and transformers' own model class receives them: transformers reads GGUF files
+only with the package accelerate, and its conversion could differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmengine.models.arch import ModelArch, fused_parts
 
 
 class Variant(NamedTuple):
-    """How transformers runs: the attention implementation and, for continuous batching, most tokens a step."""
+    """A way to run transformers: its attention implementation and, for continuous batching, the tokens per step."""
 
     attention: str
     max_batch_tokens: int = 0
@@ -30,7 +30,7 @@ VARIANTS = {
     "generate": (Variant("sdpa"), Variant("eager")),
     "continuous": (Variant("sdpa", 512), Variant("sdpa", 2048), Variant("paged|eager", 512)),
 }
-"""What is tried of each kind. Continuous batching in transformers 5 accepts sdpa and paged|eager without a GPU."""
+"""Variants to try of each kind. Without a GPU, continuous batching in transformers 5 accepts sdpa and paged|eager."""
 
 _TRIAL_TOKENS = 8
 _PAGE_SIZE = 256
@@ -48,7 +48,7 @@ _HF_MODULES = {
 
 
 class Transformers:
-    """A transformers model in float32 that generates greedily, exactly as many tokens as asked."""
+    """A transformers model in float32 that generates greedily and exactly as many tokens as requested."""
 
     def __init__(self, model_path: Path) -> None:
         transformers_logging.set_verbosity_error()
@@ -57,7 +57,7 @@ class Transformers:
         self._chosen: dict[tuple[str, int, int, int], Variant] = {}
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
-        """`model.generate` over all prompts as one static batch; they must be equally long."""
+        """Run `model.generate` over all prompts, which must be equally long, as one static batch."""
         inputs = torch.tensor(prompts)
         with torch.inference_mode():
             output = self.model.generate(
@@ -66,9 +66,9 @@ class Transformers:
         assert output.shape == (len(prompts), len(prompts[0]) + num_tokens), tuple(output.shape)
 
     def generate_continuously(self, prompts: Sequence[Sequence[int]], num_tokens: int, max_batch_tokens: int) -> None:
-        """`model.generate_batch`, transformers' continuous batching; its manager's start and end are part of it.
+        """Run `model.generate_batch`, transformers' continuous batching, including the start and end of its manager.
 
-        The cache gets the blocks that the workload needs: by default it would fill 90 % of the memory at each call.
+        The cache has as many blocks as the workload needs; by default it would fill 90 % of the memory in each call.
         """
         blocks_each = -(-(len(prompts[0]) + num_tokens) // _PAGE_SIZE)
         outputs = self.model.generate_batch(
@@ -85,7 +85,7 @@ class Transformers:
         assert lengths == {num_tokens}, lengths
 
     def choose_variant(self, kind: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> Variant:
-        """Return the variant that is fastest for this workload over a few tokens; tried once, as its warm-up."""
+        """The variant that is fastest for a few tokens of this workload. The first call tries all, as a warm-up."""
         key = (kind, len(prompts), len(prompts[0]), num_tokens)
         if key not in self._chosen:
             times = {}
@@ -96,7 +96,7 @@ class Transformers:
         return self._chosen[key]
 
     def run(self, kind: str, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
-        """Return the seconds that one run takes; kind: "generate" or "continuous"."""
+        """Seconds of one run; kind: "generate" or "continuous"."""
         return self._time(kind, self.choose_variant(kind, prompts, num_tokens), prompts, num_tokens)
 
     def _time(self, kind: str, variant: Variant, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
@@ -116,7 +116,7 @@ def _exactly(num_tokens: int) -> GenerationConfig:
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """Return transformers' Llama in float32 with the weights that llmengine reads from `path`."""
+    """transformers' Llama in float32 with the weights that llmengine reads from `path`."""
     source = open_model(path)
     model = LlamaForCausalLM(_hf_config(source.arch))
     state = dict(_hf_weights(source.arch, source.weights(torch.float32)))
@@ -129,7 +129,9 @@ def load_model(path: Path) -> PreTrainedModel:
 
 def _hf_config(arch: ModelArch) -> LlamaConfig:
     if arch.rope.type != "default":
-        raise SystemExit(f"the comparison has no rope scaling of type {arch.rope.type!r}; take another --model")
+        raise SystemExit(
+            f"rope scaling of type {arch.rope.type!r} is not supported in this comparison; use another --model"
+        )
     return LlamaConfig(
         vocab_size=arch.vocab_size,
         hidden_size=arch.hidden_size,
@@ -149,7 +151,7 @@ def _hf_config(arch: ModelArch) -> LlamaConfig:
 
 
 def _hf_weights(arch: ModelArch, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield transformers' names and tensors for llmengine's fused ones."""
+    """Yield the names and tensors of transformers for llmengine's fused ones."""
     fused = fused_parts(arch)
     for name, tensor in weights:
         row = 0

@@ -1,9 +1,9 @@
-"""llama.cpp as a process that `benchmarks.contention` starts in an interpreter with the package xllamacpp.
+"""llama.cpp in a process that `benchmarks.contention` starts with an interpreter that has the package xllamacpp.
 
-    python llama_cpp.py MODEL.gguf THREADS
+    python llama_cpp_server.py MODEL.gguf THREADS
 
-Reads {"prompts": [[id, ...], ...], "num_tokens": n} a line, generates greedily for all prompts at once, and answers
-with the seconds that it took. Imports nothing of this project.
+Each input line is {"prompts": [[id, ...], ...], "num_tokens": n}. It generates greedily for all prompts at once and
+prints the seconds that this took. It imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import xllamacpp
 
-_MOST_PROMPTS = 16
-_MOST_TOKENS = 2048
+_MAX_PROMPTS = 16
+_MAX_TOKENS = 2048
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     model, threads = sys.argv[1], int(sys.argv[2])
     params = xllamacpp.CommonParams()
     params.model.path = model
-    params.n_parallel = _MOST_PROMPTS
-    params.n_ctx = _MOST_PROMPTS * _MOST_TOKENS
+    params.n_parallel = _MAX_PROMPTS
+    params.n_ctx = _MAX_PROMPTS * _MAX_TOKENS
     params.n_batch = params.n_ubatch = 1024
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = False
@@ -43,10 +43,10 @@ def main() -> None:
         answer = server.handle_completions(request)
         found = answer.get("usage", {}).get("completion_tokens", answer.get("tokens_predicted"))
         if found != num_tokens:
-            raise RuntimeError(f"{found} tokens where {num_tokens} were asked for: {str(answer)[:500]}")
+            raise RuntimeError(f"{found} tokens were generated instead of {num_tokens}: {str(answer)[:500]}")
 
     print("answer: ready", flush=True)
-    with ThreadPoolExecutor(_MOST_PROMPTS) as pool:
+    with ThreadPoolExecutor(_MAX_PROMPTS) as pool:
         for line in sys.stdin:
             asked = json.loads(line)
             began = time.perf_counter()
