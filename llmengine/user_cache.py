@@ -43,4 +43,4 @@ def write_choices(file: Path, version: int, choices: Mapping[str, str]) -> None:
             json.dump({"version": version, "choices": dict(choices)}, temporary, indent=1)
         os.replace(temporary.name, file)
     except OSError as error:
-        _logger.warning("cannot keep measured choices in %s: %r", file, error)
+        _logger.warning("measured choices could not be kept in %s: %r", file, error)
