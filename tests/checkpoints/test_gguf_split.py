@@ -108,9 +108,7 @@ def test_missing_files_are_named(model: Any, tmp_path: Path, missing: tuple[int,
         paths[number - 1].unlink()
     message = ", ".join(paths[number - 1].name for number in missing)
     for place in (tmp_path, paths[2]):
-        with pytest.raises(
-            CorruptFileError, match=rf"of 4 of a split model; {len(missing)} .*missing: {message}$"
-        ):
+        with pytest.raises(CorruptFileError, match=rf"of 4 of a split model; {len(missing)} .*missing: {message}$"):
             open_model(place)
 
 

@@ -327,7 +327,10 @@ def test_gguf_weights_of_unknown_types_are_named(model: Any, tmp_path: Path) -> 
     name = b"blk.0.ffn_up.weight"
     place = raw.index(name) + len(name) + 4 + 16
     path.write_bytes(raw[:place] + (99).to_bytes(4, "little") + raw[place + 4 :])
-    with pytest.raises(UnsupportedModelError, match=r"'blk\.0\.ffn_up\.weight' is stored as ggml type 99, which is not supported; supported: F32"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"'blk\.0\.ffn_up\.weight' is stored as ggml type 99, which is not supported; supported: F32",
+    ):
         open_model(path)
 
 

@@ -95,7 +95,7 @@ def test_a_verification_that_none_wrote_counts_as_none(
     manifest = tmp_path / "sealed_plans" / "inputs" / "engine.json"
     manifest.write_bytes(sealed(content))
     assert main(["inspect", str(manifest.parent)]) == 0
-    assert "verified    no: what is kept of it is of another version" in capsys.readouterr().out
+    assert "verified    no: the record of it is from another version" in capsys.readouterr().out
 
 
 def test_an_entry_of_the_cache_that_names_another_plan_is_not_used(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from llmengine.backends.cpu.native import (
     NativeUnavailableError,
     load_native_library,
 )
+from llmengine.quantization.formats import INT8
+from llmengine.quantization.matrix import Matrix
 from tests import ROOT
 
 NUM_THREADS = 4
@@ -82,15 +84,14 @@ def pool(num_threads: int, *, pinned: bool = False) -> Iterator[NativeLibrary]:
 
 
 @cache
-def weights(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An int8 matrix and its scales."""
+def random_matrix(rows: int, columns: int) -> Matrix:
     random = torch.Generator().manual_seed(rows)
-    matrix = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=random)
-    return matrix, torch.rand(rows, generator=random)
+    weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=random)
+    return Matrix(INT8, (rows, columns), {"weight": weight, "weight_scale": torch.rand(rows, generator=random)})
 
 
 def make_linear(library: NativeLibrary, rows: int = 1024, columns: int = 1024) -> NativeInt8Linear:
-    return NativeInt8Linear(library, *weights(rows, columns), None)
+    return NativeInt8Linear(library, random_matrix(rows, columns), None)
 
 
 @cache
