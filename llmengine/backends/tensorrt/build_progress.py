@@ -13,7 +13,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from llmengine.backends.tensorrt.plan_set import Plan
 from llmengine.checkpoints.saved_files import size_text
 
 _logger = logging.getLogger("llmengine.tensorrt")
@@ -82,18 +81,13 @@ class BuildProgress:
         """Report that the build of a plan begins."""
         self._bar.update(self._task, description=f"building {name}")
 
-    def finished(self, name: str, plan: Plan, *, from_cache: bool = False) -> None:
-        """Report that a plan is there; `from_cache`: an earlier build made it."""
+    def finished(self, name: str, size_bytes: int, detail: str) -> None:
+        """Report that a plan is there; `detail`: what building it took, or that an earlier build made it."""
         self._done.add(name)
         left = self._left()
         self._bar.update(self._task, advance=1, left=left)
-        if from_cache:
-            detail = "built before"
-        else:
-            peak = "" if plan.peak_host_bytes is None else f", peak memory {size_text(plan.peak_host_bytes)}"
-            detail = f"{plan.build_s:.2f} s{peak}"
         self._write(
-            f"[{len(self._done)}/{len(self._work)}] {name}: {size_text(plan.size_bytes)}, {detail}"
+            f"[{len(self._done)}/{len(self._work)}] {name}: {size_text(size_bytes)}, {detail}"
             + (f", {left}" if left else "")
         )
 

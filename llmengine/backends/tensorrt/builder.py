@@ -24,6 +24,7 @@ from typing import IO
 
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec
+from llmengine.checkpoints.saved_files import size_text
 from llmengine.errors import ConfigError, EngineError
 
 _logger = logging.getLogger("llmengine.tensorrt")
@@ -70,6 +71,12 @@ class BuiltPlan:
     size_bytes: int
     peak_host_bytes: int | None
     library: str
+
+    @property
+    def cost(self) -> str:
+        """For people: "0.84 s, peak memory 222 MB"."""
+        peak = "" if self.peak_host_bytes is None else f", peak memory {size_text(self.peak_host_bytes)}"
+        return f"{self.seconds:.2f} s{peak}"
 
 
 def build_plan(job: PlanJob) -> BuiltPlan:

@@ -1,10 +1,10 @@
 """The criterion of verification: limits beyond which errors are more than rounding, for any number of elements.
 
-Errors are measured in units of their expected size (`rounding.py`), z = error / sqrt(variance). A sum of independent,
-uniform errors is sub-Gaussian, with its variance as the proxy (E exp(s z) <= exp(s^2 / 2)). So the root mean square of
-`size` independent z exceeds t > 1 with a probability of at most (t * exp((1 - t^2) / 2)) ** size (Chernoff). The
-largest of `count` such root mean squares exceeds it with at most `count` times that probability, however they depend on
-each other. Nothing is estimated, and no constant depends on a shape.
+Errors are measured in units of their expected size (`expected_outputs.py`), z = error / sqrt(variance). A sum of
+independent, uniform errors is sub-Gaussian, with its variance as the proxy (E exp(s z) <= exp(s^2 / 2)). So the root
+mean square of `size` independent z exceeds t > 1 with a probability of at most (t * exp((1 - t^2) / 2)) ** size
+(Chernoff). The largest of `count` such root mean squares exceeds it with at most `count` times that probability,
+however they depend on each other. Nothing is estimated, and no constant depends on a shape.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class _CachedBuild:
         try:
             for built in building:
                 self.found[built.name] = self.cache.store(self.keys[built.name], built)
-                self.progress.finished(built.name, self.found[built.name])
+                self.progress.finished(built.name, built.size_bytes, built.cost)
         finally:
             for generator in (building, jobs):
                 if isinstance(generator, Generator):
@@ -223,7 +223,7 @@ class _CachedBuild:
             name = segment.plan_name
             if weights is not None and self._find(name, segment.spec, _file_sha256(weights)):
                 weights.unlink()
-                self.progress.finished(name, self.found[name], from_cache=True)
+                self.progress.finished(name, self.found[name].size_bytes, "built before")
                 continue
             self.progress.started(name)
             producer, device_uuid = self.request.producer, self.request.device_uuid

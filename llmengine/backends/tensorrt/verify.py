@@ -1,9 +1,9 @@
 """Verification: each plan is compared with torch, on the device that will run it, before it is trusted.
 
 A plan's outputs for random input are compared with the same formulas in float64. Each element's error is divided by
-the size that rounding is expected to give it there (`rounding.py`), and the quotients have limits that hold for every
-shape (`criterion.py`). So a plan may round in other places, or not at all, and sum in another order. It must not be
-wrong anywhere, and must not sum many products in fewer bits.
+the size that rounding is expected to give it there (`expected_outputs.py`), and the quotients have limits that hold for
+every shape (`criterion.py`). So a plan may round in other places, or not at all, and sum in another order. It must not
+be wrong anywhere, and must not sum many products in fewer bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.tensorrt import criterion
-from llmengine.backends.tensorrt.rounding import expected_outputs
+from llmengine.backends.tensorrt.expected_outputs import expected_outputs
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
 from llmengine.backends.tensorrt.spec import PlacedSegment, PlanTensor, SegmentSpec, WeightSpec, segments_by_plan
 from llmengine.checkpoints.metadata_fields import Fields

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmengine.backends.tensorrt.formulas import activate, segment_outputs
+from llmengine.backends.tensorrt.expected_outputs import activate, segment_outputs
 from llmengine.backends.tensorrt.spec import SegmentSpec
 from tests.backends.tensorrt.segment_helpers import DTYPES
 

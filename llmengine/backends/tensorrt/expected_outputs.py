@@ -1,10 +1,13 @@
-"""Expected rounding errors of a segment's outputs: their variance, element by element.
+"""The outputs that a plan should have: exact values, and the variance of the rounding error of each element.
+
+The formulas of the segments stand here once more, independent of `network.py`. They run over any arithmetic; the one
+here computes in float64 and carries variances beside the values.
 
 Each value that a segment stores in its dtype has an error of up to half a unit in the last place (ulp), which is
 modelled as uniform and independent: variance ulp^2 / 12. The inputs count as rounded too, as they are in a model: an
 error as small as theirs does no harm, wherever it comes from. To first order an output's error is a sum of such errors
-with the derivatives as weights, so the formulas carry variances beside exact values. Products are summed in fp32, in
-any order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean square. The
+with the derivatives as weights, so variances are carried through the formulas. Products are summed in fp32, in any
+order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean square. The
 model is that of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci.
 Comput. 41 (2019), with the errors' actual sizes in place of bounds.
 """
@@ -13,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llmengine.backends.tensorrt.formulas import activate, segment_outputs
-from llmengine.backends.tensorrt.spec import SegmentSpec
+from llmengine.backends.tensorrt.spec import SegmentKind, SegmentSpec
+
+V = TypeVar("V")
 
 MAX_ROWS = 512
 """Rows of activations that are computed at a time: float64 takes four times the memory of a plan's dtype."""
@@ -28,6 +34,57 @@ _MATRIX_ROWS = 8192
 
 _STEP = 1e-5
 """Half the distance between the two points of a numerical derivative."""
+
+
+class Arithmetic(Protocol[V]):
+    """The operations that segments consist of. A result that a plan stores in the spec's dtype is rounded to it."""
+
+    def input(self, name: str) -> V:
+        """An activation, [T, columns]."""
+
+    def sampled_input(self, name: str) -> V:
+        """The sampled rows of an activation, [S, columns]."""
+
+    def add(self, a: V, b: V) -> V:
+        """a + b."""
+
+    def norm(self, x: V, name: str) -> V:
+        """RMSNorm of the rows, scaled by a weight; x itself where the model has no such norm."""
+
+    def linear(self, x: V, name: str) -> V:
+        """x @ weight.T, plus the bias where there is one."""
+
+    def gated(self, gate_up: V) -> V:
+        """activation(gate) * up, where gate is the left and up the right half of the columns."""
+
+    def capped(self, logits: V) -> V:
+        """The logits, scaled and soft-capped, in fp32 at least."""
+
+
+def segment_outputs(kind: SegmentKind, ops: Arithmetic[V]) -> dict[str, V]:
+    """Outputs of a segment by name."""
+    if kind == "first":
+        return {"qkv": _qkv(ops, ops.input("x"), "")}
+    if kind == "mid":
+        x = _after_attention(ops, ops.input("attended"), ops.input("x"))
+        return {"x_out": x, "qkv": _qkv(ops, x, "next.")}
+    x = _after_attention(ops, ops.sampled_input("attended"), ops.sampled_input("x"))
+    return {"logits": ops.capped(ops.linear(ops.norm(x, "final_norm"), "lm_head"))}
+
+
+def activate(gate: Tensor, spec: SegmentSpec) -> Tensor:
+    """The MLP's activation of each element."""
+    return F.silu(gate) if spec.numerics.activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _qkv(ops: Arithmetic[V], x: V, prefix: str) -> V:
+    return ops.linear(ops.norm(x, f"{prefix}input_norm"), f"{prefix}qkv")
+
+
+def _after_attention(ops: Arithmetic[V], attended: V, x: V) -> V:
+    x = ops.add(x, ops.norm(ops.linear(attended, "o"), "attention_out_norm"))
+    gate_up = ops.linear(ops.norm(x, "post_attention_norm"), "gate_up")
+    return ops.add(x, ops.norm(ops.linear(ops.gated(gate_up), "down"), "mlp_out_norm"))
 
 
 @dataclass(frozen=True, slots=True)
