@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmengine.dtypes import dtype_name
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_prefill import rope_and_write
 from llmengine.kernels.step import NUM_DECODES, DeviceStep
@@ -53,7 +54,7 @@ def unsupported(config: AttentionConfig, dtype: torch.dtype, capability: tuple[i
     if capability[0] not in CAPABILITIES:
         return f"compute capability {capability[0]}.{capability[1]}; there are kernels for {_listed(CAPABILITIES)} only"
     if dtype not in DTYPES:
-        return f"dtype {_name(dtype)}; there are kernels for {_listed(map(_name, DTYPES))} only"
+        return f"dtype {dtype_name(dtype)}; there are kernels for {_listed(map(dtype_name, DTYPES))} only"
     if config.block_size not in BLOCK_SIZES:
         return f"block_size={config.block_size}; there are kernels for {_listed(BLOCK_SIZES)} only"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 16:
@@ -195,10 +196,6 @@ def _gather_kernel(
         used = blocks < num_blocks
         found = tl.load(block_tables_ptr + slot.to(tl.int64) * MAX_BLOCKS + blocks, mask=used, other=0)
         tl.store(table_ptr + blocks, found, mask=used)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _listed(values: Iterable[object]) -> str:

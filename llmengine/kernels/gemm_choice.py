@@ -20,10 +20,12 @@ from typing import Literal
 import torch
 import triton
 
+from llmengine.dtypes import dtype_name
 from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config, shared_bytes
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import LinearKernels
+from llmengine.quantization.formats import DENSE
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
@@ -261,8 +263,10 @@ def _bucketed(shape: GemmShape) -> GemmShape | None:
 
 
 def _key(shape: GemmShape) -> str:
-    dtypes = "->".join(str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.out_dtype))
-    return f"{shape.operation} {shape.num_rows}x{shape.n}x{shape.k} {dtypes}"
+    # Dense products have no format in their key: so they had it before there were others.
+    weights = "" if shape.weight_format == DENSE else f" {shape.weight_format}"
+    dtypes = f"{dtype_name(shape.dtype)}->{dtype_name(shape.out_dtype)}"
+    return f"{shape.operation} {shape.num_rows}x{shape.n}x{shape.k} {dtypes}{weights}"
 
 
 def _read(file: Path) -> dict[str, LinearConfig]:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, TileConfig
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.matrix import Matrix
 
 Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
 
@@ -72,7 +74,13 @@ def parse_config(name: str) -> LinearConfig:
 
 @dataclass(frozen=True, slots=True)
 class GemmShape:
-    """What a choice of implementation depends on; `n` are the outputs (norm_linear_silu's weight has 2 * n rows)."""
+    """What a choice of implementation depends on.
+
+    Attributes:
+        n: outputs; the matrix of norm_linear_silu has 2 * n rows.
+        k: inputs.
+        dtype: of x, and of weights that are not quantized.
+    """
 
     operation: Operation
     num_rows: int
@@ -80,6 +88,16 @@ class GemmShape:
     k: int
     dtype: torch.dtype
     out_dtype: torch.dtype
+    weight_format: WeightFormat = DENSE
+
+    @classmethod
+    def of(
+        cls, operation: Operation, num_rows: int, matrix: Matrix, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> GemmShape:
+        """The shape of a product with `matrix`."""
+        rows, k = matrix.shape
+        n = rows // 2 if operation == "norm_linear_silu" else rows
+        return cls(operation, num_rows, n, k, dtype, out_dtype, matrix.format)
 
 
 Choose = Callable[[GemmShape], LinearConfig]

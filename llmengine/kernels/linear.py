@@ -23,6 +23,8 @@ from llmengine.kernels.activation import silu_and_mul, silu_and_mul_reference
 from llmengine.kernels.cublaslt import CublasConfig, CublasLt, Product, TileConfig
 from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, Operation, SkinnyConfig
 from llmengine.kernels.norm import rms_norm, rms_norm_reference
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.matrix import Matrix
 
 BoundLinear = Callable[[Tensor, Tensor], None]
 """(x [num_rows, in_features], where the result goes); weights are bound."""
@@ -210,45 +212,53 @@ class LinearKernels:
 
 
 class LinearOps:
-    """`LinearKernels` with weights bound and `choose` asked for each number of rows."""
+    """Products with matrices bound, which ask `choose` for each number of rows.
+
+    Dense matrices are multiplied by `LinearKernels`; other formats have no kernels yet.
+    """
 
     def __init__(self, kernels: LinearKernels, choose: Choose) -> None:
         self._kernels = kernels
         self._choose = choose
 
     def norm_linear(
-        self, norm_weight: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None
+        self, norm_weight: Tensor | None, eps: float, matrix: Matrix, bias: Tensor | None = None
     ) -> BoundLinear:
-        """Return (x, out) -> None; see `LinearKernels.norm_linear`."""
-        n, k = weight.shape
+        """(x, out) -> None; see `LinearKernels.norm_linear`."""
+        weight = _dense_weight(matrix)
 
         def apply(x: Tensor, out: Tensor) -> None:
-            config = self._choose(GemmShape("norm_linear", x.shape[0], n, k, x.dtype, out.dtype))
+            config = self._choose(GemmShape.of("norm_linear", x.shape[0], matrix, x.dtype, out.dtype))
             self._kernels.norm_linear(x, norm_weight, eps, weight, bias, out, config)
 
         return apply
 
-    def linear_add(self, weight: Tensor, bias: Tensor | None = None) -> BoundLinear:
-        """Return (x, residual) -> None; see `LinearKernels.linear_add`."""
-        n, k = weight.shape
+    def linear_add(self, matrix: Matrix, bias: Tensor | None = None) -> BoundLinear:
+        """(x, residual) -> None; see `LinearKernels.linear_add`."""
+        weight = _dense_weight(matrix)
 
         def apply(x: Tensor, residual: Tensor) -> None:
-            config = self._choose(GemmShape("linear_add", x.shape[0], n, k, x.dtype, residual.dtype))
+            config = self._choose(GemmShape.of("linear_add", x.shape[0], matrix, x.dtype, residual.dtype))
             self._kernels.linear_add(x, weight, bias, residual, config)
 
         return apply
 
     def norm_linear_silu(
-        self, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+        self, norm_weight: Tensor, eps: float, matrix: Matrix, bias: Tensor | None = None
     ) -> BoundLinear:
-        """Return (x, out) -> None; see `LinearKernels.norm_linear_silu`."""
-        n, k = weight.shape[0] // 2, weight.shape[1]
+        """(x, out) -> None; see `LinearKernels.norm_linear_silu`."""
+        weight = _dense_weight(matrix)
 
         def apply(x: Tensor, out: Tensor) -> None:
-            config = self._choose(GemmShape("norm_linear_silu", x.shape[0], n, k, x.dtype, out.dtype))
+            config = self._choose(GemmShape.of("norm_linear_silu", x.shape[0], matrix, x.dtype, out.dtype))
             self._kernels.norm_linear_silu(x, norm_weight, eps, weight, bias, out, config)
 
         return apply
+
+
+def _dense_weight(matrix: Matrix) -> Tensor:
+    assert matrix.format == DENSE, f"no kernel multiplies by {matrix.format}"
+    return matrix.weight
 
 
 def linear_reference(

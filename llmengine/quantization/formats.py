@@ -173,6 +173,11 @@ class WeightFormat(ABC):
         shard = (whole // num_ranks, shape[1]) if axis == "out" else (shape[0], whole // num_ranks)
         return {suffix: tensor.contiguous() for suffix, tensor in self.join(pieces, shard, axis).items()}
 
+    def __str__(self) -> str:
+        """Name and settings: "int8", or "int4(group_size=128)"."""
+        settings = ", ".join(f"{item.name}={getattr(self, item.name)}" for item in _fields(type(self)))
+        return f"{self.name}({settings})" if settings else self.name
+
     def to_json(self) -> dict[str, Any]:
         """The format as `format_from_json` reads it."""
         return {"weights": self.name, **{item.name: getattr(self, item.name) for item in _fields(type(self))}}

@@ -82,7 +82,7 @@ class ModelFormats:
     def __str__(self) -> str:
         """For people: "int8", or "int8 but for 3 matrices"."""
         count = len(self.exceptions)
-        return self.default.name + (f" but for {count} matri{'x' if count == 1 else 'ces'}" if count else "")
+        return str(self.default) + (f" but for {count} matri{'x' if count == 1 else 'ces'}" if count else "")
 
 
 DENSE_MODEL = ModelFormats()

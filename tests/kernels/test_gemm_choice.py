@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmengine.kernels.gemm_config import (
     parse_config,
     shared_bytes,
 )
+from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.matrix import Matrix
 
 OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
 SHAPE = GemmShape("norm_linear", 8, 960, 576, torch.bfloat16, torch.bfloat16)
@@ -234,3 +237,25 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_dir() == Path("/cache/llmengine")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "llmengine"
+
+
+def test_choices_are_kept_for_each_weight_format(file: Path) -> None:
+    """A measured dense product is found under the key that it had before there were other formats."""
+    timer = FakeTimer(file)
+    timer.measure([SHAPE])
+    (key,) = json.loads(file.read_text())["choices"]
+    assert key == "norm_linear 16x960x576 bfloat16->bfloat16"
+    quantized = replace(SHAPE, weight_format=INT8)
+    again = GemmChoices(file, MAX_SHARED)
+    assert not again.missing([SHAPE])
+    assert again.missing([quantized]) == [replace(quantized, num_rows=16)]
+
+
+def test_a_shape_is_that_of_the_matrix() -> None:
+    matrix = Matrix.dense(torch.zeros(48, 16)).quantized(INT8)
+    assert GemmShape.of("norm_linear_silu", 3, matrix, torch.float16, torch.float32) == GemmShape(
+        "norm_linear_silu", 3, 24, 16, torch.float16, torch.float32, INT8
+    )
+    assert GemmShape.of("linear_add", 3, Matrix.dense(torch.zeros(48, 16)), torch.float16, torch.float16) == GemmShape(
+        "linear_add", 3, 48, 16, torch.float16, torch.float16, DENSE
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig
 from llmengine.kernels.linear import LinearKernels, LinearOps, linear_reference
+from llmengine.quantization.matrix import Matrix
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()
@@ -131,9 +132,10 @@ def test_ops_ask_for_each_number_of_rows(device: str) -> None:
     case = Case(device, 3, 8, 16, dtype, gated=True)
     ops = LinearOps(case.kernels, choose)
     logits = torch.empty(1, 16, device=device)
-    ops.norm_linear(case.norm_weight, EPS, case.weight)(case.x[:1], logits)
-    ops.linear_add(case.weight[:8])(case.x, case.residual)
-    ops.norm_linear_silu(case.norm_weight, EPS, case.weight)(case.x, torch.empty_like(case.residual))
+    matrix = Matrix.dense(case.weight)
+    ops.norm_linear(case.norm_weight, EPS, matrix)(case.x[:1], logits)
+    ops.linear_add(Matrix.dense(case.weight[:8]))(case.x, case.residual)
+    ops.norm_linear_silu(case.norm_weight, EPS, matrix)(case.x, torch.empty_like(case.residual))
     assert asked == [
         GemmShape("norm_linear", 1, 16, 16, dtype, torch.float32),
         GemmShape("linear_add", 3, 8, 16, dtype, dtype),

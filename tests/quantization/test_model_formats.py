@@ -114,7 +114,7 @@ def test_what_a_configuration_asks_for() -> None:
     assert formats_in_use(MIXED, int8) is MIXED
     with pytest.raises(ConfigError, match=r"quant_config\.weights='int4' is not in this version"):
         formats_in_use(DENSE_MODEL, QuantConfig(weights="int4"))
-    with pytest.raises(ConfigError, match=r"weights='int8', but .* stored as test-int4; set 'none'"):
+    with pytest.raises(ConfigError, match=r"weights='int8', but .* stored as test-int4\(group_size=8\); set 'none'"):
         formats_in_use(ModelFormats(Int4Groups(8)), int8)
 
 

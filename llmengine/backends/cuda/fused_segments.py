@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from llmengine.backends.cuda.compile_threads import compile_threads
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
@@ -49,13 +50,13 @@ class SegmentsContext:
     """Everything that segments are built from.
 
     Attributes:
-        tensors: canonical weights on the device, in their places but perhaps not filled yet.
+        weights: in their places on the device but perhaps not filled yet.
         logits: fp32 [max_batch_size, vocab], to which `last` writes.
         pdl: kernels may start before those ahead of them have ended.
     """
 
     arch: ModelArch
-    tensors: dict[str, Tensor]
+    weights: CudaWeights
     config: ModelConfig
     logits: Tensor
     pdl: bool
@@ -93,7 +94,7 @@ def fused_segments(context: SegmentsContext) -> TunableSegments:
     assert context.arch.has_llama_segments, context.arch.architecture
     config = context.config
     fused = FusedSegments(
-        context.arch, context.tensors, config.scheduler_config, context.logits, context.pdl, config.deterministic
+        context.arch, context.weights, config.scheduler_config, context.logits, context.pdl, config.deterministic
     )
     return TunableSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
 
@@ -102,7 +103,6 @@ class FusedSegments:
     """`models.decoder.Segments`; nothing in it allocates or looks at a value.
 
     Args:
-        tensors: canonical weights on the device.
         logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
         pdl: kernels may start before those ahead of them have ended.
         deterministic: a token's result does not depend on the tokens beside it, to the last bit.
@@ -111,15 +111,14 @@ class FusedSegments:
     def __init__(
         self,
         arch: ModelArch,
-        tensors: dict[str, Tensor],
+        weights: CudaWeights,
         scheduler: SchedulerConfig,
         logits: Tensor,
         pdl: bool,
         deterministic: bool = False,
     ) -> None:
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
-        embedding = tensors["embed_tokens.weight"]
-        self._device, dtype = embedding.device, embedding.dtype
+        self._device, dtype = weights.embedding.device, weights.embedding.dtype
 
         def buffer(rows: int, columns: int) -> Tensor:
             return torch.zeros((rows, columns), dtype=dtype, device=self._device)
@@ -137,14 +136,12 @@ class FusedSegments:
         self._choose = untuned if self._choices is None else self._choices.choose
         ops = LinearOps(self._kernels, self._choose)
         self._layers = [
-            _bind_layer(ops, tensors, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
+            _bind_layer(ops, weights, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
-        head = embedding if arch.tie_word_embeddings else tensors["lm_head.weight"]
-        self._lm_head = ops.norm_linear(tensors["final_norm.weight"], arch.rms_norm_eps, head)
-        self._layer_shapes = [
-            (operation, *tensors[f"layers.0.{name}.weight"].shape) for name, operation in _OPERATIONS.items()
-        ]
-        self._head_shape, self._dtype = head.shape, dtype
+        self._head = weights.matrices["lm_head"]
+        self._lm_head = ops.norm_linear(weights.norm("final_norm"), arch.rms_norm_eps, self._head)
+        self._layer_matrices = [(kind, weights.matrices[f"layers.0.{name}"]) for name, kind in _OPERATIONS.items()]
+        self._dtype = dtype
 
     @property
     def num_layers(self) -> int:
@@ -189,12 +186,10 @@ class FusedSegments:
     def _shapes(self, num_rows: int) -> list[GemmShape]:
         """Products of a step of `num_rows` tokens, in the order of their use."""
         shapes: list[GemmShape] = []
-        for operation, n, k in self._layer_shapes:
-            outputs = n // 2 if operation == "norm_linear_silu" else n
-            shapes.append(GemmShape(operation, num_rows, outputs, k, self._dtype, self._dtype))
+        for operation, matrix in self._layer_matrices:
+            shapes.append(GemmShape.of(operation, num_rows, matrix, self._dtype, self._dtype))
         if num_rows <= len(self._logits):
-            vocab, hidden = self._head_shape
-            shapes.append(GemmShape("norm_linear", num_rows, vocab, hidden, self._dtype, torch.float32))
+            shapes.append(GemmShape.of("norm_linear", num_rows, self._head, self._dtype, torch.float32))
         return shapes
 
     def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
@@ -224,8 +219,8 @@ class FusedSegments:
         If the shape has more rows than the largest step, that step is timed.
         """
         num_rows = min(shape.num_rows, len(self._qkv))
-        is_head = (shape.n, shape.k) == self._head_shape
-        layer_bytes = sum(n * k for _, n, k in self._layer_shapes) * self._dtype.itemsize
+        is_head = (shape.n, shape.k) == self._head.shape
+        layer_bytes = sum(matrix.size_bytes for _, matrix in self._layer_matrices)
         num_layers = 1 if is_head else min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
         x, attended = (
             torch.randn((num_rows, columns), dtype=self._dtype, device=self._device)
@@ -274,20 +269,18 @@ class FusedSegments:
         self._layers[layer].down(inner, x)
 
 
-def _bind_layer(ops: LinearOps, tensors: dict[str, Tensor], prefix: str, eps: float) -> _Layer:
-    def get(name: str) -> Tensor:
-        return tensors[prefix + name]
+def _bind_layer(ops: LinearOps, weights: CudaWeights, prefix: str, eps: float) -> _Layer:
+    def add(name: str) -> BoundLinear:
+        return ops.linear_add(weights.matrices[prefix + name], weights.bias(prefix + name))
 
-    def bias(name: str) -> Tensor | None:
-        return tensors.get(prefix + name)
-
+    input_norm, mlp_norm = weights.norm(prefix + "input_norm"), weights.norm(prefix + "post_attention_norm")
+    assert mlp_norm is not None
+    qkv, gate_up = prefix + "qkv", prefix + "gate_up"
     return _Layer(
-        qkv=ops.norm_linear(get("input_norm.weight"), eps, get("qkv.weight"), bias("qkv.bias")),
-        o=ops.linear_add(get("o.weight"), bias("o.bias")),
-        gate_up=ops.norm_linear_silu(
-            get("post_attention_norm.weight"), eps, get("gate_up.weight"), bias("gate_up.bias")
-        ),
-        down=ops.linear_add(get("down.weight"), bias("down.bias")),
+        qkv=ops.norm_linear(input_norm, eps, weights.matrices[qkv], weights.bias(qkv)),
+        o=add("o"),
+        gate_up=ops.norm_linear_silu(mlp_norm, eps, weights.matrices[gate_up], weights.bias(gate_up)),
+        down=add("down"),
     )
 
 

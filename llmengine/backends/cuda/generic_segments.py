@@ -35,19 +35,19 @@ def cuda_segments_factory(reason: str) -> SegmentsFactory:
 
 def generic_segments(context: SegmentsContext) -> TunableSegments:
     """Segments for any architecture. They allocate their results, which a graph capture keeps in its pool."""
-    arch, tensors = context.arch, context.tensors
+    arch, weights = context.arch, context.weights
     # No programmatic launch, since the torch functions in between do not know of it.
     device = context.logits.device
     choose = partial(fixed_config, max_shared=max_shared_bytes(device)) if context.config.deterministic else _cublas
     ops = LinearOps(LinearKernels(device), choose)
 
     def norm(name: str) -> Norm | None:
-        weight = tensors.get(f"{name}.weight")
+        weight = weights.norm(name)
         return None if weight is None else CudaNorm(weight, arch.rms_norm_eps)
 
     def linear(name: str) -> CudaLinear:
-        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-        return CudaLinear(ops.norm_linear(None, 0.0, weight, bias), weight.shape[0])
+        matrix = weights.matrices[name]
+        return CudaLinear(ops.norm_linear(None, 0.0, matrix, weights.bias(name)), matrix.shape[0])
 
     def layer(prefix: str) -> DecoderLayer:
         return DecoderLayer(
@@ -61,11 +61,11 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
             mlp_out_norm=norm(prefix + "mlp_out_norm"),
         )
 
-    head = tensors["embed_tokens.weight" if arch.tie_word_embeddings else "lm_head.weight"]
+    head = weights.matrices["lm_head"]
     segments = TorchSegments(
         layers=[layer(f"layers.{index}.") for index in range(arch.num_layers)],
-        final_norm=CudaNorm(tensors["final_norm.weight"], arch.rms_norm_eps),
-        lm_head=CudaLinear(ops.norm_linear(None, 0.0, head), len(head), context.logits),
+        final_norm=CudaNorm(weights.by_name["final_norm.weight"], arch.rms_norm_eps),
+        lm_head=CudaLinear(ops.norm_linear(None, 0.0, head), head.shape[0], context.logits),
         act_and_mul=ACT_AND_MUL[arch.hidden_act],
         logit_scale=arch.logit_scale,
         logit_soft_cap=arch.logit_soft_cap,

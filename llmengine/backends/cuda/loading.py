@@ -19,10 +19,11 @@ from llmengine.backends.cuda.fused_segments import SegmentsFactory
 from llmengine.backends.cuda.generic_segments import build_cuda_segments
 from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.memory_errors import memory_error_context
-from llmengine.backends.cuda.model import CudaModel, allocate_weights, build_cuda_model
+from llmengine.backends.cuda.model import CudaModel, build_cuda_model
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
 from llmengine.backends.cuda.warmup import GraphWarmup, load_and_compile, tune
+from llmengine.backends.cuda.weights import allocate_weights
 from llmengine.backends.kv_layout import KvPool, context_limit, fit_kv_pool, joint_kv_layout
 from llmengine.batch import BackendInfo
 from llmengine.checkpoints.source import ModelSource

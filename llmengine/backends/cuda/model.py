@@ -13,85 +13,17 @@ from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode
 from llmengine.backends.cuda.buckets import Bucket
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.generic_segments import head_norm
-from llmengine.backends.cuda.memory_errors import memory_error_context
-from llmengine.backends.cuda.upload import Uploads
-from llmengine.checkpoints.source import ModelSource
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
-from llmengine.dtypes import torch_dtype
-from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import AttentionWorkspace, attention_workspace, decode_attention
 from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
-from llmengine.kernels.norm import MAX_HIDDEN
-from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Attend, forward_to_last
 from llmengine.models.rope import layer_tables
-from llmengine.quantization.model_formats import formats_in_use
-
-
-@dataclass(frozen=True, slots=True)
-class CudaWeights:
-    """All weights on the device by canonical name; matrices are [out_features, in_features], row-major."""
-
-    by_name: dict[str, Tensor]
-
-    @property
-    def size_bytes(self) -> int:
-        """Resident bytes."""
-        return sum(tensor.nbytes for tensor in self.by_name.values())
-
-    def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the canonical weights, one copy in host memory at a time."""
-        for name, tensor in self.by_name.items():
-            yield name, tensor.cpu()
-
-
-def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaWeights:
-    """Allocate all weights of `source` on the device, without filling them.
-
-    Raises `ConfigError` for quantized weights, `UnsupportedModelError` for a model that is too large for the kernels,
-    and `OutOfMemoryError` if the weights do not fit.
-    """
-    _check_sizes(source.arch)
-    formats = formats_in_use(source.formats, config.quant_config)
-    if not formats.is_dense:
-        raise ConfigError(f"quant_config.weights={str(formats)!r} is not available on CUDA in this version; use 'none'")
-    dtype = source.checkpoint_dtype if config.dtype == "auto" else config.dtype
-    layout = formats.layout(source.arch, dtype)
-    needed = sum(spec.size_bytes for spec in layout.values())
-    with memory_error_context(
-        f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"
-    ):
-        return CudaWeights(
-            {
-                name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
-                for name, spec in layout.items()
-            }
-        )
-
-
-def _check_sizes(arch: ModelArch) -> None:
-    sizes = {"vocab_size": (arch.vocab_size, MAX_VOCAB), "hidden_size": (arch.hidden_size, MAX_HIDDEN)}
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise UnsupportedModelError(
-                f"{name}={size} is above the {most} that the CUDA kernels take; use device='cpu'"
-            )
-
-
-def load_weights(weights: CudaWeights, source: ModelSource) -> None:
-    """Stream the weights of `source` into their places; host memory peaks at one fused tensor and what `Uploads` has.
-
-    The last copies may still be under way, in the current stream.
-    """
-    embedding = weights.by_name["embed_tokens.weight"]
-    uploads = Uploads(embedding.device)
-    for name, tensor in source.weights(embedding.dtype):
-        uploads.copy(weights.by_name[name], tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +82,12 @@ def build_cuda_model(
 
     Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
     """
-    embedding = weights.by_name["embed_tokens.weight"]
+    embedding = weights.embedding
     device, dtype = embedding.device, embedding.dtype
     layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
     activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, embedding)
     pdl = _has_pdl(device)
-    segments = segments_factory(SegmentsContext(arch, weights.by_name, config, activations.logits, pdl))
+    segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl))
     attentions = [layer.config for layer in layers]
     decode_choice = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
     has_decodes = not config.deterministic
@@ -188,7 +120,7 @@ class CudaModel:
         has_decodes: bool,
     ) -> None:
         self.weights = weights
-        self.embedding = weights.by_name["embed_tokens.weight"]
+        self.embedding = weights.embedding
         self.logits = activations.logits
         self.query_block = query_block_size(layers[0].config, self.embedding.dtype)
         self.tunable_segments = tunable_segments
@@ -311,7 +243,7 @@ class CudaModel:
 
 
 def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[LayerAttention]:
-    device = weights.by_name["embed_tokens.weight"].device
+    device = weights.embedding.device
     on_host = layer_tables(arch, limit)
     tables = {id(table): table.to(device) for table in on_host}
     layers = []
@@ -326,7 +258,7 @@ def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, li
             sliding_window=window if window < limit else 0,
             soft_cap=arch.attention_soft_cap or 0.0,
         )
-        q_norm, k_norm = (weights.by_name.get(f"layers.{index}.{name}_norm.weight") for name in ("q", "k"))
+        q_norm, k_norm = (weights.norm(f"layers.{index}.{name}_norm") for name in ("q", "k"))
         projection_norms: tuple[Callable[[Tensor], None], ...] = ()
         if arch.qk_norm == "projection" and q_norm is not None and k_norm is not None:
             projection_norms = (head_norm(q_norm, arch.rms_norm_eps), head_norm(k_norm, arch.rms_norm_eps))

@@ -17,9 +17,9 @@ import torch
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
 from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.graphs import GraphCache
-from llmengine.backends.cuda.model import load_weights
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import StepStream
+from llmengine.backends.cuda.weights import load_weights
 from llmengine.batch import Batch
 from llmengine.checkpoints.source import ModelSource
 

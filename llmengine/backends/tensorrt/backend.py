@@ -17,7 +17,7 @@ from llmengine.backends.cuda.backend import CudaBackend, CudaParts
 from llmengine.backends.cuda.fused_segments import SegmentsContext, TunableSegments
 from llmengine.backends.cuda.generic_segments import build_cuda_segments, cuda_segments_factory
 from llmengine.backends.cuda.loading import load_cuda_backend, load_cuda_parts
-from llmengine.backends.cuda.model import CudaWeights, load_weights
+from llmengine.backends.cuda.weights import load_weights
 from llmengine.backends.tensorrt.build_progress import BuildProgress
 from llmengine.backends.tensorrt.builder import default_num_processes
 from llmengine.backends.tensorrt.cache import PlanCache
@@ -177,9 +177,9 @@ class SegmentsChoice:
             return known
         weights = None
         if self.plan_set.has_constants:
-            load_weights(CudaWeights(context.tensors), self._source)
+            load_weights(context.weights, self._source)
             self._has_loaded_weights = True
-            weights = context.tensors
+            weights = context.weights.by_name
         verification = verify_plans(self.plan_set.segments, plans, device, weights)
         _logger.info("plans compared with torch on %s: %s", device, "; ".join(map(str, verification.checks)))
         self._store_verification(verification)

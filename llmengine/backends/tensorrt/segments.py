@@ -58,7 +58,7 @@ class TensorRtSegments:
         self, segments: Sequence[PlacedSegment], plans: Mapping[str, LoadedPlan], context: SegmentsContext
     ) -> None:
         arch, scheduler = context.arch, context.config.scheduler_config
-        device, dtype = context.logits.device, context.tensors["embed_tokens.weight"].dtype
+        device, dtype = context.logits.device, context.weights.embedding.dtype
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
         for plan in plans.values():
             plan.profile_for(Sizes(max_tokens, max_rows))
@@ -72,8 +72,8 @@ class TensorRtSegments:
         self._all_tokens = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._segments = segments
         self._plans = plans
-        self._weights = context.tensors  # keeps them alive
-        self._weight_addresses = [_weight_addresses(segment, context.tensors) for segment in segments]
+        self._weights = context.weights  # keeps them alive
+        self._weight_addresses = [_weight_addresses(segment, context.weights.by_name) for segment in segments]
         self._memory = scratch_memory(list(plans.values()), device)
         self._device = device
         self._contexts: dict[tuple[str, Sizes], PlanContext] = {}

@@ -12,8 +12,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from llmengine.backends.cuda import loading, sampling, warmup
-from llmengine.backends.cuda.model import CudaWeights
 from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.batch import Batch, SlotInit
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.engine import Engine

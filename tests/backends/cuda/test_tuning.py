@@ -11,6 +11,7 @@ import torch
 
 from llmengine.backends.cuda import fused_segments
 from llmengine.backends.cuda.fused_segments import FusedSegments
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import SchedulerConfig
 from llmengine.kernels.cublaslt import CublasConfig
@@ -46,7 +47,7 @@ def build_segments(
     if device == "cpu":  # the interpreter compiles nothing
         monkeypatch.setattr(FusedSegments, "_compile", lambda *_: None)
     logits = torch.zeros(4, arch.vocab_size, device=device)
-    return FusedSegments(arch, tensors, LIMITS, logits, pdl=False)
+    return FusedSegments(arch, CudaWeights.of(arch, tensors), LIMITS, logits, pdl=False)
 
 
 @pytest.mark.usefixtures("candidates")
@@ -82,7 +83,7 @@ def test_each_product_of_each_size_is_timed_in_the_chain_of_all(
     # qkv, o, gate_up, down and the LM head have two candidates each, of one row. All but o's take equally long, and are
     # measured in three more rounds.
     assert len(used) == 2 + 4 * 2 * (1 + 3)
-    with_head = [segments._head_shape[0] in chain for chain in widths]
+    with_head = [segments._head.shape[0] in chain for chain in widths]
     assert with_head == [False] * (len(used) - 8) + [True] * 8, "the LM head is timed behind a layer, and only itself"
     for shape in segments._shapes(1):
         # The first that was fastest stays: with SKINNY in o, whatever the others do costs the same.

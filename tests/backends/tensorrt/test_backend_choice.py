@@ -18,6 +18,7 @@ from llmengine import backends
 from llmengine.backends import load_backend
 from llmengine.backends.cuda import loading
 from llmengine.backends.cuda.fused_segments import FusedSegments, SegmentsContext
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.backends.tensorrt import backend as choosing
 from llmengine.backends.tensorrt.backend import (
     SegmentsChoice,
@@ -84,7 +85,7 @@ def make_choice(
 def make_context(fake: FakeTensorRt, source: ModelSource) -> SegmentsContext:
     tensors = {name: tensor.to(fake.device) for name, tensor in source.weights(torch.float32)}
     logits = torch.zeros((MAX_ROWS, source.arch.vocab_size), device=fake.device)
-    return SegmentsContext(source.arch, tensors, make_config(source), logits, pdl=False)
+    return SegmentsContext(source.arch, CudaWeights.of(source.arch, tensors), make_config(source), logits, pdl=False)
 
 
 def take_times(monkeypatch: pytest.MonkeyPatch, ours: float, theirs: float) -> None:
@@ -180,7 +181,7 @@ def test_a_lack_of_memory_leads_to_torch(
 
 def test_plans_with_constants_are_verified_with_the_models_weights(fake: FakeTensorRt, source: ModelSource) -> None:
     context = make_context(fake, source)
-    for tensor in context.tensors.values():
+    for tensor in context.weights.by_name.values():
         tensor.fill_(torch.nan)  # as allocated: nothing in them yet
     tunable = make_choice(fake, source, is_required=True, mode="constants").build(context)
     assert isinstance(tunable.segments, TensorRtSegments)

@@ -15,11 +15,13 @@ from torch import Tensor
 from llmengine.backends import load_backend
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_of
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.dtypes import dtype_name
 from llmengine.errors import EngineError
 from llmengine.llm import LLM
 from llmengine.models.arch import ModelArch
@@ -53,9 +55,9 @@ def build_segments(
     fake: FakeTensorRt, context: SegmentsContext, mode: WeightMode = "inputs", max_tokens: int = MAX_TOKENS
 ) -> TensorRtSegments:
     """Return segments whose plans are the fake's."""
-    dtype: Any = str(context.tensors["embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype: Any = dtype_name(context.weights.embedding.dtype)
     segments = segments_of(context.arch, dtype, make_profiles(MAX_ROWS, max_tokens), mode)
-    plan_set = fake_plan_set(segments, context.tensors)
+    plan_set = fake_plan_set(segments, context.weights.by_name)
     return TensorRtSegments(segments, load_plans(PlanRuntime(fake_library(fake)), plan_set), context)
 
 
@@ -66,7 +68,7 @@ def on_fake(fake: FakeTensorRt) -> SegmentsFactory:
 def make_context(arch: ModelArch, dtype: torch.dtype, device: torch.device) -> SegmentsContext:
     tensors = {name: tensor.to(device) for name, tensor in random_weights(arch, dtype).items()}
     logits = torch.zeros((MAX_ROWS, arch.vocab_size), device=device)
-    return SegmentsContext(arch, tensors, make_config(Path("unused")), logits, pdl=False)
+    return SegmentsContext(arch, CudaWeights.of(arch, tensors), make_config(Path("unused")), logits, pdl=False)
 
 
 def make_prompt(length: int) -> list[int]:
@@ -87,7 +89,7 @@ def run_all(segments: Segments, x: Tensor, attended: list[Tensor], sample_tokens
 def test_equals_the_models_formulas_at_every_size(fake: FakeTensorRt, family: str) -> None:
     context = make_context(tiny_arch(**FAMILIES[family]), torch.float32, fake.device)
     arch = context.arch
-    expected = ReferenceSegments(arch, {name: tensor.cpu() for name, tensor in context.tensors.items()})
+    expected = ReferenceSegments(arch, {name: tensor.cpu() for name, tensor in context.weights.by_name.items()})
     segments = build_segments(fake, context)
     assert segments.num_layers == arch.num_layers
     for num_tokens, rows in ((3, None), (17, [16, 2]), (32, [5, 5, 31, 0])):
@@ -106,7 +108,7 @@ def test_weights_are_used_where_they_are_or_in_the_plan(fake: FakeTensorRt, mode
     segments = build_segments(fake, context, mode)
     x = torch.randn(2, context.arch.hidden_size, device=fake.device)
     before = segments.first(x).clone()
-    context.tensors["layers.0.qkv.weight"].zero_()
+    context.weights.by_name["layers.0.qkv.weight"].zero_()
     changed = not torch.equal(before, segments.first(x))
     assert changed == (mode == "inputs")
 
@@ -141,7 +143,7 @@ def test_plans_that_are_too_small_or_of_other_weights_are_refused(fake: FakeTens
     with pytest.raises(EngineError, match=r"plan 'first' was not built for T=32, S=4, only for .* prefill: T to 16"):
         build_segments(fake, context, max_tokens=16)
     other = make_context(tiny_arch(), torch.float32, fake.device)
-    other.tensors["layers.2.down.weight"] = torch.zeros(48, 96, device=fake.device)
+    other.weights.by_name["layers.2.down.weight"] = torch.zeros(48, 96, device=fake.device)
     with pytest.raises(EngineError, match=r"weight 'layers.2.down.weight' is float32 \[48, 96\], .* \[48, 80\]"):
         build_segments(fake, other)
 
