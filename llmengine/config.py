@@ -71,7 +71,7 @@ def _restore(kind: type[_Settings], values: dict[str, Any], mappings: list[str],
 
 
 _ONE_GPU = (
-    "set it to 1 and use a model that fits on one device; to use several GPUs, run one process with an LLM for each "
+    "set it to 1 and use a model that fits on one device, or run one process with an LLM for each GPU "
     "(device='cuda:N') and divide the requests among them"
 )
 

@@ -39,9 +39,9 @@ _NEUTRAL_WHEN_SAMPLING: dict[str, float] = {"typical_p": 1.0, "top_h": 1.0, "eps
 """The same for keys that count only if `do_sample` is true."""
 
 _HINTS = {
-    "num_beams": "beam search is LLM.beam_search()",
-    "max_time": "deadline_s of generate_async() ends a request in time",
-    "sequence_bias": "logit_bias has single tokens, in [-100, 100]",
+    "num_beams": "use LLM.beam_search()",
+    "max_time": "use deadline_s of generate_async()",
+    "sequence_bias": "logit_bias supports single tokens in [-100, 100]",
 }
 
 _HONOURED = (

@@ -128,8 +128,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         set_none_to_default(self, but=("max_new_tokens",))
-        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str, "a string or several"))
-        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids, int, "a token id or several")
+        object.__setattr__(self, "stop", _as_tuple("stop", self.stop, str, "a string or a sequence of strings"))
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids, int, "a token id or a sequence of token ids")
         object.__setattr__(self, "stop_token_ids", stop_token_ids)
         object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         object.__setattr__(self, "bad_words", _as_bad_words(self.bad_words))
@@ -254,7 +254,7 @@ class SamplingParams:
         keys = unsupported_keys(config)
         if keys:
             raise UnsupportedModelError(
-                f"generation_config asks for {', '.join(keys)}, which is not supported; pass your own "
+                f"generation_config asks for {', '.join(keys)}, but this is not supported; pass your own "
                 "sampling_params, or remove the keys from the file"
             )
         return params
@@ -284,7 +284,7 @@ def _as_bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _as_bad_words(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    words = _as_tuple("bad_words", value, str, "a string or several, or sequences of token ids")
+    words = _as_tuple("bad_words", value, str, "a string or a sequence of strings and of sequences of token ids")
     for index, word in enumerate(words):
         if isinstance(word, (bytes, bytearray)) or not isinstance(word, Sequence) or not word:
             allowed = "a non-empty string or a non-empty sequence of token ids"

@@ -68,7 +68,7 @@ def _as_json_text(schema: Any) -> str:
             # Property order is the order of the output, so keys are not sorted.
             return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"json_schema is not valid JSON: {error}; it is {schema!r:.200}") from error
+        raise InvalidRequestError(f"json_schema must be valid JSON, not {schema!r:.200}: {error}") from error
     raise requirement(InvalidRequestError, "json_schema", "an object or True", schema)
 
 

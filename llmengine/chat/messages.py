@@ -1,9 +1,9 @@
-"""Messages and tools as people send them, made into what chat templates read.
+"""Messages and tools, converted from the forms that callers send to those that chat templates read.
 
-Two things differ between templates and cannot be told from a template's text for certain: whether it takes a message's
-content as text or as a list of parts, and a tool call's arguments as an object or as JSON text. So such a value is
-given in one form that notices whether it is read; where it was not, or the template failed, the template gets the next
-form and writes again (`FlexibleValue`). An object is also written as JSON wherever a template wants text of it.
+Templates differ in two ways that their source does not reliably show: whether a message's content is text or a list of
+parts, and whether the arguments of a tool call are an object or JSON text. So such a value is passed in a form that
+notices whether it was read. If it was not, or if the template failed, the template runs again with the next form
+(`FlexibleValue`). An object also prints as JSON where a template writes it as text.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _SPEAKERS = ("system", "developer", "user", "assistant")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 PART_SEPARATOR = "\n"
-"""Stands between the text parts of one message where a template takes text."""
+"""Separator of the text parts of a message for a template that reads text."""
 
 
 def plain_value(value: Any, where: str, depth: int = 0) -> Any:
     """A copy of `value` in exact JSON types, so that a template cannot reach the methods of richer objects.
 
-    Mappings, sequences, dataclasses and what has a `model_dump()` (Pydantic models, such as those of OpenAI's client)
-    are taken. Raises `InvalidRequestError` naming `where` for anything else.
+    Accepts mappings, sequences, dataclasses and objects with `model_dump()` (Pydantic models, such as those of OpenAI's
+    client). Raises `InvalidRequestError` naming `where` for anything else.
     """
     if depth > _MAX_DEPTH:
         raise InvalidRequestError(f"{where} is nested too deeply; the limit is {_MAX_DEPTH} levels")
@@ -55,7 +55,10 @@ def plain_value(value: Any, where: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise requirement(InvalidRequestError, f"a key in {where}", "a string", key)
-        return {str.__str__(key): plain_value(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+        return {
+            str.__str__(key): plain_value(item, f"{where}[{json.dumps(key, ensure_ascii=False)}]", depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return [plain_value(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if not isinstance(value, type):
@@ -94,7 +97,7 @@ def is_conversation_list(messages: Any) -> bool:
 
 
 def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """A copy of a list of tools in OpenAI's form, None for none.
+    """A copy of a list of tools in OpenAI's form; None for an empty list.
 
     A function without its wrapper, `{"name": ..., "parameters": ...}`, gets one. Raises `InvalidRequestError`.
     """
@@ -114,7 +117,7 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def plain_documents(documents: Any) -> list[dict[str, Any]] | None:
-    """A copy of a list of documents, None for none; raises `InvalidRequestError` unless they are dicts."""
+    """A copy of a list of documents; None for an empty list; raises `InvalidRequestError` unless they are dicts."""
     if documents is None:
         return None
     copy = plain_value(documents, "documents")
@@ -137,7 +140,7 @@ class ReadTracked:
 
 
 class JsonObject(dict[str, Any], ReadTracked):
-    """An object that is `text`, its JSON, wherever a template wants text of it: printed, added to a string."""
+    """An object that turns into `text`, its JSON, where a template prints it or adds it to a string."""
 
     __slots__ = ("_read", "_text")
 
@@ -157,7 +160,7 @@ class JsonObject(dict[str, Any], ReadTracked):
         return self._text
 
     def __repr__(self) -> str:
-        self._read = True  # printed with what it is in, as Python writes that
+        self._read = True  # printed as part of its container
         return super().__repr__()
 
     def __add__(self, other: Any) -> str:
@@ -167,7 +170,7 @@ class JsonObject(dict[str, Any], ReadTracked):
         return other + str(self) if isinstance(other, str) else NotImplemented
 
     def __bool__(self) -> bool:
-        self._read |= len(self) == 0  # there is nothing else in it to be read
+        self._read |= len(self) == 0  # an empty object has nothing else to read
         return len(self) > 0
 
     def __iter__(self) -> Iterator[str]:
@@ -223,7 +226,7 @@ class _Part(dict[str, Any]):
 
 
 class TextParts(list[_Part], ReadTracked):
-    """Content as a list of text parts. A template that prints the list itself has not read it."""
+    """Content as a list of text parts. A template that prints the list itself does not count as having read it."""
 
     __slots__ = ("_printed",)
 
@@ -245,7 +248,7 @@ class TextParts(list[_Part], ReadTracked):
 
 
 class WrappedFunction(dict[str, Any]):
-    """A tool or tool call, in OpenAI's form: what stands in its "function" is found without that as well."""
+    """A tool or tool call in OpenAI's form, whose "function" entries can also be read directly."""
 
     __slots__ = ()
 
@@ -254,7 +257,7 @@ class WrappedFunction(dict[str, Any]):
 
 
 class FlexibleValue:
-    """A value of a message in the forms that templates may want: the next one where a form was not read."""
+    """A value of a message in each form that templates may read; `advance` takes the next one."""
 
     __slots__ = ("_forms", "_holder", "_key")
 
@@ -268,12 +271,12 @@ class FlexibleValue:
         return not isinstance(form, ReadTracked) or form._was_read()
 
     def forget(self) -> None:
-        """Begin anew: nothing was read."""
+        """Reset what is known about reading."""
         if isinstance(self._forms[0], ReadTracked):
             self._forms[0]._forget()
 
     def advance(self) -> bool:
-        """Take the next form; False where there is none."""
+        """Take the next form; False if there is none."""
         if len(self._forms) == 1:
             return False
         del self._forms[0]
@@ -282,7 +285,7 @@ class FlexibleValue:
 
 
 def mark_as_written(value: Any, nested: bool = False) -> None:
-    """Note that the template wrote `value` as JSON, which reads all in it, though not a list of parts itself."""
+    """Note that the template wrote `value` as JSON, which reads everything in it except a top-level list of parts."""
     if isinstance(value, JsonObject):
         value._read = True
     elif isinstance(value, TextParts):
@@ -298,13 +301,13 @@ def mark_as_written(value: Any, nested: bool = False) -> None:
 
 
 class Conversation:
-    """The messages of one rendering and what in them is flexible.
+    """The messages of one rendering, and their values that have several forms.
 
-    Raises `InvalidRequestError` for what is malformed, and for parts that are not text.
+    Raises `InvalidRequestError` for malformed messages and for parts that are not text.
 
     Attributes:
-        messages: what the template gets.
-        flexible: those of their values that have several forms, in the order of the messages.
+        messages: the messages for the template.
+        flexible: their values with several forms, in the order of the messages.
         texts: the contents of the messages as text, None where there is none.
     """
 
@@ -313,7 +316,7 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
         self.flexible: list[FlexibleValue] = []
         for index, copy in enumerate(plain_messages(messages)):
-            # A field that is None is one that a client's message object has and did not fill.
+            # Message objects of clients have None in fields that they did not fill.
             message = message_type({key: value for key, value in copy.items() if value is not None})
             self._set_reasoning(message)
             self._set_content(message, copy, f"messages[{index}]")
@@ -323,11 +326,11 @@ class Conversation:
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether some message calls a tool."""
+        """True if some message calls a tool."""
         return any("tool_calls" in message for message in self.messages)
 
     def _set_reasoning(self, message: dict[str, Any]) -> None:
-        """Give reasoning under the name that most templates read, and under gpt-oss's."""
+        """Store reasoning under the name that most templates read and under that of gpt-oss."""
         reasoning = next((message[name] for name in _REASONING if name in message), None)
         if reasoning is not None:
             message["reasoning_content"] = reasoning
@@ -353,7 +356,7 @@ class Conversation:
             message["content"] = _to_json(content)
 
     def _set_content_list(self, message: dict[str, Any], content: list[Any], where: str) -> None:
-        """Content in parts: as they are, else as one part, else as text. A tool's list of other things is JSON."""
+        """Set content in parts: as given, else as one part, else as text. Other lists from a tool become JSON."""
         is_data = not all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in content)
         if is_data and message["role"] not in _SPEAKERS:
             message["content"] = _to_json(content)
@@ -367,7 +370,7 @@ class Conversation:
         calls = message["tool_calls"]
         if not isinstance(calls, list):
             raise requirement(InvalidRequestError, f'{where}["tool_calls"]', "a list", calls)
-        if not calls:  # templates take its being there for a call
+        if not calls:  # to templates, an empty list is a call as well
             del message["tool_calls"]
             return
         message["tool_calls"] = [
@@ -402,7 +405,7 @@ def _argument_forms(given: Any, where: str) -> list[Any]:
     try:
         value = plain_value(json.loads(given), where) if isinstance(given, str) else given
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{where} is not valid JSON: {error}; it is {given!r:.200}") from error
+        raise InvalidRequestError(f"{where} must be valid JSON, not {given!r:.200}: {error}") from error
     if not isinstance(value, dict):
         raise requirement(InvalidRequestError, where, "an object or the JSON text of one", value)
     return [JsonObject(value, text), text]

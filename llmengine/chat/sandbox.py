@@ -1,7 +1,7 @@
-"""The sandbox of chat templates: what a template may call, and how much it may write, loop and take.
+"""The sandbox of chat templates: what a template may call, and limits on its output, loops and time.
 
-Hugging Face's conventions: `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML are there; blocks
-are trimmed; `{% generation %}`, `{% break %}` and `{% continue %}` are tags.
+Hugging Face's conventions: templates have `raise_exception`, `strftime_now` and a `tojson` that does not escape HTML;
+blocks are trimmed; `{% generation %}`, `{% break %}` and `{% continue %}` are tags.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ MAX_PROMPT_CHARS = 16_000_000
 """Most characters that a template may write."""
 
 MAX_RANGE_ITEMS = 1_000_000
-"""Most items of all `range()` calls of one rendering together."""
+"""Most items of all `range()` calls in one rendering."""
 
 MAX_STEPS = 1_000_000
-"""Most turns of loops and calls of one rendering together."""
+"""Most loop iterations and calls in one rendering."""
 
 _MAX_TOTAL_CHARS = 16 * MAX_PROMPT_CHARS
 _MAX_INT_BITS = 1 << 16
@@ -45,7 +45,7 @@ _MAX_REPEATED_ITEMS = 1_000_000
 
 
 class AbsentContent(jinja2.Undefined):
-    """The content of a message that has none: undefined, none, and an empty text, whichever a template asks for."""
+    """The content of a message that has none: a template may see it as undefined, none or an empty string."""
 
     __slots__ = ()
 
@@ -92,7 +92,7 @@ def bounded_range_function() -> Callable[..., range]:
 
 
 class RenderBudget:
-    """What one writing of a template has used, and by which moment it has to be done."""
+    """Steps and characters that one rendering has used, and its deadline."""
 
     def __init__(self, max_s: float = math.inf, deadline: float = math.inf) -> None:
         self._steps = 0
@@ -100,7 +100,7 @@ class RenderBudget:
         self._max_s, self._deadline = max_s, deadline
 
     def step(self) -> None:
-        """Count a turn of a loop or a call; raises `InvalidRequestError` once there are too many or it is too late."""
+        """Count a loop iteration or call; raises `InvalidRequestError` above the limit or after the deadline."""
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise InvalidRequestError(
@@ -126,7 +126,7 @@ RENDER_BUDGET: ContextVar[RenderBudget] = ContextVar("llmengine_chat_template_bu
 
 
 def _count_value(value: Any) -> Any:
-    budget = RENDER_BUDGET.get(None)  # there is none when a constant is worked out while a template is compiled
+    budget = RENDER_BUDGET.get(None)  # there is no budget while a template is compiled and its constants are evaluated
     return (RenderBudget() if budget is None else budget).count_value(value)
 
 
@@ -143,7 +143,7 @@ def _size(value: Any) -> int:
 
 
 def _nested_size(value: Any, known: dict[int, int]) -> int:
-    """`known` holds the sizes by id: what is in there twice is counted twice and walked once."""
+    """`known` has sizes by object id: an object that occurs twice is counted twice but walked once."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
@@ -155,13 +155,13 @@ def _nested_size(value: Any, known: dict[int, int]) -> int:
     if id(value) not in known:
         items: Iterable[Any] = value
         if isinstance(value, dict):
-            items = itertools.chain(dict.keys(value), dict.values(value))  # what counts does not read
+            items = itertools.chain(dict.keys(value), dict.values(value))  # counting must not mark values as read
         known[id(value)] = 1 + sum(_nested_size(item, known) for item in items)
     return known[id(value)]
 
 
 class _CountedItems:
-    """Iterates over `items`; each turn is a step."""
+    """Iterates over `items` and counts each iteration as a step."""
 
     def __init__(self, items: Any) -> None:
         self._items = items
@@ -183,7 +183,7 @@ def _count_items(items: Any) -> _CountedItems:
 
 
 class _Namespace(Namespace):
-    """One whose text does not repeat what is in it, which may be other namespaces."""
+    """A namespace whose text omits its content, since namespaces may be nested."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -194,7 +194,7 @@ _SPREADING = ("expandtabs", "indent", "tojson")
 
 
 def _check_result_size(name: str, value: Any, arguments: Sequence[Any]) -> None:
-    """Raise `InvalidRequestError` if the filter or string method `name` would make too large a value of `value`."""
+    """Raise `InvalidRequestError` if the filter or string method `name` would turn `value` into too large a value."""
     number = max((abs(item) for item in arguments if isinstance(item, int)), default=0)
     longest = max((len(item) for item in arguments if isinstance(item, str)), default=0)
     if name in _PADDING:
@@ -238,7 +238,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, LoopControls])
         self.filters["tojson"] = _tojson
-        for name in ("urlize", "xmlattr", "wordwrap"):  # they write more than can be told from what they are given
+        for name in ("urlize", "xmlattr", "wordwrap"):  # the size of their output cannot be predicted from the input
             del self.filters[name]
         self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
         self.filters |= {_COUNTED: _count_items, _CONCAT: _concat, _MADE: _count_value}
@@ -249,7 +249,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = _strftime_now
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Have what loops and what makes values without a filter, call or operator pass through filters that count."""
+        """Route loops, and values made without a filter, call or operator, through filters that count."""
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
             loop.iter = _filter_node(loop.iter, _COUNTED)
@@ -276,7 +276,7 @@ class SandboxedTemplates(ImmutableSandboxedEnvironment):
         return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Repeat, raise and format within limits, which are the cheap ways to make an enormous value."""
+        """Limit repetition, powers and formatting, which can make an enormous value cheaply."""
         if operator == "**":
             if not (isinstance(left, int | float) and isinstance(right, int | float) and abs(right) <= 64):
                 raise InvalidRequestError(
@@ -307,7 +307,7 @@ def _filter_node(node: nodes.Node | None, name: str) -> nodes.Filter:
 
 
 class _ValuesCounted(NodeTransformer):
-    """Passes what `~` and literals make through filters."""
+    """Routes the values of `~` and of literals through counting filters."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

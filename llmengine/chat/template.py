@@ -1,8 +1,8 @@
 """Chat messages to prompt text, through the Jinja templates that come with models.
 
 Hugging Face's conventions: `messages`, `tools`, `documents`, `add_generation_prompt` and the special tokens are
-variables; what else a template reads are variables of its own. What it does not read cannot be given: it would be
-lost without a word.
+variables; a template may read further variables of its own. A value that the template does not read is refused, since
+it would be lost silently.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmengine.errors import InvalidRequestError, ModelLoadError
 __all__ = ["MAX_PROMPT_CHARS", "MAX_RANGE_ITEMS", "MAX_RENDER_S", "MAX_STEPS", "ChatTemplate", "ChatTemplates"]
 
 MAX_RENDER_S = 5.0
-"""Most seconds of one rendering, looked at in each step."""
+"""Most seconds of one rendering, checked in every step."""
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 _RESERVED = (*_OURS, "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")
@@ -47,11 +47,11 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """A compiled template; `render` may run in several threads at once.
 
-    The template is sandboxed: it sees plain JSON data only, cannot change it, and reaches no Python internals. Bounded
-    are the text and every value that operators, filters, calls and blocks make (`MAX_PROMPT_CHARS` each, 16 times that
-    together), turns of loops and calls (`MAX_STEPS`, `MAX_RANGE_ITEMS`), and the time (`MAX_RENDER_S`).
+    The template is sandboxed: it sees plain JSON data only, cannot change it, and reaches no Python internals. There
+    are limits on the text and on every value that operators, filters, calls and blocks create (`MAX_PROMPT_CHARS` each,
+    16 times that in all), on loop iterations and calls (`MAX_STEPS`, `MAX_RANGE_ITEMS`), and on time (`MAX_RENDER_S`).
 
-    Raises `ModelLoadError` when `source` is no template.
+    Raises `ModelLoadError` if `source` is not a valid template.
 
     Attributes:
         variables: the names that it reads and does not define, `messages` and special tokens among them.
@@ -85,15 +85,14 @@ class ChatTemplate:
 
         Args:
             messages: content is text, or a list of text parts; arguments of tool calls are objects or JSON text. The
-                template gets what it reads, whichever was given.
-            add_generation_prompt: end with the header of an answer; None: unless the final message is continued.
+                template gets the form that it reads, whichever was given.
+            add_generation_prompt: end with the header of an answer. None: True unless the final message is continued.
             tools: functions as JSON Schema, in OpenAI's form or without its wrapper.
-            variables: `documents`; `continue_final_message`, True or the name of the field to go on with, as in
-                transformers; and variables of the template's own.
+            variables: `documents`; `continue_final_message`, True or the name of the field to continue, as in
+                transformers; and variables of the template itself.
 
-        Raises `InvalidRequestError` for malformed messages, for what the template itself rejects, quoting it, for
-        tools, tool calls, roles and variables of which the template writes nothing, and for a text or loop above the
-        limits.
+        Raises `InvalidRequestError` for malformed messages; for messages that the template rejects, quoting its
+        message; for tools, tool calls, roles and variables that the template ignores; and for exceeded limits.
         """
         given = {name: value for name, value in (variables or {}).items() if value is not None}
         documents = plain_documents(given.pop("documents", None))
@@ -134,7 +133,7 @@ class ChatTemplate:
     def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
         for message in messages:
             if message["role"] == "developer" and "developer" not in self._mentioned:
-                message["role"] = "system"  # OpenAI's newer name of it
+                message["role"] = "system"  # "developer" is OpenAI's newer name
         if self._takes_text is None:
             self._takes_text = self._can_take_text(deadline)
         conversation = Conversation(messages, Message, as_parts=not self._takes_text)
@@ -156,10 +155,10 @@ class ChatTemplate:
         return conversation
 
     def _write_in_forms(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
-        """Write with the first forms that the template reads.
+        """Write the prompt with the first forms of values that the template reads.
 
-        What it did not read while it went through all messages gets its next form. Where it failed, what it did not
-        come to may be as it should be: one value at a time is changed then, the earliest first.
+        A value that a complete rendering did not read gets its next form. If the rendering failed, values that it did
+        not reach may already have the right form, so only one value is changed at a time, the earliest first.
         """
         num_faults = 0
         while True:
@@ -253,12 +252,13 @@ class ChatTemplate:
 
 
 class ChatTemplates:
-    """The templates of one model, of which each conversation takes one.
+    """The templates of one model, one of which renders a conversation.
 
     Args:
-        sources: by name: "default", "tool_use" for conversations with tools, others that `chat_template=` chooses.
-        special_tokens: such as "bos_token", as variables.
-        where: the file, for messages.
+        sources: templates by name: "default", "tool_use" for conversations with tools, and others that `chat_template=`
+            chooses.
+        special_tokens: variables such as "bos_token".
+        where: the file that messages name.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, Any], where: str) -> None:
@@ -274,10 +274,10 @@ class ChatTemplates:
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
     ) -> str:
-        """Like `ChatTemplate.render`; of `variables`, `chat_template` is the name of a template, or a template.
+        """Like `ChatTemplate.render`; in `variables`, `chat_template` is the name or the text of a template.
 
-        Raises `InvalidRequestError` also where there is none of that name, and for a given one that does not compile;
-        `ModelLoadError` where the model's own does not.
+        Also raises `InvalidRequestError` for an unknown name and for a given template that does not compile, and
+        `ModelLoadError` if the model's own template does not compile.
         """
         others = dict(variables)
         template = self.choose(others.pop("chat_template", None), has_tools=bool(tools))
@@ -292,8 +292,8 @@ class ChatTemplates:
         if chat_template in self.sources:
             return self._compiled_template(chat_template)
         if "{" not in chat_template:
-            names = f"one of {', '.join(map(repr, self.sources))}, or " if self.sources else ""
-            raise requirement(InvalidRequestError, "chat_template", f"{names}the text of a template", chat_template)
+            names = f" or the name of one ({', '.join(map(repr, self.sources))})" if self.sources else ""
+            raise requirement(InvalidRequestError, "chat_template", f"the text of a template{names}", chat_template)
         try:
             return ChatTemplate(chat_template, self._special_tokens, "chat_template")
         except ModelLoadError as error:
@@ -375,12 +375,12 @@ def _mark_ending(messages: list[dict[str, Any]], field: str) -> str:
 
 
 def _cut_ending(text: str, ending: str, field: str) -> str:
-    """Cut the text after what `_mark_ending` marked."""
+    """Cut the text at the mark that `_mark_ending` set."""
     at = text.rfind(_CONTINUES.strip())
     if at < 0 or ending.strip() not in text:
         raise InvalidRequestError(
             f'continue_final_message is not possible, because the chat template changes "{field}" of the final '
             f"message: {ending!r:.100}"
         )
-    # A template that trims has trimmed the mark; then the text before it is to be trimmed as well.
+    # If the template trimmed the mark, the text before it must be trimmed as well.
     return text[:at] if text.startswith(_CONTINUES, at) else text[:at].rstrip()

@@ -1,7 +1,7 @@
 """The `llmengine demo`: several questions at once, answered side by side in the terminal.
 
-`stream_answers` is all the asyncio there is, and code to copy: one task a request, each an ``async for``. Everything
-else loads and draws. Where the output is no terminal there are plain lines and no control codes.
+`stream_answers` has all the asyncio code and is meant to be copied: one task per request, each with an ``async for``.
+Everything else loads and draws. If the output is not a terminal, the demo prints plain lines without control codes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SYSTEM_PROMPT = (
     "Answer the question of the user in detail, in several complete paragraphs. Explain how and why things are so, "
     "give examples that are easy to picture, and use warm and vivid language that anyone can understand."
 )
-"""Begins every prompt, so that the requests have KV blocks to share."""
+"""Start of every prompt, so that the requests have KV blocks to share."""
 
 QUESTIONS = (
     "Why is the sky blue, and why are sunsets red?",
@@ -62,7 +62,7 @@ _CONTROL_CHARS = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)
 
 @dataclass(slots=True)
 class Answer:
-    """One request's question, and how far its answer has come."""
+    """The question of one request and its answer so far."""
 
     number: int
     question: str
@@ -71,7 +71,7 @@ class Answer:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer ended; None while it grows."""
+        """Reason why the answer ended; None while it grows."""
         return None if self.output is None else self.output.finish_reason
 
     @property
@@ -98,7 +98,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Run:
-    """Everything that the summary tells about one demo."""
+    """Everything that the summary shows about one demo."""
 
     answers: list[Answer]
     load_s: float
@@ -163,7 +163,7 @@ def run_demo(model: Path, *, num_prompts: int, max_new_tokens: int, int8: bool, 
 
 
 def show_answers(llm: LLM, run: Run, max_new_tokens: int, console: Console) -> None:
-    """Answer all questions of `run` at once, show the answers while they come, and print the summary."""
+    """Answer all questions of `run` at once, show the answers while they arrive, and print the summary."""
     prompts, is_chat = render_prompts(llm, [answer.question for answer in run.answers])
     if not is_chat:
         _print_line(
@@ -197,7 +197,7 @@ async def _stream_into_run(
     run: Run,
     plain_console: Console | None,
 ) -> None:
-    """Fill `run` while the answers come; on a plain console print each as it finishes."""
+    """Fill `run` while the answers arrive; on a plain console print each one when it finishes."""
     num_finished = 0
 
     def show(index: int, output: GenerationOutput) -> None:
@@ -257,7 +257,7 @@ def draw_answers(answers: Sequence[Answer], console: Console) -> RenderableType:
     """One frame: two columns of panes if they fit the terminal, else a line for each answer."""
     width, height = console.size
     num_rows = (len(answers) + 1) // 2
-    # Two lines less than the terminal has: the status, and the one that the cursor would scroll into view.
+    # Two lines fewer than the terminal has: one for the status, one that the cursor would scroll into view.
     pane_height = min((height - 2) // num_rows, _MAX_PANE_HEIGHT)
     if width // 2 < _MIN_PANE_WIDTH or pane_height < _MIN_PANE_HEIGHT:
         lines = [_draw_line(answer, width) for answer in answers[: max(1, height - 2)]]

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a generated character that the terminal's encoding lacks
+            stream.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
@@ -119,7 +119,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     from llmengine.cli.demo import find_demo_model, run_demo
 
     model = arguments.model or find_demo_model()
-    # rich believes FORCE_COLOR and the like over the file; control codes are for terminals only.
+    # rich would obey FORCE_COLOR even for a file; control codes are for terminals only.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False, emoji=False)
     run_demo(
         model,
@@ -167,7 +167,7 @@ async def _print_outputs(llm: LLM, arguments: argparse.Namespace, changes: dict[
             handles.append(llm.chat_async([{"role": "user", "content": prompt}], params, streaming=True))
         else:
             handles.append(llm.generate_async(prompt, params, streaming=True))
-    # A prompt whose turn has not come is not lost time: its handle holds what was generated meanwhile.
+    # Waiting for an earlier prompt costs nothing, since each handle keeps what was generated meanwhile.
     for index, (prompt, handle) in enumerate(zip(arguments.prompts, handles, strict=True)):
         if arguments.json:
             print(json.dumps(_as_json(prompt, await handle), ensure_ascii=False), flush=True)
@@ -178,7 +178,7 @@ async def _print_outputs(llm: LLM, arguments: argparse.Namespace, changes: dict[
 
 
 async def _print_text(handle: RequestHandle) -> None:
-    """Print a stream's text as it comes, and a newline; raises the error that ended it."""
+    """Print the text of a stream as it arrives, and a newline; raises the error that ended the stream."""
     async for output in handle:
         print(output.text_delta, end="", flush=True)
         if output.finished:

@@ -1,9 +1,8 @@
-"""Grammars over tokens: what a `StructuredOutput` allows next, computed by llguidance.
+"""Grammars over tokens: the tokens that a `StructuredOutput` allows next, computed by llguidance.
 
-llguidance (an optional dependency, imported when it is first used) walks an Earley parser over derivatives of regexes
-through a trie of the vocabulary. Each mask is computed when its token is due, so a grammar costs little before, and
-everything it does takes fuel: a hostile grammar runs out of it and fails, after a time that is bounded and without
-holding the interpreter lock.
+llguidance (an optional dependency, imported on first use) walks an Earley parser over derivatives of regexes through a
+trie of the vocabulary. Each mask is computed when its token is due, so compiling costs little. All work uses fuel: a
+hostile grammar runs out of fuel and fails within a bounded time, without holding the interpreter lock.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ if TYPE_CHECKING:
 
 _NUM_CACHED = 32
 _MAX_CACHED_S = 8.0
-"""Computing time of all cached grammars, which bounds their memory as well: about 40 MB a second."""
+"""Most compile time of all cached grammars together, which also bounds their memory: about 40 MB a second."""
 
 _MAX_STEP_S = 0.25
-"""Computing time of one token's grammar step after which its request fails. Fuel usually ends it far earlier."""
+"""Computing time of one grammar step above which its request fails. Fuel usually ends a step far earlier."""
 
 
 _ESCAPES = 'nrbtf\\"'
-"""What may follow a backslash in JSON. Not u: with it a key has several spellings, and one that is not ruled out could
-take the place of a property with a type of its own."""
+"""Characters that may follow a backslash in JSON. `u` is not among them: with it a key would have several spellings,
+and a spelling that is not ruled out could replace a property that has a type of its own."""
 
 _UNWRITABLE = re.compile(r"(?<!\\)(\\\\)*\\u00|\x7f")
-"""In JSON text: characters that only such an escape stands for."""
+"""Matches characters in JSON text that can only be written with a `u` escape."""
 
 _STOP_REASONS = dict.fromkeys(("NoExtension", "NoExtensionBias"), "no text can come next")
-"""In words what llguidance gives as an error by the name of a state."""
+"""Name of a state that llguidance reports as an error -> the error in words."""
 
 
 class Grammar:
-    """A request's place in its grammar. Used by one thread at a time.
+    """The position of a request in its grammar. Used by one thread at a time.
 
     Attributes:
         mask: the tokens that may come next, 4 * ceil(vocab / 32) bytes: id t if bit t % 8 of byte t // 8 is set.
             Stop tokens are among them exactly where the text may end.
-        is_complete: the text is whole and nothing can follow it.
+        is_complete: the text is complete and nothing can follow it.
         error: why the grammar cannot go on; None while it can.
-        step_s: computing time of the last `advance`.
+        step_s: computing time of the last `advance`, in seconds.
     """
 
     __slots__ = ("_end_ids", "_executor", "_forbidden", "_keys", "_matcher", "error", "is_complete", "mask", "step_s")
@@ -67,8 +66,10 @@ class Grammar:
         num_bytes: int,
         keys: UniqueKeys | None = None,
     ) -> None:
-        """Stand at the start of the grammar that `matcher` has. `forbidden` ids are never text, and of JSON with `keys`
-        no object has a key twice where another one is possible."""
+        """Begin at the start of the grammar of `matcher`.
+
+        `forbidden` ids are never text. With `keys`, no JSON object gets a key twice while another key is possible.
+        """
         self._keys = keys
         self._matcher = matcher
         self._executor = executor
@@ -92,17 +93,17 @@ class Grammar:
         return other
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens may come next, one after the other, as text; takes as long as `advance`."""
+        """Number of the tokens that may come next as text, in order; takes as long as `advance`."""
         text = list(itertools.takewhile(lambda token_id: token_id not in self._end_ids, token_ids))
         num_allowed = self._matcher.validate_tokens(text)
         return num_allowed if self._keys is None else self._keys.num_allowed(text[:num_allowed])
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Go on behind tokens; sets all attributes. Takes milliseconds a token at worst, mostly without the GIL."""
+        """Advance past tokens and set all attributes. Takes milliseconds a token at worst, mostly without the GIL."""
         began = time.thread_time()
         try:
             for token_id in token_ids:
-                # Unlike the matcher's own method, the executor's lets go of the GIL.
+                # The executor releases the GIL, unlike the matcher's own method.
                 if self._executor.consume_token_par([(self._matcher, token_id)]) != [True]:
                     self.error = _error_reason(self._matcher) or f"token {token_id} is not in the grammar"
                     break
@@ -110,27 +111,27 @@ class Grammar:
                     self._keys = self._keys.after(token_id)
             else:
                 self._update_mask()
-        except Exception as fault:  # of the library: this request's alone
+        except Exception as fault:  # an error of the library ends only this request
             self.error = repr(fault)
         self.step_s = time.thread_time() - began
         if self.step_s > _MAX_STEP_S:
             self.error = f"a step of the grammar took {self.step_s:.2f} s; the limit is {_MAX_STEP_S} s"
 
     def _update_mask(self) -> None:
-        """Compute what may come next."""
+        """Compute the tokens that may come next."""
         matcher = self._matcher
         self.is_complete = matcher.is_stopped() and matcher.is_accepting()
         if not self.is_complete:
             mask = matcher.compute_bitmask()
             if not matcher.is_error():
                 self.mask = self._with_end_tokens(self._without_repeated_keys(mask))
-                # What was found while looking through the vocabulary: nothing can follow.
+                # Computing the mask may have shown that nothing can follow.
                 self.is_complete = matcher.is_stopped() and matcher.is_accepting()
         if matcher.is_error():
             self.error = _error_reason(matcher)
 
     def _without_repeated_keys(self, mask: bytes) -> bytes:
-        """Rule out tokens that would repeat a key, unless nothing else can come next."""
+        """The mask without tokens that would repeat a key, unless nothing else can come next."""
         repeating = [] if self._keys is None else self._keys.repeating_tokens()
         if not repeating:
             return mask
@@ -159,13 +160,13 @@ class Grammar:
 class GrammarCompiler:
     """Makes grammars for one tokenizer. Every method may be called from any thread.
 
-    Where llguidance is installed, the vocabulary is read when the compiler is made: that holds the GIL for 2 us a
-    token, too long for a moment when others are being served.
+    If llguidance is installed, the vocabulary is read in the constructor. Reading holds the GIL for 2 us a token,
+    which is too long while other requests are served.
 
     Args:
-        tokenizer: with `token_bytes()`, the bytes of each id, or `tokenizer_json()`, the text of a tokenizer.json.
-        vocab_size: of the model's logits.
-        eos_token_ids: the model's.
+        tokenizer: has `token_bytes()`, the bytes of each id, or `tokenizer_json()`, the text of a tokenizer.json.
+        vocab_size: number of the model's logits.
+        eos_token_ids: end tokens of the model.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
@@ -185,7 +186,7 @@ class GrammarCompiler:
             self._read_vocabulary(tokenizer, vocab_size, frozenset(eos_token_ids))
 
     def check(self) -> None:
-        """Raise `InvalidRequestError` where no structured output is possible. Quick."""
+        """Raise `InvalidRequestError` if structured output is not possible at all; takes no time."""
         if self._fault is not None:
             raise InvalidRequestError(f"structured output {self._fault}")
 
@@ -197,7 +198,7 @@ class GrammarCompiler:
         """A grammar at its start for a request that `stop_token_ids` end; takes up to seconds without the GIL.
 
         Raises `InvalidRequestError` for a schema, regex or grammar that is malformed, not supported, too complex, or
-        matches no text. The grammars used last are kept.
+        matches no text. The grammars used last stay cached.
         """
         self.check()
         with self._lock:
@@ -231,7 +232,7 @@ class GrammarCompiler:
     def _unique_keys(self, spec: StructuredOutput) -> UniqueKeys | None:
         if spec.json_schema is None:
             return None
-        if self._quotes is None:  # made twice by two threads at worst
+        if self._quotes is None:  # at worst, two threads make it twice
             self._quotes = QuoteTokens(
                 lambda token_id: self._vocabulary.decode_bytes([token_id]), self._vocabulary.vocab_size
             )
@@ -241,7 +242,7 @@ class GrammarCompiler:
         from llguidance import LLExecutor, LLTokenizer
 
         special: frozenset[int] = getattr(tokenizer, "special_ids", frozenset())
-        # llguidance wants a token that ends the text; which tokens do is for `Grammar` to say.
+        # llguidance needs one end token; the tokens that really end the text are decided in `Grammar`.
         candidates = sorted(eos_token_ids & special) or sorted(eos_token_ids) or sorted(special)
         if not candidates:
             self._fault = "needs a tokenizer with a special token to end the text"
@@ -250,7 +251,7 @@ class GrammarCompiler:
         try:
             source = _vocabulary_source(tokenizer, special, end_id)
             self._vocabulary = LLTokenizer(source, n_vocab=max(vocab_size, _vocab_size(tokenizer)), eos_token=end_id)
-        except Exception as error:  # the library's errors have no common base, and the tokenizer is the caller's
+        except Exception as error:  # the library's errors have no common base, and the tokenizer belongs to the caller
             self._fault = f"is not possible with this tokenizer: {error}"
             return
         self._executor = LLExecutor(1)
@@ -259,7 +260,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer that it does not know: its names are llguidance's."""
+    """A tokenizer in the form that llguidance accepts, with llguidance's own names."""
 
     is_tokenizer_wrapper = True
     bos_token_id: int | None = None

@@ -1,8 +1,8 @@
-"""Keys of JSON objects that are there already: a grammar cannot rule them out, since it would have to remember them.
+"""Repeated keys of JSON objects, which a grammar cannot rule out, since it would have to remember earlier keys.
 
-A parser takes the last of two equal keys, so an object with a repeated key has fewer properties than it shows, and
-`minProperties` could be missed. Keys are compared as they are written, so a key must have one spelling only: the
-grammar allows no escapes of the form `\\u0061`.
+A parser keeps the last of two equal keys, so an object with a repeated key has fewer properties than it shows and could
+violate `minProperties`. Keys are compared as they are written, so each key must have only one spelling: the grammar
+allows no escapes of the form `\\u0061`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _NO_KEYS: frozenset[bytes] = frozenset()
 
 
 class QuoteTokens:
-    """The tokens of a vocabulary that can end a key: those with a quotation mark in their text, few of all.
+    """The few tokens of a vocabulary that can end a key: those with a quotation mark in their text.
 
     Attributes:
-        text_of: gives the bytes of a token.
-        with_two: bytes and id of those with more than one mark, which may hold whole keys.
+        text_of: returns the bytes of a token.
+        with_two: bytes and id of the tokens with more than one quotation mark, which may contain whole keys.
     """
 
     __slots__ = ("_ids", "_texts", "text_of", "with_two")
@@ -35,33 +35,33 @@ class QuoteTokens:
         self.with_two = [(text, token_id) for text, token_id in found if text.count(b'"') > 1]
 
     def beginning_with(self, text: bytes) -> Sequence[int]:
-        """Ids of the tokens that begin with `text`, which has a quotation mark."""
+        """Ids of the tokens that begin with `text`, which contains a quotation mark."""
         first = bisect_left(self._texts, text)
         last = bisect_left(self._texts, text[:-1] + bytes([text[-1] + 1]), first)
         return self._ids[first:last]
 
 
 class KeyTracker:
-    """Where in a JSON text one is, and which keys the objects have that are open there. Immutable: see `after`.
+    """A position in a JSON text, with the keys of the objects that are open there. Immutable: see `after`.
 
     Attributes:
-        repeats: the latest piece of text ended a key that its object had already.
+        repeats: True if the latest piece of text ended a key that its object already had.
     """
 
     __slots__ = ("_escaped", "_expects_key", "_frames", "_key", "_quoted", "repeats")
 
     def __init__(self) -> None:
-        """Stand at the start of a text."""
-        # Of each object and array around the place, the keys so far; None for an array.
+        """Begin at the start of a text."""
+        # For each enclosing object its keys so far; for each enclosing array None.
         self._frames: tuple[frozenset[bytes] | None, ...] = ()
         self._expects_key = False
         self._quoted = False
         self._escaped = False
-        self._key: bytes | None = None  # what is written of the key that the place is in
+        self._key: bytes | None = None  # the part of the current key that is written so far
         self.repeats = False
 
     def after(self, text: bytes) -> KeyTracker:
-        """Where one is behind more of the text."""
+        """The position after more text."""
         other = KeyTracker()
         other._frames, other._expects_key = self._frames, self._expects_key
         other._quoted, other._escaped, other._key = self._quoted, self._escaped, self._key
@@ -73,7 +73,7 @@ class KeyTracker:
         return other
 
     def repeating_tokens(self, tokens: QuoteTokens) -> list[int]:
-        """Ids of the tokens that would end a key which the object has."""
+        """Ids of the tokens that would end a key that the object already has."""
         found: list[int] = []
         if self._key is not None and self._frames[-1]:
             for key in self._frames[-1]:
@@ -120,10 +120,11 @@ class KeyTracker:
 
 @dataclass(frozen=True, slots=True)
 class UniqueKeys:
-    """A place in a text that is generated, and the vocabulary that it is generated from.
+    """A position in generated text, and the vocabulary of the text.
 
     Attributes:
-        must_differ: a repeated key could break a promise; where nothing else can come next, there is no way on.
+        must_differ: True if a repeated key could violate the schema; the grammar then fails where only such a key can
+            come next.
     """
 
     tokens: QuoteTokens
@@ -131,15 +132,15 @@ class UniqueKeys:
     must_differ: bool
 
     def after(self, token_id: int) -> UniqueKeys:
-        """The place behind a token."""
+        """The position after a token."""
         return replace(self, place=self.place.after(self.tokens.text_of(token_id)))
 
     def repeating_tokens(self) -> list[int]:
-        """Ids of the tokens that would end a key which the object has."""
+        """Ids of the tokens that would end a key that the object already has."""
         return self.place.repeating_tokens(self.tokens)
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens, one after the other, repeat no key."""
+        """Number of the tokens, in order, that repeat no key."""
         keys = self
         for index, token_id in enumerate(token_ids):
             keys = keys.after(token_id)

@@ -1,8 +1,8 @@
 """Tokenizers from GGUF metadata, built with the tokenizers and sentencepiece libraries alone.
 
-transformers has a converter too. It takes 8 s for a vocabulary of 49k where this takes 0.2 s, needs `AutoTokenizer`
-(3 s to import), and splits text as GPT-2 does for a pre-tokenizer that it does not know: with SmolLM2, spaces and line
-ends before a digit then get other ids. The patterns and the defaults are those of llama.cpp's vocabulary loader, which
+transformers has a converter too. It takes 8 s for a vocabulary of 49k (this one takes 0.2 s), needs `AutoTokenizer` (3
+s to import), and splits text like GPT-2 if it does not know the pre-tokenizer, which gives SmolLM2 other ids for
+spaces and line ends before a digit. The patterns and the defaults are those of llama.cpp's vocabulary loader, which
 defines what `tokenizer.ggml.pre` means.
 """
 
@@ -104,20 +104,20 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 _PRE_TOKENIZERS_WITH_BOS = frozenset(
     {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 )
-"""BOS is added unless the file says otherwise."""
+"""Pre-tokenizers for which BOS is added unless the file says otherwise."""
 
 _PRE_TOKENIZERS_WITH_WHOLE_WORDS = _PRE_TOKENIZERS_WITH_BOS | {"minicpm5"}
-"""Words that are in the vocabulary are taken without merging."""
+"""Pre-tokenizers for which a word in the vocabulary becomes one token without merging."""
 
 _SPACE_KEEPING_TOKENS = frozenset({"<unk>", "<s>", "<|endoftext|>"})
-"""Phi-3's special tokens behind which spaces and line ends are kept; behind the others they are no part of the text."""
+"""Phi-3's special tokens after which spaces and line ends are kept; after the others they are dropped."""
 
 
 _NO_TOKEN = (-1, (1 << 32) - 1)
-"""What stands for no token in some files: -1, and the same as 32 bits without a sign."""
+"""Values that mean "no token" in some files: -1, and -1 as an unsigned 32-bit integer."""
 
 _SPECIAL_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2, "padding": 0}}
-"""`tokenizer.ggml.model` -> ids of special tokens where the file does not say them."""
+"""`tokenizer.ggml.model` -> ids of special tokens that the file does not set."""
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
@@ -173,7 +173,7 @@ def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
             continue
         if not isinstance(value, int) or not 0 <= value < num_tokens:
             if name == "padding":
-                continue  # it is in no text
+                continue  # padding never occurs in a text
             raise CorruptFileError(
                 f"{source}: {_PREFIX}{name}_token_id must be an integer in [0, {num_tokens}), not {value!r}"
             )
@@ -278,7 +278,7 @@ def _piece_types(
 
 def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], source: str) -> dict[int, AddedToken]:
     """Tokens that are matched in the text before it is split, by id."""
-    # Phi-3's tokenizer.json says so. The format cannot; llama.cpp knows it by the model, too.
+    # Phi-3's tokenizer.json says so, but GGUF cannot express it; llama.cpp also decides by the model.
     drops_space = metadata.get("general.architecture") == "phi3" and metadata.get(_PREFIX + "model") == "llama"
     added = {}
     for token_id, token_type in enumerate(_token_types(metadata, tokens, source)):

@@ -303,7 +303,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> LoadedToken
     templates = {}
     for key, value in metadata.items():
         if key.startswith("tokenizer.chat_template") and not isinstance(value, str):
-            continue  # "tokenizer.chat_templates" lists the names of the others
+            continue  # "tokenizer.chat_templates" lists the names of the other templates
         if key == "tokenizer.chat_template":
             templates[_DEFAULT] = value
         elif key.startswith("tokenizer.chat_template."):

@@ -1,7 +1,7 @@
 """SentencePiece models as files: sentencepiece_model.proto in protobuf's wire format.
 
-The flags are read here, since the library that encodes does not tell them, and models are written for GGUF files, which
-hold the same things as lists.
+The flags are read here, since the sentencepiece library does not expose them. Models are also written here, for GGUF
+files, which store the same data as lists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 
 _FIRST_BYTE = 0x0A
-"""Of every model: its first field is a piece. Files of other tokenizers are also called tokenizer.model."""
+"""First byte of every model, whose first field is a piece. Files of other tokenizers are called tokenizer.model too."""
 
 _PIECE, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK = 3, 24, 35
@@ -31,7 +31,7 @@ _FIXED_SIZES = {1: 8, 5: 4}
 
 
 class ModelType(IntEnum):
-    """How a model segments text."""
+    """The way in which a model segments text."""
 
     UNIGRAM = 1
     BPE = 2
@@ -40,7 +40,7 @@ class ModelType(IntEnum):
 
 
 class PieceType(IntEnum):
-    """What a piece is; GGUF's `token_type` has the same numbers."""
+    """The kind of a piece; GGUF's `token_type` has the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -63,16 +63,16 @@ class SentencePieceModel:
     """A SentencePiece model.
 
     Attributes:
-        pieces: by id.
+        pieces: pieces by id.
         model_type: see `ModelType`.
-        special_ids: "unk", "bos", "eos", "pad" -> id, of those that the model has.
-        add_dummy_prefix: a space is put before the text, or behind it with `treat_whitespace_as_suffix`.
+        special_ids: "unk", "bos", "eos", "pad" -> id, if the model has the token.
+        add_dummy_prefix: a space is added before the text, or after it with `treat_whitespace_as_suffix`.
         remove_extra_whitespaces: leading and trailing spaces are dropped, and runs of them become one.
         escape_whitespaces: spaces are U+2581 in pieces.
-        treat_whitespace_as_suffix: a word's space stands behind it.
+        treat_whitespace_as_suffix: the space of a word follows it.
         byte_fallback: characters without a piece become the pieces of their bytes.
         charsmap: the compiled normalization table, empty for none.
-        data: the file that it was read from, empty for none.
+        data: content of the file that the model was read from, empty for none.
     """
 
     pieces: tuple[Piece, ...] = field(repr=False)
@@ -153,9 +153,9 @@ def with_dummy_prefix(data: bytes, add_dummy_prefix: bool) -> bytes:
 
 
 def check_charsmap(charsmap: bytes, source: str) -> None:
-    """Raise `CorruptFileError` unless every step in the table stays inside it; the library does not look.
+    """Raise `CorruptFileError` if an offset in the table points outside it, which the library does not check.
 
-    The table is the size of a double array (darts-clone), its 32-bit units, and the texts that they point to.
+    The table consists of the size of a double array (darts-clone), its 32-bit units, and the texts that they point to.
     """
     if not charsmap:
         return
@@ -175,7 +175,7 @@ def check_charsmap(charsmap: bytes, source: str) -> None:
 def _leading_pieces(data: bytes) -> tuple[list[Piece], int]:
     """Pieces at the start of a file that have the usual short form, and the position after them.
 
-    A vocabulary of 256k is read in a fraction of the time that `_fields` takes for it.
+    This reads a vocabulary of 256k in a fraction of the time that `_message_fields` takes.
     """
     pieces: list[Piece] = []
     position, end = 0, len(data)

@@ -1,9 +1,9 @@
-"""Ids of SentencePiece models by the sentencepiece library itself.
+"""Ids of SentencePiece models, from the sentencepiece library itself.
 
-The library defines what a model's ids are: normalization tables, the order of merges among equal scores, pieces that
-are unused, words and characters as pieces. Conversions to other tokenizers lose one or the other. What it does not
-know is what transformers adds around it: tokens that are matched in the text before SentencePiece sees it, and a space
-that is put before each stretch between them or only before the first. `SentencePieceCodec` does that part.
+The library defines the ids of a model: normalization tables, the order of merges among equal scores, unused pieces,
+words and characters as pieces. Conversions to other tokenizers lose some of this. The library does not know what
+transformers adds around it: tokens that are matched before SentencePiece sees the text, and a space before each
+stretch between them or only before the first. `SentencePieceCodec` adds that part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmengine.tokenizer.files import TokenizerConfig
 from llmengine.tokenizer.sentencepiece_model import PieceType, SentencePieceModel, check_charsmap, with_dummy_prefix
 
 Prefix = Literal["always", "first", "never"]
-"""Where a space is put before the text: before each stretch between added tokens, before the text, or nowhere."""
+"""Where a space is added: before each stretch of text between added tokens, before the whole text only, or nowhere."""
 
 SPACE = "\u2581"
 
@@ -27,13 +27,13 @@ _CLASSES = frozenset(
     {"", "LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast"}
     | {"TokenizersBackend", "SentencePieceBackend", "MistralTokenizer", "InternLM2Tokenizer", "YiTokenizer"}
 )
-"""Classes that only encode with the model and add tokens, BOS and EOS around."""
+"""Classes that encode with the model and only add tokens, BOS and EOS around the text."""
 
 
 class SentencePieceCodec:
-    """Text to ids and back by the sentencepiece library, around tokens that are matched first.
+    """Text to ids and back with the sentencepiece library, around added tokens, which are matched first.
 
-    Safe to use from several threads. The library gives up the interpreter lock while it encodes.
+    Safe to use from several threads. The library releases the interpreter lock while it encodes.
 
     Attributes:
         vocab_size: one above the highest id.
@@ -49,9 +49,9 @@ class SentencePieceCodec:
         begin_ids: Sequence[int] = (),
         end_ids: Sequence[int] = (),
     ) -> None:
-        """Make it of `model`, with the `added` tokens by id, which may name pieces anew.
+        """Build a codec for `model` with the `added` tokens by id, which may rename pieces.
 
-        `begin_ids` and `end_ids` are put around a text by `encode(..., add_special_tokens=True)`. Raises
+        `begin_ids` and `end_ids` are added around a text by `encode(..., add_special_tokens=True)`. Raises
         `CorruptFileError` naming `source` for a model that the library refuses.
         """
         check_charsmap(model.charsmap, source)
@@ -59,7 +59,7 @@ class SentencePieceCodec:
         self.added = dict(added)
         self.prefix = prefix
         self._begin, self._end = list(begin_ids), list(end_ids)
-        # Where the model would put a space and the files say otherwise, one that is in the text is kept, as by
+        # If the model adds a space but the files say otherwise, a leading space in the text is kept, as in
         # transformers, although SentencePiece drops leading spaces.
         self._keeps_space = prefix != "always" and model.add_dummy_prefix and model.remove_extra_whitespaces
         data = model.serialized()
@@ -92,8 +92,8 @@ class SentencePieceCodec:
     def min_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens in `text`; 0 if none is known.
 
-        A token stands for no more characters than it has, unless text is normalized, runs of unknown characters are one
-        token, or a token swallows the spaces beside it.
+        A token stands for at most as many characters as it has, unless text is normalized, a run of unknown characters
+        becomes one token, or a token swallows the spaces beside it.
         """
         return math.ceil(len(text) / self._max_chars) if self._max_chars else 0
 
@@ -169,9 +169,9 @@ def codec_of_directory(
 ) -> tuple[SentencePieceCodec, dict[str, str]]:
     """A codec for `model` with the settings of the files beside it, and the tokens by role.
 
-    Control pieces and what the files add are matched in the text. User-defined pieces are left to SentencePiece unless
-    the files list them. Unlike a tokenizer.json the model does not say whether BOS and EOS are added: the files do, and
-    BOS is added where they do not. `legacy` is true where it is absent, as it was when there was no such flag.
+    Control pieces and tokens that the files add are matched in the text. User-defined pieces are left to SentencePiece
+    unless the files list them. Unlike a tokenizer.json, the model does not say whether BOS and EOS are added: the files
+    do, and by default only BOS is added. `legacy` defaults to true, the behaviour before the flag existed.
     """
     if config.tokenizer_class not in _CLASSES:
         raise UnsupportedModelError(

@@ -277,9 +277,9 @@ def test_stop_strings_may_cut_the_text_off() -> None:
         ({"regex": ""}, "regex must be a non-empty string, not ''"),
         ({"choice": []}, r"choice must be a non-empty list of strings, not \[\]"),
         ({"choice": ["a", ""]}, r"choice\[1\] must be a non-empty string, not ''"),
-        ({"json_schema": "{"}, "json_schema is not valid JSON"),
+        ({"json_schema": "{"}, "json_schema must be valid JSON, not"),
         ({"json_schema": [1]}, "json_schema must be an object or True, not \\[1\\]"),
-        ({"json_schema": {"a": object()}}, "json_schema is not valid JSON"),
+        ({"json_schema": {"a": object()}}, "json_schema must be valid JSON, not"),
         ({"regex": "a" * 300_000}, "300000 characters; the limit is 262144"),
     ],
 )
