@@ -404,7 +404,7 @@ def test_named_templates() -> None:
     assert templates.render([USER], None, None, {"chat_template": "rag", "documents": [{"x": "y"}]}) == "ry"
     assert templates.render([USER], None, None, {"chat_template": "x{{ messages[0].role }}"}) == "xuser"
     for given, message in (
-        ("rga", r"the name of a template \('default', 'tool_use', 'rag'\) or the text of one, not 'rga'"),
+        ("rga", r"the text of a template or the name of one \('default', 'tool_use', 'rag'\), not 'rga'"),
         ("{% if %}", "does not compile"),
         (5, "chat_template must be a string, not 5"),
     ):

@@ -458,10 +458,17 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    steps, request, grammar = GrammarSteps(lambda: None), object(), Moving()
+    class Growing:
+        grammar = Moving()
+        token_ids: list[int]
+
+        def extend(self, token_ids: Sequence[int], logprobs: object) -> None:
+            self.token_ids = list(token_ids)
+
+    steps = GrammarSteps(lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start"):
-            steps.push(request, grammar, [5])  # type: ignore[arg-type]
+            steps.append(Growing(), 5, None)  # type: ignore[arg-type]
     assert not moved
     steps.close()
