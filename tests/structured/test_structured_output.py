@@ -460,10 +460,10 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
 
     class Growing:
         grammar = Moving()
-        token_ids: list[int]
+        token_ids: Sequence[int] = ()
 
         def extend(self, token_ids: Sequence[int], logprobs: object) -> None:
-            self.token_ids = list(token_ids)
+            self.token_ids = token_ids
 
     steps = GrammarSteps(lambda: None)
     with monkeypatch.context() as patch:
