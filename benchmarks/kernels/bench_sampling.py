@@ -86,7 +86,7 @@ def slot_params(num_rows: int, temperature: float, top_k: int, top_p: float, min
 
 
 def edit_tables(num_rows: int, vocab: int) -> EditTables:
-    """Return tables in which every slot has entries, one in four with a bias only, and words of two tokens."""
+    """Tables in which every slot has entries, one in four with a bias only, and words of two tokens."""
     tables = EditTables.empty(num_rows, MAX_ENTRIES, NUM_WORDS, 2 * NUM_WORDS, 2, "cuda")
     for line in tables.entry_ids:
         line[:NUM_ENTRIES] = torch.randperm(vocab, device="cuda")[:NUM_ENTRIES]

@@ -10,7 +10,7 @@ from llmengine.checkpoints.gguf_file import GgufFile
 from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
 from llmengine.checkpoints.unsupported_adapters import refuse_gguf_adapter
 from llmengine.errors import CorruptFileError, UnsupportedModelError
-from llmengine.models.arch import LayerArch, ModelArch, RopeConfig, check_arch, folded_residual_scale
+from llmengine.models.arch import LayerArch, ModelArch, RopeConfig, check_arch, fold_residual_scale
 from llmengine.models.families import FAMILIES, ModelFamily, family_layers, unsupported_architecture
 
 _LLAMA3_DIVISORS = "rope_freqs.weight"
@@ -80,7 +80,7 @@ def arch_from_gguf(gguf: GgufFile, metadata: Fields) -> ModelArch:
         float32_norms=family.norms_plus_one,
     )
     check_arch(arch, where)
-    return folded_residual_scale(arch, metadata.number(f"{name}.residual_scale", 1.0, above=0.0))
+    return fold_residual_scale(arch, metadata.number(f"{name}.residual_scale", 1.0, above=0.0))
 
 
 def _reject_other_kinds(gguf: GgufFile, metadata: Fields) -> None:
@@ -211,12 +211,12 @@ def _longrope(gguf: GgufFile, metadata: Fields, name: str, rope: RopeConfig, rot
         factor=max_positions / original,
         original_max_position_embeddings=original,
         attention_factor=metadata.optional_number(f"{name}.rope.scaling.attn_factor", above=0.0),
-        short_factor=_numbers(gguf, _SHORT_FACTORS, rotary_dim // 2),
-        long_factor=_numbers(gguf, _LONG_FACTORS, rotary_dim // 2),
+        short_factor=_read_vector(gguf, _SHORT_FACTORS, rotary_dim // 2),
+        long_factor=_read_vector(gguf, _LONG_FACTORS, rotary_dim // 2),
     )
 
 
-def _numbers(gguf: GgufFile, name: str, count: int) -> tuple[float, ...]:
+def _read_vector(gguf: GgufFile, name: str, count: int) -> tuple[float, ...]:
     """The `count` positive numbers of the vector `name`."""
     tensor = gguf.tensors.get(name)
     if tensor is None:
@@ -241,7 +241,7 @@ def _llama3_rope(gguf: GgufFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
     factor. The other parameters are assumed to be those that Llama 3.1, 3.2 and 3.3 share; a file whose divisors differ
     from theirs is rejected.
     """
-    divisors = _numbers(gguf, _LLAMA3_DIVISORS, head_dim // 2)
+    divisors = _read_vector(gguf, _LLAMA3_DIVISORS, head_dim // 2)
     llama3 = dataclasses.replace(
         rope,
         type="llama3",

@@ -131,7 +131,7 @@ class GgufFile:
 
     @property
     def kind(self) -> str:
-        """What the file contains: "model", or for example "adapter", "mmproj" or "imatrix"."""
+        """Kind of contents: "model", or for example "adapter", "mmproj" or "imatrix"."""
         if self.metadata.get("general.architecture") == "clip":
             return "mmproj"  # files from before that key existed
         return str(self.metadata.get("general.type", "model"))

@@ -38,7 +38,7 @@ def first_files(paths: Iterable[Path]) -> list[Path]:
     """One file for each model among GGUF files; for a split model, the first of its files that exists."""
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(paths):
-        part = _part(path)
+        part = _parse_name(path)
         found.setdefault((part.stem, part.count) if part else (path.name, 0), path)
     return list(found.values())
 
@@ -53,9 +53,9 @@ def read_split_gguf(path: Path) -> GgufFile:
     num_files = Fields(given.metadata, str(path)).integer("split.count", 0, high=_MAX_PARTS)
     if num_files <= 1:
         return given
-    part = _part(path)
+    part = _parse_name(path)
     if part is None:
-        number = _number(given, num_files)
+        number = _file_number(given, num_files)
         raise ModelLoadError(
             f"{path}: file {number} of {num_files} of a split model, but its name does not lead to the others; rename "
             f"it to NAME-{number:05d}-of-{num_files:05d}.gguf, or merge the files with llama-gguf-split --merge"
@@ -70,14 +70,14 @@ def read_split_gguf(path: Path) -> GgufFile:
             + ", ".join(missing[:8])
             + (", ..." if len(missing) > 8 else "")
         )
-    return _joined([given if file == path else read_gguf(file) for file in paths])
+    return _join_files([given if file == path else read_gguf(file) for file in paths])
 
 
-def _joined(files: list[GgufFile]) -> GgufFile:
+def _join_files(files: list[GgufFile]) -> GgufFile:
     """The files of a split model, given in order, as one."""
     tensors: dict[str, GgufTensor] = {}
     for index, file in enumerate(files):
-        if (number := _number(file, len(files))) != index + 1:
+        if (number := _file_number(file, len(files))) != index + 1:
             raise CorruptFileError(f"{file.path}: split.no={number - 1} contradicts the file name, expected {index}")
         twice = tensors.keys() & file.tensors.keys()
         if twice:
@@ -92,7 +92,7 @@ def _joined(files: list[GgufFile]) -> GgufFile:
     return replace(first, tensors=tensors)
 
 
-def _number(file: GgufFile, num_files: int) -> int:
+def _file_number(file: GgufFile, num_files: int) -> int:
     """The file's number, counted from 1. Raises `CorruptFileError` unless it is one of `num_files` files."""
     fields = Fields(file.metadata, str(file.path))
     if fields.integer("split.count", 0) != num_files:
@@ -100,7 +100,7 @@ def _number(file: GgufFile, num_files: int) -> int:
     return fields.integer("split.no", high=num_files - 1) + 1
 
 
-def _part(path: Path) -> _Part | None:
+def _parse_name(path: Path) -> _Part | None:
     match = _PART_NAME.fullmatch(path.name)
     if match is None:
         return None

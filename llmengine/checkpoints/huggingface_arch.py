@@ -15,7 +15,7 @@ from llmengine.models.arch import (
     ModelArch,
     RopeConfig,
     check_arch,
-    folded_residual_scale,
+    fold_residual_scale,
 )
 from llmengine.models.families import FAMILIES, ModelFamily, family_layers, unsupported_architecture
 
@@ -76,7 +76,7 @@ def arch_from_hf_config(config: Mapping[str, Any], where: str) -> ModelArch:
         float32_norms=family.norms_plus_one,
     )
     check_arch(arch, where)
-    return folded_residual_scale(arch, _family_number(fields, family, "residual_multiplier") or 1.0)
+    return fold_residual_scale(arch, _family_number(fields, family, "residual_multiplier") or 1.0)
 
 
 def _hf_family(fields: Fields) -> ModelFamily:
@@ -130,11 +130,11 @@ def _layers(fields: Fields, family: ModelFamily, num_layers: int) -> tuple[Layer
     window = fields.optional_integer("sliding_window", low=1, high=MAX_SIZE) if pattern != "full" else None
     if pattern in ("upper_sliding", "nope") and not fields.boolean("use_sliding_window", False):
         window = None
-    rotates = _rotating(fields, num_layers) if pattern == "nope" else [True] * num_layers
-    return family_layers(family, window, _sliding(fields, family, rotates), rotates)
+    rotates = _rotating_layers(fields, num_layers) if pattern == "nope" else [True] * num_layers
+    return family_layers(family, window, _sliding_layers(fields, family, rotates), rotates)
 
 
-def _sliding(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[bool]:
+def _sliding_layers(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[bool]:
     """Whether each layer has a sliding window."""
     pattern, num_layers = family.layer_pattern, len(rotates)
     if pattern in ("full", "all_sliding"):
@@ -159,7 +159,7 @@ def _sliding(fields: Fields, family: ModelFamily, rotates: list[bool]) -> list[b
     return [(index + 1) % period != 0 for index in range(num_layers)]
 
 
-def _rotating(fields: Fields, num_layers: int) -> list[bool]:
+def _rotating_layers(fields: Fields, num_layers: int) -> list[bool]:
     """Whether each layer of a model with NoPE layers rotates."""
     if fields.values.get("no_rope_layers"):
         given = fields.sizes("no_rope_layers")
@@ -178,7 +178,7 @@ def _ropes(
     `rope_scaling`, which people add to a config.json, takes precedence over `rope_parameters`, which may already be
     there.
     """
-    scaling, parameters = _object(fields, "rope_scaling"), _object(fields, "rope_parameters")
+    scaling, parameters = _optional_fields(fields, "rope_scaling"), _optional_fields(fields, "rope_parameters")
     theta = fields.number("rope_theta", family.config_defaults.get("rope_theta", 10000.0), above=1.0)
     sliding = Fields({}, parameters.where)
     if any(parameters.has(name) for name in _LAYER_TYPES):
@@ -187,7 +187,7 @@ def _ropes(
                 f"{parameters.where}: separate parameters for each layer type are not supported for "
                 f"{family.architecture}"
             )
-        full, sliding = (_object(parameters, name) for name in _LAYER_TYPES)
+        full, sliding = (_optional_fields(parameters, name) for name in _LAYER_TYPES)
         parameters = Fields({**full.values, **scaling.values}, full.where)
     elif scaling.values:
         parameters = scaling
@@ -198,7 +198,7 @@ def _ropes(
     return rope, _rope(fields, sliding, family, local_theta, max_positions, head_dim)
 
 
-def _object(fields: Fields, key: str) -> Fields:
+def _optional_fields(fields: Fields, key: str) -> Fields:
     """The nested object under `key`; an empty one if the key is absent."""
     return fields.fields(key) if fields.has(key) else Fields({}, f"{fields.where}: {key}")
 

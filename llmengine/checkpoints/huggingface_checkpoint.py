@@ -17,12 +17,12 @@ from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.huggingface_tensors import (
     EMBEDDING,
     HEAD,
-    Stored,
+    StoredTensor,
     TensorT,
     indexed_shards,
-    merged,
+    merge_shards,
+    model_weights,
     stored_names,
-    weights_of,
 )
 from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
@@ -119,7 +119,7 @@ def open_hf(directory: Path) -> ModelSource:
         )
     shards = indexed_shards(directory, file_name)
     if "safetensors" in file_name:
-        weights = weights_of(arch, directory, merged(directory, shards, _read_safetensors))
+        weights = model_weights(arch, directory, merge_shards(directory, shards, _read_safetensors))
         found = weights[EMBEDDING].dtype
     elif metadata.dtype is None:
         found = _bin_weights(directory, arch, shards)[EMBEDDING].dtype
@@ -156,13 +156,13 @@ def _supported_dtype(name: str, where: str) -> ModelDType:
     raise UnsupportedModelError(f"{where}: dtype={name!r} is not supported; supported: {', '.join(MODEL_DTYPES)}")
 
 
-def _read_safetensors(path: Path) -> Iterator[Stored[TensorEntry]]:
+def _read_safetensors(path: Path) -> Iterator[StoredTensor[TensorEntry]]:
     for name, entry in read_entries(path).items():
-        yield Stored(path, name, DTYPE_NAMES.get(entry.dtype, entry.dtype), entry.shape, entry)
+        yield StoredTensor(path, name, DTYPE_NAMES.get(entry.dtype, entry.dtype), entry.shape, entry)
 
 
 def _stream_safetensors(
-    arch: ModelArch, weights: Mapping[str, Stored[TensorEntry]], dtype: torch.dtype
+    arch: ModelArch, weights: Mapping[str, StoredTensor[TensorEntry]], dtype: torch.dtype
 ) -> WeightStream:
     places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
     with ExitStack() as stack:
@@ -181,7 +181,7 @@ def _stream_safetensors(
 
 
 def _check_tied(
-    arch: ModelArch, weights: Mapping[str, Stored[TensorT]], are_equal: Callable[[TensorT, TensorT], bool]
+    arch: ModelArch, weights: Mapping[str, StoredTensor[TensorT]], are_equal: Callable[[TensorT, TensorT], bool]
 ) -> None:
     """Raise `CorruptFileError` if a stored output projection differs from the embedding to which it is tied."""
     if not arch.tie_word_embeddings or HEAD not in weights:
@@ -205,14 +205,16 @@ def _norm_weights(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
     return add
 
 
-def _bin_weights(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]) -> dict[str, Stored[torch.Tensor]]:
+def _bin_weights(
+    directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]
+) -> dict[str, StoredTensor[torch.Tensor]]:
     """The model's weights in .bin files, checked, and memory-mapped where the format allows it."""
-    return weights_of(arch, directory, merged(directory, shards, _read_bin))
+    return model_weights(arch, directory, merge_shards(directory, shards, _read_bin))
 
 
-def _read_bin(path: Path) -> Iterator[Stored[torch.Tensor]]:
+def _read_bin(path: Path) -> Iterator[StoredTensor[torch.Tensor]]:
     for name, tensor in _load_state_dict(path).items():
-        yield Stored(path, name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.detach())
+        yield StoredTensor(path, name, dtype_name(tensor.dtype), tuple(tensor.shape), tensor.detach())
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -66,7 +66,7 @@ TensorT = TypeVar("TensorT")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored(Generic[TensorT]):
+class StoredTensor(Generic[TensorT]):
     """A tensor in a file: `name` is as in the file, `dtype` is torch's name where torch has that dtype."""
 
     path: Path
@@ -120,11 +120,11 @@ def indexed_shards(directory: Path, file_name: str) -> dict[str, set[str]]:
     return shards
 
 
-def merged(
-    directory: Path, shards: Mapping[str, set[str]], read: Callable[[Path], Iterable[Stored[TensorT]]]
-) -> dict[str, Stored[TensorT]]:
+def merge_shards(
+    directory: Path, shards: Mapping[str, set[str]], read: Callable[[Path], Iterable[StoredTensor[TensorT]]]
+) -> dict[str, StoredTensor[TensorT]]:
     """The tensors of all files by name; the index decides between two of the same name."""
-    found: dict[str, Stored[TensorT]] = {}
+    found: dict[str, StoredTensor[TensorT]] = {}
     for file, indexed in shards.items():
         for tensor in read(directory / file):
             first = found.get(tensor.name)
@@ -138,7 +138,9 @@ def merged(
     return found
 
 
-def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[TensorT]]) -> dict[str, Stored[TensorT]]:
+def model_weights(
+    arch: ModelArch, directory: Path, tensors: Mapping[str, StoredTensor[TensorT]]
+) -> dict[str, StoredTensor[TensorT]]:
     """The model's weights among `tensors`, by the names of `stored_names`, checked.
 
     Raises `CorruptFileError` for a missing or misshapen weight and for tensors that look like weights but have no place
@@ -148,7 +150,9 @@ def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[Te
     inside = _canonical_names(tensors)
     others = [name for name in tensors if name not in inside and not _is_buffer(tensors[name])]
     if others:
-        logger.warning("%s: ignoring tensors that are not part of the language model: %s", directory, _listed(others))
+        logger.warning(
+            "%s: ignoring tensors that are not part of the language model: %s", directory, _name_list(others)
+        )
     named = {inside[name]: tensor for name, tensor in tensors.items() if name in inside}
     expected = stored_shapes(arch, stored_names(arch))
     _refuse_quantized(directory, [name for name in expected if name not in named], tensors)
@@ -175,7 +179,7 @@ def weights_of(arch: ModelArch, directory: Path, tensors: Mapping[str, Stored[Te
     return named
 
 
-def _is_buffer(tensor: Stored[TensorT]) -> bool:
+def _is_buffer(tensor: StoredTensor[TensorT]) -> bool:
     """Whether a tensor that is not one of the model's weights can be ignored."""
     return _BUFFER.search(tensor.name) is not None or tensor.dtype not in WEIGHT_DTYPES or 0 in tensor.shape
 
@@ -205,10 +209,10 @@ def _refuse_quantized(directory: Path, missing: list[str], names: Iterable[str])
     found = [name for name in names if _QUANTIZED.search(name)]
     if missing and found:
         raise UnsupportedModelError(
-            f"{directory}: the weights are quantized ({_listed(found)}): quantized Hugging Face checkpoints are not "
+            f"{directory}: the weights are quantized ({_name_list(found)}): quantized Hugging Face checkpoints are not "
             "supported; load the unquantized checkpoint and set quant_config"
         )
 
 
-def _listed(names: list[str]) -> str:
+def _name_list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

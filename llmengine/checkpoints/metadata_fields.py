@@ -33,7 +33,7 @@ class Fields:
 
     def __init__(self, values: object, where: str) -> None:
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            raise CorruptFileError(f"{where}: expected an object with string keys, found {_shown(values)}")
+            raise CorruptFileError(f"{where}: expected an object with string keys, found {_short_repr(values)}")
         self.values: Mapping[str, Any] = values
         self.where = where
 
@@ -43,7 +43,7 @@ class Fields:
 
     def error(self, key: str, expected: str) -> CorruptFileError:
         """The error for a `key` whose value is not what was expected."""
-        found = f"found {_shown(self.values[key])}" if key in self.values else "but the key is missing"
+        found = f"found {_short_repr(self.values[key])}" if key in self.values else "but the key is missing"
         return CorruptFileError(f"{self.where}: {key}: expected {expected}, {found}")
 
     def integer(self, key: str, default: int | None = None, *, low: int = 0, high: int = _MAX_INTEGER) -> int:
@@ -180,7 +180,7 @@ def read_json_object(path: Path) -> Fields:
         raise CorruptFileError(f"{path}: not valid JSON: {error}") from error
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     """A short form of a value for an error message."""
     text = repr(value) if not isinstance(value, (dict, list)) else f"{type(value).__name__} of {len(value)} items"
     return text if len(text) <= 80 else text[:77] + "..."

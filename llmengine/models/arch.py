@@ -166,22 +166,22 @@ def fused_parts(arch: ModelArch) -> dict[str, tuple[tuple[str, tuple[int, ...]],
     A weight that is not fused has one part, which has its name.
     """
     embedding = (arch.vocab_size, arch.hidden_size)
-    result = _whole("embed_tokens.weight", embedding)
+    result = _unfused("embed_tokens.weight", embedding)
     layer = {**_attention_parts(arch), **_mlp_parts(arch)}
     for index in range(arch.num_layers):
         prefix = f"layers.{index}."
         for name, parts in layer.items():
             result[prefix + name] = tuple((prefix + part, shape) for part, shape in parts)
-    result |= _whole("final_norm.weight", (arch.hidden_size,))
+    result |= _unfused("final_norm.weight", (arch.hidden_size,))
     if not arch.tie_word_embeddings:
-        result |= _whole("lm_head.weight", embedding)
+        result |= _unfused("lm_head.weight", embedding)
     return result
 
 
 _Parts = dict[str, tuple[tuple[str, tuple[int, ...]], ...]]
 
 
-def _whole(name: str, shape: tuple[int, ...]) -> _Parts:
+def _unfused(name: str, shape: tuple[int, ...]) -> _Parts:
     return {name: ((name, shape),)}
 
 
@@ -190,19 +190,19 @@ def _attention_parts(arch: ModelArch) -> _Parts:
     rows = {"q": q_size, "k": kv_size, "v": kv_size}
     parts: _Parts = {}
     if arch.norm_placement != "post":
-        parts |= _whole("input_norm.weight", (hidden,))
+        parts |= _unfused("input_norm.weight", (hidden,))
     parts["qkv.weight"] = tuple((f"{name}.weight", (size, hidden)) for name, size in rows.items())
     if arch.attention_bias:
         parts["qkv.bias"] = tuple((f"{name}.bias", (size,)) for name, size in rows.items())
     if arch.qk_norm != "none":
         per_head = arch.qk_norm == "head"
         for name in ("q", "k"):
-            parts |= _whole(f"{name}_norm.weight", (arch.head_dim if per_head else rows[name],))
-    parts |= _whole("o.weight", (hidden, q_size))
+            parts |= _unfused(f"{name}_norm.weight", (arch.head_dim if per_head else rows[name],))
+    parts |= _unfused("o.weight", (hidden, q_size))
     if arch.attention_out_bias:
-        parts |= _whole("o.bias", (hidden,))
+        parts |= _unfused("o.bias", (hidden,))
     if arch.norm_placement != "pre":
-        parts |= _whole("attention_out_norm.weight", (hidden,))
+        parts |= _unfused("attention_out_norm.weight", (hidden,))
     return parts
 
 
@@ -210,15 +210,15 @@ def _mlp_parts(arch: ModelArch) -> _Parts:
     hidden, inner = arch.hidden_size, arch.intermediate_size
     parts: _Parts = {}
     if arch.norm_placement != "post":
-        parts |= _whole("post_attention_norm.weight", (hidden,))
+        parts |= _unfused("post_attention_norm.weight", (hidden,))
     parts["gate_up.weight"] = (("gate.weight", (inner, hidden)), ("up.weight", (inner, hidden)))
     if arch.mlp_bias:
         parts["gate_up.bias"] = (("gate.bias", (inner,)), ("up.bias", (inner,)))
-    parts |= _whole("down.weight", (hidden, inner))
+    parts |= _unfused("down.weight", (hidden, inner))
     if arch.mlp_bias:
-        parts |= _whole("down.bias", (hidden,))
+        parts |= _unfused("down.bias", (hidden,))
     if arch.norm_placement != "pre":
-        parts |= _whole("mlp_out_norm.weight", (hidden,))
+        parts |= _unfused("mlp_out_norm.weight", (hidden,))
     return parts
 
 
@@ -264,7 +264,7 @@ def head_order(arch: ModelArch) -> tuple[int, ...] | None:
     return (*range(rotated), *range(2 * rotated, second), *range(rotated, 2 * rotated), *range(second, arch.head_dim))
 
 
-def folded_residual_scale(arch: ModelArch, scale: float) -> ModelArch:
+def fold_residual_scale(arch: ModelArch, scale: float) -> ModelArch:
     """`arch` for a model that multiplies each result of attention and MLP by `scale` before adding it to the residual.
 
     If all hidden states are divided by `scale`, nothing needs to be multiplied: the embedding's factor does the

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import simulate
-from benchmarks.simulate import Arrival, Cost, Simulation, TraceProfile
+from benchmarks.simulate import Simulation
+from benchmarks.traces import Arrival, Cost, TraceProfile, make_trace, read_trace
 from llmengine import SchedulerConfig
 
 SECOND = Cost(step_ms=1000.0, token_us=0.0, context_us=0.0)
@@ -72,7 +73,7 @@ def test_jain_index() -> None:
 
 
 def test_index_is_higher_with_fairness_where_more_is_asked_than_served() -> None:
-    trace = simulate.make_trace(TraceProfile(num_requests=400, load=2.0, num_tenants=3), Cost(), 8)
+    trace = make_trace(TraceProfile(num_requests=400, load=2.0, num_tenants=3), Cost(), 8)
     config = SchedulerConfig(max_batch_size=8, max_tokens_per_step=256, max_tokens_per_mixed_step=256)
     fair, unfair = (
         Simulation(trace, Cost(), config, num_blocks=1001, fair=fair, window_s=2.0).run() for fair in (True, False)
@@ -84,8 +85,8 @@ def test_index_is_higher_with_fairness_where_more_is_asked_than_served() -> None
 
 def test_made_up_traces_are_what_was_asked_for_and_repeatable() -> None:
     profile = TraceProfile(num_requests=3000, num_tenants=3)
-    trace = simulate.make_trace(profile, Cost(), 64)
-    assert trace == simulate.make_trace(profile, Cost(), 64)
+    trace = make_trace(profile, Cost(), 64)
+    assert trace == make_trace(profile, Cost(), 64)
     assert [a.arrival_s for a in trace] == sorted(a.arrival_s for a in trace)
     assert {a.tenant for a in trace} == {"noisy", "tenant 1", "tenant 2"}
     assert sum(a.prompt_tokens for a in trace) / 3000 == pytest.approx(profile.prompt_tokens, rel=0.1)
@@ -103,7 +104,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, named: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"arrival_s": 0, "prompt_tokens": 1, "output_tokens": 1}\n' + line)
     with pytest.raises(ValueError, match=rf"trace.jsonl:2: .*{named}"):
-        simulate.read_trace(path)
+        read_trace(path)
 
 
 def test_a_request_that_can_never_run_is_refused() -> None:
@@ -114,7 +115,7 @@ def test_a_request_that_can_never_run_is_refused() -> None:
 def test_commands_write_replay_print_and_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace, plot, lines = tmp_path / "trace.jsonl", tmp_path / "plot.png", tmp_path / "out.jsonl"
     simulate.main(["--requests", "150", "--tenants", "2", "--load", "3", "--write-trace", str(trace)])
-    assert len(simulate.read_trace(trace)) == 150
+    assert len(read_trace(trace)) == 150
     options = ["--trace", str(trace), "--max-decode-latency-ms", "20", "--weights", "noisy=0.5", "--window-s", "1"]
     simulate.main([*options, "--compare", "--plot", str(plot), "--json", str(lines)])
     printed = capsys.readouterr().out
