@@ -158,7 +158,7 @@ class SegmentsChoice:
             self._cache.store_findings(self.plan_set)
 
     def _verified_segments(self, context: SegmentsContext) -> TunableSegments:
-        self._runtime = PlanRuntime(self._library, self.plan_set.library_cache)
+        self._runtime = PlanRuntime.start(self._library, self.plan_set.library_cache)
         plans = load_plans(self._runtime, self.plan_set)
         verification = self._verify(plans, context)
         if verification.failures:
@@ -166,7 +166,7 @@ class SegmentsChoice:
             raise EngineError(f"plans of {self._library} disagree with torch on {verification.device}: {worst}")
         if self.plan_set.has_constants:
             _logger.warning("the plans contain weights, which take device memory twice: save() needs the other copy")
-        segments = TensorRtSegments(self.plan_set.segments, plans, context)
+        segments = TensorRtSegments.allocate(self.plan_set.segments, plans, context)
         tunable = TunableSegments(segments, f"{self._library} plans")
         return tunable if self._is_required else self._faster(tunable, verification, context)
 

@@ -126,18 +126,24 @@ class Sizes:
 
 
 class PlanRuntime:
-    """The library's runtime and, where it has one, its cache of compiled kernels, which all contexts share.
+    """The library's runtime and, where it has one, its cache of compiled kernels, which all contexts share."""
 
-    Args:
-        cache: content of an earlier `cache_content`; a damaged or foreign one only costs time.
-    """
-
-    def __init__(self, library: Library, cache: bytes | None = None) -> None:
+    def __init__(self, library: Library, runtime: TrtRuntime, cache_content: bytes | None) -> None:
         self.library = library
-        self._cache_content = cache
+        self._runtime = runtime
+        self._cache_content = cache_content
         self._cache: TrtRuntimeCache | None = None
+
+    @classmethod
+    def start(cls, library: Library, cache: bytes | None = None) -> PlanRuntime:
+        """Start the library's runtime; raises `EngineError`.
+
+        Args:
+            cache: content of an earlier `cache_content`; a damaged or foreign one only costs time.
+        """
         with library.checked_calls(f"{library} cannot start"):
-            self._runtime: TrtRuntime = require_result(library.trt.Runtime(library.log.handle), "Runtime")
+            runtime: TrtRuntime = require_result(library.trt.Runtime(library.log.handle), "Runtime")
+        return cls(library, runtime, cache)
 
     def load(self, name: str, content: bytes, spec: SegmentSpec) -> LoadedPlan:
         """The plan, ready for contexts; takes device memory for its constants.
@@ -148,7 +154,11 @@ class PlanRuntime:
             engine: TrtEngine = require_result(
                 self._runtime.deserialize_cuda_engine(content), "deserialize_cuda_engine"
             )
-        return LoadedPlan(self, name, engine, spec)
+        with self.library.checked_calls(f"plan {name!r} does not match its description"):
+            _check_interface(self.library.trt, engine, spec)
+            memory_bytes = int(engine.device_memory_size_v2)
+            settings = self._context_settings(engine)
+        return LoadedPlan(self.library, name, spec, memory_bytes, engine, settings)
 
     def cache_content(self) -> bytes | None:
         """The compiled kernels of all contexts so far, for the next start; None for a library that compiles none."""
@@ -157,7 +167,7 @@ class PlanRuntime:
         with self.library.checked_calls("the runtime cache cannot be saved"):
             return bytes(require_result(self._cache.serialize(), "serialize"))
 
-    def context_settings(self, engine: TrtEngine) -> Any:
+    def _context_settings(self, engine: TrtEngine) -> Any:
         """The argument with which contexts of `engine` are created: their scratch memory is ours."""
         trt = self.library.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -185,20 +195,21 @@ class PlanRuntime:
         return cache
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class LoadedPlan:
     """A deserialized plan whose inputs, outputs and profiles are those of `spec`.
 
     Attributes:
         memory_bytes: scratch memory of an execution, for any sizes.
+        settings: the argument with which its contexts are created.
     """
 
-    def __init__(self, runtime: PlanRuntime, name: str, engine: TrtEngine, spec: SegmentSpec) -> None:
-        self.runtime, self.name, self.spec = runtime, name, spec
-        self._engine = engine
-        with runtime.library.checked_calls(f"plan {name!r} does not match its description"):
-            _check_interface(runtime.library.trt, engine, spec)
-            self.memory_bytes = int(engine.device_memory_size_v2)
-            self._settings = runtime.context_settings(engine)
+    library: Library
+    name: str
+    spec: SegmentSpec
+    memory_bytes: int
+    cuda_engine: TrtEngine
+    settings: Any
 
     def context(self, sizes: Sizes, memory: Tensor, stream: int) -> PlanContext:
         """A context for these sizes only; takes host memory and, the first time, perhaps compilation.
@@ -207,7 +218,17 @@ class LoadedPlan:
             memory: uint8 [at least memory_bytes] on the device; plans that run in the same stream may share it.
             stream: handle of the stream that the context will run in.
         """
-        return PlanContext(self, self._engine, self._settings, sizes, memory, stream)
+        assert memory.data_ptr() % ALIGNMENT == 0 or memory.device.type == "cpu", "torch aligns to 512"
+        what = f"plan {self.name!r} at {sizes}"
+        with self.library.checked_calls(f"{what} cannot be prepared"):
+            created = self.cuda_engine.create_execution_context(self.settings)
+            context: TrtContext = require_result(created, "create_execution_context")
+            profile = self.profile_for(sizes)
+            require_accepted(context.set_optimization_profile_async(profile, stream), f"optimization profile {profile}")
+            _check_memory(self, memory)
+            context.set_device_memory(memory.data_ptr(), memory.nbytes)
+            _set_shapes(context, self.spec, sizes)
+        return PlanContext(self.library, what, context, memory)
 
     def profile_for(self, sizes: Sizes) -> int:
         """Index of the first profile that accepts `sizes`; raises `EngineError` if none does."""
@@ -220,28 +241,22 @@ class LoadedPlan:
         raise EngineError(f"plan {self.name!r} was not built for {sizes}, only for {listed}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class PlanContext:
     """A plan at fixed sizes of its dynamic dimensions; runs in one stream, used by one thread at a time.
 
     Its shapes never change, because NVIDIA does not specify what a change does to CUDA graphs that were captured from
     the context. Addresses may change: an execution takes them by value, and so does a graph.
+
+    Attributes:
+        what: plan and sizes, for messages.
+        memory: the scratch memory, which lives as long as the context.
     """
 
-    def __init__(
-        self, plan: LoadedPlan, engine: TrtEngine, settings: Any, sizes: Sizes, memory: Tensor, stream: int
-    ) -> None:
-        assert memory.data_ptr() % ALIGNMENT == 0 or memory.device.type == "cpu", "torch aligns to 512"
-        self._library = plan.runtime.library
-        self._what = f"plan {plan.name!r} at {sizes}"
-        self._memory = memory  # keeps it alive
-        with self._library.checked_calls(f"{self._what} cannot be prepared"):
-            context: TrtContext = require_result(engine.create_execution_context(settings), "create_execution_context")
-            profile = plan.profile_for(sizes)
-            require_accepted(context.set_optimization_profile_async(profile, stream), f"optimization profile {profile}")
-            _check_memory(plan, memory)
-            context.set_device_memory(memory.data_ptr(), memory.nbytes)
-            _set_shapes(context, plan.spec, sizes)
-        self._context = context
+    library: Library
+    what: str
+    context: TrtContext
+    memory: Tensor
 
     def run(self, addresses: Mapping[str, int], stream: int) -> None:
         """Queue the plan in `stream`; the tensors must stay alive until it has run.
@@ -249,8 +264,8 @@ class PlanContext:
         Args:
             addresses: of every input and output, including weights that are inputs.
         """
-        context = self._context
-        with self._library.checked_calls(f"{self._what} cannot run"):
+        context = self.context
+        with self.library.checked_calls(f"{self.what} cannot run"):
             for name, address in addresses.items():
                 require_accepted(context.set_tensor_address(name, address), f"the address {address:#x} of {name!r}")
             require_accepted(context.execute_async_v3(stream), "execute_async_v3")

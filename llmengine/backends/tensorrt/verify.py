@@ -171,7 +171,7 @@ def verify_plans(
             for check in _check(plans[name], values, sizes, memory):
                 worst[check.output] = max(worst.get(check.output, check), check, key=lambda one: one.ratio)
         checks += worst.values()
-    library = str(next(iter(plans.values())).runtime.library)
+    library = str(next(iter(plans.values())).library)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return Verification(library, device_name(device), date, tuple(checks))
 

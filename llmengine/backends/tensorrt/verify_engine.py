@@ -67,7 +67,7 @@ def verify_on_device(
         dtype = torch_dtype(plan_set.segments[0].spec.dtype)
         weights = {name: tensor.to(device) for name, tensor in source.weights(dtype)}
     try:
-        plans = load_plans(PlanRuntime(library, plan_set.library_cache), plan_set)
+        plans = load_plans(PlanRuntime.start(library, plan_set.library_cache), plan_set)
         verification = verify_plans(plan_set.segments, plans, device, weights)
     except EngineError as error:
         return [str(error)], f"run on {device_name(device)}: failed"

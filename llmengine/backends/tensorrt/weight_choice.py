@@ -91,7 +91,7 @@ def _load_layers(plan_set: PlanSet, num_layers: int, library: Library, device: t
     spec = plan_set.segments[0].spec
     layer_bytes = sum(weight.size_bytes for weight in spec.weights)
     count = min(num_layers, max(2, -(-_COLD_BYTES // layer_bytes)))
-    runtime, content = PlanRuntime(library), plan.read()
+    runtime, content = PlanRuntime.start(library), plan.read()
     first = runtime.load(name, content, spec)
     others = (runtime.load(name, content, spec) if spec.constant_weights else first for _ in range(count - 1))
     return _Layers([first, *others], scratch_memory([first], device))

@@ -25,7 +25,7 @@ def mid_segment() -> PlacedSegment:
 
 def loaded(fake: FakeTensorRt, rtx: bool = False) -> LoadedPlan:
     spec = mid_segment().spec
-    return PlanRuntime(fake_library(fake, rtx)).load("mid", fake_plan(spec), spec)
+    return PlanRuntime.start(fake_library(fake, rtx)).load("mid", fake_plan(spec), spec)
 
 
 def all_tensors(plan: LoadedPlan, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
@@ -61,13 +61,13 @@ def test_a_context_runs_at_each_size_of_its_profiles(fake: FakeTensorRt, rtx: bo
 
 def test_compiled_kernels_are_kept_for_the_next_start(fake: FakeTensorRt) -> None:
     library, spec = fake_library(fake, rtx=True), mid_segment().spec
-    runtime = PlanRuntime(library)
+    runtime = PlanRuntime.start(library)
     assert runtime.cache_content() is None
     plan, sizes = runtime.load("mid", fake_plan(spec), spec), Sizes(2)
     run(plan, all_tensors(plan, sizes, fake.device), sizes)
     assert runtime.cache_content() == b"cache1"
     for content, expected in ((b"cache1", b"cache1"), (b"damaged", b"cache0")):
-        again = PlanRuntime(library, content)
+        again = PlanRuntime.start(library, content)
         again.load("mid", fake_plan(spec), spec)
         assert again.cache_content() == expected
 
@@ -135,7 +135,7 @@ def test_runtimes_on_several_threads_fail_for_their_own_errors_only(device: str)
     spec, turns = mid_segment().spec, Barrier(8)
 
     def load(number: int) -> str | None:
-        runtime = PlanRuntime(dataclasses.replace(library, trt=unsound if number % 2 else sound))
+        runtime = PlanRuntime.start(dataclasses.replace(library, trt=unsound if number % 2 else sound))
         found = set()
         for _ in range(10):
             turns.wait(30)
@@ -154,12 +154,12 @@ def test_kernels_of_another_device_cost_time_only(fake: FakeTensorRt) -> None:
     """Also where the library logs an error about them."""
     fake.complaining.add("deserialize")
     spec = mid_segment().spec
-    PlanRuntime(fake_library(fake, rtx=True), b"damaged").load("mid", fake_plan(spec), spec)
+    PlanRuntime.start(fake_library(fake, rtx=True), b"damaged").load("mid", fake_plan(spec), spec)
 
 
 def test_bytes_that_are_no_plan_are_refused(fake: FakeTensorRt) -> None:
     with pytest.raises(EngineError, match=r"plan 'mid' cannot be loaded.*deserialize_cuda_engine: 'not a plan'"):
-        PlanRuntime(fake_library(fake)).load("mid", b"something else", mid_segment().spec)
+        PlanRuntime.start(fake_library(fake)).load("mid", b"something else", mid_segment().spec)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_bytes_that_are_no_plan_are_refused(fake: FakeTensorRt) -> None:
 def test_a_plan_of_another_segment_is_refused(fake: FakeTensorRt, changes: dict[str, Any], message: str) -> None:
     wanted = placed(tiny_arch(**changes), "float32", "inputs", "mid").spec
     with pytest.raises(EngineError, match=f"plan 'mid' does not match its description: {message}"):
-        PlanRuntime(fake_library(fake)).load("mid", fake_plan(mid_segment().spec), wanted)
+        PlanRuntime.start(fake_library(fake)).load("mid", fake_plan(mid_segment().spec), wanted)
 
 
 def test_sizes_outside_every_profile_are_refused(fake: FakeTensorRt) -> None:
@@ -216,11 +216,11 @@ def test_the_real_library_says_why_it_does_not_load_a_plan() -> None:
     with pytest.raises(
         EngineError, match=r"plan 'mid' cannot be loaded: .*CUDA driver.*; install a newer NVIDIA driver$"
     ):
-        PlanRuntime(library).load("mid", b"no plan", spec)
+        PlanRuntime.start(library).load("mid", b"no plan", spec)
 
 
 def test_every_family_has_a_plan_that_loads(fake: FakeTensorRt) -> None:
-    runtime = PlanRuntime(fake_library(fake))
+    runtime = PlanRuntime.start(fake_library(fake))
     for changes in FAMILIES.values():
         for kind in ("first", "mid", "last"):
             spec = placed(tiny_arch(**changes), "bfloat16", "inputs", kind).spec

@@ -58,7 +58,7 @@ def build_segments(
     dtype: Any = dtype_name(context.weights.embedding.dtype)
     segments = segments_of(context.arch, dtype, make_profiles(MAX_ROWS, max_tokens), mode)
     plan_set = fake_plan_set(segments, context.weights.by_name)
-    return TensorRtSegments(segments, load_plans(PlanRuntime(fake_library(fake)), plan_set), context)
+    return TensorRtSegments.allocate(segments, load_plans(PlanRuntime.start(fake_library(fake)), plan_set), context)
 
 
 def on_fake(fake: FakeTensorRt) -> SegmentsFactory:

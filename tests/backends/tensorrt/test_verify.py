@@ -35,7 +35,7 @@ def verify(
     fake = FakeTensorRt(torch.device(device), execute)
     segments = segments_of(arch, dtype, PROFILES, mode)
     weights = {name: tensor.to(device) for name, tensor in random_weights(arch, DTYPES[dtype]).items()}
-    plans = load_plans(PlanRuntime(fake_library(fake)), fake_plan_set(segments, weights))
+    plans = load_plans(PlanRuntime.start(fake_library(fake)), fake_plan_set(segments, weights))
     return verify_plans(segments, plans, fake.device, None if mode == "inputs" else weights)
 
 
