@@ -47,6 +47,7 @@ def keeps_values(layout: Mapping[str, TensorSpec], weights: Weights) -> bool:
     return all(
         torch.equal(piece, piece.to(torch_dtype(layout[name].dtype)).to(piece.dtype))
         for name, tensor in weights
+        if tensor.dtype != torch_dtype(layout[name].dtype)
         for piece in tensor.reshape(-1).split(COPY_ELEMENTS)
     )
 

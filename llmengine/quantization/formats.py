@@ -3,6 +3,8 @@
 Everything that depends on how weights are stored asks a `WeightFormat`: what a file must hold, how much memory a matrix
 takes, how it is cut for a rank of several GPUs, what it is worth in float32. A new format is one class here; the layout
 of its tensors (`TensorSpec`) is all that cutting, stacking and sizes need. What multiplies by it is the backends' part.
+This module has the base and the dense format; `int8`, `int4`, `fp8` and `mxfp4` have the others, and `known_formats`
+lists them all.
 
 A matrix is [out_features, in_features], as in `canonical_shapes`.
 """
@@ -11,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from llmengine.dtypes import DType, ModelDType, dtype_name, item_bytes
-from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from llmengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +31,6 @@ Shape = tuple[int, int]
 """(out_features, in_features)."""
 
 _AXES: tuple[Axis, Axis] = ("out", "in")
-
-_LARGEST_INT8 = 127
-_TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,9 @@ class TensorSpec:
 class WeightFormat(ABC):
     """How a matrix is stored. Subclasses are frozen dataclasses whose fields, such as a group size, are JSON values.
 
+    A constructor raises `ConfigError` for a setting that the format does not have. Manifests list every field; a field
+    that is added later needs a default with the meaning of the manifests before it.
+
     Attributes:
         name: in configurations and in the manifests of saved engines; never changed.
     """
@@ -106,7 +108,31 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The reference: float32 [out_features, in_features], which products are compared with."""
+        """The reference: float32 [out_features, in_features], which products are compared with.
+
+        Activations are multiplied by it as they come: it includes every factor of a column, and its columns are in the
+        order of the activations.
+        """
+
+    def rounded_activations(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Activations [num_tokens, in_features] with the values that a product computes with, in float32.
+
+        They are `x` itself unless the format quantizes activations. A row depends on no other row.
+        """
+        return x.float()
+
+    def dequantized_rows(
+        self, tensors: Mapping[str, Tensor], shape: Shape, max_weights: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, `dequantize` of the rows from it on) for the whole matrix.
+
+        Each part has up to `max_weights` weights, or a single row, or the fewest rows that share an entry.
+        """
+        specs = self.tensors(shape, "float32").values()
+        step = max(along.step for spec in specs for along in spec.along if along is not None and along.axis == "out")
+        num_rows = max(1, max_weights // (shape[1] * step)) * step
+        for begin in range(0, shape[0], num_rows):
+            yield begin, self.dequantize(self.cut(tensors, shape, "out", begin, min(begin + num_rows, shape[0])))
 
     def size_bytes(self, shape: Shape, dtype: ModelDType) -> int:
         """Bytes of all tensors of a matrix."""
@@ -174,13 +200,14 @@ class WeightFormat(ABC):
         return {suffix: tensor.contiguous() for suffix, tensor in self.join(pieces, shard, axis).items()}
 
     def __str__(self) -> str:
-        """Name and settings: "int8", or "int4(group_size=128)"."""
-        settings = ", ".join(f"{item.name}={getattr(self, item.name)}" for item in _fields(type(self)))
-        return f"{self.name}({settings})" if settings else self.name
+        """Name and settings for people and for keys: "int8", or "int4(group_size=128, zero_points)"."""
+        values = {item.name: getattr(self, item.name) for item in settings(type(self))}
+        texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value is not False]
+        return f"{self.name}({', '.join(texts)})" if texts else self.name
 
     def to_json(self) -> dict[str, Any]:
-        """The format as `format_from_json` reads it."""
-        return {"weights": self.name, **{item.name: getattr(self, item.name) for item in _fields(type(self))}}
+        """The format as `known_formats.format_from_json` reads it."""
+        return {"weights": self.name, **{item.name: getattr(self, item.name) for item in settings(type(self))}}
 
     def _entries(self, along: Along, shape: Shape, begin: int, end: int) -> tuple[int, int]:
         size, step = shape[_AXES.index(along.axis)], along.step
@@ -195,8 +222,17 @@ class WeightFormat(ABC):
 _WORDS: dict[Axis, str] = {"out": "rows", "in": "columns"}
 
 
-def _fields(kind: type[WeightFormat]) -> tuple[dataclasses.Field[Any], ...]:
+def settings(kind: type[WeightFormat]) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a format, which are its settings in manifests."""
     return dataclasses.fields(kind)  # type: ignore[arg-type]
+
+
+def require_setting(given: WeightFormat, name: str, choices: tuple[object, ...]) -> None:
+    """Raise `ConfigError` unless the field `name` of a format has one of these values, and their type."""
+    value = getattr(given, name)
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = ", ".join(map(repr, choices))
+        raise ConfigError(f"{name} of format {given.name!r} must be one of {listed}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,51 +251,4 @@ class Dense(WeightFormat):
         return tensors["weight"].float()
 
 
-@dataclass(frozen=True, slots=True)
-class Int8PerChannel(WeightFormat):
-    """`weight`, int8 [out, in], times `weight_scale`, float32 [out]; the largest weight of each row is 127."""
-
-    name: ClassVar[str] = "int8"
-
-    def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
-        return {
-            "weight": TensorSpec.of_matrix("int8", shape, Along("out"), Along("in")),
-            "weight_scale": TensorSpec.of_matrix("float32", shape, Along("out")),
-        }
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        import torch
-
-        weight = weight.float()
-        scale = (weight.abs().amax(dim=1) / _LARGEST_INT8).clamp_(min=_TINY)
-        return {"weight": (weight / scale[:, None]).round_().to(torch.int8), "weight_scale": scale}
-
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["weight"].float() * tensors["weight_scale"][:, None]
-
-
 DENSE = Dense()
-INT8 = Int8PerChannel()
-
-FORMATS: Mapping[str, type[WeightFormat]] = {kind.name: kind for kind in (Dense, Int8PerChannel)}
-"""Every weight format by its name."""
-
-
-def format_from_json(values: Mapping[str, Any], where: str) -> WeightFormat:
-    """The format that `WeightFormat.to_json` gave; without a name it is dense.
-
-    `where` names the file and key in messages. Raises `UnsupportedModelError` for a format that this version does not
-    know, `CorruptFileError` for settings that the format does not have.
-    """
-    name = values.get("weights", Dense.name)
-    kind = FORMATS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise UnsupportedModelError(
-            f"{where}: weights in format {name!r} are not supported; supported are: {', '.join(FORMATS)}"
-        )
-    expected, found = {item.name for item in _fields(kind)}, values.keys() - {"weights"}
-    if expected != found:
-        raise CorruptFileError(
-            f"{where}: format {name!r} has the settings {sorted(expected)}, but these are given: {sorted(found)}"
-        )
-    return kind(**{key: values[key] for key in expected})

@@ -10,7 +10,9 @@ from llmengine.config import QuantConfig
 from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError, CorruptFileError
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.quantization.formats import DENSE, INT8, Shape, TensorSpec, WeightFormat, format_from_json
+from llmengine.quantization.formats import DENSE, Shape, TensorSpec, WeightFormat
+from llmengine.quantization.int8 import INT8
+from llmengine.quantization.known_formats import format_from_json
 
 _EXCEPTIONS = "exceptions"
 

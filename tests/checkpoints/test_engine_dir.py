@@ -27,7 +27,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError, UnsupportedModelError
-from llmengine.quantization.formats import INT8
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 from tests import ROOT
 from tests.models.arch_helpers import SMALL_ARCH

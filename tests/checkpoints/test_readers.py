@@ -179,7 +179,7 @@ def test_tensor_problems_name_file_and_tensor(directory: Path) -> None:
     with pytest.raises(CorruptFileError, match=r"left over.*model\.surprise"):
         open_model(directory)
     save_file({**state, name: torch.zeros(96, 64, dtype=torch.int32)}, path)
-    with pytest.raises(UnsupportedModelError, match="I32"):
+    with pytest.raises(UnsupportedModelError, match="int32"):
         open_model(directory)
 
 

@@ -150,7 +150,7 @@ def test_errors_name_tensors_as_the_file_does(model: Any, directory: Path) -> No
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     name = f"module.{LAYER}.o_proj.weight"
     rewrite(directory, {**state, name: torch.zeros(64, 64, dtype=torch.int32)})
-    with pytest.raises(UnsupportedModelError, match=f"'{name}' has dtype I32"):
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' has dtype int32"):
         open_model(directory)
 
 

@@ -21,7 +21,8 @@ from llmengine.kernels.gemm_config import (
     parse_config,
     shared_bytes,
 )
-from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 
 OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,33 +14,58 @@ from torch import Tensor
 
 from llmengine.dtypes import dtype_name, item_bytes, model_dtype_name, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
-from llmengine.quantization.formats import DENSE, FORMATS, INT8, Axis, TensorSpec, WeightFormat, format_from_json
+from llmengine.quantization.formats import DENSE, Axis, TensorSpec, WeightFormat
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8, Int8W8A8
+from llmengine.quantization.known_formats import FORMATS, format_from_json
 from llmengine.quantization.matrix import Matrix
-from tests.quantization.grouped_format import Int4Groups
+from llmengine.quantization.mxfp4 import Mxfp4
 
-GROUPED = Int4Groups(8)
-ALL = [DENSE, INT8, GROUPED]
-by_format = pytest.mark.parametrize("format", ALL, ids=lambda item: item.name)
+GROUPED = Int4Groups(16)
+EVERY = [
+    DENSE,
+    INT8,
+    *(Int4Groups(size, zero_points) for size in (16, 128, -1) for zero_points in (True, False)),
+    Int4Groups(16, input_scale=True),
+    *(Fp8(scales, activations) for scales, activations in (("tensor", "none"), ("channel", "token"))),
+    Fp8("block", "block"),
+    Int8W8A8(),
+    Int8W8A8("tensor", input_scale=True),
+    Mxfp4(),
+]
+BLOCKS = [item for item in EVERY if item in (Int4Groups(128), Int4Groups(128, False), Fp8("block", "block"))]
+"""Formats with entries for more rows or columns than the small matrices of these tests have."""
+SMALL = [item for item in EVERY if item not in BLOCKS]
+
+
+def by(formats: list[WeightFormat]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("format", formats, ids=lambda item: "-".join(map(str, item.to_json().values())))
+
+
 by_axis = pytest.mark.parametrize("axis", ["out", "in"])
 
 
+def random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns))
+
+
 def matrix(format: WeightFormat, rows: int, columns: int) -> Matrix:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns))
-    return Matrix.dense(weight).quantized(format)
+    return Matrix.dense(random(rows, columns)).quantized(format)
 
 
 def assert_same(found: dict[str, Tensor], expected: Matrix) -> None:
     assert list(found) == list(expected.tensors)
     for suffix, tensor in found.items():
-        assert torch.equal(tensor, expected.tensors[suffix]), suffix
+        assert torch.equal(tensor.view(torch.uint8), expected.tensors[suffix].view(torch.uint8)), suffix
         assert tensor.is_contiguous()
 
 
 sizes = st.integers(1, 6)
 
 
-@by_format
-@given(rows=st.integers(1, 40), groups=sizes)
+@by(EVERY)
+@given(rows=st.integers(1, 300), groups=st.integers(1, 40))
 def test_the_tensors_are_those_that_the_format_lists(format: WeightFormat, rows: int, groups: int) -> None:
     shape = (rows, 8 * groups)
     made = matrix(format, *shape)
@@ -47,16 +76,16 @@ def test_the_tensors_are_those_that_the_format_lists(format: WeightFormat, rows:
     assert next(iter(made.tensors)) == "weight"
 
 
-@by_format
+@by(SMALL)
 @by_axis
 @given(rows=sizes, groups=sizes, num_ranks=st.sampled_from([1, 2, 3]))
 def test_shards_of_all_ranks_are_the_whole(
     format: WeightFormat, axis: Axis, rows: int, groups: int, num_ranks: int
 ) -> None:
-    shape = (num_ranks * rows, num_ranks * 8 * groups)
+    shape = (num_ranks * rows, num_ranks * 32 * groups)
     whole = matrix(format, *shape)
     shards = [format.shard(whole.tensors, shape, axis, rank, num_ranks) for rank in range(num_ranks)]
-    shard_shape = (rows, shape[1]) if axis == "out" else (shape[0], 8 * groups)
+    shard_shape = (rows, shape[1]) if axis == "out" else (shape[0], 32 * groups)
     for shard in shards:
         specs = {suffix: TensorSpec.of(tensor) for suffix, tensor in shard.items()}
         assert specs == format.tensors(shard_shape, "float32")
@@ -65,7 +94,7 @@ def test_shards_of_all_ranks_are_the_whole(
     assert torch.equal(dequantized, whole.dequantized())
 
 
-@by_format
+@by(SMALL)
 @given(parts=st.lists(sizes, min_size=1, max_size=3), num_ranks=st.sampled_from([1, 2, 4]))
 def test_a_rank_gets_its_share_of_each_fused_part(format: WeightFormat, parts: list[int], num_ranks: int) -> None:
     parts = [size * num_ranks for size in parts]
@@ -76,7 +105,7 @@ def test_a_rank_gets_its_share_of_each_fused_part(format: WeightFormat, parts: l
         assert torch.equal(format.dequantize(found), torch.cat(shares))
 
 
-@by_format
+@by(EVERY)
 @given(num_ranks=st.integers(2, 9))
 def test_what_does_not_divide_is_refused_by_name(format: WeightFormat, num_ranks: int) -> None:
     whole = matrix(format, num_ranks + 1, 16)
@@ -85,8 +114,8 @@ def test_what_does_not_divide_is_refused_by_name(format: WeightFormat, num_ranks
 
 
 def test_groups_are_not_cut_through() -> None:
-    whole = matrix(GROUPED, 4, 24)
-    with pytest.raises(ConfigError, match=r"4 x 24 .*'test-int4' has an entry for every 8 columns.* at 0 and 12"):
+    whole = matrix(GROUPED, 4, 48)
+    with pytest.raises(ConfigError, match=r"4 x 48 .*'int4' has an entry for every 16 columns.* at 0 and 24"):
         GROUPED.shard(whole.tensors, whole.shape, "in", 0, 2)
     assert matrix(INT8, 4, 24).format.shard(matrix(INT8, 4, 24).tensors, (4, 24), "in", 0, 2)["weight"].shape == (4, 12)
 
@@ -107,7 +136,7 @@ def test_int8_keeps_zeros_and_takes_half_precision() -> None:
     assert torch.equal(INT8.quantize(half)["weight"], INT8.quantize(half.float())["weight"])
 
 
-@pytest.mark.parametrize("format", [DENSE, INT8])
+@by([*EVERY, Int4Groups(32, input_order=True), Fp8("tensor", "tensor"), Int8W8A8("tensor", "tensor")])
 def test_json_round_trip(format: WeightFormat) -> None:
     assert format_from_json(format.to_json(), "here") == format
     assert FORMATS[format.name] is type(format)
@@ -115,8 +144,30 @@ def test_json_round_trip(format: WeightFormat) -> None:
 
 def test_the_names_that_manifests_have() -> None:
     assert (DENSE.to_json(), INT8.to_json()) == ({"weights": "none"}, {"weights": "int8"})
-    assert GROUPED.to_json() == {"weights": "test-int4", "group_size": 8}
+    assert GROUPED.to_json() == {
+        "weights": "int4",
+        "group_size": 16,
+        "zero_points": True,
+        "input_order": False,
+        "input_scale": False,
+    }
+    assert Fp8("block", "block").to_json() == {"weights": "fp8", "scales": "block", "activations": "block"}
+    assert Int8W8A8().to_json() == {
+        "weights": "w8a8",
+        "scales": "channel",
+        "activations": "token",
+        "input_scale": False,
+    }
+    assert Mxfp4().to_json() == {"weights": "mxfp4"}
+    assert format_from_json({"weights": "int4", "group_size": 32}, "here") == Int4Groups(32)
     assert format_from_json({}, "here") == DENSE
+
+
+def test_formats_as_people_read_them() -> None:
+    assert (str(DENSE), str(INT8), str(Mxfp4())) == ("none", "int8", "mxfp4")
+    assert str(Int4Groups(32)) == "int4(group_size=32, zero_points)"
+    assert str(Int4Groups(-1, False, input_scale=True)) == "int4(group_size=-1, input_scale)"
+    assert str(Fp8()) == "fp8(scales=channel, activations=token)"
 
 
 def test_unknown_formats_and_settings_are_refused() -> None:
@@ -125,6 +176,166 @@ def test_unknown_formats_and_settings_are_refused() -> None:
             format_from_json({"weights": name}, "here")
     with pytest.raises(CorruptFileError, match=r"here: format 'int8' has the settings \[\].*\['group_size'\]"):
         format_from_json({"weights": "int8", "group_size": 4}, "here")
+    for settings in ({"group_size": 24}, {"group_size": "128"}, {"group_size": True}, {"zero_points": 1}):
+        with pytest.raises(CorruptFileError, match=r"here: \w+ of format 'int4' must be one of .*, not "):
+            format_from_json({"weights": "int4", **settings}, "here")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Int4Groups(24), "group_size of format 'int4' must be one of 16, 32, 64, 128, -1, not 24"),
+        (lambda: Fp8("row"), "scales of format 'fp8' must be one of 'tensor', 'channel', 'block', not 'row'"),  # type: ignore[arg-type]
+        (lambda: Int8W8A8(activations="none"), "activations of format 'w8a8' must be one of"),  # type: ignore[arg-type]
+        (lambda: Fp8("tensor", "tensor").quantize(torch.ones(2, 2)), "'fp8' with one scale for all .* calibrated"),
+        (lambda: Int8W8A8(activations="tensor").quantize(torch.ones(2, 2)), "'w8a8' with one scale .* calibrated"),
+    ],
+)
+def test_what_a_format_does_not_have_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("format", [Int4Groups(), Mxfp4()])
+def test_an_odd_number_of_columns_is_refused(format: WeightFormat) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"3 x 7 .* number of columns must be even"):
+        format.tensors((3, 7), "float32")
+
+
+def test_sizes_are_what_the_bits_promise() -> None:
+    shape = (1000, 4096)
+    bits = {
+        Int4Groups(128): 4 + 24 / 128,
+        Int4Groups(32, False): 4 + 16 / 32,
+        Fp8("block", "block"): 8 + 32 / 128**2,
+        Int8W8A8(): 8 + 32 / 4096,
+        Mxfp4(): 4.25,
+    }
+    for format, promised in bits.items():
+        assert format.size_bytes(shape, "bfloat16") == pytest.approx(prod(shape) * promised / 8, rel=0.001)
+
+
+@by(EVERY)
+@given(rows=st.integers(1, 300), columns=st.sampled_from([2, 30, 128, 130, 288]), limit=st.integers(1, 40_000))
+def test_rows_are_dequantized_part_by_part(format: WeightFormat, rows: int, columns: int, limit: int) -> None:
+    whole = matrix(format, rows, columns)
+    parts = list(format.dequantized_rows(whole.tensors, whole.shape, limit))
+    assert torch.equal(torch.cat([part for _, part in parts]), whole.dequantized())
+    assert [begin for begin, _ in parts] == [0, *accumulate(len(part) for _, part in parts)][:-1]
+    step = 128 if format == Fp8("block", "block") else 1
+    assert all(part.numel() <= max(limit, columns * step) for _, part in parts)
+
+
+RELATIVE_ERRORS = {
+    Int4Groups(16): 0.10,
+    Int4Groups(128): 0.13,
+    Int4Groups(16, False): 0.13,
+    Int4Groups(128, False): 0.14,
+    Int4Groups(-1): 0.17,
+    Fp8("tensor", "none"): 0.04,
+    Fp8("channel", "token"): 0.04,
+    Fp8("block", "block"): 0.04,
+    Int8W8A8(): 0.02,
+    Int8W8A8("tensor"): 0.02,
+    Mxfp4(): 0.16,
+    INT8: 0.02,
+}
+
+
+@by(list(RELATIVE_ERRORS))
+@given(rows=st.integers(1, 200), columns=st.integers(64, 300), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_weights_are_near_what_they_were(format: WeightFormat, rows: int, columns: int, scale: float) -> None:
+    weight = scale * random(rows, 2 * columns)
+    error = format.dequantize(format.quantize(weight)) - weight
+    assert float(error.norm() / weight.norm()) < RELATIVE_ERRORS[format]
+    assert format.dequantize(format.quantize(weight.bfloat16())).dtype == torch.float32
+
+
+@by(EVERY)
+@pytest.mark.parametrize("value", [0.0, 1e-25, -3.0, 1e4])
+def test_weights_that_are_all_alike(format: WeightFormat, value: float) -> None:
+    weight = torch.full((3, 34), value)
+    error = format.dequantize(format.quantize(weight)) - weight
+    assert bool((error.abs() <= max(1e-7, 0.27 * abs(value))).all())
+    assert value != 0.0 or not error.any()
+
+
+@given(weights=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=64).filter(lambda item: not len(item) % 2))
+def test_int4_is_the_nearest_of_its_grid(weights: list[float]) -> None:
+    weight = torch.tensor([weights])
+    tensors = Int4Groups(-1).quantize(weight)
+    scale, zero = tensors["weight_scale"].float(), tensors["zero_point"].float()
+    grid = (torch.arange(16.0) - zero) * scale
+    nearest = (weight.view(-1, 1) - grid).abs().amin(dim=1)
+    error = (Int4Groups(-1).dequantize(tensors) - weight).abs().view(-1)
+    torch.testing.assert_close(error, nearest, atol=1e-5, rtol=1e-4)
+
+
+def test_the_nibbles_of_int4_and_the_order_of_its_columns() -> None:
+    format = Int4Groups(16, input_order=True, input_scale=True)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    values = torch.arange(32) % 16
+    tensors = {
+        "weight": (values[0::2] + 16 * values[1::2]).to(torch.uint8)[None],
+        "weight_scale": torch.tensor([[0.5, -2.0]]).half(),
+        "zero_point": torch.tensor([[3, 16]]).to(torch.uint8),
+        "input_order": order.int(),
+        "input_scale": 1.0 + torch.arange(32),
+    }
+    stored = torch.cat(((values[:16] - 3) * 0.5, (values[16:] - 16) * -2.0))
+    expected = torch.zeros(32)
+    expected[order] = stored
+    found = format.dequantize(tensors)
+    assert torch.equal(found, (expected * tensors["input_scale"])[None])
+    x = random(5, 32).double()
+    torch.testing.assert_close((x * tensors["input_scale"])[:, order] @ stored.double(), (x @ found.T.double())[:, 0])
+    assert {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()} == format.tensors((1, 32), "float32")
+    whole = matrix(format, 6, 32)
+    assert torch.equal(format.dequantize(format.shard(whole.tensors, (6, 32), "out", 1, 2)), whole.dequantized()[3:])
+    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut .*tp_size=1"):
+        format.shard(whole.tensors, (6, 32), "in", 0, 2)
+
+
+def test_the_values_of_mxfp4() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    tensors = {"weight": codes[0::2] | codes[1::2] << 4, "weight_scale": torch.tensor([129], dtype=torch.uint8)}
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    found = Mxfp4().dequantize({suffix: tensor[None] for suffix, tensor in tensors.items()})
+    assert found.tolist() == [[4 * value for value in (*magnitudes, *(-item for item in magnitudes))]]
+    again = Mxfp4().quantize(found)
+    assert torch.equal(Mxfp4().dequantize(again), found)
+    assert int(again["weight_scale"]) == 129
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 128, 200]), st.sampled_from([1e-4, 1.0, 500.0]))
+def test_activations_are_rounded_token_by_token(num_tokens: int, columns: int, scale: float) -> None:
+    x = scale * random(num_tokens, columns)
+    for format in (Fp8("channel", "token"), Fp8("block", "block"), Int8W8A8(), Int8W8A8(input_scale=True)):
+        tensors = matrix(format, 3, columns).tensors
+        found = format.rounded_activations(x, tensors)
+        assert torch.equal(found, torch.cat([format.rounded_activations(row, tensors) for row in x.split(1)]))
+        assert float((found - x).norm()) <= 0.05 * float(x.norm())
+    for format in (DENSE, INT8, GROUPED, Mxfp4(), Fp8("tensor", "none")):
+        assert torch.equal(format.rounded_activations(x, matrix(format, 3, columns).tensors), x)
+
+
+def test_activations_beyond_a_calibrated_scale_saturate() -> None:
+    x = torch.tensor([[0.4, -1.0, 400.0, -1e6]])
+    int8 = {"activation_scale": torch.tensor([1.0])}
+    assert Int8W8A8(activations="tensor").rounded_activations(x, int8).tolist() == [[0.0, -1.0, 127.0, -127.0]]
+    fp8 = {"activation_scale": torch.tensor([0.5])}
+    assert Fp8("tensor", "tensor").rounded_activations(x, fp8).tolist() == [[0.40625, -1.0, 224.0, -224.0]]
+
+
+def test_w8a8_multiplies_integers() -> None:
+    format = Int8W8A8(input_scale=True)
+    weight, x = random(7, 30), random(4, 30)
+    tensors = format.quantize(weight) | {"input_scale": torch.rand(30) + 0.5}
+    values, scale = format.quantized_activations(x, tensors)
+    sums = values.long() @ tensors["weight"].long().T
+    expected = sums * scale * tensors["weight_scale"]
+    rounded = format.rounded_activations(x, tensors) @ format.dequantize(tensors).T
+    torch.testing.assert_close(rounded, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_matrix_in_its_format_stays() -> None:

@@ -16,11 +16,12 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import QuantConfig
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import canonical_shapes
-from llmengine.quantization.formats import DENSE, INT8, TensorSpec
+from llmengine.quantization.formats import DENSE, TensorSpec
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, formats_in_use, matrix_shapes
 from tests.models.arch_helpers import SMALL_ARCH
-from tests.quantization.grouped_format import Int4Groups
 
 ARCH = dataclasses.replace(SMALL_ARCH, attention_bias=True)
 INT8_MODEL = ModelFormats(INT8)
@@ -114,8 +115,8 @@ def test_what_a_configuration_asks_for() -> None:
     assert formats_in_use(MIXED, int8) is MIXED
     with pytest.raises(ConfigError, match=r"quant_config\.weights='int4' is not in this version"):
         formats_in_use(DENSE_MODEL, QuantConfig(weights="int4"))
-    with pytest.raises(ConfigError, match=r"weights='int8', but .* stored as test-int4\(group_size=8\); set 'none'"):
-        formats_in_use(ModelFormats(Int4Groups(8)), int8)
+    with pytest.raises(ConfigError, match=r"weights='int8', but .* stored as int4\(.*\); set 'none'"):
+        formats_in_use(ModelFormats(Int4Groups(16)), int8)
 
 
 def test_values_that_a_dtype_cannot_hold_are_noticed() -> None:

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmengine.quantization.formats import DENSE, INT8, Shape, WeightFormat
+from llmengine.quantization.formats import DENSE, Shape, WeightFormat
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 
 MEASURED_TOKENS = (1, 2, 16, 64)

@@ -26,7 +26,8 @@ from llmengine.backends.cpu.linear import CpuLinear
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
-from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 
 MAX_FEW_TOKENS = 128

@@ -29,7 +29,8 @@ from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
-from llmengine.quantization.formats import DENSE, INT8, WeightFormat
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
 

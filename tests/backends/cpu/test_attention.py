@@ -13,7 +13,8 @@ from llmengine.backends.cpu.linear import Int8Linear, Layout, dense_layouts
 from llmengine.backends.cpu.step_inputs import HostSlotState
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
-from llmengine.quantization.formats import DENSE, INT8
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
 from tests.models.arch_helpers import SMALL_ARCH

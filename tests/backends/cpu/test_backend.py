@@ -19,7 +19,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
-from llmengine.quantization.formats import INT8
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats
 from llmengine.sampling_params import SamplingParams

@@ -23,7 +23,7 @@ from llmengine.backends.cpu.native import (
     load_native_library,
 )
 from llmengine.batch import TokenLogprobs
-from llmengine.quantization.formats import INT8
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
 from tests import ROOT

@@ -26,7 +26,7 @@ from llmengine.backends.cpu.native import (
     NativeUnavailableError,
     load_native_library,
 )
-from llmengine.quantization.formats import INT8
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from tests import ROOT
 

@@ -1,0 +1,159 @@
+"""Weights of 4 bits as integers, in groups that share a scale: round-to-nearest, AWQ and GPTQ all end up here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from llmengine.dtypes import ModelDType
+from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP_SIZES = (16, 32, 64, 128, -1)
+"""Weights of a row that share a scale; -1: all of them."""
+
+_MIDDLE = 8
+"""The zero point of groups that have none of their own."""
+_LARGEST = 15
+_LEAST_SCALE = 2.0**-24
+_LARGEST_SCALE = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Groups(WeightFormat):
+    """Unsigned 4-bit integers q, two a byte; a weight is (q - zero point) * scale.
+
+    ::
+
+        weight         uint8 [out, in / 2]: byte j has column 2 j in its low and column 2 j + 1 in its high nibble
+        weight_scale   float16 [out, groups], positive or negative
+        zero_point     uint8 [out, groups], integers in [0, 16]; only with zero_points, else it is 8 everywhere
+        input_order    int32 [in], only with input_order: stored column j meets activation input_order[j]
+        input_scale    float32 [in], only with input_scale: activation i is multiplied by input_scale[i] first
+
+    Groups are of consecutive stored columns; the last one of a row may be shorter. With both, activations are
+    multiplied and then reordered, so that `input_scale` is in the order of the activations.
+
+    Attributes:
+        group_size: one of `GROUP_SIZES`.
+        zero_points: whether groups have zero points (asymmetric).
+        input_order: whether columns are stored in another order than they have, as GPTQ's act-order needs it for
+            groups to be consecutive. Such a matrix is not cut along its columns.
+        input_scale: whether the matrix has factors for its columns, as AWQ needs them where they cannot be folded into
+            the weights that the activations come from.
+    """
+
+    name: ClassVar[str] = "int4"
+    group_size: int = 128
+    zero_points: bool = True
+    input_order: bool = False
+    input_scale: bool = False
+
+    def __post_init__(self) -> None:
+        require_setting(self, "group_size", GROUP_SIZES)
+        for name in ("zero_points", "input_order", "input_scale"):
+            require_setting(self, name, (False, True))
+
+    def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
+        if shape[1] % 2:
+            raise UnsupportedModelError(
+                f"a matrix of {shape[0]} x {shape[1]} weights cannot be stored as {self.name!r}, which has two "
+                "columns in a byte: the number of columns must be even"
+            )
+        groups = 1 if self.group_size == -1 else Along("in", self.group_size)
+        specs = {
+            "weight": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2)),
+            "weight_scale": TensorSpec.of_matrix("float16", shape, Along("out"), groups),
+        }
+        if self.zero_points:
+            specs["zero_point"] = TensorSpec.of_matrix("uint8", shape, Along("out"), groups)
+        if self.input_order:
+            specs["input_order"] = TensorSpec.of_matrix("int32", shape, Along("in"))
+        if self.input_scale:
+            specs["input_scale"] = TensorSpec.of_matrix("float32", shape, Along("in"))
+        return specs
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round to nearest, columns in their own order.
+
+        With zero points, a group's least and largest weights (and 0) are the ends of the grid. Without, the weight of
+        the largest magnitude is -8, so that no level is lost; its scale may then be negative.
+        """
+        import torch
+
+        weight = weight.float()
+        groups = _in_groups(weight, self._size(weight.shape[1]))
+        if self.zero_points:
+            low, high = groups.amin(dim=2).clamp_(max=0.0), groups.amax(dim=2).clamp_(min=0.0)
+            scale = _as_scale((high - low) / _LARGEST)
+            zero = (-low / scale.float()).round_().clamp_(0, _LARGEST)
+        else:
+            low, high = groups.amin(dim=2), groups.amax(dim=2)
+            scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE)
+            zero = torch.full_like(low, _MIDDLE)
+        values = (groups / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _LARGEST)
+        packed = pack_nibbles(values.flatten(1)[:, : weight.shape[1]].to(torch.uint8))
+        tensors = {"weight": packed, "weight_scale": scale}
+        if self.zero_points:
+            tensors["zero_point"] = zero.to(torch.uint8)
+        if self.input_order:
+            tensors["input_order"] = torch.arange(weight.shape[1], dtype=torch.int32)
+        if self.input_scale:
+            tensors["input_scale"] = torch.ones(weight.shape[1])
+        return tensors
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        import torch
+
+        values = unpack_nibbles(tensors["weight"]).float()
+        columns = values.shape[1]
+        groups = _in_groups(values, self._size(columns))
+        zero = tensors["zero_point"].float()[:, :, None] if self.zero_points else float(_MIDDLE)
+        weight = groups.sub_(zero).mul_(tensors["weight_scale"].float()[:, :, None]).flatten(1)[:, :columns]
+        if self.input_order:
+            stored, weight = weight, torch.empty_like(weight)
+            weight[:, tensors["input_order"].long()] = stored
+        return weight * tensors["input_scale"] if self.input_scale else weight
+
+    def cut(self, tensors: Mapping[str, Tensor], shape: Shape, axis: Axis, begin: int, end: int) -> dict[str, Tensor]:
+        if axis == "in" and self.input_order and (begin, end) != (0, shape[1]):
+            raise ConfigError(
+                f"a matrix of {shape[0]} x {shape[1]} weights in format {self.name!r} has its columns in the order of "
+                "GPTQ's act-order; it cannot be cut along them: set parallel_config.tp_size=1"
+            )
+        return super(Int4Groups, self).cut(tensors, shape, axis, begin, end)
+
+    def _size(self, columns: int) -> int:
+        return columns if self.group_size == -1 else self.group_size
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """Integers below 16, uint8 [..., columns], two a byte: [..., columns / 2], even columns in the low nibbles."""
+    return values[..., 0::2] | values[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Undoes `pack_nibbles`."""
+    import torch
+
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def _in_groups(values: Tensor, size: int) -> Tensor:
+    """[rows, columns] as [rows, groups, size]; a last group that is shorter is filled up with zeros."""
+    import torch.nn.functional as F
+
+    missing = -values.shape[1] % size
+    return (F.pad(values, (0, missing)) if missing else values).view(values.shape[0], -1, size)
+
+
+def _as_scale(scale: Tensor) -> Tensor:
+    """Scales as float16, rounded away from zero and infinity: the weights are rounded to the grid that is stored."""
+    import torch
+
+    magnitude = scale.abs().clamp_(_LEAST_SCALE, _LARGEST_SCALE)
+    return torch.where(scale < 0, -magnitude, magnitude).half()

@@ -1,0 +1,43 @@
+"""Every weight format by its name, and formats as manifests describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any
+
+from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from llmengine.quantization.formats import Dense, WeightFormat, settings
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import Int8PerChannel, Int8W8A8
+from llmengine.quantization.mxfp4 import Mxfp4
+
+FORMATS: Mapping[str, type[WeightFormat]] = {
+    kind.name: kind for kind in (Dense, Int8PerChannel, Int4Groups, Fp8, Int8W8A8, Mxfp4)
+}
+"""Every weight format by its name."""
+
+
+def format_from_json(values: Mapping[str, Any], where: str) -> WeightFormat:
+    """The format that `WeightFormat.to_json` gave; without a name it is dense.
+
+    `where` names the file and key in messages. Raises `UnsupportedModelError` for a format that this version does not
+    know, `CorruptFileError` for settings that the format does not have.
+    """
+    name = values.get("weights", Dense.name)
+    kind = FORMATS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UnsupportedModelError(
+            f"{where}: weights in format {name!r} are not supported; supported are: {', '.join(FORMATS)}"
+        )
+    known, found = {item.name for item in settings(kind)}, values.keys() - {"weights"}
+    required = {item.name for item in settings(kind) if item.default is MISSING}
+    if not required <= found <= known:
+        raise CorruptFileError(
+            f"{where}: format {name!r} has the settings {sorted(known)}, but these are given: {sorted(found)}"
+        )
+    try:
+        return kind(**{key: values[key] for key in found})
+    except ConfigError as error:
+        raise CorruptFileError(f"{where}: {error}") from error
