@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from llmengine.chat.messages import mark_as_written
+from llmengine.chat.flexible_values import mark_as_written
 from llmengine.errors import InvalidRequestError
 
 MAX_PROMPT_CHARS = 16_000_000
