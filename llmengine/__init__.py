@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ModelLoadError,
         OutOfMemoryError,
         PromptTooLongError,
+        QualityError,
         QueueFullError,
         RequestError,
         RequestFailedError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     )
     from llmengine.llm import LLM
     from llmengine.outputs import FinishReason, GenerationOutput, Logprob, RequestTimeline
+    from llmengine.quantization.quality_report import QualityReport
     from llmengine.request_options import ChatKeywords, RequestKeywords, RequestOptions
     from llmengine.sampling_params import SamplingParams
     from llmengine.structured_output import StructuredOutput
@@ -53,6 +55,7 @@ _HOMES = {
         "ModelLoadError",
         "OutOfMemoryError",
         "PromptTooLongError",
+        "QualityError",
         "QueueFullError",
         "RequestError",
         "RequestFailedError",
@@ -60,6 +63,7 @@ _HOMES = {
     ),
     "llmengine.llm": ("LLM",),
     "llmengine.outputs": ("FinishReason", "GenerationOutput", "Logprob", "RequestTimeline"),
+    "llmengine.quantization.quality_report": ("QualityReport",),
     "llmengine.request_options": ("ChatKeywords", "RequestKeywords", "RequestOptions"),
     "llmengine.sampling_params": ("SamplingParams",),
     "llmengine.structured_output": ("StructuredOutput",),
@@ -91,6 +95,8 @@ __all__ = [
     "OutOfMemoryError",
     "ParallelConfig",
     "PromptTooLongError",
+    "QualityError",
+    "QualityReport",
     "QuantConfig",
     "QueueFullError",
     "RequestError",

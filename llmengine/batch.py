@@ -187,6 +187,24 @@ class PreparingBackend(Backend, Protocol):
         """Do one piece of that work, in a fraction of a second, while no step is in flight; False if none was left."""
 
 
+@runtime_checkable
+class ScoringBackend(Backend, Protocol):
+    """A backend that gives the logits of every token of a step, by which a model is evaluated."""
+
+    def score(self, batch: Batch) -> Iterator[Any]:
+        """Run a step that samples nothing, and yield the logits of all its tokens, in order.
+
+        The step is like one that serves a prompt: the same products, the same KV cache. Steps that were launched before
+        may still be in flight.
+
+        Args:
+            batch: has a single row, with all of its ids.
+
+        Yields fp32 tensors [n, vocab_size] on the backend's device, each valid until the next is asked for. Their
+        memory is bounded by the number of tokens in the step, which is the caller's to choose.
+        """
+
+
 class SavableBackend(Backend, Protocol):
     """A backend that was loaded from a checkpoint and can return its weights."""
 

@@ -12,6 +12,7 @@
         ├── ModelLoadError          a checkpoint or engine directory cannot be read                      500
         │   ├── UnsupportedModelError  readable, but of an architecture or format that is not supported  500
         │   └── CorruptFileError       truncated, altered or inconsistent file                           500
+        ├── QualityError            a quantized model is worse than the configuration allows                 500
         ├── OutOfMemoryError        weights, buffers or the KV cache do not fit in memory                500
         ├── RequestFailedError      the engine failed one request and lives on                           500
         ├── EngineClosedError       `close()` was called                                                 503
@@ -71,6 +72,10 @@ class UnsupportedModelError(ModelLoadError):
 
 class CorruptFileError(ModelLoadError):
     """A file is truncated, altered or inconsistent with the others; the message names file and mismatch."""
+
+
+class QualityError(EngineError):
+    """A quantized model is worse than `QuantConfig.max_perplexity_increase` allows; names the figure and the limit."""
 
 
 class OutOfMemoryError(EngineError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 import anyio.to_thread
 
@@ -22,7 +23,7 @@ from llmengine.engine.intake import RequestSpec
 from llmengine.engine.prompt_encoder import Prompt, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
 from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
-from llmengine.llm_parts import LLMParts, load_parts, parts_from_backend
+from llmengine.llm_parts import LLMParts, evaluated_model, load_parts, parts_from_backend, reference_config
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import (
     ChatKeywords,
@@ -36,6 +37,10 @@ from llmengine.request_options import (
 )
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer.protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from llmengine.model_quality import EvaluatedModel
+    from llmengine.quantization.quality_report import QualityReport
 
 
 class LLM:
@@ -70,6 +75,9 @@ class LLM:
         self._intake = parts.intake
         self._default_params = parts.default_params
         self._model = parts.model
+        self._quality: QualityReport | None = None
+        if self._model is not None and self._model.config.quant_config.max_perplexity_increase is not None:
+            self._quality = self._check_quality(self._model.config.quant_config.max_perplexity_increase)
 
     @classmethod
     def from_backend(
@@ -347,7 +355,67 @@ class LLM:
         await beam_search.run_async(searches, submit)
         return [search.output(self._intake.text) for search in searches]
 
-    def save(self, directory: str | Path) -> None:
+    def evaluate(
+        self,
+        against: LLM | ModelConfig | str | Path | None = None,
+        *,
+        text: str | Sequence[int] | None = None,
+        text_name: str | None = None,
+        windows: int | None = 32,
+        window_tokens: int = 512,
+        stride: int | None = None,
+        measure_speed: bool = True,
+        progress: bool = False,
+    ) -> QualityReport:
+        """Perplexity of held-out text, and top-1 agreement and KL divergence against another model; blocks.
+
+        Requests in progress wait while a window is computed.
+
+        Args:
+            against: the reference, or what to load for that; it must have the same tokenizer. None: this model
+                without quantization, if its weights were quantized when it was loaded, else no reference.
+            text: text, or token ids; None: the text that comes with the package.
+            text_name: how the report calls it.
+            windows: most windows to score, from all over the text; None: all.
+            window_tokens: tokens of a window; fewer where a model's context is shorter, as the report says.
+            stride: tokens between the beginnings of windows, in whose overlap tokens are context only; None: no
+                overlap.
+            measure_speed: measure tokens/s as well, which takes some seconds; see `llmengine.model_quality`.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            ConfigError: the text is shorter than a window; the vocabularies differ; the backend gives no logits, or the
+                reference cannot be loaded.
+            EngineError: logits that are not finite.
+            QueueFullError: requests hold too many KV blocks.
+        """
+        from llmengine.model_quality import evaluate, tokenize
+        from llmengine.quantization.evaluation import WindowPlan
+
+        checked = tokenize(self.tokenizer, text, text_name)
+        plan = WindowPlan(window_tokens, window_tokens if stride is None else stride, windows)
+        with ExitStack() as stack:
+            if not isinstance(against, LLM):
+                config = reference_config(self._model, against, window_tokens)
+                against = None if config is None else stack.enter_context(LLM(config, enable_tokenizer=False))
+            reference = None if against is None else against._evaluated()
+            sides = self._evaluated(), reference
+            return evaluate(*sides, checked, plan, measure_speed=measure_speed, progress=progress)
+
+    def _evaluated(self) -> EvaluatedModel:
+        return evaluated_model(self._engine, self._info, self._model, self.generate)
+
+    def _check_quality(self, max_perplexity_increase: float) -> QualityReport:
+        """A report that keeps to the limit. Closes this LLM if there is none, or anything else fails."""
+        try:
+            report = self.evaluate(measure_speed=False)
+            report.require(max_perplexity_increase)
+        except BaseException:
+            self.close()
+            raise
+        return report
+
+    def save(self, directory: str | Path, quality: QualityReport | None = None) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads, and block until it is written.
 
         It holds the fused weights as they are quantized, TensorRT plans if they were used, the tokenizer, and a
@@ -355,13 +423,16 @@ class LLM:
         on a CPU, weights that the checkpoint's dtype cannot hold are written as float32. Requests in progress wait
         meanwhile.
 
+        Args:
+            quality: a report of this model's, from `evaluate`, which the manifest keeps and `llmengine inspect` shows.
+
         Raises:
             ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
             EngineError: writing failed, on a full disk for instance; nothing is left behind.
         """
         if self._model is None:
             raise ConfigError("an LLM from from_backend() cannot be saved: it was not loaded from a model's files")
-        self._engine.call(partial(self._model.save, directory, self.tokenizer)).result()
+        self._engine.call(partial(self._model.save, directory, self.tokenizer, quality or self._quality)).result()
 
     def requests(self) -> list[RequestStats]:
         """How far each unfinished request is, oldest first, with its id and metadata."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from llmengine.batch import Backend, BackendInfo, SavableBackend
-from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.engine.intake import Intake
 from llmengine.engine.owner import EngineOwner
@@ -29,8 +29,17 @@ from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
     from llmengine.checkpoints.source import ModelSource
+    from llmengine.model_quality import EvaluatedModel, Generate
+    from llmengine.quantization.model_formats import ModelFormats
+    from llmengine.quantization.quality_report import QualityReport
 
 logger = logging.getLogger(__name__)
+
+_LARGEST_KV_ITEM = 4
+"""Bytes of a number in the largest KV cache, that of the CPU."""
+
+_SPEED_TOKENS = 16 * 192
+"""Tokens of the requests by which speed is measured, with blocks that are not full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +49,26 @@ class LoadedModel:
     config: ModelConfig
     source: ModelSource
 
-    def save(self, directory: str | Path, tokenizer: Tokenizer | None, backend: Backend) -> None:
+    @property
+    def formats(self) -> ModelFormats:
+        """The formats in which the backend holds the weights."""
+        from llmengine.quantization.model_formats import formats_in_use
+
+        return formats_in_use(self.source.formats, self.config.quant_config)
+
+    def save(
+        self, directory: str | Path, tokenizer: Tokenizer | None, quality: QualityReport | None, backend: Backend
+    ) -> None:
         """Write the backend's weights and plans as an engine directory. On the engine thread, between two steps.
 
-        A tokenizer that cannot save itself is replaced by the model's own. Raises what `LLM.save` raises.
+        A tokenizer that cannot save itself is replaced by the model's own, and a missing `quality` by that of the saved
+        engine that this model was loaded from. Raises what `LLM.save` raises.
         """
         from llmengine.checkpoints.model_saving import dtype_to_save, save_model
         from llmengine.checkpoints.saved_files import PlanHolder
-        from llmengine.quantization.model_formats import formats_in_use
         from llmengine.tokenizer.loading import tokenizer_to_save
 
-        source = self.source
-        formats = formats_in_use(source.formats, self.config.quant_config)
+        source, formats = self.source, self.formats
         weights = cast(SavableBackend, backend).weights
         save_model(
             directory,
@@ -61,7 +78,60 @@ class LoadedModel:
             formats=formats,
             tokenizer=tokenizer if hasattr(tokenizer, "save") else tokenizer_to_save(source),
             plans=backend.saved_plans() if isinstance(backend, PlanHolder) else None,
+            quality=quality or (source.quality if formats == source.formats else None),
         )
+
+    def file_bytes(self, backend: Backend) -> int:
+        """Bytes of the weights that `save` writes. On the engine thread."""
+        from llmengine.checkpoints.model_saving import dtype_to_save
+
+        weights = cast(SavableBackend, backend).weights
+        dtype = dtype_to_save(self.config, self.source, self.formats, weights)
+        return sum(spec.size_bytes for spec in self.formats.layout(self.source.arch, dtype).values())
+
+    def unquantized(self, num_kv_tokens: int) -> ModelConfig | None:
+        """The configuration of this model without what `quant_config` asks for; None if that changes nothing.
+
+        The KV cache is made for `num_kv_tokens` tokens.
+        """
+        config, arch = self.config, self.source.arch
+        asked = dataclasses.replace(config.quant_config, max_perplexity_increase=None)
+        if asked == QuantConfig() or not self.source.formats.is_dense:
+            return None
+        max_bytes = 2 * _LARGEST_KV_ITEM * arch.num_layers * arch.num_kv_heads * arch.head_dim * num_kv_tokens
+        kv_cache = dataclasses.replace(config.kv_cache_config, max_bytes=max_bytes)
+        return dataclasses.replace(config, quant_config=QuantConfig(), kv_cache_config=kv_cache)
+
+
+def reference_config(
+    model: LoadedModel | None, against: ModelConfig | str | Path | None, window_tokens: int
+) -> ModelConfig | None:
+    """What to load in order to compare a model with it; None if there is nothing.
+
+    Args:
+        against: as for `LLM.evaluate`.
+        window_tokens: tokens of the longest text that the reference will see.
+    """
+    if isinstance(against, ModelConfig):
+        return against
+    if against is None:
+        return None if model is None else model.unquantized(max(window_tokens, _SPEED_TOKENS))
+    if model is None:
+        return ModelConfig(against)
+    return ModelConfig(against, device=model.config.device, num_threads=model.config.num_threads)
+
+
+def evaluated_model(engine: Engine, info: BackendInfo, model: LoadedModel | None, generate: Generate) -> EvaluatedModel:
+    """A running model, as an evaluation takes it."""
+    from llmengine.model_quality import EvaluatedModel
+
+    return EvaluatedModel(
+        info=info,
+        weight_format="unknown" if model is None else str(model.formats),
+        file_bytes=None if model is None else engine.call(model.file_bytes).result(),
+        score=lambda token_ids, take: engine.score(token_ids, take).result(),
+        generate=generate,
+    )
 
 
 @dataclass(frozen=True, slots=True)

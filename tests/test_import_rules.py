@@ -55,12 +55,14 @@ ALLOWED: dict[str, set[str]] = {
     "beam_search": {*DATA, "engine"},
     "llm_parts": {
         *DATA,
-        *("backends", "checkpoints", "engine", "quantization", "tokenizer", "tokenizer.protocol"),
+        *("backends", "checkpoints", "engine", "model_quality", "quantization", "tokenizer", "tokenizer.protocol"),
     },
-    "llm": {*DATA, "beam_search", "chat", "engine", "llm_parts", "tokenizer.protocol"},
-    "cli": {*DATA, "__init__", "checkpoints", "llm", "saved_engines", "tokenizer.protocol"},
+    "terminal_progress": set(),
+    "model_quality": {*DATA, "quantization", "terminal_progress"},
+    "llm": {*DATA, "model_quality", "quantization", "beam_search", "chat", "engine", "llm_parts", "tokenizer.protocol"},
+    "cli": {*DATA, "__init__", "checkpoints", "llm", "quantization", "saved_engines", "tokenizer.protocol"},
     "__main__": {"cli"},
-    "__init__": {*DATA, "engine", "llm", "beam_search"},
+    "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }
 THIRD_PARTY: dict[str, set[str]] = {
     **{layer: set() for layer in DATA},
@@ -78,6 +80,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "chat": {"jinja2"},
     "beam_search": set(),
     "llm_parts": set(),
+    "terminal_progress": {"rich"},
+    "model_quality": set(),
     "llm": {"anyio", "rich"},
     "kernels": {"torch", "triton"},
 }

@@ -34,6 +34,8 @@ PUBLIC = {
     "OutOfMemoryError",
     "ParallelConfig",
     "PromptTooLongError",
+    "QualityError",
+    "QualityReport",
     "QuantConfig",
     "QueueFullError",
     "RequestError",

@@ -38,6 +38,7 @@ from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLo
 from llmengine.models.arch import ModelArch, RopeConfig
 from llmengine.quantization.formats import TensorSpec
 from llmengine.quantization.model_formats import ModelFormats
+from llmengine.quantization.quality_report import QualityReport
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,7 @@ class _Manifest:
     Attributes:
         backend: what saved it; every backend loads it.
         plans: `SavedPlans.facts`, None where there are no plans.
+        quality: `QualityReport.to_json`; None, which is not written, where the model was not evaluated.
     """
 
     format_version: int
@@ -90,6 +92,7 @@ class _Manifest:
     eos_token_ids: list[int]
     bos_token_id: int | None
     plans: dict[str, Any] | None
+    quality: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
 
 
@@ -105,6 +108,7 @@ def save_engine(
     bos_token_id: int | None,
     tokenizer_files: Mapping[str, bytes] | Path,
     plans: SavedPlans | None = None,
+    quality: QualityReport | None = None,
 ) -> None:
     """Write an engine directory; `weights` come one at a time, as `formats.layout(arch, dtype)` orders.
 
@@ -131,6 +135,7 @@ def save_engine(
         eos_token_ids=list(eos_token_ids),
         bos_token_id=bos_token_id,
         plans=None if plans is None else dict(plans.facts),
+        quality=None if quality is None else quality.to_json(),
         files={},
     )
     target = require_replaceable(directory)
@@ -200,6 +205,7 @@ def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedF
         ),
         formats=formats,
         plans=SavedPlans(dict(fields.fields("plans").values), plans) if fields.has("plans") else None,
+        quality=read_quality(fields),
     )
 
 
@@ -307,7 +313,10 @@ def _write_weights(
 def _write_manifest(staging: Path, manifest: _Manifest) -> None:
     """Write the manifest, the last of the files."""
     with (staging / MANIFEST_NAME).open("wb") as file:
-        file.write(_sealed(dataclasses.asdict(manifest)))
+        content = dataclasses.asdict(manifest)
+        if manifest.quality is None:
+            del content["quality"]
+        file.write(_sealed(content))
         sync_file(file)
 
 
@@ -347,7 +356,7 @@ def read_manifest(directory: Path) -> Fields:
             f"{path}: format_version {version} is of {age} llmengine, this one reads 1 to {FORMAT_VERSION}: {remedy} "
             "save the engine again from its checkpoint"
         )
-    fields.require_only(_keys(version) | {_SEAL})
+    fields.require_only(_keys(version) | {_SEAL} | ({"quality"} if fields.has("quality") else set()))
     content = {key: value for key, value in fields.values.items() if key != _SEAL}
     if path.read_bytes() != _sealed(content):
         raise CorruptFileError(f"{path}: its contents are not those expected by its {_SEAL}: altered after saving")
@@ -366,9 +375,17 @@ def read_manifest(directory: Path) -> Fields:
 
 
 def _keys(version: int) -> set[str]:
-    """Return the keys of a manifest, without its seal."""
+    """Return the keys that a manifest must have, without its seal."""
     keys = {item.name for item in dataclasses.fields(_Manifest)}
-    return keys if version == FORMAT_VERSION else keys - {"plans"}
+    return keys - ({"quality"} if version == FORMAT_VERSION else {"plans", "quality"})
+
+
+def read_quality(manifest: Fields) -> QualityReport | None:
+    """The quality report in a manifest; None where there is none, or one of another version of llmengine."""
+    if not manifest.has("quality"):
+        return None
+    quality = manifest.fields("quality")
+    return QualityReport.from_json(quality.values, quality.where)
 
 
 def read_files(directory: Path, manifest: Fields) -> dict[str, SavedFile]:

@@ -17,6 +17,7 @@ from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import ModelLoadError
 from llmengine.quantization.formats import TensorSpec
 from llmengine.quantization.model_formats import ModelFormats
+from llmengine.quantization.quality_report import QualityReport
 from llmengine.tokenizer.end_tokens import tokenizer_end_ids
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def save_model(
     formats: ModelFormats,
     tokenizer: object,
     plans: SavedPlans | None = None,
+    quality: QualityReport | None = None,
 ) -> None:
     """Write a loaded model as an engine directory; raises as `save_engine` does.
 
@@ -83,6 +85,7 @@ def save_model(
             bos_token_id=source.bos_token_id,
             tokenizer_files=tokenizer_files,
             plans=plans,
+            quality=quality,
         )
 
     write_tokenizer = getattr(tokenizer, "save", None)

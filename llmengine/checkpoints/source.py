@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmengine.checkpoints.saved_files import SavedPlans
+    from llmengine.quantization.quality_report import QualityReport
 
 SourceKind = Literal["huggingface", "gguf", "engine", "dummy"]
 WeightStream = Iterator[tuple[str, "torch.Tensor"]]
@@ -37,6 +38,7 @@ class ModelSource:
             tokenizer in it (GGUF); else empty.
         formats: how the matrices of `stream` are stored.
         plans: what an engine directory keeps beside the weights.
+        quality: how good the model was found when it was saved; None where that is not known.
     """
 
     kind: SourceKind
@@ -51,6 +53,7 @@ class ModelSource:
     tokenizer_metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: ModelFormats = DENSE_MODEL
     plans: SavedPlans | None = None
+    quality: QualityReport | None = None
 
     def weights(self, dtype: torch.dtype) -> WeightStream:
         """Yield every canonical weight once, on the CPU, in the order of `arch.canonical_shapes`.

@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.saved_files import size_text
-from llmengine.config import BY_DEVICE, SchedulerConfig
+from llmengine.cli.arguments import positive_int
+from llmengine.cli.quality import QUANTIZATIONS, add_window_arguments, report_lines
+from llmengine.config import BY_DEVICE, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.errors import ConfigError
+from llmengine.quantization.quality_report import QualityReport
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +27,11 @@ _WEIGHTS_HELP = (
 
 def add_engine_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `llmengine`."""
-    build = commands.add_parser("build", help="build a model's TensorRT plans and save them with its weights")
+    build = commands.add_parser(
+        "build",
+        help="build a model's TensorRT plans and save them with its weights; with --quant: quantize it, measure its "
+        "quality and save it",
+    )
     build.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, .gguf file or saved engine")
     build.add_argument(
         "-o",
@@ -56,6 +65,16 @@ def add_engine_commands(commands: Any) -> None:
     build.add_argument(
         "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
     )
+    quantized = build.add_argument_group("quantization", "no plans are built, since TensorRT takes no such weights yet")
+    quantized.add_argument("--quant", choices=QUANTIZATIONS, help="quantize the weights")
+    quantized.add_argument(
+        "--max-perplexity-increase",
+        type=float,
+        metavar="SHARE",
+        help="fail, and save nothing, if the perplexity rises by more than this: 0.01 is 1 %%",
+    )
+    quantized.add_argument("--skip-evaluation", action="store_true", help="save without a quality report")
+    add_window_arguments(quantized)
     build.set_defaults(run=_build)
 
     inspect = commands.add_parser("inspect", help="show what a saved engine holds")
@@ -67,13 +86,6 @@ def add_engine_commands(commands: Any) -> None:
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.add_argument("--json", action="store_true", help="print the findings as JSON")
     verify.set_defaults(run=_verify)
-
-
-def positive_int(text: str) -> int:
-    """The value of an argument, which must be an integer of at least 1; anything else is a usage error."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
-    return int(text)
 
 
 def _compute_capabilities(text: str) -> tuple[int, ...]:
@@ -90,6 +102,10 @@ def _compute_capabilities(text: str) -> tuple[int, ...]:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    if arguments.quant is not None:
+        return _build_quantized(arguments)
+    if arguments.max_perplexity_increase is not None:
+        raise ConfigError("--max-perplexity-increase needs --quant: nothing is quantized without it")
     from llmengine import saved_engines
 
     built = saved_engines.build(
@@ -117,6 +133,40 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _build_quantized(arguments: argparse.Namespace) -> int:
+    """Quantize a model, compare it with itself as it was, and save it if it is good enough."""
+    unset = {"sm": (), "flavour": "auto", "weights": None, "dummy": False}
+    for name, default in {**unset, "max_batch_size": BY_DEVICE, "max_tokens_per_step": BY_DEVICE}.items():
+        if getattr(arguments, name) != default:
+            raise ConfigError(f"--quant excludes --{name.replace('_', '-')}, which is about TensorRT plans")
+    limit = arguments.max_perplexity_increase
+    if arguments.skip_evaluation and limit is not None:
+        raise ConfigError("--skip-evaluation excludes --max-perplexity-increase, which needs the evaluation")
+    QuantConfig(max_perplexity_increase=limit).resolve()
+    require_replaceable(arguments.output)
+    from llmengine.llm import LLM
+
+    config = ModelConfig(arguments.model, dtype=arguments.dtype, quant_config=QuantConfig(weights=arguments.quant))
+    quality: QualityReport | None = None
+    with LLM(config) as llm:
+        if not arguments.skip_evaluation:
+            quality = llm.evaluate(
+                windows=arguments.windows,
+                window_tokens=arguments.window_tokens,
+                stride=arguments.stride,
+                progress=True,
+            )
+            for line in report_lines(quality):
+                print(line)
+            if limit is not None:
+                quality.require(limit)
+        llm.save(arguments.output, quality)
+    from llmengine import saved_engines
+
+    print(f"{arguments.output}: {size_text(saved_engines.inspect(arguments.output)['size_bytes'])}")
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from llmengine import saved_engines
 
@@ -126,6 +176,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     for name, text in _summary_lines(facts):
         print(f"{name:<12}{text}")
+    quality = QualityReport.from_json(facts.get("quality") or {}, f"{arguments.directory}: quality")
+    if quality is not None:
+        print()
+        for line in report_lines(quality):
+            print(line)
     if facts.get("plans"):
         from rich.console import Console
 

@@ -1,5 +1,5 @@
-"""The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, and `build`, `inspect` and
-`verify` work on saved engines.
+"""The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, `build`, `inspect` and
+`verify` work on saved engines, and `eval` measures how good a model is.
 
 Exit codes: 0 success; 1 a fault of the engine, its files or the demo's model; 2 a fault of the request or the
 configuration; 130 interrupted; 141 the reader of the output closed it.
@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.cli.engines import add_engine_commands, positive_int
+from llmengine.cli.arguments import positive_int
+from llmengine.cli.engines import add_engine_commands
+from llmengine.cli.quality import add_eval_command
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     generate.set_defaults(run=_generate)
     add_engine_commands(commands)
+    add_eval_command(commands)
     return parser
 
 

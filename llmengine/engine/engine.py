@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from numbers import Real
@@ -32,6 +32,7 @@ from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
+from llmengine.engine.scoring import score_tokens
 from llmengine.engine.slow_consumers import SlowConsumers
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
 from llmengine.engine.stream import Stream, abort_orphans, publish, wake
@@ -136,6 +137,13 @@ class Engine:
         future: Future[T] = Future()
         self._commands.send(partial(self._call, function, future), future.set_exception)
         return future
+
+    def score(self, token_ids: Sequence[int], take: Callable[[Any], None]) -> Future[None]:
+        """Compute the logits of all tokens between two steps, and hand them to `take` on the engine thread.
+
+        Raises what `check_open()` raises; the future raises what `score_tokens` raises.
+        """
+        return self.call(lambda backend: score_tokens(self._scheduler, backend, token_ids, take))
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks.

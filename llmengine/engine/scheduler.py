@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 
 from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
@@ -18,14 +19,14 @@ from llmengine.engine.block_allocation import BlockAllocator
 from llmengine.engine.fair_queue import FairQueue
 from llmengine.engine.grammar_steps import GrammarSteps
 from llmengine.engine.held_families import HeldFamilies
-from llmengine.engine.kv_cache import KVCacheManager
+from llmengine.engine.kv_cache import BlockTable, KVCacheManager
 from llmengine.engine.pace import PromptPace
 from llmengine.engine.paused_requests import PausedRequests
 from llmengine.engine.preemption import choose_victim
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.stats import EngineCounters
 from llmengine.engine.step_plan import LaunchedStep, StepPlan, slot_init
-from llmengine.errors import RequestFailedError
+from llmengine.errors import QueueFullError, RequestFailedError
 from llmengine.outputs import FinishReason
 
 
@@ -275,6 +276,29 @@ class Scheduler:
             yield request
             if request.family is not None and request is request.relatives[0]:
                 yield from request.family.held
+
+    @contextmanager
+    def borrowed(self, num_tokens: int) -> Iterator[tuple[int, BlockTable]]:
+        """A slot and blocks for `num_tokens` tokens, which are given back, without a trace in the prefix cache.
+
+        Raises `QueueFullError` if no slot is free, or too few blocks.
+        """
+        blocks = BlockTable()
+        if not self._free_slots:
+            raise QueueFullError(
+                f"all {self.config.max_batch_size} slots are taken by requests; wait until one is free"
+            )
+        if not self.kv_cache.allocate(blocks, num_tokens):
+            raise QueueFullError(
+                f"{num_tokens} tokens need {self.kv_cache.blocks_for(num_tokens)} KV blocks; "
+                f"{self.kv_cache.num_available_blocks} are free: wait until fewer requests run"
+            )
+        slot = self._free_slots.pop()
+        try:
+            yield slot, blocks
+        finally:
+            self._free_slots.append(slot)
+            self.kv_cache.free(blocks)
 
     def check_integrity(self) -> None:
         """Assert that slots, queue and blocks are consistent. Too slow for anything but tests."""

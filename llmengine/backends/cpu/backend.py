@@ -217,6 +217,19 @@ class CpuBackend:
         assert result is not None, "collect() follows launch()"
         return result
 
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """Yield the logits [num_tokens, vocab] of a step with one row, see `batch.ScoringBackend`."""
+        assert self._result is None, "a step is in flight"
+        assert self._model is not None, "the backend is closed"
+        for init in batch.slot_inits:
+            self._slots.init_slot(init)
+        with self._few_torch_threads():
+            inputs = self._slots.flatten(batch)
+            logits = self._forward(sampling_all(inputs, slice(None)))
+        assert logits is not None
+        yield logits
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the canonical weights as they are used, in `canonical_shapes` order, one copy at a time.
 

@@ -137,6 +137,21 @@ class CudaBackend:
             idle_s=idle_s,
         )
 
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """Yield the logits of a step with one row, of a bounded number of tokens at a time; see `ScoringBackend`."""
+        program = self._program
+        assert program is not None, "the backend is closed"
+        assert len(self._pending) < STEPS_IN_FLIGHT
+        bucket = self._sizes.bucket_of(batch, draws=False, needs_mixed=True)
+        ring_index = self._next_ring_index
+        self._next_ring_index = (ring_index + 1) % program.ring.depth
+        buffer = program.buffer(bucket)
+        buffer.fill(batch, self._slots.updates(batch.rows, batch.slot_inits), bucket, ring_index)
+        buffer.send(ring_index, self._stream)
+        yield from program.run_for_logits(bucket, batch.num_tokens, self._sizes)
+        self._stream.synchronize()  # the host's side of the buffer is free again
+
     def prepare(self) -> bool:
         """Capture one kind of step that has no graph yet: one that was needed, or else the likeliest."""
         assert self._warmup is not None, "the backend is closed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -349,19 +349,31 @@ class DeviceSampler:
             logits_after: indices of the step's tokens, int32 [n] -> logits fp32 [n, vocab].
             sizes: the values that n may have, ascending from 1.
         """
-        sizes = [size for size in sizes if size == 1 or size * self._vocab_size <= MAX_LOGITS]
         tokens = [token for item in wanted for token in item.tokens]
         token_ids = torch.cat([item.token_ids for item in wanted])
         count = max(item.count for item in wanted)
-        parts, used = [], []
-        for begin in range(0, len(tokens), sizes[-1]):
-            used.append(min(sizes[-1], len(tokens) - begin))
-            padding = [0] * (sizes[bisect_left(sizes, used[-1])] - used[-1])
-            logits = logits_after(self._tensor(tokens[begin : begin + used[-1]] + padding, torch.int32))
-            chosen = self._tensor(token_ids[begin : begin + used[-1]].tolist() + padding, torch.int64)
-            values, ids = self._logprobs(logits, chosen, count)
+        parts, used, begin = [], [], 0
+        for size, logits in self.logits_of(tokens, logits_after, sizes):
+            chosen = F.pad(token_ids[begin : begin + size], (0, len(logits) - size))
+            values, ids = self._logprobs(logits, self._to_device(chosen), count)
             parts.append((self._to_host(values), self._to_host(ids)))
+            used.append(size)
+            begin += size
         return PendingPromptLogprobs(wanted, parts, used)
+
+    def logits_of(
+        self, tokens: Sequence[int], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the logits of some of a step's tokens, a bounded number at a time: (tokens, their rows and padding).
+
+        Args:
+            logits_after, sizes: as for `prompt_logprobs`.
+        """
+        sizes = [size for size in sizes if size == 1 or size * self._vocab_size <= MAX_LOGITS]
+        for begin in range(0, len(tokens), sizes[-1]):
+            part = list(tokens[begin : begin + sizes[-1]])
+            padding = [0] * (sizes[bisect_left(sizes, len(part))] - len(part))
+            yield len(part), logits_after(self._tensor(part + padding, torch.int32))
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities of token_ids [n] and of the `count` likeliest tokens, and the ids of those."""

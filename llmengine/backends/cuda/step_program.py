@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -83,6 +83,16 @@ class StepProgram:
         prompt_logprobs = self.sampler.prompt_logprobs(wanted, partial(self.model.last, attended, x), sizes.samples)
         self._run_last(bucket, attended, x)  # comes last: the sampled tokens' logits are read again after the step
         return prompt_logprobs
+
+    def run_for_logits(self, bucket: Bucket, num_tokens: int, sizes: BucketSizes) -> Iterator[Tensor]:
+        """Queue a mixed step that samples nothing, and yield the logits [n, vocab] of its first `num_tokens` tokens.
+
+        Each tensor is overwritten when the next one is asked for.
+        """
+        attended, x = self._run_to_last(bucket)
+        last = partial(self.model.last, attended, x)
+        for used, logits in self.sampler.logits_of(range(num_tokens), last, sizes.samples):
+            yield logits[:used]
 
     def run_sampling(self, bucket: Bucket) -> None:
         """Queue the part of a step that comes after the logits."""

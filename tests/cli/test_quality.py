@@ -1,0 +1,157 @@
+"""`llmengine eval`, and building an engine whose quality is measured, checked and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmengine import saved_engines
+from llmengine.cli.main import main
+from tests.engine.helpers import WAIT_S
+
+FEW = ["--windows", "2", "--window-tokens", "64"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def test_a_model_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, report = tmp_path / "own.txt", tmp_path / "report.json"
+    text.write_text("It was a dark and stormy night. " * 20)
+    assert main(["eval", str(model), *FEW, "--text", str(text), "--json", str(report)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [
+        *("weights", "perplexity", "weights in memory", "weights in files", "KV cache a token"),
+        *("tokens/s, 1 request", "tokens/s, 16 requests"),
+    ]
+    assert lines[-1] == "on 'own.txt': 2 windows of 64 tokens, stride 64, 126 tokens scored"
+    values = json.loads(report.read_text())
+    assert values["reference"] is None
+    assert values["num_tokens"] == 126
+
+
+def test_quantized_beside_itself(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), *FEW, "--quant", "int8", "--skip-speed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "reference", "change"]
+    assert lines[1].split() == ["weights", "int8", "none"]
+    assert lines[2].endswith("%")
+    assert {line.partition("  ")[0] for line in lines} >= {"top-1 agreement", "KL divergence"}
+    assert lines[-1].startswith("on the built-in text: 2 windows")
+
+
+def test_against_another_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), *FEW, "--against", str(model), "--skip-speed"]) == 0
+    printed = capsys.readouterr().out
+    assert "100.00%" in printed
+    assert "0.00000 nats" in printed
+
+
+def test_build_keeps_the_report(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = tmp_path / "engine"
+    arguments = ["build", str(model), "-o", str(engine), "--quant", "int8", *FEW]
+    assert main([*arguments, "--max-perplexity-increase", "0.5"]) == 0
+    built = capsys.readouterr().out.splitlines()
+    assert built[-1].startswith(f"{engine}: ")
+    assert main(["inspect", str(engine)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-len(built) + 1 :] == built[:-1]
+    assert main(["inspect", str(engine), "--json"]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert quality["reference"]["weight_format"] == "none"
+    assert saved_engines.verify(engine).sound
+    assert main(["eval", str(engine), *FEW, "--skip-speed"]) == 0
+    assert f"{quality['model']['perplexity']:.4f}" in capsys.readouterr().out
+
+
+def test_an_altered_report_is_found_out(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = tmp_path / "engine"
+    assert main(["build", str(model), "-o", str(engine), "--quant", "int8", *FEW]) == 0
+    manifest = engine / "engine.json"
+    manifest.write_text(manifest.read_text().replace('"num_windows": 2', '"num_windows": 3'))
+    capsys.readouterr()
+    assert main(["inspect", str(engine)]) == 1
+    assert "altered after saving" in capsys.readouterr().err
+
+
+def test_an_engine_without_a_report_has_no_key_for_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engine"
+    assert main(["build", str(model), "-o", str(engine), "--quant", "int8", "--skip-evaluation"]) == 0
+    assert "quality" not in json.loads((engine / "engine.json").read_text())
+    capsys.readouterr()
+    assert main(["inspect", str(engine)]) == 0
+    assert "perplexity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quant", "int8", "--sm", "89"], "--quant excludes --sm, which is about TensorRT plans"),
+        (["--quant", "int8", "--max-batch-size", "4"], "--quant excludes --max-batch-size"),
+        (["--max-perplexity-increase", "0.1"], "--max-perplexity-increase needs --quant"),
+        (["--quant", "int8", "--max-perplexity-increase", "-1"], "quant_config.max_perplexity_increase must be"),
+        (
+            ["--quant", "int8", "--max-perplexity-increase", "1", "--skip-evaluation"],
+            "--skip-evaluation excludes --max-perplexity-increase",
+        ),
+    ],
+)
+def test_arguments_that_exclude_each_other(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "no-such-model", "-o", str(tmp_path / "engine"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_read_or_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), "--text", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt: cannot be read: No such file" in capsys.readouterr().err
+    (tmp_path / "binary").write_bytes(b"abc\xff")
+    assert main(["eval", str(model), "--text", str(tmp_path / "binary")]) == 2
+    assert "binary: not UTF-8: invalid start byte at byte 3" in capsys.readouterr().err
+    assert main(["eval", str(model), *FEW, "--skip-speed", "--json", str(tmp_path / "none" / "x")]) == 2
+    assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    """Interrupted when the bar on the terminal has begun, with thousands of windows to go."""
+    target = tmp_path / "out" / "engine"
+    target.parent.mkdir()
+    arguments = ["build", str(model), "-o", str(target), "--quant", "int8", "--windows", "9999", *FEW[2:]]
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-m", "llmengine", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    shown = b""
+    try:
+        while b"evaluating" not in shown:
+            shown += os.read(terminal, 4096)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WAIT_S) == 130
+        os.set_blocking(terminal, False)
+        with contextlib.suppress(BlockingIOError):  # raised where nothing is left
+            while True:
+                shown += os.read(terminal, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+        os.close(stderr)
+    assert b"Traceback" not in shown
+    assert shown.rstrip().endswith(b"Interrupted.")
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
+    assert not list(target.parent.iterdir())
