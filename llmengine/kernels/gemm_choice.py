@@ -25,7 +25,7 @@ from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config, shared_bytes
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import LinearKernels
-from llmengine.quantization.formats import DENSE
+from llmengine.quantization.formats import Dense
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
@@ -128,10 +128,9 @@ class GemmChoices:
 
     def choose(self, shape: GemmShape) -> LinearConfig:
         """Return the configuration for `shape`, any number of rows."""
-        bucketed = _bucketed(shape)
-        if bucketed is None:
+        if _bucket(shape.num_rows) is None:
             return CublasConfig()
-        chosen = self._chosen.get(_key(bucketed))
+        chosen = self._chosen.get(_key(shape))
         return self.candidates(shape)[0] if chosen is None else chosen
 
     def candidates(self, shape: GemmShape) -> list[LinearConfig]:
@@ -254,19 +253,23 @@ def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
     return "wide" if shape.operation == "norm_linear" and shape.n >= 6 * shape.k else "large"
 
 
+def _bucket(num_rows: int) -> int | None:
+    """The rows of the bucket of `num_rows`, None if there are more rows than in any bucket."""
+    return next((rows for rows in ROW_BUCKETS if num_rows <= rows), None)
+
+
 def _bucketed(shape: GemmShape) -> GemmShape | None:
-    """Return the shape with its bucket's number of rows; None if it has more than any bucket."""
-    for rows in ROW_BUCKETS:
-        if shape.num_rows <= rows:
-            return replace(shape, num_rows=rows)
-    return None
+    """The shape with its bucket's number of rows; None if it has more than any bucket."""
+    rows = _bucket(shape.num_rows)
+    return None if rows is None else replace(shape, num_rows=rows)
 
 
 def _key(shape: GemmShape) -> str:
-    # Dense products have no format in their key: so they had it before there were others.
-    weights = "" if shape.weight_format == DENSE else f" {shape.weight_format}"
+    """The shape's name on disk, the same for all numbers of rows in a bucket."""
+    # The key of a dense product has no format, as it was before there were others: kept measurements stay valid.
+    weights = "" if isinstance(shape.weight_format, Dense) else f" {shape.weight_format}"
     dtypes = f"{dtype_name(shape.dtype)}->{dtype_name(shape.out_dtype)}"
-    return f"{shape.operation} {shape.num_rows}x{shape.n}x{shape.k} {dtypes}{weights}"
+    return f"{shape.operation} {_bucket(shape.num_rows)}x{shape.n}x{shape.k} {dtypes}{weights}"
 
 
 def _read(file: Path) -> dict[str, LinearConfig]:
