@@ -52,7 +52,7 @@ class StoredPart:
 
 
 def stored_parts(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, StoredPart]:
-    """Return where every part of `arch` is stored; parts with one stored name are stacked there in order."""
+    """The place where each part of `arch` is stored; parts with the same stored name are stacked in order."""
     first_rows: dict[str, int] = {}
     totals = {name: shape[0] for name, shape in stored_shapes(arch, stored_name).items()}
     places = {}
@@ -66,7 +66,7 @@ def stored_parts(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str
 
 
 def stored_shapes(arch: ModelArch, stored_name: Callable[[str], str]) -> dict[str, tuple[int, ...]]:
-    """Return name in the files -> shape, for every part of `arch`."""
+    """Shape of each tensor that holds parts of `arch`, by its name in the files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for parts in fused_parts(arch).values():
         for part, shape in parts:
@@ -85,7 +85,7 @@ def check_tensors(
 ) -> None:
     """Raise `CorruptFileError` unless the files hold the `expected` names and shapes, and beyond only harmless ones.
 
-    Those that `may_be_padded` may have more rows than expected: an embedding's beyond the vocabulary are no token's.
+    Tensors that `may_be_padded` may have more rows than expected: an embedding's rows beyond the vocabulary are unused.
     """
     missing = [name for name in expected if name not in found]
     if missing:
@@ -98,7 +98,7 @@ def check_tensors(
     left_over = [name for name in found if name not in expected and not is_harmless(name)]
     if left_over:
         raise CorruptFileError(
-            f"{where}: {_count(left_over)} left over that the model as configured has not: {_listed(left_over)}"
+            f"{where}: {_count(left_over)} left over that the configured model does not have: {_listed(left_over)}"
         )
 
 

@@ -153,18 +153,18 @@ def save_engine(
 
 
 def model_config_hash(arch: Mapping[str, Any], dtype: str, quantization: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of what decides whether a built engine fits a model; `arch` as the manifest has it."""
+    """The sha256 (hex) of everything that decides whether an engine fits a model; `arch` as the manifest has it."""
     key = {"arch": dict(arch), "dtype": dtype, "quantization": dict(quantization)}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def open_engine(directory: Path) -> ModelSource:
-    """Return the source of a saved engine directory.
+    """The source of a saved engine directory.
 
-    Checks here: manifest, presence and size of every file but the plans, contents of the tokenizer's. `weights` checks
-    the contents of the weights file before it yields the first tensor, and who uses a plan checks that. Raises
-    `CorruptFileError` naming file, found and expected; `UnsupportedModelError` for another format version, backend or
-    parallel size.
+    This checks the manifest, the presence and size of every file except plans, and the contents of the tokenizer's
+    files. `weights` checks the contents of the weights file before it yields the first tensor, and a backend checks the
+    plans that it uses. Raises `CorruptFileError` naming the file, what was found and what was expected;
+    `UnsupportedModelError` for another format version, backend or parallel size.
     """
     fields = read_manifest(directory)
     files = read_files(directory, fields)
@@ -178,7 +178,7 @@ def open_engine(directory: Path) -> ModelSource:
 
 
 def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedFile]) -> ModelSource:
-    """Return the source that a manifest, read as `fields` and `files`, describes; looks at no file."""
+    """The source that a manifest describes, which was read as `fields` and `files`; looks at no file."""
     arch = arch_from_dict(_arch_values(fields), f"{fields.where}: arch")
     dtype = fields.choice("dtype", MODEL_DTYPES)
     quantization = fields.fields("quantization")
@@ -210,7 +210,7 @@ def described_engine(directory: Path, fields: Fields, files: Mapping[str, SavedF
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
-    """Return the bytes of engine.json: `content`, and the sha256 of `content` as it is written without it."""
+    """The bytes of engine.json: `content`, followed by the sha256 of `content` alone."""
     digest = hashlib.sha256(_encode(content)).hexdigest()
     return _encode({**content, _SEAL: digest})
 
@@ -236,13 +236,13 @@ def _tokenizer_contents(source: Mapping[str, bytes] | Path) -> dict[str, bytes]:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether `name` is a plain relative path, written in the one canonical way."""
+    """Whether `name` is a relative path in its canonical form."""
     path = PurePosixPath(name)
     return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and name != "."
 
 
 def require_replaceable(directory: str | Path) -> Path:
-    """Return the path, absolute and without links, at which an engine for `directory` is written.
+    """The path, absolute and without links, to which an engine for `directory` is written.
 
     Raises `ConfigError` unless it is absent, an empty directory, or an engine directory with nothing else; and if the
     current directory is there, which would be gone after that.
@@ -258,7 +258,7 @@ def require_replaceable(directory: str | Path) -> Path:
 
 def _check_replaceable(target: Path) -> None:
     if not target.is_dir():
-        raise ConfigError(f"{target}: exists and is no directory; choose another name")
+        raise ConfigError(f"{target}: exists and is not a directory; choose another name")
     if _current_directory().is_relative_to(target):
         raise ConfigError(f"{target}: would be replaced while it is, or holds, the current directory; choose another")
     if not any(target.iterdir()):
@@ -275,7 +275,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _current_directory() -> Path:
-    """Return the current directory, an empty path if it has been removed."""
+    """The current directory, an empty path if it has been removed."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -283,7 +283,7 @@ def _current_directory() -> Path:
 
 
 def _reason(error: OSError) -> str:
-    """Return why a call of the system failed, and for which file where that is known."""
+    """The reason why a system call failed, and the file where it is known."""
     reason = error.strerror or str(error)
     return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)}"
 
@@ -346,20 +346,20 @@ def _pieces(source: SavedFile) -> Iterator[bytes]:
 
 
 def read_manifest(directory: Path) -> Fields:
-    """Return the checked manifest of an engine directory; raises as `open_engine` does."""
+    """The checked manifest of an engine directory; raises as `open_engine` does."""
     path = directory / MANIFEST_NAME
     fields = read_json_object(path)
     version = fields.integer("format_version")
     if not 1 <= version <= FORMAT_VERSION:
         age, remedy = ("a newer", "update llmengine, or") if version > FORMAT_VERSION else ("an older", "please")
         raise UnsupportedModelError(
-            f"{path}: format_version {version} is of {age} llmengine, this one reads 1 to {FORMAT_VERSION}: {remedy} "
+            f"{path}: format_version {version} is from {age} llmengine; this one reads 1 to {FORMAT_VERSION}: {remedy} "
             "save the engine again from its checkpoint"
         )
     fields.require_only(_keys(version) | {_SEAL} | ({"quality"} if fields.has("quality") else set()))
     content = {key: value for key, value in fields.values.items() if key != _SEAL}
     if path.read_bytes() != _sealed(content):
-        raise CorruptFileError(f"{path}: its contents are not those expected by its {_SEAL}: altered after saving")
+        raise CorruptFileError(f"{path}: its contents do not match its {_SEAL}: it was altered after saving")
     for key in ("llmengine_version", "torch_version"):
         fields.string(key)
     fields.choice("dtype", MODEL_DTYPES)
@@ -375,7 +375,7 @@ def read_manifest(directory: Path) -> Fields:
 
 
 def _keys(version: int) -> set[str]:
-    """Return the keys that a manifest must have, without its seal."""
+    """The keys that a manifest must have, without its seal."""
     keys = {item.name for item in dataclasses.fields(_Manifest)}
     return keys - ({"quality"} if version == FORMAT_VERSION else {"plans", "quality"})
 
@@ -389,7 +389,7 @@ def read_quality(manifest: Fields) -> QualityReport | None:
 
 
 def read_files(directory: Path, manifest: Fields) -> dict[str, SavedFile]:
-    """Return name -> file, as the manifest lists them; every name is checked to stay inside the directory."""
+    """The files that the manifest lists, by name; every name is checked to stay inside the directory."""
     table = manifest.fields("files")
     files: dict[str, SavedFile] = {}
     for name in table.values:
@@ -404,7 +404,7 @@ def read_files(directory: Path, manifest: Fields) -> dict[str, SavedFile]:
 
 
 def _arch_values(manifest: Fields) -> dict[str, Any]:
-    """Return the architecture; an engine of format 1 has the defaults for what was added since."""
+    """The architecture; in an engine of format 1, fields that were added since have their defaults."""
     values = dict(manifest.fields("arch").values)
     if manifest.integer("format_version") > 1:
         return values
@@ -428,7 +428,7 @@ def _stream(
     layout: Mapping[str, TensorSpec],
     wanted: Mapping[str, TensorSpec],
 ) -> WeightStream:
-    """Yield the saved tensors, which are in `layout`, as `wanted`; only floating-point dtypes may differ."""
+    """Yield the tensors, saved in `layout`, in the layout `wanted`; only floating-point dtypes may differ."""
     import torch
 
     saved.check()

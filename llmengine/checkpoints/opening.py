@@ -54,7 +54,7 @@ def _open(path: str | Path, load_format: Literal["auto", "dummy"]) -> ModelSourc
 
 
 def _one_model(directory: Path, gguf_files: list[Path]) -> Path:
-    """Return the one of several files that is a model: projectors and importance matrices often lie beside it."""
+    """The one file that is a model: projectors and importance matrices often lie beside it."""
     kinds = {file: _gguf_kind(file) for file in gguf_files} if len(gguf_files) > 1 else {}
     adapters = [file for file, kind in kinds.items() if kind == "adapter"]
     if adapters:
@@ -78,7 +78,7 @@ def _open_directory(directory: Path) -> ModelSource:
     if (directory / MANIFEST_NAME).is_file():
         return open_engine(directory)
     gguf_files = sorted(entry for entry in directory.iterdir() if entry.suffix.lower() == ".gguf")
-    # Beside a GGUF file a config.json may say as little as the model's type: then it is no checkpoint's.
+    # A config.json beside a GGUF file may hold only the model's type; it does not make a checkpoint.
     has_weights = any((directory / name).exists() for name in WEIGHT_FILES)
     if (directory / "config.json").is_file() and (has_weights or not gguf_files):
         return open_hf(directory)

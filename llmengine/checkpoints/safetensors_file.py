@@ -47,7 +47,7 @@ class TensorEntry:
     size_bytes: int
 
     def rows(self, first: int, count: int) -> TensorEntry:
-        """Return the entry of rows [first, first + count)."""
+        """The entry of rows [first, first + count)."""
         row_bytes = self.size_bytes // self.shape[0]
         return replace(
             self,
@@ -58,7 +58,7 @@ class TensorEntry:
 
 
 def read_entries(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensor table of a safetensors file.
+    """The tensor table of a safetensors file.
 
     Tensors may be of any dtype; `DTYPE_NAMES` has those that can be read. Raises `CorruptFileError` unless the tensors
     lie within the file, do not overlap and fill it, `ModelLoadError` if it cannot be opened.
@@ -123,7 +123,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, out: torch.Tensor) -> None:
 
 
 def holds_same(files: Mapping[Path, BinaryIO], one: TensorEntry, other: TensorEntry) -> bool:
-    """Return whether two tensors of open files are of one dtype and shape and hold the same bytes."""
+    """Whether two tensors of open files have the same dtype, shape and bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     for start in range(0, one.size_bytes, COPY_ELEMENTS):

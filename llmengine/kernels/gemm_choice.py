@@ -102,7 +102,7 @@ _TILE_EDGE = 32
 """What loading a row of either operand costs a tile, in products of a row and an output."""
 
 TimeUs = Callable[[GemmShape], float]
-"""Returns the microseconds of a chain of products that this one is part of, with the present choices; infinity where
+"""Measures the microseconds of a chain of products that this one is part of, with the present choices; infinity where
 one of them cannot run."""
 
 
@@ -127,18 +127,18 @@ class GemmChoices:
         self._chosen = _read(file)
 
     def choose(self, shape: GemmShape) -> LinearConfig:
-        """Return the configuration for `shape`, any number of rows."""
+        """The configuration for `shape`, any number of rows."""
         if _bucket(shape.num_rows) is None:
             return CublasConfig()
         chosen = self._chosen.get(_key(shape))
         return self.candidates(shape)[0] if chosen is None else chosen
 
     def candidates(self, shape: GemmShape) -> list[LinearConfig]:
-        """Return what is worth measuring for a shape, the likeliest first; one stands for no choice."""
+        """The configurations worth measuring for a shape, the likeliest first; one means that there is no choice."""
         return candidates(shape, self._max_shared, self._num_sms)
 
     def missing(self, shapes: Iterable[GemmShape]) -> list[GemmShape]:
-        """Return the shapes that are not measured and have more than one candidate, bucketed, each once."""
+        """The shapes that are not measured and have more than one candidate, bucketed, each once."""
         bucketed = {_key(shape): shape for shape in map(_bucketed, shapes) if shape is not None}
         return [shape for key, shape in bucketed.items() if key not in self._chosen and len(self.candidates(shape)) > 1]
 
@@ -167,7 +167,7 @@ class GemmChoices:
         return left
 
     def _times_us(self, shape: GemmShape, deadline: float, time_us: TimeUs) -> dict[LinearConfig, float] | None:
-        """Return the microseconds with each candidate, None if the deadline came first; the choice stays open."""
+        """The microseconds with each candidate, None if the deadline came first; the choice stays open."""
         times: dict[LinearConfig, float] = {}
         try:
             for config in self.candidates(shape):
@@ -185,14 +185,14 @@ class GemmChoices:
 
 
 def _finalists(times: Mapping[LinearConfig, float]) -> list[LinearConfig]:
-    """Return the fastest where several are close, else none."""
+    """The fastest ones if several are close, else none."""
     ranked = sorted(times, key=times.__getitem__)
     close = [config for config in ranked[:_NUM_FINALISTS] if times[config] <= _CLOSE * times[ranked[0]]]
     return close if len(close) > 1 else []
 
 
 def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
-    """Return choices for `kernels` on `device`, kept in `cache_dir()`."""
+    """Choices for `kernels` on `device`, kept in `cache_dir()`."""
     name = f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
     if kernels.pdl:
         name += "-pdl"
@@ -201,7 +201,7 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
 
 
 def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[LinearConfig]:
-    """Return what was fast for a shape's bucket and needs at most `max_shared` bytes, the likeliest first.
+    """The configurations that were fast for a shape's bucket and fit in `max_shared` bytes, the likeliest first.
 
     Args:
         num_sms: see `GemmChoices`.
@@ -224,7 +224,7 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
 
 
 def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
-    """Return the `number` tiles with which all waves of programs together take the least time, in their clusters."""
+    """The `number` tiles with which all waves of programs together take the least time, in their clusters."""
     if num_sms == 0:
         return []
     num_outputs = _num_outputs(shape)
@@ -247,7 +247,7 @@ def _num_outputs(shape: GemmShape) -> int:
 
 
 def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
-    """Return "small" where latency counts more than the memory's speed: up to 8 MiB of weights; "wide" for LM heads."""
+    """Size class: "small" up to 8 MiB of weights, where latency counts more than bandwidth; "wide" for LM heads."""
     if shape.n * shape.k <= 1 << 22:
         return "small"
     return "wide" if shape.operation == "norm_linear" and shape.n >= 6 * shape.k else "large"

@@ -51,7 +51,7 @@ LinearConfig = SkinnyConfig | CublasConfig | TileConfig
 
 
 def parse_config(name: str) -> LinearConfig:
-    """Return the configuration of this name; raises ValueError."""
+    """The configuration of this name; raises ValueError."""
     match = re.fullmatch(r"cublas(\d+)m(\d+)", name)
     if match is not None:
         return CublasConfig(int(match[1]), int(match[2]))
@@ -104,7 +104,7 @@ Choose = Callable[[GemmShape], LinearConfig]
 
 
 def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
-    """Return the bytes of shared memory that a program needs for its loads in flight, as Triton's compiler takes them.
+    """The bytes of shared memory that a program needs for its loads in flight, as Triton's compiler takes them.
 
     Kernels without such loads, of one row, take a few KiB besides for their sums.
     """
@@ -116,7 +116,7 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
 
 
 def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig:
-    """Return a configuration that adds every row up in the same order, whatever the number of rows and the device.
+    """A configuration that adds every row up in the same order, whatever the number of rows and the device.
 
     Args:
         max_shared: see `limits.max_shared_bytes`; less of it leaves fewer loads in flight, in the same order.

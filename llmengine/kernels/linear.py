@@ -270,7 +270,7 @@ def linear_reference(
     bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return what the operation writes, computed in fp32."""
+    """The operation's result, computed in float32."""
     normed = x.float() if norm_weight is None else rms_norm_reference(x, norm_weight, eps)
     y = F.linear(normed, weight.float(), None if bias is None else bias.float())
     if operation == "norm_linear_silu":

@@ -29,7 +29,7 @@ class Linear(Protocol):
     """A weight matrix in whatever format its device runs best."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T + bias + residual, [num_tokens, out_features]; `residual` may be overwritten."""
+        """x @ weight.T + bias + residual, [num_tokens, out_features]; `residual` may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ class Segments(Protocol):
         """Attentions, one more than there are `mid` segments."""
 
     def first(self, x: Tensor) -> Tensor:
-        """Return qkv of layer 0 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
+        """The qkv of layer 0, [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
 
         Args:
             x: embeddings [num_tokens, hidden].
         """
 
     def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden states after `layer` and the qkv of the next one; `x` may be overwritten.
+        """The hidden states after `layer` and the qkv of the next one; `x` may be overwritten.
 
         Args:
             attended: [num_tokens, num_heads * head_dim].
@@ -76,11 +76,11 @@ class Segments(Protocol):
         """
 
     def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
-        """Return fp32 logits [num_samples, vocab] after the last layer, see `forward`."""
+        """Logits float32 [num_samples, vocab] after the last layer, see `forward`."""
 
 
 def forward(segments: Segments, x: Tensor, attend: Attend, sample_tokens: Tensor | None) -> Tensor | None:
-    """Return fp32 logits [num_samples, vocab] and write the KV of all tokens.
+    """Write the KV of all tokens and return logits float32 [num_samples, vocab].
 
     Args:
         x: embeddings [num_tokens, hidden]; may be overwritten.
@@ -94,7 +94,7 @@ def forward(segments: Segments, x: Tensor, attend: Attend, sample_tokens: Tensor
 
 
 def forward_to_last(segments: Segments, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-    """Return what `Segments.last` takes of all tokens, and write their KV; see `forward`."""
+    """Write the KV of all tokens and return the arguments of `Segments.last` for all of them; see `forward`."""
     qkv = segments.first(x)
     last = segments.num_layers - 1
     for layer in range(last):
@@ -154,13 +154,13 @@ def finish_logits(logits: Tensor, scale: float, soft_cap: float | None) -> None:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up for [num_tokens, 2 * intermediate], gate then up."""
+    """silu(gate) * up for [num_tokens, 2 * intermediate], gate then up."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """Return gelu(gate) * up, GELU in its tanh approximation, for [num_tokens, 2 * intermediate], gate then up."""
+    """gelu(gate) * up for [num_tokens, 2 * intermediate], gate then up; GELU in its tanh approximation."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
 
@@ -173,5 +173,5 @@ def _project(linear: Linear, norm: Norm | None, x: Tensor) -> Tensor:
 
 
 def _add(linear: Linear, norm: Norm | None, inputs: Tensor, x: Tensor) -> Tensor:
-    """Return x plus the linear's result, normalized if there is a norm; `x` may be overwritten."""
+    """x plus the linear's result, which is normalized if there is a norm; `x` may be overwritten."""
     return linear(inputs, x) if norm is None else norm(linear(inputs)).add_(x)

@@ -224,7 +224,7 @@ def edit(engine: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format_version": 3}, UnsupportedModelError, "a newer llmengine, this one reads 1 to 2: update"),
+        ({"format_version": 3}, UnsupportedModelError, "from a newer llmengine; this one reads 1 to 2: update"),
         ({"format_version": 0}, UnsupportedModelError, "an older llmengine"),
         ({"format_version": "1"}, CorruptFileError, "format_version: expected an integer"),
         ({"backend": "abacus"}, UnsupportedModelError, "'abacus'"),

@@ -158,7 +158,7 @@ class PagedAttention:
         self._plans = {window: self._plan_window(inputs, block_tables, window) for window in self._windows}
 
     def _rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what q and k, and their partners, are multiplied by; q comes out scaled for the scores."""
+        """Factors of q and k and of their rotary partners; those of q include the scale of the scores."""
         cos, sin = cos_sin[:, None, :].chunk(2, dim=-1)
         return torch.cat((cos, cos), dim=-1) * self._head_scales, torch.cat((-sin, sin), dim=-1) * self._head_scales
 
@@ -246,7 +246,7 @@ class PagedAttention:
         return groups
 
     def _plan_group(self, begin: int, end: int, table: NDArray[np.int32], beyond: NDArray[np.bool_]) -> _DecodeGroup:
-        """Return the group that reads the blocks `table` [rows, num_blocks], less the positions `beyond`."""
+        """The group that reads the blocks `table` [rows, num_blocks], less the positions `beyond`."""
         shape, index = self.shape, self._index_type
         heads, dim, size, repeat = (
             shape.num_kv_heads,
@@ -293,7 +293,7 @@ class PagedAttention:
 
 
 def _mask(start: int, end: int, first_key: int, window: int | None) -> Tensor:
-    """Return fp32 [end - start, end - first_key]: -inf where a query at [start, end) does not attend to a key."""
+    """float32 [end - start, end - first_key]: -inf where a query at [start, end) does not attend to a key."""
     mask = torch.full((end - start, end - first_key), -torch.inf).triu_(start - first_key + 1)
     if window is not None:
         before = torch.ones(mask.shape, dtype=torch.bool).tril_(start - first_key - window)
@@ -302,12 +302,12 @@ def _mask(start: int, end: int, first_key: int, window: int | None) -> Tensor:
 
 
 def _cap(scores: Tensor, soft_cap: float) -> Tensor:
-    """Return `scores`, soft-capped in place."""
+    """Soft-cap `scores` in place and return them."""
     return scores.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
-    """Return [num_queries, heads * dim] for scaled q [num_queries, heads, dim], KV head after KV head.
+    """The attention [num_queries, heads * dim] of scaled q [num_queries, heads, dim], KV head after KV head.
 
     `scaled_dot_product_attention` has no soft cap.
     """
@@ -322,7 +322,7 @@ def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: f
 
 
 def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    """Return [num_bags, columns]: for each bag the sum of its rows times their weights."""
+    """[num_bags, columns]: the sum of each bag's rows times their weights."""
     return torch.embedding_bag(rows, indices, bags, False, 0, False, weights, False)[0]
 
 

@@ -151,7 +151,7 @@ class CpuBackend:
         self._result = replace(_step_result(batch.step, inputs, samples, forward_s), prompt_logprobs=prompt_logprobs)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Return the logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        """Write the KV of all tokens and return the logits [num_samples, vocab], None without samples."""
         if not self._deterministic:
             return self._forward_at_once(inputs)
         native = self._native
@@ -189,7 +189,7 @@ class CpuBackend:
     def _forward_with_prompt_logprobs(
         self, inputs: StepInputs, wanted: Sequence[WantedLogprobs]
     ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
-        """Return what `_forward` does, and log-probabilities of prompt tokens."""
+        """The same as `_forward`, with log-probabilities of prompt tokens."""
         if self._deterministic:
             # These tokens are computed again, which writes the same keys and values.
             logits = self._forward(inputs)
@@ -206,13 +206,13 @@ class CpuBackend:
         return last(samples) if len(samples) else None, prompt_logprobs
 
     def _logits_after(self, inputs: StepInputs, tokens: torch.Tensor) -> torch.Tensor:
-        """Return fp32 logits [n, vocab] of the step's tokens int64 [n], which follow each other."""
+        """Logits float32 [n, vocab] of the step's tokens int64 [n], which are consecutive."""
         logits = self._forward(sampling_all(inputs, slice(int(tokens[0]), int(tokens[-1]) + 1)))
         assert logits is not None
         return logits
 
     def collect(self) -> StepResult:
-        """Return the result of the step that was launched."""
+        """The result of the step that was launched."""
         result, self._result = self._result, None
         assert result is not None, "collect() follows launch()"
         return result

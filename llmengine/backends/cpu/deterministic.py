@@ -42,7 +42,7 @@ def native_pieces(inputs: StepInputs, max_tokens: int) -> Iterator[tuple[StepInp
 
 
 def token_pieces(inputs: StepInputs) -> Iterator[tuple[StepInputs, int]]:
-    """Yield each token as a step of its own, in order, and 1 if it samples, else 0."""
+    """Yield each token as a step of its own, in order, with 1 if it samples, else 0."""
     for token in range(len(inputs.token_ids)):
         samples = _samples_within(inputs, token, token + 1)
         one = slice(token, token + 1)
@@ -61,7 +61,7 @@ def token_pieces(inputs: StepInputs) -> Iterator[tuple[StepInputs, int]]:
 
 
 def sampling_all(inputs: StepInputs, tokens: slice) -> StepInputs:
-    """Return these tokens of a step, of which each samples; only fit to be cut into pieces."""
+    """These tokens of a step, each of which samples; the result is only fit to be cut into pieces."""
     token_ids = inputs.token_ids[tokens]
     return replace(
         inputs,
@@ -73,6 +73,6 @@ def sampling_all(inputs: StepInputs, tokens: slice) -> StepInputs:
 
 
 def _samples_within(inputs: StepInputs, begin: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return the tokens [begin, end) that sample, counted from `begin`."""
+    """The tokens [begin, end) that sample, counted from `begin`."""
     first, last = np.searchsorted(inputs.sample_tokens, (begin, end))
     return inputs.sample_tokens[first:last] - begin

@@ -45,14 +45,14 @@ _WIDENED_WEIGHTS = 1 << 20
 _MEASURED_WEIGHTS = 4_000_000
 _MEASURED_TURNS = 3
 _TOLERANCE = 0.2
-"""Logarithm of the product of the ratios at `MEASURED_TOKENS`, 5 % each, that is still called equal."""
+"""Layouts count as equal up to this logarithm of the product of their ratios at `MEASURED_TOKENS`, 5 % each."""
 
 
 class CpuLinear(Protocol):
     """`models.decoder.Linear` that knows its size and gives back what it was made of."""
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return fp32 x @ weight.T + bias + residual; `residual` may be overwritten."""
+        """float32 x @ weight.T + bias + residual; `residual` may be overwritten."""
 
     @property
     def size_bytes(self) -> int:
@@ -101,7 +101,7 @@ class TorchLinear:
 
 
 def padded_tokens(num_tokens: int) -> int:
-    """Return the number of rows that oneDNN is given for so many tokens: at most 18 % more, and none up to 16.
+    """The rows that oneDNN is given for so many tokens: at most 18 % more, and none more up to 16 tokens.
 
     oneDNN keeps up to 1,024 compiled products, one for each shape, with buffers in proportion to the rows. Batches of
     every size from 1 to 512 would make it hold gigabytes.
@@ -173,7 +173,7 @@ class Int8Linear:
 
 
 def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T in fp32."""
+    """x @ weight.T in float32."""
     y = x.new_empty(x.shape[0], weight.shape[0])
     rows = max(1, _WIDENED_WEIGHTS // weight.shape[1])
     for part, out in zip(weight.split(rows), y.split(rows, dim=1), strict=True):
@@ -285,7 +285,7 @@ def _has_bf16_units() -> bool:
 
 
 def _works(attempt: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> bool:
-    """True if a private or deprecated operator is there and right: its absence must cost speed only."""
+    """Whether a private or deprecated operator exists and is right: its absence must cost speed only."""
     try:
         return bool(torch.allclose(attempt(dtype), torch.full((3, 32), 16.0), rtol=0.02))
     except (AttributeError, RuntimeError, NotImplementedError):

@@ -50,7 +50,7 @@ class LogitEditor:
         self._biases[slot, : len(edits.entry_biases)] = edits.entry_biases
 
     def edits(self, slots: IntArray) -> bool:
-        """Return whether any of the slots has edits."""
+        """Whether any of the slots has edits."""
         return bool(self._edited[slots].any())
 
     def apply(self, logits: Tensor, slots: IntArray, positions: IntArray) -> SavedLogits:
@@ -80,7 +80,7 @@ class LogitEditor:
             self._count(slots[rows], token_ids[rows])
 
     def _changed_entries(self, flat: FloatArray, first: IntArray, slots: IntArray) -> tuple[IntArray, FloatArray]:
-        """Return where entries are in the flat logits, and their new values."""
+        """Indices into the flat logits, and the new values there."""
         ids, states = self._tables["entry_ids"], self._tables["entry_states"]
         counts = self._num_entries[slots]
         starts = slots * ids.shape[1] - (np.cumsum(counts) - counts)
@@ -95,7 +95,7 @@ class LogitEditor:
         return index, values - frequency * in_output - presence * (in_output > 0)
 
     def _forbidden(self, first: IntArray, slots: IntArray, positions: IntArray) -> IntArray:
-        """Return where in the flat logits the last tokens are of words whose other tokens were the latest."""
+        """Indices into the flat logits of the last tokens of words whose other tokens are the latest ones."""
         width = int(self._num_words[slots].max(initial=0))
         ends, lengths = self._tables["word_ends"][slots, :width], self._tables["word_lengths"][slots, :width]
         matched = (np.arange(width) < self._num_words[slots, None]) & (
@@ -132,7 +132,7 @@ class LogitEditor:
 
 
 def _widened(table: NDArray[ScalarT], width: int) -> NDArray[ScalarT]:
-    """Return the table with a power of two of columns, `width` or more, if it has fewer."""
+    """The table with at least `width` columns; it grows to a power of two."""
     if width <= table.shape[1]:
         return table
     return np.pad(table, ((0, 0), (0, (1 << (width - 1).bit_length()) - table.shape[1])))

@@ -208,7 +208,7 @@ class NativeInt8Linear:
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return fp32 x @ weight.T + bias + residual; `residual` is overwritten by it."""
+        """float32 x @ weight.T + bias + residual, which overwrites `residual`."""
         x = x.contiguous()
         num_tokens = len(x)
         out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
@@ -244,7 +244,7 @@ class NativeInt8Linear:
 
 
 def _quantized_size(columns: int) -> int:
-    """Return the floats that a token's 16-bit activations and their scale take."""
+    """Number of floats that a token's 16-bit activations and their scale take."""
     return 1 + (columns + 1) // 2
 
 
@@ -253,7 +253,7 @@ def _matrices(layer: _Layer) -> tuple[_MatrixStruct, ...]:
 
 
 def _takes_many(matrix_format: int, has_blas: bool) -> bool:
-    """True if a matrix of this format is multiplied as fast as by torch where there are many tokens."""
+    """Whether products of this format with many tokens are as fast as torch's."""
     if matrix_format == _FORMATS[torch.bfloat16] and torch.cpu._is_amx_tile_supported():
         return False
     return has_blas or matrix_format == _FORMATS[torch.int8]
@@ -318,7 +318,7 @@ class NativeDecoder:
         self._kept += [layers, library]
 
     def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
-        """Return fp32 logits [num_samples, vocab], None without samples; write the KV of all tokens."""
+        """Write the KV of all tokens and return logits float32 [num_samples, vocab], None without samples."""
         num_tokens, num_logits = len(inputs.token_ids), len(inputs.sample_tokens)
         assert self.max_tokens is None or num_tokens <= self.max_tokens
         logits = torch.empty(num_logits, self._vocab_size)
@@ -371,7 +371,7 @@ class NativeDecoder:
         return _MatrixStruct(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
 
     def _vector(self, tensor: Tensor) -> int:
-        """Return the address of `tensor` as contiguous fp32."""
+        """The address of `tensor` as contiguous float32."""
         tensor = tensor.float().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()

@@ -20,7 +20,7 @@ _PAUSE_SOFT = 1
 
 @cache
 def torch_function(name: str) -> int | None:
-    """Return the address of a C function in torch's CPU library or in what that was linked with; None without."""
+    """The address of a C function in torch's CPU library or in a library linked to it, None if there is none."""
     suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
     prefix = "" if sys.platform == "win32" else "lib"
     try:

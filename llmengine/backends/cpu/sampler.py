@@ -111,7 +111,7 @@ class Sampler:
         return Samples(token_ids=chosen, failed=failed.tolist(), logprobs=logprobs)
 
     def _choose(self, logits: Tensor, maxima: Tensor, slots: IntArray, positions: IntArray) -> Tensor:
-        """Return int64 [num_rows]."""
+        """The chosen tokens, int64 [num_rows]."""
         greedy = self._greedy[slots]
         if greedy.all():
             return _first_argmax(logits, maxima)
@@ -125,7 +125,7 @@ class Sampler:
         return result
 
     def _draw(self, logits: Tensor, maxima: Tensor, slots: IntArray, positions: IntArray, width: int) -> Tensor:
-        """Return int64 [num_rows]; all rows take the algorithm of `width`."""
+        """The chosen tokens, int64 [num_rows]; all rows take the algorithm of `width`."""
         if width == 1:
             return _first_argmax(logits, maxima)
         # Minus the maximum first: a tiny temperature then gives -inf and not NaN.
@@ -157,7 +157,7 @@ class Sampler:
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """Return [num_rows], the logarithms of the rows' sums of exponentials.
+    """The logarithms of the rows' sums of exponentials, [num_rows].
 
     By segments: torch would cut the sum of a single long row among its threads, and add it up in another order.
     """
@@ -168,7 +168,7 @@ def log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def uniform(seeds: NDArray[np.uint64], positions: IntArray) -> Tensor:
-    """Return float64 [n] in [0, 1), a pure function of (seed, position): splitmix64 over a mix of the two.
+    """float64 [n] in [0, 1), a pure function of (seed, position): splitmix64 over a mix of the two.
 
     Two rounds, since neighbouring seeds and neighbouring positions must not give related numbers.
     """
@@ -185,7 +185,7 @@ def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _masked(logits: Tensor, slots: IntArray, masks: Mapping[int, Int32Array]) -> Tensor:
-    """Return a copy of the logits [num_rows, vocab] with -inf where the slots' masks forbid."""
+    """A copy of the logits [num_rows, vocab] with -inf where the slots' masks forbid."""
     rows = [row for row, slot in enumerate(slots.tolist()) if slot in masks]
     octets = np.stack([masks[slots[row]] for row in rows]).view(np.uint8)
     allowed = np.unpackbits(octets, axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
@@ -195,7 +195,7 @@ def _masked(logits: Tensor, slots: IntArray, masks: Mapping[int, Int32Array]) ->
 
 
 def _segment_maxima(logits: Tensor) -> Tensor:
-    """Return [num_rows, num_segments], the only pass over the logits that a greedy step needs.
+    """The segments' maxima [num_rows, num_segments]: the only pass over the logits that a greedy step needs.
 
     One segment a token if the vocabulary does not divide.
     """
@@ -204,7 +204,7 @@ def _segment_maxima(logits: Tensor) -> Tensor:
 
 
 def _first_argmax(logits: Tensor, maxima: Tensor) -> Tensor:
-    """Return int64 [num_rows], the lowest id among a row's likeliest, from the segments' maxima."""
+    """The lowest id among each row's likeliest, int64 [num_rows], from the segments' maxima."""
     segment = maxima.argmax(dim=-1)
     if maxima.shape == logits.shape:
         return segment
@@ -213,7 +213,7 @@ def _first_argmax(logits: Tensor, maxima: Tensor) -> Tensor:
 
 
 def _invert_all(scaled: Tensor, uniforms: Tensor) -> Tensor:
-    """Return int64 [num_rows], drawn from softmax(scaled) over all tokens, without a sort.
+    """Tokens int64 [num_rows], drawn from softmax(scaled) over all tokens without sorting them.
 
     Two levels: the segment of `_SEGMENT` tokens where the cumulative sum passes the drawn mass, then the token in it.
     """
@@ -233,7 +233,7 @@ def _invert_all(scaled: Tensor, uniforms: Tensor) -> Tensor:
 def _invert_top(
     probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor, width: int
 ) -> Tensor:
-    """Return int64 [num_rows], drawn from the likeliest tokens that top_k, top_p and min_p leave.
+    """Tokens int64 [num_rows], drawn from the likeliest ones that top_k, top_p and min_p leave.
 
     Rows without top_k whose `width` likeliest tokens do not hold top_p are drawn again with more of them.
     """
@@ -262,7 +262,7 @@ def _invert_top(
 
 
 def _first_above(cumulative: Tensor, mass: Tensor) -> Tensor:
-    """Return int64 [num_rows], the first index whose cumulative sum [num_rows, n] is above mass [num_rows].
+    """The first index whose cumulative sum [num_rows, n] is above mass [num_rows], as int64 [num_rows].
 
     Rounding may leave none; then the last index that adds anything. Never one of weight zero.
     """

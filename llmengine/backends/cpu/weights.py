@@ -100,7 +100,7 @@ class CpuModel:
     description: str
 
     def canonical(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the canonical weights; matrices in another layout are laid out as they are stored one at a time."""
+        """Yield the canonical weights. Matrices in another layout are copied back one at a time."""
         for name in self.order:
             linear = self.linears.get(name)
             if linear is None:

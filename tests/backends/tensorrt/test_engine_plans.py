@@ -323,7 +323,7 @@ def test_what_is_no_engine_is_one_line(tmp_path: Path, command: str, capsys: pyt
     assert capsys.readouterr().err == f"llmengine: {tmp_path} is not a saved engine: it has no engine.json\n"
     (tmp_path / "engine.json").write_text('{"format_version": 99}')
     assert main([command, str(tmp_path)]) == 1
-    assert "format_version 99 is of a newer llmengine" in capsys.readouterr().err
+    assert "format_version 99 is from a newer llmengine" in capsys.readouterr().err
     assert main([command, "x" * 300]) == 1
     assert "xxx cannot be read: File name too long" in capsys.readouterr().err
 
