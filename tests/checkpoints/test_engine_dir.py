@@ -278,12 +278,12 @@ def test_foreign_directories_are_refused_and_kept(engine: Path, tmp_path: Path) 
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for target, message in [
         (mine, "neither empty nor a saved engine"),
-        (mine / "thesis.txt", "no directory"),
+        (mine / "thesis.txt", "is not a directory"),
         (engine, r"notes\.txt"),
         (broken, "cannot be read"),
         (tmp_path / "folders", "neither empty nor a saved engine"),
         (tmp_path / "linking", "files that are not the saved engine's: home"),
-        (tmp_path / "loop", "no directory"),
+        (tmp_path / "loop", "is not a directory"),
     ]:
         before = tree(tmp_path)
         with pytest.raises(ConfigError, match=message):

@@ -19,6 +19,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
+from llmengine.quantization.formats import DENSE
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats
@@ -208,6 +209,44 @@ def test_a_saved_int8_engine_gives_the_same_tokens(tmp_path: Path) -> None:
         request = driver.add(0, make_prompt(30), ALL_LOGPROBS)
         entries.append([driver.step((request, count)).logprobs[0][0] for count in (30, 1, 1, 1)])
     assert entries[0] == entries[1] == entries[2]
+
+
+def test_matrices_of_different_formats_run_side_by_side(tmp_path: Path, native_directory: Path) -> None:
+    save_tiny(tmp_path / "model")
+    source = open_model(tmp_path / "model")
+    formats = ModelFormats(INT8, {"layers.1.down": DENSE, "lm_head": DENSE})
+    quantized = dict(load_tiny(tmp_path / "model", quant="int8").weights())
+    dense = dict(source.weights(torch.float32))
+    weights = {name: quantized.get(name, dense.get(name)) for name in formats.layout(source.arch, "float32")}
+    weights |= {name: dense[name] for name in ("layers.1.down.weight", "lm_head.weight")}
+    save_engine(
+        tmp_path / "engine",
+        arch=source.arch,
+        weights=[(name, tensor) for name, tensor in weights.items() if tensor is not None],
+        dtype="float32",
+        formats=formats,
+        generation_config={},
+        eos_token_ids=[2],
+        bos_token_id=1,
+        tokenizer_files={},
+    )
+    entries = []
+    for quant in ("none", "int8"):
+        backend = load_tiny(tmp_path / "engine", quant=quant, native_directory=native_directory)
+        found = dict(backend.weights())
+        assert list(found) == list(weights)
+        assert all(torch.equal(found[name], tensor) for name, tensor in weights.items() if tensor is not None)
+        driver = BackendDriver(backend)
+        request = driver.add(0, make_prompt(30), ALL_LOGPROBS)
+        entries.append(driver.step((request, 30)).logprobs[0][0])
+    assert entries[0] == entries[1], "matrices that are dense by name stay so"
+    driver = BackendDriver(load_tiny(tmp_path / "model", native_directory=native_directory))
+    exact = driver.step((driver.add(0, make_prompt(30), ALL_LOGPROBS), 30)).logprobs[0][0]
+    near = dict(zip(entries[0].top_ids, entries[0].top_logprobs, strict=True))
+    pairs = zip(exact.top_ids, exact.top_logprobs, strict=True)
+    errors = [abs(near[token] - value) for token, value in pairs if token in near]
+    assert len(errors) > len(near) // 2
+    assert 0 < max(errors) < 0.2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

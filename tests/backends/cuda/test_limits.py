@@ -15,7 +15,8 @@ from llmengine.backends.cuda import loading, sampling, warmup
 from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.batch import Batch, SlotInit
-from llmengine.config import KvCacheConfig, SchedulerConfig
+from llmengine.checkpoints.opening import open_model
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from llmengine.kernels.sampling import MAX_VOCAB
@@ -133,3 +134,10 @@ def test_a_load_that_failed_keeps_no_memory_while_its_error_is_handled(
     gc.collect()
     assert weights
     assert not any(weight() is not None for weight in weights), failure.value
+
+
+def test_quantized_weights_are_refused_by_name(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path)
+    config = ModelConfig(tmp_path, quant_config=QuantConfig(weights="int8")).resolve()
+    with pytest.raises(ConfigError, match=r"quant_config\.weights='int8' is not available on CUDA.* use 'none'"):
+        loading.allocate_weights(config, open_model(tmp_path), torch.device(device))
