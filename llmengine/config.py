@@ -22,7 +22,7 @@ from llmengine.errors import ConfigError
 
 BackendName = Literal["auto", "torch", "tensorrt"]
 AttentionBackendName = Literal["auto", "flashinfer", "measure"]
-WeightQuantization = Literal["none", "int8", "int4"]
+WeightQuantization = Literal["none", "stored", "int8", "int4"]
 
 _require_int = partial(checks.require_int, error=ConfigError)
 _require_number = partial(checks.require_number, error=ConfigError)
@@ -106,7 +106,8 @@ class QuantConfig(_Settings):
     """What may be quantized.
 
     Attributes:
-        weights: "none", "int8" (per-output-channel weights, activations quantized on the fly where the kernel
+        weights: "none", "stored" (a GGUF file's quantized matrices stay as they are, on a CPU; other checkpoints always
+            load so), "int8" (per-output-channel weights, activations quantized on the fly where the kernel
             does so) or "int4" (groups of `group_size`).
         group_size: weights that share one scale, for int4.
         max_perplexity_increase: most that quantizing may raise the perplexity of the package's evaluation text: 0.01 is
@@ -142,7 +143,7 @@ class QuantConfig(_Settings):
         self.group_size = group_size
 
     def _check(self) -> None:
-        _require_choice("quant_config.weights", self.weights, ("none", "int8", "int4"))
+        _require_choice("quant_config.weights", self.weights, ("none", "stored", "int8", "int4"))
         _require_int("quant_config.group_size", self.group_size, 16)
         if self.max_perplexity_increase is not None:
             _require_number("quant_config.max_perplexity_increase", self.max_perplexity_increase, 0.0)

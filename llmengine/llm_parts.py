@@ -170,6 +170,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         device = choose_device(resolved.device)
         resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
         resolved = resolved.resolve(accelerator=device != "cpu")
+        source = source.in_use(resolved)
     except BaseException:
         threads.stop()
         raise

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {*DATA, "chat", "tokenizer.protocol"},
     "user_cache": set(),
     "models": DATA,
-    "models.doc": {*DATA, "models", "checkpoints"},
+    "models.doc": {*DATA, "models", "checkpoints", "quantization"},
     "quantization": {*DATA, "models"},
     "kernels": {"dtypes", "quantization", "user_cache"},
     "checkpoints": {*DATA, "models", "quantization"},
@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
 THIRD_PARTY: dict[str, set[str]] = {
     **{layer: set() for layer in DATA},
     "dtypes": {"torch"},
-    "quantization": {"torch"},
+    "quantization": {"torch", "numpy", "gguf"},
     "user_cache": set(),
     "__init__": set(),
     "engine": {"anyio"},

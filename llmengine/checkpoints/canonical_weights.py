@@ -10,7 +10,7 @@ from llmengine.checkpoints.source import WeightStream
 from llmengine.dtypes import model_dtype_name, torch_dtype
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch, fused_parts, head_order
-from llmengine.quantization.model_formats import DENSE_MODEL
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
 if TYPE_CHECKING:
     import torch
@@ -19,26 +19,30 @@ COPY_ELEMENTS = 1 << 22
 """Elements converted at a time, so that a temporary copy of a large embedding stays small."""
 
 
-def stream_fused(arch: ModelArch, dtype: torch.dtype, read_part: Callable[[str, torch.Tensor], None]) -> WeightStream:
-    """Yield the canonical weights of `arch`, none of them quantized.
+def stream_fused(
+    arch: ModelArch,
+    dtype: torch.dtype,
+    read_part: Callable[[str, torch.Tensor], None],
+    formats: ModelFormats = DENSE_MODEL,
+) -> WeightStream:
+    """Yield the canonical weights of `arch` in `formats`, each of which has one tensor for a matrix, or for each part.
 
     `read_part(name, out)` fills each part's rows, in the order of `fused_parts`. Heads of q and k are brought from the
     checkpoint's order of rows into `head_order`.
     """
     import torch
 
-    layout, order = DENSE_MODEL.layout(arch, model_dtype_name(dtype)), head_order(arch)
+    layout, order = formats.layout(arch, model_dtype_name(dtype)), head_order(arch)
     for name, parts in fused_parts(arch).items():
-        fused = torch.empty(layout[name].shape, dtype=torch_dtype(layout[name].dtype))
-        row = 0
-        for part, shape in parts:
-            rows = fused[row : row + shape[0]]
+        names = [name, *(item for index in range(1, len(parts)) if (item := f"{name}_{index}") in layout)]
+        tensors = [torch.empty(layout[item].shape, dtype=torch_dtype(layout[item].dtype)) for item in names]
+        places = tensors if len(names) > 1 else tensors[0].split([shape[0] for _, shape in parts])
+        for (part, _), rows in zip(parts, places, strict=True):
             read_part(part, rows)
             if order is not None and part.split(".")[-2] in ("q", "k", "q_norm", "k_norm"):
                 for head in rows.split(arch.head_dim):
                     head.copy_(head[list(order)])
-            row += shape[0]
-        yield name, fused
+        yield from zip(names, tensors, strict=True)
 
 
 @dataclass(frozen=True, slots=True)

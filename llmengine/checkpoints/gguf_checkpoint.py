@@ -1,14 +1,21 @@
-"""Models in GGUF files: the architecture from the metadata, the weights dequantized into the canonical layout."""
+"""Models in GGUF files: the architecture from the metadata, the weights as canonical ones.
+
+A file with quantized matrices gives two sources: one that dequantizes them, and in its `ModelSource.stored` one whose
+matrices are the file's blocks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from llmengine.checkpoints.canonical_weights import (
     COPY_ELEMENTS,
+    StoredPart,
     check_tensors,
     read_exactly,
     stored_parts,
@@ -17,14 +24,17 @@ from llmengine.checkpoints.canonical_weights import (
 )
 from llmengine.checkpoints.end_token_ids import gguf_end_ids
 from llmengine.checkpoints.gguf_arch import ROPE_TENSORS, arch_from_gguf
-from llmengine.checkpoints.gguf_file import BLOCK_SIZES, GgufFile, GgufTensor, read_gguf
+from llmengine.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf
 from llmengine.checkpoints.gguf_split import read_split_gguf
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.source import ModelSource, WeightStream
-from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
-from llmengine.models.arch import ModelArch
+from llmengine.models.arch import ModelArch, fused_parts
 from llmengine.models.families import family_of
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.gguf_blocks import BLOCK_SIZES, DENSE_TYPES, GGUF_BLOCKS
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
+from llmengine.quantization.stacked import Stacked
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +60,6 @@ _STORED_NAMES = {
     "mlp_out_norm": "post_ffw_norm",
 }
 _FUSED_NAMES = {**dict.fromkeys("qkv", "attn_qkv"), **dict.fromkeys(("gate", "up"), "ffn_up")}
-_DTYPES: dict[str, ModelDType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def open_gguf(path: Path) -> ModelSource:
@@ -64,19 +73,25 @@ def open_gguf(path: Path) -> ModelSource:
     arch = arch_from_gguf(gguf, metadata)
     stored_name = stored_names(arch)
     _check_tensors(gguf, stored_shapes(arch, stored_name))
+    places = stored_parts(arch, stored_name)
+    formats = _stored_formats(gguf, arch, places)
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
-    return ModelSource(
+    source = ModelSource(
         kind="gguf",
         path=path,
         arch=arch,
-        checkpoint_dtype=_DTYPES.get(gguf.tensors[stored_name("layers.0.down.weight")].type, "float16"),
+        checkpoint_dtype=DENSE_TYPES.get(gguf.tensors[stored_name("layers.0.down.weight")].type, "float16"),
         generation_config={},
         eos_token_ids=gguf_end_ids(metadata, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=path,
-        stream=lambda dtype: _stream(gguf, arch, dtype),
+        stream=partial(_stream, gguf, arch, places, DENSE_MODEL),
         tokenizer_metadata=gguf.metadata,
     )
+    if formats.is_dense:
+        return source
+    stored = replace(source, formats=formats, stream=partial(_stream, gguf, arch, places, formats))
+    return replace(source, stored=stored)
 
 
 def stored_names(arch: ModelArch) -> Callable[[str], str]:
@@ -118,8 +133,26 @@ def _check_tensors(gguf: GgufFile, expected: Mapping[str, tuple[int, ...]]) -> N
     )
 
 
-def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream:
-    interleaved, places = family_of(arch).gguf_interleaves_qk, stored_parts(arch, stored_names(arch))
+def _stored_formats(gguf: GgufFile, arch: ModelArch, places: Mapping[str, StoredPart]) -> ModelFormats:
+    """Which blocks each matrix has; those that are not quantized are dense, in whatever dtype the model gets."""
+    formats: dict[str, WeightFormat] = {}
+    for name, parts in fused_parts(arch).items():
+        if len(parts[0][1]) == 2:
+            types = [gguf.tensors[places[part].tensor].type for part, _ in parts]
+            found = [GGUF_BLOCKS.get(type_name, DENSE) for type_name in types]
+            rows = [shape[0] for _, shape in parts]
+            same = len(set(found)) == 1
+            matrix = name.removesuffix(".weight")
+            formats[matrix] = found[0] if same else Stacked.of_rows(list(zip(rows, found, strict=True)))
+    if arch.tie_word_embeddings:
+        formats["lm_head"] = formats["embed_tokens"]
+    return ModelFormats.of_matrices(formats)
+
+
+def _stream(
+    gguf: GgufFile, arch: ModelArch, places: Mapping[str, StoredPart], formats: ModelFormats, dtype: torch.dtype
+) -> WeightStream:
+    interleaved = family_of(arch).gguf_interleaves_qk
     with ExitStack() as stack:
         paths = sorted({gguf.tensors[place.tensor].path for place in places.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -130,25 +163,28 @@ def _stream(gguf: GgufFile, arch: ModelArch, dtype: torch.dtype) -> WeightStream
             tensor = gguf.tensors[place.tensor].rows(place.first_row, place.num_rows)
             _read_tensor(files[tensor.path], tensor, out, arch.head_dim if is_rotated else 1)
 
-        yield from stream_fused(arch, dtype, read_part)
+        yield from stream_fused(arch, dtype, read_part, formats)
 
 
 def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
-    """Fill `out` (contiguous, of the tensor's shape), a bounded number of rows at a time.
+    """Fill `out` (contiguous) with a tensor's weights, or with its blocks if `out` is uint8; some rows at a time.
 
     With head_dim > 1, the rows of each head are reordered from interleaved (0, d/2, 1, d/2 + 1, ...) to halves
     (0, 1, ..., d/2, ...). This is done on the raw bytes, of which there are fewer.
     """
     import torch
 
-    from llmengine.checkpoints.gguf_dequantize import dequantize
+    from llmengine.quantization.gguf_dequantize import dequantize
 
-    if out.dim() == 1 and tensor.type not in _DTYPES:
+    if out.dim() == 1 and tensor.type not in DENSE_TYPES:
         raise UnsupportedModelError(
             f"{tensor.path}: vector {tensor.name!r} is quantized ({tensor.type}), which is not supported"
         )
     num_columns = tensor.shape[-1]
-    rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
+    if is_blocks := out.dtype == torch.uint8:
+        rows = out.flatten(1)
+    else:
+        rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
     row_bytes = tensor.size_bytes // rows.shape[0]
     step = max(1, COPY_ELEMENTS // (rows.shape[1] * head_dim)) * head_dim
     file.seek(tensor.offset)
@@ -158,6 +194,9 @@ def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim
         data = raw.numpy()
         if head_dim > 1:
             data = data.reshape(-1, head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1, row_bytes)
+        if is_blocks:
+            piece.numpy()[...] = data
+            continue
         converted = piece if piece.dtype == torch.float32 else torch.empty(piece.shape)
         dequantize(data, tensor.type, converted.numpy())
         if converted is not piece:

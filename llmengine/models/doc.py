@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from llmengine.checkpoints.gguf_file import BLOCK_SIZES
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.models.arch import ROPE_TYPES, ModelArch
 from llmengine.models.families import FAMILIES, ModelFamily
+from llmengine.quantization.gguf_blocks import BLOCK_SIZES
 
 _CONTEXT = 1024
 _WIDTH = 120
@@ -66,6 +66,10 @@ matrices beside the model are ignored. If a directory contains several models, g
 
 Tensor types:
 {types}.
+
+Quantized tensors are dequantized to the model's dtype while they load. On a CPU, `QuantConfig(weights="stored")` keeps
+them as they are instead: a file of 4 bits takes 4 bits of memory, the embedding included, and so does what `save()`
+writes. The values are the same; products are slow, as each one dequantizes its matrix again.
 
 Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of
 all these families; the error for an unknown pre-tokenizer lists the known ones. If a file names no pre-tokenizer, text

@@ -43,6 +43,16 @@ class Matrix:
         """The reference: float32 [out_features, in_features]."""
         return self.format.dequantize(self.tensors)
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows: float32 [len(indices), in_features]; `indices` are integers."""
+        picked = dict(self.tensors)
+        for suffix, spec in self.format.tensors(self.shape, "float32").items():
+            for dim, along in enumerate(spec.along):
+                if along is not None and along.axis == "out":
+                    assert along.step == 1, f"rows of {self.format} share entries"
+                    picked[suffix] = picked[suffix].index_select(dim, indices)
+        return self.format.dequantize(picked)
+
     @property
     def weight(self) -> Tensor:
         """The tensor "weight"; in a dense matrix all there is."""

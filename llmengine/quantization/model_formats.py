@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from llmengine.config import QuantConfig
 from llmengine.dtypes import ModelDType
@@ -13,6 +14,7 @@ from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.quantization.formats import DENSE, Shape, TensorSpec, WeightFormat
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.known_formats import format_from_json
+from llmengine.quantization.stacked import Stacked
 
 _EXCEPTIONS = "exceptions"
 
@@ -37,10 +39,27 @@ class ModelFormats:
         """
         return self.exceptions.get(matrix, DENSE if matrix == "embed_tokens" else self.default)
 
+    @classmethod
+    def of_matrices(cls, formats: Mapping[str, WeightFormat]) -> Self:
+        """The formats of a model whose matrices have these, by canonical name less ".weight".
+
+        The default is what most matrices have that are in one format. With tied embeddings, `formats` has "lm_head"
+        all the same.
+        """
+        items = ((name, item) for name, item in formats.items() if not isinstance(item, Stacked))
+        counts = Counter(item for name, item in items if name != "embed_tokens")
+        default = cls(counts.most_common(1)[0][0])
+        return cls(default.default, {name: item for name, item in formats.items() if item != default.of(name)})
+
     @property
     def is_dense(self) -> bool:
         """Whether no matrix is quantized."""
-        return self.default == DENSE and all(item == DENSE for item in self.exceptions.values())
+        return self.every_format == {DENSE}
+
+    @property
+    def every_format(self) -> frozenset[WeightFormat]:
+        """Every format that a matrix may have, the embedding aside if it is no exception."""
+        return frozenset((self.default, *self.exceptions.values()))
 
     def layout(self, arch: ModelArch, dtype: ModelDType) -> dict[str, TensorSpec]:
         """Every stored tensor of a model whose weights are in `dtype` where they are not quantized, in stream order.
@@ -100,15 +119,16 @@ def matrix_shapes(arch: ModelArch) -> dict[str, Shape]:
 def formats_in_use(stored: ModelFormats, config: QuantConfig) -> ModelFormats:
     """The formats in which a backend holds weights that are `stored` so, with what `config` asks for.
 
-    Stored formats stay. Raises `ConfigError` for a format that this version does not have, or if weights that are
-    quantized would have to be quantized to another format.
+    Stored formats stay; "stored" asks for nothing else. Raises `ConfigError` for a format that this version does not
+    have, or if weights that are quantized would have to be quantized to another format.
     """
-    if config.weights == "none":
+    if config.weights in ("none", "stored"):
         return stored
     wanted = _WANTED.get(config.weights)
     if wanted is None:
         raise ConfigError(
-            f"quant_config.weights={config.weights!r} is not in this version; there are 'none' and, on a CPU, 'int8'"
+            f"quant_config.weights={config.weights!r} is not in this version; there are 'none', 'stored' "
+            "and, on a CPU, 'int8'"
         )
     if stored.is_dense:
         return ModelFormats(wanted, stored.exceptions)

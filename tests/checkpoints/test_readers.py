@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmengine.checkpoints.gguf_dequantize import dequantize
-from llmengine.checkpoints.gguf_file import BLOCK_SIZES, read_gguf
+from llmengine.checkpoints.gguf_file import read_gguf
 from llmengine.checkpoints.opening import open_model
 from llmengine.errors import CorruptFileError, LLMEngineError, ModelLoadError, UnsupportedModelError
 from llmengine.models.arch import canonical_shapes
@@ -251,16 +250,6 @@ def test_gguf_tied_and_in_bfloat16(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", model, "F32")
     assert open_model(tmp_path).arch.tie_word_embeddings
     assert_streams(tmp_path, canonical(state), torch.bfloat16)
-
-
-@pytest.mark.parametrize("type_name", BLOCK_SIZES)
-def test_dequantize_agrees_with_gguf(type_name: str) -> None:
-    block_size, block_bytes = BLOCK_SIZES[type_name]
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]] == (block_size, block_bytes)
-    raw = np.random.default_rng(0).integers(0, 0x3C, (4, 2 * block_bytes), dtype=np.uint8)
-    out = np.empty((4, 2 * block_size), dtype=np.float32)
-    dequantize(raw, type_name, out)
-    np.testing.assert_array_equal(out, gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type_name]))
 
 
 def llama3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+from tests.quantization.random_blocks import random_blocks
+
 TINY: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 64,
@@ -106,15 +108,25 @@ _INTERLEAVED = ("llama", "granite", "smollm3")
 _POST_NORMED = ("gemma2", "gemma3", "olmo2")
 
 
-def write_family_gguf(path: Path, model: Any, matrix_type: str = "F32", sliding_window: int | None = None) -> None:
-    """Write a transformers model as llama.cpp's converter does; `sliding_window` for a family that has none."""
+def write_family_gguf(
+    path: Path,
+    model: Any,
+    matrix_type: str | Callable[[str, int], str] = "F32",
+    sliding_window: int | None = None,
+) -> None:
+    """Write a transformers model as llama.cpp's converter does.
+
+    Args:
+        matrix_type: of all matrices, or a function of a tensor's name in GGUF and its columns. Matrices of a type that
+            the gguf package cannot make get random weights.
+        sliding_window: for a family that has none.
+    """
     config = model.config
     architecture = _GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(str(path), architecture)
     _write_metadata(writer, config, architecture)
     if sliding_window is not None:
         writer.add_sliding_window(sliding_window)
-    kind = gguf.GGMLQuantizationType[matrix_type]
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -124,10 +136,19 @@ def write_family_gguf(path: Path, model: Any, matrix_type: str = "F32", sliding_
         if architecture in _INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             data = data.reshape(heads, 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
-        if data.ndim == 2 and matrix_type != "F32":
-            writer.add_tensor(_gguf_name(name, architecture), gguf.quants.quantize(data, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(_gguf_name(name, architecture), np.ascontiguousarray(data))
+        stored_name = _gguf_name(name, architecture)
+        type_name = "F32" if data.ndim != 2 else matrix_type
+        if callable(type_name):
+            type_name = type_name(stored_name, data.shape[1])
+        if type_name == "F32":
+            writer.add_tensor(stored_name, np.ascontiguousarray(data))
+            continue
+        kind = gguf.GGMLQuantizationType[type_name]
+        try:
+            blocks = gguf.quants.quantize(data, kind)
+        except NotImplementedError:
+            blocks = random_blocks(type_name, *data.shape).reshape(data.shape[0], -1)
+        writer.add_tensor(stored_name, blocks, raw_dtype=kind)
     rope = config.rope_parameters
     if rope.get("rope_type") == "longrope":
         for length in ("long", "short"):

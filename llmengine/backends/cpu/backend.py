@@ -20,6 +20,7 @@ from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, to
 from llmengine.backends.cpu.native import (
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
+    NATIVE_FORMATS,
     NativeDecoder,
     NativeUnavailableError,
     load_native_library,
@@ -39,6 +40,8 @@ from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import forward, forward_to_last
 from llmengine.models.rope import layer_tables
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.model_formats import ModelFormats, formats_in_use
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
@@ -63,10 +66,11 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        runs_native = arch.is_llama(limit)
+        why_not_native = _why_not_native(arch, limit, formats_in_use(source.formats, config.quant_config))
+        runs_native = why_not_native is None
         try:
             native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
-            native_text = f"no native decoder: it does not compute {arch.architecture} with contexts of {limit} tokens"
+            native_text = f"no native decoder: {why_not_native}"
         except NativeUnavailableError as error:
             native_library, runs_native, native_text = None, False, f"no native decoder: {error}"
         with torch.inference_mode():
@@ -85,7 +89,7 @@ class CpuBackend:
                 self._native = NativeDecoder(
                     native_library,
                     arch,
-                    embedding=model.embed.weight,
+                    embedding=model.embed.matrix.weight,
                     norms={name: norm.weight for name, norm in model.norms.items()},
                     linears=model.linears,
                     lm_head=model.lm_head,
@@ -258,6 +262,16 @@ def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> l
         LayerAttention(tables[index], arch.layer(index).sliding_window, *model.qk_norms[index])
         for index in range(arch.num_layers)
     ]
+
+
+def _why_not_native(arch: ModelArch, limit: int, formats: ModelFormats) -> str | None:
+    """What the native decoder lacks for a model, None if nothing."""
+    if not arch.is_llama(limit):
+        return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
+    lacking = sorted(item.name for item in formats.every_format - NATIVE_FORMATS)
+    if lacking:
+        return f"it does not multiply {', '.join(lacking)} weights"
+    return None if formats.of("embed_tokens") == DENSE else "it does not look up quantized embeddings"
 
 
 def _native_steps(native: NativeDecoder) -> str:

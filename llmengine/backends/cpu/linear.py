@@ -10,6 +10,7 @@ torch          none    [out, in] as it came                         always there
 onednn         none    oneDNN's own blocked layout                  where torch has oneDNN; float32, and bfloat16 on
                                                                     processors with bfloat16 units
 torch-int8     int8    as stored                                    always there; slow
+dequantized    any     as stored                                    always there; slow
 native-int8    int8    panels of 16 rows                            with the native library (`native.NativeInt8Linear`)
 =============  ======  ===========================================  ================================================
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.stacked import Stacked, stacked_tensors
 
 MEASURED_TOKENS = (1, 2, 16, 64)
 """Tokens in a step for which layouts are compared."""
@@ -172,6 +174,62 @@ class Int8Linear:
         return self.matrix.size_bytes
 
 
+class DequantizedLinear:
+    """A matrix in any format, made float32 part by part on each call.
+
+    Args:
+        bias: [out_features] or None.
+    """
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
+        self.matrix = matrix
+        self.bias = bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        stored, tensors = self.matrix.format, self.matrix.tensors
+        x = stored.rounded_activations(x, tensors)
+        y = x.new_empty(x.shape[0], self.matrix.shape[0])
+        for first, weight in stored.dequantized_rows(tensors, self.matrix.shape, _WIDENED_WEIGHTS):
+            torch.mm(x, weight.t(), out=y[:, first : first + len(weight)])
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.matrix.size_bytes
+
+
+class StackedLinear:
+    """A `Stacked` matrix: every part is multiplied by a linear of its own.
+
+    Args:
+        parts: linears without bias.
+        bias: [out_features] or None.
+    """
+
+    def __init__(self, format: Stacked, parts: Sequence[CpuLinear], bias: Tensor | None) -> None:
+        self.format = format
+        self.parts = parts
+        self.bias = bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], dim=1)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y if residual is None else y.add_(residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def matrix(self) -> Matrix:
+        matrices = [part.matrix for part in self.parts]
+        shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
+        return Matrix(self.format, shape, stacked_tensors(matrix.tensors for matrix in matrices))
+
+
 def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in float32."""
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -193,6 +251,9 @@ ROW_MAJOR = Layout("torch", TorchLinear)
 """Dense matrices as they come, which the native decoder takes too."""
 
 TORCH_INT8 = Layout("torch-int8", Int8Linear)
+
+DEQUANTIZED = Layout("dequantized", DequantizedLinear)
+"""Matrices in any format, as they are stored."""
 
 
 def dense_layouts(dtype: torch.dtype) -> list[Layout]:

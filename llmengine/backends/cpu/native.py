@@ -36,6 +36,9 @@ MAX_FEW_TOKENS = 128
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
 
+NATIVE_FORMATS = frozenset({DENSE, INT8})
+"""The formats of matrices that the native decoder multiplies; it looks up dense embeddings only."""
+
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
 _VERSION = 4

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.cpu.linear import (
+    DEQUANTIZED,
     MEASURED_TOKENS,
     ROW_MAJOR,
     TORCH_INT8,
     Choice,
     CpuLinear,
+    DequantizedLinear,
     Layout,
+    StackedLinear,
     TorchLinear,
     dense_layouts,
     fastest_layout,
@@ -26,13 +29,13 @@ from llmengine.backends.cpu.native import NativeInt8Linear, NativeLibrary
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import ModelDType, torch_dtype
-from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.stacked import Stacked
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
@@ -63,19 +66,19 @@ class CpuNorm:
 class CpuEmbedding:
     """Rows of the embedding times `scale`, as float32."""
 
-    def __init__(self, weight: Tensor, scale: float) -> None:
-        self.weight = weight
+    def __init__(self, matrix: Matrix, scale: float) -> None:
+        self.matrix = matrix
         self._scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """A new float32 tensor [num_tokens, hidden]."""
-        rows = self.weight.index_select(0, token_ids).float()
+        rows = self.matrix.rows(token_ids)
         return rows if self._scale == 1.0 else rows.mul_(self._scale)
 
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        return self.weight.nbytes
+        return self.matrix.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,11 @@ class CpuModel:
         """Yield the canonical weights. Matrices in another layout are copied back one at a time."""
         for name in self.order:
             linear = self.linears.get(name)
-            if linear is None:
-                yield f"{name}.weight", (self.norms.get(name) or self.embed).weight
+            if name in self.norms:
+                yield f"{name}.weight", self.norms[name].weight
                 continue
-            yield from linear.matrix.named_tensors(name)
-            if linear.bias is not None:
+            yield from (linear or self.embed).matrix.named_tensors(name)
+            if linear is not None and linear.bias is not None:
                 yield f"{name}.bias", linear.bias
 
 
@@ -120,7 +123,7 @@ def load_cpu_model(
     as the native decoder takes them. Quantized matrices stay in their format; `quant_config` decides about dense ones
     (see `formats_in_use`).
 
-    Raises `ConfigError` for a weight format that the CPU backend does not multiply.
+    Those in a format without a layout of its own are dequantized part by part in every product.
     """
     dtype: ModelDType = "float32" if config.dtype == "auto" else config.dtype
     formats = formats_in_use(source.formats, config.quant_config)
@@ -145,6 +148,12 @@ class _LinearPacker:
     def pack(self, name: str, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
         """The linear of the matrix `name`, quantized first where its format in use is another."""
         matrix = matrix.quantized(self.formats.of(name))
+        if isinstance(matrix.format, Stacked):
+            parts = [self._pack(part, None) for part in matrix.format.matrices(matrix.tensors, matrix.shape)]
+            return StackedLinear(matrix.format, parts, bias)
+        return self._pack(matrix, bias)
+
+    def _pack(self, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
         choice = self.choices.get(matrix.format)
         if choice is None:
             choice = self.choices[matrix.format] = self._choose(matrix.format)
@@ -175,10 +184,7 @@ class _LinearPacker:
             return [Layout("native-int8", partial(NativeInt8Linear, self.library))]
         if weight_format == INT8:
             return [TORCH_INT8]
-        raise ConfigError(
-            f"weights in format {weight_format.name!r} are not available on a CPU in this version; there are "
-            f"{DENSE.name!r} and {INT8.name!r}"
-        )
+        return [DEQUANTIZED]
 
     @property
     def description(self) -> str:
@@ -188,7 +194,7 @@ class _LinearPacker:
             if weight_format == DENSE:
                 texts.append(f"{self.dtype} weights in layout {choice}")
             else:
-                slow = " (made float32 on each use: slow)" if choice.layout is TORCH_INT8 else ""
+                slow = " (made float32 on each use: slow)" if choice.layout in (TORCH_INT8, DEQUANTIZED) else ""
                 texts.append(f"{weight_format.name} weights{slow}")
         return ", ".join(texts)
 
@@ -211,9 +217,7 @@ class _Loader:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take over one canonical tensor; a matrix is packed as soon as all its tensors and its bias are there."""
         prefix, _, suffix = name.rpartition(".")
-        if prefix == "embed_tokens":
-            self._embeddings[prefix] = CpuEmbedding(tensor, self._arch.embedding_scale)
-        elif prefix.endswith("norm"):
+        if prefix.endswith("norm"):
             self._norms[prefix] = CpuNorm(tensor, self._arch.rms_norm_eps)
         else:
             tensors = self._arrived.setdefault(prefix, {})
@@ -222,7 +226,10 @@ class _Loader:
                 del self._arrived[prefix]
                 bias = tensors.pop("bias", None)
                 matrix = Matrix(self._stored.of(prefix), self._shapes[prefix], tensors)
-                self._linears[prefix] = self._packer.pack(prefix, matrix, bias)
+                if prefix == "embed_tokens":
+                    self._embeddings[prefix] = CpuEmbedding(matrix, self._arch.embedding_scale)
+                else:
+                    self._linears[prefix] = self._packer.pack(prefix, matrix, bias)
 
     def finish(self) -> CpuModel:
         """Bind everything into a decoder."""
@@ -231,8 +238,10 @@ class _Loader:
         size_bytes = embedding.size_bytes + sum(norm.size_bytes for norm in self._norms.values())
         size_bytes += sum(linear.size_bytes for linear in self._linears.values())
         if arch.tie_word_embeddings:
-            lm_head = self._packer.pack("lm_head", Matrix.dense(embedding.weight), None)
-            shares_embedding = isinstance(lm_head, TorchLinear)
+            lm_head = self._packer.pack("lm_head", embedding.matrix, None)
+            shares_embedding = (
+                isinstance(lm_head, TorchLinear | DequantizedLinear) and lm_head.matrix is embedding.matrix
+            )
             size_bytes += 0 if shares_embedding else lm_head.size_bytes
         else:
             lm_head = self._linears["lm_head"]

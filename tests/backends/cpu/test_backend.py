@@ -296,7 +296,7 @@ def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope
     [
         ({"device": "cpu", "backend": "tensorrt"}, "needs a CUDA device"),
         ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
-        ({"quant_config": QuantConfig(weights="int4")}, "there are 'none' and"),
+        ({"quant_config": QuantConfig(weights="int4")}, "there are 'none', 'stored' and"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),
     ],
 )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llmengine.checkpoints.gguf_file import BLOCK_SIZES
 from llmengine.errors import UnsupportedModelError
+from llmengine.quantization.gguf_blocks import BLOCK_SIZES
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -1,0 +1,189 @@
+"""GGUF files whose matrices stay as they are: the same tokens as in float32, in the memory of the file."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
+from llmengine.backends.cpu.backend import CpuBackend
+from llmengine.checkpoints.opening import open_model
+from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.stacked import Stacked
+from tests.models.family_helpers import make_family, write_family_gguf
+from tests.models.test_families import GGUF_FAMILIES
+
+STORED = QuantConfig(weights="stored")
+PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
+PROMPTS = [[5, 9, 3], [7], list(range(3, 23))]
+
+Q4, Q6, Q8 = (GGUF_BLOCKS[name] for name in ("Q4_K", "Q6_K", "Q8_0"))
+
+
+def make_wide(family: str, **changes: Any) -> Any:
+    """A model of a family whose rows are long enough for blocks of 256 columns, but for those of the down matrices."""
+    sizes = {"hidden_size": 256, "intermediate_size": 288}
+    if family.startswith("phi3_"):  # whose factors are those of heads of 16
+        sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    return make_family(family, **{**GGUF_FAMILIES.get(family, {}), **sizes, **changes})
+
+
+class MixedTypes:
+    """A type for each tensor: K-quants in turn where rows are long enough, others in turn elsewhere."""
+
+    def __init__(self) -> None:
+        self._long = cycle(["Q4_K", "Q6_K", "Q5_K", "Q2_K", "Q3_K", "Q4_1", "F16"])
+        self._short = cycle(["Q5_0", "Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "F32"])
+
+    def __call__(self, name: str, columns: int) -> str:
+        return next(self._short if columns % 256 else self._long)
+
+
+def like_q4_k_m(name: str, columns: int) -> str:
+    """The types of a file of llama.cpp's type Q4_K_M."""
+    if columns % 256:
+        return "Q8_0"
+    return "Q6_K" if name.startswith(("token_embd", "output")) or "attn_v" in name else "Q4_K"
+
+
+def tokens(place: Path, config: QuantConfig | None = None, save: Path | None = None, **changes: Any) -> list[list[int]]:
+    values = ModelConfig(place, device="cpu", num_threads=1, quant_config=config or QuantConfig(), **changes)
+    with LLM(values, enable_tokenizer=False) as llm:
+        if save is not None:
+            llm.save(save)
+        return [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_every_family_computes_with_mixed_blocks(tmp_path: Path, family: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide(family), MixedTypes())
+    widened = tokens(path)
+    assert tokens(path, STORED) == widened
+    source = open_model(path)
+    assert source.formats.is_dense
+    assert source.stored is not None
+    stored = dict(source.stored.weights(torch.float32))
+    shapes = matrix_shapes(source.arch)
+    for name, expected in source.weights(torch.float32):
+        matrix = name.removesuffix(".weight")
+        if matrix in shapes:
+            wanted = source.stored.formats.of(matrix)
+            tensors = {suffix: stored[f"{matrix}.{suffix}"] for suffix in wanted.tensors(shapes[matrix], "float32")}
+            assert torch.equal(Matrix(wanted, shapes[matrix], tensors).dequantized(), expected), name
+        else:
+            assert torch.equal(stored[name], expected), name
+
+
+def test_parts_of_different_types_are_stacked(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("smollm3"), like_q4_k_m)
+    source = open_model(path).in_use(ModelConfig(path, quant_config=STORED))
+    formats = source.formats
+    assert formats.default == Q4
+    assert formats.of("embed_tokens") == formats.of("lm_head") == Q6
+    assert formats.of("layers.1.qkv") == Stacked.of_rows([(256, Q4), (128, Q4), (128, Q6)])
+    assert formats.of("layers.1.gate_up") == formats.of("layers.1.o") == Q4
+    assert formats.of("layers.1.down") == Q8
+    names = [name for name in formats.layout(source.arch, "float32") if name.startswith("layers.0.qkv")]
+    assert names == ["layers.0.qkv.weight", "layers.0.qkv.weight_1", "layers.0.qkv.weight_2"]
+
+
+def test_only_what_asks_for_it_keeps_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2"), "Q8_0")
+    source = open_model(path)
+    for config in (QuantConfig(), QuantConfig(weights="int8")):
+        assert source.in_use(ModelConfig(path, quant_config=config)) is source
+    assert source.in_use(ModelConfig(path, quant_config=STORED)) is source.stored
+    assert formats_in_use(ModelFormats(Q8), STORED) == ModelFormats(Q8)
+    with pytest.raises(ConfigError, match=r"weights='int8', but .*stored as gguf-q8_0; set 'none'"):
+        formats_in_use(ModelFormats(Q8), QuantConfig(weights="int8"))
+
+
+@pytest.mark.parametrize("matrix_type", ["F32", "F16", "BF16"])
+def test_a_file_that_is_not_quantized_has_nothing_to_keep(tmp_path: Path, matrix_type: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2"), matrix_type)
+    source = open_model(path)
+    assert source.stored is None
+    assert source.in_use(ModelConfig(path, quant_config=STORED)) is source
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3_short"])
+@pytest.mark.parametrize("types", ["Q4_1", like_q4_k_m], ids=["Q4_1", "Q4_K_M"])
+def test_saved_engines_keep_the_blocks(tmp_path: Path, family: str, types: Any) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide(family), types)
+    expected = tokens(path, STORED, save=tmp_path / "engine")
+    assert tokens(tmp_path / "engine") == tokens(tmp_path / "engine", STORED) == expected
+    stored = open_model(path).stored
+    assert stored is not None
+    saved = open_model(tmp_path / "engine")
+    assert saved.formats == stored.formats
+    for (name, one), (_, other) in zip(saved.weights(torch.float32), stored.weights(torch.float32), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_memory_is_that_of_the_blocks(tmp_path: Path, family: str) -> None:
+    """With tied embeddings, the embedding's blocks compute the logits too."""
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide(family, vocab_size=2048), like_q4_k_m)
+    config = ModelConfig(path, device="cpu", num_threads=1, quant_config=STORED).resolve()
+    source = open_model(path).in_use(config)
+    specs = source.formats.layout(source.arch, "float32").values()
+    promised = sum(spec.size_bytes for spec in specs)
+    backend = CpuBackend(config, source)
+    try:
+        assert promised <= backend.info.weight_bytes < 1.03 * promised
+        for text in ("gguf-q4_k", "gguf-q6_k", "gguf-q8_0"):
+            assert f"{text} weights" in backend.info.description
+        assert "no native decoder: it does not multiply gguf-q4_k" in backend.info.description
+    finally:
+        backend.close()
+
+
+def test_dense_matrices_follow_the_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    model = make_wide("mistral")
+    write_family_gguf(path, model, lambda name, _: "F16" if "attn_v" in name or "output" in name else "Q4_0")
+    source = open_model(path).stored
+    assert source is not None
+    assert source.formats.of("lm_head") == DENSE
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = dict(source.weights(dtype))
+        assert weights["lm_head.weight"].dtype == weights["layers.0.qkv.weight_2"].dtype == dtype
+        assert weights["layers.0.qkv.weight"].dtype == torch.uint8
+        assert list(source.formats.layout(source.arch, "float32")) == list(weights)
+    assert tokens(path, STORED, dtype="bfloat16") is not None
+
+
+def test_types_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2"), lambda name, _: "Q8_0" if "attn_k" in name else "F32")
+    raw = path.read_bytes()
+    name = b"blk.1.attn_k.weight"
+    # name, dimensions (u32), two sizes (u64), type (u32)
+    place = raw.index(name) + len(name) + 4 + 16
+    assert raw[place : place + 4] == (8).to_bytes(4, "little")
+    path.write_bytes(raw[:place] + (24).to_bytes(4, "little") + raw[place + 4 :])
+    with pytest.raises(UnsupportedModelError, match=r"tensor 'blk\.1\.attn_k\.weight' is stored as I8.*Q4_K"):
+        open_model(path)
+
+
+def test_the_default_is_what_most_matrices_have() -> None:
+    formats: dict[str, WeightFormat] = {"embed_tokens": Q6, "layers.0.qkv": Q4, "layers.0.o": Q8, "layers.0.down": Q4}
+    found = ModelFormats.of_matrices(formats)
+    assert found == ModelFormats(Q4, {"embed_tokens": Q6, "layers.0.o": Q8})
+    assert {name: found.of(name) for name in formats} == formats
+    assert found.every_format == {Q4, Q6, Q8}
+    assert ModelFormats.of_matrices({"embed_tokens": DENSE, "layers.0.o": Q4}) == ModelFormats(Q4)
