@@ -20,6 +20,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-fno-exceptions",
     "-fno-rtti",
+    "-ffp-contract=off",  # see multiply_add
 ]
 HEADERS = [f"llmengine/backends/cpu/native_{part}.h" for part in ("pool", "products", "vectors")]
 VARIANTS = {"generic": []}

@@ -68,7 +68,8 @@ inline void weighted_columns(const WeightedRows& block, int64_t j, bool accumula
   for (int64_t i = 0; i < block.count; i++) {
     for (int v = 0; v < kVectors; v++) {
       const Floats row = load(block.rows + i * block.row_stride + j + v * kWidth);
-      for (int h = 0; h < kHeads; h++) parts[h][v] += block.factors[h * block.factor_stride + i] * row;
+      for (int h = 0; h < kHeads; h++)
+        parts[h][v] = multiply_add(Floats{} + block.factors[h * block.factor_stride + i], row, parts[h][v]);
     }
   }
   for (int h = 0; h < kHeads; h++)
@@ -277,7 +278,7 @@ class Runner final : public Job {
       const float* x = x_ + m * hidden_;
       float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
-      for (int64_t k = 0; k < hidden_; k++) squares += x[k] * x[k];
+      for (int64_t k = 0; k < hidden_; k++) squares = multiply_add(x[k], x[k], squares);
       const float factor = 1.0f / std::sqrt(squares / static_cast<float>(hidden_) + model_.norm_eps);
 #pragma omp simd
       for (int64_t k = 0; k < hidden_; k++) normed_[m * hidden_ + k] = x[k] * weight[k] * factor;
@@ -317,8 +318,8 @@ class Runner final : public Job {
 #pragma omp simd
       for (int64_t k = 0; k < half; k++) {
         const float low = values[k], high = values[k + half];
-        values[k] = (low * cos[k] - high * sin[k]) * scale;
-        values[k + half] = (high * cos[k] + low * sin[k]) * scale;
+        values[k] = multiply_add(low, cos[k], -high * sin[k]) * scale;
+        values[k + half] = multiply_add(high, cos[k], low * sin[k]) * scale;
       }
       if (head < model_.num_heads) continue;
       float* keys = layer.keys + (block * num_kv + kv_head) * dim * size + offset;

@@ -36,13 +36,14 @@ inline void dot_tile(const float* x, const T* w, int64_t size, Prefetch prefetch
       for (int n = 0; n < kRows; n++) weights[n] = load(w + n * size + k + u * kWidth);
       for (int m = 0; m < kTokens; m++) {
         const Floats activations = load(x + m * size + k + u * kWidth);
-        for (int n = 0; n < kRows; n++) parts[u][m][n] += activations * weights[n];
+        for (int n = 0; n < kRows; n++) parts[u][m][n] = multiply_add(activations, weights[n], parts[u][m][n]);
       }
     }
   }
   for (; k + kWidth <= size; k += kWidth)
     for (int m = 0; m < kTokens; m++)
-      for (int n = 0; n < kRows; n++) parts[0][m][n] += load(x + m * size + k) * load(w + n * size + k);
+      for (int n = 0; n < kRows; n++)
+        parts[0][m][n] = multiply_add(load(x + m * size + k), load(w + n * size + k), parts[0][m][n]);
   for (int m = 0; m < kTokens; m++) {
     for (int n = 0; n < kRows; n++) {
       for (int u = 1; u < kUnroll; u++) parts[0][m][n] += parts[u][m][n];
@@ -242,7 +243,7 @@ inline void quantize(const float* x, int64_t columns, int64_t token, const Quant
   int16_t* values = to.values + token * to.stride;
 #pragma omp simd
   for (int64_t k = 0; k < columns; k++)
-    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(x[k] * factor + 12582912.0f));  // rounded, see exp_negative
+    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(multiply_add(x[k], factor, 12582912.0f)));  // rounded, see exp_negative
   if (columns < to.stride) values[columns] = 0;
   to.scales[token] = largest / limit;
 }

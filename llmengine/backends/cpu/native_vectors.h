@@ -55,11 +55,24 @@ inline Halves load_halves(const void* from) {
   return to;
 }
 
-// a * b + c, rounded once wherever the processor can: compilers choose anew in each loop, and a number would then depend on
-// the loop that it comes from.
+// a * b + c, rounded once wherever the processor can. The library is compiled with -ffp-contract=off, because compilers
+// choose anew in each loop where they round twice, and a number would then depend on the loop that it comes from.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kWidth; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #else
   return a * b + c;
 #endif
@@ -167,16 +180,16 @@ inline Shorts repeat_pair(const int16_t* from) {
 // e^x within 2 ulp for x <= 0 (Cephes' polynomial); NaN stays NaN.
 inline float exp_negative(float x) {
   x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
+  const float shifted = multiply_add(x, 1.44269504f, 12582912.0f);  // 1.5 * 2^23 leaves the rounded integer in the low bits
   const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  p = multiply_add(p, r * r, r) + 1.0f;
   return p * bit_cast<float>((bit_cast<uint32_t>(shifted) + 127) << 23);
 }
 
