@@ -19,7 +19,8 @@ import psutil
 import pytest
 import torch
 
-from llmengine import LLM, GenerationOutput, KvCacheConfig, ModelConfig, SamplingParams
+from llmengine import LLM, GenerationOutput, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
+from llmengine.checkpoints.gguf_file import read_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,16 @@ async def test_streamed_in_a_batch_joined_at_different_steps(
 
 def test_not_streamed_all_at_once(llm: LLM, prompts: list[list[int]], alone: list[list[int]]) -> None:
     assert [output.token_ids for output in llm.generate(prompts, PARAMS)] == alone
+
+
+def test_kept_at_its_bits_the_file_gives_the_same_tokens(prompts: list[list[int]], alone: list[list[int]]) -> None:
+    path = model_path()
+    tensor_bytes = sum(tensor.size_bytes for tensor in read_gguf(path).tensors.values())
+    with LLM(ModelConfig(path, device="cpu", quant_config=QuantConfig(weights="stored"))) as llm:
+        assert llm.info.weight_bytes == pytest.approx(tensor_bytes, rel=0.03)
+        assert "gguf-q4_1 weights" in llm.info.description
+        outputs = llm.generate(prompts[:4], PARAMS.replace(max_new_tokens=4))
+    assert [output.token_ids for output in outputs] == [tokens[:4] for tokens in alone[:4]]
 
 
 def test_prefix_cache_changes_no_token(prompts: list[list[int]], alone: list[list[int]]) -> None:
