@@ -54,11 +54,11 @@ class ModelFormats:
     @property
     def is_dense(self) -> bool:
         """Whether no matrix is quantized."""
-        return self.every_format == {DENSE}
+        return self.in_use == {DENSE}
 
     @property
-    def every_format(self) -> frozenset[WeightFormat]:
-        """Every format that a matrix may have, the embedding aside if it is no exception."""
+    def in_use(self) -> frozenset[WeightFormat]:
+        """All formats of the model's matrices."""
         return frozenset((self.default, *self.exceptions.values()))
 
     def layout(self, arch: ModelArch, dtype: ModelDType) -> dict[str, TensorSpec]:

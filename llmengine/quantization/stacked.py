@@ -143,6 +143,10 @@ class Stacked(WeightFormat):
         assert axis == "in" or not parts or list(parts) == [part.shape[0] for part in matrices], (parts, matrices)
         return stacked_tensors(part.format.shard(part.tensors, part.shape, axis, rank, num_ranks) for part in matrices)
 
+    def __str__(self) -> str:
+        """For people: "stacked(gguf-q4_k, gguf-q4_k, gguf-q6_k)"."""
+        return f"{self.name}({', '.join(part.format.name for part in self.parts)})"
+
     def to_json(self) -> dict[str, Any]:
         parts = [{"share": part.share, **part.format.to_json()} for part in self.parts]
         return {"weights": self.name, "parts": parts}

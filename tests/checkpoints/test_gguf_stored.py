@@ -133,6 +133,26 @@ def test_saved_engines_keep_the_blocks(tmp_path: Path, family: str, types: Any) 
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_log_probabilities_of_prompts_and_prefix_hits(tmp_path: Path, family: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide(family), MixedTypes())
+    params = PARAMS.replace(prompt_logprobs=2, logprobs=2)
+    found = []
+    for config in (QuantConfig(), STORED):
+        values = ModelConfig(path, device="cpu", num_threads=1, quant_config=config)
+        values.kv_cache_config.block_size = 4
+        with LLM(values, enable_tokenizer=False) as llm:
+            first = llm.generate([PROMPTS[2]], params)[0]
+            again = llm.generate([PROMPTS[2]], PARAMS)[0]
+        assert again.num_cached_tokens > 0
+        assert again.token_ids == first.token_ids
+        assert first.prompt_logprobs is not None
+        found.append([entry.logprob for entry in (*first.prompt_logprobs, *first.logprobs) if entry is not None])
+    assert len(found[0]) == len(PROMPTS[2]) - 1 + len(first.token_ids)
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
 def test_memory_is_that_of_the_blocks(tmp_path: Path, family: str) -> None:
     """With tied embeddings, the embedding's blocks compute the logits too."""
@@ -185,5 +205,5 @@ def test_the_default_is_what_most_matrices_have() -> None:
     found = ModelFormats.of_matrices(formats)
     assert found == ModelFormats(Q4, {"embed_tokens": Q6, "layers.0.o": Q8})
     assert {name: found.of(name) for name in formats} == formats
-    assert found.every_format == {Q4, Q6, Q8}
+    assert found.in_use == {Q4, Q6, Q8}
     assert ModelFormats.of_matrices({"embed_tokens": DENSE, "layers.0.o": Q4}) == ModelFormats(Q4)

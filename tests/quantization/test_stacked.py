@@ -92,6 +92,7 @@ def test_manifests() -> None:
         ],
     }
     assert FORMAT.to_json() == values
+    assert str(FORMAT) == "stacked(gguf-q4_1, int8, none)"
     assert format_from_json(values, "here") == FORMAT
 
 

@@ -115,8 +115,9 @@ def read_model(path: Path, tokenizer: bool = False) -> None:
     """Open a model and read all its weights, but none of the many that only an altered config asks for."""
     source = open_model(path)
     layer_tables(source.arch, 16)
-    for _ in source.weights(torch.float32):
-        pass
+    for item in (source, source.stored):
+        for _ in item.weights(torch.float32) if item is not None else ():
+            pass
     if tokenizer:
         tokenizer_from_gguf(source.tokenizer_metadata, str(path)).encode("hello <s>")
 

@@ -268,7 +268,7 @@ def _why_not_native(arch: ModelArch, limit: int, formats: ModelFormats) -> str |
     """What the native decoder lacks for a model, None if nothing."""
     if not arch.is_llama(limit):
         return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
-    lacking = sorted(item.name for item in formats.every_format - NATIVE_FORMATS)
+    lacking = sorted(item.name for item in formats.in_use - NATIVE_FORMATS)
     if lacking:
         return f"it does not multiply {', '.join(lacking)} weights"
     return None if formats.of("embed_tokens") == DENSE else "it does not look up quantized embeddings"

@@ -26,7 +26,7 @@ from llmengine.backends.kv_layout import split_kv_layout
 from llmengine.checkpoints.opening import open_model
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import NO_NATIVE, save_tiny
-from tests.models.family_helpers import make_family
+from tests.models.family_helpers import make_family, write_family_gguf
 
 BLOCK_SIZE = 8
 PREFIX = [5 + index * 7 % 90 for index in range(40)]
@@ -48,7 +48,8 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
     mixed = max(batch_size, rng.choice((1, 9, 17, 40)) if rng else 256)
     step = max(mixed, rng.choice((1, 19, 64, 200)) if rng else 256)
     num_blocks = rng.choice((15, 17, 60)) if rng else 60
-    source = open_model(directory)
+    given = settings.get("quant_config", QuantConfig())
+    source = open_model(directory).in_use(ModelConfig(directory, quant_config=given))
     layout = split_kv_layout(source.arch, BLOCK_SIZE)
     config = ModelConfig(
         model_dir=directory,
@@ -90,6 +91,12 @@ def test_200_schedules_in_the_native_decoder(tmp_path: Path, settings: dict[str,
 def test_schedules_without_the_native_decoder(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     assert check(tmp_path, 3, 5, native=NO_NATIVE)
+
+
+def test_schedules_of_blocks_of_gguf(tmp_path: Path) -> None:
+    model = make_family("mistral", intermediate_size=64, sliding_window=None, num_hidden_layers=1)
+    write_family_gguf(tmp_path / "model.gguf", model, "Q4_1")
+    assert check(tmp_path / "model.gguf", 3, 3, quant_config=QuantConfig(weights="stored"))
 
 
 def test_schedules_of_another_family(tmp_path: Path) -> None:
