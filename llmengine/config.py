@@ -1,73 +1,24 @@
-"""Configuration. Mutable until `LLM` takes its own frozen copy; an unknown name raises at once.
-
-Each class is a slots dataclass, so a mistyped field raises `TypeError` in the constructor and `AttributeError` in an
-assignment. `resolve()` checks every value and returns an independent frozen copy; from then on assignments raise.
-"""
+"""Configuration. Mutable until `LLM` takes its own frozen copy; an unknown name raises at once (see `Settings`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from llmengine import checks
 from llmengine.checks import requirement
 from llmengine.dtypes import DTypeChoice
 from llmengine.errors import ConfigError
+from llmengine.quant_config import PresetName
+from llmengine.quant_config import QuantConfig as QuantConfig
+from llmengine.settings import Settings, require_bool, require_choice, require_int, require_kind, require_number
 
 BackendName = Literal["auto", "torch", "tensorrt"]
 AttentionBackendName = Literal["auto", "flashinfer", "measure"]
-WeightQuantization = Literal["none", "stored", "int8", "int4"]
-
-_require_int = partial(checks.require_int, error=ConfigError)
-_require_number = partial(checks.require_number, error=ConfigError)
-_require_bool = partial(checks.require_bool, error=ConfigError)
-_require_choice = partial(checks.require_choice, error=ConfigError)
-_require_kind = partial(checks.require_kind, error=ConfigError)
-
-
-class _Settings:
-    """Base of the configuration classes: how they are copied, checked and frozen."""
-
-    __slots__ = ("_frozen",)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if getattr(self, "_frozen", False):
-            raise ConfigError(f"{type(self).__name__} is in use by an LLM and cannot be changed: {name}={value!r}")
-        object.__setattr__(self, name, value)
-
-    def resolve(self) -> Self:
-        """A checked, frozen copy; raises `ConfigError` naming the field, the value and the range."""
-        values = {}
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            values[item.name] = value.resolve() if isinstance(value, _Settings) else value
-        copy = type(self)(**values)
-        copy._check()
-        object.__setattr__(copy, "_frozen", True)
-        return copy
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Frozen mappings, which no pickle can hold, travel as dictionaries.
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
-        frozen = [name for name, value in values.items() if isinstance(value, MappingProxyType)]
-        plain = {name: dict(value) if name in frozen else value for name, value in values.items()}
-        return _restore, (type(self), plain, frozen, getattr(self, "_frozen", False))
-
-    def _check(self) -> None:
-        """Raise `ConfigError` for a value that is out of range."""
-
-
-def _restore(kind: type[_Settings], values: dict[str, Any], mappings: list[str], frozen: bool) -> _Settings:
-    """The configuration that a pickle or a copy holds, frozen if the original was."""
-    settings = kind(**{name: MappingProxyType(value) if name in mappings else value for name, value in values.items()})
-    object.__setattr__(settings, "_frozen", frozen)
-    return settings
 
 
 _ONE_GPU = (
@@ -77,7 +28,7 @@ _ONE_GPU = (
 
 
 @dataclass(slots=True)
-class ParallelConfig(_Settings):
+class ParallelConfig(Settings):
     """How many GPUs share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
 
     Only 1 x 1 is supported so far; `LLM()` raises `ConfigError` for more.
@@ -87,8 +38,8 @@ class ParallelConfig(_Settings):
     pp_size: int = 1
 
     def _check(self) -> None:
-        _require_int("parallel_config.tp_size", self.tp_size, 1)
-        _require_int("parallel_config.pp_size", self.pp_size, 1)
+        require_int("parallel_config.tp_size", self.tp_size, 1)
+        require_int("parallel_config.pp_size", self.pp_size, 1)
         if self.tp_size > 1:
             raise ConfigError(
                 f"parallel_config.tp_size={self.tp_size} is not supported: this version has no tensor parallelism, "
@@ -102,55 +53,7 @@ class ParallelConfig(_Settings):
 
 
 @dataclass(slots=True)
-class QuantConfig(_Settings):
-    """What may be quantized.
-
-    Attributes:
-        weights: "none", "stored" (a GGUF file's quantized matrices stay as they are, on a CPU; other checkpoints always
-            load so), "int8" (per-output-channel weights, activations quantized on the fly where the kernel
-            does so) or "int4" (groups of `group_size`).
-        group_size: weights that share one scale, for int4.
-        max_perplexity_increase: most that quantizing may raise the perplexity of the package's evaluation text: 0.01 is
-            1 %. It is measured when the model is quantized, against the unquantized model, which is loaded for that;
-            `QualityError` is raised where it is exceeded. None: not measured.
-    """
-
-    weights: WeightQuantization = "none"
-    group_size: int = 128
-    max_perplexity_increase: float | None = None
-
-    def init_from_description(
-        self,
-        quantize_weights: bool = False,
-        quantize_activations: bool = False,
-        per_token: bool = False,
-        per_channel: bool = False,
-        per_group: bool = False,
-        use_int4_weights: bool = False,
-        group_size: int = 128,
-    ) -> None:
-        """Set from the flags of TensorRT-LLM's `QuantMode.from_description`.
-
-        Raises `ConfigError` for combinations that no format has.
-        """
-        if (quantize_activations or use_int4_weights or per_group or per_channel or per_token) and not quantize_weights:
-            raise ConfigError("quantize_weights=False excludes every other quantization flag")
-        if use_int4_weights and quantize_activations:
-            raise ConfigError("use_int4_weights=True is weight-only: set quantize_activations=False")
-        if per_group and not use_int4_weights:
-            raise ConfigError("per_group=True needs use_int4_weights=True")
-        self.weights = "int4" if use_int4_weights else "int8" if quantize_weights else "none"
-        self.group_size = group_size
-
-    def _check(self) -> None:
-        _require_choice("quant_config.weights", self.weights, ("none", "stored", "int8", "int4"))
-        _require_int("quant_config.group_size", self.group_size, 16)
-        if self.max_perplexity_increase is not None:
-            _require_number("quant_config.max_perplexity_increase", self.max_perplexity_increase, 0.0)
-
-
-@dataclass(slots=True)
-class KvCacheConfig(_Settings):
+class KvCacheConfig(Settings):
     """Size and behaviour of the paged KV cache.
 
     Attributes:
@@ -168,13 +71,13 @@ class KvCacheConfig(_Settings):
 
     def _check(self) -> None:
         if self.free_memory_fraction is not None:
-            _require_number("kv_cache_config.free_memory_fraction", self.free_memory_fraction, 0.0, 1.0, low_open=True)
+            require_number("kv_cache_config.free_memory_fraction", self.free_memory_fraction, 0.0, 1.0, low_open=True)
         if self.max_bytes is not None:
-            _require_int("kv_cache_config.max_bytes", self.max_bytes, 1)
-        _require_int("kv_cache_config.block_size", self.block_size, 1)
+            require_int("kv_cache_config.max_bytes", self.max_bytes, 1)
+        require_int("kv_cache_config.block_size", self.block_size, 1)
         if self.block_size & (self.block_size - 1):
             raise requirement(ConfigError, "kv_cache_config.block_size", "a power of two", self.block_size)
-        _require_bool("kv_cache_config.enable_prefix_caching", self.enable_prefix_caching)
+        require_bool("kv_cache_config.enable_prefix_caching", self.enable_prefix_caching)
 
 
 _LEAST, _MOST = 1e-9, 1e9
@@ -188,7 +91,7 @@ _LIMITS = {"max_batch_size": (64, 256), "max_tokens_per_step": (512, 2048), "max
 
 
 @dataclass(slots=True)
-class SchedulerConfig(_Settings):
+class SchedulerConfig(Settings):
     """Limits of a step and of the queue, and the order of requests.
 
     Attributes:
@@ -239,13 +142,13 @@ class SchedulerConfig(_Settings):
             _LIMITS[name][accelerator] if getattr(self, name) == BY_DEVICE else getattr(self, name) for name in _LIMITS
         )
         for name, value in zip(_LIMITS, (batch_size, step, mixed), strict=True):
-            _require_int(f"scheduler_config.{name}", value, 1)
+            require_int(f"scheduler_config.{name}", value, 1)
         if self.max_tokens_per_step == BY_DEVICE:
             step = max(step, batch_size)
         if self.max_tokens_per_mixed_step == BY_DEVICE:
             mixed = min(max(mixed, batch_size), step)
         # Not super(): a dataclass with slots is another class than the one that this function was defined in.
-        return _Settings.resolve(
+        return Settings.resolve(
             dataclasses.replace(
                 self,
                 max_batch_size=batch_size,
@@ -257,16 +160,16 @@ class SchedulerConfig(_Settings):
 
     def _check(self) -> None:
         for name in ("max_queued_requests", "max_queued_tokens", "max_preemptions", "max_unread_tokens"):
-            _require_int(f"scheduler_config.{name}", getattr(self, name), 1)
+            require_int(f"scheduler_config.{name}", getattr(self, name), 1)
         for name in ("step_timeout_s", "max_decode_latency_ms"):
             if getattr(self, name) is not None:
-                _require_number(f"scheduler_config.{name}", getattr(self, name), _LEAST, _MOST)
-        _require_number("scheduler_config.priority_ageing_s", self.priority_ageing_s, _LEAST, _MOST)
+                require_number(f"scheduler_config.{name}", getattr(self, name), _LEAST, _MOST)
+        require_number("scheduler_config.priority_ageing_s", self.priority_ageing_s, _LEAST, _MOST)
         for tenant, weight in self.tenant_weights.items():
             if not isinstance(tenant, str):
                 raise requirement(ConfigError, "a tenant in scheduler_config.tenant_weights", "a string", tenant)
-            _require_number(f"scheduler_config.tenant_weights[{tenant!r}]", weight, _LEAST, _MOST)
-        _require_bool("scheduler_config.share_prefixes_across_tenants", self.share_prefixes_across_tenants)
+            require_number(f"scheduler_config.tenant_weights[{tenant!r}]", weight, _LEAST, _MOST)
+        require_bool("scheduler_config.share_prefixes_across_tenants", self.share_prefixes_across_tenants)
         if self.max_tokens_per_step < self.max_batch_size:
             raise ConfigError(
                 f"scheduler_config.max_tokens_per_step must be at least max_batch_size={self.max_batch_size}, "
@@ -280,7 +183,7 @@ class SchedulerConfig(_Settings):
 
 
 @dataclass(slots=True)
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """What to load and how to run it.
 
     Attributes:
@@ -301,6 +204,8 @@ class ModelConfig(_Settings):
             whatever else is in the batch, and however the prompt is chunked, cached or computed again. Slower, and
             much slower on a CPU without the native decoder; on CUDA it needs the torch backend.
         load_format: "auto" reads the weights; "dummy" makes random ones from the directory's config.json alone.
+
+    The argument `quant` names a preset (`quant_config.PRESETS`), in place of a `quant_config`: "int4-awq".
     """
 
     model_dir: str | Path
@@ -317,13 +222,23 @@ class ModelConfig(_Settings):
     tuning_budget_s: float = 1.5
     deterministic: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
+    quant: InitVar[PresetName | None] = None
+
+    def __post_init__(self, quant: PresetName | None) -> None:
+        if quant is None:
+            return
+        if self.quant_config != QuantConfig():
+            raise ConfigError(
+                f"quant={quant!r} excludes quant_config: use QuantConfig.preset({quant!r}) and change that"
+            )
+        self.quant_config = QuantConfig.preset(quant)
 
     def resolve(self, accelerator: bool = False) -> Self:
         """A checked, frozen copy; `accelerator` selects the limits that are left to the device."""
         scheduler = self.scheduler_config
         if isinstance(scheduler, SchedulerConfig):
             scheduler = scheduler.resolve(accelerator)
-        return _Settings.resolve(dataclasses.replace(self, scheduler_config=scheduler))
+        return Settings.resolve(dataclasses.replace(self, scheduler_config=scheduler))
 
     def _check(self) -> None:
         if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):
@@ -331,19 +246,19 @@ class ModelConfig(_Settings):
         for item in dataclasses.fields(self):
             kind, value = item.default_factory, getattr(self, item.name)
             if isinstance(kind, type):
-                _require_kind(item.name, value, kind)
-        _require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        _require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
-        _require_choice("attention_backend", self.attention_backend, ("auto", "flashinfer", "measure"))
-        _require_choice("load_format", self.load_format, ("auto", "dummy"))
+                require_kind(item.name, value, kind)
+        require_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        require_choice("backend", self.backend, ("auto", "torch", "tensorrt"))
+        require_choice("attention_backend", self.attention_backend, ("auto", "flashinfer", "measure"))
+        require_choice("load_format", self.load_format, ("auto", "dummy"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise requirement(ConfigError, "device", "one of 'auto', 'cpu', 'cuda', 'cuda:N'", self.device)
         if self.max_model_len is not None:
-            _require_int("max_model_len", self.max_model_len, 2)
-        _require_number("tuning_budget_s", self.tuning_budget_s, 0.0)
+            require_int("max_model_len", self.max_model_len, 2)
+        require_number("tuning_budget_s", self.tuning_budget_s, 0.0)
         if self.num_threads is not None:
-            _require_int("num_threads", self.num_threads, 1)
-        _require_bool("deterministic", self.deterministic)
+            require_int("num_threads", self.num_threads, 1)
+        require_bool("deterministic", self.deterministic)
 
 
 def _frozen_mapping(name: str, value: Any) -> Mapping[Any, Any]:

@@ -52,9 +52,9 @@ class LoadedModel:
     @property
     def formats(self) -> ModelFormats:
         """The formats in which the backend holds the weights."""
-        from llmengine.quantization.model_formats import formats_in_use
+        from llmengine.checkpoints.quantized_source import loaded_formats
 
-        return formats_in_use(self.source.formats, self.config.quant_config)
+        return loaded_formats(self.source, self.config.quant_config)
 
     def save(
         self, directory: str | Path, tokenizer: Tokenizer | None, quality: QualityReport | None, backend: Backend
@@ -159,6 +159,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
     """Load a model and start an engine on it; blocks until it is ready. The arguments and errors are those of `LLM`."""
     from llmengine.backends import choose_device, load_backend
     from llmengine.checkpoints.opening import open_model
+    from llmengine.checkpoints.quantized_source import quantized_source
 
     given = config if isinstance(config, ModelConfig) else ModelConfig(config)
     resolved = given.resolve()
@@ -171,11 +172,12 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
         resolved = resolved.resolve(accelerator=device != "cpu")
         source = source.in_use(resolved)
+        weights = quantized_source(source, resolved.quant_config, loading_tokenizer.result)
     except BaseException:
         threads.stop()
         raise
     parts = _start(
-        Engine(partial(load_backend, resolved, source), resolved.scheduler_config, resolved.kv_cache_config),
+        Engine(partial(load_backend, resolved, weights), resolved.scheduler_config, resolved.kv_cache_config),
         threads,
         loading_tokenizer.result,
         source.eos_token_ids,

@@ -9,6 +9,7 @@ import pytest
 
 from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
+from llmengine.quant_config import PRESETS
 
 KINDS = [ParallelConfig, QuantConfig, KvCacheConfig, SchedulerConfig, lambda **values: ModelConfig("dir", **values)]
 
@@ -161,39 +162,130 @@ def test_resolved_copy_is_fixed_and_the_original_is_not() -> None:
     assert resolved.resolve() == resolved
 
 
+W8A8 = {"quantize_weights": True, "quantize_activations": True}
+
+
 @pytest.mark.parametrize(
-    ("flags", "weights"),
+    ("flags", "settings"),
     [
-        ({}, "none"),
-        ({"quantize_weights": True}, "int8"),
-        ({"quantize_weights": True, "per_channel": True}, "int8"),
-        ({"quantize_weights": True, "quantize_activations": True, "per_token": True, "per_channel": True}, "int8"),
-        ({"quantize_weights": True, "use_int4_weights": True}, "int4"),
-        ({"quantize_weights": True, "use_int4_weights": True, "per_group": True, "group_size": 64}, "int4"),
+        ({}, ("none", None, "none", None)),
+        ({"quantize_weights": True}, ("int8", "channel", "none", "rtn")),
+        ({"quantize_weights": True, "per_channel": True}, ("int8", "channel", "none", "rtn")),
+        (W8A8, ("int8", "tensor", "tensor", "smoothquant")),
+        ({**W8A8, "per_token": True}, ("int8", "tensor", "token", "smoothquant")),
+        ({**W8A8, "per_channel": True}, ("int8", "channel", "tensor", "smoothquant")),
+        ({**W8A8, "per_token": True, "per_channel": True}, ("int8", "channel", "token", "smoothquant")),
+        ({"quantize_weights": True, "use_int4_weights": True}, ("int4", "channel", "none", "rtn")),
+        (
+            {"quantize_weights": True, "use_int4_weights": True, "per_group": True, "group_size": 64},
+            ("int4", "group", "none", "awq"),
+        ),
+        ({"use_fp8_qdq": True}, ("fp8", "tensor", "token", "rtn")),
+        ({**W8A8, "use_fp8_qdq": True}, ("fp8", "tensor", "token", "rtn")),
+        ({"use_fp8_qdq": True, "per_channel": True, "per_token": True}, ("fp8", "channel", "token", "rtn")),
     ],
 )
-def test_descriptions_that_a_format_has(flags: dict[str, Any], weights: str) -> None:
+def test_descriptions_that_a_format_has(flags: dict[str, Any], settings: tuple[str | None, ...]) -> None:
     config = QuantConfig()
     config.init_from_description(**flags)
-    assert config.weights == weights
+    assert config.weights == settings[0]
     assert config.group_size == flags.get("group_size", 128)
-    config.resolve()
+    resolved = config.resolve()
+    assert (resolved.weights, resolved.scales, resolved.activations, resolved.method) == settings
+    assert resolved.resolve() == resolved
+
+
+def test_descriptions_of_the_kv_cache_go_with_any_weights() -> None:
+    config = QuantConfig()
+    config.init_from_description(use_int8_kv_cache=True)
+    assert (config.weights, config.kv_cache) == ("none", "int8")
+    config.init_from_description(**W8A8, use_fp8_kv_cache=True)
+    assert (config.resolve().weights, config.kv_cache) == ("int8", "fp8")
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "message"),
     [
-        {"quantize_activations": True},
-        {"per_token": True},
-        {"per_channel": True},
-        {"per_group": True},
-        {"use_int4_weights": True},
-        {"quantize_weights": True, "use_int4_weights": True, "quantize_activations": True},
-        {"quantize_weights": True, "per_group": True},
+        ({"quantize_activations": True}, "quantize_activations=True needs quantize_weights=True or use_fp8_qdq=True"),
+        ({"per_token": True}, "per_token=True needs quantize_activations=True or use_fp8_qdq=True"),
+        ({"per_token": True, "quantize_weights": True}, "per_token=True needs quantize_activations=True"),
+        ({"per_channel": True}, "per_channel=True needs quantize_weights=True or use_fp8_qdq=True"),
+        ({"per_group": True}, "per_group=True needs use_int4_weights=True"),
+        ({"use_int4_weights": True}, "use_int4_weights=True needs quantize_weights=True"),
+        ({**W8A8, "use_int4_weights": True}, "use_int4_weights=True excludes quantize_activations=True: INT4 is for"),
+        ({"quantize_weights": True, "per_group": True}, "per_group=True needs use_int4_weights=True"),
+        (
+            {"quantize_weights": True, "use_int4_weights": True, "per_channel": True},
+            r"use_int4_weights=True excludes per_channel=True: .* \(per_group\)",
+        ),
+        ({"use_int4_weights": True, "use_fp8_qdq": True}, "use_fp8_qdq=True excludes use_int4_weights=True: FP8"),
+        ({"use_fp8_qdq": True, "per_token": True}, "use_fp8_qdq=True needs both per_channel=True and per_token=True"),
+        (
+            {"use_int8_kv_cache": True, "use_fp8_kv_cache": True},
+            "use_int8_kv_cache=True excludes use_fp8_kv_cache=True",
+        ),
+        ({"quantize_weights": "yes"}, "quantize_weights must be True or False, not 'yes'"),
     ],
 )
-def test_descriptions_that_no_format_has(flags: dict[str, Any]) -> None:
+def test_descriptions_that_no_format_has(flags: dict[str, Any], message: str) -> None:
     config = QuantConfig()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=message):
         config.init_from_description(**flags)
     assert config == QuantConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": "int3"}, "weights must be one of 'none', 'stored', 'int8', 'int4', 'fp8', 'mxfp4', not 'int3'"),
+        (
+            {"weights": "int4", "activations": "token"},
+            r"activations='token' is not available with weights='int4'; .*'fp8'",
+        ),
+        (
+            {"weights": "fp8", "activations": "tensor"},
+            "activations='tensor' is not .* weights='fp8'; available: 'token'",
+        ),
+        ({"weights": "int8", "scales": "group"}, "scales='group' is not available with weights='int8'; .*: 'channel'"),
+        ({"weights": "int8", "method": "awq"}, "method='awq' is not available with weights='int8'; available: 'rtn'"),
+        ({"method": "awq"}, "method='awq' is not available with weights='none'; available: None"),
+        (
+            {"weights": "fp8", "activations": "token", "method": "gptq"},
+            "method='gptq' .* and activations='token'; available: 'rtn'",
+        ),
+        ({"group_size": 24}, "group_size must be one of 16, 32, 64, 128, not 24"),
+        ({"kv_cache": "int4"}, "kv_cache must be one of 'none', 'int8', 'fp8', not 'int4'"),
+        ({"skip_layers": "lm_head"}, "skip_layers must be a sequence of strings, not 'lm_head'"),
+        ({"skip_layers": ["lm_head", ""]}, r"skip_layers\[1\] must be a non-empty string, not ''"),
+        ({"calibration_prompts": []}, "calibration_prompts must be a non-empty sequence of texts"),
+        ({"calibration_prompts": [[1, 2], [3, "x"]]}, r"calibration_prompts\[1\] must be .* sequence of token ids"),
+        ({"num_calibration_samples": 0}, "num_calibration_samples must be an integer of at least 1"),
+        ({"calibration_seed": -1}, "calibration_seed must be an integer of at least 0"),
+        ({"symmetric": 1}, "symmetric must be True or False"),
+    ],
+)
+def test_quantization_that_is_not_there(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"quant_config.{message}"):
+        ModelConfig("d", quant_config=QuantConfig(**settings)).resolve()
+
+
+def test_presets() -> None:
+    for name, settings in PRESETS.items():
+        resolved = QuantConfig.preset(name).resolve()
+        assert {key: getattr(resolved, key) for key in settings} == settings
+    awq = ModelConfig("d", quant="int4-awq").resolve().quant_config
+    assert (awq.weights, awq.method, awq.scales, awq.group_size) == ("int4", "awq", "group", 128)
+    assert ModelConfig("d", quant="int8") == ModelConfig("d", quant_config=QuantConfig(weights="int8"))
+    assert QuantConfig.preset("int4-rtn", group_size=32).group_size == 32
+    with pytest.raises(ConfigError, match=r"quant must be one of 'stored', 'int8', .*'int4-awq'.*, not 'int3'"):
+        ModelConfig("d", quant="int3")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"quant='int8' excludes quant_config: use QuantConfig\.preset"):
+        ModelConfig("d", quant="int8", quant_config=QuantConfig(weights="int4"))
+
+
+def test_calibration_prompts_are_copied() -> None:
+    prompts = [[1, 2], [3]]
+    resolved = QuantConfig(weights="int4", calibration_prompts=prompts, skip_layers=["*.o"]).resolve()
+    prompts[0].append(4)
+    assert resolved.calibration_prompts == ((1, 2), (3,))
+    assert resolved.skip_layers == ("*.o",)

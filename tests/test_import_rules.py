@@ -17,6 +17,8 @@ DATA = {
         "checks",
         "dtypes",
         "config",
+        "quant_config",
+        "settings",
         "sampling_params",
         "request_options",
         "structured_output",

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
+from llmengine.checkpoints.quantized_source import loaded_formats
 from llmengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ def choose_device(name: str) -> str:
 def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     """Load the weights of `source` into a backend that is ready for its first step.
 
-    `config` is resolved. Raises `ConfigError` for a device, backend or weight format that is not available,
-    `OutOfMemoryError` if weights or KV cache do not fit, and `CorruptFileError` for damaged weights.
+    `config` is resolved; what its `quant_config` asks of weights, `quantized_source` has done to `source` already.
+    Raises `ConfigError` for a device, backend or weight format that is not available, `OutOfMemoryError` if weights or
+    KV cache do not fit, and `CorruptFileError` for damaged weights.
     """
+    if config.quant_config.kv_cache != "none":
+        raise ConfigError(f"quant_config.kv_cache={config.quant_config.kv_cache!r} is not in this version; set 'none'")
+    assert loaded_formats(source, config.quant_config) == source.formats, "quantized_source() was not called"
     device = choose_device(config.device)
     if device == "cpu":
         if config.backend == "tensorrt":

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.saved_files import size_text
-from llmengine.cli.arguments import positive_int
-from llmengine.cli.quality import QUANTIZATIONS, add_window_arguments, report_lines
+from llmengine.cli.arguments import add_quant_argument, positive_int
+from llmengine.cli.quality import add_window_arguments, report_lines
 from llmengine.config import BY_DEVICE, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
 from llmengine.quantization.quality_report import QualityReport
@@ -66,7 +66,7 @@ def add_engine_commands(commands: Any) -> None:
         "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
     )
     quantized = build.add_argument_group("quantization", "no plans are built, since TensorRT takes no such weights yet")
-    quantized.add_argument("--quant", choices=QUANTIZATIONS, help="quantize the weights")
+    add_quant_argument(quantized, "quantize the weights")
     quantized.add_argument(
         "--max-perplexity-increase",
         type=float,
@@ -146,7 +146,7 @@ def _build_quantized(arguments: argparse.Namespace) -> int:
     require_replaceable(arguments.output)
     from llmengine.llm import LLM
 
-    config = ModelConfig(arguments.model, dtype=arguments.dtype, quant_config=QuantConfig(weights=arguments.quant))
+    config = ModelConfig(arguments.model, dtype=arguments.dtype, quant=arguments.quant)
     quality: QualityReport | None = None
     with LLM(config) as llm:
         if not arguments.skip_evaluation:

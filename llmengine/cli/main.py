@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.cli.arguments import positive_int
+from llmengine.cli.arguments import add_quant_argument, positive_int
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", metavar="TEXT", help="end at this text; may be given several times"
     )
-    generate.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
+    add_quant_argument(generate, "quantize the weights")
     generate.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message and apply the chat template"
     )
@@ -137,7 +137,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     import anyio
 
-    from llmengine.config import ModelConfig, QuantConfig
+    from llmengine.config import ModelConfig
     from llmengine.llm import LLM
 
     changes = {
@@ -148,8 +148,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
     _check_sampling(changes)
-    quant_config = QuantConfig(weights="int8" if arguments.int8 else "none")
-    with LLM(ModelConfig(arguments.model, quant_config=quant_config)) as llm:
+    with LLM(ModelConfig(arguments.model, quant=arguments.quant)) as llm:
         anyio.run(_print_outputs, llm, arguments, changes)
     return 0
 

@@ -6,15 +6,13 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from llmengine.checkpoints.saved_files import size_text
-from llmengine.cli.arguments import positive_int
-from llmengine.config import ModelConfig, QuantConfig, WeightQuantization
+from llmengine.cli.arguments import add_quant_argument, positive_int
+from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
 from llmengine.quantization.quality_report import ModelFigures, QualityReport
-
-QUANTIZATIONS = tuple(name for name in get_args(WeightQuantization) if name != "none")
 
 
 def add_eval_command(commands: Any) -> None:
@@ -31,7 +29,7 @@ def add_eval_command(commands: Any) -> None:
         metavar="MODEL",
         help="the reference, with the same tokenizer (default with --quant: the model itself, not quantized)",
     )
-    evaluate.add_argument("--quant", choices=QUANTIZATIONS, help="quantize the model's weights first")
+    add_quant_argument(evaluate, "quantize the model's weights first")
     evaluate.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to score (default: the text that comes with the package)"
     )
@@ -65,8 +63,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from llmengine.llm import LLM
 
     text = None if arguments.text is None else _read_text(arguments.text)
-    quant_config = QuantConfig(weights=arguments.quant or "none")
-    with LLM(ModelConfig(arguments.model, quant_config=quant_config)) as llm:
+    with LLM(ModelConfig(arguments.model, quant=arguments.quant)) as llm:
         report = llm.evaluate(
             arguments.against,
             text=text,

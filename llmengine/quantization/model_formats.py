@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Self
 
-from llmengine.config import QuantConfig
 from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError, CorruptFileError
 from llmengine.models.arch import ModelArch, canonical_shapes
+from llmengine.quant_config import QuantConfig
 from llmengine.quantization.formats import DENSE, Shape, TensorSpec, WeightFormat
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.known_formats import format_from_json
+from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.stacked import Stacked
 
 _EXCEPTIONS = "exceptions"
@@ -116,29 +120,56 @@ def matrix_shapes(arch: ModelArch) -> dict[str, Shape]:
     return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes if len(shape) == 2}
 
 
-def formats_in_use(stored: ModelFormats, config: QuantConfig) -> ModelFormats:
-    """The formats in which a backend holds weights that are `stored` so, with what `config` asks for.
+def formats_in_use(stored: ModelFormats, config: QuantConfig, arch: ModelArch) -> ModelFormats:
+    """The formats in which a backend holds weights that are `stored` so, with what a resolved `config` asks for.
 
-    Stored formats stay; "stored" asks for nothing else. Raises `ConfigError` for a format that this version does not
-    have, or if weights that are quantized would have to be quantized to another format.
+    Stored formats stay. Beside formats of fewer than 8 bits and those that round activations, the output matrix is
+    int8: logits feel its errors directly, and it is too large for 16 bits. Raises `ConfigError` if weights that are
+    quantized would have to be quantized to another format, and for a pattern in `skip_layers` that fits no matrix.
     """
-    if config.weights in ("none", "stored"):
+    wanted = _wanted_format(config)
+    if wanted == DENSE:
         return stored
-    wanted = _WANTED.get(config.weights)
-    if wanted is None:
-        raise ConfigError(
-            f"quant_config.weights={config.weights!r} is not in this version; there are 'none', 'stored' "
-            "and, on a CPU, 'int8'"
-        )
-    if stored.is_dense:
-        return ModelFormats(wanted, stored.exceptions)
-    if stored.default != wanted:
-        raise ConfigError(
-            f"quant_config.weights={config.weights!r}, but the model's weights are stored as {stored}; "
-            "set 'none' to use them as they are"
-        )
-    return stored
+    if not stored.is_dense:
+        if not _same_values(stored.default, wanted):
+            raise ConfigError(
+                f"quant_config asks for weights in format {str(wanted)!r}, but the model's are stored as "
+                f"{str(stored)!r}; set quant_config.weights='none' to use them as they are"
+            )
+        return stored
+    formats: dict[str, WeightFormat] = {} if wanted == INT8 else {"lm_head": INT8}
+    for name in _skipped(config.skip_layers, arch):
+        formats[name] = DENSE
+    return ModelFormats(wanted, {**formats, **stored.exceptions})
 
 
-_WANTED: Mapping[str, WeightFormat] = {"int8": INT8}
-"""What `QuantConfig.weights` names."""
+def _wanted_format(config: QuantConfig) -> WeightFormat:
+    scales, activations = config.scales, config.activations
+    if config.weights == "int8":
+        return INT8 if activations == "none" else Int8W8A8("tensor" if scales == "tensor" else "channel", activations)
+    if config.weights == "int4":
+        return Int4Groups(config.group_size if scales == "group" else -1, not config.symmetric)
+    if config.weights == "fp8" and scales == "block":
+        return Fp8("block", "none" if activations == "none" else "block")
+    if config.weights == "fp8":
+        return Fp8("tensor" if scales == "tensor" else "channel", activations)
+    return Mxfp4() if config.weights == "mxfp4" else DENSE
+
+
+def _same_values(one: WeightFormat, other: WeightFormat) -> bool:
+    """Whether two formats differ at most in how columns are ordered and multiplied."""
+    free = ("input_order", "input_scale")
+    settings = [{key: value for key, value in item.to_json().items() if key not in free} for item in (one, other)]
+    return settings[0] == settings[1]
+
+
+def _skipped(patterns: Sequence[str], arch: ModelArch) -> list[str]:
+    """The matrices that patterns name, in stream order."""
+    names = [*matrix_shapes(arch), *(("lm_head",) if arch.tie_word_embeddings else ())]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"quant_config.skip_layers: {pattern!r} fits no matrix of the model; it has layers.0.qkv, layers.0.o, "
+                f"layers.0.gate_up, layers.0.down, likewise up to layers.{arch.num_layers - 1}, and lm_head"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -15,6 +15,7 @@ from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.batch import Backend, Batch, BatchRow, SlotInit, StepResult
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.sampling_params import SamplingParams
 
@@ -64,13 +65,13 @@ def load_tiny(
     config = ModelConfig(
         model_dir=directory,
         kv_cache_config=KvCacheConfig(block_size=block_size, max_bytes=16 << 20),
-        quant_config=QuantConfig(weights=quant),
+        quant_config=quant if isinstance(quant, QuantConfig) else QuantConfig(weights=quant),
         scheduler_config=SchedulerConfig(
             max_batch_size=max_batch_size, max_tokens_per_step=128, max_tokens_per_mixed_step=64
         ),
         **settings,
     ).resolve()
-    return CpuBackend(config, open_model(directory), native_directory)
+    return CpuBackend(config, quantized_source(open_model(directory), config.quant_config), native_directory)
 
 
 @dataclass

@@ -104,9 +104,9 @@ def test_only_what_asks_for_it_keeps_blocks(tmp_path: Path) -> None:
     for config in (QuantConfig(), QuantConfig(weights="int8")):
         assert source.in_use(ModelConfig(path, quant_config=config)) is source
     assert source.in_use(ModelConfig(path, quant_config=STORED)) is source.stored
-    assert formats_in_use(ModelFormats(Q8), STORED) == ModelFormats(Q8)
-    with pytest.raises(ConfigError, match=r"weights='int8', but .*stored as gguf-q8_0; set 'none'"):
-        formats_in_use(ModelFormats(Q8), QuantConfig(weights="int8"))
+    assert formats_in_use(ModelFormats(Q8), STORED.resolve(), source.arch) == ModelFormats(Q8)
+    with pytest.raises(ConfigError, match=r"format 'int8', but .*stored as 'gguf-q8_0'; set .*'none'"):
+        formats_in_use(ModelFormats(Q8), QuantConfig(weights="int8").resolve(), source.arch)
 
 
 @pytest.mark.parametrize("matrix_type", ["F32", "F16", "BF16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from llmengine.checkpoints.model_saving import keeps_values
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import QuantConfig
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
-from llmengine.models.arch import canonical_shapes
-from llmengine.quantization.formats import DENSE, TensorSpec
+from llmengine.models.arch import ModelArch, canonical_shapes
+from llmengine.quantization.formats import DENSE, TensorSpec, WeightFormat
+from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.mxfp4 import Mxfp4
 from tests.models.arch_helpers import SMALL_ARCH
 
 ARCH = dataclasses.replace(SMALL_ARCH, attention_bias=True)
@@ -108,15 +111,52 @@ def test_a_mixed_engine_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_what_a_configuration_asks_for() -> None:
-    int8, none = QuantConfig(weights="int8"), QuantConfig()
-    assert formats_in_use(DENSE_MODEL, none) == DENSE_MODEL
-    assert formats_in_use(DENSE_MODEL, int8) == INT8_MODEL
-    assert formats_in_use(MIXED, none) is MIXED
-    assert formats_in_use(MIXED, int8) is MIXED
-    with pytest.raises(ConfigError, match=r"quant_config\.weights='int4' is not in this version"):
-        formats_in_use(DENSE_MODEL, QuantConfig(weights="int4"))
-    with pytest.raises(ConfigError, match=r"weights='int8', but .* stored as int4\(.*\); set 'none'"):
-        formats_in_use(ModelFormats(Int4Groups(16)), int8)
+    int8, none = QuantConfig(weights="int8").resolve(), QuantConfig().resolve()
+    assert formats_in_use(DENSE_MODEL, none, ARCH) == DENSE_MODEL
+    assert formats_in_use(DENSE_MODEL, int8, ARCH) == INT8_MODEL
+    assert formats_in_use(MIXED, none, ARCH) is MIXED
+    assert formats_in_use(MIXED, int8, ARCH) is MIXED
+    with pytest.raises(ConfigError, match=r"asks for weights in format 'int8', but .* stored as 'int4\(.*\)'; set"):
+        formats_in_use(ModelFormats(Int4Groups(16)), int8, ARCH)
+    int4 = QuantConfig.preset("int4-awq", group_size=32).resolve()
+    reordered = ModelFormats(Int4Groups(32, input_order=True, input_scale=True))
+    assert formats_in_use(reordered, int4, ARCH) is reordered
+    with pytest.raises(ConfigError, match=r"'int4\(group_size=32, zero_points\)', but .*'int4\(group_size=64"):
+        formats_in_use(ModelFormats(Int4Groups(64)), int4, ARCH)
+
+
+@pytest.mark.parametrize(
+    ("settings", "format"),
+    [
+        ({"weights": "int8", "activations": "token"}, Int8W8A8("channel", "token")),
+        ({"weights": "int8", "activations": "tensor", "scales": "tensor"}, Int8W8A8("tensor", "tensor")),
+        ({"weights": "int4"}, Int4Groups(128)),
+        ({"weights": "int4", "group_size": 32, "symmetric": True}, Int4Groups(32, zero_points=False)),
+        ({"weights": "int4", "scales": "channel"}, Int4Groups(-1)),
+        ({"weights": "fp8"}, Fp8("channel", "none")),
+        ({"weights": "fp8", "activations": "token", "scales": "tensor"}, Fp8("tensor", "token")),
+        ({"weights": "fp8", "activations": "token", "scales": "block"}, Fp8("block", "block")),
+        ({"weights": "mxfp4"}, Mxfp4()),
+    ],
+)
+def test_settings_and_their_formats(settings: dict[str, Any], format: WeightFormat) -> None:
+    found = formats_in_use(DENSE_MODEL, QuantConfig(**settings).resolve(), ARCH)
+    assert found == ModelFormats(format, {"lm_head": INT8})
+    assert found.in_use == {format, INT8}
+
+
+def test_skipped_layers_stay_as_they_are() -> None:
+    def skipping(*patterns: str, arch: ModelArch = ARCH) -> ModelFormats:
+        return formats_in_use(DENSE_MODEL, QuantConfig(weights="int8", skip_layers=patterns).resolve(), arch)
+
+    assert skipping("lm_head") == ModelFormats(INT8, {"lm_head": DENSE})
+    tied = dataclasses.replace(ARCH, tie_word_embeddings=True)
+    assert skipping("lm_head", arch=tied) == ModelFormats(INT8, {"lm_head": DENSE})
+    assert list(skipping("layers.0.*").exceptions) == [f"layers.0.{name}" for name in ("qkv", "o", "gate_up", "down")]
+    downs = [f"layers.{index}.down" for index in range(ARCH.num_layers)]
+    assert list(skipping("*.down", "layers.0.down").exceptions) == downs
+    with pytest.raises(ConfigError, match=r"skip_layers: 'layers\.9\.\*' fits no matrix .*layers\.0\.qkv.*lm_head"):
+        skipping("lm_head", "layers.9.*")
 
 
 def test_values_that_a_dtype_cannot_hold_are_noticed() -> None:

@@ -41,7 +41,7 @@ from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import forward, forward_to_last
 from llmengine.models.rope import layer_tables
 from llmengine.quantization.formats import DENSE
-from llmengine.quantization.model_formats import ModelFormats, formats_in_use
+from llmengine.quantization.model_formats import ModelFormats
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
@@ -66,7 +66,7 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        why_not_native = _why_not_native(arch, limit, formats_in_use(source.formats, config.quant_config))
+        why_not_native = _why_not_native(arch, limit, source.formats)
         runs_native = why_not_native is None
         try:
             native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
@@ -268,7 +268,7 @@ def _why_not_native(arch: ModelArch, limit: int, formats: ModelFormats) -> str |
     """What the native decoder lacks for a model, None if nothing."""
     if not arch.is_llama(limit):
         return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
-    lacking = sorted(item.name for item in formats.in_use - NATIVE_FORMATS)
+    lacking = sorted({item.name for item in formats.in_use - NATIVE_FORMATS})
     if lacking:
         return f"it does not multiply {', '.join(lacking)} weights"
     return None if formats.of("embed_tokens") == DENSE else "it does not look up quantized embeddings"

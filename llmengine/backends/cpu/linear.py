@@ -9,8 +9,8 @@ layout         format  what is in memory                            when
 torch          none    [out, in] as it came                         always there
 onednn         none    oneDNN's own blocked layout                  where torch has oneDNN; float32, and bfloat16 on
                                                                     processors with bfloat16 units
-torch-int8     int8    as stored                                    always there; slow
 dequantized    any     as stored                                    always there; slow
+torch-w8a8     w8a8    as stored                                    always there
 native-int8    int8    panels of 16 rows                            with the native library (`native.NativeInt8Linear`)
 =============  ======  ===========================================  ================================================
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.stacked import Stacked, stacked_tensors
 
@@ -151,29 +151,6 @@ class OneDnnLinear:
         return Matrix.dense(self._weight.to_dense())
 
 
-class Int8Linear:
-    """An `Int8PerChannel` matrix on torch's operators, made float32 part by part on each call.
-
-    Args:
-        bias: float32 [out_features] or None.
-    """
-
-    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
-        assert matrix.format == INT8, matrix.format
-        self.matrix = matrix
-        self.bias = bias
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = _widened_product(x, self.matrix.weight).mul_(self.matrix.tensors["weight_scale"])
-        if self.bias is not None:
-            y.add_(self.bias)
-        return y if residual is None else y.add_(residual)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.matrix.size_bytes
-
-
 class DequantizedLinear:
     """A matrix in any format, made float32 part by part on each call.
 
@@ -191,9 +168,31 @@ class DequantizedLinear:
         y = x.new_empty(x.shape[0], self.matrix.shape[0])
         for first, weight in stored.dequantized_rows(tensors, self.matrix.shape, _WIDENED_WEIGHTS):
             torch.mm(x, weight.t(), out=y[:, first : first + len(weight)])
-        if self.bias is not None:
-            y.add_(self.bias)
-        return y if residual is None else y.add_(residual)
+        return _with_bias_and_residual(y, self.bias, residual)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.matrix.size_bytes
+
+
+class W8A8Linear:
+    """An `Int8W8A8` matrix on torch's integer product; a token's result does not depend on the tokens beside it.
+
+    Args:
+        bias: float32 [out_features] or None.
+    """
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None) -> None:
+        assert isinstance(matrix.format, Int8W8A8), matrix.format
+        self.matrix = matrix
+        self.bias = bias
+        self._format = matrix.format
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        values, scale = self._format.quantized_activations(x, self.matrix.tensors)
+        y = torch._int_mm(values, self.matrix.weight.t()).float().mul_(scale)
+        y.mul_(self.matrix.tensors["weight_scale"])
+        return _with_bias_and_residual(y, self.bias, residual)
 
     @property
     def size_bytes(self) -> int:
@@ -215,9 +214,7 @@ class StackedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = torch.cat([part(x) for part in self.parts], dim=1)
-        if self.bias is not None:
-            y.add_(self.bias)
-        return y if residual is None else y.add_(residual)
+        return _with_bias_and_residual(y, self.bias, residual)
 
     @property
     def size_bytes(self) -> int:
@@ -228,6 +225,12 @@ class StackedLinear:
         matrices = [part.matrix for part in self.parts]
         shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
         return Matrix(self.format, shape, stacked_tensors(matrix.tensors for matrix in matrices))
+
+
+def _with_bias_and_residual(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        y.add_(bias)
+    return y if residual is None else y.add_(residual)
 
 
 def _widened_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -250,7 +253,7 @@ class Layout:
 ROW_MAJOR = Layout("torch", TorchLinear)
 """Dense matrices as they come, which the native decoder takes too."""
 
-TORCH_INT8 = Layout("torch-int8", Int8Linear)
+TORCH_W8A8 = Layout("torch-w8a8", W8A8Linear)
 
 DEQUANTIZED = Layout("dequantized", DequantizedLinear)
 """Matrices in any format, as they are stored."""

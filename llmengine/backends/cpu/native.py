@@ -53,6 +53,10 @@ _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
 
 
+NATIVE_FORMATS = frozenset((DENSE, INT8))
+"""Weight formats that the native decoder multiplies."""
+
+
 class NativeUnavailableError(Exception):
     """The native decoder cannot be used here; the message says why, for the backend's description."""
 

@@ -15,7 +15,7 @@ from llmengine.backends.cpu.linear import (
     DEQUANTIZED,
     MEASURED_TOKENS,
     ROW_MAJOR,
-    TORCH_INT8,
+    TORCH_W8A8,
     Choice,
     CpuLinear,
     DequantizedLinear,
@@ -32,9 +32,9 @@ from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 from llmengine.quantization.formats import DENSE, WeightFormat
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.matrix import Matrix
-from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.model_formats import ModelFormats, matrix_shapes
 from llmengine.quantization.stacked import Stacked
 
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
@@ -120,14 +120,13 @@ def load_cpu_model(
     """The model of `source`, its matrices in the layouts that measure fastest; memory peaks at it and one matrix.
 
     With the native library, int8 matrices are packed for it. With `row_major`, dense ones stay [out, in] as they came,
-    as the native decoder takes them. Quantized matrices stay in their format; `quant_config` decides about dense ones
-    (see `formats_in_use`).
+    as the native decoder takes them. Matrices stay in the format in which `source` has them; with tied embeddings, a
+    copy of the embedding is rounded to that of the output matrix.
 
     Those in a format without a layout of its own are dequantized part by part in every product.
     """
     dtype: ModelDType = "float32" if config.dtype == "auto" else config.dtype
-    formats = formats_in_use(source.formats, config.quant_config)
-    linears = _LinearPacker(source.arch, dtype, formats, library, row_major)
+    linears = _LinearPacker(source.arch, dtype, source.formats, library, row_major)
     loader = _Loader(source, dtype, linears)
     for name, tensor in source.weights(torch_dtype(dtype)):
         loader.add(name, tensor)
@@ -182,9 +181,7 @@ class _LinearPacker:
             return layouts
         if weight_format == INT8 and self.library is not None:
             return [Layout("native-int8", partial(NativeInt8Linear, self.library))]
-        if weight_format == INT8:
-            return [TORCH_INT8]
-        return [DEQUANTIZED]
+        return [TORCH_W8A8 if isinstance(weight_format, Int8W8A8) else DEQUANTIZED]
 
     @property
     def description(self) -> str:
@@ -194,8 +191,8 @@ class _LinearPacker:
             if weight_format == DENSE:
                 texts.append(f"{self.dtype} weights in layout {choice}")
             else:
-                slow = " (made float32 on each use: slow)" if choice.layout in (TORCH_INT8, DEQUANTIZED) else ""
-                texts.append(f"{weight_format.name} weights{slow}")
+                slow = " (made float32 on each use: slow)" if choice.layout is DEQUANTIZED else ""
+                texts.append(f"{weight_format} weights{slow}")
         return ", ".join(texts)
 
 

@@ -19,7 +19,7 @@ from llmengine.kernels.norm import MAX_HIDDEN
 from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.matrix import Matrix
-from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, matrix_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,12 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     and `OutOfMemoryError` if the weights do not fit.
     """
     _check_sizes(source.arch)
-    formats = formats_in_use(source.formats, config.quant_config)
+    formats = source.formats
     if not formats.is_dense:
-        raise ConfigError(f"quant_config.weights={str(formats)!r} is not available on CUDA in this version; use 'none'")
+        raise ConfigError(
+            f"weights in format {str(formats)!r} are not available on CUDA in this version, but will be in the next; "
+            "use device='cpu', or quant_config.weights='none' with a checkpoint that is not quantized"
+        )
     dtype = source.checkpoint_dtype if config.dtype == "auto" else config.dtype
     layout = formats.layout(source.arch, dtype)
     needed = sum(spec.size_bytes for spec in layout.values())

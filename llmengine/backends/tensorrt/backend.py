@@ -32,7 +32,6 @@ from llmengine.checkpoints.saved_files import SavedPlans
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError, ModelLoadError
-from llmengine.quantization.model_formats import formats_in_use
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
@@ -57,8 +56,11 @@ def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: tor
 
 def prepare_plans(config: ModelConfig, source: ModelSource, device: torch.device) -> SegmentsChoice:
     """The plans of a model for a device, with the choice that remains; raises as `obtain_plans` does."""
-    if not formats_in_use(source.formats, config.quant_config).is_dense:
-        raise ConfigError("plans of quantized weights are not in this version; set quant_config.weights='none'")
+    if not source.formats.is_dense:
+        raise ConfigError(
+            f"plans of weights in format {str(source.formats)!r} are not in this version, but will be in a later one; "
+            "set quant_config.weights='none' with a checkpoint that is not quantized"
+        )
     library = load_library()
     limits = config.scheduler_config
     request = PlanRequest(

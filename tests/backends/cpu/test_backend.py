@@ -16,6 +16,7 @@ from llmengine.backends.cpu.linear import dense_layouts, padded_tokens
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.checkpoints.engine_dir import save_engine
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
@@ -296,14 +297,16 @@ def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope
     [
         ({"device": "cpu", "backend": "tensorrt"}, "needs a CUDA device"),
         ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
-        ({"quant_config": QuantConfig(weights="int4")}, "there are 'none', 'stored' and"),
+        ({"quant": "int4-gptq"}, "quant_config.method='gptq' is not in this version; set 'rtn'"),
+        ({"quant_config": QuantConfig(kv_cache="int8")}, "quant_config.kv_cache='int8' is not in this version"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),
     ],
 )
 def test_what_is_not_there_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     save_tiny(tmp_path)
+    config = ModelConfig(tmp_path, **{"device": "cpu", **settings}).resolve()
     with pytest.raises(ConfigError, match=message):
-        load_backend(ModelConfig(tmp_path, **{"device": "cpu", **settings}).resolve(), open_model(tmp_path))
+        load_backend(config, quantized_source(open_model(tmp_path), config.quant_config))
 
 
 def test_linears_see_few_different_numbers_of_rows() -> None:

@@ -24,6 +24,7 @@ from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
 from llmengine.backends.kv_layout import split_kv_layout
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import NO_NATIVE, save_tiny
 from tests.models.family_helpers import make_family, write_family_gguf
@@ -62,7 +63,7 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
         **{"deterministic": True, **settings},
     )
     return LLM.from_backend(
-        lambda: CpuBackend(config.resolve(), source, native),
+        lambda: CpuBackend(config.resolve(), quantized_source(source, config.resolve().quant_config), native),
         scheduler_config=config.scheduler_config,
         kv_cache_config=config.kv_cache_config,
     )

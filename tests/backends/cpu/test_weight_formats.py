@@ -1,0 +1,143 @@
+"""Models in every weight format on torch's operators: near the reference, saved and loaded bit-equal, deterministic."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
+from llmengine.checkpoints.engine_dir import save_engine
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.quantization.model_formats import DENSE_MODEL, matrix_shapes
+from tests.backends.cpu.test_determinism import check
+from tests.backends.helpers import save_tiny
+from tests.models.family_helpers import FAMILIES, make_family
+
+CONFIGS = {
+    "int8": QuantConfig(weights="int8"),
+    "int4": QuantConfig.preset("int4-rtn", group_size=32),
+    "int4-symmetric": QuantConfig.preset("int4-rtn", group_size=64, symmetric=True),
+    "int4-channel": QuantConfig(weights="int4", scales="channel"),
+    "w8a8": QuantConfig.preset("w8a8", method="rtn"),
+    "w8a8-tensor": QuantConfig(weights="int8", activations="token", scales="tensor", method="rtn"),
+    "fp8": QuantConfig.preset("fp8"),
+    "fp8-tensor": QuantConfig(weights="fp8", activations="token", scales="tensor"),
+    "fp8-block": QuantConfig.preset("fp8-block"),
+    "fp8-weights": QuantConfig(weights="fp8"),
+    "mxfp4": QuantConfig.preset("mxfp4"),
+}
+PROMPTS = [[5 + index * 7 % 90 for index in range(40)], [3 + index * 11 % 90 for index in range(9)]]
+by_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def error_of_logits(directory: Path, config: QuantConfig) -> float:
+    """How far logits are from those of an engine with the dequantized weights, relative to their spread."""
+    source = quantized_source(open_model(directory), config.resolve())
+    stored = dict(source.weights(torch.float32))
+    dense: dict[str, torch.Tensor] = {}
+    for matrix, shape in matrix_shapes(source.arch).items():
+        format = source.formats.of(matrix)
+        tensors = {suffix: stored.pop(f"{matrix}.{suffix}") for suffix in format.tensors(shape, "float32")}
+        dense[f"{matrix}.weight"] = format.dequantize(tensors)
+    dense |= stored
+    save_engine(
+        directory / "dense",
+        arch=source.arch,
+        weights=((name, dense[name]) for name in DENSE_MODEL.layout(source.arch, "float32")),
+        dtype="float32",
+        formats=DENSE_MODEL,
+        generation_config={},
+        eos_token_ids=(),
+        bos_token_id=None,
+        tokenizer_files={},
+    )
+    found, expected = (
+        prompt_logprobs(ModelConfig(path, quant_config=item, device="cpu"))
+        for path, item in ((directory, config), (directory / "dense", QuantConfig()))
+    )
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+def prompt_logprobs(config: ModelConfig) -> torch.Tensor:
+    """The log-probabilities of the first prompt's tokens but the first."""
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True, prompt_logprobs=0)
+    with LLM(config, enable_tokenizer=False) as llm:
+        found = llm.generate([PROMPTS[0]], params)[0].prompt_logprobs
+    assert found is not None
+    return torch.tensor([item.logprob for item in found[1:] if item is not None])
+
+
+NOISE = {"int8": 0.01, "w8a8": 0.1, "fp8": 0.4}
+"""What rounding activations to 16, to 8 bits or to e4m3 may change in random models, which damp nothing."""
+
+
+def check_logits(directory: Path, name: str) -> None:
+    # An output matrix that is tied would be an int8 copy in one engine only.
+    config = CONFIGS[name]
+    if open_model(directory).arch.tie_word_embeddings:
+        config = dataclasses.replace(config, skip_layers=["lm_head"])
+    kind = name.partition("-")[0] if config.activations != "none" else "int8"
+    assert error_of_logits(directory, config) < NOISE[kind]
+
+
+@by_config
+def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, name: str) -> None:
+    save_tiny(tmp_path, attention_bias=True)
+    check_logits(tmp_path, name)
+
+
+@by_config
+def test_a_saved_engine_gives_the_same_weights_and_tokens(tmp_path: Path, name: str) -> None:
+    save_tiny(tmp_path / "model", tie_word_embeddings=name in ("int4", "fp8"))
+    config = ModelConfig(tmp_path / "model", quant_config=CONFIGS[name], device="cpu", deterministic=True)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=2)
+    with LLM(config, enable_tokenizer=False) as llm:
+        before = llm.generate(PROMPTS, params)
+        description = llm.info.description
+        assert ("slow" in description) == (name not in ("int8", "w8a8", "w8a8-tensor"))
+        llm.save(tmp_path / "engine")
+    source = quantized_source(open_model(tmp_path / "model"), CONFIGS[name].resolve())
+    saved = open_model(tmp_path / "engine")
+    assert saved.formats == source.formats
+    for (key, one), (other_key, other) in zip(source.weights(torch.float32), saved.weights(torch.float32), strict=True):
+        assert key == other_key
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), key
+    for quant_config in (QuantConfig(), CONFIGS[name]):
+        again = ModelConfig(tmp_path / "engine", quant_config=quant_config, device="cpu", deterministic=True)
+        with LLM(again, enable_tokenizer=False) as llm:
+            after = llm.generate(PROMPTS, params)
+            assert llm.info.description == description
+        for one_output, other_output in zip(before, after, strict=True):
+            assert one_output.token_ids == other_output.token_ids
+            assert one_output.logprobs == other_output.logprobs
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_in_int4(tmp_path: Path, family: str) -> None:
+    make_family(family).save_pretrained(tmp_path)
+    check_logits(tmp_path, "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+@by_config
+def test_families_in_every_format(tmp_path: Path, family: str, name: str) -> None:
+    make_family(family).save_pretrained(tmp_path)
+    check_logits(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["int4", "w8a8", "fp8"])
+def test_deterministic_schedules(tmp_path: Path, name: str) -> None:
+    save_tiny(tmp_path)
+    assert check(tmp_path, 2, 4, quant_config=CONFIGS[name])
+
+
+@pytest.mark.slow
+@by_config
+def test_deterministic_schedules_of_every_format(tmp_path: Path, name: str) -> None:
+    save_tiny(tmp_path)
+    assert check(tmp_path, 3, 5, quant_config=CONFIGS[name])
