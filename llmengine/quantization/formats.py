@@ -86,11 +86,13 @@ class WeightFormat(ABC):
 
     Attributes:
         name: in configurations and in the manifests of saved engines; never changed.
+        usual: values of settings that need no mention to people.
     """
 
     __slots__ = ()
 
     name: ClassVar[str]
+    usual: ClassVar[Mapping[str, object]] = {}
 
     @abstractmethod
     def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
@@ -202,6 +204,7 @@ class WeightFormat(ABC):
     def __str__(self) -> str:
         """Name and settings for people and for keys: "int8", or "int4(group_size=128, zero_points)"."""
         values = {item.name: getattr(self, item.name) for item in settings(type(self))}
+        values = {name: value for name, value in values.items() if self.usual.get(name) != value}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value is not False]
         return f"{self.name}({', '.join(texts)})" if texts else self.name
 

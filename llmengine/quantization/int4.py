@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llmengine.dtypes import ModelDType
+from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
 
@@ -30,7 +30,7 @@ class Int4Groups(WeightFormat):
     ::
 
         weight         uint8 [out, in / 2]: byte j has column 2 j in its low and column 2 j + 1 in its high nibble
-        weight_scale   float16 [out, groups], positive or negative
+        weight_scale   [out, groups] in `scale_dtype`, positive or negative
         zero_point     uint8 [out, groups], integers in [0, 16]; only with zero_points, else it is 8 everywhere
         input_order    int32 [in], only with input_order: stored column j meets activation input_order[j]
         input_scale    float32 [in], only with input_scale: activation i is multiplied by input_scale[i] first
@@ -45,16 +45,20 @@ class Int4Groups(WeightFormat):
             groups to be consecutive. Such a matrix is not cut along its columns.
         input_scale: whether the matrix has factors for its columns, as AWQ needs them where they cannot be folded into
             the weights that the activations come from.
+        scale_dtype: of the scales. Files have them in the dtype of their model, and they are kept in it.
     """
 
     name: ClassVar[str] = "int4"
+    usual: ClassVar[Mapping[str, object]] = {"scale_dtype": "float16"}
     group_size: int = 128
     zero_points: bool = True
     input_order: bool = False
     input_scale: bool = False
+    scale_dtype: ModelDType = "float16"
 
     def __post_init__(self) -> None:
         require_setting(self, "group_size", GROUP_SIZES)
+        require_setting(self, "scale_dtype", MODEL_DTYPES)
         for name in ("zero_points", "input_order", "input_scale"):
             require_setting(self, name, (False, True))
 
@@ -67,7 +71,7 @@ class Int4Groups(WeightFormat):
         groups = 1 if self.group_size == -1 else Along("in", self.group_size)
         specs = {
             "weight": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2)),
-            "weight_scale": TensorSpec.of_matrix("float16", shape, Along("out"), groups),
+            "weight_scale": TensorSpec.of_matrix(self.scale_dtype, shape, Along("out"), groups),
         }
         if self.zero_points:
             specs["zero_point"] = TensorSpec.of_matrix("uint8", shape, Along("out"), groups)
@@ -95,6 +99,7 @@ class Int4Groups(WeightFormat):
             low, high = groups.amin(dim=2), groups.amax(dim=2)
             scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE)
             zero = torch.full_like(low, _MIDDLE)
+        scale = scale.to(torch_dtype(self.scale_dtype))
         values = (groups / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _LARGEST)
         packed = pack_nibbles(values.flatten(1)[:, : weight.shape[1]].to(torch.uint8))
         tensors = {"weight": packed, "weight_scale": scale}

@@ -12,10 +12,11 @@ from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import Int8PerChannel, Int8W8A8
+from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.stacked import Stacked, StackedPart
 
-_KINDS: tuple[type[WeightFormat], ...] = (Dense, Int8PerChannel, Int4Groups, Fp8, Int8W8A8, Mxfp4, Stacked)
+_KINDS: tuple[type[WeightFormat], ...] = (Dense, Int8PerChannel, Int8Groups, Int4Groups, Fp8, Int8W8A8, Mxfp4, Stacked)
 _KINDS += tuple(type(blocks) for blocks in GGUF_BLOCKS.values())
 
 FORMATS: Mapping[str, type[WeightFormat]] = {kind.name: kind for kind in _KINDS}

@@ -18,6 +18,7 @@ from llmengine.quantization.formats import DENSE, Axis, TensorSpec, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
+from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.known_formats import FORMATS, format_from_json
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
@@ -28,12 +29,16 @@ EVERY = [
     INT8,
     *(Int4Groups(size, zero_points) for size in (16, 128, -1) for zero_points in (True, False)),
     Int4Groups(16, input_scale=True),
+    Int4Groups(32, scale_dtype="bfloat16"),
+    *(Int8Groups(size, zero_points) for size in (16, -1) for zero_points in (True, False)),
+    Int8Groups(32, scale_dtype="float32"),
     *(Fp8(scales, activations) for scales, activations in (("tensor", "none"), ("channel", "token"))),
     Fp8("block", "block"),
     Int8W8A8(),
     Int8W8A8("tensor", input_scale=True),
     Mxfp4(),
 ]
+CALIBRATED = [Fp8("tensor", "tensor"), Int8W8A8("tensor", "tensor")]
 BLOCKS = [item for item in EVERY if item in (Int4Groups(128), Int4Groups(128, False), Fp8("block", "block"))]
 """Formats with entries for more rows or columns than the small matrices of these tests have."""
 SMALL = [item for item in EVERY if item not in BLOCKS]
@@ -136,7 +141,15 @@ def test_int8_keeps_zeros_and_takes_half_precision() -> None:
     assert torch.equal(INT8.quantize(half)["weight"], INT8.quantize(half.float())["weight"])
 
 
-@by([*EVERY, Int4Groups(32, input_order=True), Fp8("tensor", "tensor"), Int8W8A8("tensor", "tensor")])
+@by(
+    [
+        *EVERY,
+        Int4Groups(32, input_order=True),
+        Int8Groups(32, input_order=True),
+        Fp8("tensor", "tensor"),
+        Int8W8A8("tensor", "tensor"),
+    ]
+)
 def test_json_round_trip(format: WeightFormat) -> None:
     assert format_from_json(format.to_json(), "here") == format
     assert FORMATS[format.name] is type(format)
@@ -150,6 +163,7 @@ def test_the_names_that_manifests_have() -> None:
         "zero_points": True,
         "input_order": False,
         "input_scale": False,
+        "scale_dtype": "float16",
     }
     assert Fp8("block", "block").to_json() == {"weights": "fp8", "scales": "block", "activations": "block"}
     assert Int8W8A8().to_json() == {
@@ -167,6 +181,8 @@ def test_formats_as_people_read_them() -> None:
     assert (str(DENSE), str(INT8), str(Mxfp4())) == ("none", "int8", "mxfp4")
     assert str(Int4Groups(32)) == "int4(group_size=32, zero_points)"
     assert str(Int4Groups(-1, False, input_scale=True)) == "int4(group_size=-1, input_scale)"
+    assert str(Int4Groups(64, False, scale_dtype="bfloat16")) == "int4(group_size=64, scale_dtype=bfloat16)"
+    assert str(Int8Groups()) == "int8-groups(group_size=128, zero_points)"
     assert str(Fp8()) == "fp8(scales=channel, activations=token)"
 
 
@@ -207,6 +223,7 @@ def test_sizes_are_what_the_bits_promise() -> None:
     bits = {
         Int4Groups(128): 4 + 24 / 128,
         Int4Groups(32, False): 4 + 16 / 32,
+        Int8Groups(32): 8 + 24 / 32,
         Fp8("block", "block"): 8 + 32 / 128**2,
         Int8W8A8(): 8 + 32 / 4096,
         Mxfp4(): 4.25,
@@ -235,6 +252,9 @@ RELATIVE_ERRORS = {
     Fp8("tensor", "none"): 0.04,
     Fp8("channel", "token"): 0.04,
     Fp8("block", "block"): 0.04,
+    Int4Groups(16, scale_dtype="bfloat16"): 0.10,
+    Int8Groups(16): 0.01,
+    Int8Groups(-1, False): 0.02,
     Int8W8A8(): 0.02,
     Int8W8A8("tensor"): 0.02,
     Mxfp4(): 0.16,
@@ -292,6 +312,28 @@ def test_the_nibbles_of_int4_and_the_order_of_its_columns() -> None:
     assert {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()} == format.tensors((1, 32), "float32")
     whole = matrix(format, 6, 32)
     assert torch.equal(format.dequantize(format.shard(whole.tensors, (6, 32), "out", 1, 2)), whole.dequantized()[3:])
+    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut .*tp_size=1"):
+        format.shard(whole.tensors, (6, 32), "in", 0, 2)
+
+
+def test_the_bytes_of_int8_groups_and_the_order_of_its_columns() -> None:
+    format = Int8Groups(16, input_order=True)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    values = torch.arange(32, dtype=torch.uint8) * 8
+    tensors = {
+        "weight": values[None],
+        "weight_scale": torch.tensor([[0.5, -2.0]]).half(),
+        "zero_point": torch.tensor([[3, 255]]).to(torch.uint8),
+        "input_order": order.int(),
+    }
+    expected = torch.zeros(32)
+    expected[order] = torch.cat(((values[:16].float() - 3) * 0.5, (values[16:].float() - 255) * -2.0))
+    assert torch.equal(format.dequantize(tensors), expected[None])
+    assert {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()} == format.tensors((1, 32), "float32")
+    symmetric = Int8Groups(16, False)
+    found = symmetric.dequantize({"weight": values[None], "weight_scale": torch.ones(1, 2)})
+    assert torch.equal(found, (values.float() - 128)[None])
+    whole = matrix(format, 6, 32)
     with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut .*tp_size=1"):
         format.shard(whole.tensors, (6, 32), "in", 0, 2)
 
