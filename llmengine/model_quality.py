@@ -103,6 +103,7 @@ def evaluate(
 ) -> QualityReport:
     """The figures of a model, and of its reference; blocks. See `LLM.evaluate` for what is raised."""
     models = [model] if reference is None else [model, reference]
+    _check_vocabulary(models, text.token_ids)
     plan = plan.within(min(side.info.max_model_len for side in models))
     windows = plan.windows(text.token_ids, text.prefix)
     with TerminalProgress("evaluating", len(windows) + len(models) * measure_speed, enabled=progress) as bar:
@@ -129,6 +130,18 @@ def evaluate(
         top1_agreement=None if divergence is None else divergence.top1_agreement,
         mean_kl=None if divergence is None else divergence.mean_kl,
     )
+
+
+def _check_vocabulary(models: Sequence[EvaluatedModel], token_ids: Sequence[int]) -> None:
+    sizes = [model.info.vocab_size for model in models]
+    if sizes[0] != sizes[-1]:
+        raise ConfigError(
+            f"the model has a vocabulary of {sizes[0]} tokens, but the reference has one of {sizes[-1]}; compare "
+            "models that have the same tokenizer"
+        )
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < sizes[0]), None)
+    if wrong is not None:
+        raise ConfigError(f"the text has token id {wrong}, outside the model's vocabulary [0, {sizes[0]})")
 
 
 def _figures(model: EvaluatedModel, likelihood: Likelihood, speeds: dict[int, float]) -> ModelFigures:

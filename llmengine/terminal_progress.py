@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def start_bar(bar: Progress) -> None:
+    """Show a bar. If Ctrl-C comes while it is first drawn, the terminal gets its cursor back, and this raises."""
+    try:
+        bar.start()
+    except BaseException:
+        bar.stop()
+        raise
 
 
 class TerminalProgress:
@@ -45,11 +57,7 @@ class TerminalProgress:
 
     def __enter__(self) -> Self:
         if self._bar is not None:
-            try:
-                self._bar.start()
-            except BaseException:  # Ctrl-C while the first line is drawn must not leave the cursor hidden
-                self._bar.stop()
-                raise
+            start_bar(self._bar)
         return self
 
     def __exit__(

@@ -18,6 +18,7 @@ from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, Protocol
 
+from llmengine.checks import require_int
 from llmengine.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -76,12 +77,10 @@ class WindowPlan:
     max_windows: int | None = 32
 
     def __post_init__(self) -> None:
-        if self.window_tokens < 2:
-            raise ConfigError(f"window_tokens must be at least 2, not {self.window_tokens}")
-        if not 1 <= self.stride <= self.window_tokens:
-            raise ConfigError(f"stride must be in [1, window_tokens={self.window_tokens}], not {self.stride}")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise ConfigError(f"windows must be at least 1, not {self.max_windows}")
+        require_int("window_tokens", self.window_tokens, 2, error=ConfigError)
+        require_int("stride", self.stride, 1, self.window_tokens, error=ConfigError)
+        if self.max_windows is not None:
+            require_int("windows", self.max_windows, 1, error=ConfigError)
 
     def within(self, max_tokens: int) -> WindowPlan:
         """This plan with windows of at most `max_tokens` tokens, and a stride that leaves no gap between them."""
@@ -99,7 +98,7 @@ class WindowPlan:
         """
         size = self.window_tokens - len(prefix)
         stride = min(self.stride, size)
-        if size < 1 or len(token_ids) < size or self.window_tokens < 2:
+        if size < 1 or len(token_ids) < size:
             raise ConfigError(
                 f"the text has {len(token_ids)} tokens, fewer than one window of window_tokens={self.window_tokens}; "
                 "give a longer text or shorter windows"
@@ -170,7 +169,7 @@ def compare(
     """Score the windows with a model and with its reference, which must have the same vocabulary.
 
     Returns the model's likelihood, the reference's, and the divergence between them. The reference's logits of one
-    window are kept on its device. Raises as `measure` does, and `ConfigError` for vocabularies of different sizes.
+    window are kept on its device. Raises as `measure` does.
     """
     found, expected, divergence = Likelihood(), Likelihood(), Divergence()
     for window in windows:
@@ -195,13 +194,8 @@ class _KeptLogits:
         self._logits[begin : begin + len(rows)] = rows
 
     def rows(self, begin: int, like: Tensor) -> Tensor:
-        """As many rows as `like` has, from `begin` on, on its device. Raises `ConfigError` for another vocabulary."""
+        """As many rows as `like` has, from `begin` on, on its device."""
         assert self._logits is not None
-        if self._logits.shape[1] != like.shape[1]:
-            raise ConfigError(
-                f"the model has a vocabulary of {like.shape[1]} tokens, but the reference has one of "
-                f"{self._logits.shape[1]}; compare models that have the same tokenizer"
-            )
         return self._logits[begin : begin + len(like)].to(like.device)
 
 

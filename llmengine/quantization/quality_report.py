@@ -98,15 +98,13 @@ class QualityReport:
         if values.get("version") != _VERSION:
             return None
         try:
-            sides = {name: _figures(values[name]) for name in ("model", "reference")}
-            rest = {name: value for name, value in values.items() if name not in ("version", *sides)}
-            return cls(**rest, **sides)  # type: ignore[arg-type]
+            rest = {name: value for name, value in values.items() if name not in ("version", "model", "reference")}
+            reference = None if values["reference"] is None else _figures(values["reference"])
+            return cls(**rest, model=_figures(values["model"]), reference=reference)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CorruptFileError(f"{where}: not a quality report: {error}") from error
 
 
-def _figures(values: Mapping[str, Any] | None) -> ModelFigures | None:
-    if values is None:
-        return None
+def _figures(values: Mapping[str, Any]) -> ModelFigures:
     speeds = {int(number): float(speed) for number, speed in values["tokens_per_s"].items()}
     return ModelFigures(**{**values, "tokens_per_s": speeds})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import offline, report, serving, soak
+from benchmarks import offline, quantization, report, serving, soak
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine.engine.stats import EngineCounters, EngineStats
 
@@ -139,6 +140,30 @@ def test_offline_compares_with_transformers(
     assert {r["contender"] for r in records if r["benchmark"] == "overhead"} == engines
     assert "transformers continuous" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
+
+
+def test_quantization_has_a_row_for_each_format(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    lines = tmp_path / "out.jsonl"
+    quantization.main(["--model", str(directory), "--windows", "1", "--json", str(lines), "--threads", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("|")]
+    assert [row[0] for row in (rows[0], *rows[2:])] == ["format", *quantization.FORMATS]
+    for name, *cells in rows[2:]:
+        assert [bool(cell) for cell in cells] == [True] * 3 + [name != quantization.REFERENCE] * 3 + [True] * 2
+    assert [r["format"] for r in read_lines(lines)] == list(quantization.FORMATS)
+    with pytest.raises(SystemExit):
+        quantization.main(["--formats", "int1"])
+    assert "'int1' is not one of float32" in capsys.readouterr().err
 
 
 def test_startup_measures_a_process_that_generates(tiny_model: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from llmengine import (
     LLM,
     ConfigError,
+    CorruptFileError,
     EngineError,
     KvCacheConfig,
     ModelConfig,
@@ -24,6 +27,7 @@ from llmengine import (
     saved_engines,
 )
 from llmengine.quantization.evaluation import Window, WindowPlan, compare, evaluation_text, measure
+from llmengine.quantization.quality_report import ModelFigures, QualityReport
 from tests.backends.helpers import reference_logprobs, save_tiny
 from tests.engine.helpers import make_llm
 
@@ -178,11 +182,13 @@ def test_what_cannot_be_evaluated_says_so(models: tuple[Path, Any, Path, Any], t
     with load(models[0]) as llm:
         with pytest.raises(ConfigError, match="vocabulary of 311 tokens, but the reference has one of 200"):
             llm.evaluate(tmp_path, text=[5] * 80, window_tokens=64, measure_speed=False)
+        with pytest.raises(ConfigError, match=r"the text has token id 311, outside the model's vocabulary \[0, 311\)"):
+            llm.evaluate(text=[*TEXT, 311], window_tokens=64)
         with pytest.raises(ConfigError, match="the text has 20 tokens, fewer than one window of window_tokens=64"):
             llm.evaluate(text=TEXT[:20], window_tokens=64)
-        with pytest.raises(ConfigError, match=r"stride must be in \[1, window_tokens=64\], not 65"):
+        with pytest.raises(ConfigError, match=r"stride must be an integer in \[1, 64\], not 65"):
             llm.evaluate(text=TEXT, window_tokens=64, stride=65)
-        with pytest.raises(ConfigError, match="windows must be at least 1, not 0"):
+        with pytest.raises(ConfigError, match="windows must be an integer of at least 1, not 0"):
             llm.evaluate(text=TEXT, windows=0)
         with pytest.raises(ConfigError, match=r"needs a tokenizer; pass text=\[token ids\]"):
             llm.evaluate()
@@ -253,3 +259,19 @@ def test_logits_that_are_not_finite_raise() -> None:
 
     with pytest.raises(EngineError, match="not finite"):
         measure([Window([1, 2, 3], 1)], score)
+
+
+def test_a_report_is_read_back_equal() -> None:
+    figures = ModelFigures("cpu", "int8", 8.25, 100, None, 16, {1: 20.5, 16: 90.0})
+    alone = QualityReport("built-in", "0" * 64, 512, 512, 32, 16352, figures)
+    beside = dataclasses.replace(alone, reference=figures, top1_agreement=1.0, mean_kl=0.0)
+    for report in (alone, beside):
+        values = json.loads(json.dumps(report.to_json()))
+        assert QualityReport.from_json(values, "engine.json: quality") == report
+        assert QualityReport.from_json({**values, "version": 2}, "engine.json: quality") is None
+        for key in ("model", "reference", "num_tokens"):
+            rest = {name: value for name, value in values.items() if name != key}
+            with pytest.raises(CorruptFileError, match=r"^engine\.json: quality: not a quality report: "):
+                QualityReport.from_json(rest, "engine.json: quality")
+        with pytest.raises(CorruptFileError):
+            QualityReport.from_json({**values, "model": None}, "engine.json: quality")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from llmengine.checkpoints.saved_files import size_text
+from llmengine.terminal_progress import start_bar
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
@@ -57,7 +58,7 @@ class BuildProgress:
     def __enter__(self) -> Self:
         self._begin = self._clock()
         if self._console.is_terminal:
-            self._bar.start()
+            start_bar(self._bar)
         return self
 
     def __exit__(
