@@ -139,11 +139,12 @@ class BackendInfo:
         max_model_len: most tokens of one request, prompt and output together.
         num_blocks: KV blocks, including `NULL_BLOCK`, so that num_blocks - 1 can be handed out.
         block_size: tokens a block.
-        kv_bytes_per_block: bytes of one block over all layers.
+        kv_bytes_per_block: bytes of one block over all layers, scales included.
         weight_bytes: bytes of the resident weights.
         max_steps_in_flight: most steps that may be launched and not yet collected, >= 1.
         max_samples: most tokens that a step samples for one row, >= 1.
         has_prompt_logprobs: the backend computes `SamplingParams.prompt_logprobs`.
+        kv_dtype: dtype of the keys and values in the blocks, as torch spells it.
     """
 
     description: str
@@ -156,6 +157,7 @@ class BackendInfo:
     max_steps_in_flight: int = 1
     max_samples: int = 1
     has_prompt_logprobs: bool = False
+    kv_dtype: str = "float32"
 
 
 class Backend(Protocol):

@@ -79,7 +79,8 @@ class QuantConfig(Settings):
         method: how values are chosen. "rtn": each is rounded to the nearest, without data. "awq", "gptq" (int4) and
             "smoothquant" (int8 with activations) calibrate on texts. None: "awq" for int4 in groups, "smoothquant" for
             int8 with activations, else "rtn".
-        kv_cache: the number format of keys and values in the cache.
+        kv_cache: the number format of keys and values in the cache, of any model: "none" (as the device computes them),
+            "int8" or "fp8" (e4m3), with a scale for each token and head. On CPUs in this version.
         skip_layers: names of matrices that are not quantized, or patterns of them: "lm_head", "layers.0.*", "*.down".
             A layer has the matrices qkv, o, gate_up and down.
         calibration_prompts: texts, or token ids, that calibrating computes activations of. None: the package's.

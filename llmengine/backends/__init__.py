@@ -49,8 +49,6 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
     Raises `ConfigError` for a device, backend or weight format that is not available, `OutOfMemoryError` if weights or
     KV cache do not fit, and `CorruptFileError` for damaged weights.
     """
-    if config.quant_config.kv_cache != "none":
-        raise ConfigError(f"quant_config.kv_cache={config.quant_config.kv_cache!r} is not in this version; set 'none'")
     assert loaded_formats(source, config.quant_config) == source.formats, "quantized_source() was not called"
     device = choose_device(config.device)
     if device == "cpu":
@@ -61,6 +59,11 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         from llmengine.backends.cpu.backend import CpuBackend
 
         return CpuBackend(config, source)
+    if config.quant_config.kv_cache != "none":
+        raise ConfigError(
+            f"quant_config.kv_cache={config.quant_config.kv_cache!r} needs device='cpu' in this version; "
+            f"the device is {device!r}: the next version brings it to CUDA and TensorRT; use 'none'"
+        )
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
             "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from llmengine.config import ModelConfig
+from llmengine.dtypes import dtype_name
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import ModelArch
 from llmengine.models.rope import stretched_context
 
 _MIN_CONTEXT = 64
 """A KV cache for fewer tokens than this (or than the model's own limit) is refused: nothing useful would fit."""
+
+KV_QUAD = 4
+"""Bytes that lie together in `byte_kv_layout`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,11 @@ class KvLayout:
     tensors: Mapping[str, BlockTensor]
 
     @property
+    def kv_dtype(self) -> str:
+        """The dtype of keys and values, as `BackendInfo.kv_dtype` has it; values tell, since keys may be biased."""
+        return dtype_name(self.tensors["values" if "values" in self.tensors else "kv"].dtype)
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
         return self.num_layers * sum(tensor.size_bytes for tensor in self.tensors.values())
@@ -68,6 +78,29 @@ def split_kv_layout(arch: ModelArch, block_size: int) -> KvLayout:
     tensors = {
         "keys": BlockTensor((heads, dim, block_size), torch.float32),
         "values": BlockTensor((block_size, heads, dim), torch.float32),
+    }
+    return KvLayout(arch.num_layers, block_size, tensors)
+
+
+def byte_kv_layout(arch: ModelArch, block_size: int, number_format: Literal["int8", "fp8"]) -> KvLayout:
+    """Layout in 8 bits, with a float32 scale for each token's key and value of each head.
+
+    Four numbers that one instruction multiplies and adds lie together: of a key, four neighbouring dimensions, and of
+    values, those of four neighbouring positions in one dimension. Keys are
+    [num_kv_heads, head_dim / 4, block_size, 4], values are [num_kv_heads, block_size / 4, head_dim, 4], each rounded up
+    to whole quads, and both scales are [num_kv_heads, block_size].
+
+    Keys of int8 are stored as uint8 with 128 added; FP8 is e4m3.
+    """
+    heads, dim = arch.num_kv_heads, arch.head_dim
+    dtypes = {"int8": (torch.uint8, torch.int8), "fp8": (torch.float8_e4m3fn, torch.float8_e4m3fn)}
+    keys, values = dtypes[number_format]
+    scales = BlockTensor((heads, block_size), torch.float32)
+    tensors = {
+        "keys": BlockTensor((heads, -(-dim // KV_QUAD), block_size, KV_QUAD), keys),
+        "values": BlockTensor((heads, -(-block_size // KV_QUAD), dim, KV_QUAD), values),
+        "key_scales": scales,
+        "value_scales": scales,
     }
     return KvLayout(arch.num_layers, block_size, tensors)
 

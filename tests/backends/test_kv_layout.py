@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from llmengine.backends.kv_layout import (
     BlockTensor,
     KvLayout,
     KvPool,
+    byte_kv_layout,
     context_limit,
     fit_kv_pool,
     joint_kv_layout,
@@ -41,6 +42,7 @@ def make_config(max_batch_size: int = 4, max_model_len: int | None = None, **kv_
 def test_a_joint_block_holds_keys_then_values(dtype: torch.dtype) -> None:
     layout = joint_kv_layout(ARCH, 16, dtype)
     assert layout.tensors == {"kv": BlockTensor((2, 2, 16, 8), dtype)}
+    assert layout.kv_dtype == str(dtype).removeprefix("torch.")
     assert layout.bytes_per_block == 3 * 2 * 2 * 16 * 8 * dtype.itemsize
 
 
@@ -48,6 +50,23 @@ def test_a_split_block_has_transposed_keys_of_its_own() -> None:
     layout = split_kv_layout(ARCH, 16)
     assert {name: tensor.shape for name, tensor in layout.tensors.items()} == {"keys": (2, 8, 16), "values": (16, 2, 8)}
     assert layout.bytes_per_block == joint_kv_layout(ARCH, 16, torch.float32).bytes_per_block
+
+
+@pytest.mark.parametrize("number_format", ["int8", "fp8"])
+def test_a_block_of_bytes_takes_a_quarter_and_its_scales(number_format: Literal["int8", "fp8"]) -> None:
+    arch = replace(ARCH, head_dim=64)
+    layout = byte_kv_layout(arch, 32, number_format)
+    assert {name: tensor.shape for name, tensor in layout.tensors.items()} == {
+        "keys": (2, 16, 32, 4),
+        "values": (2, 8, 64, 4),
+        "key_scales": (2, 32),
+        "value_scales": (2, 32),
+    }
+    assert layout.bytes_per_block == 3 * 2 * 32 * 2 * (64 + 4)
+    assert 3.7 < split_kv_layout(arch, 32).bytes_per_block / layout.bytes_per_block < 4
+    assert layout.kv_dtype == {"int8": "int8", "fp8": "float8_e4m3fn"}[number_format]
+    odd = byte_kv_layout(replace(ARCH, head_dim=10), 2, number_format)
+    assert (odd.tensors["keys"].shape, odd.tensors["values"].shape) == ((2, 3, 2, 4), (2, 1, 10, 4))
 
 
 def test_scales_are_tensors_of_the_block() -> None:

@@ -1,17 +1,12 @@
-"""Paged attention with torch's own CPU operators: KV blocks are read in place for decodes, gathered once for prefills.
+"""Paged attention with torch's own CPU operators, over the blocks of a `KvStore`.
 
-Decode. A block's keys are stored transposed, [num_kv_heads, head_dim, block_size], so one block's scores of one head
-are a weighted sum of head_dim rows of the pool, weighted by q; the output of a head is a weighted sum of value rows,
-weighted by the probabilities. Both sums are `embedding_bag` with weights per sample, which reads rows wherever they
-are: no gather, half the time of gathering blocks and SDPA at 16 requests, a third at 64. Index tensors are built once
-a step and serve all layers.
+Decode. Rows of one token are grouped by how many blocks they read; the store attends for a group, see `kv_store` and
+`byte_kv`.
 
-Prefill. One request after another through SDPA, causal on its own fresh k and v, or over its gathered context.
+Prefill. One request after another through SDPA, causal on the keys and values of the step, or over its gathered
+context.
 
 A sliding window reads only the blocks that it touches. Layers with the same window share what is planned for it.
-
-Rows that were never written, or whose block a former request left behind, are never multiplied, not even by zero
-(0 * NaN is NaN): scores are overwritten beyond the context, values are taken from `NULL_BLOCK`, which stays zero.
 """
 
 from __future__ import annotations
@@ -25,29 +20,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmengine.backends.cpu.byte_kv import ByteKv
+from llmengine.backends.cpu.kv_store import AttentionShape, DecodeReads, FloatKv, KvStore, TokenPlaces, cap
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.backends.kv_layout import KvPool
-from llmengine.batch import NULL_BLOCK
 from llmengine.models.decoder import Norm
 
 _MAX_PADDING = 1.5
 """Decodes share one group while the longest context has at most this many times the blocks of the shortest."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """Sizes and factors that every layer shares.
-
-    Attributes:
-        score_scale: what scores are multiplied by.
-        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for no cap.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    score_scale: float
-    soft_cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +49,11 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Rows [begin, end) of one token each; `num_blocks` blocks of each are read.
-
-    Attributes:
-        key_rows: [rows * num_heads * num_blocks * head_dim], rows of the keys [.., block_size].
-        key_bags: where each bag of head_dim rows begins.
-        value_rows: [rows * num_heads * num_blocks * block_size], rows of the values [.., head_dim].
-        value_bags: where each bag of num_blocks * block_size rows begins.
-        beyond: bool [rows, 1, num_blocks * block_size], positions that are not in the context.
-    """
+    """Rows [begin, end) of one token each, which read a similar number of blocks."""
 
     begin: int
     end: int
-    num_blocks: int
-    key_rows: Tensor
-    key_bags: Tensor
-    value_rows: Tensor
-    value_bags: Tensor
-    beyond: Tensor
+    reads: DecodeReads
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +82,7 @@ class _Plan:
 
 
 class PagedAttention:
-    """KV pools of all layers (zeros that the system maps on first touch) and attention over them.
+    """KV blocks of all layers, and attention over them.
 
     `plan` once a step, then `attend` once a layer.
     """
@@ -124,18 +91,9 @@ class PagedAttention:
         assert len(layers) == pool.layout.num_layers
         self.shape = shape
         self.layers = layers
-        self.block_size = size = pool.layout.block_size
-        blocks, heads, dim = pool.num_blocks, shape.num_kv_heads, shape.head_dim
-        self.keys = [_lazy_zeros(pool, "keys") for _ in layers]
-        self.values = [_lazy_zeros(pool, "values") for _ in layers]
-        # Views made once: (written keys [blocks, size, heads, dim], key rows, written values, value rows).
-        self._views = [
-            (key.permute(0, 3, 1, 2), key.view(-1, size), value.view(-1, heads, dim), value.view(-1, dim))
-            for key, value in zip(self.keys, self.values, strict=True)
-        ]
-        num_rows = blocks * heads * max(dim, size)
-        self._index_type: type[np.signedinteger] = np.int32 if num_rows < 2**31 else np.int64
-        num_rotated = shape.num_heads + heads
+        self.block_size = pool.layout.block_size
+        self.store: KvStore = ByteKv(shape, pool) if "key_scales" in pool.layout.tensors else FloatKv(shape, pool)
+        num_rotated = shape.num_heads + shape.num_kv_heads
         self._head_scales = torch.ones(num_rotated, 1)
         self._head_scales[: shape.num_heads] = shape.score_scale
         self._tables = {id(layer.rope_table): layer.rope_table for layer in layers}
@@ -153,8 +111,7 @@ class PagedAttention:
         self._rotations = {key: self._rotation(table[positions]) for key, table in self._tables.items()}
         blocks = block_tables[inputs.token_slots, inputs.positions // size].astype(np.int64)
         offsets = inputs.positions % size
-        self._blocks, self._offsets = torch.from_numpy(blocks), torch.from_numpy(offsets)
-        self._token_rows = torch.from_numpy(blocks * size + offsets)
+        self._places = TokenPlaces(*map(torch.from_numpy, (blocks, offsets, blocks * size + offsets)))
         self._plans = {window: self._plan_window(inputs, block_tables, window) for window in self._windows}
 
     def _rotation(self, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,34 +130,22 @@ class PagedAttention:
         cos, sin = self._rotations[id(own.rope_table)]
         rotated = torch.addcmul(unrotated * cos, unrotated.roll(shape.head_dim // 2, -1), sin)
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_heads + num_kv :]
-        written_keys, key_rows, written_values, value_rows = self._views[layer]
-        written_keys.index_put_((self._blocks, self._offsets), k)
-        written_values.index_copy_(0, self._token_rows, v)
+        k, v = self.store.write(layer, self._places, k, v)
         plan = self._plans[own.sliding_window]
         if len(plan.groups) == 1 and not plan.prefills:
-            return self._decode(q, key_rows, value_rows, plan.groups[0])
+            return plan.groups[0].reads.attend(layer, q)
         result = qkv.new_empty(num_tokens, num_heads * shape.head_dim)
         for group in plan.groups:
-            result[group.begin : group.end] = self._decode(q[group.begin : group.end], key_rows, value_rows, group)
+            result[group.begin : group.end] = group.reads.attend(layer, q[group.begin : group.end])
         for prefill in plan.prefills:
             part = slice(prefill.begin, prefill.end)
             result[part] = self._prefill(q[part], k[part], v[part], layer, prefill)
         return result
 
-    def _decode(self, q: Tensor, key_rows: Tensor, value_rows: Tensor, group: _DecodeGroup) -> Tensor:
-        num_rows, num_heads = q.shape[:2]
-        weights = q[:, :, None].expand(-1, -1, group.num_blocks, -1).reshape(-1)
-        scores = _bag(key_rows, group.key_rows, group.key_bags, weights).view(num_rows, num_heads, -1)
-        if self.shape.soft_cap is not None:
-            _cap(scores, self.shape.soft_cap)
-        probabilities = torch.softmax(scores.masked_fill_(group.beyond, -torch.inf), dim=-1)
-        return _bag(value_rows, group.value_rows, group.value_bags, probabilities.view(-1)).view(num_rows, -1)
-
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, layer: int, prefill: _Prefill) -> Tensor:
         shape = self.shape
         if prefill.blocks is not None:
-            k = self.keys[layer].index_select(0, prefill.blocks).permute(0, 3, 1, 2).reshape(-1, *k.shape[1:])
-            v = self.values[layer].index_select(0, prefill.blocks).view(-1, *v.shape[1:])
+            k, v = self.store.gathered(layer, prefill.blocks)
             num_keys = prefill.context_len - prefill.first_key
             k, v = k[:num_keys], v[:num_keys]
         if shape.soft_cap is not None:
@@ -241,39 +186,9 @@ class PagedAttention:
             beyond = positions >= context_lens[begin:end, None]
             if window is not None:
                 beyond |= positions < context_lens[begin:end, None] - window
-            groups.append(self._plan_group(begin, end, table, beyond))
+            groups.append(_DecodeGroup(begin, end, self.store.decode_reads(table, beyond)))
             begin = end
         return groups
-
-    def _plan_group(self, begin: int, end: int, table: NDArray[np.int32], beyond: NDArray[np.bool_]) -> _DecodeGroup:
-        """The group that reads the blocks `table` [rows, num_blocks], less the positions `beyond`."""
-        shape, index = self.shape, self._index_type
-        heads, dim, size, repeat = (
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.block_size,
-            shape.num_heads // shape.num_kv_heads,
-        )
-        rows, num_blocks = table.shape
-        table, head = table.astype(index), np.arange(heads, dtype=index)
-        key_rows = (table[:, None, None, :, None] * heads + head[:, None, None, None]) * dim + np.arange(
-            dim, dtype=index
-        )
-        key_rows = np.broadcast_to(key_rows, (rows, heads, repeat, num_blocks, dim)).flatten()
-        slots = (table[:, :, None] * size + np.arange(size, dtype=index)).reshape(rows, -1)
-        slots[beyond] = NULL_BLOCK * size
-        value_rows = slots[:, None, None, :] * heads + head[:, None, None]
-        value_rows = np.broadcast_to(value_rows, (rows, heads, repeat, num_blocks * size)).flatten()
-        return _DecodeGroup(
-            begin=begin,
-            end=end,
-            num_blocks=num_blocks,
-            key_rows=torch.from_numpy(key_rows),
-            key_bags=torch.from_numpy(np.arange(0, len(key_rows), dim, dtype=index)),
-            value_rows=torch.from_numpy(value_rows),
-            value_bags=torch.from_numpy(np.arange(0, len(value_rows), num_blocks * size, dtype=index)),
-            beyond=torch.from_numpy(beyond)[:, None, :],
-        )
 
     def _plan_prefill(
         self, inputs: StepInputs, block_tables: NDArray[np.int32], row: int, window: int | None
@@ -301,11 +216,6 @@ def _mask(start: int, end: int, first_key: int, window: int | None) -> Tensor:
     return mask
 
 
-def _cap(scores: Tensor, soft_cap: float) -> Tensor:
-    """Soft-cap `scores` in place and return them."""
-    return scores.div_(soft_cap).tanh_().mul_(soft_cap)
-
-
 def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: float) -> Tensor:
     """The attention [num_queries, heads * dim] of scaled q [num_queries, heads, dim], KV head after KV head.
 
@@ -316,18 +226,6 @@ def _capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, soft_cap: f
     for head in range(k.shape[1]):
         heads = slice(head * group, (head + 1) * group)
         scores = torch.matmul(q[:, heads].transpose(0, 1), k[:, head].t())
-        probabilities = torch.softmax(_cap(scores, soft_cap).add_(mask), dim=-1)
+        probabilities = torch.softmax(cap(scores, soft_cap).add_(mask), dim=-1)
         result[:, heads] = torch.matmul(probabilities, v[:, head]).transpose(0, 1)
     return result.flatten(1)
-
-
-def _bag(rows: Tensor, indices: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    """[num_bags, columns]: the sum of each bag's rows times their weights."""
-    return torch.embedding_bag(rows, indices, bags, False, 0, False, weights, False)[0]
-
-
-def _lazy_zeros(pool: KvPool, name: str) -> Tensor:
-    """One layer's tensor of the pool. numpy asks the system for zeroed pages; torch.zeros would write them all."""
-    tensor = pool.layout.tensors[name]
-    pages = np.zeros(pool.num_blocks * tensor.size_bytes, dtype=np.uint8)
-    return torch.from_numpy(pages).view(tensor.dtype).view(pool.layer_shape(name))

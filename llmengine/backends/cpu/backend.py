@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
+from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
+from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.native import (
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
@@ -30,7 +31,7 @@ from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
 from llmengine.backends.cpu.sampler import Sampler, Samples
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs, in_step_order
 from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
-from llmengine.backends.kv_layout import context_limit, fit_kv_pool, split_kv_layout
+from llmengine.backends.kv_layout import KvLayout, byte_kv_layout, context_limit, fit_kv_pool, split_kv_layout
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
@@ -54,8 +55,9 @@ _LEAST_SHARED_ELEMENTS = 4 << 20
 class CpuBackend:
     """Implements `batch.Backend` with torch's CPU operators; made, used and closed by one thread.
 
-    Activations, logits and KV are float32 whatever the weights are. Where the native decoder is available, it runs the
-    steps, but for large ones of some weights (see `NativeDecoder`), and torch's operators take one thread.
+    Activations and logits are float32 whatever the weights are, and so is KV unless `quant_config.kv_cache` asks for 8
+    bits. Where the native decoder is available, it runs the steps, but for large ones of some weights (see
+    `NativeDecoder`), and torch's operators take one thread.
 
     Args:
         native_directory: where the native library is looked for.
@@ -66,7 +68,7 @@ class CpuBackend:
             torch.set_num_threads(config.num_threads)
         arch = source.arch
         limit = context_limit(config, arch)
-        why_not_native = _why_not_native(arch, limit, source.formats)
+        why_not_native = _why_not_native(config, arch, limit, source.formats)
         runs_native = why_not_native is None
         try:
             native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
@@ -77,7 +79,7 @@ class CpuBackend:
             # The fastest format is measured, so it need not be the same the next time.
             row_major = runs_native or config.deterministic
             model = load_cpu_model(config, source, native_library, row_major=row_major)
-            layout = split_kv_layout(arch, config.kv_cache_config.block_size)
+            layout = cpu_kv_layout(config, arch)
             free_bytes = psutil.virtual_memory().available
             pool = fit_kv_pool(layout, config, limit, free_bytes, _DEFAULT_FRACTION)
             max_model_len = pool.max_model_len
@@ -109,12 +111,14 @@ class CpuBackend:
         self._info = BackendInfo(
             description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
             + native_text
+            + f", KV cache in {layout.kv_dtype}"
             + (", deterministic" if config.deterministic else ""),
             vocab_size=arch.vocab_size,
             max_model_len=max_model_len,
             num_blocks=pool.num_blocks,
             block_size=layout.block_size,
             kv_bytes_per_block=layout.bytes_per_block,
+            kv_dtype=layout.kv_dtype,
             weight_bytes=model.size_bytes,
             max_steps_in_flight=1,
             has_prompt_logprobs=True,
@@ -264,10 +268,20 @@ def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> l
     ]
 
 
-def _why_not_native(arch: ModelArch, limit: int, formats: ModelFormats) -> str | None:
+def cpu_kv_layout(config: ModelConfig, arch: ModelArch) -> KvLayout:
+    """What a KV block of this backend consists of."""
+    block_size, number_format = config.kv_cache_config.block_size, config.quant_config.kv_cache
+    if number_format == "none":
+        return split_kv_layout(arch, block_size)
+    return byte_kv_layout(arch, block_size, number_format)
+
+
+def _why_not_native(config: ModelConfig, arch: ModelArch, limit: int, formats: ModelFormats) -> str | None:
     """What the native decoder lacks for a model, None if nothing."""
     if not arch.is_llama(limit):
         return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
+    if config.quant_config.kv_cache != "none":
+        return f"it has no {config.quant_config.kv_cache} KV cache"
     lacking = sorted({item.name for item in formats.in_use - NATIVE_FORMATS})
     if lacking:
         return f"it does not multiply {', '.join(lacking)} weights"

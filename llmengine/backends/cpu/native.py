@@ -359,8 +359,7 @@ class NativeDecoder:
             o=self._matrix(linears[prefix + "o"]),
             gate_up=self._matrix(linears[prefix + "gate_up"]),
             down=self._matrix(linears[prefix + "down"]),
-            keys=attention.keys[index].data_ptr(),
-            values=attention.values[index].data_ptr(),
+            **attention.store.addresses(index),
         )
 
     def _matrix(self, linear: CpuLinear) -> _MatrixStruct:

@@ -117,6 +117,7 @@ def _info(config: ModelConfig, model: CudaModel, pool: KvPool, device: torch.dev
         num_blocks=pool.num_blocks,
         block_size=pool.layout.block_size,
         kv_bytes_per_block=pool.layout.bytes_per_block,
+        kv_dtype=pool.layout.kv_dtype,
         weight_bytes=model.weights.size_bytes,
         max_steps_in_flight=STEPS_IN_FLIGHT,
         has_prompt_logprobs=True,

@@ -8,25 +8,44 @@ import numpy as np
 import pytest
 import torch
 
-from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
-from llmengine.backends.cpu.linear import Int8Linear, Layout, dense_layouts
+from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
+from llmengine.backends.cpu.kv_store import AttentionShape
+from llmengine.backends.cpu.linear import Layout, ReferenceLinear, dense_layouts
 from llmengine.backends.cpu.step_inputs import HostSlotState
-from llmengine.backends.kv_layout import KvPool, split_kv_layout
+from llmengine.backends.kv_layout import KvLayout, KvPool, byte_kv_layout, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
+from llmengine.models.arch import ModelArch
+from llmengine.quant_config import KvQuantization
 from llmengine.quantization.formats import DENSE
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
 from tests.models.arch_helpers import SMALL_ARCH
 
-BLOCK = 4
+
+def rounded(x: torch.Tensor, kv_cache: KvQuantization) -> torch.Tensor:
+    """Return vectors [.., head_dim] as a KV cache holds them."""
+    if kv_cache == "none":
+        return x
+    most = 127 if kv_cache == "int8" else 448
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scaled = x * (most / largest)
+    return (scaled.round() if kv_cache == "int8" else scaled.to(torch.float8_e4m3fn).float()) * (largest / most)
 
 
-def reference(qkv: torch.Tensor, shape: AttentionShape, window: int | None, start: int) -> torch.Tensor:
+def kv_layout(arch: ModelArch, block_size: int, kv_cache: KvQuantization) -> KvLayout:
+    if kv_cache == "none":
+        return split_kv_layout(arch, block_size)
+    return byte_kv_layout(arch, block_size, kv_cache)
+
+
+def reference(
+    qkv: torch.Tensor, shape: AttentionShape, window: int | None, start: int, kv_cache: KvQuantization = "none"
+) -> torch.Tensor:
     """Return the causal attention of tokens [start, len) over all tokens, without rotation."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     q, k, v = qkv.view(len(qkv), -1, shape.head_dim).split((heads, kv_heads, kv_heads), dim=1)
-    k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+    k, v = (rounded(x, kv_cache).repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * shape.score_scale
     if shape.soft_cap is not None:
         scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
@@ -36,6 +55,7 @@ def reference(qkv: torch.Tensor, shape: AttentionShape, window: int | None, star
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(len(q), -1)[start:]
 
 
+@pytest.mark.parametrize(("kv_cache", "block_size"), [("none", 4), ("int8", 4), ("int8", 2), ("int8", 8), ("fp8", 4)])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "scale", "soft_cap"),
     [
@@ -49,19 +69,26 @@ def reference(qkv: torch.Tensor, shape: AttentionShape, window: int | None, star
     ],
 )
 def test_equals_reference_whatever_the_blocks_held_before(
-    heads: int, kv_heads: int, dim: int, window: int | None, scale: float, soft_cap: float | None
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    scale: float,
+    soft_cap: float | None,
+    kv_cache: KvQuantization,
+    block_size: int,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = AttentionShape(heads, kv_heads, dim, score_scale=scale, soft_cap=soft_cap)
     arch = replace(SMALL_ARCH, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-    pool = KvPool(split_kv_layout(arch, BLOCK), num_blocks=60, max_model_len=64)
+    pool = KvPool(kv_layout(arch, block_size, kv_cache), num_blocks=240 // block_size, max_model_len=64)
     unrotated = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
     attention = PagedAttention(shape, pool, [LayerAttention(unrotated, window)])
-    table = HostSlotState(6, 16)
-    free = np.random.default_rng(0).permutation(np.arange(1, 60)).tolist()
+    table = HostSlotState(6, 64 // block_size)
+    free = np.random.default_rng(0).permutation(np.arange(1, pool.num_blocks)).tolist()
     lengths = [1, 5, 8, 30, 50]
     tokens = [torch.randn(n, (heads + 2 * kv_heads) * dim, generator=generator) for n in lengths]
-    blocks = [[free.pop() for _ in range(-(-n // BLOCK))] for n in lengths]
+    blocks = [[free.pop() for _ in range(-(-n // block_size))] for n in lengths]
 
     def attend(parts: list[tuple[int, int, int]], fill: float | None = None) -> dict[int, torch.Tensor]:
         inits = [SlotInit(i, (0,), 1, SamplingParams(), 0, frozenset()) for i, start, _ in parts if start == 0]
@@ -85,7 +112,7 @@ def test_equals_reference_whatever_the_blocks_held_before(
     ]
     for parts in steps:
         for (slot, start, end), found in zip(sorted(parts), [x for _, x in sorted(attend(parts).items())], strict=True):
-            expected = reference(tokens[slot][:end], shape, window, start)
+            expected = reference(tokens[slot][:end], shape, window, start, kv_cache)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -105,7 +132,7 @@ def test_every_layout_multiplies_and_gives_its_weight_back(item: Layout) -> None
 def test_int8_is_within_two_percent_and_keeps_rows_apart() -> None:
     weight, bias = torch.randn(64, 200), torch.randn(64)
     matrix = Matrix.dense(weight).quantized(INT8)
-    linear = Int8Linear(matrix, bias)
+    linear = ReferenceLinear(matrix, bias)
     x = torch.randn(9, 200) * torch.logspace(-3, 3, 9)[:, None]
     x[4] = 0
     found, expected = linear(x), x @ weight.T + bias

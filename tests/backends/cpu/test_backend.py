@@ -17,7 +17,7 @@ from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.checkpoints.engine_dir import save_engine
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
-from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig
+from llmengine.config import KvCacheConfig, ModelConfig
 from llmengine.errors import ConfigError, OutOfMemoryError
 from llmengine.models.arch import canonical_shapes
 from llmengine.quantization.formats import DENSE
@@ -298,7 +298,6 @@ def test_a_scaled_rope_serves_the_length_it_is_stretched_to(tmp_path: Path, rope
         ({"device": "cpu", "backend": "tensorrt"}, "needs a CUDA device"),
         ({"device": "cuda:99"}, "finds [0-9]+ CUDA devices"),
         ({"quant": "int4-gptq"}, "quant_config.method='gptq' is not in this version; set 'rtn'"),
-        ({"quant_config": QuantConfig(kv_cache="int8")}, "quant_config.kv_cache='int8' is not in this version"),
         ({"max_model_len": 257}, "max_position_embeddings=256"),
     ],
 )

@@ -19,12 +19,12 @@ from llmengine import (
     SchedulerConfig,
 )
 from llmengine.backends import load_backend
-from llmengine.backends.cpu.backend import CpuBackend
+from llmengine.backends.cpu.backend import CpuBackend, cpu_kv_layout
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
-from llmengine.backends.kv_layout import split_kv_layout
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.quant_config import KvQuantization
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import NO_NATIVE, save_tiny
 from tests.models.family_helpers import make_family, write_family_gguf
@@ -43,7 +43,14 @@ PROMPTS = [
 ]
 
 
-def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIVE_DIRECTORY, **settings: Any) -> LLM:
+def open_llm(
+    directory: Path,
+    rng: random.Random | None,
+    *,
+    native: Path = NATIVE_DIRECTORY,
+    block_size: int = BLOCK_SIZE,
+    **settings: Any,
+) -> LLM:
     """Return an LLM with limits drawn from `rng`; None runs one request at a time, in one chunk, and reuses nothing."""
     batch_size = rng.choice((2, 3, 8)) if rng else 1
     mixed = max(batch_size, rng.choice((1, 9, 17, 40)) if rng else 256)
@@ -51,17 +58,15 @@ def open_llm(directory: Path, rng: random.Random | None, *, native: Path = NATIV
     num_blocks = rng.choice((15, 17, 60)) if rng else 60
     given = settings.get("quant_config", QuantConfig())
     source = open_model(directory).in_use(ModelConfig(directory, quant_config=given))
-    layout = split_kv_layout(source.arch, BLOCK_SIZE)
     config = ModelConfig(
         model_dir=directory,
         scheduler_config=SchedulerConfig(
             max_batch_size=batch_size, max_tokens_per_mixed_step=mixed, max_tokens_per_step=step
         ),
-        kv_cache_config=KvCacheConfig(
-            block_size=BLOCK_SIZE, max_bytes=num_blocks * layout.bytes_per_block, enable_prefix_caching=rng is not None
-        ),
+        kv_cache_config=KvCacheConfig(block_size=block_size, enable_prefix_caching=rng is not None),
         **{"deterministic": True, **settings},
     )
+    config.kv_cache_config.max_bytes = num_blocks * cpu_kv_layout(config, source.arch).bytes_per_block
     return LLM.from_backend(
         lambda: CpuBackend(config.resolve(), quantized_source(source, config.resolve().quant_config), native),
         scheduler_config=config.scheduler_config,
@@ -98,6 +103,12 @@ def test_schedules_of_blocks_of_gguf(tmp_path: Path) -> None:
     model = make_family("mistral", intermediate_size=64, sliding_window=None, num_hidden_layers=1)
     write_family_gguf(tmp_path / "model.gguf", model, "Q4_1")
     assert check(tmp_path / "model.gguf", 3, 3, quant_config=QuantConfig(weights="stored"))
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+def test_schedules_with_keys_and_values_of_8_bits(tmp_path: Path, kv_cache: KvQuantization) -> None:
+    save_tiny(tmp_path)
+    assert check(tmp_path, 3, 4, quant_config=QuantConfig(kv_cache=kv_cache))
 
 
 def test_schedules_of_another_family(tmp_path: Path) -> None:

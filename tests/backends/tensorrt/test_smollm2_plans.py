@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmengine import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
-from llmengine.backends.cpu.attention import AttentionShape, LayerAttention, PagedAttention
+from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
+from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
