@@ -10,7 +10,7 @@ import torch
 
 from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.kv_store import AttentionShape
-from llmengine.backends.cpu.linear import Layout, ReferenceLinear, dense_layouts
+from llmengine.backends.cpu.linear import DequantizedLinear, Layout, dense_layouts
 from llmengine.backends.cpu.step_inputs import HostSlotState
 from llmengine.backends.kv_layout import KvLayout, KvPool, byte_kv_layout, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
@@ -132,7 +132,7 @@ def test_every_layout_multiplies_and_gives_its_weight_back(item: Layout) -> None
 def test_int8_is_within_two_percent_and_keeps_rows_apart() -> None:
     weight, bias = torch.randn(64, 200), torch.randn(64)
     matrix = Matrix.dense(weight).quantized(INT8)
-    linear = ReferenceLinear(matrix, bias)
+    linear = DequantizedLinear(matrix, bias)
     x = torch.randn(9, 200) * torch.logspace(-3, 3, 9)[:, None]
     x[4] = 0
     found, expected = linear(x), x @ weight.T + bias
