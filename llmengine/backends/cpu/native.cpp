@@ -69,7 +69,7 @@ inline void weighted_columns(const WeightedRows& block, int64_t j, bool accumula
     for (int v = 0; v < kVectors; v++) {
       const Floats row = load(block.rows + i * block.row_stride + j + v * kWidth);
       for (int h = 0; h < kHeads; h++)
-        parts[h][v] = multiply_add(Floats{} + block.factors[h * block.factor_stride + i], row, parts[h][v]);
+        parts[h][v] = multiply_add(repeat(block.factors[h * block.factor_stride + i]), row, parts[h][v]);
     }
   }
   for (int h = 0; h < kHeads; h++)
