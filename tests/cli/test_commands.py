@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -143,6 +144,15 @@ def test_generate_streams_one_prompt(model: Path, capsys: pytest.CaptureFixture[
     assert record["finish_reason"] == "length"
     assert main(["generate", str(model), "Hello", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == record["text"] + "\n"
+
+
+def test_generate_quantizes_by_a_preset(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["generate", str(model), "Hello", "--max-new-tokens", "2", "--quant"]
+    with caplog.at_level(logging.INFO, "llmengine"):
+        assert main([*arguments, "int4-rtn"]) == 0
+    assert any("int4(group_size=128, zero_points" in record.getMessage() for record in caplog.records)
+    with pytest.raises(SystemExit):
+        main([*arguments, "int3"])
 
 
 def test_generate_prints_several_prompts_in_order(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
