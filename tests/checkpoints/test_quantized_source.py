@@ -45,7 +45,7 @@ def test_a_source_is_left_alone_where_there_is_nothing_to_do(source: ModelSource
     int8 = QuantConfig(weights="int8").resolve()
     quantized = quantized_source(source, int8)
     assert quantized_source(quantized, int8) is quantized
-    with pytest.raises(ConfigError, match="'fp8.*', but the model's are stored as 'int8'"):
+    with pytest.raises(ConfigError, match=r"'fp8.*', but the model's are stored as 'int8'"):
         quantized_source(quantized, QuantConfig.preset("fp8").resolve())
 
 
