@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,18 @@ from llmengine.cli.demo import find_demo_model
 
 REFERENCE = "bfloat16"
 
-FORMATS: Mapping[str, Callable[[ModelConfig], ModelConfig]] = {
-    "float32": lambda config: replace(config, dtype="float32"),
-    REFERENCE: lambda config: config,
-    "int8": lambda config: replace(config, quant_config=QuantConfig(weights="int8")),
+FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    REFERENCE: {},
+    "int8": {"quant": "int8"},
+    "fp8": {"quant": "fp8"},
+    "fp8-block": {"quant": "fp8-block"},
+    "int4-rtn g32": {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)},
+    "int4-rtn g64": {"quant_config": QuantConfig.preset("int4-rtn", group_size=64)},
+    "int4-rtn g128": {"quant_config": QuantConfig.preset("int4-rtn", group_size=128)},
+    "mxfp4": {"quant": "mxfp4"},
 }
-"""The rows: what each changes in a configuration with bfloat16 weights."""
+"""The rows: what each changes in a `ModelConfig` with bfloat16 weights."""
 
 HEADER = (
     *("format", "file", "memory", "perplexity", "increase", "same top token", "KL (nats)"),
@@ -64,11 +70,12 @@ def _row(name: str, report: QualityReport) -> list[str]:
 
 
 def _formats(text: str) -> list[str]:
+    """Rows whose names begin with any of the names in a list."""
     names = text.split(",")
     for name in names:
-        if name not in FORMATS:
-            raise ArgumentTypeError(f"{name!r} is not one of {', '.join(FORMATS)}")
-    return names
+        if not any(row.startswith(name) for row in FORMATS):
+            raise ArgumentTypeError(f"{name!r} begins the name of no row: {'; '.join(FORMATS)}")
+    return [row for row in FORMATS if row.startswith(tuple(names))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = new_parser("quantization", __doc__)
     add_demo_model(parser)
     add_json(parser)
-    parser.add_argument("--formats", type=_formats, default=list(FORMATS), help=f"default: {','.join(FORMATS)}")
+    parser.add_argument(
+        "--formats", type=_formats, default=list(FORMATS), help="list of formats, such as int8,int4-rtn (default: all)"
+    )
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text than the package's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -96,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name == REFERENCE:
                 reports[name] = reference.evaluate(**options)
             else:
-                reports[name] = evaluate(FORMATS[name](config), reference, **options)
+                reports[name] = evaluate(replace(config, **FORMATS[name]), reference, **options)
             append_record(arguments, "quantization", reports[name].to_json(), format=name)
             print(f"{name}: {reports[name].model.description}", file=sys.stderr, flush=True)
     last = reports[arguments.formats[-1]]

@@ -26,6 +26,7 @@ from llmengine import (
     QuantConfig,
     saved_engines,
 )
+from llmengine.model_quality import tokenize
 from llmengine.quantization.evaluation import Window, WindowPlan, compare, evaluation_text, measure
 from llmengine.quantization.quality_report import ModelFigures, QualityReport
 from tests.backends.helpers import reference_logprobs, save_tiny
@@ -275,3 +276,23 @@ def test_a_report_is_read_back_equal() -> None:
                 QualityReport.from_json(rest, "engine.json: quality")
         with pytest.raises(CorruptFileError):
             QualityReport.from_json({**values, "model": None}, "engine.json: quality")
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text() -> None:
+    """And do not end as it ends one."""
+
+    class Framing:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            ids = list(text.encode())
+            return [256, 7, *ids, 257] if add_special_tokens else ids
+
+    found = tokenize(Framing(), "abcdefghij")
+    assert (found.name, list(found.token_ids), list(found.prefix)) == ("text", list(b"abcdefghij"), [256, 7])
+    windows = WindowPlan(6, 6, None).windows(found.token_ids, found.prefix)
+    assert [(list(window.token_ids), window.first_scored) for window in windows] == [
+        ([256, 7, *b"abcd"], 2),
+        ([256, 7, *b"efgh"], 2),
+    ]
+    assert tokenize(Bytes(), "abc").prefix == ()
+    assert tokenize(None, [1, 2, 3]).token_ids == [1, 2, 3]
+    assert tokenize(Bytes(), None).name == "built-in"
