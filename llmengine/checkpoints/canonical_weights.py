@@ -24,16 +24,22 @@ def stream_fused(
     dtype: torch.dtype,
     read_part: Callable[[str, torch.Tensor], None],
     formats: ModelFormats = DENSE_MODEL,
+    read_matrix: Callable[[str], Mapping[str, torch.Tensor] | None] = lambda matrix: None,
 ) -> WeightStream:
-    """Yield the canonical weights of `arch` in `formats`, each of which has one tensor for a matrix, or for each part.
+    """Yield the canonical weights of `arch` in `formats`.
 
-    `read_part(name, out)` fills each part's rows, in the order of `fused_parts`. Heads of q and k are brought from the
-    checkpoint's order of rows into `head_order`.
+    `read_matrix(matrix)` gives the tensors of a matrix, by name less ".weight"; None if it has one tensor, or one for
+    each part, which are filled in place: `read_part(name, out)` fills each part's rows, in the order of `fused_parts`,
+    and heads of q and k are brought from the checkpoint's order of rows into `head_order`.
     """
     import torch
 
     layout, order = formats.layout(arch, model_dtype_name(dtype)), head_order(arch)
     for name, parts in fused_parts(arch).items():
+        matrix = name.removesuffix(".weight")
+        if (given := read_matrix(matrix)) is not None:
+            yield from ((f"{matrix}.{suffix}", tensor) for suffix, tensor in given.items())
+            continue
         names = [name, *(item for index in range(1, len(parts)) if (item := f"{name}_{index}") in layout)]
         tensors = [torch.empty(layout[item].shape, dtype=torch_dtype(layout[item].dtype)) for item in names]
         places = tensors if len(names) > 1 else tensors[0].split([shape[0] for _, shape in parts])

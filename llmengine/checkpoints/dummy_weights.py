@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmengine.checkpoints.huggingface_checkpoint import read_hf_metadata
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.dtypes import model_dtype_name, torch_dtype
+from llmengine.errors import UnsupportedModelError
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.model_formats import DENSE_MODEL
 
@@ -21,8 +22,16 @@ _NOISE_LENGTH = (1 << 20) + 7
 
 
 def open_dummy(directory: Path) -> ModelSource:
-    """A source of random weights for the architecture in a directory's config.json. Reads no weight files."""
+    """A source of random weights for the architecture in a directory's config.json. Reads no weight files.
+
+    Raises `UnsupportedModelError` for a config.json of quantized weights.
+    """
     metadata = read_hf_metadata(directory)
+    if metadata.layouts is not None:
+        raise UnsupportedModelError(
+            f"{directory / 'config.json'}: quantization_config: load_format='dummy' makes no quantized weights; remove "
+            "the key to get dense ones"
+        )
     return ModelSource(
         kind="dummy",
         path=directory,

@@ -104,12 +104,6 @@ def _reject_unsupported(fields: Fields, family: ModelFamily) -> None:
         raise UnsupportedModelError(f"{where}: {key}={activation!r} is not supported; supported: {supported[0]}")
     if fields.boolean("use_bidirectional_attention", False):
         raise UnsupportedModelError(f"{where}: use_bidirectional_attention=true is not supported")
-    if fields.has("quantization_config"):
-        method = fields.fields("quantization_config").values.get("quant_method")
-        raise UnsupportedModelError(
-            f"{where}: quantization_config (quant_method={method!r}): quantized Hugging Face checkpoints are not "
-            "supported; load the unquantized checkpoint and set quant_config"
-        )
 
 
 def _family_number(fields: Fields, family: ModelFamily, key: str) -> float | None:

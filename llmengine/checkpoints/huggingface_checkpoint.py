@@ -9,29 +9,34 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic
 
 from llmengine.checkpoints.canonical_weights import stored_parts, stream_fused
 from llmengine.checkpoints.end_token_ids import hf_end_ids
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
+from llmengine.checkpoints.huggingface_matrices import QuantizedMatrices, quantized_linears, quantized_matrices
+from llmengine.checkpoints.huggingface_quantization import LayoutChoice, layout_choice
 from llmengine.checkpoints.huggingface_tensors import (
     EMBEDDING,
     HEAD,
+    NORM,
     StoredTensor,
     TensorT,
+    check_weights,
     indexed_shards,
+    language_model_tensors,
     merge_shards,
-    model_weights,
     stored_names,
 )
 from llmengine.checkpoints.metadata_fields import Fields, read_json_object
 from llmengine.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, holds_same, read_entries, read_tensor
 from llmengine.checkpoints.source import ModelSource, WeightStream
-from llmengine.dtypes import MODEL_DTYPES, ModelDType, dtype_name
+from llmengine.dtypes import MODEL_DTYPES, ModelDType, dtype_name, torch_dtype
 from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadError, UnsupportedModelError
 from llmengine.generation_config import generation_keys
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import family_of
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 from llmengine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,9 +72,14 @@ _UNPICKLING_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class HfMetadata:
-    """Contents of config.json and generation_config.json."""
+    """Contents of config.json and generation_config.json.
+
+    Attributes:
+        layouts: how linears are stored; None if none is quantized.
+    """
 
     arch: ModelArch
+    layouts: LayoutChoice | None
     dtype: ModelDType | None
     generation_config: Fields
     eos_token_ids: tuple[int, ...]
@@ -89,6 +99,7 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
     arch = arch_from_hf_config(config.values, config.where)
     return HfMetadata(
         arch=arch,
+        layouts=layout_choice(config),
         dtype=_config_dtype(config),
         generation_config=generation,
         eos_token_ids=hf_end_ids(config, generation, arch.vocab_size),
@@ -118,16 +129,18 @@ def open_hf(directory: Path) -> ModelSource:
             f"{'; found: ' + ', '.join(others[:8]) if others else ''}; load_format='dummy' creates random weights"
         )
     shards = indexed_shards(directory, file_name)
+    formats = DENSE_MODEL
     if "safetensors" in file_name:
-        weights = model_weights(arch, directory, merge_shards(directory, shards, _read_safetensors))
-        found = weights[EMBEDDING].dtype
-    elif metadata.dtype is None:
-        found = _bin_weights(directory, arch, shards)[EMBEDDING].dtype
+        weights = _model_weights(metadata, directory, merge_shards(directory, shards, _read_safetensors), _load_entry)
+        formats, found = weights.formats, weights.dense_dtype
+    elif metadata.dtype is None or metadata.layouts is not None:
+        bin_weights = _bin_weights(directory, metadata, shards)
+        formats, found = bin_weights.formats, bin_weights.dense_dtype
 
     def stream(dtype: torch.dtype) -> WeightStream:
         if "safetensors" in file_name:
             return _stream_safetensors(arch, weights, dtype)
-        return _stream_bin(directory, arch, shards, dtype)
+        return _stream_bin(arch, _bin_weights(directory, metadata, shards), dtype)
 
     return ModelSource(
         kind="huggingface",
@@ -139,6 +152,7 @@ def open_hf(directory: Path) -> ModelSource:
         bos_token_id=metadata.bos_token_id,
         tokenizer_path=directory,
         stream=stream,
+        formats=formats,
     )
 
 
@@ -161,30 +175,71 @@ def _read_safetensors(path: Path) -> Iterator[StoredTensor[TensorEntry]]:
         yield StoredTensor(path, name, DTYPE_NAMES.get(entry.dtype, entry.dtype), entry.shape, entry)
 
 
-def _stream_safetensors(
-    arch: ModelArch, weights: Mapping[str, StoredTensor[TensorEntry]], dtype: torch.dtype
-) -> WeightStream:
+def _load_entry(stored: StoredTensor[TensorEntry]) -> torch.Tensor:
+    import torch
+
+    entry = stored.tensor
+    out = torch.empty(entry.shape, dtype=torch_dtype(DTYPE_NAMES[entry.dtype]))
+    with entry.path.open("rb") as file:
+        read_tensor(file, entry, out)
+    return out
+
+
+def _model_weights(
+    metadata: HfMetadata,
+    directory: Path,
+    tensors: Mapping[str, StoredTensor[TensorT]],
+    load: Callable[[StoredTensor[TensorT]], torch.Tensor],
+) -> HfWeights[TensorT]:
+    """The model's weights among `tensors`, checked; `load` reads one as it is stored."""
+    arch = metadata.arch
+    named = language_model_tensors(directory, tensors)
+    linears = quantized_linears(arch, str(directory), named, metadata.layouts, load) if metadata.layouts else {}
+    check_weights(arch, directory, named, linears, lambda tensor: not load(tensor).any())
+    return HfWeights(named, quantized_matrices(arch, linears))
+
+
+@dataclass(frozen=True, slots=True)
+class HfWeights(Generic[TensorT]):
+    """A directory's weights by the names that transformers gives them."""
+
+    named: Mapping[str, StoredTensor[TensorT]]
+    matrices: QuantizedMatrices
+
+    @property
+    def formats(self) -> ModelFormats:
+        """How the matrices are stored."""
+        return self.matrices.formats
+
+    @property
+    def dense_dtype(self) -> str:
+        """The dtype of the embedding, or of the last norm if the embedding is quantized."""
+        return self.named[EMBEDDING if EMBEDDING in self.named else NORM].dtype
+
+
+def _stream_safetensors(arch: ModelArch, weights: HfWeights[TensorEntry], dtype: torch.dtype) -> WeightStream:
     places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
+    named = weights.named
     with ExitStack() as stack:
-        paths = sorted({weight.path for weight in weights.values()})
+        paths = sorted({weight.path for weight in named.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
         num_rows = arch.vocab_size
-        _check_tied(arch, weights, lambda one, two: holds_same(files, one.rows(0, num_rows), two.rows(0, num_rows)))
+        _check_tied(arch, named, lambda one, two: holds_same(files, one.rows(0, num_rows), two.rows(0, num_rows)))
 
         def read_part(part: str, out: torch.Tensor) -> None:
             place = places[part]
-            entry = weights[place.tensor].tensor.rows(place.first_row, place.num_rows)
+            entry = named[place.tensor].tensor.rows(place.first_row, place.num_rows)
             read_tensor(files[entry.path], entry, out)
             read_norm(part, out)
 
-        yield from stream_fused(arch, dtype, read_part)
+        yield from stream_fused(arch, dtype, read_part, weights.formats, weights.matrices.reader(dtype, read_part))
 
 
 def _check_tied(
     arch: ModelArch, weights: Mapping[str, StoredTensor[TensorT]], are_equal: Callable[[TensorT, TensorT], bool]
 ) -> None:
     """Raise `CorruptFileError` if a stored output projection differs from the embedding to which it is tied."""
-    if not arch.tie_word_embeddings or HEAD not in weights:
+    if not arch.tie_word_embeddings or HEAD not in weights or EMBEDDING not in weights:
         return
     head, embedding = weights[HEAD], weights[EMBEDDING]
     if not are_equal(head.tensor, embedding.tensor):
@@ -205,11 +260,10 @@ def _norm_weights(arch: ModelArch) -> Callable[[str, torch.Tensor], None]:
     return add
 
 
-def _bin_weights(
-    directory: Path, arch: ModelArch, shards: Mapping[str, set[str]]
-) -> dict[str, StoredTensor[torch.Tensor]]:
+def _bin_weights(directory: Path, metadata: HfMetadata, shards: Mapping[str, set[str]]) -> HfWeights[torch.Tensor]:
     """The model's weights in .bin files, checked, and memory-mapped where the format allows it."""
-    return model_weights(arch, directory, merge_shards(directory, shards, _read_bin))
+    tensors = merge_shards(directory, shards, _read_bin)
+    return _model_weights(metadata, directory, tensors, lambda stored: stored.tensor.clone())
 
 
 def _read_bin(path: Path) -> Iterator[StoredTensor[torch.Tensor]]:
@@ -236,15 +290,14 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _stream_bin(directory: Path, arch: ModelArch, shards: Mapping[str, set[str]], dtype: torch.dtype) -> WeightStream:
-    weights = _bin_weights(directory, arch, shards)
-    num_rows = arch.vocab_size
-    _check_tied(arch, weights, lambda one, other: one.dtype == other.dtype and one[:num_rows].equal(other[:num_rows]))
+def _stream_bin(arch: ModelArch, weights: HfWeights[torch.Tensor], dtype: torch.dtype) -> WeightStream:
+    named, num_rows = weights.named, arch.vocab_size
+    _check_tied(arch, named, lambda one, other: one.dtype == other.dtype and one[:num_rows].equal(other[:num_rows]))
     places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
 
     def read_part(part: str, out: torch.Tensor) -> None:
         place = places[part]
-        out.copy_(weights[place.tensor].tensor[place.first_row : place.first_row + place.num_rows])
+        out.copy_(named[place.tensor].tensor[place.first_row : place.first_row + place.num_rows])
         read_norm(part, out)
 
-    yield from stream_fused(arch, dtype, read_part)
+    yield from stream_fused(arch, dtype, read_part, weights.formats, weights.matrices.reader(dtype, read_part))

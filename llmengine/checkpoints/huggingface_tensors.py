@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 """Dtypes from which weights can be read."""
 
@@ -58,7 +59,7 @@ _BUFFER = re.compile(
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale"
-    r"|absmax|quant_map|SCB)$|\.weight\.(absmax|quant_map|quant_state)"
+    r"|weight_blocks|weight_scales|absmax|quant_map|SCB)$|\.weight\.(absmax|quant_map|quant_state)"
 )
 _EMBEDDING_END = re.compile(r"(?P<prefix>(.*\.)?)embed_tokens\.weight")
 
@@ -138,13 +139,12 @@ def merge_shards(
     return found
 
 
-def model_weights(
-    arch: ModelArch, directory: Path, tensors: Mapping[str, StoredTensor[TensorT]]
+def language_model_tensors(
+    directory: Path, tensors: Mapping[str, StoredTensor[TensorT]]
 ) -> dict[str, StoredTensor[TensorT]]:
-    """The model's weights among `tensors`, by the names of `stored_names`, checked.
+    """The language model's tensors among `tensors`, by the names that transformers gives them.
 
-    Raises `CorruptFileError` for a missing or misshapen weight and for tensors that look like weights but have no place
-    in the model, `UnsupportedModelError` for weights of another dtype, quantized weights, and those of an adapter.
+    Raises `UnsupportedModelError` for those of an adapter.
     """
     refuse_adapter_tensors(tensors, str(directory))
     inside = _canonical_names(tensors)
@@ -153,30 +153,58 @@ def model_weights(
         logger.warning(
             "%s: ignoring tensors that are not part of the language model: %s", directory, _name_list(others)
         )
-    named = {inside[name]: tensor for name, tensor in tensors.items() if name in inside}
+    return {inside[name]: tensor for name, tensor in tensors.items() if name in inside}
+
+
+def check_weights(
+    arch: ModelArch,
+    directory: Path,
+    named: Mapping[str, StoredTensor[TensorT]],
+    quantized: Collection[str] = (),
+    is_zero: Callable[[StoredTensor[TensorT]], bool] = lambda tensor: False,
+) -> None:
+    """Raise unless `named` has the weights of `arch` by the names of `stored_names`, and beyond only harmless tensors.
+
+    Raises `CorruptFileError` for a missing or misshapen weight and for tensors that look like weights but have no place
+    in the model, `UnsupportedModelError` for weights of another dtype, and for quantized ones that no
+    `quantization_config` describes.
+
+    Args:
+        quantized: linears whose tensors are checked already.
+        is_zero: whether all of a tensor's elements are 0. Some tools give every linear such a bias.
+    """
     expected = stored_shapes(arch, stored_names(arch))
-    _refuse_quantized(directory, [name for name in expected if name not in named], tensors)
+    expected = {name: shape for name, shape in expected.items() if name.removesuffix(".weight") not in quantized}
+    others = {name: tensor for name, tensor in named.items() if not _belongs(name, quantized)}
+    _refuse_quantized(directory, [name for name in expected if name not in others], others)
     for name in expected:
-        if name in named and named[name].dtype not in WEIGHT_DTYPES:
-            tensor = named[name]
+        if name in others and others[name].dtype not in WEIGHT_DTYPES:
+            tensor = others[name]
             raise UnsupportedModelError(
                 f"{tensor.path}: tensor {tensor.name!r} has dtype {tensor.dtype}, which is not supported; supported: "
                 f"{', '.join(WEIGHT_DTYPES)}"
             )
 
     def is_harmless(name: str) -> bool:
-        return _is_buffer(named[name]) or (name == HEAD and arch.tie_word_embeddings)
+        is_head = name == HEAD and arch.tie_word_embeddings
+        is_bias = name.endswith(".bias") and name.removesuffix(".bias") in quantized
+        return is_head or _is_buffer(others[name]) or (is_bias and is_zero(others[name]))
 
-    shapes = {name: tensor.shape for name, tensor in named.items()}
+    shapes = {name: tensor.shape for name, tensor in others.items()}
     check_tensors(
         expected,
         shapes,
         str(directory),
         is_harmless,
-        lambda name: str(named[name].path),
+        lambda name: str(others[name].path),
         may_be_padded=(EMBEDDING, HEAD),
     )
-    return named
+
+
+def _belongs(name: str, quantized: Collection[str]) -> bool:
+    """Whether a tensor is one of a quantized linear's, its bias aside."""
+    module, _, suffix = name.rpartition(".")
+    return module in quantized and suffix != "bias"
 
 
 def _is_buffer(tensor: StoredTensor[TensorT]) -> bool:
@@ -209,8 +237,9 @@ def _refuse_quantized(directory: Path, missing: list[str], names: Iterable[str])
     found = [name for name in names if _QUANTIZED.search(name)]
     if missing and found:
         raise UnsupportedModelError(
-            f"{directory}: the weights are quantized ({_name_list(found)}): quantized Hugging Face checkpoints are not "
-            "supported; load the unquantized checkpoint and set quant_config"
+            f"{directory}: {_name_list(missing)} missing: weights are quantized ({_name_list(found)}) in a way that "
+            "quantization_config in config.json does not describe; correct it, or load the unquantized checkpoint and "
+            "set quant_config"
         )
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPE_NAMES: dict[str, DType] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-DTYPE_NAMES |= {"U8": "uint8", "I32": "int32", "F8_E4M3": "float8_e4m3fn"}
+DTYPE_NAMES |= {"U8": "uint8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
+DTYPE_NAMES |= {"F8_E8M0": "float8_e8m0fnu"}
 """Safetensors' names of the dtypes that can be read, and torch's names for them."""
 
 _DTYPE_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "BOOL": 1, "U8": 1, "I16": 2, "U16": 2, "I32": 4}

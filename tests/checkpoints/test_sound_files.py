@@ -121,7 +121,9 @@ def test_quantized_weights_without_a_word_in_the_config(model: Any, directory: P
     state = dict(model.state_dict())
     del state[f"{LAYER}.o_proj.weight"]
     rewrite(directory, {**state, **{f"{LAYER}.o_proj.{name}": torch.ones(4, dtype=torch.int32) for name in names}})
-    with pytest.raises(UnsupportedModelError, match=f"the weights are quantized.*{names[0]}"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"o_proj.weight missing: weights are quantized .*{names[0]}.*quantization_config"
+    ):
         open_model(directory)
 
 

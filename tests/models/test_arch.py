@@ -124,7 +124,6 @@ def test_wrong_values_name_file_and_key(key: str, value: Any) -> None:
         ("architectures", ["GPT2LMHeadModel"], "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
         ("architectures", [], "supported: LlamaForCausalLM"),
         ("hidden_act", "gelu", "gelu.*silu"),
-        ("quantization_config", {"quant_method": "gptq"}, "gptq"),
         ("rope_scaling", {"type": "spiral"}, "spiral.*yarn"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ],
