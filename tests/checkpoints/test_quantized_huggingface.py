@@ -5,170 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmengine import LLM, ModelConfig, SamplingParams
 from llmengine.checkpoints.opening import open_model
+from llmengine.errors import CorruptFileError
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import INT8, Int8W8A8
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
-from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.stacked import Stacked
 from tests.checkpoints import quantized_files as files
 from tests.checkpoints.quantized_files import QuantizedFiles, write_dense, write_quantized
-from tests.models.family_helpers import make_family
+from tests.checkpoints.quantized_layouts import BLOCKS, LAYOUTS, TENSOR, compressed, gptq, group, make
 
 PROMPTS = [[5, 9, 3], [7], list(range(3, 23))]
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True)
-
-
-def group(kind: str = "int", bits: int = 4, inputs: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
-    return {
-        "targets": ["Linear"],
-        "weights": {"type": kind, "num_bits": bits, "symmetric": True, "dynamic": False, **weights},
-        "input_activations": inputs,
-    }
-
-
-def compressed(name: str, *groups: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {
-        "quant_method": "compressed-tensors",
-        "format": name,
-        "quantization_status": "compressed",
-        "config_groups": {f"group_{index}": item for index, item in enumerate(groups)},
-        "ignore": ["lm_head"],
-        **values,
-    }
-
-
-def gptq(bits: int = 4, group_size: int = 32, **values: Any) -> dict[str, Any]:
-    usual = {"desc_act": False, "sym": False, "checkpoint_format": "gptq"}
-    return {"quant_method": "gptq", "bits": bits, "group_size": group_size, **usual, **values}
-
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-TOKEN = {"type": "float", "num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True}
-TENSOR = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-BLOCKS = {**FP8, "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
-
-LAYOUTS: dict[str, tuple[QuantizedFiles, WeightFormat]] = {
-    "awq": (QuantizedFiles(AWQ, files.awq()), Int4Groups(32)),
-    "awq-row": (QuantizedFiles({**AWQ, "group_size": -1}, files.awq(-1)), Int4Groups(-1)),
-    "awq-gemv": (QuantizedFiles({**AWQ, "version": "GEMV"}, files.awq_gemv()), Int4Groups(32)),
-    "gptq": (QuantizedFiles(gptq(), files.gptq()), Int4Groups(32)),
-    "gptq-v2": (QuantizedFiles(gptq(checkpoint_format="gptq_v2"), files.gptq(offset=0)), Int4Groups(32)),
-    "gptq-sym": (QuantizedFiles(gptq(sym=True), files.gptq(symmetric=True)), Int4Groups(32, False)),
-    "gptq-short": (QuantizedFiles(gptq(4, 64), files.gptq(4, 64)), Int4Groups(64)),
-    "gptq-order": (
-        QuantizedFiles(gptq(desc_act=True), files.gptq(act_order="shared")),
-        Int4Groups(32, input_order=True),
-    ),
-    "gptq-row": (QuantizedFiles(gptq(4, -1, desc_act=True), files.gptq(4, -1)), Int4Groups(-1)),
-    "gptq-bf16": (
-        QuantizedFiles(gptq(), files.gptq(scale_dtype=torch.bfloat16)),
-        Int4Groups(32, scale_dtype="bfloat16"),
-    ),
-    "gptq-8": (QuantizedFiles(gptq(8), files.gptq(8)), Int8Groups(32)),
-    "gptq-8-order": (
-        QuantizedFiles(gptq(8, sym=True, desc_act=True), files.gptq(8, symmetric=True, act_order="shared")),
-        Int8Groups(32, False, input_order=True),
-    ),
-    "gptq-8-row": (QuantizedFiles(gptq(8, -1, sym=True), files.gptq(8, -1, symmetric=True)), INT8),
-    "w4a16": (
-        QuantizedFiles(compressed("pack-quantized", group(strategy="group", group_size=32)), files.compressed()),
-        Int4Groups(32, False, scale_dtype="bfloat16"),
-    ),
-    "w4a16-asym": (
-        QuantizedFiles(
-            compressed("pack-quantized", group(strategy="group", group_size=32, symmetric=False)),
-            files.compressed(symmetric=False),
-        ),
-        Int4Groups(32, scale_dtype="bfloat16"),
-    ),
-    "w4a16-old-zeros": (
-        QuantizedFiles(
-            compressed("pack-quantized", group(strategy="group", group_size=32, symmetric=False)),
-            files.compressed(symmetric=False, zeros_packed=False, scale_dtype=torch.float16),
-        ),
-        Int4Groups(32),
-    ),
-    "w4a16-order": (
-        QuantizedFiles(
-            compressed("pack-quantized", group(strategy="group", group_size=32, actorder="group")),
-            files.compressed(act_order=True),
-        ),
-        Int4Groups(32, False, input_order=True, scale_dtype="bfloat16"),
-    ),
-    "w4a16-tensor": (
-        QuantizedFiles(compressed("pack-quantized", group(strategy="tensor")), files.compressed(4, 0)),
-        Int4Groups(-1, False, scale_dtype="bfloat16"),
-    ),
-    "w8a16": (
-        QuantizedFiles(compressed("pack-quantized", group(bits=8, strategy="channel")), files.compressed(8, -1)),
-        INT8,
-    ),
-    "w8a16-groups": (
-        QuantizedFiles(
-            compressed("pack-quantized", group(bits=8, strategy="group", group_size=32)), files.compressed(8)
-        ),
-        Int8Groups(32, False, scale_dtype="bfloat16"),
-    ),
-    "int8-weights": (QuantizedFiles(compressed("int-quantized", group(bits=8)), files.int8("tensor")), INT8),
-    "int8-groups": (
-        QuantizedFiles(
-            compressed("naive-quantized", group(bits=8, strategy="group", group_size=32)), files.int8("group")
-        ),
-        Int8Groups(32, False, scale_dtype="bfloat16"),
-    ),
-    "w8a8": (
-        QuantizedFiles(
-            compressed("int-quantized", group(bits=8, strategy="channel", inputs={**TOKEN, "type": "int"})),
-            files.int8(),
-        ),
-        Int8W8A8(),
-    ),
-    "w8a8-static": (
-        QuantizedFiles(
-            compressed("int-quantized", group(bits=8, strategy="channel", inputs={**TENSOR, "type": "int"})),
-            files.int8(input_scale=True),
-        ),
-        Int8W8A8(activations="tensor"),
-    ),
-    "fp8-channel": (
-        QuantizedFiles(compressed("float-quantized", group("float", 8, strategy="channel", inputs=TOKEN)), files.fp8()),
-        Fp8("channel", "token"),
-    ),
-    "fp8-weights": (
-        QuantizedFiles(compressed("float-quantized", group("float", 8, strategy="channel")), files.fp8()),
-        Fp8("channel", "none"),
-    ),
-    "fp8-static": (
-        QuantizedFiles(
-            compressed("float-quantized", group("float", 8, strategy="tensor", inputs=TENSOR)),
-            files.fp8("tensor", input_scale="shared"),
-            {"o_proj": files.fp8("tensor", input_scale="shared")},
-        ),
-        Fp8("channel", "tensor"),
-    ),
-    "fp8": (QuantizedFiles(FP8, files.fp8("tensor")), Fp8("channel", "token")),
-    "mxfp4": (QuantizedFiles({"quant_method": "mxfp4"}, files.mxfp4()), Mxfp4()),
-    "mxfp4-compressed": (
-        QuantizedFiles(
-            compressed("mxfp4-pack-quantized", group("float", 4, strategy="group", group_size=32)),
-            files.mxfp4("weight_packed", "weight_scale"),
-        ),
-        Mxfp4(),
-    ),
-}
-
-
-def make(family: str = "mistral", **changes: Any) -> Any:
-    return make_family(family, **{"intermediate_size": 96, **changes})
 
 
 def assert_stands_for(directory: Path, dense: Path) -> None:
@@ -202,3 +60,200 @@ def test_every_layout_is_read_exactly(tmp_path: Path, layout: str) -> None:
     assert formats.of("layers.1.qkv") == formats.of("layers.0.gate_up") == expected
     assert formats.of("lm_head") == formats.of("embed_tokens") == DENSE
     assert "layers.2.down" not in formats.exceptions or layout in ("fp8", "fp8-static")
+
+
+INT4 = Int4Groups(32)
+ORDERED = Int4Groups(32, input_order=True)
+
+
+def pair(place: Path, model: Any, stored: QuantizedFiles, **values: Any) -> tuple[Path, Path]:
+    """A quantized directory and the dense one that it stands for."""
+    write_dense(place / "dense", model, write_quantized(place / "files", model, stored, **values))
+    return place / "files", place / "dense"
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "expected"),
+    [
+        ({"v_proj": None}, Stacked.of_rows([(64, INT4), (32, INT4), (32, DENSE)])),
+        ({"[kv]_proj": None}, Stacked.of_rows([(64, INT4), (32, DENSE), (32, DENSE)])),
+        (
+            {"q_proj": files.gptq(act_order="own")},
+            Stacked.of_rows([(64, ORDERED), (32, INT4), (32, INT4)]),
+        ),
+        (
+            {"[qkv]_proj": files.gptq(act_order="own")},
+            Stacked.of_rows([(64, ORDERED), (32, ORDERED), (32, ORDERED)]),
+        ),
+        ({"[qkv]_proj": files.gptq(act_order="shared")}, ORDERED),
+        ({"[qkv]_proj": None}, DENSE),
+    ],
+)
+def test_parts_that_are_stored_in_different_ways_are_stacked(
+    tmp_path: Path, exceptions: dict[str, Any], expected: WeightFormat
+) -> None:
+    place, dense = pair(tmp_path, make(), QuantizedFiles(gptq(), files.gptq(), exceptions))
+    assert_stands_for(place, dense)
+    formats = open_model(place).formats
+    assert formats.of("layers.1.qkv") == expected
+    assert formats.default == formats.of("layers.1.gate_up") == INT4
+    assert tokens(place) == tokens(dense)
+
+
+def test_activation_scales_that_differ_keep_parts_apart(tmp_path: Path) -> None:
+    scheme = group("float", 8, strategy="tensor", inputs=TENSOR)
+    stored = QuantizedFiles(compressed("float-quantized", scheme), files.fp8("tensor", input_scale="own"))
+    place, dense = pair(tmp_path, make(), stored)
+    assert_stands_for(place, dense)
+    formats, static = open_model(place).formats, Fp8("tensor", "tensor")
+    assert formats.default == formats.of("layers.0.down") == static
+    assert formats.of("layers.0.qkv") == Stacked.of_rows([(64, static), (32, static), (32, static)])
+
+
+def test_blocks_of_rows_are_joined_where_they_meet_and_stacked_where_not(tmp_path: Path) -> None:
+    stored = QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv"))
+    blocks = Fp8("block", "block")
+    for heads, expected in ((2, blocks), (1, Stacked.of_rows([(256, blocks), (64, blocks), (64, blocks)]))):
+        model = make("mistral", hidden_size=256, head_dim=64, num_key_value_heads=heads)
+        place, dense = pair(tmp_path, model, stored)
+        assert_stands_for(place, dense)
+        assert open_model(place).formats.of("layers.2.qkv") == expected
+        assert open_model(place).formats.of("layers.2.gate_up") == Stacked.of_rows([(96, blocks), (96, blocks)])
+
+
+FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "phi3_short", "granite", "smollm3", "gemma2", "gemma3", "olmo2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_what_its_dequantized_weights_do(tmp_path: Path, family: str) -> None:
+    sizes = {"num_hidden_layers": 5, "num_key_value_heads": 4 if family.startswith("phi3") else 2}
+    model = make(family, **{**sizes, "intermediate_size": 64})
+    turns = ["gptq-8", "gptq", "gptq-order", "gptq-sym"]
+    own = {f"layers.{index}.": LAYOUTS[turns[index % 4]][0].pack for index in range(4)}
+    dynamic = {"+:.*layers.0": {"bits": 8}, "+:.*layers.2": {"desc_act": True}, "+:.*layers.3": {"sym": True}}
+    place, dense = pair(tmp_path, model, QuantizedFiles(gptq(dynamic=dynamic), files.gptq(), own))
+    assert_stands_for(place, dense)
+    formats = open_model(place).formats
+    assert formats.of("layers.0.qkv") == formats.of("layers.0.down") == Int8Groups(32)
+    assert formats.of("layers.2.o") == ORDERED
+    assert formats.of("layers.3.gate_up") == Int4Groups(32, False)
+    assert tokens(place) == tokens(dense)
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq-8-row", "w8a8", "fp8-static", "fp8", "mxfp4", "int8-groups"])
+def test_saved_engines_have_the_same_bytes(tmp_path: Path, layout: str) -> None:
+    place, _ = pair(tmp_path, make("qwen2"), LAYOUTS[layout][0])
+    found = tokens(place, save=tmp_path / "engine")
+    assert tokens(tmp_path / "engine") == found
+    source, engine = open_model(place), open_model(tmp_path / "engine")
+    assert engine.formats == source.formats
+    engine_weights = dict(engine.weights(torch.float32))
+    for name, tensor in source.weights(torch.float32):
+        assert torch.equal(tensor.view(torch.uint8), engine_weights[name].view(torch.uint8)), name
+    tokens(tmp_path / "engine", save=tmp_path / "again")
+    again = sorted((tmp_path / "again").glob("*.safetensors"))
+    assert [file.read_bytes() for file in again] == [(tmp_path / "engine" / file.name).read_bytes() for file in again]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_that_of_the_file(tmp_path: Path, layout: str) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 32}
+    model, (stored, _) = make("mistral", **wide, num_key_value_heads=32), LAYOUTS[layout]
+    write_quantized(tmp_path, model, stored)
+    # GPTQ files have zero points that are all alike, and the groups of columns that are in order.
+    config = stored.config
+    idle = (*(("qzeros",) if config.get("sym") else ()), *(("g_idx",) if not config.get("desc_act") else ()), "-")
+    tensors = load_file(tmp_path / "model.safetensors")
+    in_file = sum(item.nbytes for name, item in tensors.items() if "_proj." in name and not name.endswith(idle))
+    source = open_model(tmp_path)
+    linears = ("qkv", "o", "gate_up", "down")
+    size = sum(item.nbytes for name, item in source.weights(torch.float32) if name.split(".")[-2] in linears)
+    # AutoAWQ's gemv fills up scales.
+    assert (0.8 if layout == "awq-gemv" else 0.97) * in_file <= size <= 1.03 * in_file
+
+
+def test_int8_rows_whose_least_weight_is_minus_128(tmp_path: Path) -> None:
+    """The native decoder makes its own weights of at most 127; those of files reach -128."""
+    stored, expected = LAYOUTS["w8a16"]
+    place, dense = pair(tmp_path, make("qwen2", head_dim=16), stored)
+    assert expected == INT8
+    assert (
+        min(int(tensor.min()) for name, tensor in open_model(place).weights(torch.float32) if "weight" in name) == -128
+    )
+    assert tokens(place) == tokens(dense)
+
+
+def test_embedding_and_output_matrix_may_be_quantized(tmp_path: Path) -> None:
+    both = {**group(bits=8, strategy="channel"), "targets": ["Embedding", "lm_head", "re:.*self_attn.*"]}
+    config = compressed("pack-quantized", both, group(strategy="group", group_size=32), ignore=[])
+    own = {"lm_head|self_attn": files.compressed(8, -1)}
+    model = make()
+    stored = QuantizedFiles(config, files.compressed(), own)
+    dense = write_quantized(tmp_path / "files", model, stored)
+    write_dense(tmp_path / "dense", model, dense)
+    formats = open_model(tmp_path / "files").formats
+    assert formats.of("lm_head") == formats.of("layers.0.qkv") == INT8
+    assert formats.of("embed_tokens") == DENSE  # the file has it so
+    assert_stands_for(tmp_path / "files", tmp_path / "dense")
+    file = tmp_path / "files" / "model.safetensors"
+    tensors = load_file(file)
+    rng = np.random.default_rng(3)
+    packed, weight = files.compressed(8, -1)(rng, *tensors.pop("model.embed_tokens.weight").shape)
+    save_file({**tensors, **{f"model.embed_tokens.{suffix}": item for suffix, item in packed.items()}}, file)
+    write_dense(tmp_path / "dense", model, {**dense, "model.embed_tokens.weight": torch.from_numpy(weight)})
+    assert open_model(tmp_path / "files").formats.of("embed_tokens") == INT8
+    assert_stands_for(tmp_path / "files", tmp_path / "dense")
+    assert tokens(tmp_path / "files") == tokens(tmp_path / "dense")
+
+
+def test_bin_files(tmp_path: Path) -> None:
+    place, dense = pair(tmp_path, make("qwen2"), LAYOUTS["gptq-order"][0])
+    file = place / "model.safetensors"
+    torch.save(load_file(file), place / "pytorch_model.bin")
+    file.unlink()
+    assert open_model(place).formats.of("layers.0.qkv") == ORDERED
+    assert_stands_for(place, dense)
+
+
+def test_linears_are_found_by_name_then_pattern_then_class(tmp_path: Path) -> None:
+    weights = {"strategy": "channel"}
+    groups = [
+        group(strategy="group", group_size=32),
+        {**group(bits=8, **weights), "targets": ["re:.*mlp.*"]},
+        {**group("float", 8, **weights), "format": "float-quantized", "targets": ["model.layers.1.mlp.down_proj"]},
+    ]
+    config = compressed("pack-quantized", *groups, ignore=["lm_head", "re:.*layers.2.*"])
+    own = {"layers.2": None, "layers.1.mlp.down_proj": files.fp8(), "mlp": files.compressed(8, -1)}
+    place, dense = pair(tmp_path, make(), QuantizedFiles(config, files.compressed(), own))
+    assert_stands_for(place, dense)
+    formats = open_model(place).formats
+    assert formats.of("layers.0.o") == Int4Groups(32, False, scale_dtype="bfloat16")
+    assert formats.of("layers.1.gate_up") == formats.of("layers.0.down") == INT8
+    assert formats.of("layers.1.down") == Fp8("channel", "none")
+    assert {formats.of(f"layers.2.{name}") for name in ("qkv", "o", "gate_up", "down")} == {DENSE}
+
+
+def test_fp8_blocks_as_transformers_dequantizes_them(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    stored = QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv"))
+    place, dense = pair(tmp_path, make("mistral", hidden_size=256, head_dim=64, intermediate_size=256), stored)
+    config = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, quantization_config=config)
+    state = load_file(dense / "model.safetensors")
+    found = {name: item for name, item in model.state_dict().items() if name.endswith("_proj.weight")}
+    assert found.keys() == {name for name in state if "_proj" in name}
+    assert all(torch.equal(state[name], item) for name, item in found.items())
+    assert_stands_for(place, dense)
+
+
+def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
+    """AutoGPTQ gave every linear a bias, whether the model has one or not."""
+    place, dense = pair(tmp_path, make(), LAYOUTS["gptq"][0])
+    file, name = place / "model.safetensors", "model.layers.1.self_attn.o_proj.bias"
+    tensors = load_file(file)
+    save_file({**tensors, name: torch.zeros(64)}, file)
+    assert_stands_for(place, dense)
+    save_file({**tensors, name: torch.ones(64)}, file)
+    with pytest.raises(CorruptFileError, match=f"left over .*{name}"):
+        open_model(place)

@@ -48,6 +48,7 @@ ADDRESS_SPACE_BYTES = 1 << 30
 TARGETS = (
     *("safetensors", "shards", "index", "bin", "gguf", "gguf_metadata", "config", "generation_config", "engine"),
     *("sealed_engine", "sealed_plans", "plan_files", "tokenizer", "tokenizer_config", "chat_template", "chat_messages"),
+    *("quantized", "quantization_config"),
 )
 """The kinds of input; `fuzz_targets.py` makes them."""
 

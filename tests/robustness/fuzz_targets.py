@@ -14,6 +14,7 @@ from typing import Any, get_args
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from llmengine import saved_engines
@@ -41,6 +42,8 @@ from llmengine.models.rope import layer_tables
 from llmengine.quantization.formats import TensorSpec
 from llmengine.quantization.model_formats import DENSE_MODEL
 from llmengine.tokenizer.loading import load_tokenizer, tokenizer_from_gguf
+from tests.checkpoints import quantized_files
+from tests.checkpoints.quantized_files import QuantizedFiles
 from tests.robustness.fuzz import TARGETS, Target, mutate_bytes, mutate_json, mutate_text
 
 _TINY = {
@@ -147,6 +150,92 @@ def _safetensors(place: Path) -> Target:
         read_model(directories[number])
 
     return Target("safetensors", seeds, mutate_bytes, read, str(place))
+
+
+_GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}}
+_INT8_GROUP = {
+    "targets": ["re:.*mlp.*", "lm_head"],
+    "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+    "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    "format": "int-quantized",
+}
+_QUANTIZED: tuple[QuantizedFiles, ...] = (
+    QuantizedFiles(
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 16,
+            "desc_act": True,
+            "sym": False,
+            "dynamic": {"-:.*v_": {}},
+        },
+        quantized_files.gptq(4, 16, act_order="shared"),
+        {"v_proj": None},
+    ),
+    QuantizedFiles({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, quantized_files.awq()),
+    QuantizedFiles(
+        {
+            **{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*lm_head"]},
+            **{"config_groups": {"group_0": _GROUP, "group_1": _INT8_GROUP}, "quantization_status": "compressed"},
+        },
+        quantized_files.compressed(4, 16),
+        {"mlp": quantized_files.int8()},
+    ),
+    QuantizedFiles(
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"},
+        quantized_files.fp8("block", name="weight_scale_inv"),
+    ),
+    QuantizedFiles({"quant_method": "mxfp4"}, quantized_files.mxfp4()),
+)
+
+
+def _quantized_directories(place: Path) -> list[Path]:
+    directories = []
+    for index, files in enumerate(_QUANTIZED):
+        directory, rng = place / str(index), np.random.default_rng(index)
+        directory.mkdir()
+        tensors: dict[str, torch.Tensor] = {}
+        for name, shape in _hf_shapes(CONFIGS[0]).items():
+            module = name.removesuffix(".weight")
+            packer = files.packer(module) if "_proj" in module else None
+            if packer is None:
+                tensors[name] = torch.full(shape, 0.5)
+            else:
+                tensors |= {f"{module}.{suffix}": item for suffix, item in packer(rng, *shape)[0].items()}
+        _write_json(directory / "config.json", {**CONFIGS[0], "quantization_config": files.config})
+        save_file({name: item.contiguous() for name, item in tensors.items()}, directory / "model.safetensors")
+        directories.append(directory)
+    return directories
+
+
+def _in_each(directories: Sequence[Path], name: str) -> tuple[list[bytes], Callable[[int, bytes], None]]:
+    """The file `name` of each directory, and a function that reads the model with an input in its place."""
+
+    def read(number: int, data: bytes) -> None:
+        (directories[number] / name).write_bytes(data)
+        read_model(directories[number])
+
+    return [(directory / name).read_bytes() for directory in directories], read
+
+
+def _quantized(place: Path) -> Target:
+    seeds, read = _in_each(_quantized_directories(place), "model.safetensors")
+    return Target("quantized", seeds, mutate_bytes, read, str(place))
+
+
+def _quantization_config(place: Path) -> Target:
+    seeds, read = _in_each(_quantized_directories(place), "config.json")
+
+    def mutate(rng: Any, seed: bytes, others: Sequence[bytes]) -> bytes:
+        content = json.loads(seed)
+        parts = [json.dumps(json.loads(other)["quantization_config"]).encode() for other in (seed, *others)]
+        damaged = mutate_json(rng, parts[0], parts)
+        try:
+            return json.dumps({**content, "quantization_config": json.loads(damaged)}).encode()
+        except (ValueError, RecursionError):
+            return damaged
+
+    return Target("quantization_config", seeds, mutate, read, str(place))
 
 
 def _make_shards(place: Path) -> tuple[list[bytes], bytes]:

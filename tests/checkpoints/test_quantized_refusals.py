@@ -1,0 +1,191 @@
+"""Quantized Hugging Face checkpoints that are damaged or not supported: errors name the layer and the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmengine.checkpoints.opening import open_model
+from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelError
+from tests.checkpoints import quantized_files as files
+from tests.checkpoints.helpers import edit_config, load_all
+from tests.checkpoints.quantized_files import QuantizedFiles, write_quantized
+from tests.checkpoints.quantized_layouts import AWQ, BLOCKS, FP8, LAYOUTS, TOKEN, compressed, gptq, group, make
+
+Change = Callable[[dict[str, torch.Tensor]], object]
+O_PROJ = "model.layers.1.self_attn.o_proj"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+INT_TOKEN = {**TOKEN, "type": "int"}
+
+
+def removed(suffix: str) -> Change:
+    return lambda tensors: tensors.pop(f"{O_PROJ}.{suffix}")
+
+
+def changed(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    name = f"{O_PROJ}.{suffix}"
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+DAMAGES: list[tuple[str, Change, type[ModelLoadError], str]] = [
+    ("awq", removed("scales"), CorruptFileError, f"layer '{O_PROJ}': tensor '{O_PROJ}.scales' is missing; .* qweight"),
+    ("awq", removed("qweight"), UnsupportedModelError, f"{O_PROJ}.weight missing: weights are quantized"),
+    (
+        "gptq",
+        changed("scales", lambda item: item[:1]),
+        CorruptFileError,
+        r"safetensors: .*scales' has shape \(1, 64\), expected \(2, 64\) for a layer of 64 x 64",
+    ),
+    (
+        "gptq",
+        changed("qweight", torch.Tensor.float),
+        UnsupportedModelError,
+        "safetensors: .*o_proj.qweight' has dtype float32, .*supported: int32",
+    ),
+    (
+        "gptq-sym",
+        changed("qzeros", lambda item: item + 1),
+        CorruptFileError,
+        "safetensors: .*o_proj.qzeros' has zero points other than 8, .*sym=true",
+    ),
+    ("gptq-8", changed("qzeros", lambda item: item | 255), CorruptFileError, "qzeros' has a zero point of 256"),
+    ("gptq-order", removed("g_idx"), CorruptFileError, "o_proj.g_idx' is missing"),
+    (
+        "gptq-order",
+        changed("g_idx", torch.zeros_like),
+        UnsupportedModelError,
+        f"layer '{O_PROJ}': g_idx makes groups of other sizes than group_size=32",
+    ),
+    ("gptq-order", changed("g_idx", lambda item: item + 1), CorruptFileError, r"g_idx' names groups outside \[0, 1\]"),
+    (
+        "w4a16",
+        changed("weight_shape", lambda item: item + 1),
+        CorruptFileError,
+        r"o_proj.weight_shape' says \(65, 65\), .*\(64, 64\)",
+    ),
+    ("w4a16-asym", removed("weight_zero_point"), CorruptFileError, "o_proj.weight_zero_point' is missing"),
+    ("w8a8-static", removed("input_scale"), CorruptFileError, "o_proj.input_scale' is missing"),
+    (
+        "fp8",
+        changed("weight", lambda item: item.float().to(torch.float8_e5m2)),
+        UnsupportedModelError,
+        "o_proj.weight' has dtype F8_E5M2, which is not supported; supported: float8_e4m3fn",
+    ),
+    ("fp8", removed("weight_scale"), CorruptFileError, "o_proj.weight_scale' is missing"),
+    (
+        "mxfp4",
+        changed("weight_scales", lambda item: item[:, :1]),
+        CorruptFileError,
+        r"o_proj.weight_scales' has shape \(64, 1\), expected \(64, 2\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "change", "error", "message"), DAMAGES)
+def test_damaged_layers_are_named(
+    tmp_path: Path, layout: str, change: Change, error: type[ModelLoadError], message: str
+) -> None:
+    write_quantized(tmp_path, make(), LAYOUTS[layout][0])
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(error, match=message):
+        load_all(tmp_path)
+
+
+def packed(scheme: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return compressed("pack-quantized", scheme, **values)
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"quant_method": "hqq"},
+        "config.json: quantization_config: quant_method='hqq' is not supported; supported: awq, gptq, "
+        "compressed-tensors, fp8, mxfp4; load the unquantized",
+    ),
+    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "quant_method='bitsandbytes' is not supported"),
+    ({**AWQ, "version": "gemv_fast"}, "version='gemv_fast' is not supported; supported: gemm, gemv"),
+    ({**AWQ, "bits": 8}, "bits=8 is not supported; supported: 4"),
+    ({**AWQ, "group_size": 48}, f"layer '{Q_PROJ}': group_size=48 does not divide its 64 inputs"),
+    (gptq(3), "bits=3 is not supported; supported: 4, 8"),
+    (gptq(2), "bits=2 is not supported; supported: 4, 8"),
+    (gptq(checkpoint_format="marlin"), "checkpoint_format='marlin' is not supported; supported: gptq, gptq_v2"),
+    (gptq(dynamic={"+:(a+)+b": {}}), r"dynamic: pattern '\(a\+\)\+b' is not supported"),
+    ({**FP8, "weight_block_size": [64, 64]}, r"weight_block_size=\[64, 64\] .*supported: \[128, 128\]"),
+    ({**BLOCKS, "activation_scheme": "static"}, "activation_scheme='static' is not supported; .*dynamic with"),
+    ({**FP8, "fmt": "e5m2"}, "fmt='e5m2' is not supported; supported: e4m3"),
+    ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+    (compressed("marlin-24", group()), "group_0: format='marlin-24' is not supported; supported: pack-quantized, int-"),
+    (packed(group(bits=2)), "group_0: weights: num_bits='int2' is not supported; supported: int4, int8"),
+    (packed(group(inputs=INT_TOKEN)), "group_0: input_activations are not supported in format 'pack-"),
+    (packed(group(), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format='sparse-24-bitmask'"),
+    (packed(group(), transform_config={"config_groups": {}}), "transform_config is not supported"),
+    (packed(group(), quantization_status="frozen"), "quantization_status='frozen' is not supported"),
+    (packed({**group(), "output_activations": INT_TOKEN}), "group_0: output_activations are not supported"),
+    (compressed("int-quantized", group(bits=8, symmetric=False)), "symmetric=False .*supported: true in format 'int-"),
+    (compressed("int-quantized", group(bits=8, inputs=TOKEN)), "num_bits='float8' is not supported; supported: int8"),
+    (
+        compressed("float-quantized", group("float", 8, inputs={**TOKEN, "strategy": "tensor"})),
+        "strategy='tensor' is not supported; supported: 'token' or 'group' with group_size=128 with dynamic=true",
+    ),
+    (
+        compressed("float-quantized", group("float", 8, strategy="block", block_structure=[64, 64])),
+        r"block_structure=\[64, 64\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSALS)
+def test_what_is_not_supported_says_what_is(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    write_quantized(tmp_path, make(), LAYOUTS["awq"][0])
+    edit_config(tmp_path, quantization_config=config)
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_all(tmp_path)
+
+
+def test_a_group_size_that_no_format_has(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make(), QuantizedFiles(gptq(4, 24), files.gptq(4, 24)))
+    message = f"layer '{Q_PROJ}': group_size=24 is not supported; supported: 16, 32, 64, 128, -1"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bits": 4}, "quantization_config: quant_method: expected a string, but the key is missing"),
+        ({**gptq(), "bits": "four"}, "quantization_config: bits: expected an integer"),
+        (gptq(4, 0), "quantization_config: group_size: expected an integer in"),
+        (packed(group(), ignore=["re:("]), "pattern: expected a regular expression .*found"),
+        (packed(group(strategy="group")), "weights: group_size: expected a positive integer with strategy 'group'"),
+        ({"quant_method": "compressed-tensors", "format": "dense"}, "config_groups: expected an object"),
+    ],
+)
+def test_malformed_descriptions_are_corrupt_files(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    write_quantized(tmp_path, make(), LAYOUTS["awq"][0])
+    edit_config(tmp_path, quantization_config=config)
+    with pytest.raises(CorruptFileError, match=message):
+        load_all(tmp_path)
+
+
+def test_heads_that_are_reordered_cannot_share_scales(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make("phi3_short"), QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv")))
+    message = "layer 'model.layers.0.self_attn.qkv_proj': scales that 128 rows share .* 8 dimensions rotate"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_all(tmp_path)
+
+
+def test_dummy_weights_are_not_made_for_quantized_models(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make(), LAYOUTS["awq"][0])
+    with pytest.raises(UnsupportedModelError, match=r"config.json: quantization_config: load_format='dummy'"):
+        load_all(tmp_path, "dummy")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path, "dummy").formats.is_dense
