@@ -19,6 +19,8 @@ from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
 from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.native import (
+    BYTE_KV_MULTIPLE,
+    MAX_BYTE_HEAD_DIM,
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
     NATIVE_FORMATS,
@@ -280,12 +282,26 @@ def _why_not_native(config: ModelConfig, arch: ModelArch, limit: int, formats: M
     """What the native decoder lacks for a model, None if nothing."""
     if not arch.is_llama(limit):
         return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
-    if config.quant_config.kv_cache != "none":
-        return f"it has no {config.quant_config.kv_cache} KV cache"
+    if (lacking_kv := _why_no_native_kv(config, arch)) is not None:
+        return lacking_kv
     lacking = sorted({item.name for item in formats.in_use - NATIVE_FORMATS})
     if lacking:
         return f"it does not multiply {', '.join(lacking)} weights"
     return None if formats.of("embed_tokens") == DENSE else "it does not look up quantized embeddings"
+
+
+def _why_no_native_kv(config: ModelConfig, arch: ModelArch) -> str | None:
+    number_format, block_size = config.quant_config.kv_cache, config.kv_cache_config.block_size
+    if number_format == "fp8":
+        return "it has no fp8 KV cache"
+    if number_format == "int8" and (
+        block_size % BYTE_KV_MULTIPLE or arch.head_dim % BYTE_KV_MULTIPLE or arch.head_dim > MAX_BYTE_HEAD_DIM
+    ):
+        return (
+            f"its int8 KV cache needs blocks of a multiple of {BYTE_KV_MULTIPLE} tokens, not {block_size}, and heads "
+            f"of a multiple of {BYTE_KV_MULTIPLE} and at most {MAX_BYTE_HEAD_DIM} dimensions, not {arch.head_dim}"
+        )
+    return None
 
 
 def _native_steps(native: NativeDecoder) -> str:

@@ -2,9 +2,10 @@
 // called as on computing. `native.py` describes the model once and passes each step's arrays.
 //
 // Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
-// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; everything else is fp32. Nothing is allocated
-// during a step; the structures belong to the caller and mirror those of `native.py`.
+// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; KV is fp32 or 8 bits; everything else is fp32.
+// Nothing is allocated during a step; the structures belong to the caller and mirror those of `native.py`.
 
+#include "native_byte_attention.h"
 #include "native_pool.h"
 #include "native_products.h"
 #include "native_vectors.h"
@@ -17,6 +18,7 @@ struct Layer {
   Matrix qkv, o, gate_up, down;
   float* keys;    // [blocks, kv_heads, head_dim, block_size]
   float* values;  // [blocks, block_size, kv_heads, head_dim]
+  float *key_scales, *value_scales;  // null, or keys and values are those of a ByteKv
 };
 
 struct Model {
@@ -101,6 +103,7 @@ constexpr int64_t kNumbersAtATime = 4 << 10;
 constexpr int64_t kMaxFewTokens = 128;  // in steps of more, products and attention work on tiles of tokens
 constexpr int64_t kTileSums = 6;        // rows of a tile that share a load
 constexpr int64_t kMostTileRows = 48, kTileScores = 256 << 10;
+constexpr int64_t kByteTileTokens = 8, kByteTilesPerThread = 2;
 
 // A phase of `count` units with so many numbers each.
 inline Phase light_phase(int64_t count, int64_t numbers) {
@@ -120,6 +123,19 @@ inline TileShape tile_shape(const Model& model) {
   return {heads, rows / heads, (per_kv + heads - 1) / heads};
 }
 
+// Tokens and heads of a tile over 8-bit keys. Small enough that every thread gets some.
+inline TileShape byte_tile_shape(const Model& model, int64_t num_tokens) {
+  const int64_t per_kv = model.num_heads / model.num_kv_heads, wanted = kByteTilesPerThread * model.pool->size();
+  TileShape tile{per_kv, kByteTileTokens, 1};
+  const auto count = [&] { return (num_tokens + tile.tokens - 1) / tile.tokens * model.num_kv_heads * tile.head_groups; };
+  while (tile.tokens > 1 && count() < wanted) tile.tokens /= 2;
+  while (tile.heads > 1 && count() < wanted) {
+    tile.heads = (tile.heads + 1) / 2;
+    tile.head_groups = (per_kv + tile.heads - 1) / tile.heads;
+  }
+  return tile;
+}
+
 // Floats that a step needs: for each token, and for each thread.
 inline int64_t widest_input(const Model& model) {
   const int64_t query_size = model.num_heads * model.head_dim, inner = model.layers[0].down.columns;
@@ -127,10 +143,16 @@ inline int64_t widest_input(const Model& model) {
   return wider > hidden ? wider : hidden;
 }
 
-inline int64_t thread_floats(const Model& model, int64_t num_tokens) {
+inline int64_t attention_floats(const Model& model, int64_t num_tokens) {
+  if (model.layers[0].key_scales) return byte_attention_floats(model.max_context);
   if (num_tokens <= kMaxFewTokens) return kMaxSharedHeads * model.max_context;
   const TileShape tile = tile_shape(model);
-  const int64_t attention = tile.heads * tile.tokens * (model.max_context + 2 * model.head_dim);
+  return tile.heads * tile.tokens * (model.max_context + 2 * model.head_dim);
+}
+
+inline int64_t thread_floats(const Model& model, int64_t num_tokens) {
+  const int64_t attention = attention_floats(model, num_tokens);
+  if (num_tokens <= kMaxFewTokens) return attention;
   const int64_t weights = kMostBlockRows * widest_input(model);
   return attention > weights ? attention : weights;
 }
@@ -187,7 +209,7 @@ class Runner final : public Job {
     switch ((index - 1) % kPhasesPerLayer) {
       case kQkv: return multiply(layer.qkv, normed_, units, qkv_, false, scratch);
       case kRotate: return rotate_and_write(layer, units);
-      case kAttend: return is_large() ? attend_tiles(layer, units, scratch) : attend_units(layer, units, scratch);
+      case kAttend: return has_tiles() ? attend_tiles(layer, units, scratch) : attend_units(layer, units, scratch);
       case kQuantizeAttended: return quantize_tokens(layer.o, attended_, units);
       case kO: return multiply(layer.o, attended_, units, x_, true, scratch);
       case kPostAttentionNorm: return norm(layer.post_attention_norm, layer.gate_up, units);
@@ -310,7 +332,10 @@ class Runner final : public Job {
       const int64_t block = block_table(m)[position / size], offset = position % size;
       float* values = qkv_ + m * qkv_size_ + head * dim;
       if (head >= model_.num_heads + num_kv) {
-        std::memcpy(layer.values + ((block * size + offset) * num_kv + kv_head) * dim, values, dim * sizeof(float));
+        if (layer.key_scales)
+          write_byte_value(byte_kv(layer), block, offset, kv_head, values);
+        else
+          std::memcpy(layer.values + ((block * size + offset) * num_kv + kv_head) * dim, values, dim * sizeof(float));
         continue;
       }
       const float *cos = model_.rope + position * dim, *sin = cos + half;
@@ -322,19 +347,30 @@ class Runner final : public Job {
         values[k + half] = multiply_add(high, cos[k], low * sin[k]) * scale;
       }
       if (head < model_.num_heads) continue;
+      if (layer.key_scales) {
+        write_byte_key(byte_kv(layer), block, offset, kv_head, values);
+        continue;
+      }
       float* keys = layer.keys + (block * num_kv + kv_head) * dim * size + offset;
       for (int64_t k = 0; k < dim; k++) keys[k * size] = values[k];
     }
   }
 
-  bool is_large() const { return step_.num_tokens > kMaxFewTokens; }
+  bool has_byte_kv() const { return model_.layers[0].key_scales; }
 
-  // Units are one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
+  bool has_tiles() const { return has_byte_kv() || step_.num_tokens > kMaxFewTokens; }
+
+  ByteKv byte_kv(const Layer& layer) const {
+    return {reinterpret_cast<uint8_t*>(layer.keys), reinterpret_cast<int8_t*>(layer.values), layer.key_scales,
+            layer.value_scales, model_.num_kv_heads, model_.head_dim, model_.block_size};
+  }
+
+  // Units are tiles, or one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
   Phase attention_phase() {
     const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
-    if (is_large()) {
-      const TileShape tile = tile_shape(model_);
-      return {(num_tokens_ + tile.tokens - 1) / tile.tokens * num_kv * tile.head_groups, 1};
+    if (has_tiles()) {
+      tile_ = has_byte_kv() ? byte_tile_shape(model_, num_tokens_) : tile_shape(model_);
+      return {(num_tokens_ + tile_.tokens - 1) / tile_.tokens * num_kv * tile_.head_groups, 1};
     }
     shared_heads_ = per_kv < kMaxSharedHeads ? per_kv : kMaxSharedHeads;
     if (num_tokens_ * num_kv < 2 * model_.pool->size()) shared_heads_ = 1;
@@ -394,7 +430,7 @@ class Runner final : public Job {
   }
 
   void attend_tiles(const Layer& layer, Range units, float* scratch) {
-    const TileShape tile = tile_shape(model_);
+    const TileShape tile = tile_;
     const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
     for (int64_t unit = units.begin; unit < units.end; unit++) {
       const int64_t first = unit / (num_kv * tile.head_groups) * tile.tokens;
@@ -404,7 +440,10 @@ class Runner final : public Job {
       const int64_t last = first + tile.tokens < num_tokens_ ? first + tile.tokens : num_tokens_;
       for (int64_t begin = first, end; begin < last; begin = end) {
         for (end = begin + 1; end < last && follows(end); end++) {}
-        attend_tile(layer, {begin, end}, kv_head, heads, scratch);
+        if (layer.key_scales)
+          attend_byte_tile(layer, {begin, end}, kv_head, heads, scratch);
+        else
+          attend_tile(layer, {begin, end}, kv_head, heads, scratch);
       }
     }
   }
@@ -453,6 +492,22 @@ class Runner final : public Job {
       std::memcpy(tile_row(attended_, query_size_, tokens, heads, row), out + row * dim, dim * sizeof(float));
   }
 
+  void attend_byte_tile(const Layer& layer, Range tokens, int64_t kv_head, Range heads, float* scratch) {
+    const int32_t* blocks = block_table(tokens.begin);
+    const ByteKv kv = byte_kv(layer);
+    ByteRow rows[kMostByteRows];
+    int64_t count = 0;
+    for (int64_t m = tokens.begin; m < tokens.end; m++)
+      for (int64_t head = heads.begin; head < heads.end; head++) {
+        const int64_t at = head * model_.head_dim;
+        rows[count++] = {qkv_ + m * qkv_size_ + at, step_.positions[m] + 1, attended_ + m * query_size_ + at};
+        if (count < kMostByteRows) continue;
+        attend_bytes(kv, blocks, kv_head, rows, count, scratch);
+        count = 0;
+      }
+    if (count) attend_bytes(kv, blocks, kv_head, rows, count, scratch);
+  }
+
   float* tile_row(float* from, int64_t token_size, Range tokens, Range heads, int64_t row) const {
     const int64_t num_heads = heads.end - heads.begin;
     return from + (tokens.begin + row / num_heads) * token_size + (heads.begin + row % num_heads) * model_.head_dim;
@@ -495,6 +550,7 @@ class Runner final : public Job {
   PanelUnits panel_units_;  // of the phase that runs
   BlockUnits block_units_;  // likewise
   int64_t shared_heads_;    // likewise
+  TileShape tile_;          // likewise
 };
 
 // A product alone: rounds the activations, then multiplies.
@@ -531,7 +587,7 @@ class ProductRunner final : public Job {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 4; }
+int llmengine_native_version() { return 5; }
 
 llmengine::Pool* llmengine_start_pool(int64_t num_threads, llmengine::Parallel parallel) {
   return new llmengine::Pool(num_threads, parallel);

@@ -41,7 +41,7 @@ NATIVE_FORMATS = frozenset({DENSE, INT8})
 
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
-_VERSION = 4
+_VERSION = 5
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
@@ -55,6 +55,13 @@ _Int = ctypes.c_int64
 
 NATIVE_FORMATS = frozenset((DENSE, INT8))
 """Weight formats that the native decoder multiplies."""
+
+
+BYTE_KV_MULTIPLE = 32
+"""Blocks and heads of an int8 KV cache have a multiple of so many tokens and dimensions in the native decoder."""
+
+MAX_BYTE_HEAD_DIM = 256
+"""Most dimensions of a head with an int8 KV cache."""
 
 
 class NativeUnavailableError(Exception):
@@ -82,6 +89,8 @@ class _Layer(ctypes.Structure):
         ("down", _MatrixStruct),
         ("keys", _Pointer),
         ("values", _Pointer),
+        ("key_scales", _Pointer),
+        ("value_scales", _Pointer),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ def open_llm(
     *,
     native: Path = NATIVE_DIRECTORY,
     block_size: int = BLOCK_SIZE,
+    pool_sizes: Sequence[int] = (15, 17, 60),
     **settings: Any,
 ) -> LLM:
     """Return an LLM with limits drawn from `rng`; None runs one request at a time, in one chunk, and reuses nothing."""
     batch_size = rng.choice((2, 3, 8)) if rng else 1
     mixed = max(batch_size, rng.choice((1, 9, 17, 40)) if rng else 256)
     step = max(mixed, rng.choice((1, 19, 64, 200)) if rng else 256)
-    num_blocks = rng.choice((15, 17, 60)) if rng else 60
+    num_blocks = rng.choice(pool_sizes) if rng else pool_sizes[-1]
     given = settings.get("quant_config", QuantConfig())
     source = open_model(directory).in_use(ModelConfig(directory, quant_config=given))
     config = ModelConfig(
@@ -74,10 +76,16 @@ def open_llm(
     )
 
 
-def check(directory: Path, num_engines: int, num_waves: int, **settings: Any) -> bool:
+def check(
+    directory: Path,
+    num_engines: int,
+    num_waves: int,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    **settings: Any,
+) -> bool:
     """Return whether all schedules gave the same results; asserts that some had preemptions and prefix hits."""
     equal, cached, preemptions = check_schedules(
-        partial(open_llm, directory, **settings), PROMPTS, num_engines, num_waves
+        partial(open_llm, directory, **settings), prompts, num_engines, num_waves
     )
     assert cached > 0
     assert preemptions > 0
@@ -108,7 +116,15 @@ def test_schedules_of_blocks_of_gguf(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
 def test_schedules_with_keys_and_values_of_8_bits(tmp_path: Path, kv_cache: KvQuantization) -> None:
     save_tiny(tmp_path)
-    assert check(tmp_path, 3, 4, quant_config=QuantConfig(kv_cache=kv_cache))
+    assert check(tmp_path, 3, 2, quant_config=QuantConfig(kv_cache=kv_cache))
+
+
+def test_schedules_with_int8_keys_and_values_in_the_native_decoder(tmp_path: Path) -> None:
+    save_tiny(tmp_path, head_dim=32)
+    # Answers that outgrow a prompt's block of 32 tokens.
+    prompts = [*PROMPTS[:4], *([token] * 29 for token in (3, 4, 5, 6))]
+    settings: dict[str, Any] = {"block_size": 32, "pool_sizes": (4, 5, 20)}
+    assert check(tmp_path, 4, 6, prompts, quant_config=QuantConfig(kv_cache="int8"), **settings)
 
 
 def test_schedules_of_another_family(tmp_path: Path) -> None:
