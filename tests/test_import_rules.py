@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "user_cache": set(),
     "models": DATA,
     "models.doc": {*DATA, "models", "checkpoints", "quantization"},
-    "quantization": {*DATA, "models"},
+    "quantization": {*DATA, "models", "terminal_progress"},
     "kernels": {"dtypes", "quantization", "user_cache"},
     "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},

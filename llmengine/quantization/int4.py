@@ -87,28 +87,43 @@ class Int4Groups(WeightFormat):
         With zero points, a group's least and largest weights (and 0) are the ends of the grid. Without, the weight of
         the largest magnitude is -8, so that no level is lost; its scale may then be negative.
         """
+        groups = in_groups(weight.float(), self.columns_of_group(weight.shape[1]))
+        return self.rounded_to_grid(weight, *self.grid(groups.amin(dim=2), groups.amax(dim=2)))
+
+    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales, [out, groups] in `scale_dtype`, and zero points, float32 [out, groups], of groups with these ends."""
         import torch
 
-        weight = weight.float()
-        groups = _in_groups(weight, self._size(weight.shape[1]))
         if self.zero_points:
-            low, high = groups.amin(dim=2).clamp_(max=0.0), groups.amax(dim=2).clamp_(min=0.0)
-            scale = _as_scale((high - low) / _LARGEST)
-            zero = (-low / scale.float()).round_().clamp_(0, _LARGEST)
-        else:
-            low, high = groups.amin(dim=2), groups.amax(dim=2)
-            scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE)
-            zero = torch.full_like(low, _MIDDLE)
-        scale = scale.to(torch_dtype(self.scale_dtype))
-        values = (groups / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _LARGEST)
-        packed = pack_nibbles(values.flatten(1)[:, : weight.shape[1]].to(torch.uint8))
-        tensors = {"weight": packed, "weight_scale": scale}
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+            scale = _as_scale((high - low) / _LARGEST, self.scale_dtype)
+            return scale, (-low / scale.float()).round_().clamp_(0, _LARGEST)
+        scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE, self.scale_dtype)
+        return scale, torch.full_like(low, _MIDDLE)
+
+    def on_grid(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest integers, as float32 [out, groups, columns of a group]."""
+        return (groups / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _LARGEST)
+
+    def rounded_to_grid(self, weight: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """The tensors of a dense matrix, rounded to the nearest on a given grid."""
+        import torch
+
+        groups = in_groups(weight.float(), self.columns_of_group(weight.shape[1]))
+        values = self.on_grid(groups, scale, zero).flatten(1)[:, : weight.shape[1]].to(torch.uint8)
+        return self.stored(values, scale, zero)
+
+    def stored(self, values: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """The tensors of integers, uint8 [out, in], on a grid; columns in their own order, without factors."""
+        import torch
+
+        tensors = {"weight": pack_nibbles(values), "weight_scale": scale}
         if self.zero_points:
             tensors["zero_point"] = zero.to(torch.uint8)
         if self.input_order:
-            tensors["input_order"] = torch.arange(weight.shape[1], dtype=torch.int32)
+            tensors["input_order"] = torch.arange(values.shape[1], dtype=torch.int32)
         if self.input_scale:
-            tensors["input_scale"] = torch.ones(weight.shape[1])
+            tensors["input_scale"] = torch.ones(values.shape[1])
         return tensors
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -116,7 +131,7 @@ class Int4Groups(WeightFormat):
 
         values = unpack_nibbles(tensors["weight"]).float()
         columns = values.shape[1]
-        groups = _in_groups(values, self._size(columns))
+        groups = in_groups(values, self.columns_of_group(columns))
         zero = tensors["zero_point"].float()[:, :, None] if self.zero_points else float(_MIDDLE)
         weight = groups.sub_(zero).mul_(tensors["weight_scale"].float()[:, :, None]).flatten(1)[:, :columns]
         if self.input_order:
@@ -132,7 +147,8 @@ class Int4Groups(WeightFormat):
             )
         return super(Int4Groups, self).cut(tensors, shape, axis, begin, end)
 
-    def _size(self, columns: int) -> int:
+    def columns_of_group(self, columns: int) -> int:
+        """Columns that share a scale, in a matrix of `columns`."""
         return columns if self.group_size == -1 else self.group_size
 
 
@@ -148,7 +164,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def _in_groups(values: Tensor, size: int) -> Tensor:
+def in_groups(values: Tensor, size: int) -> Tensor:
     """[rows, columns] as [rows, groups, size]; a last group that is shorter is filled up with zeros."""
     import torch.nn.functional as F
 
@@ -156,9 +172,9 @@ def _in_groups(values: Tensor, size: int) -> Tensor:
     return (F.pad(values, (0, missing)) if missing else values).view(values.shape[0], -1, size)
 
 
-def _as_scale(scale: Tensor) -> Tensor:
-    """Scales as float16, rounded away from zero and infinity: the weights are rounded to the grid that is stored."""
+def _as_scale(scale: Tensor, dtype: ModelDType) -> Tensor:
+    """Scales within float16's range, away from zero; weights are rounded to the grid that is stored."""
     import torch
 
     magnitude = scale.abs().clamp_(_LEAST_SCALE, _LARGEST_SCALE)
-    return torch.where(scale < 0, -magnitude, magnitude).half()
+    return torch.where(scale < 0, -magnitude, magnitude).half().to(torch_dtype(dtype))

@@ -67,7 +67,6 @@ def test_async_streams_and_int8(examples: ModuleType, model: str, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--task", "run_llm_with_quantization", "--quant_type", "int4"), "quant_config.method='awq'"),
         (("--task", "run_llm_on_tensor_parallel", "--tp_size", "4"), "parallel_config.tp_size=4"),
     ],
 )

@@ -1,0 +1,88 @@
+"""What calibration keeps of the activations that a matrix is multiplied with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmengine.quantization.formats import WeightFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+_PROBES = 8
+"""Tokens of each text that are kept, to measure errors with."""
+
+
+class InputStatistics:
+    """Sums over the activations [num_tokens, in_features] of all texts, in float32.
+
+    Attributes:
+        num_tokens: how many there were.
+        largest: largest magnitude of each feature, [in_features].
+    """
+
+    def __init__(self, columns: int, *, with_gram: bool) -> None:
+        import torch
+
+        self.num_tokens = 0
+        self.largest = torch.zeros(columns)
+        self._magnitudes = torch.zeros(columns)
+        self._gram = torch.zeros(columns, columns) if with_gram else None
+        self._probes: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Count the activations of a text, [num_tokens, in_features]."""
+        import torch
+
+        self.num_tokens += x.shape[0]
+        magnitudes = x.abs()
+        self._magnitudes += magnitudes.sum(dim=0)
+        torch.maximum(self.largest, magnitudes.amax(dim=0), out=self.largest)
+        if self._gram is not None:
+            self._gram.addmm_(x.t(), x)
+        self._probes.append(x[:: -(-x.shape[0] // _PROBES)].clone())
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean magnitude of each feature, [in_features]."""
+        return self._magnitudes / self.num_tokens
+
+    @property
+    def gram(self) -> Tensor:
+        """Mean of x x^T over tokens, [in_features, in_features].
+
+        The mean squared error of a product by a matrix that is off by d is the trace of d gram d^T, so that it needs no
+        activations.
+        """
+        assert self._gram is not None, "made without a Gram matrix"
+        return self._gram / self.num_tokens
+
+    def divided_by(self, factors: Tensor) -> InputStatistics:
+        """The statistics of activations that are divided by `factors`, [in_features]."""
+        import torch
+
+        divided = object.__new__(InputStatistics)
+        divided.num_tokens = self.num_tokens
+        divided.largest = self.largest / factors
+        divided._magnitudes = self._magnitudes / factors
+        divided._gram = None if self._gram is None else self._gram / torch.outer(factors, factors)
+        divided._probes = [probe / factors for probe in self._probes]
+        return divided
+
+    def relative_error(self, weight: Tensor, format: WeightFormat, tensors: Mapping[str, Tensor]) -> float:
+        """Norm of the error of a quantized product over the norm of the product, on a few tokens of each text.
+
+        Rounded activations are part of it where the format rounds them.
+
+        Args:
+            weight: the dense matrix, float32 [out_features, in_features].
+            tensors: of the quantized one.
+        """
+        import torch
+
+        x = torch.cat(self._probes)
+        expected = x @ weight.t()
+        found = format.rounded_activations(x, tensors) @ format.dequantize(tensors).t()
+        return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
