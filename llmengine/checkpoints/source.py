@@ -69,7 +69,8 @@ class ModelSource:
         What is not quantized comes in `dtype`; of a quantized matrix come the tensors of its format, as
         `ModelFormats.layout` has them.
         Tensors are freshly allocated and contiguous; the caller owns them. Beyond those the caller keeps, memory
-        peaks at one fused tensor plus a bounded conversion buffer (a checkpoint in .bin files is also memory-mapped).
+        peaks at one fused tensor plus a bounded conversion buffer (a checkpoint in .bin files is also memory-mapped);
+        at two of them for the quantized matrices of a Hugging Face checkpoint.
         Raises `CorruptFileError` naming file and tensor for missing, left-over, misshapen or truncated tensors.
         """
         expected = iter(self.formats.layout(self.arch, model_dtype_name(dtype)).items())
