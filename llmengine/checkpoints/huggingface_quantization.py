@@ -11,18 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmengine.checkpoints.metadata_fields import Fields
-from llmengine.checkpoints.quantized_linears import (
-    Activations,
-    Awq,
-    AwqVector,
-    Floats,
-    Gptq,
-    Integers,
-    LinearLayout,
-    Microscaled,
-    Packed,
-    Scales,
-)
+from llmengine.checkpoints.packed_layouts import Awq, AwqVector, Gptq, Packed
+from llmengine.checkpoints.quantized_linears import Activations, LinearLayout, Scales
+from llmengine.checkpoints.scaled_layouts import Floats, Integers, Microscaled
 from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.fp8 import BLOCK
 

@@ -157,7 +157,7 @@ def _wanted_format(config: QuantConfig) -> WeightFormat:
 
 
 def _same_values(one: WeightFormat, other: WeightFormat) -> bool:
-    """Whether two formats differ at most in how columns are ordered and multiplied, and in the dtype of their scales."""
+    """Whether two formats differ at most in the order of columns, in factors of columns, and in the dtype of scales."""
     free = ("input_order", "input_scale", "scale_dtype")
     settings = [{key: value for key, value in item.to_json().items() if key not in free} for item in (one, other)]
     return settings[0] == settings[1]
