@@ -38,6 +38,8 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
     "int4-rtn g64": {"quant_config": QuantConfig.preset("int4-rtn", group_size=64)},
     "int4-rtn g128": {"quant_config": QuantConfig.preset("int4-rtn", group_size=128)},
     "mxfp4": {"quant": "mxfp4"},
+    "KV cache int8": {"quant_config": QuantConfig(kv_cache="int8")},
+    "KV cache fp8": {"quant_config": QuantConfig(kv_cache="fp8")},
 }
 """The rows: what each changes in a `ModelConfig` with bfloat16 weights."""
 

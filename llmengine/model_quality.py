@@ -153,6 +153,7 @@ def _figures(model: EvaluatedModel, likelihood: Likelihood, speeds: dict[int, fl
         file_bytes=model.file_bytes,
         kv_bytes_per_token=model.info.kv_bytes_per_block // model.info.block_size,
         tokens_per_s=speeds,
+        kv_dtype=model.info.kv_dtype,
     )
 
 

@@ -21,6 +21,7 @@ import torch
 
 from llmengine import LLM, GenerationOutput, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
 from llmengine.checkpoints.gguf_file import read_gguf
+from llmengine.quant_config import KvQuantization
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +141,16 @@ def test_kept_at_its_bits_the_file_gives_the_same_tokens(prompts: list[list[int]
         assert "gguf-q4_1 weights" in llm.info.description
         outputs = llm.generate(prompts[:4], PARAMS.replace(max_new_tokens=4))
     assert [output.token_ids for output in outputs] == [tokens[:4] for tokens in alone[:4]]
+
+
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+def test_a_kv_cache_of_8_bits_costs_less_than_half_a_percent(llm: LLM, kv_cache: KvQuantization) -> None:
+    with LLM(ModelConfig(model_path(), device="cpu", quant_config=QuantConfig(kv_cache=kv_cache))) as small:
+        report = small.evaluate(llm, windows=4, measure_speed=False)
+    assert report.perplexity_increase is not None
+    assert report.perplexity_increase < 0.005
+    assert report.reference is not None
+    assert report.model.kv_bytes_per_token < 0.27 * report.reference.kv_bytes_per_token
 
 
 def test_prefix_cache_changes_no_token(prompts: list[list[int]], alone: list[list[int]]) -> None:

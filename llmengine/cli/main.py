@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmengine.cli.arguments import add_quant_argument, positive_int
+from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", metavar="TEXT", help="end at this text; may be given several times"
     )
     add_quant_argument(generate, "quantize the weights")
+    add_kv_cache_argument(generate)
     generate.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message and apply the chat template"
     )
@@ -148,7 +149,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
     _check_sampling(changes)
-    with LLM(ModelConfig(arguments.model, quant=arguments.quant)) as llm:
+    with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
         anyio.run(_print_outputs, llm, arguments, changes)
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmengine.checkpoints.saved_files import size_text
-from llmengine.cli.arguments import add_quant_argument, positive_int
+from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
 from llmengine.quantization.quality_report import ModelFigures, QualityReport
@@ -27,9 +27,10 @@ def add_eval_command(commands: Any) -> None:
         "--against",
         type=Path,
         metavar="MODEL",
-        help="the reference, with the same tokenizer (default with --quant: the model itself, not quantized)",
+        help="the reference, with the same tokenizer (default with --quant or --kv-cache: the model without them)",
     )
     add_quant_argument(evaluate, "quantize the model's weights first")
+    add_kv_cache_argument(evaluate)
     evaluate.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to score (default: the text that comes with the package)"
     )
@@ -63,7 +64,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from llmengine.llm import LLM
 
     text = None if arguments.text is None else _read_text(arguments.text)
-    with LLM(ModelConfig(arguments.model, quant=arguments.quant)) as llm:
+    with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
         report = llm.evaluate(
             arguments.against,
             text=text,
@@ -105,6 +106,7 @@ def report_lines(report: QualityReport) -> list[str]:
     rows.append(_row("weights in memory", sides, lambda side: side.weight_bytes, size_text))
     if all(side.file_bytes is not None for side in sides):
         rows.append(_row("weights in files", sides, lambda side: side.file_bytes or 0, size_text))
+    rows.append(["KV cache", *(side.kv_dtype for side in sides)])
     rows.append(_row("KV cache a token", sides, lambda side: side.kv_bytes_per_token, size_text))
     for count in report.model.tokens_per_s if all(side.tokens_per_s for side in sides) else ():
         name = f"tokens/s, {count} request{'' if count == 1 else 's'}"

@@ -24,6 +24,7 @@ class ModelFigures:
         weight_bytes: of the weights in memory.
         file_bytes: of the weights as `LLM.save` writes them; None for a model that cannot be saved.
         kv_bytes_per_token: of the KV cache.
+        kv_dtype: of the keys and values in the cache; "unknown" in reports that were written without it.
         tokens_per_s: number of concurrent requests -> output tokens/s of a short run, see `model_quality`; empty where
             speed was not measured.
     """
@@ -35,6 +36,7 @@ class ModelFigures:
     file_bytes: int | None
     kv_bytes_per_token: int
     tokens_per_s: Mapping[int, float]
+    kv_dtype: str = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ class QualityReport:
         if not increase <= max_perplexity_increase:
             raise QualityError(
                 f"the perplexity rises by {increase:.2%}, from {self.reference.perplexity:.4f} to "
-                f"{self.model.perplexity:.4f}, with weights in format {self.model.weight_format!r}; the limit is "
+                f"{self.model.perplexity:.4f}, with a KV cache in {self.model.kv_dtype} and weights in format "
+                f"{self.model.weight_format!r}; the limit is "
                 f"{max_perplexity_increase:.2%} (quant_config.max_perplexity_increase={max_perplexity_increase!r}): "
                 "choose a format with more bits, or raise the limit"
             )

@@ -34,7 +34,7 @@ def test_a_model_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert printed.err == ""
     lines = printed.out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == [
-        *("weights", "perplexity", "weights in memory", "weights in files", "KV cache a token"),
+        *("weights", "perplexity", "weights in memory", "weights in files", "KV cache", "KV cache a token"),
         *("tokens/s, 1 request", "tokens/s, 16 requests"),
     ]
     assert lines[-1] == "on 'own.txt': 2 windows of 64 tokens, stride 64, 126 tokens scored"
@@ -51,6 +51,14 @@ def test_quantized_beside_itself(model: Path, capsys: pytest.CaptureFixture[str]
     assert lines[2].endswith("%")
     assert {line.partition("  ")[0] for line in lines} >= {"top-1 agreement", "KL divergence"}
     assert lines[-1].startswith("on the built-in text: 2 windows")
+
+
+def test_the_kv_cache_alone_is_quantized(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), *FEW, "--kv-cache", "int8", "--skip-speed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["KV", "cache", "int8", "float32"] in [line.split() for line in lines]
+    size = next(line for line in lines if line.startswith("KV cache a token"))
+    assert -75 < float(size.split()[-1].removesuffix("%")) < -50
 
 
 def test_against_another_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

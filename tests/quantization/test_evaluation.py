@@ -263,7 +263,7 @@ def test_logits_that_are_not_finite_raise() -> None:
 
 
 def test_a_report_is_read_back_equal() -> None:
-    figures = ModelFigures("cpu", "int8", 8.25, 100, None, 16, {1: 20.5, 16: 90.0})
+    figures = ModelFigures("cpu", "int8", 8.25, 100, None, 16, {1: 20.5, 16: 90.0}, "int8")
     alone = QualityReport("built-in", "0" * 64, 512, 512, 32, 16352, figures)
     beside = dataclasses.replace(alone, reference=figures, top1_agreement=1.0, mean_kl=0.0)
     for report in (alone, beside):
@@ -274,6 +274,10 @@ def test_a_report_is_read_back_equal() -> None:
             rest = {name: value for name, value in values.items() if name != key}
             with pytest.raises(CorruptFileError, match=r"^engine\.json: quality: not a quality report: "):
                 QualityReport.from_json(rest, "engine.json: quality")
+        del values["model"]["kv_dtype"]
+        older = QualityReport.from_json(values, "engine.json: quality")
+        assert older is not None
+        assert older.model == dataclasses.replace(figures, kv_dtype="unknown")
         with pytest.raises(CorruptFileError):
             QualityReport.from_json({**values, "model": None}, "engine.json: quality")
 
