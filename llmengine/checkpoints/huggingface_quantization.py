@@ -6,6 +6,7 @@ is not quantized.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from llmengine.checkpoints.quantized_linears import Activations, LinearLayout, S
 from llmengine.checkpoints.scaled_layouts import Floats, Integers, Microscaled
 from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.fp8 import BLOCK
+
+logger = logging.getLogger(__name__)
 
 LayoutChoice = Callable[[str, str], LinearLayout | None]
 """(name of a module, its class in transformers: "Linear" or "Embedding") -> its layout, None if it is dense."""
@@ -188,8 +191,8 @@ def _checked(where: str) -> Callable[[str], str]:
 def _check_compression(fields: Fields) -> None:
     """Raise for options that concern the whole model."""
     status = fields.string("quantization_status", "compressed")
-    if status != "compressed":
-        raise _refuse(fields, "quantization_status", status, "compressed")
+    if status not in ("compressed", "frozen"):
+        raise _refuse(fields, "quantization_status", status, "compressed, frozen")
     if fields.has("transform_config") and fields.fields("transform_config").values:
         raise UnsupportedModelError(f"{fields.where}: transform_config is not supported{_NO_BITS}")
     if fields.has("sparsity_config"):
@@ -197,6 +200,10 @@ def _check_compression(fields: Fields) -> None:
         kind = sparsity.string("format", "dense") if sparsity.values else "dense"
         if kind != "dense":
             raise _refuse(sparsity, "format", kind, "dense")
+    if fields.has("kv_cache_scheme"):
+        logger.warning(
+            "%s: kv_cache_scheme is ignored: quant_config says whether the KV cache is quantized", fields.where
+        )
 
 
 def _compressed_layout(group: Fields, name: str) -> LinearLayout:

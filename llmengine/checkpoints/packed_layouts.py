@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Nibble of AutoAWQ's word that each of its eight outputs is in."""
-_CHUNK_WEIGHTS = 1 << 24
-"""Weights that are unpacked at a time, one byte each."""
+_CHUNK_WEIGHTS = 1 << 20
+"""Weights that are unpacked at a time, one byte each: few enough to stay in the cache."""
 
 
 class _Grouped:
@@ -73,8 +73,7 @@ class Awq(_Grouped):
         packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
         step = max(8, _CHUNK_WEIGHTS // columns // 8 * 8)
         for begin in range(0, rows, step):
-            part = _awq_codes(words[:, begin // 8 : (begin + step) // 8])
-            packed[begin : begin + step] = pack_nibbles(part.t())
+            packed[begin : begin + step] = _awq_rows(words[:, begin // 8 : (begin + step) // 8])
         tensors = {"weight": packed, "weight_scale": linear.read("scales").t().contiguous()}
         if linear.has("qzeros"):
             tensors["zero_point"] = _awq_codes(linear.read("qzeros")).t().contiguous()
@@ -294,10 +293,13 @@ def _integer_tensors(
 
 def _in_order(packed: Tensor, order: Tensor, *, in_nibbles: bool) -> Tensor:
     """Packed rows whose columns are in another order, some rows at a time."""
-    if not in_nibbles:
-        return packed.index_select(1, order)
+    import torch
+
+    places = order.numpy()
     for rows in packed.split(max(1, _CHUNK_WEIGHTS // len(order))):
-        rows.copy_(pack_nibbles(unpack_nibbles(rows).index_select(1, order)))
+        codes = unpack_nibbles(rows) if in_nibbles else rows
+        codes = torch.from_numpy(codes.numpy().take(places, 1))  # in half the time of torch's index_select
+        rows.copy_(pack_nibbles(codes) if in_nibbles else codes)
     return packed
 
 
@@ -335,3 +337,15 @@ def _codes(words: Tensor, bits: int) -> Tensor:
 def _awq_codes(words: Tensor) -> Tensor:
     """The integers in AutoAWQ's words [columns, rows / 8]: uint8 [columns, rows]."""
     return _codes(words, 4).view(words.shape[0], -1, 8)[:, :, list(_AWQ_PLACES)].flatten(1)
+
+
+def _awq_rows(words: Tensor) -> Tensor:
+    """AutoAWQ's words [columns, rows / 8] as rows of ours, uint8 [rows, columns / 2]."""
+    import torch
+
+    transposed = words.t()
+    even, odd = transposed[:, 0::2].contiguous(), transposed[:, 1::2].contiguous()
+    packed = torch.empty(even.shape[0], 8, even.shape[1], dtype=torch.uint8)
+    for row, place in enumerate(_AWQ_PLACES):
+        packed[:, row] = even >> 4 * place & 15 | (odd >> 4 * place & 15) << 4
+    return packed.flatten(0, 1)

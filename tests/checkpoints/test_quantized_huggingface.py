@@ -140,9 +140,13 @@ def test_every_family_computes_what_its_dequantized_weights_do(tmp_path: Path, f
     assert tokens(place) == tokens(dense)
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq-8-row", "w8a8", "fp8-static", "fp8", "mxfp4", "int8-groups"])
+SAVED = {name: LAYOUTS[name][0] for name in ("awq", "gptq-8-row", "w8a8", "fp8-static", "fp8", "mxfp4", "int8-groups")}
+SAVED["stacked"] = QuantizedFiles(gptq(), files.gptq(), {"q_proj": files.gptq(act_order="own"), "v_proj": None})
+
+
+@pytest.mark.parametrize("layout", SAVED)
 def test_saved_engines_have_the_same_bytes(tmp_path: Path, layout: str) -> None:
-    place, _ = pair(tmp_path, make("qwen2"), LAYOUTS[layout][0])
+    place, _ = pair(tmp_path, make("qwen2"), SAVED[layout])
     found = tokens(place, save=tmp_path / "engine")
     assert tokens(tmp_path / "engine") == found
     source, engine = open_model(place), open_model(tmp_path / "engine")
@@ -257,3 +261,13 @@ def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
     save_file({**tensors, name: torch.ones(64)}, file)
     with pytest.raises(CorruptFileError, match=f"left over .*{name}"):
         open_model(place)
+
+
+def test_exponents_of_mxfp4_may_have_a_dtype_of_their_own(tmp_path: Path) -> None:
+    place, dense = pair(tmp_path, make(), LAYOUTS["mxfp4"][0])
+    file = place / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("_scales")]:
+        tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
+    save_file(tensors, file)
+    assert_stands_for(place, dense)

@@ -126,7 +126,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (packed(group(inputs=INT_TOKEN)), "group_0: input_activations are not supported in format 'pack-"),
     (packed(group(), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format='sparse-24-bitmask'"),
     (packed(group(), transform_config={"config_groups": {}}), "transform_config is not supported"),
-    (packed(group(), quantization_status="frozen"), "quantization_status='frozen' is not supported"),
+    (packed(group(), quantization_status="calibration"), "quantization_status='calibration' is not supported"),
     (packed({**group(), "output_activations": INT_TOKEN}), "group_0: output_activations are not supported"),
     (compressed("int-quantized", group(bits=8, symmetric=False)), "symmetric=False .*supported: true in format 'int-"),
     (compressed("int-quantized", group(bits=8, inputs=TOKEN)), "num_bits='float8' is not supported; supported: int8"),
@@ -189,3 +189,16 @@ def test_dummy_weights_are_not_made_for_quantized_models(tmp_path: Path) -> None
     del config["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_model(tmp_path, "dummy").formats.is_dense
+
+
+def test_a_quantized_kv_cache_is_left_to_quant_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stored, _ = LAYOUTS["w4a16"]
+    write_quantized(tmp_path, make(), stored)
+    load_all(tmp_path)
+    assert not caplog.messages
+    edit_config(tmp_path, quantization_config={**stored.config, "kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+    load_all(tmp_path)
+    where = f"{tmp_path / 'config.json'}: quantization_config"
+    assert caplog.messages == [
+        f"{where}: kv_cache_scheme is ignored: quant_config says whether the KV cache is quantized"
+    ]

@@ -121,6 +121,8 @@ def test_what_a_configuration_asks_for() -> None:
     int4 = QuantConfig.preset("int4-awq", group_size=32).resolve()
     reordered = ModelFormats(Int4Groups(32, input_order=True, input_scale=True))
     assert formats_in_use(reordered, int4, ARCH) is reordered
+    of_a_file = ModelFormats(Int4Groups(32, scale_dtype="bfloat16"))
+    assert formats_in_use(of_a_file, int4, ARCH) is of_a_file
     with pytest.raises(ConfigError, match=r"'int4\(group_size=32, zero_points\)', but .*'int4\(group_size=64"):
         formats_in_use(ModelFormats(Int4Groups(64)), int4, ARCH)
 
