@@ -22,7 +22,10 @@ FLAGS = [
     "-fno-rtti",
     "-ffp-contract=off",  # see multiply_add
 ]
-HEADERS = [f"llmengine/backends/cpu/native_{part}.h" for part in ("byte_attention", "pool", "products", "vectors")]
+HEADERS = [
+    f"llmengine/backends/cpu/native_{part}.h"
+    for part in ("byte_attention", "bytes", "codes", "digits", "linear", "pool", "products", "vectors")
+]
 VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmengine.backends.cpu.backend import CpuBackend
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError
 from llmengine.batch import Backend, Batch, BatchRow, SlotInit, StepResult
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
@@ -72,6 +73,15 @@ def load_tiny(
         **settings,
     ).resolve()
     return CpuBackend(config, quantized_source(open_model(directory), config.quant_config), native_directory)
+
+
+def leave_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have engines run as where the native library is not built: activations are multiplied as they are."""
+
+    def load(*_: object, **__: object) -> None:
+        raise NativeUnavailableError("the test has none")
+
+    monkeypatch.setattr("llmengine.backends.cpu.backend.load_native_library", load)
 
 
 @dataclass

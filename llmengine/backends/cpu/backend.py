@@ -23,10 +23,11 @@ from llmengine.backends.cpu.native import (
     MAX_BYTE_HEAD_DIM,
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
-    NATIVE_FORMATS,
     NativeDecoder,
     NativeUnavailableError,
     load_native_library,
+    looks_up,
+    multiplies,
 )
 from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
@@ -93,7 +94,7 @@ class CpuBackend:
                 self._native = NativeDecoder(
                     native_library,
                     arch,
-                    embedding=model.embed.matrix.weight,
+                    embedding=model.embed.source,
                     norms={name: norm.weight for name, norm in model.norms.items()},
                     linears=model.linears,
                     lm_head=model.lm_head,
@@ -284,10 +285,11 @@ def _why_not_native(config: ModelConfig, arch: ModelArch, limit: int, formats: M
         return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
     if (lacking_kv := _why_no_native_kv(config, arch)) is not None:
         return lacking_kv
-    lacking = sorted({item.name for item in formats.in_use - NATIVE_FORMATS})
+    lacking = sorted({str(item) for item in formats.in_use if not multiplies(item)})
     if lacking:
         return f"it does not multiply {', '.join(lacking)} weights"
-    return None if formats.of("embed_tokens") == DENSE else "it does not look up quantized embeddings"
+    embedding = formats.of("embed_tokens")
+    return None if embedding == DENSE or looks_up(embedding) else f"it does not look up rows of {embedding} embeddings"
 
 
 def _why_no_native_kv(config: ModelConfig, arch: ModelArch) -> str | None:

@@ -11,7 +11,7 @@ onednn         none    oneDNN's own blocked layout                  where torch 
                                                                     processors with bfloat16 units
 dequantized    any     as stored                                    always there; slow
 torch-w8a8     w8a8    as stored                                    always there
-native-int8    int8    panels of 16 rows                            with the native library (`native.NativeInt8Linear`)
+native         some    panels of 16 rows (`native_packing`)         with the native library (`native.NativeLinear`)
 =============  ======  ===========================================  ================================================
 """
 

@@ -2,12 +2,12 @@
 // called as on computing. `native.py` describes the model once and passes each step's arrays.
 //
 // Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
-// Weights are fp32, bf16 or fp16, row-major [out, in], or int8 in panels; KV is fp32 or 8 bits; everything else is fp32.
+// Weights are fp32, bf16 or fp16, row-major [out, in], or integers in panels; KV is fp32 or 8 bits; everything else is fp32.
 // Nothing is allocated during a step; the structures belong to the caller and mirror those of `native.py`.
 
 #include "native_byte_attention.h"
+#include "native_linear.h"
 #include "native_pool.h"
-#include "native_products.h"
 #include "native_vectors.h"
 
 namespace llmengine {
@@ -15,7 +15,7 @@ namespace {
 
 struct Layer {
   const float *input_norm, *post_attention_norm;
-  Matrix qkv, o, gate_up, down;
+  Linear qkv, o, gate_up, down;
   float* keys;    // [blocks, kv_heads, head_dim, block_size]
   float* values;  // [blocks, block_size, kv_heads, head_dim]
   float *key_scales, *value_scales;  // null, or keys and values are those of a ByteKv
@@ -23,11 +23,12 @@ struct Layer {
 
 struct Model {
   Pool* pool;
-  Blas blas;  // null without MKL; steps of more than kMaxFewTokens tokens then need int8 weights
+  Blas blas;  // null without MKL; steps of more than kMaxFewTokens tokens then need weights in panels
   int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
   int64_t max_context;  // tokens, a multiple of block_size
   const Layer* layers;
-  Matrix embedding, lm_head;
+  Matrix embedding;
+  Linear lm_head;
   const float* final_norm;
   float norm_eps;
   const float* rope;  // [positions, head_dim], cos then sin
@@ -42,9 +43,9 @@ struct Step {
   float* logits;  // [num_logits, vocab]
 };
 
-// An int8 matrix alone, for steps of many tokens.
+// A matrix in panels alone, between torch's operators.
 struct Product {
-  Matrix matrix;
+  Linear linear;
   int64_t num_tokens, accumulate;
   const float* x;  // [num_tokens, columns]
   float* out;      // [num_tokens, rows]
@@ -100,7 +101,6 @@ constexpr int64_t kMaxSharedHeads = 3;  // as many as leave registers for the ro
 
 constexpr int64_t kSmallPhase = 16 << 10;  // numbers that one thread computes sooner than several come together
 constexpr int64_t kNumbersAtATime = 4 << 10;
-constexpr int64_t kMaxFewTokens = 128;  // in steps of more, products and attention work on tiles of tokens
 constexpr int64_t kTileSums = 6;        // rows of a tile that share a load
 constexpr int64_t kMostTileRows = 48, kTileScores = 256 << 10;
 constexpr int64_t kByteTileTokens = 8, kByteTilesPerThread = 2;
@@ -138,7 +138,7 @@ inline TileShape byte_tile_shape(const Model& model, int64_t num_tokens) {
 
 // Floats that a step needs: for each token, and for each thread.
 inline int64_t widest_input(const Model& model) {
-  const int64_t query_size = model.num_heads * model.head_dim, inner = model.layers[0].down.columns;
+  const int64_t query_size = model.num_heads * model.head_dim, inner = model.layers[0].down.columns();
   const int64_t hidden = model.embedding.columns, wider = inner > query_size ? inner : query_size;
   return wider > hidden ? wider : hidden;
 }
@@ -152,15 +152,14 @@ inline int64_t attention_floats(const Model& model, int64_t num_tokens) {
 
 inline int64_t thread_floats(const Model& model, int64_t num_tokens) {
   const int64_t attention = attention_floats(model, num_tokens);
-  if (num_tokens <= kMaxFewTokens) return attention;
-  const int64_t weights = kMostBlockRows * widest_input(model);
-  return attention > weights ? attention : weights;
+  const int64_t product = linear_scratch_floats(widest_input(model), num_tokens);
+  return attention > product ? attention : product;
 }
 
 inline int64_t token_floats(const Model& model) {
   const int64_t query_size = model.num_heads * model.head_dim, kv_size = model.num_kv_heads * model.head_dim;
-  const int64_t quantized = 1 + even(widest_input(model)) / 2;
-  return 2 * model.embedding.columns + 2 * query_size + 2 * kv_size + 3 * model.layers[0].down.columns + quantized;
+  const int64_t integers = integers_floats(widest_input(model));
+  return 2 * model.embedding.columns + 2 * query_size + 2 * kv_size + 3 * model.layers[0].down.columns() + integers;
 }
 
 // One step.
@@ -171,7 +170,7 @@ class Runner final : public Job {
     query_size_ = model.num_heads * model.head_dim;
     kv_size_ = model.num_kv_heads * model.head_dim;
     qkv_size_ = query_size_ + 2 * kv_size_;
-    inner_ = model.layers[0].down.columns;
+    inner_ = model.layers[0].down.columns();
     float* next = step.workspace;
     const auto take = [&](int64_t columns) {
       float* taken = next;
@@ -184,7 +183,7 @@ class Runner final : public Job {
     attended_ = take(query_size_);
     gate_up_ = take(2 * inner_);
     gated_ = take(inner_);
-    quantized_ = take(1 + even(widest_input(model)) / 2);
+    integers_ = take(integers_floats(widest_input(model)));
     scratch_ = next;
     thread_floats_ = thread_floats(model, step.num_tokens);
   }
@@ -240,7 +239,7 @@ class Runner final : public Job {
         break;
       case kQuantizeAttended:
         if (layer_index + 1 == model_.num_layers && step_.num_logits < num_tokens_) keep_logit_tokens();
-        *phase = layer.o.format == kInt8 ? light_phase(num_tokens_, query_size_) : Phase{0, 1};
+        *phase = layer.o.has_integers() ? light_phase(num_tokens_, query_size_) : Phase{0, 1};
         break;
       case kO: *phase = product_phase(layer.o); break;
       case kPostAttentionNorm: case kNextNorm: *phase = light_phase(num_tokens_, hidden_); break;
@@ -251,37 +250,32 @@ class Runner final : public Job {
     return true;
   }
 
-  Phase product_phase(const Matrix& matrix) {
-    if (matrix.format != kInt8 && num_tokens_ > kMaxFewTokens) {
-      block_units_ = block_units(num_tokens_, matrix, model_.pool->size());
-      return {block_units_.count, 1};
-    }
-    if (matrix.format != kInt8) return {matrix.rows, row_grain(num_tokens_, matrix)};
-    panel_units_ = panel_units(num_tokens_, matrix, model_.pool->size());
-    return {panel_units_.count, panel_units_.grain};
+  Phase product_phase(const Linear& linear) {
+    linear_units_ = linear_units(num_tokens_, linear, model_.pool->size());
+    return {linear_units_.count, linear_units_.grain};
   }
 
-  void multiply(const Matrix& matrix, const float* x, Range units, float* out, bool accumulate, float* scratch) {
-    if (matrix.format == kInt8) {
-      const Quantized quantized = quantized_at(quantized_, num_tokens_, matrix.columns);
-      return multiply_panels(quantized, num_tokens_, matrix, panel_units_, units, out, accumulate);
-    }
-    if (num_tokens_ > kMaxFewTokens)
-      return multiply_blocks(model_.blas, x, num_tokens_, matrix, block_units_, units, out, accumulate, scratch);
-    multiply_rows(x, num_tokens_, matrix, units, out, accumulate);
+  Activations activations(const Linear& linear, const float* x) const {
+    return activations_at(x, integers_, num_tokens_, linear.columns());
   }
 
-  void quantize_tokens(const Matrix& matrix, const float* x, Range tokens) {
-    if (matrix.format != kInt8) return;
-    const Quantized quantized = quantized_at(quantized_, num_tokens_, matrix.columns);
-    for (int64_t m = tokens.begin; m < tokens.end; m++) quantize(x + m * matrix.columns, matrix.columns, m, quantized);
+  void multiply(const Linear& linear, const float* x, Range units, float* out, bool accumulate, float* scratch) {
+    const Activations inputs = activations(linear, x);
+    multiply_linear({model_.blas, inputs, num_tokens_, out, accumulate, scratch}, linear, linear_units_, units);
+  }
+
+  void quantize_tokens(const Linear& linear, const float* x, Range tokens) {
+    if (linear.has_integers()) quantize_for(linear, activations(linear, x), tokens);
   }
 
   void embed(Range tokens) {
     switch (model_.embedding.format) {
       case kBf16: embed_as<Bf16>(tokens); break;
       case kFp16: embed_as<Fp16>(tokens); break;
-      default: embed_as<float>(tokens);
+      case kFp32: embed_as<float>(tokens); break;
+      default:
+        for (int64_t m = tokens.begin; m < tokens.end; m++)
+          dequantize_row(model_.embedding, step_.token_ids[m], x_ + m * hidden_);
     }
     norm(model_.layers[0].input_norm, model_.layers[0].qkv, tokens);
   }
@@ -295,7 +289,7 @@ class Runner final : public Job {
   }
 
   // Prepares the product with `matrix`.
-  void norm(const float* weight, const Matrix& matrix, Range tokens) {
+  void norm(const float* weight, const Linear& linear, Range tokens) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float* x = x_ + m * hidden_;
       float squares = 0.0f;
@@ -305,11 +299,11 @@ class Runner final : public Job {
 #pragma omp simd
       for (int64_t k = 0; k < hidden_; k++) normed_[m * hidden_ + k] = x[k] * weight[k] * factor;
     }
-    quantize_tokens(matrix, normed_, tokens);
+    quantize_tokens(linear, normed_, tokens);
   }
 
   // Likewise.
-  void gate(const Matrix& matrix, Range tokens) {
+  void gate(const Linear& linear, Range tokens) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float *gate = gate_up_ + m * 2 * inner_, *up = gate + inner_;
       float* out = gated_ + m * inner_;
@@ -319,7 +313,7 @@ class Runner final : public Job {
         out[k] = gate[k] * (gate[k] < 0.0f ? e : 1.0f) / (1.0f + e) * up[k];
       }
     }
-    quantize_tokens(matrix, gated_, tokens);
+    quantize_tokens(linear, gated_, tokens);
   }
 
   void rotate_and_write(const Layer& layer, Range units) {
@@ -544,41 +538,42 @@ class Runner final : public Job {
   const Step& step_;
   int64_t num_tokens_;  // those of the step, and after the last attention those that want logits
   int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
-  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *quantized_;
+  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *integers_;
   float* scratch_;  // each thread's, one after the other
   int64_t thread_floats_;
-  PanelUnits panel_units_;  // of the phase that runs
-  BlockUnits block_units_;  // likewise
-  int64_t shared_heads_;    // likewise
-  TileShape tile_;          // likewise
+  LinearUnits linear_units_;  // of the phase that runs
+  int64_t shared_heads_;      // likewise
+  TileShape tile_;            // likewise
 };
 
 // A product alone: rounds the activations, then multiplies.
 class ProductRunner final : public Job {
  public:
   ProductRunner(const Product& product, int64_t num_threads)
-      : product_(product), quantized_(quantized_at(product.workspace, product.num_tokens, product.matrix.columns)),
-        panel_units_(panel_units(product.num_tokens, product.matrix, num_threads)) {}
+      : product_(product), columns_(product.linear.columns()),
+        activations_(activations_at(product.x, product.workspace, product.num_tokens, columns_)),
+        units_(linear_units(product.num_tokens, product.linear, num_threads)) {}
 
   bool begin_phase(int64_t index, Phase* phase) override {
-    if (index == 0) *phase = light_phase(product_.num_tokens, product_.matrix.columns);
-    if (index == 1) *phase = {panel_units_.count, panel_units_.grain};
+    if (index == 0) *phase = light_phase(product_.num_tokens, columns_);
+    if (index == 1) *phase = {units_.count, units_.grain};
     return index < 2;
   }
 
-  void run(int64_t index, Range units, int64_t) override {
-    const Matrix& matrix = product_.matrix;
-    if (index == 1)
-      return multiply_panels(quantized_, product_.num_tokens, matrix, panel_units_, units, product_.out,
-                             product_.accumulate != 0);
-    for (int64_t m = units.begin; m < units.end; m++)
-      quantize(product_.x + m * matrix.columns, matrix.columns, m, quantized_);
+  void run(int64_t index, Range units, int64_t thread) override {
+    if (index == 0) return quantize_for(product_.linear, activations_, units);
+    const int64_t num_tokens = product_.num_tokens;
+    float* scratch = product_.workspace + num_tokens * integers_floats(columns_);
+    scratch += thread * linear_scratch_floats(columns_, kMaxFewTokens);
+    multiply_linear({{}, activations_, num_tokens, product_.out, product_.accumulate != 0, scratch}, product_.linear,
+                    units_, units);
   }
 
  private:
   const Product& product_;
-  const Quantized quantized_;
-  const PanelUnits panel_units_;
+  const int64_t columns_;
+  const Activations activations_;
+  const LinearUnits units_;
 };
 
 }  // namespace
@@ -587,7 +582,10 @@ class ProductRunner final : public Job {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 5; }
+int llmengine_native_version() { return 6; }
+
+// Whether int8 weights are in quads of columns, and what 8-bit codes have on top of their values.
+int llmengine_byte_offset() { return llmengine::kByteOffset; }
 
 llmengine::Pool* llmengine_start_pool(int64_t num_threads, llmengine::Parallel parallel) {
   return new llmengine::Pool(num_threads, parallel);
@@ -609,8 +607,19 @@ void llmengine_forward(const llmengine::Model* model, const llmengine::Step* ste
   model->pool->run(&runner);
 }
 
-void llmengine_multiply_int8(llmengine::Pool* pool, const llmengine::Product* product) {
+// Floats of the workspace of a product alone.
+int64_t llmengine_product_workspace_size(const llmengine::Pool* pool, int64_t num_tokens, int64_t columns) {
+  return num_tokens * llmengine::integers_floats(columns) +
+         pool->max_threads() * llmengine::linear_scratch_floats(columns, llmengine::kMaxFewTokens);
+}
+
+void llmengine_multiply(llmengine::Pool* pool, const llmengine::Product* product) {
   llmengine::ProductRunner runner(*product, pool->size());
   pool->run(&runner);
+}
+
+// Rows of a matrix of codes, fp32 [count, columns].
+void llmengine_dequantize_rows(const llmengine::Matrix* matrix, int64_t count, const int64_t* rows, float* out) {
+  for (int64_t i = 0; i < count; i++) llmengine::dequantize_row(*matrix, rows[i], out + i * matrix->columns);
 }
 }

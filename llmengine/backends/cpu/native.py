@@ -1,6 +1,7 @@
 """The native decoder: a step as one call into a compiled library, if the installation has it.
 
-Steps that it does not run go through torch's operators. Of these it computes the products with int8 weights.
+Steps that it does not run go through torch's operators. Of these it computes the products with quantized weights in
+the formats that it has (`native_packing.packing_of`).
 
 The library computes on the same weights and KV blocks as the torch path, on threads of its own, which give their cores
 up when they have to wait. `native.cpp` is its source; the structures here mirror those there.
@@ -12,7 +13,7 @@ import ctypes
 import logging
 import sysconfig
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
-from llmengine.backends.cpu.linear import CpuLinear
+from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
+from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
-from llmengine.quantization.formats import DENSE
+from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.stacked import Stacked
 
 MAX_FEW_TOKENS = 128
 """In steps of more tokens, products and attention take tiles of tokens; fp32, bf16 and fp16 weights then need MKL."""
@@ -36,18 +39,15 @@ MAX_FEW_TOKENS = 128
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
 
-NATIVE_FORMATS = frozenset({DENSE, INT8})
-"""The formats of matrices that the native decoder multiplies; it looks up dense embeddings only."""
-
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
-_VERSION = 5
+_VERSION = 6
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-_PANEL_ROWS = 16
-"""Rows of an int8 matrix that lie together."""
+_DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_PARTS = 3
+"""Matrices above each other that one product may have."""
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
@@ -76,17 +76,24 @@ class _MatrixStruct(ctypes.Structure):
         ("bias", _Pointer),
         ("rows", _Int),
         ("columns", _Int),
+        ("group_shift", _Int),
+        ("first_row", _Int),
+        ("out_rows", _Int),
     )
+
+
+class _LinearStruct(ctypes.Structure):
+    _fields_ = (("num_parts", _Int), ("parts", _MatrixStruct * _MAX_PARTS))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("input_norm", _Pointer),
         ("post_attention_norm", _Pointer),
-        ("qkv", _MatrixStruct),
-        ("o", _MatrixStruct),
-        ("gate_up", _MatrixStruct),
-        ("down", _MatrixStruct),
+        ("qkv", _LinearStruct),
+        ("o", _LinearStruct),
+        ("gate_up", _LinearStruct),
+        ("down", _LinearStruct),
         ("keys", _Pointer),
         ("values", _Pointer),
         ("key_scales", _Pointer),
@@ -107,7 +114,7 @@ class _Model(ctypes.Structure):
         ("max_context", _Int),
         ("layers", _Pointer),
         ("embedding", _MatrixStruct),
-        ("lm_head", _MatrixStruct),
+        ("lm_head", _LinearStruct),
         ("final_norm", _Pointer),
         ("norm_eps", ctypes.c_float),
         ("rope", _Pointer),
@@ -131,7 +138,7 @@ class _Step(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = (
-        ("matrix", _MatrixStruct),
+        ("linear", _LinearStruct),
         ("num_tokens", _Int),
         ("accumulate", _Int),
         ("x", _Pointer),
@@ -159,8 +166,12 @@ class NativeLibrary:
         library.llmengine_pool_size.restype = library.llmengine_workspace_size.restype = _Int
         library.llmengine_workspace_size.argtypes = (_Pointer, _Int)
         library.llmengine_forward.argtypes = (_Pointer, _Pointer)
-        library.llmengine_multiply_int8.argtypes = (_Pointer, _Pointer)
-        library.llmengine_forward.restype = library.llmengine_multiply_int8.restype = None
+        library.llmengine_multiply.argtypes = (_Pointer, _Pointer)
+        library.llmengine_dequantize_rows.argtypes = (_Pointer, _Int, _Pointer, _Pointer)
+        library.llmengine_product_workspace_size.restype = _Int
+        library.llmengine_product_workspace_size.argtypes = (_Pointer, _Int, _Int)
+        library.llmengine_forward.restype = library.llmengine_multiply.restype = None
+        library.llmengine_dequantize_rows.restype = None
         library.llmengine_stop_pool.restype = None
         library.llmengine_pool_size.argtypes = library.llmengine_stop_pool.argtypes = (_Pointer,)
         parallel = torch_function("GOMP_parallel") if borrowed else None
@@ -194,99 +205,126 @@ def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> N
     return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
 
 
-class NativeInt8Linear:
-    """`linear.CpuLinear` of an `Int8PerChannel` matrix; activations are rounded to 16 bits.
+class NativeLinear:
+    """`linear.CpuLinear` of a matrix that has a `Packing`.
 
-    A token's result does not depend on the tokens beside it.
+    A token's result does not depend on the tokens beside it. Activations are rounded: to 16 bits with one scale for
+    each token where weights are int8, else to 8 bits with one scale for each 32 columns.
 
     Args:
         bias: float32 [out_features] or None.
     """
 
     def __init__(self, library: NativeLibrary, matrix: Matrix, bias: Tensor | None) -> None:
-        assert matrix.format == INT8, matrix.format
-        weight, scale = matrix.weight, matrix.tensors["weight_scale"]
         self._library = library
-        self._function = library.library.llmengine_multiply_int8
-        rows, columns = weight.shape
-        missing = -rows % _PANEL_ROWS
-        self._packed = F.pad(weight, (0, columns % 2, 0, missing)).view(-1, _PANEL_ROWS, (columns + 1) // 2, 2)
-        self._packed = self._packed.transpose(1, 2).contiguous()
-        self._scale = F.pad(scale.float(), (0, missing))
-        self._bias = None if bias is None else F.pad(bias.float(), (0, missing))
-        self.struct = _MatrixStruct(
-            format=_FORMATS[torch.int8],
-            weight=self._packed.data_ptr(),
-            scale=self._scale.data_ptr(),
-            bias=None if self._bias is None else self._bias.data_ptr(),
-            rows=rows,
-            columns=columns,
-        )
+        self._packed = pack_matrix(matrix, int(library.library.llmengine_byte_offset()))
+        self.bias = bias
+        self._bias = None if bias is None else padded_bias(bias)
+        self.struct = _matrix_struct(self._packed, self._bias)
+        self._linear = _LinearStruct(1, (_MatrixStruct * _MAX_PARTS)(self.struct))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 x @ weight.T + bias + residual, which overwrites `residual`."""
         x = x.contiguous()
-        num_tokens = len(x)
+        num_tokens, functions = len(x), self._library.library
         out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
-        workspace = torch.empty(num_tokens * _quantized_size(self.struct.columns))
+        size = functions.llmengine_product_workspace_size(self._library.pool, num_tokens, self.struct.columns)
+        workspace = torch.empty(size)
         product = _Product(
-            matrix=self.struct,
+            linear=self._linear,
             num_tokens=num_tokens,
             accumulate=residual is not None,
             x=x.data_ptr(),
             out=out.data_ptr(),
             workspace=workspace.data_ptr(),
         )
-        self._function(self._library.pool, ctypes.byref(product))
+        functions.llmengine_multiply(self._library.pool, ctypes.byref(product))
         return out
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Some rows: float32 [len(indices), in_features]; `indices` are int64. Not for int8."""
+        assert self.format != INT8
+        indices = indices.contiguous()
+        out = torch.empty(len(indices), self.struct.columns)
+        self._library.library.llmengine_dequantize_rows(
+            ctypes.byref(self.struct), len(indices), indices.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    @property
+    def format(self) -> WeightFormat:
+        """Of the matrix as it is stored."""
+        return self._packed.format
 
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        return self._packed.nbytes + self._scale.nbytes
+        return self._packed.size_bytes
 
     @property
     def matrix(self) -> Matrix:
-        """The matrix as it is stored, a row-major copy."""
-        rows, columns = self.struct.rows, self.struct.columns
-        weight = self._packed.transpose(1, 2).reshape(self._packed.shape[0] * _PANEL_ROWS, -1)
-        weight = weight[:rows, :columns].contiguous()
-        return Matrix(INT8, (rows, columns), {"weight": weight, "weight_scale": self._scale[:rows]})
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[out_features], None if there is none."""
-        return None if self._bias is None else self._bias[: self.struct.rows]
+        """The matrix as it is stored, a copy."""
+        return self._packed.unpacked()
 
 
-def _quantized_size(columns: int) -> int:
-    """Number of floats that a token's 16-bit activations and their scale take."""
-    return 1 + (columns + 1) // 2
+def padded_bias(bias: Tensor) -> Tensor:
+    """Float32, with zeros to the end of the last panel."""
+    return F.pad(bias.float(), (0, -len(bias) % PANEL_ROWS))
 
 
-def _matrices(layer: _Layer) -> tuple[_MatrixStruct, ...]:
-    return layer.qkv, layer.o, layer.gate_up, layer.down
+def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> _MatrixStruct:
+    rows, columns = packed.shape
+    return _MatrixStruct(
+        format=packed.packing.number,
+        weight=packed.codes.data_ptr(),
+        scale=packed.scales.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        rows=rows,
+        columns=columns,
+        group_shift=packed.packing.group_shift,
+        first_row=0,
+        out_rows=rows,
+    )
+
+
+def multiplies(weight_format: WeightFormat) -> bool:
+    """Whether the native decoder multiplies by matrices in a format."""
+    if isinstance(weight_format, Stacked):
+        parts = weight_format.parts
+        return len(parts) <= _MAX_PARTS and all(multiplies(part.format) for part in parts)
+    return weight_format == DENSE or packing_of(weight_format) is not None
+
+
+def looks_up(weight_format: WeightFormat) -> bool:
+    """Whether the library looks up rows of quantized matrices in a format."""
+    return weight_format != INT8 and packing_of(weight_format) is not None
+
+
+def _matrices(layer: _Layer) -> Iterator[_MatrixStruct]:
+    for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        yield from linear.parts[: linear.num_parts]
 
 
 def _takes_many(matrix_format: int, has_blas: bool) -> bool:
     """Whether products of this format with many tokens are as fast as torch's."""
-    if matrix_format == _FORMATS[torch.bfloat16] and torch.cpu._is_amx_tile_supported():
+    if matrix_format == _DENSE_FORMATS[torch.bfloat16] and torch.cpu._is_amx_tile_supported():
         return False
-    return has_blas or matrix_format == _FORMATS[torch.int8]
+    return has_blas or matrix_format not in _DENSE_FORMATS.values()
 
 
 class NativeDecoder:
     """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
 
-    int8 weights have no limit (`max_tokens` is None), nor do others where torch brings MKL along. The exception is
+    Quantized weights have no limit (`max_tokens` is None), nor do others where torch brings MKL along. The exception is
     bfloat16 on a processor with tile units, with which torch's products are far faster.
 
     Weights and the attention's KV pools are used where they are.
 
     Args:
-        embedding: [vocab, hidden], float32, bfloat16 or float16.
+        embedding: [vocab, hidden], dense or in a format that the library `looks_up`.
         norms: weight [size] of each norm by canonical name less ".weight".
-        linears: a layer's matrices by canonical name less ".weight": `NativeInt8Linear`, or dense and row-major.
+        linears: a layer's matrices by canonical name less ".weight": `NativeLinear`, dense and row-major, or a
+            `StackedLinear` of such.
         lm_head: the output matrix, as `linears`.
         max_context: tokens of the longest request.
     """
@@ -295,7 +333,7 @@ class NativeDecoder:
         self,
         library: NativeLibrary,
         arch: ModelArch,
-        embedding: Tensor,
+        embedding: Matrix | NativeLinear,
         norms: Mapping[str, Tensor],
         linears: Mapping[str, CpuLinear],
         lm_head: CpuLinear,
@@ -321,13 +359,14 @@ class NativeDecoder:
             block_size=block_size,
             max_context=-(-max_context // block_size) * block_size,
             layers=ctypes.addressof(layers),
-            embedding=self._row_major(embedding, None),
-            lm_head=self._matrix(lm_head),
+            embedding=self._part(embedding),
+            lm_head=self._linear(lm_head),
             final_norm=self._vector(norms["final_norm"]),
             norm_eps=arch.rms_norm_eps,
             rope=self._vector(attention.rope_table),
         )
-        matrices = [self._model.lm_head, *(matrix for layer in layers for matrix in _matrices(layer))]
+        head = self._model.lm_head
+        matrices = [*head.parts[: head.num_parts], *(matrix for layer in layers for matrix in _matrices(layer))]
         has_blas = sgemm is not None and set_thread_limit is not None
         self.max_tokens = None if all(_takes_many(matrix.format, has_blas) for matrix in matrices) else MAX_FEW_TOKENS
         self._workspace = self._new_workspace(MAX_FEW_TOKENS)
@@ -364,26 +403,40 @@ class NativeDecoder:
         return _Layer(
             input_norm=self._vector(norms[prefix + "input_norm"]),
             post_attention_norm=self._vector(norms[prefix + "post_attention_norm"]),
-            qkv=self._matrix(linears[prefix + "qkv"]),
-            o=self._matrix(linears[prefix + "o"]),
-            gate_up=self._matrix(linears[prefix + "gate_up"]),
-            down=self._matrix(linears[prefix + "down"]),
+            qkv=self._linear(linears[prefix + "qkv"]),
+            o=self._linear(linears[prefix + "o"]),
+            gate_up=self._linear(linears[prefix + "gate_up"]),
+            down=self._linear(linears[prefix + "down"]),
             **attention.store.addresses(index),
         )
 
-    def _matrix(self, linear: CpuLinear) -> _MatrixStruct:
-        if isinstance(linear, NativeInt8Linear):
-            self._kept.append(linear)
-            return linear.struct
-        assert linear.matrix.format == DENSE, linear.matrix.format
-        return self._row_major(linear.matrix.weight, linear.bias)
+    def _linear(self, linear: CpuLinear) -> _LinearStruct:
+        """Parts of the linear, one above the other."""
+        parts = linear.parts if isinstance(linear, StackedLinear) else [linear]
+        structs = [self._part(part if isinstance(part, NativeLinear) else part.matrix) for part in parts]
+        first, out_rows = 0, sum(struct.rows for struct in structs)
+        for struct in structs:
+            struct.first_row, struct.out_rows = first, out_rows
+            if linear.bias is not None:
+                struct.bias = self._vector(padded_bias(linear.bias[first : first + struct.rows]))
+            first += struct.rows
+        return _LinearStruct(len(structs), (_MatrixStruct * _MAX_PARTS)(*structs))
 
-    def _row_major(self, weight: Tensor, bias: Tensor | None) -> _MatrixStruct:
+    def _part(self, part: Matrix | NativeLinear) -> _MatrixStruct:
+        """A matrix without its bias."""
+        if isinstance(part, NativeLinear):
+            self._kept.append(part)
+            struct = _MatrixStruct.from_buffer_copy(part.struct)
+            struct.bias = None
+            return struct
+        assert part.format == DENSE, part.format
+        weight = part.weight
         assert weight.is_contiguous()
         self._kept.append(weight)
         rows, columns = weight.shape
-        bias_address = None if bias is None else self._vector(bias)
-        return _MatrixStruct(_FORMATS[weight.dtype], weight.data_ptr(), None, bias_address, rows, columns)
+        return _MatrixStruct(
+            format=_DENSE_FORMATS[weight.dtype], weight=weight.data_ptr(), rows=rows, columns=columns, out_rows=rows
+        )
 
     def _vector(self, tensor: Tensor) -> int:
         """The address of `tensor` as contiguous float32."""

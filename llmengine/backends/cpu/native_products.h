@@ -1,4 +1,5 @@
-// Products of activations with a weight matrix: dot products for fp32, bf16 and fp16 weights, panels for int8.
+// Products of activations with a weight matrix: dot products for fp32, bf16 and fp16 weights, panels for int8 with 16-bit
+// activations. `native_digits.h` and `native_codes.h` have those that multiply bytes.
 
 #pragma once
 
@@ -7,14 +8,24 @@
 
 namespace llmengine {
 
-enum Format : int64_t { kFp32, kBf16, kFp16, kInt8 };
+// `native_packing.py` has the same numbers.
+enum Format : int64_t {
+  kFp32, kBf16, kFp16, kInt8, kCodes8, kCodes4, kCodes4Minimum, kCodes4Zero, kCodes5, kCodes5Minimum, kCodes4Super,
+  kCodes5Super, kCodes6Super, kCodes4Strips, kCodes4ZeroStrips, kCodes4Wide, kCodes4ZeroWide, kCodes8Zero, kCodes8Wide,
+  kCodes8ZeroWide
+};
 
+// A matrix, or one of several that lie one above the other and give one result.
 struct Matrix {
   int64_t format;
-  const void* weight;  // [rows, columns]; int8: panels, see `kPanelRows`
-  const float* scale;  // int8 only: [rows], then zeros to the end of the last panel
-  const float* bias;   // [rows] or null; int8: as long as `scale`
+  const void* weight;  // [rows, columns]; int8 and codes: panels, see `kPanelRows`
+  const void* scale;   // int8: fp32 [rows], then zeros to the end of the last panel; codes: see `native_codes.h`
+  const float* bias;   // [rows] or null; int8 and codes: to the end of the last panel
   int64_t rows, columns;
+  int64_t group_shift;          // codes: scales are for 2^group_shift columns each
+  int64_t first_row, out_rows;  // of a token's results: where those of this matrix begin, and how many there are
+
+  const float* row_scales() const { return static_cast<const float*>(scale); }
 };
 
 // Brings weights into the cache before they are needed: `step` bytes more with each vector of the current ones.
@@ -135,7 +146,8 @@ void multiply_range(const float* x, int64_t num_tokens, const Matrix& matrix, in
 inline void multiply_rows(const float* x, int64_t num_tokens, const Matrix& matrix, Range rows, float* out,
                           bool accumulate) {
   const float* bias = matrix.bias;
-  const int64_t stride = matrix.rows;
+  const int64_t stride = matrix.out_rows;
+  out += matrix.first_row;
   const auto emit = [=](int64_t m, int64_t n, float value) {
     if (bias) value += bias[n];
     if (accumulate) value += out[m * stride + n];
@@ -190,12 +202,13 @@ inline const float* float_rows(const Matrix& matrix, Range rows, float* scratch)
 inline void multiply_blocks(const Blas& blas, const float* x, int64_t num_tokens, const Matrix& matrix,
                             const BlockUnits& cut, Range units, float* out, bool accumulate, float* scratch) {
   const int limit = blas.set_thread_limit(1);
+  out += matrix.first_row;
   for (int64_t unit = units.begin; unit < units.end; unit++) {
     const int64_t n = unit % cut.row_blocks * cut.rows, m = unit / cut.row_blocks * cut.tokens;
     const Range rows{n, n + cut.rows < matrix.rows ? n + cut.rows : matrix.rows};
     const int64_t end = m + cut.tokens < num_tokens ? m + cut.tokens : num_tokens;
     const float* weight = float_rows(matrix, rows, scratch);
-    const int32_t num_rows = rows.end - rows.begin, tokens = end - m, size = matrix.columns, stride = matrix.rows;
+    const int32_t num_rows = rows.end - rows.begin, tokens = end - m, size = matrix.columns, stride = matrix.out_rows;
     const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
     blas.sgemm("T", "N", &num_rows, &tokens, &size, &one, weight, &size, x + m * size, &size, &beta,
                out + m * stride + n, &stride);
@@ -215,6 +228,8 @@ constexpr int kPanelTokens = 12 / kPanelVectors;  // as many sums as registers h
 constexpr int64_t kChunkBytes = 128 << 10;  // of activations that stay in the second-level cache
 constexpr int64_t kMinChunkTokens = 48;
 constexpr int64_t kGrainProducts = 512 << 10;
+// The largest integer of 16 bits that is 256 * a + b with signed bytes a and b is 32639.
+constexpr int64_t kLargestActivation = 32639;
 
 struct Quantized {
   int16_t* values;  // [tokens, stride]
@@ -228,8 +243,17 @@ inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t colu
   return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns)};
 }
 
+// How a token's activations become 16-bit integers: value = scale * integer.
+struct Rounding {
+  float factor, scale;
+
+  int16_t operator()(float value) const {  // the integer in the low bits, see exp_negative
+    return static_cast<int16_t>(bit_cast<uint32_t>(multiply_add(value, factor, 12582912.0f)));
+  }
+};
+
 // NaN and infinity make the scale so, and with it the token's results.
-inline void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
+inline Rounding rounding_of(const float* x, int64_t columns) {
   uint32_t largest_bits = 0;  // floats without a sign order as integers, NaN last
 #pragma omp simd reduction(max : largest_bits)
   for (int64_t k = 0; k < columns; k++) {
@@ -239,13 +263,36 @@ inline void quantize(const float* x, int64_t columns, int64_t token, const Quant
   float largest = bit_cast<float>(largest_bits);
   largest = largest < 1e-30f ? 1e-30f : largest;
   const int64_t safe = INT32_MAX / (128 * columns);  // so that no sum leaves 32 bits
-  const float limit = static_cast<float>(safe < INT16_MAX ? safe : INT16_MAX), factor = limit / largest;
+  const float limit = static_cast<float>(safe < kLargestActivation ? safe : kLargestActivation);
+  return {limit / largest, largest / limit};
+}
+
+inline void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
+  const Rounding rounding = rounding_of(x, columns);
   int16_t* values = to.values + token * to.stride;
 #pragma omp simd
-  for (int64_t k = 0; k < columns; k++)
-    values[k] = static_cast<int16_t>(bit_cast<uint32_t>(multiply_add(x[k], factor, 12582912.0f)));  // rounded, see exp_negative
+  for (int64_t k = 0; k < columns; k++) values[k] = rounding(x[k]);
   if (columns < to.stride) values[columns] = 0;
-  to.scales[token] = largest / limit;
+  to.scales[token] = rounding.scale;
+}
+
+// Stores the results of a token and `kPanels` neighbouring panels.
+template <int kPanels>
+inline void store_results(const Floats (&results)[kPanels * kPanelVectors], int64_t m, const Matrix& matrix, int64_t panel,
+                          float* out, bool accumulate) {
+  const int64_t n = panel * kPanelRows, rest = matrix.rows - n;
+  float *row = out + m * matrix.out_rows + matrix.first_row + n, edge[kPanels * kPanelRows] = {};
+  const bool is_edge = rest < kPanels * kPanelRows;
+  float* to = is_edge ? edge : row;
+  if (is_edge && accumulate) std::memcpy(edge, row, rest * sizeof(float));
+#pragma GCC unroll 16
+  for (int v = 0; v < kPanels * kPanelVectors; v++) {
+    Floats result = results[v];
+    if (matrix.bias) result += load(matrix.bias + n + v * kWidth);
+    if (accumulate) result += load(to + v * kWidth);
+    store(to + v * kWidth, result);
+  }
+  if (is_edge) std::memcpy(row, edge, rest * sizeof(float));
 }
 
 // out[m] (+)= x[m] . w + bias for `kTokens` tokens and one panel.
@@ -268,21 +315,15 @@ void multiply_panel(const Quantized& x, int64_t m, const Matrix& matrix, int64_t
       for (int v = 0; v < kPanelVectors; v++) add_products<(kTokens > 4)>(sums[i][v], pair, w[v]);
     }
   }
-  const int64_t n = panel * kPanelRows, rest = matrix.rows - n;
 #pragma GCC unroll 16
   for (int i = 0; i < kTokens; i++) {
-    float *row = out + (m + i) * matrix.rows + n, edge[kPanelRows] = {};
-    float* to = rest < kPanelRows ? edge : row;
-    if (rest < kPanelRows && accumulate) std::memcpy(edge, row, rest * sizeof(float));
+    Floats results[kPanelVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kPanelVectors; v++) {
-      const Floats scale = load(matrix.scale + n + v * kWidth) * x.scales[m + i];
-      Floats result = __builtin_convertvector(sums[i][v], Floats) * scale;
-      if (matrix.bias) result += load(matrix.bias + n + v * kWidth);
-      if (accumulate) result += load(to + v * kWidth);
-      store(to + v * kWidth, result);
+      const Floats scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth) * x.scales[m + i];
+      results[v] = __builtin_convertvector(sums[i][v], Floats) * scale;
     }
-    if (rest < kPanelRows) std::memcpy(row, edge, rest * sizeof(float));
+    store_results<1>(results, m + i, matrix, panel, out, accumulate);
   }
 }
 
@@ -298,18 +339,19 @@ struct PanelUnits {
   int64_t panels, chunk, count, grain;
 };
 
-inline PanelUnits panel_units(int64_t num_tokens, const Matrix& matrix, int64_t num_threads) {
-  const int64_t stride = even(matrix.columns), panels = (matrix.rows + kPanelRows - 1) / kPanelRows;
-  int64_t chunk = kChunkBytes / (2 * stride), chunks;
+// `tile_tokens`: tokens multiplied at a time, of which chunks are made; bytes are those of a panel and of a token.
+inline PanelUnits panel_units(int64_t num_tokens, int64_t rows, int64_t panel_bytes, int64_t token_bytes,
+                              int64_t tile_tokens, int64_t num_threads) {
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  int64_t chunk = kChunkBytes / token_bytes, chunks;
   chunk = chunk < kMinChunkTokens ? kMinChunkTokens : chunk;
   for (chunk = chunk < num_tokens ? chunk : num_tokens;; chunk /= 2) {
-    chunk = (chunk + kPanelTokens - 1) / kPanelTokens * kPanelTokens;
+    chunk = (chunk + tile_tokens - 1) / tile_tokens * tile_tokens;
     chunks = (num_tokens + chunk - 1) / chunk;
-    if (chunk == kPanelTokens || chunks * panels >= kUnitsPerThread * num_threads) break;
+    if (chunk == tile_tokens || chunks * panels >= kUnitsPerThread * num_threads) break;
   }
   const int64_t tokens = chunk < num_tokens ? chunk : num_tokens;
-  const int64_t by_bytes = kStreamBytes / (kPanelRows * stride);
-  const int64_t by_work = kGrainProducts / (kPanelRows * stride * tokens);
+  const int64_t by_bytes = kStreamBytes / panel_bytes, by_work = kGrainProducts / (panel_bytes * tokens);
   return {panels, chunk, chunks * panels, by_bytes < by_work ? by_bytes : by_work};
 }
 

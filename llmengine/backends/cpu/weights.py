@@ -25,14 +25,15 @@ from llmengine.backends.cpu.linear import (
     dense_layouts,
     fastest_layout,
 )
-from llmengine.backends.cpu.native import NativeInt8Linear, NativeLibrary
+from llmengine.backends.cpu.native import NativeLibrary, NativeLinear, looks_up
+from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 from llmengine.quantization.formats import DENSE, WeightFormat
-from llmengine.quantization.int8 import INT8, Int8W8A8
+from llmengine.quantization.int8 import Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import ModelFormats, matrix_shapes
 from llmengine.quantization.stacked import Stacked
@@ -64,21 +65,30 @@ class CpuNorm:
 
 
 class CpuEmbedding:
-    """Rows of the embedding times `scale`, as float32."""
+    """Rows of the embedding times `scale`, as float32.
 
-    def __init__(self, matrix: Matrix, scale: float) -> None:
-        self.matrix = matrix
+    Args:
+        source: the embedding as it is stored, or packed for the native library.
+    """
+
+    def __init__(self, source: Matrix | NativeLinear, scale: float) -> None:
+        self.source = source
         self._scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """A new float32 tensor [num_tokens, hidden]."""
-        rows = self.matrix.rows(token_ids)
+        rows = self.source.rows(token_ids)
         return rows if self._scale == 1.0 else rows.mul_(self._scale)
 
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        return self.matrix.size_bytes
+        return self.source.size_bytes
+
+    @property
+    def matrix(self) -> Matrix:
+        """The embedding as it is stored; a copy where it is packed."""
+        return self.source.matrix if isinstance(self.source, NativeLinear) else self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +129,9 @@ def load_cpu_model(
 ) -> CpuModel:
     """The model of `source`, its matrices in the layouts that measure fastest; memory peaks at it and one matrix.
 
-    With the native library, int8 matrices are packed for it. With `row_major`, dense ones stay [out, in] as they came,
-    as the native decoder takes them. Matrices stay in the format in which `source` has them; with tied embeddings, a
-    copy of the embedding is rounded to that of the output matrix.
+    With the native library, matrices that it multiplies are packed for it, and a quantized embedding too. With
+    `row_major`, dense ones stay [out, in] as they came, as the native decoder takes them. Matrices stay in the format
+    in which `source` has them; with tied embeddings, a copy of the embedding is rounded to that of the output matrix.
 
     Those in a format without a layout of its own are dequantized part by part in every product.
     """
@@ -158,6 +168,19 @@ class _LinearPacker:
             choice = self.choices[matrix.format] = self._choose(matrix.format)
         return choice.layout.pack(matrix, bias)
 
+    def pack_embedding(self, matrix: Matrix) -> Matrix | NativeLinear:
+        """The embedding as its rows are looked up, which also multiplies by it where it is packed."""
+        if self.library is not None and looks_up(matrix.format):
+            return NativeLinear(self.library, matrix, None)
+        return matrix
+
+    def pack_tied(self, embedding: Matrix | NativeLinear) -> CpuLinear:
+        """The output matrix that is the embedding; with its tensors where they need no other layout."""
+        if isinstance(embedding, NativeLinear):
+            assert self.formats.of("lm_head") == embedding.format, embedding.format
+            return embedding
+        return self.pack("lm_head", embedding, None)
+
     def _choose(self, weight_format: WeightFormat) -> Choice:
         layouts, dtype = self._layouts(weight_format), torch_dtype(self.dtype)
         shapes = matrix_shapes(self.arch)
@@ -179,8 +202,8 @@ class _LinearPacker:
                     "%s weights: this processor or torch has no fast product for them, float32 is faster", self.dtype
                 )
             return layouts
-        if weight_format == INT8 and self.library is not None:
-            return [Layout("native-int8", partial(NativeInt8Linear, self.library))]
+        if self.library is not None and packing_of(weight_format) is not None:
+            return [Layout("native", partial(NativeLinear, self.library))]
         return [TORCH_W8A8 if isinstance(weight_format, Int8W8A8) else DEQUANTIZED]
 
     @property
@@ -224,7 +247,8 @@ class _Loader:
                 bias = tensors.pop("bias", None)
                 matrix = Matrix(self._stored.of(prefix), self._shapes[prefix], tensors)
                 if prefix == "embed_tokens":
-                    self._embeddings[prefix] = CpuEmbedding(matrix, self._arch.embedding_scale)
+                    source = self._packer.pack_embedding(matrix)
+                    self._embeddings[prefix] = CpuEmbedding(source, self._arch.embedding_scale)
                 else:
                     self._linears[prefix] = self._packer.pack(prefix, matrix, bias)
 
@@ -235,9 +259,9 @@ class _Loader:
         size_bytes = embedding.size_bytes + sum(norm.size_bytes for norm in self._norms.values())
         size_bytes += sum(linear.size_bytes for linear in self._linears.values())
         if arch.tie_word_embeddings:
-            lm_head = self._packer.pack("lm_head", embedding.matrix, None)
-            shares_embedding = (
-                isinstance(lm_head, TorchLinear | DequantizedLinear) and lm_head.matrix is embedding.matrix
+            lm_head = self._packer.pack_tied(embedding.source)
+            shares_embedding = lm_head is embedding.source or (
+                isinstance(lm_head, TorchLinear | DequantizedLinear) and lm_head.matrix is embedding.source
             )
             size_bytes += 0 if shares_embedding else lm_head.size_bytes
         else:

@@ -18,7 +18,7 @@ from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.native import (
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
-    NativeInt8Linear,
+    NativeLinear,
     NativeUnavailableError,
     load_native_library,
 )
@@ -330,7 +330,7 @@ def int8_matrix(weight: torch.Tensor, scale: torch.Tensor) -> Matrix:
 def test_int8_product(native_directory: Path, rows: int, columns: int, num_tokens: int) -> None:
     weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     scale, bias = torch.rand(rows) + 0.5, torch.randn(rows)
-    linear = NativeInt8Linear(load_native_library(native_directory), int8_matrix(weight, scale), bias)
+    linear = NativeLinear(load_native_library(native_directory), int8_matrix(weight, scale), bias)
     # Tokens of very different magnitudes, one of zeros.
     x = torch.randn(num_tokens, columns) * torch.logspace(-9, 9, num_tokens)[:, None]
     x[num_tokens // 2] = 0.0
@@ -361,7 +361,7 @@ def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> 
     try:
         libraries = [load_native_library(native_directory, borrowed_threads=borrowed) for borrowed in (False, True)]
         matrix = int8_matrix(weight, torch.full((333,), 0.1))
-        own, borrowed = (NativeInt8Linear(library, matrix, None) for library in libraries)
+        own, borrowed = (NativeLinear(library, matrix, None) for library in libraries)
         expected = own(x)
         for _ in range(20):
             assert torch.equal(borrowed(x), expected)
@@ -372,7 +372,7 @@ def test_borrowed_threads_give_the_same_int8_product(native_directory: Path) -> 
 def test_int8_sums_of_the_largest_products_fit_into_32_bits(native_directory: Path) -> None:
     columns = 9000
     weight = torch.full((16, columns), -128, dtype=torch.int8)
-    linear = NativeInt8Linear(load_native_library(native_directory), int8_matrix(weight, torch.ones(16)), None)
+    linear = NativeLinear(load_native_library(native_directory), int8_matrix(weight, torch.ones(16)), None)
     torch.testing.assert_close(linear(torch.ones(2, columns)), torch.full((2, 16), -128.0 * columns))
 
 

@@ -21,8 +21,8 @@ import torch
 
 from llmengine.backends.cpu.native import (
     NATIVE_DIRECTORY,
-    NativeInt8Linear,
     NativeLibrary,
+    NativeLinear,
     NativeUnavailableError,
     load_native_library,
 )
@@ -90,8 +90,8 @@ def random_matrix(rows: int, columns: int) -> Matrix:
     return Matrix(INT8, (rows, columns), {"weight": weight, "weight_scale": torch.rand(rows, generator=random)})
 
 
-def make_linear(library: NativeLibrary, rows: int = 1024, columns: int = 1024) -> NativeInt8Linear:
-    return NativeInt8Linear(library, random_matrix(rows, columns), None)
+def make_linear(library: NativeLibrary, rows: int = 1024, columns: int = 1024) -> NativeLinear:
+    return NativeLinear(library, random_matrix(rows, columns), None)
 
 
 @cache
@@ -106,7 +106,7 @@ def expected_product(num_tokens: int, rows: int = 1024, columns: int = 1024) -> 
         return make_linear(library, rows, columns)(inputs(num_tokens, columns))
 
 
-def call_spares(linear: NativeInt8Linear) -> None:
+def call_spares(linear: NativeLinear) -> None:
     """Multiply until the pool has called its spare threads; every product must be right."""
     x, expected = inputs(64), expected_product(64)
     before, deadline = thread_names()[SPARE], time.monotonic() + DEADLINE_S

@@ -1,4 +1,4 @@
-"""Models in every weight format on torch's operators: near the reference, saved and loaded bit-equal, deterministic."""
+"""Models in every weight format on a CPU: near the reference, saved and loaded bit-equal, deterministic."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.quantization.model_formats import DENSE_MODEL, matrix_shapes
 from tests.backends.cpu.test_determinism import check
-from tests.backends.helpers import save_tiny
+from tests.backends.helpers import leave_products_to_torch, save_tiny
 from tests.models.family_helpers import FAMILIES, make_family
 
 CONFIGS = {
@@ -71,23 +71,29 @@ def prompt_logprobs(config: ModelConfig) -> torch.Tensor:
     return torch.tensor([item.logprob for item in found[1:] if item is not None])
 
 
-NOISE = {"int8": 0.01, "w8a8": 0.1, "fp8": 0.4}
+NOISE = {"int8": 0.01, "int4": 0.1, "w8a8": 0.1, "fp8": 0.4}
 """What rounding activations to 16, to 8 bits or to e4m3 may change in random models, which damp nothing."""
 
 
-def check_logits(directory: Path, name: str) -> None:
+def check_logits(directory: Path, name: str, is_native: bool = True) -> None:
     # An output matrix that is tied would be an int8 copy in one engine only.
     config = CONFIGS[name]
     if open_model(directory).arch.tie_word_embeddings:
         config = dataclasses.replace(config, skip_layers=["lm_head"])
-    kind = name.partition("-")[0] if config.activations != "none" else "int8"
+    rounds = config.activations != "none" or (is_native and config.weights == "int4")
+    kind = name.partition("-")[0] if rounds else "int8"
     assert error_of_logits(directory, config) < NOISE[kind]
 
 
 @by_config
-def test_logits_are_those_of_the_dequantized_weights(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("is_native", [False, True])
+def test_logits_are_those_of_the_dequantized_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_native: bool
+) -> None:
+    if not is_native:
+        leave_products_to_torch(monkeypatch)
     save_tiny(tmp_path, attention_bias=True)
-    check_logits(tmp_path, name)
+    check_logits(tmp_path, name, is_native)
 
 
 @by_config
@@ -98,7 +104,7 @@ def test_a_saved_engine_gives_the_same_weights_and_tokens(tmp_path: Path, name: 
     with LLM(config, enable_tokenizer=False) as llm:
         before = llm.generate(PROMPTS, params)
         description = llm.info.description
-        assert ("slow" in description) == (name not in ("int8", "w8a8", "w8a8-tensor"))
+        assert ("slow" in description) == (name.partition("-")[0] not in ("int8", "int4", "w8a8"))
         llm.save(tmp_path / "engine")
     source = quantized_source(open_model(tmp_path / "model"), CONFIGS[name].resolve())
     saved = open_model(tmp_path / "engine")
@@ -116,10 +122,13 @@ def test_a_saved_engine_gives_the_same_weights_and_tokens(tmp_path: Path, name: 
             assert one_output.logprobs == other_output.logprobs
 
 
+@pytest.mark.parametrize("is_native", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_families_in_int4(tmp_path: Path, family: str) -> None:
+def test_families_in_int4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, is_native: bool) -> None:
+    if not is_native:
+        leave_products_to_torch(monkeypatch)
     make_family(family).save_pretrained(tmp_path)
-    check_logits(tmp_path, "int4")
+    check_logits(tmp_path, "int4", is_native)
 
 
 @pytest.mark.slow

@@ -1,0 +1,157 @@
+// A product of the decoder: matrices one above the other, each in its own format, with the same activations.
+
+#pragma once
+
+#include "native_codes.h"
+
+namespace llmengine {
+
+constexpr int64_t kMaxParts = 3;
+constexpr int64_t kMaxFewTokens = 128;  // in steps of more, products and attention work on tiles of tokens
+
+struct Linear {
+  int64_t num_parts;
+  Matrix parts[kMaxParts];
+
+  int64_t columns() const { return parts[0].columns; }
+  bool has_int8() const { return any([](const Matrix& part) { return part.format == kInt8; }); }
+  bool has_codes() const { return any([](const Matrix& part) { return llmengine::has_codes(part); }); }
+  bool has_integers() const { return has_int8() || has_codes(); }
+
+ private:
+  template <typename Predicate>
+  bool any(Predicate is) const {
+    for (int64_t i = 0; i < num_parts; i++)
+      if (is(parts[i])) return true;
+    return false;
+  }
+};
+
+// Activations as the formats want them: fp32, integers of 16 bits (for int8) and of 8 bits (for codes).
+struct Activations {
+  const float* floats;
+  Quantized shorts;
+  DigitActivations digits;
+  ByteActivations bytes;
+};
+
+// Floats that a token's integers take.
+inline int64_t integers_floats(int64_t columns) {
+  const int64_t shorts = kByteProducts ? digit_activations_floats(columns) : 1 + even(columns) / 2;
+  return shorts + byte_activations_floats(columns);
+}
+
+inline Activations activations_at(const float* x, float* workspace, int64_t num_tokens, int64_t columns) {
+  float* bytes = workspace;
+  float* shorts = workspace + num_tokens * byte_activations_floats(columns);
+  return {x, quantized_at(shorts, num_tokens, columns), digit_activations_at(shorts, num_tokens, columns),
+          byte_activations_at(bytes, num_tokens, columns)};
+}
+
+// Makes the integers that `linear` needs of tokens.
+inline void quantize_for(const Linear& linear, const Activations& x, Range tokens) {
+  const int64_t columns = linear.columns();
+  const bool has_int8 = linear.has_int8(), has_codes = linear.has_codes();
+  for (int64_t m = tokens.begin; m < tokens.end; m++) {
+    const float* row = x.floats + m * columns;
+    if (has_int8 && kByteProducts) quantize_digits(row, columns, m, x.digits);
+    if (has_int8 && !kByteProducts) quantize(row, columns, m, x.shorts);
+    if (has_codes) quantize_bytes(row, columns, m, x.bytes);
+  }
+}
+
+// How one matrix is cut into units: panels, blocks for MKL, or rows.
+struct PartUnits {
+  int64_t count, grain;
+  PanelUnits panels;
+  BlockUnits blocks;
+};
+
+inline PartUnits part_units(int64_t num_tokens, const Matrix& matrix, int64_t num_threads) {
+  const int64_t groups = num_groups(matrix.columns);
+  if (has_codes(matrix) || (matrix.format == kInt8 && kByteProducts)) {
+    const bool codes = has_codes(matrix);
+    const int64_t panel_bytes = codes ? code_panel_bytes(matrix) : groups * kGroupColumns * kPanelRows;
+    const int64_t token_bytes = codes ? byte_activations_floats(matrix.columns) * 4 : groups * kGroupColumns * 2;
+    const PanelUnits cut = panel_units(num_tokens, matrix.rows, panel_bytes, token_bytes, kTileOfBytes, num_threads);
+    return {cut.count, cut.grain < kManyPanels ? kManyPanels : cut.grain, cut, {}};
+  }
+  if (matrix.format == kInt8) {
+    const int64_t stride = even(matrix.columns);
+    const PanelUnits cut =
+        panel_units(num_tokens, matrix.rows, kPanelRows * stride, 2 * stride, kPanelTokens, num_threads);
+    return {cut.count, cut.grain, cut, {}};
+  }
+  if (num_tokens <= kMaxFewTokens) return {matrix.rows, row_grain(num_tokens, matrix), {}, {}};
+  const BlockUnits cut = block_units(num_tokens, matrix, num_threads);
+  return {cut.count, 1, {}, cut};
+}
+
+struct LinearUnits {
+  PartUnits parts[kMaxParts];
+  int64_t count, grain;
+};
+
+inline LinearUnits linear_units(int64_t num_tokens, const Linear& linear, int64_t num_threads) {
+  LinearUnits cut = {};
+  for (int64_t i = 0; i < linear.num_parts; i++) {
+    const PartUnits part = cut.parts[i] = part_units(num_tokens, linear.parts[i], num_threads);
+    cut.count += part.count;
+    cut.grain = i == 0 || part.grain < cut.grain ? part.grain : cut.grain;
+  }
+  return cut;
+}
+
+// Floats of a thread's scratch.
+inline int64_t linear_scratch_floats(int64_t columns, int64_t num_tokens) {
+  const int64_t unpacked = unpacked_bytes<kManyPanels>(columns) / 4 + 16, blocks = kMostBlockRows * columns;
+  return num_tokens <= kMaxFewTokens || unpacked > blocks ? unpacked : blocks;
+}
+
+// What all products of a phase share.
+struct ProductInputs {
+  const Blas& blas;
+  const Activations& x;
+  int64_t num_tokens;
+  float* out;
+  bool accumulate;
+  float* scratch;  // linear_scratch_floats
+};
+
+inline void multiply_part(const ProductInputs& in, const Matrix& matrix, const PartUnits& cut, Range units) {
+  if (matrix.format == kInt8 && !kByteProducts)
+    return multiply_panels(in.x.shorts, in.num_tokens, matrix, cut.panels, units, in.out, in.accumulate);
+  if (matrix.format != kInt8 && !has_codes(matrix)) {
+    if (in.num_tokens <= kMaxFewTokens)
+      return multiply_rows(in.x.floats, in.num_tokens, matrix, units, in.out, in.accumulate);
+    return multiply_blocks(in.blas, in.x.floats, in.num_tokens, matrix, cut.blocks, units, in.out, in.accumulate,
+                           in.scratch);
+  }
+  const uintptr_t address = reinterpret_cast<uintptr_t>(in.scratch);
+  uint8_t* scratch = reinterpret_cast<uint8_t*>((address + 63) / 64 * 64);
+  for (int64_t unit = units.begin, next; unit < units.end; unit = next) {
+    // Those with the same tokens.
+    const int64_t chunk = unit / cut.panels.panels, first = unit % cut.panels.panels, begin = chunk * cut.panels.chunk;
+    const int64_t stop = (chunk + 1) * cut.panels.panels, end = begin + cut.panels.chunk;
+    next = stop < units.end ? stop : units.end;
+    const Range tokens{begin, end < in.num_tokens ? end : in.num_tokens}, panels{first, first + next - unit};
+    if (has_codes(matrix))
+      multiply_code_panels(in.x.bytes, tokens, matrix, panels, in.out, in.accumulate, scratch);
+    else
+      multiply_digit_panels(in.x.digits, tokens, matrix, panels, in.out, in.accumulate);
+  }
+}
+
+// Some units of out (+)= x . w + bias.
+inline void multiply_linear(const ProductInputs& in, const Linear& linear, const LinearUnits& cut, Range units) {
+  int64_t first = 0;
+  for (int64_t i = 0; i < linear.num_parts; i++) {
+    const int64_t count = cut.parts[i].count;
+    const int64_t begin = units.begin > first ? units.begin - first : 0;
+    const int64_t end = units.end - first < count ? units.end - first : count;
+    if (begin < end) multiply_part(in, linear.parts[i], cut.parts[i], {begin, end});
+    first += count;
+  }
+}
+
+}  // namespace llmengine

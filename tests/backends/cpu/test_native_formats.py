@@ -1,0 +1,210 @@
+"""Quantized matrices in the native library: products against `WeightFormat.dequantize`, and what comes back of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLinear, load_native_library, looks_up, multiplies
+from llmengine.backends.cpu.native_packing import packing_of
+from llmengine.config import QuantConfig
+from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS, GgufBlocks
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.stacked import Stacked
+from tests.backends.cpu.test_native import (
+    ALL_LOGPROBS,
+    SHAPES,
+    native_directory,
+    own_name,
+    prompt,
+    run_mixed_steps,
+)
+from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, save_tiny
+
+__all__ = ["native_directory"]
+
+FLAT_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+SUPER_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
+FACTORS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where blocks have float16 numbers; others have one at 0."""
+
+GROUPS: list[WeightFormat] = [
+    *(Int4Groups(size, zero_points) for size in (16, 32, 64, 128, -1) for zero_points in (False, True)),
+    *(Int4Groups(size, zero_points, scale_dtype="bfloat16") for size, zero_points in ((32, True), (128, False))),
+    *(Int8Groups(size, zero_points) for size in (32, 128, -1) for zero_points in (False, True)),
+    *(Int8Groups(64, zero_points, scale_dtype="float32") for zero_points in (False, True)),
+]
+
+
+def random_blocks(blocks: GgufBlocks, rows: int, columns: int) -> Matrix:
+    """Any codes and steps, with factors that are numbers."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    shape = (rows, columns // blocks.block_size, blocks.block_bytes)
+    weight = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    for place in FACTORS.get(blocks.type_name, (0,)):
+        factors = (torch.randn(*shape[:2], 1, generator=generator) * 0.02).half()
+        weight[:, :, place : place + 2] = factors.view(torch.uint8)
+    return Matrix(blocks, (rows, columns), {"weight": weight})
+
+
+def random_matrices() -> Iterator[Matrix]:
+    for name in FLAT_TYPES:
+        for rows, columns in ((48, 64), (5, 32), (33, 544)):
+            yield random_blocks(GGUF_BLOCKS[name], rows, columns)
+    for name in SUPER_TYPES:
+        for rows, columns in ((16, 256), (37, 768)):
+            yield random_blocks(GGUF_BLOCKS[name], rows, columns)
+    for groups in GROUPS:
+        for rows, columns in ((48, 64), (37, 82), (5, 2), (33, 568)):
+            weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+            yield Matrix.dense(weight).quantized(groups)
+
+
+MATRICES = [pytest.param(matrix, id=f"{matrix.format}-{matrix.shape}") for matrix in random_matrices()]
+
+
+def rounded(x: Tensor, is_fused: bool) -> Tensor:
+    """Activations [num_tokens, columns] as the library rounds them, exact: bytes with a scale for 32 columns.
+
+    `is_fused`: whether the processor rounds a product and a sum once.
+    """
+    groups = F.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    limit = groups.abs().amax(2, keepdim=True).clamp(min=1e-30)
+    factor = torch.tensor(127.0) / limit
+    # The product of two floats is exact in double precision; ties go to even.
+    products = groups.double() * factor.double() if is_fused else (groups * factor).double()
+    return (products.round() * (limit / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+def tokens_of_all_magnitudes(num_tokens: int, columns: int) -> Tensor:
+    """Activations of tokens of very different magnitudes, one of them zeros."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, columns, generator=generator) * torch.logspace(-9, 9, num_tokens)[:, None]
+    x[num_tokens // 2] = 0.0
+    return x
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_product(native_directory: Path, matrix: Matrix) -> None:
+    rows, columns = matrix.shape
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    library = load_native_library(native_directory)
+    linear = NativeLinear(library, matrix, bias)
+    weight = matrix.dequantized().double()
+    # The products of a code and of its zero point may cancel.
+    tolerance = 3e-5 if getattr(matrix.format, "zero_points", False) else 4e-6
+    is_fused = "generic" not in (library.variant, native_directory.name)
+    for num_tokens in (1, 3, 16, 65, 200):
+        x = tokens_of_all_magnitudes(num_tokens, columns)
+        values = rounded(x, is_fused)
+        found = linear(x)
+        bound = tolerance * (values.abs() @ weight.abs().T + bias.abs()) + 1e-30
+        assert bool(((found - (values @ weight.T + bias)).abs() <= bound).all())
+        residual = torch.randn(num_tokens, rows)
+        assert torch.equal(linear(x, residual.clone()), found + residual)
+        for token in range(0, num_tokens, 7):
+            assert torch.equal(linear(x[token : token + 1])[0], found[token])
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: Matrix) -> None:
+    linear = NativeLinear(load_native_library(native_directory), matrix, None)
+    again = linear.matrix
+    assert (again.format, again.shape, list(again.tensors)) == (matrix.format, matrix.shape, list(matrix.tensors))
+    for suffix, tensor in matrix.tensors.items():
+        assert torch.equal(again.tensors[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix
+    indices = torch.tensor([matrix.shape[0] - 1, 0, matrix.shape[0] // 2, 0])
+    assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
+
+
+def test_nan_stays_with_its_token(native_directory: Path) -> None:
+    library = load_native_library(native_directory)
+    x = torch.randn(9, 64)
+    for matrix in (random_blocks(GGUF_BLOCKS["Q4_1"], 20, 64), random_blocks(GGUF_BLOCKS["Q8_0"], 20, 64)):
+        linear = NativeLinear(library, matrix, None)
+        expected = linear(x)
+        for value in (torch.nan, torch.inf):
+            spoiled = x.clone()
+            spoiled[3, 40] = value
+            found = linear(spoiled)
+            assert bool(found[3].isnan().all())
+            assert torch.equal(found[[0, 1, 2, 4, 5, 6, 7, 8]], expected[[0, 1, 2, 4, 5, 6, 7, 8]])
+
+
+def test_large_matrices_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_name()
+    library = load_native_library(NATIVE_DIRECTORY)
+    for matrix in (random_blocks(GGUF_BLOCKS["Q5_1"], 70, 96), Matrix.dense(torch.randn(70, 83)).quantized(INT8)):
+        whole = NativeLinear(library, matrix, None)
+        with monkeypatch.context() as patch:
+            patch.setattr("llmengine.backends.cpu.native_packing._MAX_WEIGHTS", 2 * 16 * matrix.shape[1])
+            pieces = NativeLinear(library, matrix, None)
+            x = torch.randn(3, matrix.shape[1])
+            assert torch.equal(pieces(x), whole(x))
+            assert torch.equal(pieces.matrix.weight, matrix.weight)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "biases", "tied"])
+@pytest.mark.parametrize("config", [{"group_size": 32}, {"group_size": 16, "symmetric": True}, {"scales": "channel"}])
+def test_a_model_computes_nearly_as_torch(
+    tmp_path: Path, native_directory: Path, shape: str, config: dict[str, Any]
+) -> None:
+    quant = QuantConfig(weights="int4", method="rtn", **config)
+    save_tiny(tmp_path, seed=1, **SHAPES[shape])
+    native = load_tiny(tmp_path, quant=quant, native_directory=native_directory, num_threads=2)
+    assert "steps in the native decoder" in native.info.description
+    assert "slow" not in native.info.description
+    expected = load_tiny(tmp_path, quant=quant, native_directory=NO_NATIVE)
+    for (name, found), (_, stored) in zip(native.weights(), expected.weights(), strict=True):
+        assert torch.equal(found, stored), name
+    # Logits of a prompt, so that no choice in between can differ.
+    for length in (1, 21, 100):
+        logprobs = []
+        for backend in (native, expected):
+            driver = BackendDriver(backend)
+            entry = driver.step((driver.add(0, prompt(length), ALL_LOGPROBS), length)).logprobs[0][0]
+            logprobs.append(dict(zip(entry.top_ids, entry.top_logprobs, strict=True)))
+        errors = [abs(value - logprobs[1][token]) for token, value in logprobs[0].items() if token in logprobs[1]]
+        assert len(errors) > 10
+        assert 0 < max(errors) < 0.2
+
+
+def test_number_of_threads_and_neighbours_change_no_bit(tmp_path: Path) -> None:
+    own_name()
+    quant = QuantConfig(weights="int4", method="rtn", group_size=32)
+    save_tiny(tmp_path, hidden_size=192, intermediate_size=640)
+    before, results = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 5):
+            backend = load_tiny(tmp_path, num_threads=num_threads, quant=quant)
+            results.append(run_mixed_steps(backend))
+            backend.close()
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+def test_which_formats_there_are() -> None:
+    types = {name for name, blocks in GGUF_BLOCKS.items() if packing_of(blocks) is not None}
+    assert types == {*FLAT_TYPES, *SUPER_TYPES}
+    assert multiplies(INT8)
+    assert not looks_up(INT8)
+    assert looks_up(GGUF_BLOCKS["Q6_K"])
+    assert not multiplies(Mxfp4())
+    q4, q6, q2 = (GGUF_BLOCKS[name] for name in ("Q4_K", "Q6_K", "Q2_K"))
+    assert multiplies(Stacked.of_rows([(256, q4), (128, q4), (128, q6)]))
+    assert not multiplies(Stacked.of_rows([(256, q4), (128, q2)]))
+    assert not multiplies(Stacked.of_rows([(32, q4)] * 4))
+    assert not multiplies(Int4Groups(input_order=True))
+    assert not multiplies(Int4Groups(16, scale_dtype="bfloat16"))
