@@ -99,8 +99,10 @@ void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& mat
     codes_at += kQuads * kQuadBytes;
     values += kTokens * 2 * kGroupColumns;
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kTokens; i++) {
     Floats results[kVectors];
+#pragma GCC unroll 16
     for (int v = 0; v < kVectors; v++) {
       const Ints sum = (sums[i][0][v].total << 8) + sums[i][1][v].total + x.corrections[m + i];
       const Floats scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth) * x.scales[m + i];
