@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "native_vectors.h"
+#include "native_bytes.h"
 
 namespace llmengine {
 
@@ -41,38 +41,16 @@ struct ByteRow {
   float* out;  // [dim]
 };
 
-// Four bytes of each of kWidth lanes.
-typedef uint8_t Quads __attribute__((vector_size(kWidth * 4)));
-
 namespace byte_kv {
 
-inline Quads load_quads(const void* from) {
-  Quads to;
-  std::memcpy(&to, from, sizeof(to));
-  return to;
-}
-
-// The four bytes at `from` in every lane.
-inline Quads repeat_quad(const void* from) {
-  int32_t quad;
-  std::memcpy(&quad, from, sizeof(quad));
-  return bit_cast<Quads>(Ints{} + quad);
-}
-
+// total += four products of unsigned and signed bytes, in each lane. Without byte products, those of the first two bytes
+// fit into 16 bits together, and so do those of the last two.
+inline void add_byte_products(Ints& total, Codes u, Codes s) {
 #if defined(__AVX512VNNI__)
-constexpr bool kHasByteProducts = true;
-
-// total += four products of unsigned and signed bytes, in each lane.
-inline void add_byte_products(Ints& total, Quads u, Quads s) {
   total = bit_cast<Ints>(_mm512_dpbusd_epi32(bit_cast<__m512i>(total), bit_cast<__m512i>(u), bit_cast<__m512i>(s)));
-  keep(total);
-}
-#else
-constexpr bool kHasByteProducts = false;
-
-// The same, where the products of the first two bytes fit into 16 bits together, and those of the last two.
-inline void add_byte_products(Ints& total, Quads u, Quads s) {
-#if defined(__AVX512BW__)
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  total = bit_cast<Ints>(_mm256_dpbusd_avx_epi32(bit_cast<__m256i>(total), bit_cast<__m256i>(u), bit_cast<__m256i>(s)));
+#elif defined(__AVX512BW__)
   const __m512i pairs = _mm512_maddubs_epi16(bit_cast<__m512i>(u), bit_cast<__m512i>(s));
   total += bit_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #elif defined(__AVX2__)
@@ -84,24 +62,23 @@ inline void add_byte_products(Ints& total, Quads u, Quads s) {
 #endif
   keep(total);
 }
-#endif
 
-constexpr float kMostWeight = kHasByteProducts ? 255.0f : 127.0f;
+constexpr float kMostWeight = kByteProducts ? 255.0f : 127.0f;
 
 // What a sum of key products begins with, given the sum of the query's bytes.
-inline int32_t first_key_sum(int32_t query_sum) { return kHasByteProducts ? -128 * query_sum : 0; }
+inline int32_t first_key_sum(int32_t query_sum) { return kByteProducts ? -128 * query_sum : 0; }
 
 // total += four products of a query's bytes with those of keys, in each lane; `first_key_sum` takes the 128 off.
-inline void add_key_products(Ints& total, Quads keys, Quads query) {
-  if constexpr (kHasByteProducts) return add_byte_products(total, keys, query);
-  const Quads values = keys ^ uint8_t{128};
+inline void add_key_products(Ints& total, Codes keys, Codes query) {
+  if constexpr (kByteProducts) return add_byte_products(total, keys, query);
+  const Codes values = keys ^ uint8_t{128};
 #if defined(__AVX512BW__)
   const __m512i k = bit_cast<__m512i>(values), q = bit_cast<__m512i>(query);
   const __m512i turned = _mm512_mask_sub_epi8(q, _mm512_movepi8_mask(k), _mm512_setzero_si512(), q);
-  add_byte_products(total, bit_cast<Quads>(_mm512_abs_epi8(k)), bit_cast<Quads>(turned));
+  add_byte_products(total, bit_cast<Codes>(_mm512_abs_epi8(k)), bit_cast<Codes>(turned));
 #elif defined(__AVX2__)
   const __m256i k = bit_cast<__m256i>(values), q = bit_cast<__m256i>(query);
-  add_byte_products(total, bit_cast<Quads>(_mm256_abs_epi8(k)), bit_cast<Quads>(_mm256_sign_epi8(q, k)));
+  add_byte_products(total, bit_cast<Codes>(_mm256_abs_epi8(k)), bit_cast<Codes>(_mm256_sign_epi8(q, k)));
 #else
   for (int i = 0; i < kWidth; i++)
     for (int j = 0; j < 4; j++)
@@ -169,24 +146,13 @@ inline float round_to_bytes(const float* x, int64_t dim, int8_t* to) {
   for (int64_t k = 0; k < dim; k += kWidth) {
     // 1.5 * 2^23 leaves the rounded integer in the low bits.
     const Ints words = bit_cast<Ints>(load(x + k) * factor + 12582912.0f);
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(bit_cast<__m512i>(words));
-    std::memcpy(to + k, &bytes, sizeof(bytes));
-#else
-    for (int i = 0; i < kWidth; i++) to[k + i] = static_cast<int8_t>(words[i]);
-#endif
+    store_low_bytes(to + k, words);
   }
   return largest / 127.0f;
 }
 
 inline void store_weights(uint8_t* to, Floats values) {
-  const Ints words = bit_cast<Ints>(values + 12582912.0f);
-#if defined(__AVX512F__)
-  const __m128i bytes = _mm512_cvtepi32_epi8(bit_cast<__m512i>(words));
-  std::memcpy(to, &bytes, sizeof(bytes));
-#else
-  for (int i = 0; i < kWidth; i++) to[i] = static_cast<uint8_t>(words[i]);
-#endif
+  store_low_bytes(reinterpret_cast<int8_t*>(to), bit_cast<Ints>(values + 12582912.0f));
 }
 
 template <int kRows>
@@ -212,12 +178,12 @@ template <int kRows>
       }
     const uint8_t* next = keys + 4 * from;
     for (int64_t d = 0; d < dim; d += 4, next += 4 * block_size) {
-      Quads quads[kVectors];
+      Codes quads[kVectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; v++) quads[v] = load_quads(next + 4 * v * kWidth);
+      for (int v = 0; v < kVectors; v++) quads[v] = load_codes(next + 4 * v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
-        const Quads query = repeat_quad(queries.values[r] + d);
+        const Codes query = bit_cast<Codes>(repeat_quad(queries.values[r] + d));
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; v++) add_key_products(sums[r][v], quads[v], query);
       }
@@ -314,12 +280,12 @@ template <int kRows>
       const int8_t* values = reads.kv.values + reads.position(g) * dim + 4 * d;
       const uint8_t* weights = reads.weights + g * kRows * kGroupPositions;
       for (int q = 0; q < kGroupPositions / 4; q++) {
-        Quads quads[kVectors];
+        Codes quads[kVectors];
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; v++) quads[v] = load_quads(values + (q * dim + v * kWidth) * 4);
+        for (int v = 0; v < kVectors; v++) quads[v] = load_codes(reinterpret_cast<const uint8_t*>(values) + (q * dim + v * kWidth) * 4);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; r++) {
-          const Quads weight = repeat_quad(weights + r * kGroupPositions + 4 * q);
+          const Codes weight = bit_cast<Codes>(repeat_quad(weights + r * kGroupPositions + 4 * q));
 #pragma GCC unroll 16
           for (int v = 0; v < kVectors; v++) add_byte_products(parts[r][v], weight, quads[v]);
         }
