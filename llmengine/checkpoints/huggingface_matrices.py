@@ -77,7 +77,9 @@ def quantized_linears(
             continue
         linear = QuantizedLinear.of(StoredLinear(module, (shape[0], shape[1]), where, tensors, load), layout)
         if module == _EMBEDDING and linear.rows_in_step > 1:
-            raise linear.stored.unsupported("rows of an embedding are looked up, so that they must share no scales")
+            raise linear.stored.unsupported(
+                "rows of an embedding are looked up one by one, so they must not share scales"
+            )
         linears[module] = linear
     return linears
 
@@ -188,8 +190,8 @@ def _check_cuts(arch: ModelArch, part: str, place: StoredPart, linear: Quantized
     is_cut = place.num_rows != place.total_rows and (place.first_row % step or place.num_rows % step)
     if step > 1 and (is_reordered or (is_cut and head_order(arch) is not None)):
         raise linear.stored.unsupported(
-            f"scales that {step} rows share cannot follow the rows of heads of which {arch.rope.rotary_dim} dimensions "
-            "rotate, which are stored in another order here"
+            f"{step} rows share a scale, so its rows cannot be reordered; heads of which only {arch.rope.rotary_dim} "
+            "dimensions rotate need that"
         )
 
 

@@ -148,7 +148,8 @@ class Gptq(_Grouped):
         groups, in_word = num_groups(linear, self.group_size), 32 // self.bits
         if rows % in_word or columns % in_word:
             raise linear.unsupported(
-                f"GPTQ stores {in_word} weights in a word, which divides {rows} x {columns} weights in no way"
+                f"GPTQ stores {in_word} weights in a word; outputs and inputs must be multiples of that, not "
+                f"{rows} and {columns}"
             )
         linear.require("qweight", ("int32",), (columns // in_word, rows))
         linear.require("qzeros", ("int32",), (groups, rows // in_word))
@@ -318,7 +319,7 @@ def _input_order(linear: StoredLinear, suffix: str, group_size: int) -> Tensor |
     if int(groups.min()) < 0 or int(groups.max()) > int(consecutive[-1]):
         raise linear.damaged(suffix, f"names groups outside [0, {int(consecutive[-1])}]")
     if not torch.equal(groups[order], consecutive):
-        raise linear.unsupported(f"{suffix} makes groups of other sizes than group_size={group_size}")
+        raise linear.unsupported(f"the groups in {suffix} have other sizes than group_size={group_size}")
     return order.to(torch.int32)
 
 

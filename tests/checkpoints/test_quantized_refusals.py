@@ -60,7 +60,7 @@ DAMAGES: list[tuple[str, Change, type[ModelLoadError], str]] = [
         "gptq-order",
         changed("g_idx", torch.zeros_like),
         UnsupportedModelError,
-        f"layer '{O_PROJ}': g_idx makes groups of other sizes than group_size=32",
+        f"layer '{O_PROJ}': the groups in g_idx have other sizes than group_size=32",
     ),
     ("gptq-order", changed("g_idx", lambda item: item + 1), CorruptFileError, r"g_idx' names groups outside \[0, 1\]"),
     (
@@ -174,9 +174,27 @@ def test_malformed_descriptions_are_corrupt_files(tmp_path: Path, config: dict[s
         load_all(tmp_path)
 
 
+def test_rows_that_do_not_fill_words(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make(head_dim=18), LAYOUTS["gptq"][0])
+    with pytest.raises(UnsupportedModelError, match=r"'.*k_proj': GPTQ stores 8 weights in a word; .* not 36 and 64"):
+        load_all(tmp_path)
+
+
+def test_an_embedding_whose_rows_share_scales(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make(), QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv")))
+    tensors = load_file(tmp_path / "model.safetensors")
+    shape = tensors["model.embed_tokens.weight"].shape
+    tensors["model.embed_tokens.weight"] = torch.ones(shape).to(torch.float8_e4m3fn)
+    tensors["model.embed_tokens.weight_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = r"layer 'model.embed_tokens': rows of an embedding .* must not share scales"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_all(tmp_path)
+
+
 def test_heads_that_are_reordered_cannot_share_scales(tmp_path: Path) -> None:
     write_quantized(tmp_path, make("phi3_short"), QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv")))
-    message = "layer 'model.layers.0.self_attn.qkv_proj': scales that 128 rows share .* 8 dimensions rotate"
+    message = "layer 'model.layers.0.self_attn.qkv_proj': 128 rows share a scale, .* only 8 dimensions rotate"
     with pytest.raises(UnsupportedModelError, match=message):
         load_all(tmp_path)
 
