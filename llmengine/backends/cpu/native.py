@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
 from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
-from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
+from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, arranges_inputs, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
@@ -225,7 +225,7 @@ class NativeLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 x @ weight.T + bias + residual, which overwrites `residual`."""
-        x = x.contiguous()
+        x = self._packed.arranged(x).contiguous()
         num_tokens, functions = len(x), self._library.library
         out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
         size = functions.llmengine_product_workspace_size(self._library.pool, num_tokens, self.struct.columns)
@@ -292,12 +292,16 @@ def multiplies(weight_format: WeightFormat) -> bool:
     if isinstance(weight_format, Stacked):
         parts = weight_format.parts
         return len(parts) <= _MAX_PARTS and all(multiplies(part.format) for part in parts)
+    if arranges_inputs(weight_format):
+        return False
     return weight_format == DENSE or packing_of(weight_format) is not None
 
 
 def looks_up(weight_format: WeightFormat) -> bool:
     """Whether the library looks up rows of quantized matrices in a format."""
-    return weight_format != INT8 and packing_of(weight_format) is not None
+    if weight_format == INT8 or arranges_inputs(weight_format):
+        return False
+    return packing_of(weight_format) is not None
 
 
 def _matrices(layer: _Layer) -> Iterator[_MatrixStruct]:

@@ -100,10 +100,17 @@ def _packing_of_groups(groups: Int4Groups | Int8Groups) -> Packing | None:
     bits = 4 if isinstance(groups, Int4Groups) else 8
     size, wide = groups.group_size, groups.scale_dtype != "float16"
     number = _GROUPS.get((bits, groups.zero_points, "wide" if wide else "strips" if size == 16 else ""))
-    if number is None or (wide and size == 16) or groups.input_order or getattr(groups, "input_scale", False):
+    if number is None or (wide and size == 16):
         return None
     shift = _WHOLE_ROW if size == -1 else size.bit_length() - 1
     return Packing(number, bits, shift, "zero point" if groups.zero_points else "", wide)
+
+
+def arranges_inputs(weight_format: WeightFormat) -> bool:
+    """Whether activations are multiplied by factors or reordered before a product, which the library does not do."""
+    if isinstance(weight_format, Int4Groups | Int8Groups):
+        return weight_format.input_order or getattr(weight_format, "input_scale", False)
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,7 @@ class PackedMatrix:
     Attributes:
         codes: uint8 [panels, bytes].
         scales: uint8 [panels, bytes]; int8: float32 [rows, filled up with zeros].
+        inputs: the tensors by which activations are arranged, "input_scale" and "input_order".
         byte_offset: the library's.
     """
 
@@ -121,11 +129,19 @@ class PackedMatrix:
     shape: Shape
     codes: Tensor
     scales: Tensor
+    inputs: Mapping[str, Tensor]
     byte_offset: int
 
     @property
     def size_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of all tensors."""
+        return self.codes.nbytes + self.scales.nbytes + sum(tensor.nbytes for tensor in self.inputs.values())
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Activations [num_tokens, columns] as they meet the stored columns."""
+        if "input_scale" in self.inputs:
+            x = x * self.inputs["input_scale"]
+        return x.index_select(1, self.inputs["input_order"]) if "input_order" in self.inputs else x
 
     def unpacked(self) -> Matrix:
         """The matrix as it is stored, a copy."""
@@ -139,7 +155,7 @@ class PackedMatrix:
             else:
                 codes = _unpacked_codes(self.codes[panels], self.packing.bits, shape)
                 factors = _unpacked_factors(self.scales[panels], self.packing, shape)
-                pieces.append(_stored(self.format, self.packing, codes, factors, self.byte_offset))
+                pieces.append(_stored(self.format, self.packing, codes, factors, self.byte_offset) | dict(self.inputs))
         return Matrix(self.format, self.shape, self.format.join(pieces, self.shape, "out"))
 
     def _int8(self, panels: Tensor, shape: Shape) -> Tensor:
@@ -164,7 +180,9 @@ def pack_matrix(matrix: Matrix, byte_offset: int) -> PackedMatrix:
             scales.append(_packed_factors(factors, packing, columns))
     if matrix.format == INT8:
         scales = [F.pad(matrix.tensors["weight_scale"].float(), (0, -rows % PANEL_ROWS))]
-    return PackedMatrix(matrix.format, packing, matrix.shape, _joined(codes), _joined(scales).contiguous(), byte_offset)
+    inputs = {suffix: tensor for suffix, tensor in matrix.tensors.items() if suffix in ("input_order", "input_scale")}
+    joined_scales = _joined(scales).contiguous()
+    return PackedMatrix(matrix.format, packing, matrix.shape, _joined(codes), joined_scales, inputs, byte_offset)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

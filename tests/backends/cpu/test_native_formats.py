@@ -128,6 +128,27 @@ def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: M
     assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
 
 
+@pytest.mark.parametrize(
+    "settings", [{"input_order": True}, {"input_scale": True}, {"input_order": True, "input_scale": True}]
+)
+def test_activations_are_arranged(native_directory: Path, settings: dict[str, bool]) -> None:
+    groups = Int4Groups(32, **settings)
+    matrix = Matrix.dense(torch.randn(37, 82)).quantized(groups)
+    tensors = dict(matrix.tensors)
+    if "input_order" in tensors:
+        tensors["input_order"] = torch.randperm(82, dtype=torch.int32)
+    if "input_scale" in tensors:
+        tensors["input_scale"] = torch.rand(82) + 0.5
+    matrix = Matrix(groups, matrix.shape, tensors)
+    linear = NativeLinear(load_native_library(native_directory), matrix, None)
+    x = torch.randn(5, 82)
+    expected = x @ matrix.dequantized().T
+    assert float((linear(x) - expected).std() / expected.std()) < 0.02
+    assert torch.equal(linear(x[2:3])[0], linear(x)[2])
+    for suffix, tensor in linear.matrix.tensors.items():
+        assert torch.equal(tensor, tensors[suffix]), suffix
+
+
 def test_nan_stays_with_its_token(native_directory: Path) -> None:
     library = load_native_library(native_directory)
     x = torch.randn(9, 64)
