@@ -128,11 +128,9 @@ def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: M
     assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
 
 
-@pytest.mark.parametrize(
-    "settings", [{"input_order": True}, {"input_scale": True}, {"input_order": True, "input_scale": True}]
-)
-def test_activations_are_arranged(native_directory: Path, settings: dict[str, bool]) -> None:
-    groups = Int4Groups(32, **settings)
+@pytest.mark.parametrize(("input_order", "input_scale"), [(True, False), (False, True), (True, True)])
+def test_activations_are_arranged(native_directory: Path, input_order: bool, input_scale: bool) -> None:
+    groups = Int4Groups(32, input_order=input_order, input_scale=input_scale)
     matrix = Matrix.dense(torch.randn(37, 82)).quantized(groups)
     tensors = dict(matrix.tensors)
     if "input_order" in tensors:
