@@ -83,8 +83,9 @@ class QuantConfig(Settings):
             "int8" or "fp8" (e4m3), with a scale for each token and head. On CPUs in this version.
         skip_layers: names of matrices that are not quantized, or patterns of them: "lm_head", "layers.0.*", "*.down".
             A layer has the matrices qkv, o, gate_up and down.
-        calibration_prompts: texts, or token ids, that calibrating computes activations of. None: the package's.
-        num_calibration_samples: texts of up to 512 tokens that are taken from them.
+        calibration_prompts: texts, chats (lists of messages) or token ids that calibrating computes activations of.
+            None: the package's texts and chats.
+        num_calibration_samples: samples of up to 512 tokens that are taken from them; longer prompts give several.
         calibration_seed: chooses among them.
     """
 
@@ -97,7 +98,7 @@ class QuantConfig(Settings):
     method: QuantMethod | None = None
     kv_cache: KvQuantization = "none"
     skip_layers: Sequence[str] = ()
-    calibration_prompts: Sequence[str] | Sequence[Sequence[int]] | None = None
+    calibration_prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]] | None = None
     num_calibration_samples: int = 128
     calibration_seed: int = 0
 
@@ -238,14 +239,19 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _prompts(value: Any) -> tuple[str, ...] | tuple[tuple[int, ...], ...]:
-    name = "quant_config.calibration_prompts"
+def _prompts(value: Any) -> tuple[Any, ...]:
+    """Texts, chats or token ids, copied. Raises `ConfigError` for anything else, and for a mixture."""
+    name, kinds = "quant_config.calibration_prompts", "texts, of chats (lists of messages) or of sequences of token ids"
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise requirement(ConfigError, name, "a non-empty sequence of texts or of sequences of token ids", value)
+        raise requirement(ConfigError, name, f"a non-empty sequence of {kinds}", value)
     if any(isinstance(item, str) for item in value):
         return _texts(name, value)
+    kind: type[Any] = (
+        Mapping if isinstance(value[0], Sequence) and isinstance(next(iter(value[0]), 0), Mapping) else int
+    )
+    expected = "a chat: a non-empty list of messages" if kind is Mapping else "a non-empty sequence of token ids"
     for index, item in enumerate(value):
-        is_ids = isinstance(item, Sequence) and item and all(type(token_id) is int for token_id in item)
-        if not is_ids:
-            raise requirement(ConfigError, f"{name}[{index}]", "a text or a non-empty sequence of token ids", item)
+        is_kind = isinstance(item, Sequence) and item and not isinstance(item, str)
+        if not is_kind or not all(isinstance(part, kind) and not isinstance(part, bool) for part in item):
+            raise requirement(ConfigError, f"{name}[{index}]", expected, item)
     return tuple(tuple(item) for item in value)

@@ -259,6 +259,8 @@ def test_descriptions_that_no_format_has(flags: dict[str, Any], message: str) ->
         ({"skip_layers": ["lm_head", ""]}, r"skip_layers\[1\] must be a non-empty string, not ''"),
         ({"calibration_prompts": []}, "calibration_prompts must be a non-empty sequence of texts"),
         ({"calibration_prompts": [[1, 2], [3, "x"]]}, r"calibration_prompts\[1\] must be .* sequence of token ids"),
+        ({"calibration_prompts": [[{"role": "user"}], [3]]}, r"calibration_prompts\[1\] must be a chat: a non-empty"),
+        ({"calibration_prompts": ["a", [3]]}, r"calibration_prompts\[1\] must be a non-empty string"),
         ({"num_calibration_samples": 0}, "num_calibration_samples must be an integer of at least 1"),
         ({"calibration_seed": -1}, "calibration_seed must be an integer of at least 0"),
         ({"symmetric": 1}, "symmetric must be True or False"),

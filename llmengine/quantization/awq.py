@@ -33,7 +33,7 @@ def column_factors(weight: Tensor, magnitude: Tensor, gram: Tensor, format: Int4
     Args:
         weight: float32 [out_features, in_features].
         magnitude: mean magnitude of each activation, [in_features].
-        gram: mean of x x^T of the activations, [in_features, in_features].
+        gram: sum of x x^T over activations, [in_features, in_features], or a multiple of it.
     """
     import torch
 
@@ -53,7 +53,7 @@ def column_factors(weight: Tensor, magnitude: Tensor, gram: Tensor, format: Int4
 
 
 def squared_error(difference: Tensor, gram: Tensor) -> float:
-    """Mean squared norm of the error of a product by a matrix that is off by `difference`."""
+    """Squared error of all products by a matrix that is off by `difference`; `gram` is that of the activations."""
     return float((difference @ gram).mul_(difference).sum())
 
 

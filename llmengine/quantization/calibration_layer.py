@@ -170,21 +170,23 @@ def quantized_layer(
 
     Args:
         tensors: dense tensors of the layer by their names without the layer's.
-        statistics: of the activations of every matrix that is calibrated; others are rounded to nearest, or dense.
+        statistics: of the activations of every matrix that is calibrated; others are rounded to nearest, or dense. Used
+            up: they become those of activations that are divided by the factors.
     """
     found: dict[str, Tensor] = {}
     for name, counted in statistics.items():
-        own = _factors(arch, method, name, tensors[f"{name}.weight"].float(), counted, formats[name])
-        if own is not None:
-            found[name] = own
-    folded, factors = fold_factors(arch, tensors, found)
+        factors = _factors(arch, method, name, tensors[f"{name}.weight"].float(), counted, formats[name])
+        if factors is not None:
+            found[name] = factors
+    folded, used = fold_factors(arch, tensors, found)
     layer = QuantizedLayer({name: tensor for name, tensor in folded.items() if tensor.ndim == 1}, {}, {})
     for name in MATRICES:
         weight = folded.pop(f"{name}.weight")
         if name in statistics:
-            divisors = factors.get(name, torch.ones(weight.shape[1]))
-            counted = statistics[name].divided_by(divisors)
-            layer.matrices[name], layer.errors[name] = _quantized(method, formats[name], weight, counted, divisors)
+            own, counted = used.get(name), statistics[name]
+            if own is not None:
+                counted.divide_by(own)
+            layer.matrices[name], layer.errors[name] = _quantized(method, formats[name], weight, counted, own)
         else:
             layer.matrices[name] = formats[name].quantize(weight.to(tensors[f"{name}.weight"].dtype))
     return layer
@@ -230,6 +232,7 @@ def _factors(
     """
     if method == "awq":
         assert isinstance(format, Int4Groups)
+        assert counted.gram is not None
         magnitude = counted.mean_magnitude
         if name == "o":
             magnitude = _shared(arch, magnitude, largest=False)
@@ -241,11 +244,12 @@ def _factors(
 
 
 def _quantized(
-    method: QuantMethod, format: WeightFormat, weight: Tensor, counted: InputStatistics, factors: Tensor
+    method: QuantMethod, format: WeightFormat, weight: Tensor, counted: InputStatistics, factors: Tensor | None
 ) -> tuple[dict[str, Tensor], float]:
     """The tensors of a matrix whose columns are multiplied by `factors` already, and the error of its product."""
     plain: WeightFormat
     if isinstance(format, Int4Groups):
+        assert counted.gram is not None
         plain = dataclasses.replace(format, input_scale=False, input_order=False)
         scale, zero = plain.grid(*awq.clipped_ranges(weight, counted.gram, plain))
         if method == "gptq":
@@ -261,7 +265,7 @@ def _quantized(
             tensors["activation_scale"] = (counted.largest.max() / 127).clamp_(min=1e-30).view(1)
     error = counted.relative_error(weight, plain, tensors)
     if format != plain:
-        tensors["input_scale"] = 1.0 / factors
+        tensors["input_scale"] = torch.ones(weight.shape[1]) if factors is None else 1.0 / factors
     return tensors, error
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from typing import Any, Protocol
 
-from llmengine.errors import ConfigError
+from llmengine.errors import ConfigError, LLMEngineError
 from llmengine.quant_config import QuantConfig
 
 SAMPLE_TOKENS = 512
@@ -21,7 +22,7 @@ _LEAST_TOKENS = 32
 class PromptTokenizer(Protocol):
     """What calibrating needs of a model's tokenizer.
 
-    The package's chats are used where there is a method `apply_chat_template` as well (see `ChatTokenizer`).
+    Chats need a method `apply_chat_template` as well, see `ChatTokenizer`.
     """
 
     def encode(self, text: str) -> Sequence[int]:
@@ -37,15 +38,15 @@ def calibration_samples(
 
     Args:
         context: most tokens that the model can take.
-        get_tokenizer: called only if there are texts among the prompts.
+        get_tokenizer: called unless the prompts are token ids.
 
     Raises `ConfigError` for fewer samples than wanted, for texts without a tokenizer, and for token ids that are not
     in the vocabulary.
     """
     limit = min(SAMPLE_TOKENS, context)
-    prompts = config.calibration_prompts
-    if prompts is not None and not isinstance(prompts[0], str):
-        found = [piece for prompt in prompts for piece in _pieces([int(token) for token in prompt], limit)]
+    prompts: Any = config.calibration_prompts
+    if prompts is not None and isinstance(prompts[0][0], int):
+        found = [piece for ids in prompts for piece in _pieces(list(ids), limit)]
     else:
         tokenizer = get_tokenizer()
         if tokenizer is None:
@@ -53,8 +54,11 @@ def calibration_samples(
                 f"quant_config.method={config.method!r} calibrates on texts, which needs a tokenizer; pass "
                 "calibration_prompts=[token ids, ...], or set method='rtn', which needs none"
             )
-        texts = _built_in(tokenizer, limit) if prompts is None else (list(tokenizer.encode(str(x))) for x in prompts)
-        found = [piece for ids in texts for piece in _pieces(ids, limit)]
+        if prompts is None:
+            found = list(_built_in(tokenizer, limit))
+        else:
+            encode = partial(_encoded_prompt, tokenizer)
+            found = [piece for ids in map(encode, prompts) for piece in _pieces(ids, limit)]
     wanted = config.num_calibration_samples
     if len(found) < wanted:
         source = "the package's texts have" if prompts is None else "calibration_prompts have"
@@ -80,28 +84,42 @@ def _pieces(ids: list[int], limit: int) -> Iterator[list[int]]:
 
 
 def _built_in(tokenizer: PromptTokenizer, limit: int) -> Iterator[list[int]]:
-    """Yield the package's texts in parts of about `limit` tokens, each encoded as a prompt, and its chats."""
-    text = _read("calibration.txt")
-    paragraphs = text.split("\n\n")
-    num_chars = limit * len(text) // max(1, len(tokenizer.encode(text)))
-    part = ""
-    for paragraph in paragraphs:
-        part += paragraph + "\n\n"
-        if len(part) >= num_chars:
-            yield list(tokenizer.encode(part))[:limit]
-            part = ""
-    if part.strip():
-        yield list(tokenizer.encode(part))[:limit]
-    render: Any = getattr(tokenizer, "apply_chat_template", None)
-    if render is None:
+    """Yield samples of `limit` tokens: of the package's text, each beginning as a prompt does, then of its chats."""
+    special, text = list(tokenizer.encode("")), list(tokenizer.encode(_read("calibration.txt")))
+    if not special or len(special) >= limit or text[: len(special)] != special:
+        special = []
+    size = limit - len(special)
+    for begin in range(len(special), len(text) - size + 1, size):
+        yield special + text[begin : begin + size]
+    chats = [token_id for chat in _chats(tokenizer) for token_id in chat]
+    for begin in range(0, len(chats) - limit + 1, limit):
+        yield chats[begin : begin + limit]
+
+
+def _chats(tokenizer: PromptTokenizer) -> Iterator[list[int]]:
+    """Yield the package's chats, as the model's template renders them; none if it has no template for them."""
+    if not hasattr(tokenizer, "apply_chat_template"):
         return
-    encode: Any = tokenizer.encode
     for line in _read("calibration_chats.jsonl").splitlines():
         try:
-            chat = render(json.loads(line), add_generation_prompt=False)
-        except Exception:
-            return  # A model whose template is missing, or takes other messages than these, is calibrated on texts.
-        yield list(encode(chat, add_special_tokens=False))[:limit]
+            yield _encoded_chat(tokenizer, json.loads(line))
+        except LLMEngineError:  # no template, or one that takes other messages; the texts remain
+            return
+
+
+def _encoded_prompt(tokenizer: PromptTokenizer, prompt: Any) -> list[int]:
+    """The ids of a caller's text or chat."""
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt))
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise ConfigError("quant_config.calibration_prompts hold chats, but the tokenizer has no chat template")
+    return _encoded_chat(tokenizer, prompt)
+
+
+def _encoded_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of a chat; the template writes the special tokens."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _read(name: str) -> str:

@@ -25,7 +25,7 @@ def rounded_columns(weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, f
 
     Args:
         weight: float32 [out_features, in_features].
-        gram: mean of x x^T of the activations, float32 [in_features, in_features].
+        gram: sum of x x^T over activations, float32 [in_features, in_features], or a multiple of it.
         scale: of each group, [out_features, groups].
         zero: likewise.
     """
@@ -57,10 +57,9 @@ def rounded_columns(weight: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, f
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix, in float32."""
+    """The upper Cholesky factor of the inverse of the Gram matrix, which is damped in place."""
     import torch
 
-    damped = gram.clone()
-    damped.diagonal().add_(float(gram.diagonal().mean().clamp(min=1e-30)) * DAMPING)
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    gram.diagonal().add_(float(gram.diagonal().mean().clamp(min=1e-30)) * DAMPING)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
     return factor

@@ -21,6 +21,8 @@ class InputStatistics:
     Attributes:
         num_tokens: how many there were.
         largest: largest magnitude of each feature, [in_features].
+        gram: sum of x x^T over tokens, [in_features, in_features], None where it is not wanted. The squared error of
+            all products by a matrix that is off by d is the trace of d gram d^T, so that it needs no activations.
     """
 
     def __init__(self, columns: int, *, with_gram: bool) -> None:
@@ -29,7 +31,7 @@ class InputStatistics:
         self.num_tokens = 0
         self.largest = torch.zeros(columns)
         self._magnitudes = torch.zeros(columns)
-        self._gram = torch.zeros(columns, columns) if with_gram else None
+        self.gram = torch.zeros(columns, columns) if with_gram else None
         self._probes: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -40,8 +42,8 @@ class InputStatistics:
         magnitudes = x.abs()
         self._magnitudes += magnitudes.sum(dim=0)
         torch.maximum(self.largest, magnitudes.amax(dim=0), out=self.largest)
-        if self._gram is not None:
-            self._gram.addmm_(x.t(), x)
+        if self.gram is not None:
+            self.gram.addmm_(x.t(), x)
         self._probes.append(x[:: -(-x.shape[0] // _PROBES)].clone())
 
     @property
@@ -49,27 +51,13 @@ class InputStatistics:
         """Mean magnitude of each feature, [in_features]."""
         return self._magnitudes / self.num_tokens
 
-    @property
-    def gram(self) -> Tensor:
-        """Mean of x x^T over tokens, [in_features, in_features].
-
-        The mean squared error of a product by a matrix that is off by d is the trace of d gram d^T, so that it needs no
-        activations.
-        """
-        assert self._gram is not None, "made without a Gram matrix"
-        return self._gram / self.num_tokens
-
-    def divided_by(self, factors: Tensor) -> InputStatistics:
-        """The statistics of activations that are divided by `factors`, [in_features]."""
-        import torch
-
-        divided = object.__new__(InputStatistics)
-        divided.num_tokens = self.num_tokens
-        divided.largest = self.largest / factors
-        divided._magnitudes = self._magnitudes / factors
-        divided._gram = None if self._gram is None else self._gram / torch.outer(factors, factors)
-        divided._probes = [probe / factors for probe in self._probes]
-        return divided
+    def divide_by(self, factors: Tensor) -> None:
+        """Change the statistics to those of activations that are divided by `factors`, [in_features]."""
+        self.largest /= factors
+        self._magnitudes /= factors
+        if self.gram is not None:
+            self.gram.div_(factors).div_(factors[:, None])
+        self._probes = [probe / factors for probe in self._probes]
 
     def relative_error(self, weight: Tensor, format: WeightFormat, tensors: Mapping[str, Tensor]) -> float:
         """Norm of the error of a quantized product over the norm of the product, on a few tokens of each text.

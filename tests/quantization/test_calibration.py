@@ -271,8 +271,10 @@ def test_samples_of_the_package() -> None:
     tokenizer = Tokenizer()
     config = QuantConfig.preset("int4-awq").resolve()
     samples = calibration_samples(config, 258, 2048, lambda: tokenizer)
-    assert [len(ids) for ids in samples] == [512] * 128 or sum(map(len, samples)) > 120 * 512
-    assert {ids[0] for ids in samples} > {256}
+    assert [len(ids) for ids in samples] == [512] * 128
+    assert 64 < sum(ids[0] == 256 and 256 not in ids[1:] for ids in samples) < 128, (
+        "texts begin as prompts do, chats as their template says"
+    )
     assert len(tokenizer.chats) == 66
     assert samples == calibration_samples(config, 258, 2048, lambda: tokenizer)
     assert {len(ids) for ids in calibration_samples(config, 258, 64, lambda: tokenizer)} == {64}
@@ -302,6 +304,14 @@ def test_prompts_that_do_not_do(settings: dict[str, Any], tokenizer: Any, messag
     config = preset("int4-awq", **settings).resolve()
     with pytest.raises(ConfigError, match=message):
         calibration_samples(config, 258, 2048, lambda: tokenizer)
+
+
+def test_chats_of_the_caller() -> None:
+    chats = [[{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]] * 2
+    config = preset("int4-awq", calibration_prompts=chats, num_calibration_samples=2).resolve()
+    assert calibration_samples(config, 258, 60, Tokenizer) == [[97, 98, 99]] * 2
+    with pytest.raises(ConfigError, match="calibration_prompts hold chats, but the tokenizer has no chat template"):
+        calibration_samples(config, 258, 60, ByteTokenizer)
 
 
 def test_long_prompts_are_cut_into_samples() -> None:
