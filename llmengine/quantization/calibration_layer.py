@@ -238,7 +238,9 @@ def _factors(
             magnitude = _shared(arch, magnitude, largest=False)
         return awq.column_factors(weight, magnitude, counted.gram, format)
     if method == "smoothquant":
-        factors = smoothquant.column_factors(weight, counted.largest)
+        assert isinstance(format, Int8W8A8)
+        alpha = smoothquant.ALPHA if format.activations == "token" else smoothquant.STATIC_ALPHA
+        factors = smoothquant.column_factors(weight, counted.largest, alpha)
         return _shared(arch, factors, largest=True) if name == "o" else factors
     return None
 

@@ -40,17 +40,21 @@ class CalibrationWalk:
         self._arch = arch
         self._method: QuantMethod = method
         self._samples = samples
-        self._dtype = dtype
         self._forward = LayerForward(arch, max(map(len, samples)))
-        self._hidden: list[Tensor] = []
         self._num_layers = 0
+        # One tensor: thousands of small ones that come and go would leave gaps in memory.
+        self._hidden = torch.empty((sum(map(len, samples)), arch.hidden_size), dtype=dtype)
+
+    def _texts(self) -> tuple[Tensor, ...]:
+        """Views of the hidden states, [num_tokens, hidden] of each text."""
+        texts: tuple[Tensor, ...] = self._hidden.split([len(ids) for ids in self._samples])
+        return texts
 
     @torch.no_grad()
     def embed(self, embedding: Tensor) -> None:
         """Begin with the rows of the dense embedding, [vocab, hidden]."""
-        for ids in self._samples:
-            rows = embedding.index_select(0, torch.tensor(ids)).float().mul_(self._arch.embedding_scale)
-            self._hidden.append(rows.to(self._dtype))
+        for ids, hidden in zip(self._samples, self._texts(), strict=True):
+            hidden.copy_(embedding.index_select(0, torch.tensor(ids)).float().mul_(self._arch.embedding_scale))
 
     @torch.no_grad()
     def quantize(self, tensors: Mapping[str, Tensor], formats: Mapping[str, WeightFormat]) -> QuantizedLayer:
@@ -70,8 +74,8 @@ class CalibrationWalk:
             for name in MATRICES
         }
         function = self._forward.bind(self._num_layers, vectors, linears)
-        for index, hidden in enumerate(self._hidden):
-            self._hidden[index] = function(hidden).to(self._dtype)
+        for hidden in self._texts():
+            hidden.copy_(function(hidden))
         self._num_layers += 1
         del function, linears
         return quantized_layer(self._arch, self._method, formats, tensors, statistics)

@@ -8,12 +8,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALPHA = 0.5
-"""How much of the difference goes to the weights: 0 none of it, 1 all."""
+"""How much of the difference goes to the weights where each token has a scale of its own: 0 none of it, 1 all."""
+
+STATIC_ALPHA = 0.8
+"""Likewise where all activations share a scale, which outliers widen for every token."""
 
 _TINY = 1e-5
 
 
-def column_factors(weight: Tensor, largest: Tensor, alpha: float = ALPHA) -> Tensor:
+def column_factors(weight: Tensor, largest: Tensor, alpha: float) -> Tensor:
     """Factors of the columns, float32 [in_features]; activations are divided by them.
 
     Args:

@@ -21,9 +21,17 @@ from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import finish_logits
 from llmengine.quant_config import QuantConfig
-from llmengine.quantization.calibration_layer import MATRICES, CountedLinear, LayerForward, fold_factors
+from llmengine.quantization.calibration_layer import (
+    MATRICES,
+    CountedLinear,
+    LayerForward,
+    fold_factors,
+    quantized_layer,
+)
 from llmengine.quantization.calibration_samples import calibration_samples
 from llmengine.quantization.formats import TensorSpec
+from llmengine.quantization.input_statistics import InputStatistics
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
 from llmengine.tokenizer.protocol import ByteTokenizer
@@ -144,6 +152,28 @@ def output_error(source: ModelSource, quantized: ModelSource) -> float:
             tensors[f"{name}.weight"] = Matrix(format, shapes[own], parts).dequantized()
         found = layer_output(arch, index, tensors, found)
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_smoothed_activations_and_their_scale(activations: Any) -> None:
+    """With one scale for all activations, more of their outliers goes to the weights."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": torch.randn(16, 16, generator=generator) for name in MATRICES}
+    x = torch.randn(200, 16, generator=generator)
+    x[:, 3] *= 100.0
+    statistics = InputStatistics(16, with_gram=False)
+    statistics.add(x)
+    formats = {**dict.fromkeys(MATRICES, INT8), "down": Int8W8A8("channel", activations)}
+    layer = quantized_layer(SMALL_ARCH, "smoothquant", formats, tensors, {"down": statistics})
+    alpha = 0.5 if activations == "token" else 0.8
+    columns = tensors["down.weight"].abs().amax(dim=0)
+    factors = x.abs().amax(dim=0) ** alpha / columns ** (1 - alpha)
+    expected = Int8W8A8().quantize(tensors["down.weight"] * factors)
+    if activations == "tensor":
+        expected["activation_scale"] = ((x / factors).abs().max() / 127).view(1)
+    assert layer.matrices["down"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(layer.matrices["down"][name], tensor, rtol=1e-5, atol=0)
 
 
 def test_the_same_seed_gives_the_same_weights(source: ModelSource) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmengine.quantization.int8 import Int8W8A8
-from llmengine.quantization.smoothquant import column_factors
+from llmengine.quantization.smoothquant import ALPHA, column_factors
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
@@ -22,7 +22,7 @@ def test_outliers_of_activations_cost_less() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(32, 64, generator=generator), torch.randn(200, 64, generator=generator)
     x[:, 7] *= 100.0
-    factors = column_factors(weight, x.abs().amax(dim=0))
+    factors = column_factors(weight, x.abs().amax(dim=0), ALPHA)
 
     def error(weight: torch.Tensor, x: torch.Tensor) -> float:
         format = Int8W8A8()
@@ -34,6 +34,6 @@ def test_outliers_of_activations_cost_less() -> None:
 
 
 def test_features_that_are_always_zero() -> None:
-    factors = column_factors(torch.zeros(4, 6), torch.zeros(6))
+    factors = column_factors(torch.zeros(4, 6), torch.zeros(6), ALPHA)
     assert torch.isfinite(factors).all()
     assert (factors > 0).all()
