@@ -48,3 +48,23 @@ def test_int8(reference: LLM) -> None:
     assert report.mean_kl < 0.01
     assert report.top1_agreement is not None
     assert report.top1_agreement > 0.92
+
+
+def calibrated(preset: str, **settings: object) -> QuantConfig:
+    return QuantConfig.preset(preset, num_calibration_samples=8, **settings)  # type: ignore[arg-type]
+
+
+def test_awq_is_clearly_better_than_rounding(reference: LLM) -> None:
+    found = {
+        name: evaluate(reference, quant_config=calibrated(name, group_size=128)) for name in ("int4-awq", "int4-rtn")
+    }
+    awq, nearest = found["int4-awq"], found["int4-rtn"]
+    assert awq.mean_kl is not None
+    assert nearest.mean_kl is not None
+    assert awq.mean_kl < 0.6 * nearest.mean_kl
+    assert awq.model.perplexity < nearest.model.perplexity
+
+
+def test_smoothquant(reference: LLM) -> None:
+    """The bar: at most 2 % more perplexity."""
+    evaluate(reference, quant_config=calibrated("w8a8")).require(0.02)
