@@ -434,7 +434,7 @@ FAILURES = [function for name, function in sorted(globals().items()) if name.sta
 @pytest.mark.parametrize("fail", FAILURES, ids=lambda function: function.__name__.removeprefix("fail_"))
 def test_a_failed_reader_of_a_named_handle_ends_its_request(fail: Any, new_loop: Any) -> None:
     """The request ends as soon as its task is forgotten, without the garbage collector."""
-    permits = threading.Semaphore(4)
+    permits = threading.Semaphore(0)
     let_go = threading.Event()
 
     def on_step(_: Any) -> None:
@@ -442,6 +442,8 @@ def test_a_failed_reader_of_a_named_handle_ends_its_request(fail: Any, new_loop:
 
     async def main(llm: LLM) -> None:
         task = asyncio.ensure_future(fail(llm))
+        await asyncio.sleep(0)  # the task submits all of its requests; before that no step may be spent
+        permits.release(4)
         await asyncio.wait({task}, timeout=WAIT_S)
         assert task.cancelled() or isinstance(task.exception(), ValueError)
 
