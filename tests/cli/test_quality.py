@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,8 @@ def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path) -> No
     arguments = ["build", str(model), "-o", str(target), "--quant", "int8", "--windows", "9999", *FEW[2:]]
     terminal, stderr = os.openpty()
     command = [sys.executable, "-m", "llmengine", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed)
     shown = b""
     try:
         while b"evaluating" not in shown:
