@@ -102,6 +102,7 @@ def test_without_room_nothing_changes() -> None:
 
 
 def test_a_closed_llm_cannot_be_evaluated() -> None:
+    pytest.importorskip("torch")
     llm = make_llm(backend=ScoringFake, scheduler=SchedulerConfig(max_batch_size=2))
     llm.close()
     with pytest.raises(EngineClosedError):
