@@ -18,6 +18,9 @@ _GRACE_S = 0.001
 _POOL_HAS_ENDED = "cannot schedule new futures"
 """In the message of `ThreadPoolExecutor.submit` then; it raises RuntimeError for other reasons as well."""
 
+_INTERPRETER_EXITS = "can't create new thread at interpreter shutdown"
+"""The message of Python 3.12 and later when a thread is started a moment before pools have ended."""
+
 
 class GrammarSteps:
     """Computes what a request's grammar allows next, on a thread, as soon as its latest token is known.
@@ -93,12 +96,14 @@ class GrammarSteps:
         try:
             future = self._threads.submit(grammar.advance, token_ids)
         except RuntimeError as refusal:
-            if _POOL_HAS_ENDED not in str(refusal):
-                raise  # no thread could be started, but the call is in the queue
-            # The interpreter exits, so pools take no more calls. The engine will be stopped in a moment.
-            grammar.advance(token_ids)
             future = Future()
-            future.set_result(None)
+            if _POOL_HAS_ENDED in str(refusal):
+                # The interpreter exits, so pools take no more calls. The engine will be stopped in a moment.
+                grammar.advance(token_ids)
+                future.set_result(None)
+            elif _INTERPRETER_EXITS not in str(refusal):
+                raise  # no thread could be started, but the call is in the queue
+            # Else the call is in the queue as well, and the request waits until the engine is stopped.
         self._pending.append((request, future))
         future.add_done_callback(lambda _: self._notify())
 

@@ -470,5 +470,11 @@ def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start"):
             steps.append(Growing(), 5, None)  # type: ignore[arg-type]
+
+        def exiting(thread: threading.Thread) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        patch.setattr(threading.Thread, "start", exiting)
+        assert steps.append(Growing(), 5, None) is None, "the engine is about to be stopped, and no fault"  # type: ignore[arg-type]
     assert not moved
     steps.close()
