@@ -4,6 +4,7 @@ A wheel with at least one library is for this platform and Python version; a whe
 is for all platforms.
 """
 
+import os
 import platform
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class TaggedByContent(bdist_wheel):
 
 setup(
     cmdclass={"bdist_wheel": TaggedByContent},
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=[
         Extension(
             f"llmengine.backends.cpu._native_{name}",
