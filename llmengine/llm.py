@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -14,16 +13,16 @@ import anyio.to_thread
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo
 from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
-from llmengine.chat.messages import Messages, is_conversation_list
-from llmengine.checks import requirement
+from llmengine.chat.messages import Messages, is_conversation, is_conversation_list
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.engine.chat_prompt import ChatPrompt
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import RequestSpec
 from llmengine.engine.prompt_encoder import Prompt, as_prompts
 from llmengine.engine.stats import EngineHealth, EngineStats, RequestStats
-from llmengine.errors import ConfigError, InvalidRequestError, UnsupportedModelError
-from llmengine.llm_parts import LLMParts, evaluated_model, load_parts, parts_from_backend, reference_config
+from llmengine.errors import ConfigError
+from llmengine.generate_all import generate_all
+from llmengine.llm_parts import LLMParts, parts_from_backend
+from llmengine.llm_quality import evaluate_parts, load_checked_parts
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import (
     ChatKeywords,
@@ -39,7 +38,6 @@ from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer.protocol import Tokenizer
 
 if TYPE_CHECKING:
-    from llmengine.model_quality import EvaluatedModel
     from llmengine.quantization.quality_report import QualityReport
 
 
@@ -68,16 +66,11 @@ class LLM:
         enable_tokenizer: bool = True,
         async_mode: bool = False,
     ) -> None:
-        parts = config if isinstance(config, LLMParts) else load_parts(config, tokenizer, enable_tokenizer)
+        parts = config if isinstance(config, LLMParts) else load_checked_parts(config, tokenizer, enable_tokenizer)
+        self._parts = parts
         self._owner = parts.owner
         self._engine = parts.engine
-        self._info = parts.info
         self._intake = parts.intake
-        self._default_params = parts.default_params
-        self._model = parts.model
-        self._quality: QualityReport | None = None
-        if self._model is not None and self._model.config.quant_config.max_perplexity_increase is not None:
-            self._quality = self._check_quality(self._model.config.quant_config.max_perplexity_increase)
 
     @classmethod
     def from_backend(
@@ -120,7 +113,7 @@ class LLM:
     @property
     def info(self) -> BackendInfo:
         """Facts about the loaded backend: description, vocabulary size, context length, KV blocks, bytes."""
-        return self._info
+        return self._parts.info
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of requests that bring none: those of the model's `generation_config.json`, else greedy.
@@ -128,9 +121,7 @@ class LLM:
         A request's own parameters replace all of these. To change one of them, use `.replace(temperature=0.5)`. Raises
         `UnsupportedModelError` if the file asks for something that is not supported.
         """
-        if isinstance(self._default_params, str):
-            raise UnsupportedModelError(self._default_params)
-        return self._default_params
+        return self._parts.require_default_params()
 
     @takes_options(wait_for_admission=True)
     def generate(
@@ -157,27 +148,7 @@ class LLM:
         request that fails alone does not raise: its output has finish reason "error".
         """
         checked = as_options(LLM.generate, options, wait_for_admission=True)
-        return self._run_all(as_prompts(prompts), sampling_params, checked, progress)
-
-    def _run_all(
-        self,
-        prompts: Iterable[Prompt | ChatPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        options: RequestOptions,
-        progress: bool = False,
-    ) -> list[GenerationOutput]:
-        options = options.replace(slow_consumer=None)  # all requests are read to the end, however late
-        handles: list[RequestHandle] = []
-        try:
-            for index, prompt in enumerate(prompts):
-                spec = RequestSpec(self._params_for(sampling_params, index), options)
-                handles.append(self._intake.submit_blocking(prompt, spec, self._owner))
-            if isinstance(sampling_params, Sequence) and len(sampling_params) != len(handles):
-                raise InvalidRequestError(f"got {len(sampling_params)} sampling_params for {len(handles)} prompts")
-            return [handle.result() for handle in _with_progress(handles, progress)]
-        finally:
-            for handle in handles:
-                handle.abort()
+        return generate_all(self._parts, as_prompts(prompts), sampling_params, checked, progress=progress)
 
     @takes_options()
     def generate_async(
@@ -264,7 +235,7 @@ class LLM:
         if is_conversation_list(messages):
             checked, rest = split_options(options, wait_for_admission=True)
             prompts = (self._intake.chats.prompt(LLM.chat, conversation, rest) for conversation in messages)
-            return self._run_all(prompts, sampling_params, checked)
+            return generate_all(self._parts, prompts, sampling_params, checked)
         checked, rest = split_options(options)
         spec = RequestSpec(self._params_or_default(cast(SamplingParams | None, sampling_params)), checked)
         handle = self._intake.submit(self._intake.chats.prompt(LLM.chat, messages, rest), spec, self._owner)
@@ -296,7 +267,7 @@ class LLM:
         The number may exceed the context length. The options are those of a conversation. Raises `InvalidRequestError`,
         and `TypeError` for a keyword that the template does not have.
         """
-        if isinstance(prompt, str) or not _is_conversation(prompt):
+        if isinstance(prompt, str) or not is_conversation(prompt):
             for name in options:
                 raise unknown_keyword(LLM.count_tokens, name)
             return self._intake.count(cast(Prompt, prompt))
@@ -389,31 +360,17 @@ class LLM:
             EngineError: logits that are not finite.
             QueueFullError: requests hold too many KV blocks.
         """
-        from llmengine.model_quality import evaluate, tokenize
+        from llmengine.model_quality import tokenize
         from llmengine.quantization.evaluation import WindowPlan
 
-        checked = tokenize(self.tokenizer, text, text_name)
-        plan = WindowPlan(window_tokens, window_tokens if stride is None else stride, windows)
-        with ExitStack() as stack:
-            if not isinstance(against, LLM):
-                config = reference_config(self._model, against, window_tokens)
-                against = None if config is None else stack.enter_context(LLM(config, enable_tokenizer=False))
-            reference = None if against is None else against._evaluated()
-            sides = self._evaluated(), reference
-            return evaluate(*sides, checked, plan, measure_speed=measure_speed, progress=progress)
-
-    def _evaluated(self) -> EvaluatedModel:
-        return evaluated_model(self._engine, self._info, self._model, self.generate)
-
-    def _check_quality(self, max_perplexity_increase: float) -> QualityReport:
-        """A report that keeps to the limit. Closes this LLM if there is none, or anything else fails."""
-        try:
-            report = self.evaluate(measure_speed=False)
-            report.require(max_perplexity_increase)
-        except BaseException:
-            self.close()
-            raise
-        return report
+        return evaluate_parts(
+            self._parts,
+            against._parts if isinstance(against, LLM) else against,
+            tokenize(self.tokenizer, text, text_name),
+            WindowPlan(window_tokens, window_tokens if stride is None else stride, windows),
+            measure_speed=measure_speed,
+            progress=progress,
+        )
 
     def save(self, directory: str | Path, quality: QualityReport | None = None) -> None:
         """Write an engine directory that `ModelConfig(model_dir=directory)` loads, and block until it is written.
@@ -430,9 +387,10 @@ class LLM:
             ConfigError: `directory` holds something that is not an engine, or this `LLM` came from `from_backend`.
             EngineError: writing failed, on a full disk for instance; nothing is left behind.
         """
-        if self._model is None:
+        model = self._parts.model
+        if model is None:
             raise ConfigError("an LLM from from_backend() cannot be saved: it was not loaded from a model's files")
-        self._engine.call(partial(self._model.save, directory, self.tokenizer, quality or self._quality)).result()
+        self._engine.call(partial(model.save, directory, self.tokenizer, quality or self._parts.quality)).result()
 
     def requests(self) -> list[RequestStats]:
         """How far each unfinished request is, oldest first, with its id and metadata."""
@@ -483,33 +441,3 @@ class LLM:
 
     def _params_or_default(self, sampling_params: SamplingParams | None) -> SamplingParams:
         return self.get_default_sampling_params() if sampling_params is None else sampling_params
-
-    def _params_for(
-        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, index: int
-    ) -> SamplingParams:
-        if sampling_params is None:
-            return self.get_default_sampling_params()
-        if isinstance(sampling_params, SamplingParams):
-            return sampling_params
-        if not isinstance(sampling_params, Sequence):
-            allowed = "a SamplingParams or a list of them"
-            raise requirement(InvalidRequestError, "sampling_params", allowed, sampling_params)
-        if index >= len(sampling_params):
-            raise InvalidRequestError(f"got {len(sampling_params)} sampling_params for more than {index} prompts")
-        return sampling_params[index]
-
-
-def _is_conversation(prompt: Any) -> bool:
-    """Whether `prompt` holds messages rather than token ids."""
-    if not isinstance(prompt, Sequence) or not prompt:
-        return False
-    return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_conversation_list(prompt)
-
-
-def _with_progress(handles: Sequence[RequestHandle], progress: bool) -> Iterable[RequestHandle]:
-    if not progress:
-        return handles
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(handles, "generating", console=Console(stderr=True))

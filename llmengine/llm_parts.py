@@ -29,7 +29,6 @@ from llmengine.tokenizer.protocol import Tokenizer, adapt_tokenizer
 
 if TYPE_CHECKING:
     from llmengine.checkpoints.source import ModelSource
-    from llmengine.model_quality import EvaluatedModel, Generate
     from llmengine.quantization.model_formats import ModelFormats
     from llmengine.quantization.quality_report import QualityReport
 
@@ -37,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_KV_ITEM = 4
 """Bytes of a number in the largest KV cache, that of the CPU."""
-
-_SPEED_TOKENS = 16 * 192
-"""Tokens of the requests by which speed is measured, with blocks that are not full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,37 +99,6 @@ class LoadedModel:
         return dataclasses.replace(config, quant_config=QuantConfig(), kv_cache_config=kv_cache)
 
 
-def reference_config(
-    model: LoadedModel | None, against: ModelConfig | str | Path | None, window_tokens: int
-) -> ModelConfig | None:
-    """What to load in order to compare a model with it; None if there is nothing.
-
-    Args:
-        against: as for `LLM.evaluate`.
-        window_tokens: tokens of the longest text that the reference will see.
-    """
-    if isinstance(against, ModelConfig):
-        return against
-    if against is None:
-        return None if model is None else model.unquantized(max(window_tokens, _SPEED_TOKENS))
-    if model is None:
-        return ModelConfig(against)
-    return ModelConfig(against, device=model.config.device, num_threads=model.config.num_threads)
-
-
-def evaluated_model(engine: Engine, info: BackendInfo, model: LoadedModel | None, generate: Generate) -> EvaluatedModel:
-    """A running model, as an evaluation takes it."""
-    from llmengine.model_quality import EvaluatedModel
-
-    return EvaluatedModel(
-        info=info,
-        weight_format="unknown" if model is None else str(model.formats),
-        file_bytes=None if model is None else engine.call(model.file_bytes).result(),
-        score=lambda token_ids, take: engine.score(token_ids, take).result(),
-        generate=generate,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class LLMParts:
     """The parts of an `LLM`, ready for its first request.
@@ -145,6 +110,7 @@ class LLMParts:
         intake: submits requests to the engine.
         default_params: for requests without parameters of their own, or why the model's files give none.
         model: None on a caller's backend, which cannot be saved.
+        quality: what a limit of `quant_config` was checked by; None without a limit.
     """
 
     owner: EngineOwner
@@ -153,6 +119,13 @@ class LLMParts:
     intake: Intake
     default_params: SamplingParams | str
     model: LoadedModel | None
+    quality: QualityReport | None = None
+
+    def require_default_params(self) -> SamplingParams:
+        """The parameters of requests that bring none. Raises `UnsupportedModelError` if the model's files give none."""
+        if isinstance(self.default_params, str):
+            raise UnsupportedModelError(self.default_params)
+        return self.default_params
 
 
 def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool) -> LLMParts:

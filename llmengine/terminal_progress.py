@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,7 +16,19 @@ def start_bar(bar: Progress) -> None:
     try:
         bar.start()
     except BaseException:
+        with suppress(Exception):  # rich cannot stop what has hardly begun
+            stop_bar(bar)
+        raise
+
+
+def stop_bar(bar: Progress) -> None:
+    """Remove a bar. The terminal gets its cursor back even if Ctrl-C comes meanwhile, and this raises."""
+    try:
         bar.stop()
+    except BaseException:
+        from rich.control import Control
+
+        print(Control.show_cursor(True), end="", file=bar.console.file, flush=True)  # its own buffer may be half full
         raise
 
 
@@ -24,12 +37,12 @@ class TerminalProgress:
 
     Args:
         description: what is being done.
-        enabled: False shows nothing; neither does a stderr that is no terminal.
+        enabled: False shows nothing. Nothing is shown either where stderr is neither a terminal nor a notebook's.
     """
 
     def __init__(self, description: str, num_steps: int, *, enabled: bool = True) -> None:
         self._bar = None
-        if not enabled or not sys.stderr.isatty():
+        if not enabled:
             return
         from rich.console import Console
         from rich.progress import (
@@ -42,6 +55,9 @@ class TerminalProgress:
             TimeRemainingColumn,
         )
 
+        console = Console(stderr=True, highlight=False)
+        if not sys.stderr.isatty() and not console.is_jupyter:
+            return
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -50,7 +66,7 @@ class TerminalProgress:
             TimeElapsedColumn(),
             TextColumn("left:"),
             TimeRemainingColumn(),
-            console=Console(stderr=True, highlight=False),
+            console=console,
             transient=True,
         )
         self._task = self._bar.add_task(description, total=num_steps)
@@ -64,7 +80,7 @@ class TerminalProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            stop_bar(self._bar)
 
     def advance(self) -> None:
         """Count one more step as done."""

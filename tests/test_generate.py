@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import array
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +19,15 @@ from tests.engine.helpers import (
     assert_idle,
     bounded,
     counting_model,
+    heeding_ctrl_c,
+    interrupt_main_in,
     make_llm,
     oracle,
     start,
     timeout,
     tokens,
 )
+from tests.terminal import on_terminal
 
 
 class FewIds(list[int]):
@@ -238,12 +241,36 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress_is_shown_on_stderr_only(progress: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    with make_llm() as llm:
+    with on_terminal() as terminal, make_llm() as llm:
         assert len(bounded(lambda: llm.generate(["a", "b"], tokens(2), progress=progress))) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert ("generating" in err) == progress
-    assert sys.stderr is not None
+    assert capfd.readouterr().out == ""
+    shown = terminal.getvalue()
+    assert ("generating" in shown) == ("2/2" in shown) == progress
+
+
+def test_progress_is_not_written_into_files(capfd: pytest.CaptureFixture[str]) -> None:
+    with make_llm() as llm:
+        assert len(bounded(lambda: llm.generate(["a", "b"], tokens(2), progress=True))) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_interrupted_progress_leaves_nothing_although_the_traceback_is_kept() -> None:
+    """A notebook keeps the last traceback in this way."""
+    threads = set(threading.enumerate())
+    gate = StepGate()
+    with on_terminal() as terminal, heeding_ctrl_c(), make_llm(on_step=gate) as llm:
+        interrupted = start(lambda: interrupt_main_in("wait_blocking"))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.generate(["a", "b"], tokens(200), progress=True)
+        interrupted.result(WAIT_S)
+        gate.open()
+        assert_idle(llm)
+    assert "generating" in terminal.getvalue()
+    assert terminal.shows_cursor
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), thread.name
+    del caught
 
 
 def test_chat_options_are_checked_and_need_a_template() -> None:

@@ -58,11 +58,16 @@ ALLOWED: dict[str, set[str]] = {
     "beam_search": {*DATA, "engine"},
     "llm_parts": {
         *DATA,
-        *("backends", "checkpoints", "engine", "model_quality", "quantization", "tokenizer", "tokenizer.protocol"),
+        *("backends", "checkpoints", "engine", "quantization", "tokenizer", "tokenizer.protocol"),
     },
     "terminal_progress": set(),
     "model_quality": {*DATA, "quantization", "terminal_progress"},
-    "llm": {*DATA, "model_quality", "quantization", "beam_search", "chat", "engine", "llm_parts", "tokenizer.protocol"},
+    "generate_all": {*DATA, "engine", "llm_parts", "terminal_progress"},
+    "llm_quality": {*DATA, "generate_all", "llm_parts", "model_quality", "quantization"},
+    "llm": {
+        *(*DATA, "beam_search", "chat", "engine", "generate_all", "llm_parts", "llm_quality", "model_quality"),
+        *("quantization", "tokenizer.protocol"),
+    },
     "cli": {*DATA, "__init__", "checkpoints", "llm", "quantization", "saved_engines", "tokenizer.protocol"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
@@ -85,7 +90,9 @@ THIRD_PARTY: dict[str, set[str]] = {
     "llm_parts": set(),
     "terminal_progress": {"rich"},
     "model_quality": set(),
-    "llm": {"anyio", "rich"},
+    "generate_all": set(),
+    "llm_quality": set(),
+    "llm": {"anyio"},
     "kernels": {"torch", "triton"},
 }
 

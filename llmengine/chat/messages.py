@@ -84,6 +84,13 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     return copies
 
 
+def is_conversation(prompt: Any) -> bool:
+    """True if `prompt` holds messages rather than token ids."""
+    if not isinstance(prompt, Sequence) or not prompt:
+        return False
+    return isinstance(prompt[0], Mapping) or hasattr(prompt[0], "model_dump") or is_conversation_list(prompt)
+
+
 def is_conversation_list(messages: Any) -> bool:
     """True if `messages` is a list of conversations rather than one conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:

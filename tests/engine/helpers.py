@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
+import sys
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from llmengine.batch import Batch, SlotInit
@@ -109,6 +114,26 @@ def close_loop_under(handle: RequestHandle) -> None:
     task = loop.run_until_complete(begin())
     loop.close()
     task.get_coro().close()  # type: ignore[union-attr]
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises `KeyboardInterrupt`, also in a process that a shell started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def interrupt_main_in(function: str) -> None:
+    """Send Ctrl-C once the main thread is in a function of this name."""
+    until = time.monotonic() + WAIT_S
+    main = threading.main_thread().ident
+    assert main is not None
+    while function not in (frame.name for frame in traceback.extract_stack(sys._current_frames()[main])):
+        assert time.monotonic() < until, f"the main thread never came to {function}"
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 class StepGate:

@@ -7,11 +7,8 @@ import concurrent.futures
 import gc
 import logging
 import math
-import signal
-import sys
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -47,6 +44,8 @@ from tests.engine.helpers import (
     assert_concatenates,
     assert_idle,
     bounded,
+    heeding_ctrl_c,
+    interrupt_main_in,
     make_llm,
     oracle,
     start,
@@ -640,26 +639,11 @@ def test_interrupted_chat_is_aborted_although_its_traceback_is_kept() -> None:
             return str(messages[0]["content"])
 
     gate = StepGate()
-    # A process that a shell starts in the background ignores Ctrl-C.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with make_llm(tokenizer=Chatty(), on_step=gate) as llm:
-            interrupted = start(lambda: interrupt_main_in("wait_blocking"))
-            with pytest.raises(KeyboardInterrupt) as caught:
-                llm.chat([{"role": "user", "content": "a"}], tokens(200))
-            interrupted.result(WAIT_S)
-            gate.open()
-            assert_idle(llm)
-            del caught
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def interrupt_main_in(function: str) -> None:
-    """Send Ctrl-C once the main thread is in a function of this name."""
-    until = time.monotonic() + WAIT_S
-    main = threading.main_thread().ident
-    assert main is not None
-    while function not in (frame.name for frame in traceback.extract_stack(sys._current_frames()[main])):
-        assert time.monotonic() < until, f"the main thread never came to {function}"
-    signal.pthread_kill(main, signal.SIGINT)
+    with heeding_ctrl_c(), make_llm(tokenizer=Chatty(), on_step=gate) as llm:
+        interrupted = start(lambda: interrupt_main_in("wait_blocking"))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.chat([{"role": "user", "content": "a"}], tokens(200))
+        interrupted.result(WAIT_S)
+        gate.open()
+        assert_idle(llm)
+        del caught

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from llmengine.checkpoints.saved_files import size_text
-from llmengine.terminal_progress import start_bar
+from llmengine.terminal_progress import start_bar, stop_bar
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
@@ -65,7 +65,7 @@ class BuildProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._console.is_terminal:
-            self._bar.stop()
+            stop_bar(self._bar)
 
     def begin(self, work: Mapping[str, int], what: str) -> None:
         """Announce the plans that will be built.
