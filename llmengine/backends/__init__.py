@@ -56,9 +56,9 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
         if config.attention_backend == "flashinfer":
             raise ConfigError("attention_backend='flashinfer' needs a CUDA device, but device is 'cpu'; use 'auto'")
-        from llmengine.backends.cpu.backend import CpuBackend
+        from llmengine.backends.cpu.loading import load_cpu_backend
 
-        return CpuBackend(config, source)
+        return load_cpu_backend(config, source)
     if config.quant_config.kv_cache != "none":
         raise ConfigError(
             f"quant_config.kv_cache={config.quant_config.kv_cache!r} needs device='cpu' in this version; "

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmengine.backends.cpu.backend import CpuBackend
+from llmengine.backends.cpu.loading import load_cpu_backend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError
 from llmengine.batch import Backend, Batch, BatchRow, SlotInit, StepResult
 from llmengine.checkpoints.opening import open_model
@@ -72,7 +73,7 @@ def load_tiny(
         ),
         **settings,
     ).resolve()
-    return CpuBackend(config, quantized_source(open_model(directory), config.quant_config), native_directory)
+    return load_cpu_backend(config, quantized_source(open_model(directory), config.quant_config), native_directory)
 
 
 def leave_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def leave_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise NativeUnavailableError("the test has none")
 
-    monkeypatch.setattr("llmengine.backends.cpu.backend.load_native_library", load)
+    monkeypatch.setattr("llmengine.backends.cpu.loading.load_native_library", load)
 
 
 @dataclass

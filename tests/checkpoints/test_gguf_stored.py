@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
-from llmengine.backends.cpu.backend import CpuBackend
+from llmengine.backends.cpu.loading import load_cpu_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -172,7 +172,7 @@ def test_memory_is_that_of_the_blocks(tmp_path: Path, family: str) -> None:
     source = open_model(path).in_use(config)
     specs = source.formats.layout(source.arch, "float32").values()
     promised = sum(spec.size_bytes for spec in specs)
-    backend = CpuBackend(config, source)
+    backend = load_cpu_backend(config, source)
     try:
         assert promised <= backend.info.weight_bytes < 1.03 * promised
         for text in ("gguf-q4_k", "gguf-q6_k", "gguf-q8_0"):

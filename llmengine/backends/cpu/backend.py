@@ -4,55 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import psutil
 import torch
 
-from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
+from llmengine.backends.cpu.attention import PagedAttention
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
-from llmengine.backends.cpu.kv_store import AttentionShape
-from llmengine.backends.cpu.native import (
-    BYTE_KV_MULTIPLE,
-    MAX_BYTE_HEAD_DIM,
-    MAX_FEW_TOKENS,
-    NATIVE_DIRECTORY,
-    NativeDecoder,
-    NativeUnavailableError,
-    load_native_library,
-    looks_up,
-    multiplies,
-)
+from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder, NativeLibrary
 from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
 from llmengine.backends.cpu.sampler import Sampler, Samples
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs, in_step_order
-from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
-from llmengine.backends.kv_layout import KvLayout, byte_kv_layout, context_limit, fit_kv_pool, split_kv_layout
+from llmengine.backends.cpu.weights import CpuModel
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
-from llmengine.checkpoints.source import ModelSource
-from llmengine.config import ModelConfig
-from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import forward, forward_to_last
-from llmengine.models.rope import layer_tables
-from llmengine.quantization.formats import DENSE
-from llmengine.quantization.model_formats import ModelFormats
-
-_logger = logging.getLogger("llmengine.backends.cpu.backend")
-
-_DEFAULT_FRACTION = 0.2
 
 _LEAST_SHARED_ELEMENTS = 4 << 20
 """Logits of a step, from which on torch's operators take all threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuParts:
+    """The parts of a `CpuBackend`, ready for its first step.
+
+    Attributes:
+        native: the native decoder; None: torch's operators run all steps.
+        native_library: closed with the backend; it may be there without the decoder, for its products.
+        deterministic: cut steps so that no token depends on what is beside it.
+    """
+
+    info: BackendInfo
+    model: CpuModel
+    attention: PagedAttention
+    native: NativeDecoder | None
+    native_library: NativeLibrary | None
+    num_slots: int
+    max_blocks_per_request: int
+    deterministic: bool
 
 
 class CpuBackend:
@@ -60,73 +55,22 @@ class CpuBackend:
 
     Activations and logits are float32 whatever the weights are, and so is KV unless `quant_config.kv_cache` asks for 8
     bits. Where the native decoder is available, it runs the steps, but for large ones of some weights (see
-    `NativeDecoder`), and torch's operators take one thread.
-
-    Args:
-        native_directory: where the native library is looked for.
+    `NativeDecoder`), and torch's operators take one thread. `loading.load_cpu_backend` makes one.
     """
 
-    def __init__(self, config: ModelConfig, source: ModelSource, native_directory: Path = NATIVE_DIRECTORY) -> None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        arch = source.arch
-        limit = context_limit(config, arch)
-        why_not_native = _why_not_native(config, arch, limit, source.formats)
-        runs_native = why_not_native is None
-        try:
-            native_library = load_native_library(native_directory, borrowed_threads=not runs_native)
-            native_text = f"no native decoder: {why_not_native}"
-        except NativeUnavailableError as error:
-            native_library, runs_native, native_text = None, False, f"no native decoder: {error}"
-        with torch.inference_mode():
-            # The fastest format is measured, so it need not be the same the next time.
-            row_major = runs_native or config.deterministic
-            model = load_cpu_model(config, source, native_library, row_major=row_major)
-            layout = cpu_kv_layout(config, arch)
-            free_bytes = psutil.virtual_memory().available
-            pool = fit_kv_pool(layout, config, limit, free_bytes, _DEFAULT_FRACTION)
-            max_model_len = pool.max_model_len
-            self._attention: PagedAttention | None = PagedAttention(
-                _attention_shape(arch), pool, _attention_layers(arch, model, max_model_len)
-            )
-            self._native: NativeDecoder | None = None
-            if native_library is not None and runs_native:
-                self._native = NativeDecoder(
-                    native_library,
-                    arch,
-                    embedding=model.embed.source,
-                    norms={name: norm.weight for name, norm in model.norms.items()},
-                    linears=model.linears,
-                    lm_head=model.lm_head,
-                    attention=self._attention,
-                    max_context=max_model_len,
-                )
-                native_text = f"{_native_steps(self._native)} in the native decoder ({native_library.variant})"
-        self._native_library = native_library
+    def __init__(self, parts: CpuParts) -> None:
+        info = parts.info
+        self._info = info
+        self._model: CpuModel | None = parts.model
+        self._attention: PagedAttention | None = parts.attention
+        self._native: NativeDecoder | None = parts.native
+        self._native_library: NativeLibrary | None = parts.native_library
+        self._deterministic = parts.deterministic
         self._torch_threads = TorchThreads()
-        self._model: CpuModel | None = model
-        self._deterministic = config.deterministic
-        num_slots = config.scheduler_config.max_batch_size
-        self._slots = HostSlotState(num_slots, pool.max_blocks_per_request)
-        self._sampler = Sampler(num_slots, arch.vocab_size)
-        self._prompt_logprobs = PromptLogprobs(arch.vocab_size)
+        self._slots = HostSlotState(parts.num_slots, parts.max_blocks_per_request)
+        self._sampler = Sampler(parts.num_slots, info.vocab_size)
+        self._prompt_logprobs = PromptLogprobs(info.vocab_size)
         self._result: StepResult | None = None
-        self._info = BackendInfo(
-            description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
-            + native_text
-            + f", KV cache in {layout.kv_dtype}"
-            + (", deterministic" if config.deterministic else ""),
-            vocab_size=arch.vocab_size,
-            max_model_len=max_model_len,
-            num_blocks=pool.num_blocks,
-            block_size=layout.block_size,
-            kv_bytes_per_block=layout.bytes_per_block,
-            kv_dtype=layout.kv_dtype,
-            weight_bytes=model.size_bytes,
-            max_steps_in_flight=1,
-            has_prompt_logprobs=True,
-        )
-        _logger.info("%s; KV cache of %d tokens", self._info.description, pool.num_tokens)
 
     @property
     def info(self) -> BackendInfo:
@@ -263,53 +207,6 @@ class CpuBackend:
         _trim_heap()
 
 
-def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> list[LayerAttention]:
-    tables = layer_tables(arch, max_model_len)
-    return [
-        LayerAttention(tables[index], arch.layer(index).sliding_window, *model.qk_norms[index])
-        for index in range(arch.num_layers)
-    ]
-
-
-def cpu_kv_layout(config: ModelConfig, arch: ModelArch) -> KvLayout:
-    """What a KV block of this backend consists of."""
-    block_size, number_format = config.kv_cache_config.block_size, config.quant_config.kv_cache
-    if number_format == "none":
-        return split_kv_layout(arch, block_size)
-    return byte_kv_layout(arch, block_size, number_format)
-
-
-def _why_not_native(config: ModelConfig, arch: ModelArch, limit: int, formats: ModelFormats) -> str | None:
-    """What the native decoder lacks for a model, None if nothing."""
-    if not arch.is_llama(limit):
-        return f"it does not compute {arch.architecture} with contexts of {limit} tokens"
-    if (lacking_kv := _why_no_native_kv(config, arch)) is not None:
-        return lacking_kv
-    lacking = sorted({str(item) for item in formats.in_use if not multiplies(item)})
-    if lacking:
-        return f"it does not multiply {', '.join(lacking)} weights"
-    embedding = formats.of("embed_tokens")
-    return None if embedding == DENSE or looks_up(embedding) else f"it does not look up rows of {embedding} embeddings"
-
-
-def _why_no_native_kv(config: ModelConfig, arch: ModelArch) -> str | None:
-    number_format, block_size = config.quant_config.kv_cache, config.kv_cache_config.block_size
-    if number_format == "fp8":
-        return "it has no fp8 KV cache"
-    if number_format == "int8" and (
-        block_size % BYTE_KV_MULTIPLE or arch.head_dim % BYTE_KV_MULTIPLE or arch.head_dim > MAX_BYTE_HEAD_DIM
-    ):
-        return (
-            f"its int8 KV cache needs blocks of a multiple of {BYTE_KV_MULTIPLE} tokens, not {block_size}, and heads "
-            f"of a multiple of {BYTE_KV_MULTIPLE} and at most {MAX_BYTE_HEAD_DIM} dimensions, not {arch.head_dim}"
-        )
-    return None
-
-
-def _native_steps(native: NativeDecoder) -> str:
-    return "steps" if native.max_tokens is None else f"steps of up to {native.max_tokens} tokens"
-
-
 def _trim_heap() -> None:
     """Have glibc return freed memory: it keeps the small half of a model's matrices in its heap otherwise."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -328,13 +225,3 @@ def _step_result(step: int, inputs: StepInputs, samples: Samples, forward_s: flo
                 del token_ids[slot]
                 logprobs.pop(slot, None)
     return StepResult(step=step, token_ids=token_ids, logprobs=logprobs, errors=errors, forward_s=forward_s)
-
-
-def _attention_shape(arch: ModelArch) -> AttentionShape:
-    return AttentionShape(
-        num_heads=arch.num_heads,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-        score_scale=arch.score_scale,
-        soft_cap=arch.attention_soft_cap,
-    )

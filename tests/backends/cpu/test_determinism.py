@@ -20,7 +20,7 @@ from llmengine import (
     SchedulerConfig,
 )
 from llmengine.backends import load_backend
-from llmengine.backends.cpu.backend import CpuBackend, cpu_kv_layout
+from llmengine.backends.cpu.loading import cpu_kv_layout, load_cpu_backend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
 from llmengine.checkpoints.opening import open_model
@@ -70,7 +70,7 @@ def open_llm(
     )
     config.kv_cache_config.max_bytes = num_blocks * cpu_kv_layout(config, source.arch).bytes_per_block
     return LLM.from_backend(
-        lambda: CpuBackend(config.resolve(), quantized_source(source, config.resolve().quant_config), native),
+        lambda: load_cpu_backend(config.resolve(), quantized_source(source, config.resolve().quant_config), native),
         scheduler_config=config.scheduler_config,
         kv_cache_config=config.kv_cache_config,
     )

@@ -14,6 +14,7 @@ import torch
 
 from llmengine import KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
 from llmengine.backends.cpu.backend import CpuBackend
+from llmengine.backends.cpu.loading import load_cpu_backend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError, load_native_library
 from llmengine.checkpoints.opening import open_model
 from llmengine.quant_config import KvQuantization
@@ -67,7 +68,7 @@ def load(
     )
     before = torch.get_num_threads()
     try:
-        backend = CpuBackend(config.resolve(), open_model(directory), native_directory)
+        backend = load_cpu_backend(config.resolve(), open_model(directory), native_directory)
     finally:
         torch.set_num_threads(before)
     if native_directory != NO_NATIVE and kv_cache != "fp8":
@@ -174,5 +175,5 @@ def test_torch_runs_what_it_does_not(
         quant_config=QuantConfig(kv_cache=kv_cache),
         kv_cache_config=KvCacheConfig(block_size=block_size, max_bytes=1 << 20),
     )
-    backend = CpuBackend(config.resolve(), open_model(tmp_path))
+    backend = load_cpu_backend(config.resolve(), open_model(tmp_path))
     assert re.search(f"no native decoder: .*{reason}", backend.info.description)
