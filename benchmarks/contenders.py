@@ -1,4 +1,4 @@
-"""Contenders of a comparison, each in a process of its own: llmengine, transformers and llama.cpp.
+"""Contenders of a comparison, each in a process of its own: llmengine, transformers, llama.cpp and OpenVINO GenAI.
 
 OpenMP's threads belong to the thread that started them, and libgomp stops spinning once a process has more of them than
 the machine has cores. Two engines in one process would therefore slow each other down even while one of them is idle.
@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,21 +34,20 @@ class EngineRunner:
     """llmengine without tokenizer and prefix cache.
 
     Args:
-        weights: "auto" for weights as the model has them, "int8", or the dtype to which they are converted.
+        options: further options of `ModelConfig`, such as {"quant": "int8"}.
     """
 
-    def __init__(self, model: Path, threads: int, weights: str) -> None:
+    def __init__(self, model: Path, threads: int, options: Mapping[str, Any]) -> None:
         from benchmarks.models import load_llm
-        from llmengine import QuantConfig, SchedulerConfig
+        from llmengine import SchedulerConfig
 
         self.llm = load_llm(
             model,
             # For throughput: nobody watches single tokens here, so prompts need not be split into small chunks.
             SchedulerConfig(max_tokens_per_step=1024, max_tokens_per_mixed_step=1024),
             device="cpu",
-            dtype="auto" if weights == "int8" else weights,
-            quant_config=QuantConfig(weights="int8" if weights == "int8" else "none"),
             num_threads=threads,
+            **options,
         )
 
     def describe(self) -> str:
@@ -125,15 +124,19 @@ class WorkerProcess:
         self._pool.shutdown()
 
 
-class LlamaCppProcess:
-    """A `Contender`: llama.cpp in another Python interpreter, which has the package xllamacpp."""
+class OtherInterpreter:
+    """A `Contender`: an engine in another Python interpreter, which has that engine's package.
 
-    def __init__(self, python: Path, model: Path, threads: int) -> None:
-        script = Path(__file__).with_name("llama_cpp_server.py")
-        command = [str(python), str(script), str(model), str(threads)]
+    Args:
+        script: a file beside this one that reads and answers lines as `llama_cpp_server.py` does.
+    """
+
+    def __init__(self, python: Path, script: str, model: Path, threads: int) -> None:
+        command = [str(python), str(Path(__file__).with_name(script)), str(model), str(threads)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
+        self._script = script
         self._read_answer()
 
     def run(self, prompts: Prompts, num_tokens: int) -> float:
@@ -152,8 +155,18 @@ class LlamaCppProcess:
             if line.startswith("answer: "):
                 return line.removeprefix("answer: ")
         raise SystemExit(
-            f"llama.cpp exited with code {self._process.wait()}; is xllamacpp installed in that environment?"
+            f"{self._script} exited with code {self._process.wait()}; is its package installed in that environment?"
         )
+
+
+def llama_cpp(python: Path, model: Path, threads: int) -> OtherInterpreter:
+    """llama.cpp with a GGUF file, in an interpreter that has the package xllamacpp."""
+    return OtherInterpreter(python, "llama_cpp_server.py", model, threads)
+
+
+def openvino(python: Path, model: Path, threads: int) -> OtherInterpreter:
+    """OpenVINO GenAI with a GGUF file, in an interpreter that has openvino-genai and openvino-tokenizers."""
+    return OtherInterpreter(python, "openvino_server.py", model, threads)
 
 
 def write_gguf_like(model: Path, tensor_type: str, directory: Path) -> Path:

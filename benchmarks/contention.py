@@ -20,14 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.contenders import Contender, EngineRunner, LlamaCppProcess, WorkerProcess, write_gguf_like
+from benchmarks.contenders import Contender, EngineRunner, WorkerProcess, llama_cpp, write_gguf_like
 from benchmarks.models import add_demo_model
 from benchmarks.report import add_json, append_record, format_table, machine, median, new_parser
 from benchmarks.workloads import Workload
@@ -35,7 +36,11 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 
 GOAL = 0.6
-WEIGHTS = ("int8", "float32", "bfloat16")
+WEIGHTS: Mapping[str, Mapping[str, Any]] = {
+    "int8": {"quant": "int8"},
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 PEER_TYPES = ("Q8_0", "Q4_1")
 WORKLOADS = (
     Workload("1", 1, 16, 48),
@@ -143,8 +148,8 @@ def _start_contender(arguments: argparse.Namespace, name: str, directory: Path) 
     engine, weights = name.split(" ")
     if engine == "llama.cpp":
         model = write_gguf_like(arguments.model, weights, directory)
-        return LlamaCppProcess(arguments.llama_python, model, arguments.threads)
-    worker = WorkerProcess(EngineRunner, arguments.model, arguments.threads, weights)
+        return llama_cpp(arguments.llama_python, model, arguments.threads)
+    worker = WorkerProcess(EngineRunner, arguments.model, arguments.threads, WEIGHTS[weights])
     print(f"{name}: {worker.call('describe')}", flush=True)
     return worker
 

@@ -1,4 +1,4 @@
-"""llama.cpp in a process that `benchmarks.contention` starts with an interpreter that has the package xllamacpp.
+"""llama.cpp in a process that `benchmarks.contenders` starts with an interpreter that has the package xllamacpp.
 
     python llama_cpp_server.py MODEL.gguf THREADS
 
@@ -16,8 +16,9 @@ from typing import Any
 
 import xllamacpp
 
-_MAX_PROMPTS = 16
-_MAX_TOKENS = 2048
+_MAX_PROMPTS = 64
+_NUM_TOKENS = 16 * 2048
+"""KV cache in tokens, for all prompts together."""
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_parallel = _MAX_PROMPTS
-    params.n_ctx = _MAX_PROMPTS * _MAX_TOKENS
+    params.n_ctx = _NUM_TOKENS
+    params.kv_unified = True
     params.n_batch = params.n_ubatch = 1024
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup = False

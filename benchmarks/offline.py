@@ -16,11 +16,13 @@ fastest in its warm-up.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,8 +43,8 @@ from benchmarks.workloads import Workload
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 
-ENGINES = {"llmengine": "auto", "llmengine int8": "int8"}
-"""Name -> weights of `EngineRunner`."""
+ENGINES: Mapping[str, Mapping[str, Any]] = {"llmengine": {}, "llmengine int8": {"quant": "int8"}}
+"""Name -> options of `EngineRunner`."""
 
 STARTUP_GOAL_S = 5.0
 OVERHEAD_GOAL = 0.05
@@ -98,7 +100,7 @@ def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dic
     """Run every contender on every workload, interleaved; return the medians in tokens/s."""
     needed = {kind for workload in workloads for kind in peers_of(workload)}
     common = arguments.model, arguments.threads
-    contenders = {name: WorkerProcess(EngineRunner, *common, weights) for name, weights in ENGINES.items()}
+    contenders = {name: WorkerProcess(EngineRunner, *common, options) for name, options in ENGINES.items()}
     contenders |= {kind: WorkerProcess(TransformersRunner, *common, kind) for kind in PEERS if kind in needed}
     try:
         speeds = {workload.name: _compare_one(arguments, workload, contenders) for workload in workloads}
@@ -146,27 +148,26 @@ def _report_overhead(arguments: argparse.Namespace, engines: Mapping[str, Worker
 
 
 _STARTUP_CODE = """
-import sys
-from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
-weights, threads = QuantConfig(weights="int8" if sys.argv[2] == "int8" else "none"), int(sys.argv[3])
-config = ModelConfig(sys.argv[1], device="cpu", quant_config=weights, num_threads=threads)
+import json, sys
+from llmengine import LLM, ModelConfig, SamplingParams
+config = ModelConfig(sys.argv[1], device="cpu", num_threads=int(sys.argv[3]), **json.loads(sys.argv[2]))
 llm = LLM(config)
 print(llm.generate("Once upon a time", SamplingParams(max_new_tokens=1))[0].num_tokens, flush=True)
 llm.close()
 """
 
 
-def measure_startup(model: Path, weights: str, threads: int) -> float:
+def measure_startup(model: Path, options: Mapping[str, Any], threads: int) -> float:
     """Seconds from the start of a Python process to its first token, tokenizer included."""
-    return time_lines(_STARTUP_CODE, [str(model), weights, str(threads)], ["1"])[0]
+    return time_lines(_STARTUP_CODE, [str(model), json.dumps(options), str(threads)], ["1"])[0]
 
 
 def report_startup(arguments: argparse.Namespace) -> bool:
     """Print the median start-up times; return whether all are below the goal."""
     passed = True
-    for name, weights in ENGINES.items():
-        measure_startup(arguments.model, weights, arguments.threads)  # fills the file cache
-        times = [measure_startup(arguments.model, weights, arguments.threads) for _ in range(arguments.runs)]
+    for name, options in ENGINES.items():
+        measure_startup(arguments.model, options, arguments.threads)  # fills the file cache
+        times = [measure_startup(arguments.model, options, arguments.threads) for _ in range(arguments.runs)]
         seconds = median(times)
         good = seconds < STARTUP_GOAL_S
         passed &= good

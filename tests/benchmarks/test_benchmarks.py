@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import offline, quantization, report, serving, soak
+from benchmarks import formats, offline, quantization, report, serving, soak
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine.engine.stats import EngineCounters, EngineStats
 
@@ -172,7 +172,7 @@ def test_startup_measures_a_process_that_generates(tiny_model: Path) -> None:
 
     vocabulary = {"<unk>": 0, **{char: index for index, char in enumerate("Onceupatim ", 1)}}
     Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")).save(str(tiny_model / "tokenizer.json"))
-    assert 0.1 < offline.measure_startup(tiny_model, "auto", threads=1) < 300
+    assert 0.1 < offline.measure_startup(tiny_model, {}, threads=1) < 300
 
 
 def test_the_peer_has_the_same_weights(tiny_model: Path) -> None:
@@ -202,3 +202,12 @@ def test_soak_finds_growing_memory() -> None:
     samples = [soak.Sample(float(second), 0, 0, 0, second * 2**20) for second in range(31)]
     of_rss, _ = soak.MEMORY["RSS"]
     assert soak.memory_growth(samples, of_rss) == (14.5 * 2**20, 25.0 * 2**20)
+
+
+def test_formats_are_timed_side_by_side(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "out.jsonl"
+    arguments = ["--model", str(tiny_model), "--scale", "32", "--runs", "2", "--workloads", "A,D", "--threads", "1"]
+    assert formats.main([*arguments, "--formats", "int8, int8", "--json", str(lines)]) == 0
+    runs = [(r["workload"]["name"], r["contender"], r["results"]["tokens_per_s"] > 0) for r in read_lines(lines)]
+    assert runs == [(workload, "int8, int8 KV", True) for workload in ("A", "A", "D", "D")]
+    assert "| int8, int8 KV |" in capsys.readouterr().out
