@@ -1,7 +1,7 @@
 """Every weight format beside bfloat16, on one model: size, perplexity, agreement, KL divergence and tokens/s.
 
     python -m benchmarks.quantization                          the table of docs/quantization.md
-    python -m benchmarks.quantization --formats int8 --windows 8
+    python -m benchmarks.quantization --formats "int8;int4-rtn" --windows 8
 
 A row is one format. Perplexity is that of the text that comes with the package (or `--text FILE`); agreement, KL
 divergence and the increase of perplexity are against the same model with bfloat16 weights. Tokens/s are the short
@@ -32,12 +32,17 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
     "float32": {"dtype": "float32"},
     REFERENCE: {},
     "int8": {"quant": "int8"},
+    "w8a8, rounded": {"quant_config": QuantConfig.preset("w8a8", method="rtn")},
+    "w8a8": {"quant": "w8a8"},
     "fp8": {"quant": "fp8"},
     "fp8-block": {"quant": "fp8-block"},
-    "int4-rtn g32": {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)},
-    "int4-rtn g64": {"quant_config": QuantConfig.preset("int4-rtn", group_size=64)},
-    "int4-rtn g128": {"quant_config": QuantConfig.preset("int4-rtn", group_size=128)},
+    **{
+        f"{preset} g{size}": {"quant_config": QuantConfig.preset(preset, group_size=size)}
+        for size in (128, 64, 32)
+        for preset in ("int4-rtn", "int4-awq", "int4-gptq")
+    },
     "mxfp4": {"quant": "mxfp4"},
+    "stored": {"quant": "stored"},
     "KV cache int8": {"quant_config": QuantConfig(kv_cache="int8")},
     "KV cache fp8": {"quant_config": QuantConfig(kv_cache="fp8")},
 }
@@ -72,8 +77,8 @@ def _row(name: str, report: QualityReport) -> list[str]:
 
 
 def _formats(text: str) -> list[str]:
-    """Rows whose names begin with any of the names in a list."""
-    names = text.split(",")
+    """Rows whose names begin with any of the names in a list, which semicolons separate."""
+    names = text.split(";")
     for name in names:
         if not any(row.startswith(name) for row in FORMATS):
             raise ArgumentTypeError(f"{name!r} begins the name of no row: {'; '.join(FORMATS)}")
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_demo_model(parser)
     add_json(parser)
     parser.add_argument(
-        "--formats", type=_formats, default=list(FORMATS), help="list of formats, such as int8,int4-rtn (default: all)"
+        "--formats", type=_formats, default=list(FORMATS), help='such as "int8;int4-rtn" (default: all)'
     )
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text than the package's")

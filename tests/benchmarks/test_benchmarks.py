@@ -155,7 +155,7 @@ def test_quantization_has_a_row_for_each_chosen_format(
     tokenizer.save(str(directory / "tokenizer.json"))
     lines = tmp_path / "out.jsonl"
     arguments = ["--model", str(directory), "--windows", "1", "--json", str(lines), "--threads", "1"]
-    quantization.main([*arguments, "--formats", "mxfp4,bfloat16"])
+    quantization.main([*arguments, "--formats", "mxfp4;bfloat16"])
     printed = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed if line.startswith("|")]
     assert [row[0] for row in (rows[0], *rows[2:])] == ["format", "bfloat16", "mxfp4"]
