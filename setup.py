@@ -25,7 +25,7 @@ FLAGS = [
 ]
 HEADERS = [
     f"llmengine/backends/cpu/native_{part}.h"
-    for part in ("byte_attention", "bytes", "codes", "digits", "linear", "pool", "products", "vectors")
+    for part in ("byte_attention", "bytes", "codes", "digits", "inputs", "linear", "pool", "products", "vectors")
 ]
 VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

@@ -156,10 +156,23 @@ inline int64_t thread_floats(const Model& model, int64_t num_tokens) {
   return attention > product ? attention : product;
 }
 
+// Of a token's activations as a product wants them.
+inline int64_t most_input_floats(const Model& model) {
+  int64_t most = input_floats(model.lm_head);
+  for (int64_t i = 0; i < model.num_layers; i++) {
+    const Layer& layer = model.layers[i];
+    for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      const int64_t floats = input_floats(*linear);
+      most = floats > most ? floats : most;
+    }
+  }
+  return most;
+}
+
 inline int64_t token_floats(const Model& model) {
   const int64_t query_size = model.num_heads * model.head_dim, kv_size = model.num_kv_heads * model.head_dim;
-  const int64_t integers = integers_floats(widest_input(model));
-  return 2 * model.embedding.columns + 2 * query_size + 2 * kv_size + 3 * model.layers[0].down.columns() + integers;
+  const int64_t inputs = most_input_floats(model);
+  return 2 * model.embedding.columns + 2 * query_size + 2 * kv_size + 3 * model.layers[0].down.columns() + inputs;
 }
 
 // One step.
@@ -183,7 +196,7 @@ class Runner final : public Job {
     attended_ = take(query_size_);
     gate_up_ = take(2 * inner_);
     gated_ = take(inner_);
-    integers_ = take(integers_floats(widest_input(model)));
+    inputs_ = take(most_input_floats(model));
     scratch_ = next;
     thread_floats_ = thread_floats(model, step.num_tokens);
   }
@@ -202,28 +215,28 @@ class Runner final : public Job {
   void run(int64_t index, Range units, int64_t thread) override {
     const int64_t layer_index = (index - 1) / kPhasesPerLayer;
     float* scratch = scratch_ + thread * thread_floats_;
-    if (index == 0) return embed(units);
+    if (index == 0) return embed(units, scratch);
     if (layer_index == model_.num_layers) return multiply(model_.lm_head, normed_, units, step_.logits, false, scratch);
     const Layer& layer = model_.layers[layer_index];
     switch ((index - 1) % kPhasesPerLayer) {
       case kQkv: return multiply(layer.qkv, normed_, units, qkv_, false, scratch);
       case kRotate: return rotate_and_write(layer, units);
       case kAttend: return has_tiles() ? attend_tiles(layer, units, scratch) : attend_units(layer, units, scratch);
-      case kQuantizeAttended: return quantize_tokens(layer.o, attended_, units);
+      case kPrepareAttended: return prepare(layer.o, attended_, units, scratch);
       case kO: return multiply(layer.o, attended_, units, x_, true, scratch);
-      case kPostAttentionNorm: return norm(layer.post_attention_norm, layer.gate_up, units);
+      case kPostAttentionNorm: return norm(layer.post_attention_norm, layer.gate_up, units, scratch);
       case kGateUp: return multiply(layer.gate_up, normed_, units, gate_up_, false, scratch);
-      case kGate: return gate(layer.down, units);
+      case kGate: return gate(layer.down, units, scratch);
       case kDown: return multiply(layer.down, gated_, units, x_, true, scratch);
       case kNextNorm:
-        return layer_index + 1 < model_.num_layers ? norm((&layer)[1].input_norm, (&layer)[1].qkv, units)
-                                                   : norm(model_.final_norm, model_.lm_head, units);
+        return layer_index + 1 < model_.num_layers ? norm((&layer)[1].input_norm, (&layer)[1].qkv, units, scratch)
+                                                   : norm(model_.final_norm, model_.lm_head, units, scratch);
     }
   }
 
  private:
   enum LayerPhase {
-    kQkv, kRotate, kAttend, kQuantizeAttended, kO, kPostAttentionNorm, kGateUp, kGate, kDown, kNextNorm, kPhasesPerLayer
+    kQkv, kRotate, kAttend, kPrepareAttended, kO, kPostAttentionNorm, kGateUp, kGate, kDown, kNextNorm, kPhasesPerLayer
   };
 
   bool begin_layer_phase(int64_t index, Phase* phase) {
@@ -237,9 +250,9 @@ class Runner final : public Job {
         if (layer_index + 1 == model_.num_layers && step_.num_logits == 0) return false;
         *phase = attention_phase();
         break;
-      case kQuantizeAttended:
+      case kPrepareAttended:
         if (layer_index + 1 == model_.num_layers && step_.num_logits < num_tokens_) keep_logit_tokens();
-        *phase = layer.o.has_integers() ? light_phase(num_tokens_, query_size_) : Phase{0, 1};
+        *phase = layer.o.has_plain_inputs() ? Phase{0, 1} : light_phase(num_tokens_, query_size_);
         break;
       case kO: *phase = product_phase(layer.o); break;
       case kPostAttentionNorm: case kNextNorm: *phase = light_phase(num_tokens_, hidden_); break;
@@ -256,7 +269,7 @@ class Runner final : public Job {
   }
 
   Activations activations(const Linear& linear, const float* x) const {
-    return activations_at(x, integers_, num_tokens_, linear.columns());
+    return activations_at(linear, x, inputs_, num_tokens_);
   }
 
   void multiply(const Linear& linear, const float* x, Range units, float* out, bool accumulate, float* scratch) {
@@ -264,11 +277,11 @@ class Runner final : public Job {
     multiply_linear({model_.blas, inputs, num_tokens_, out, accumulate, scratch}, linear, linear_units_, units);
   }
 
-  void quantize_tokens(const Linear& linear, const float* x, Range tokens) {
-    if (linear.has_integers()) quantize_for(linear, activations(linear, x), tokens);
+  void prepare(const Linear& linear, const float* x, Range tokens, float* scratch) {
+    prepare_inputs(linear, activations(linear, x), tokens, scratch);
   }
 
-  void embed(Range tokens) {
+  void embed(Range tokens, float* scratch) {
     switch (model_.embedding.format) {
       case kBf16: embed_as<Bf16>(tokens); break;
       case kFp16: embed_as<Fp16>(tokens); break;
@@ -277,7 +290,7 @@ class Runner final : public Job {
         for (int64_t m = tokens.begin; m < tokens.end; m++)
           dequantize_row(model_.embedding, step_.token_ids[m], x_ + m * hidden_);
     }
-    norm(model_.layers[0].input_norm, model_.layers[0].qkv, tokens);
+    norm(model_.layers[0].input_norm, model_.layers[0].qkv, tokens, scratch);
   }
 
   template <typename T>
@@ -289,7 +302,7 @@ class Runner final : public Job {
   }
 
   // Prepares the product with `matrix`.
-  void norm(const float* weight, const Linear& linear, Range tokens) {
+  void norm(const float* weight, const Linear& linear, Range tokens, float* scratch) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float* x = x_ + m * hidden_;
       float squares = 0.0f;
@@ -299,11 +312,11 @@ class Runner final : public Job {
 #pragma omp simd
       for (int64_t k = 0; k < hidden_; k++) normed_[m * hidden_ + k] = x[k] * weight[k] * factor;
     }
-    quantize_tokens(linear, normed_, tokens);
+    prepare(linear, normed_, tokens, scratch);
   }
 
   // Likewise.
-  void gate(const Linear& linear, Range tokens) {
+  void gate(const Linear& linear, Range tokens, float* scratch) {
     for (int64_t m = tokens.begin; m < tokens.end; m++) {
       const float *gate = gate_up_ + m * 2 * inner_, *up = gate + inner_;
       float* out = gated_ + m * inner_;
@@ -313,7 +326,7 @@ class Runner final : public Job {
         out[k] = gate[k] * (gate[k] < 0.0f ? e : 1.0f) / (1.0f + e) * up[k];
       }
     }
-    quantize_tokens(linear, gated_, tokens);
+    prepare(linear, gated_, tokens, scratch);
   }
 
   void rotate_and_write(const Layer& layer, Range units) {
@@ -538,7 +551,7 @@ class Runner final : public Job {
   const Step& step_;
   int64_t num_tokens_;  // those of the step, and after the last attention those that want logits
   int64_t hidden_, query_size_, kv_size_, qkv_size_, inner_;
-  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *integers_;
+  float *x_, *normed_, *qkv_, *attended_, *gate_up_, *gated_, *inputs_;
   float* scratch_;  // each thread's, one after the other
   int64_t thread_floats_;
   LinearUnits linear_units_;  // of the phase that runs
@@ -546,12 +559,12 @@ class Runner final : public Job {
   TileShape tile_;            // likewise
 };
 
-// A product alone: rounds the activations, then multiplies.
+// A product alone: prepares the activations, then multiplies.
 class ProductRunner final : public Job {
  public:
   ProductRunner(const Product& product, int64_t num_threads)
       : product_(product), columns_(product.linear.columns()),
-        activations_(activations_at(product.x, product.workspace, product.num_tokens, columns_)),
+        activations_(activations_at(product.linear, product.x, product.workspace, product.num_tokens)),
         units_(linear_units(product.num_tokens, product.linear, num_threads)) {}
 
   bool begin_phase(int64_t index, Phase* phase) override {
@@ -561,10 +574,10 @@ class ProductRunner final : public Job {
   }
 
   void run(int64_t index, Range units, int64_t thread) override {
-    if (index == 0) return quantize_for(product_.linear, activations_, units);
     const int64_t num_tokens = product_.num_tokens;
-    float* scratch = product_.workspace + num_tokens * integers_floats(columns_);
+    float* scratch = product_.workspace + num_tokens * input_floats(product_.linear);
     scratch += thread * linear_scratch_floats(columns_, kMaxFewTokens);
+    if (index == 0) return prepare_inputs(product_.linear, activations_, units, scratch);
     multiply_linear({{}, activations_, num_tokens, product_.out, product_.accumulate != 0, scratch}, product_.linear,
                     units_, units);
   }
@@ -582,7 +595,7 @@ class ProductRunner final : public Job {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 6; }
+int llmengine_native_version() { return 7; }
 
 // Whether int8 weights are in quads of columns, and what 8-bit codes have on top of their values.
 int llmengine_byte_offset() { return llmengine::kByteOffset; }
@@ -608,9 +621,10 @@ void llmengine_forward(const llmengine::Model* model, const llmengine::Step* ste
 }
 
 // Floats of the workspace of a product alone.
-int64_t llmengine_product_workspace_size(const llmengine::Pool* pool, int64_t num_tokens, int64_t columns) {
-  return num_tokens * llmengine::integers_floats(columns) +
-         pool->max_threads() * llmengine::linear_scratch_floats(columns, llmengine::kMaxFewTokens);
+int64_t llmengine_product_workspace_size(const llmengine::Pool* pool, const llmengine::Linear* linear,
+                                         int64_t num_tokens) {
+  return num_tokens * llmengine::input_floats(*linear) +
+         pool->max_threads() * llmengine::linear_scratch_floats(linear->columns(), llmengine::kMaxFewTokens);
 }
 
 void llmengine_multiply(llmengine::Pool* pool, const llmengine::Product* product) {

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
 from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
-from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, arranges_inputs, pack_matrix, packing_of
+from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.formats import DENSE, WeightFormat
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.stacked import Stacked
 
@@ -41,7 +41,7 @@ NATIVE_DIRECTORY = Path(__file__).parent
 
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
-_VERSION = 6
+_VERSION = 7
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
@@ -51,10 +51,6 @@ _MAX_PARTS = 3
 
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int64
-
-
-NATIVE_FORMATS = frozenset((DENSE, INT8))
-"""Weight formats that the native decoder multiplies."""
 
 
 BYTE_KV_MULTIPLE = 32
@@ -68,6 +64,16 @@ class NativeUnavailableError(Exception):
     """The native decoder cannot be used here; the message says why, for the backend's description."""
 
 
+class _InputsStruct(ctypes.Structure):
+    _fields_ = (
+        ("kind", _Int),
+        ("factors", _Pointer),
+        ("order", _Pointer),
+        ("scale", _Pointer),
+        ("scale_columns", _Int),
+    )
+
+
 class _MatrixStruct(ctypes.Structure):
     _fields_ = (
         ("format", _Int),
@@ -79,6 +85,7 @@ class _MatrixStruct(ctypes.Structure):
         ("group_shift", _Int),
         ("first_row", _Int),
         ("out_rows", _Int),
+        ("inputs", _InputsStruct),
     )
 
 
@@ -169,7 +176,7 @@ class NativeLibrary:
         library.llmengine_multiply.argtypes = (_Pointer, _Pointer)
         library.llmengine_dequantize_rows.argtypes = (_Pointer, _Int, _Pointer, _Pointer)
         library.llmengine_product_workspace_size.restype = _Int
-        library.llmengine_product_workspace_size.argtypes = (_Pointer, _Int, _Int)
+        library.llmengine_product_workspace_size.argtypes = (_Pointer, _Pointer, _Int)
         library.llmengine_forward.restype = library.llmengine_multiply.restype = None
         library.llmengine_dequantize_rows.restype = None
         library.llmengine_stop_pool.restype = None
@@ -208,8 +215,9 @@ def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> N
 class NativeLinear:
     """`linear.CpuLinear` of a matrix that has a `Packing`.
 
-    A token's result does not depend on the tokens beside it. Activations are rounded: to 16 bits with one scale for
-    each token where weights are int8, else to 8 bits with one scale for each 32 columns.
+    A token's result does not depend on the tokens beside it. Activations are rounded as the format says. Where it says
+    nothing, they get 16 bits with one scale for each token for int8 weights, else 8 bits with one scale for each 32
+    columns.
 
     Args:
         bias: float32 [out_features] or None.
@@ -225,10 +233,10 @@ class NativeLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 x @ weight.T + bias + residual, which overwrites `residual`."""
-        x = self._packed.arranged(x).contiguous()
+        x = x.contiguous()
         num_tokens, functions = len(x), self._library.library
         out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
-        size = functions.llmengine_product_workspace_size(self._library.pool, num_tokens, self.struct.columns)
+        size = functions.llmengine_product_workspace_size(self._library.pool, ctypes.byref(self._linear), num_tokens)
         workspace = torch.empty(size)
         product = _Product(
             linear=self._linear,
@@ -242,8 +250,8 @@ class NativeLinear:
         return out
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some rows: float32 [len(indices), in_features]; `indices` are int64. Not for int8."""
-        assert self.format != INT8
+        """Some rows: float32 [len(indices), in_features]; `indices` are int64. Only of formats that it `looks_up`."""
+        assert looks_up(self.format), self.format
         indices = indices.contiguous()
         out = torch.empty(len(indices), self.struct.columns)
         self._library.library.llmengine_dequantize_rows(
@@ -284,6 +292,23 @@ def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> _MatrixStruct:
         group_shift=packed.packing.group_shift,
         first_row=0,
         out_rows=rows,
+        inputs=_inputs_struct(packed),
+    )
+
+
+def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
+    def address(suffix: str, dtype: torch.dtype) -> int | None:
+        tensor = packed.inputs.get(suffix)
+        if tensor is None:
+            return None
+        assert tensor.dtype == dtype and tensor.is_contiguous(), suffix
+        return tensor.data_ptr()
+
+    return _InputsStruct(
+        kind=packed.packing.input_kind,
+        factors=address("input_scale", torch.float32),
+        order=address("input_order", torch.int32),
+        scale=address("activation_scale", torch.float32),
     )
 
 
@@ -292,14 +317,14 @@ def multiplies(weight_format: WeightFormat) -> bool:
     if isinstance(weight_format, Stacked):
         parts = weight_format.parts
         return len(parts) <= _MAX_PARTS and all(multiplies(part.format) for part in parts)
-    if arranges_inputs(weight_format):
-        return False
     return weight_format == DENSE or packing_of(weight_format) is not None
 
 
 def looks_up(weight_format: WeightFormat) -> bool:
     """Whether the library looks up rows of quantized matrices in a format."""
-    if weight_format == INT8 or arranges_inputs(weight_format):
+    if weight_format == INT8 or isinstance(weight_format, Int8W8A8):
+        return False
+    if getattr(weight_format, "input_order", False) or getattr(weight_format, "input_scale", False):
         return False
     return packing_of(weight_format) is not None
 

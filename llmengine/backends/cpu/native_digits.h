@@ -1,5 +1,5 @@
-// Products of int8 weights with 16-bit activations by byte products: an activation is 256 * high + low, two signed bytes.
-// The integer sum is that of `multiply_panels`, and so is every bit of the result.
+// Products of int8 weights with activations of 8 bits, or of 16 bits by two byte products each: such an activation is
+// 256 * high + low, two signed bytes. The integer sum is that of `multiply_panels`, and so is every bit of the result.
 
 #pragma once
 
@@ -31,36 +31,39 @@ struct TilePlace {
 };
 
 struct DigitActivations {
-  int8_t* values;        // tiles of n tokens: [groups, n, 2 digits, kGroupColumns]
+  int8_t* values;        // tiles of n tokens: [groups, n, digits, kGroupColumns]
   float* scales;         // [tokens]
   int32_t* corrections;  // [tokens], of the codes' offset
   int64_t num_tokens, groups;
+  int64_t digits;  // 1: kBytes, 2: kShorts
 };
 
-inline int64_t digit_activations_floats(int64_t columns) { return num_groups(columns) * kGroupColumns / 2 + 2; }
-
-inline DigitActivations digit_activations_at(float* workspace, int64_t num_tokens, int64_t columns) {
-  const int64_t groups = num_groups(columns);
-  float* scales = workspace + num_tokens * groups * kGroupColumns / 2;
-  int32_t* corrections = reinterpret_cast<int32_t*>(scales + num_tokens);
-  return {reinterpret_cast<int8_t*>(workspace), scales, corrections, num_tokens, groups};
+inline int64_t digit_activations_floats(int64_t columns, int64_t digits) {
+  return num_groups(columns) * digits * kGroupColumns / 4 + 2;
 }
 
-// Rounds as `quantize` does.
-inline void quantize_digits(const float* x, int64_t columns, int64_t token, const DigitActivations& to) {
-  const Rounding rounding = rounding_of(x, columns);
+inline DigitActivations digit_activations_at(float* workspace, int64_t num_tokens, int64_t columns, int64_t digits) {
+  const int64_t groups = num_groups(columns);
+  float* scales = workspace + num_tokens * groups * digits * kGroupColumns / 4;
+  int32_t* corrections = reinterpret_cast<int32_t*>(scales + num_tokens);
+  return {reinterpret_cast<int8_t*>(workspace), scales, corrections, num_tokens, groups, digits};
+}
+
+template <int kDigits, typename TokenRounding>
+inline void quantize_digits(const float* x, int64_t columns, const TokenRounding& rounding, int64_t token,
+                            const DigitActivations& to) {
   const TilePlace at(token, to.num_tokens);
   int32_t sum = 0;
   for (int64_t g = 0; g < to.groups; g++) {
-    int8_t* values = to.values + (at.first * to.groups + g * at.stride + at.place) * 2 * kGroupColumns;
+    int8_t* values = to.values + (at.first * to.groups + g * at.stride + at.place) * kDigits * kGroupColumns;
     const int64_t left = columns - g * kGroupColumns, count = left < kGroupColumns ? left : kGroupColumns;
-    if (count < kGroupColumns) std::memset(values, 0, 2 * kGroupColumns);
+    if (count < kGroupColumns) std::memset(values, 0, kDigits * kGroupColumns);
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < count; k++) {
       const int16_t value = rounding(x[g * kGroupColumns + k]);
       const int8_t low = static_cast<int8_t>(value);
-      values[k] = static_cast<int8_t>((value - low) >> 8);
-      values[kGroupColumns + k] = low;
+      if (kDigits == 2) values[k] = static_cast<int8_t>((value - low) >> 8);
+      values[(kDigits - 1) * kGroupColumns + k] = low;
       sum += value;
     }
   }
@@ -70,14 +73,14 @@ inline void quantize_digits(const float* x, int64_t columns, int64_t token, cons
 
 // out[m] (+)= x[m] . w + bias for the `kTokens` tokens of a tile and neighbouring panels, whose weights are
 // [columns / 4, kPanelRows, 4] with the offset kByteOffset.
-template <int kTokens, int kPanels>
+template <int kDigits, int kTokens, int kPanels>
 void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& matrix, int64_t panel, Prefetch prefetch,
                          float* out, bool accumulate) {
   constexpr int kVectors = kPanels * kPanelVectors, kQuads = kGroupColumns / 4;
   const int64_t panel_bytes = x.groups * kQuads * kQuadBytes;
   const uint8_t* codes_at = static_cast<const uint8_t*>(matrix.weight) + panel * panel_bytes;
-  const int8_t* values = x.values + m * x.groups * 2 * kGroupColumns;
-  CodeSums<255, kQuads> sums[kTokens][2][kVectors] = {};
+  const int8_t* values = x.values + m * x.groups * kDigits * kGroupColumns;
+  CodeSums<255, kQuads> sums[kTokens][kDigits][kVectors] = {};
   for (int64_t g = 0; g < x.groups; g++) {
 #pragma GCC unroll 16
     for (int q = 0; q < kQuads; q++) {
@@ -90,36 +93,38 @@ void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& mat
 #pragma GCC unroll 16
       for (int i = 0; i < kTokens; i++)
 #pragma GCC unroll 16
-        for (int d = 0; d < 2; d++) {
-          const Ints quad = repeat_quad(values + (i * 2 + d) * kGroupColumns + 4 * q);
+        for (int d = 0; d < kDigits; d++) {
+          const Ints quad = repeat_quad(values + (i * kDigits + d) * kGroupColumns + 4 * q);
 #pragma GCC unroll 16
           for (int v = 0; v < kVectors; v++) sums[i][d][v].add(q, codes[v], quad);
         }
     }
     codes_at += kQuads * kQuadBytes;
-    values += kTokens * 2 * kGroupColumns;
+    values += kTokens * kDigits * kGroupColumns;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTokens; i++) {
     Floats results[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; v++) {
-      const Ints sum = (sums[i][0][v].total << 8) + sums[i][1][v].total + x.corrections[m + i];
-      const Floats scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth) * x.scales[m + i];
-      results[v] = __builtin_convertvector(sum, Floats) * scale;
+      Ints sum = sums[i][kDigits - 1][v].total + x.corrections[m + i];
+      if (kDigits == 2) sum += sums[i][0][v].total << 8;
+      const Floats row_scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth);
+      results[v] = scaled_sum(sum, row_scale, x.scales[m + i], kDigits == 1);
     }
     store_results<kPanels>(results, m + i, matrix, panel, out, accumulate);
   }
 }
 
-template <int kTokens, int kPanels, typename... Arguments>
+template <int kDigits, int kTokens, int kPanels, typename... Arguments>
 inline void multiply_digit_tile_for(int64_t num_tokens, const Arguments&... arguments) {
   if constexpr (kTokens > 1)
-    if (num_tokens < kTokens) return multiply_digit_tile_for<kTokens - 1, kPanels>(num_tokens, arguments...);
-  multiply_digit_tile<kTokens, kPanels>(arguments...);
+    if (num_tokens < kTokens) return multiply_digit_tile_for<kDigits, kTokens - 1, kPanels>(num_tokens, arguments...);
+  multiply_digit_tile<kDigits, kTokens, kPanels>(arguments...);
 }
 
 // `panels` of out (+)= x . w + bias for `tokens`, which begin with a tile and end with one or with all tokens.
+template <int kDigits>
 inline void multiply_digit_panels(const DigitActivations& x, Range tokens, const Matrix& matrix, Range panels, float* out,
                                   bool accumulate) {
   const int64_t tiles = (tokens.end - tokens.begin + kTileOfBytes - 1) / kTileOfBytes;
@@ -131,10 +136,11 @@ inline void multiply_digit_panels(const DigitActivations& x, Range tokens, const
     const char* next = static_cast<const char*>(matrix.weight) + (panel + width) * quads * kQuadBytes;
     for (int64_t m = tokens.begin; m < tokens.end; m += kTileOfBytes, next += share) {
       const Prefetch ahead{next, (share + quads - 1) / quads};
+      const int64_t left = tokens.end - m;
       if (width == kManyPanels)
-        multiply_digit_tile_for<kTileOfBytes, kManyPanels>(tokens.end - m, x, m, matrix, panel, ahead, out, accumulate);
+        multiply_digit_tile_for<kDigits, kTileOfBytes, kManyPanels>(left, x, m, matrix, panel, ahead, out, accumulate);
       else
-        multiply_digit_tile_for<kTileOfBytes, 1>(tokens.end - m, x, m, matrix, panel, ahead, out, accumulate);
+        multiply_digit_tile_for<kDigits, kTileOfBytes, 1>(left, x, m, matrix, panel, ahead, out, accumulate);
     }
   }
 }

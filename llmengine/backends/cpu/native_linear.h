@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "native_codes.h"
+#include "native_inputs.h"
 
 namespace llmengine {
 
@@ -14,49 +14,55 @@ struct Linear {
   Matrix parts[kMaxParts];
 
   int64_t columns() const { return parts[0].columns; }
-  bool has_int8() const { return any([](const Matrix& part) { return part.format == kInt8; }); }
-  bool has_codes() const { return any([](const Matrix& part) { return llmengine::has_codes(part); }); }
-  bool has_integers() const { return has_int8() || has_codes(); }
-
- private:
-  template <typename Predicate>
-  bool any(Predicate is) const {
+  bool has_plain_inputs() const {
     for (int64_t i = 0; i < num_parts; i++)
-      if (is(parts[i])) return true;
-    return false;
+      if (!parts[i].inputs.are_plain()) return false;
+    return true;
+  }
+  // The first part with the same inputs.
+  int64_t owner_of_inputs(int64_t part) const {
+    int64_t owner = 0;
+    while (!(parts[owner].inputs == parts[part].inputs)) owner++;
+    return owner;
   }
 };
 
-// Activations as the formats want them: fp32, integers of 16 bits (for int8) and of 8 bits (for codes).
 struct Activations {
-  const float* floats;
-  Quantized shorts;
-  DigitActivations digits;
-  ByteActivations bytes;
+  const float* floats;  // [tokens, columns], as they come
+  PartActivations parts[kMaxParts];
 };
 
-// Floats that a token's integers take.
-inline int64_t integers_floats(int64_t columns) {
-  const int64_t shorts = kByteProducts ? digit_activations_floats(columns) : 1 + even(columns) / 2;
-  return shorts + byte_activations_floats(columns);
+// Floats that a token's prepared activations take.
+inline int64_t input_floats(const Linear& linear) {
+  int64_t floats = 0;
+  for (int64_t i = 0; i < linear.num_parts; i++)
+    if (linear.owner_of_inputs(i) == i) floats += input_floats(linear.parts[i].inputs, linear.columns());
+  return floats;
 }
 
-inline Activations activations_at(const float* x, float* workspace, int64_t num_tokens, int64_t columns) {
-  float* bytes = workspace;
-  float* shorts = workspace + num_tokens * byte_activations_floats(columns);
-  return {x, quantized_at(shorts, num_tokens, columns), digit_activations_at(shorts, num_tokens, columns),
-          byte_activations_at(bytes, num_tokens, columns)};
+inline Activations activations_at(const Linear& linear, const float* x, float* workspace, int64_t num_tokens) {
+  Activations to = {x, {}};
+  for (int64_t i = 0; i < linear.num_parts; i++) {
+    const int64_t owner = linear.owner_of_inputs(i);
+    const Inputs& inputs = linear.parts[i].inputs;
+    if (owner < i) {
+      to.parts[i] = to.parts[owner];
+      continue;
+    }
+    to.parts[i] = part_activations_at(x, workspace, num_tokens, linear.columns(), inputs);
+    workspace += num_tokens * input_floats(inputs, linear.columns());
+  }
+  return to;
 }
 
-// Makes the integers that `linear` needs of tokens.
-inline void quantize_for(const Linear& linear, const Activations& x, Range tokens) {
+// Makes of tokens what `linear` multiplies; `scratch`: [columns].
+inline void prepare_inputs(const Linear& linear, const Activations& x, Range tokens, float* scratch) {
   const int64_t columns = linear.columns();
-  const bool has_int8 = linear.has_int8(), has_codes = linear.has_codes();
-  for (int64_t m = tokens.begin; m < tokens.end; m++) {
-    const float* row = x.floats + m * columns;
-    if (has_int8 && kByteProducts) quantize_digits(row, columns, m, x.digits);
-    if (has_int8 && !kByteProducts) quantize(row, columns, m, x.shorts);
-    if (has_codes) quantize_bytes(row, columns, m, x.bytes);
+  for (int64_t i = 0; i < linear.num_parts; i++) {
+    const Inputs& inputs = linear.parts[i].inputs;
+    if (inputs.are_plain() || linear.owner_of_inputs(i) < i) continue;
+    for (int64_t m = tokens.begin; m < tokens.end; m++)
+      prepare_token(inputs, x.floats + m * columns, columns, m, x.parts[i], scratch);
   }
 }
 
@@ -72,7 +78,8 @@ inline PartUnits part_units(int64_t num_tokens, const Matrix& matrix, int64_t nu
   if (has_codes(matrix) || (matrix.format == kInt8 && kByteProducts)) {
     const bool codes = has_codes(matrix);
     const int64_t panel_bytes = codes ? code_panel_bytes(matrix) : groups * kGroupColumns * kPanelRows;
-    const int64_t token_bytes = codes ? byte_activations_floats(matrix.columns) * 4 : groups * kGroupColumns * 2;
+    const int64_t token_bytes =
+        codes ? byte_activations_floats(matrix.columns) * 4 : groups * kGroupColumns * num_digits(matrix.inputs);
     const PanelUnits cut = panel_units(num_tokens, matrix.rows, panel_bytes, token_bytes, kTileOfBytes, num_threads);
     return {cut.count, cut.grain < kManyPanels ? kManyPanels : cut.grain, cut, {}};
   }
@@ -118,13 +125,14 @@ struct ProductInputs {
   float* scratch;  // linear_scratch_floats
 };
 
-inline void multiply_part(const ProductInputs& in, const Matrix& matrix, const PartUnits& cut, Range units) {
+inline void multiply_part(const ProductInputs& in, const PartActivations& x, const Matrix& matrix, const PartUnits& cut,
+                          Range units) {
   if (matrix.format == kInt8 && !kByteProducts)
-    return multiply_panels(in.x.shorts, in.num_tokens, matrix, cut.panels, units, in.out, in.accumulate);
+    return multiply_panels(x.shorts, in.num_tokens, matrix, cut.panels, units, in.out, in.accumulate);
   if (matrix.format != kInt8 && !has_codes(matrix)) {
     if (in.num_tokens <= kMaxFewTokens)
-      return multiply_rows(in.x.floats, in.num_tokens, matrix, units, in.out, in.accumulate);
-    return multiply_blocks(in.blas, in.x.floats, in.num_tokens, matrix, cut.blocks, units, in.out, in.accumulate,
+      return multiply_rows(x.floats, in.num_tokens, matrix, units, in.out, in.accumulate);
+    return multiply_blocks(in.blas, x.floats, in.num_tokens, matrix, cut.blocks, units, in.out, in.accumulate,
                            in.scratch);
   }
   const uintptr_t address = reinterpret_cast<uintptr_t>(in.scratch);
@@ -136,9 +144,11 @@ inline void multiply_part(const ProductInputs& in, const Matrix& matrix, const P
     next = stop < units.end ? stop : units.end;
     const Range tokens{begin, end < in.num_tokens ? end : in.num_tokens}, panels{first, first + next - unit};
     if (has_codes(matrix))
-      multiply_code_panels(in.x.bytes, tokens, matrix, panels, in.out, in.accumulate, scratch);
+      multiply_code_panels(x.bytes, tokens, matrix, panels, in.out, in.accumulate, scratch);
+    else if (x.digits.digits == 1)
+      multiply_digit_panels<1>(x.digits, tokens, matrix, panels, in.out, in.accumulate);
     else
-      multiply_digit_panels(in.x.digits, tokens, matrix, panels, in.out, in.accumulate);
+      multiply_digit_panels<2>(x.digits, tokens, matrix, panels, in.out, in.accumulate);
   }
 }
 
@@ -149,7 +159,7 @@ inline void multiply_linear(const ProductInputs& in, const Linear& linear, const
     const int64_t count = cut.parts[i].count;
     const int64_t begin = units.begin > first ? units.begin - first : 0;
     const int64_t end = units.end - first < count ? units.end - first : count;
-    if (begin < end) multiply_part(in, linear.parts[i], cut.parts[i], {begin, end});
+    if (begin < end) multiply_part(in, in.x.parts[i], linear.parts[i], cut.parts[i], {begin, end});
     first += count;
   }
 }

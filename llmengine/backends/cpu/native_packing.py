@@ -2,23 +2,25 @@
 
 16 rows are a panel. A panel's integers, the codes, lie so that one vector has four columns of each row; codes of fewer
 than 8 bits are packed. Scales of a panel's rows lie side by side. `native_products.h` (int8) and `native_codes.h` (all
-others) describe the layouts.
+others) describe the layouts, `native_inputs.h` what becomes of activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmengine.backends.cpu.native_gguf import Factors, as_bytes, from_blocks, to_blocks
 from llmengine.dtypes import torch_dtype
 from llmengine.quantization.formats import Shape, WeightFormat
 from llmengine.quantization.gguf_blocks import GgufBlocks
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
 
@@ -31,6 +33,16 @@ _WHOLE_ROW = 40
 """Logarithm of a number of columns that no row has."""
 
 
+class InputKind(IntEnum):
+    """What activations become before a product; `enum InputKind` of native_products.h."""
+
+    EXACT = 0
+    E4M3 = 1
+    SHORTS = 2
+    BYTES = 3
+    GROUP_BYTES = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """How the library has matrices of one weight format.
@@ -40,21 +52,18 @@ class Packing:
         bits: of a code.
         group_shift: logarithm of the columns that share a scale.
         minima: "" for none, "stored" for a float16 beside each scale, "zero point" for a byte.
-        wide: scales are float32; else float16.
+        scale_dtype: of the scales in the library.
         supers: scales are bytes times a float16 for each 256 columns (GGUF's K formats).
+        input_kind: what activations become.
     """
 
     number: int
     bits: int
     group_shift: int = 5
     minima: str = ""
-    wide: bool = False
+    scale_dtype: torch.dtype = torch.float16
     supers: bool = False
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """Of the scales in the library."""
-        return torch.float32 if self.wide else torch.float16
+    input_kind: InputKind = InputKind.GROUP_BYTES
 
 
 _GGUF: Mapping[str, Packing] = {
@@ -82,13 +91,16 @@ _GROUPS: Mapping[tuple[int, bool, str], int] = {
 }
 """Bits of a code, whether there are zero points, and what scales are for ("strips": 16 columns) or in -> number."""
 
-_INT8_ROWS = Packing(3, 8)
+_INT8_ROWS = Packing(3, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.SHORTS)
+_W8A8 = Packing(3, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.BYTES)
 
 
 def packing_of(weight_format: WeightFormat) -> Packing | None:
     """How the library has matrices of a quantized format, None if it does not multiply by them."""
     if weight_format == INT8:
         return _INT8_ROWS
+    if isinstance(weight_format, Int8W8A8):
+        return _W8A8
     if isinstance(weight_format, GgufBlocks):
         return _GGUF.get(weight_format.type_name)
     if isinstance(weight_format, Int4Groups | Int8Groups):
@@ -103,14 +115,8 @@ def _packing_of_groups(groups: Int4Groups | Int8Groups) -> Packing | None:
     if number is None or (wide and size == 16):
         return None
     shift = _WHOLE_ROW if size == -1 else size.bit_length() - 1
-    return Packing(number, bits, shift, "zero point" if groups.zero_points else "", wide)
-
-
-def arranges_inputs(weight_format: WeightFormat) -> bool:
-    """Whether activations are multiplied by factors or reordered before a product, which the library does not do."""
-    if isinstance(weight_format, Int4Groups | Int8Groups):
-        return weight_format.input_order or getattr(weight_format, "input_scale", False)
-    return False
+    scale_dtype = torch.float32 if wide else torch.float16
+    return Packing(number, bits, shift, "zero point" if groups.zero_points else "", scale_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +125,8 @@ class PackedMatrix:
 
     Attributes:
         codes: uint8 [panels, bytes].
-        scales: uint8 [panels, bytes]; int8: float32 [rows, filled up with zeros].
-        inputs: the tensors by which activations are arranged, "input_scale" and "input_order".
+        scales: uint8 [panels, bytes]; of whole rows: float32 [rows, filled up with zeros].
+        inputs: the tensors that say what becomes of activations: "input_scale", "input_order", "activation_scale".
         byte_offset: the library's.
     """
 
@@ -137,31 +143,24 @@ class PackedMatrix:
         """Bytes of all tensors."""
         return self.codes.nbytes + self.scales.nbytes + sum(tensor.nbytes for tensor in self.inputs.values())
 
-    def arranged(self, x: Tensor) -> Tensor:
-        """Activations [num_tokens, columns] as they meet the stored columns."""
-        if "input_scale" in self.inputs:
-            x = x * self.inputs["input_scale"]
-        return x.index_select(1, self.inputs["input_order"]) if "input_order" in self.inputs else x
-
     def unpacked(self) -> Matrix:
         """The matrix as it is stored, a copy."""
-        pieces = []
-        for begin, end in _row_ranges(self.shape):
-            panels = slice(begin // PANEL_ROWS, -(-end // PANEL_ROWS))
-            shape = (end - begin, self.shape[1])
-            if self.format == INT8:
-                codes = self._int8(self.codes[panels], shape)
-                pieces.append({"weight": codes, "weight_scale": self.scales[begin:end].clone()})
-            else:
-                codes = _unpacked_codes(self.codes[panels], self.packing.bits, shape)
-                factors = _unpacked_factors(self.scales[panels], self.packing, shape)
-                pieces.append(_stored(self.format, self.packing, codes, factors, self.byte_offset) | dict(self.inputs))
-        return Matrix(self.format, self.shape, self.format.join(pieces, self.shape, "out"))
+        pieces = [self._piece(begin, end) for begin, end in _row_ranges(self.shape)]
+        tensors = {suffix: _joined([piece[suffix] for piece in pieces]) for suffix in pieces[0]} | dict(self.inputs)
+        specs = self.format.tensors(self.shape, "float32")
+        if _has_row_scales(self.format):
+            tensors["weight_scale"] = self.scales[: specs["weight_scale"].shape[0]].clone()
+        return Matrix(self.format, self.shape, {suffix: tensors[suffix] for suffix in specs})
 
-    def _int8(self, panels: Tensor, shape: Shape) -> Tensor:
-        if self.byte_offset:
-            return (_unpacked_codes(panels, 8, shape) ^ 128).view(torch.int8)
-        return _by_row(panels.view(panels.shape[0], -1, 2 * PANEL_ROWS), shape[0], 2)[:, : shape[1]].view(torch.int8)
+    def _piece(self, begin: int, end: int) -> dict[str, Tensor]:
+        """What is packed of the rows [begin, end)."""
+        panels = slice(begin // PANEL_ROWS, -(-end // PANEL_ROWS))
+        shape = (end - begin, self.shape[1])
+        if _has_row_scales(self.format):
+            return {"weight": _unpacked_int8(self.codes[panels], shape, self.byte_offset)}
+        codes = _unpacked_codes(self.codes[panels], self.packing.bits, shape)
+        factors = _unpacked_factors(self.scales[panels], self.packing, shape)
+        return _stored(self.format, codes, factors, self.byte_offset)
 
 
 def pack_matrix(matrix: Matrix, byte_offset: int) -> PackedMatrix:
@@ -172,17 +171,26 @@ def pack_matrix(matrix: Matrix, byte_offset: int) -> PackedMatrix:
     codes, scales = [], []
     for begin, end in _row_ranges(matrix.shape):
         tensors = matrix.format.cut(matrix.tensors, matrix.shape, "out", begin, end)
-        if matrix.format == INT8:
+        if _has_row_scales(matrix.format):
             codes.append(_packed_int8(tensors["weight"], byte_offset))
         else:
             integers, factors = _parts(matrix.format, packing, tensors, columns, byte_offset)
             codes.append(_packed_codes(integers, packing.bits))
             scales.append(_packed_factors(factors, packing, columns))
-    if matrix.format == INT8:
-        scales = [F.pad(matrix.tensors["weight_scale"].float(), (0, -rows % PANEL_ROWS))]
-    inputs = {suffix: tensor for suffix, tensor in matrix.tensors.items() if suffix in ("input_order", "input_scale")}
+    if _has_row_scales(matrix.format):
+        scales = [F.pad(matrix.tensors["weight_scale"].float().expand(rows), (0, -rows % PANEL_ROWS))]
+    inputs = {suffix: tensor for suffix, tensor in matrix.tensors.items() if suffix in INPUT_TENSORS}
     joined_scales = _joined(scales).contiguous()
     return PackedMatrix(matrix.format, packing, matrix.shape, _joined(codes), joined_scales, inputs, byte_offset)
+
+
+INPUT_TENSORS = ("input_scale", "input_order", "activation_scale")
+"""Tensors of a matrix that concern its activations alone."""
+
+
+def _has_row_scales(weight_format: WeightFormat) -> bool:
+    """Whether weights are signed bytes with a scale for each row or for all."""
+    return weight_format == INT8 or isinstance(weight_format, Int8W8A8)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -215,6 +223,14 @@ def _packed_int8(weight: Tensor, byte_offset: int) -> Tensor:
         return _packed_codes(weight.view(torch.uint8) ^ 128, 8)
     pairs = F.pad(weight.view(torch.uint8), (0, weight.shape[1] % 2))
     return _by_panel(pairs.view(weight.shape[0], -1, 2)).flatten(1)
+
+
+def _unpacked_int8(panels: Tensor, shape: Shape, byte_offset: int) -> Tensor:
+    """Undoes `_packed_int8`."""
+    if byte_offset:
+        return (_unpacked_codes(panels, 8, shape) ^ 128).view(torch.int8)
+    pairs = panels.view(panels.shape[0], -1, 2 * PANEL_ROWS)
+    return _by_row(pairs, shape[0], 2)[:, : shape[1]].contiguous().view(torch.int8)
 
 
 def _packed_codes(codes: Tensor, bits: int) -> Tensor:
@@ -253,34 +269,14 @@ def _unpacked_codes(packed: Tensor, bits: int, shape: Shape) -> Tensor:
     return _by_row(strips.view(panels, -1, 64), shape[0], 4)[:, : shape[1]].contiguous()
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """What codes are multiplied by, and what is added.
-
-    Attributes:
-        scales: [rows, groups] in the packing's dtype; of 256 columns where there are `steps`.
-        minima: float16 alike, or zero points, uint8; None if there are none.
-        steps: uint8 [rows, groups, 1 or 2], of scales and minima.
-    """
-
-    scales: Tensor
-    minima: Tensor | None = None
-    steps: Tensor | None = None
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """[rows, n] as uint8 [rows, n, bytes of an entry]."""
-    return tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.element_size())
-
-
-def _packed_factors(factors: _Factors, packing: Packing, columns: int) -> Tensor:
+def _packed_factors(factors: Factors, packing: Packing, columns: int) -> Tensor:
     """Factors as [panels, bytes], with zeros for columns that only fill a vector."""
     entries = [factors.scales] if factors.minima is None else [factors.scales, factors.minima]
     if not packing.supers:
         padded = -(-columns // _GROUP_COLUMNS) * _GROUP_COLUMNS
         groups = (padded - 1 >> packing.group_shift) + 1
         entries = [F.pad(entry, (0, groups - entry.shape[1])) for entry in entries]
-    pieces = [_by_panel(_as_bytes(entry)) for entry in entries]
+    pieces = [_by_panel(as_bytes(entry)) for entry in entries]
     if factors.steps is not None:
         rows = factors.steps.shape[0]
         panels, supers = pieces[0].shape[:2]
@@ -289,7 +285,7 @@ def _packed_factors(factors: _Factors, packing: Packing, columns: int) -> Tensor
     return torch.cat(pieces, 2).flatten(1)
 
 
-def _unpacked_factors(packed: Tensor, packing: Packing, shape: Shape) -> _Factors:
+def _unpacked_factors(packed: Tensor, packing: Packing, shape: Shape) -> Factors:
     """Undoes `_packed_factors`."""
     rows, columns = shape
     panels = packed.shape[0]
@@ -305,7 +301,7 @@ def _unpacked_factors(packed: Tensor, packing: Packing, shape: Shape) -> _Factor
         blocks = packed.view(panels, supers, -1)
         scales, minima = blocks[:, :, :32], blocks[:, :, 32:64]
         steps = blocks[:, :, 32 * parts :].reshape(panels, -1, PANEL_ROWS)
-        return _Factors(
+        return Factors(
             entries(scales, torch.float16, supers),
             entries(minima, torch.float16, supers) if packing.minima else None,
             _by_row(steps, rows, 1).reshape(rows, -1, parts),
@@ -315,7 +311,7 @@ def _unpacked_factors(packed: Tensor, packing: Packing, shape: Shape) -> _Factor
     blocks = packed.view(panels, groups, -1)
     scale_bytes = PANEL_ROWS * packing.scale_dtype.itemsize
     minima_type = torch.uint8 if packing.minima == "zero point" else torch.float16
-    return _Factors(
+    return Factors(
         entries(blocks[:, :, :scale_bytes], packing.scale_dtype, count),
         entries(blocks[:, :, scale_bytes:], minima_type, count) if packing.minima else None,
     )
@@ -323,21 +319,19 @@ def _unpacked_factors(packed: Tensor, packing: Packing, shape: Shape) -> _Factor
 
 def _parts(
     weight_format: WeightFormat, packing: Packing, tensors: Mapping[str, Tensor], columns: int, byte_offset: int
-) -> tuple[Tensor, _Factors]:
+) -> tuple[Tensor, Factors]:
     """Codes uint8 [rows, columns] and factors of a matrix's tensors."""
     if isinstance(weight_format, Int4Groups | Int8Groups):
         weight, scale = tensors["weight"], tensors["weight_scale"].to(packing.scale_dtype)
         codes = unpack_nibbles(weight) if isinstance(weight_format, Int4Groups) else weight ^ (128 - byte_offset)
-        return codes, _Factors(scale, tensors.get("zero_point"))
+        return codes, Factors(scale, tensors.get("zero_point"))
     assert isinstance(weight_format, GgufBlocks)
     blocks = tensors["weight"]
-    codes, factors = _from_blocks(weight_format.type_name, blocks, byte_offset)
+    codes, factors = from_blocks(weight_format.type_name, blocks, byte_offset)
     return codes.reshape(blocks.shape[0], columns), factors
 
 
-def _stored(
-    weight_format: WeightFormat, packing: Packing, codes: Tensor, factors: _Factors, byte_offset: int
-) -> dict[str, Tensor]:
+def _stored(weight_format: WeightFormat, codes: Tensor, factors: Factors, byte_offset: int) -> dict[str, Tensor]:
     """Undoes `_parts`."""
     if isinstance(weight_format, Int4Groups | Int8Groups):
         weight = pack_nibbles(codes) if isinstance(weight_format, Int4Groups) else codes ^ (128 - byte_offset)
@@ -345,93 +339,4 @@ def _stored(
         return tensors if factors.minima is None else {**tensors, "zero_point": factors.minima}
     assert isinstance(weight_format, GgufBlocks)
     codes = codes.view(codes.shape[0], -1, weight_format.block_size)
-    return {"weight": _to_blocks(weight_format.type_name, codes, factors, byte_offset)}
-
-
-def _halves(blocks: Tensor, begin: int) -> Tensor:
-    """The float16 at a byte of each block: [rows, blocks]."""
-    return blocks[:, :, begin : begin + 2].contiguous().view(torch.float16).squeeze(2)
-
-
-def _runs(nibbles: Tensor, size: int) -> Tensor:
-    """Codes of bytes [rows, blocks, n], of each run of `size` bytes the low nibbles, then the high ones."""
-    runs = nibbles.unflatten(2, (-1, 1, size))
-    return torch.cat((runs & 15, runs >> 4), 3).flatten(2)
-
-
-def _from_runs(codes: Tensor, size: int) -> Tensor:
-    """Undoes `_runs`."""
-    low, high = codes.view(*codes.shape[:2], -1, 2, size).unbind(3)
-    return (low & 15 | high << 4).flatten(2)
-
-
-_BITS = torch.arange(8, dtype=torch.uint8)
-
-
-def _from_blocks(type_name: str, blocks: Tensor, byte_offset: int) -> tuple[Tensor, _Factors]:
-    """Codes [rows, blocks, columns of a block] and factors of GGUF blocks; `gguf_dequantize` has their layouts."""
-    if type_name == "Q8_0":
-        return blocks[:, :, 2:] ^ byte_offset, _Factors(_halves(blocks, 0))
-    if type_name == "Q6_K":
-        high = blocks[:, :, 128:192].unflatten(2, (2, 1, 32)) >> _BITS[::2, None] & 3
-        codes = _runs(blocks[:, :, :128], 64) | high.flatten(2) << 4
-        steps = (blocks[:, :, 192:208] ^ 128).reshape(blocks.shape[0], -1, 1)
-        return codes, _Factors(_halves(blocks, 208), steps=steps)
-    if type_name in ("Q4_K", "Q5_K"):
-        factors = _Factors(_halves(blocks, 0), _negative(_halves(blocks, 2)), _k_steps(blocks[:, :, 4:16]))
-        if type_name == "Q4_K":
-            return _runs(blocks[:, :, 16:], 32), factors
-        fifth = blocks[:, :, None, 16:48] >> _BITS[:, None] & 1
-        return _runs(blocks[:, :, 48:], 32) | fifth.flatten(2) << 4, factors
-    has_minima = type_name.endswith("_1")
-    factors = _Factors(_halves(blocks, 0), _halves(blocks, 2) if has_minima else None)
-    begin = 4 if has_minima else 2
-    if type_name.startswith("Q4"):
-        return _runs(blocks[:, :, begin:], 16), factors
-    fifth = blocks[:, :, begin : begin + 4, None] >> _BITS & 1
-    return _runs(blocks[:, :, begin + 4 :], 16) | fifth.flatten(2) << 4, factors
-
-
-def _to_blocks(type_name: str, codes: Tensor, factors: _Factors, byte_offset: int) -> Tensor:
-    """Undoes `_from_blocks`."""
-    scales = _as_bytes(factors.scales)
-    if type_name == "Q8_0":
-        return torch.cat((scales, codes ^ byte_offset), 2)
-    if type_name == "Q6_K":
-        assert factors.steps is not None
-        high = ((codes >> 4).unflatten(2, (2, 4, 32)) << _BITS[::2, None]).sum(3, dtype=torch.uint8).flatten(2)
-        steps = (factors.steps ^ 128).view(*codes.shape[:2], 16)
-        return torch.cat((_from_runs(codes, 64), high, steps, scales), 2)
-    if type_name in ("Q4_K", "Q5_K"):
-        assert factors.minima is not None
-        assert factors.steps is not None
-        steps = _from_k_steps(factors.steps, codes.shape[1])
-        pieces = [scales, _as_bytes(_negative(factors.minima)), steps]
-        if type_name == "Q5_K":
-            pieces.append(((codes >> 4).unflatten(2, (8, 32)) << _BITS[:, None]).sum(2, dtype=torch.uint8))
-        return torch.cat((*pieces, _from_runs(codes, 32)), 2)
-    pieces = [scales] if factors.minima is None else [scales, _as_bytes(factors.minima)]
-    if type_name.startswith("Q5"):
-        pieces.append(((codes >> 4).unflatten(2, (4, 8)) << _BITS).sum(3, dtype=torch.uint8))
-    return torch.cat((*pieces, _from_runs(codes, 16)), 2)
-
-
-def _negative(halves: Tensor) -> Tensor:
-    """-x, NaN included, bit for bit."""
-    return (halves.contiguous().view(torch.int16) ^ -0x8000).view(torch.float16)
-
-
-def _k_steps(packed: Tensor) -> Tensor:
-    """Steps of Q4_K and Q5_K, uint8 [rows, blocks * 8, 2], of their 12 bytes for each block."""
-    first, second, rest = packed.split(4, dim=2)
-    scales = torch.cat((first & 63, rest & 15 | first >> 2 & 48), 2)
-    minima = torch.cat((second & 63, rest >> 4 | second >> 2 & 48), 2)
-    return torch.stack((scales, minima), 3).reshape(packed.shape[0], -1, 2)
-
-
-def _from_k_steps(steps: Tensor, num_blocks: int) -> Tensor:
-    """Undoes `_k_steps`."""
-    scales, minima = steps.view(steps.shape[0], num_blocks, 8, 2).unbind(3)
-    first = scales[:, :, :4] | (scales[:, :, 4:] & 48) << 2
-    second = minima[:, :, :4] | (minima[:, :, 4:] & 48) << 2
-    return torch.cat((first, second, scales[:, :, 4:] & 15 | (minima[:, :, 4:] & 15) << 4), 2)
+    return {"weight": to_blocks(weight_format.type_name, codes, factors, byte_offset)}

@@ -15,6 +15,30 @@ enum Format : int64_t {
   kCodes8ZeroWide
 };
 
+// What activations become before a product; likewise.
+enum InputKind : int64_t {
+  kExact,       // fp32
+  kE4m3,        // fp32: e4m3 numbers times a scale for `scale_columns` of them
+  kShorts,      // 16 bits, a scale for each token
+  kBytes,       // 8 bits, a scale for each token
+  kGroupBytes,  // 8 bits, a scale for each kGroupColumns columns
+};
+
+// How activations meet a matrix: multiplied, reordered, then rounded.
+struct Inputs {
+  int64_t kind;
+  const float* factors;   // [columns] or null
+  const int32_t* order;   // [columns] or null: stored column j meets activation order[j]
+  const float* scale;     // kE4m3, kBytes: of all activations; null: found at run time
+  int64_t scale_columns;  // kE4m3: activations of a token that share a scale
+
+  bool are_plain() const { return kind == kExact && !factors && !order; }
+  bool operator==(const Inputs& other) const {
+    return kind == other.kind && factors == other.factors && order == other.order && scale == other.scale &&
+           scale_columns == other.scale_columns;
+  }
+};
+
 // A matrix, or one of several that lie one above the other and give one result.
 struct Matrix {
   int64_t format;
@@ -24,6 +48,7 @@ struct Matrix {
   int64_t rows, columns;
   int64_t group_shift;          // codes: scales are for 2^group_shift columns each
   int64_t first_row, out_rows;  // of a token's results: where those of this matrix begin, and how many there are
+  Inputs inputs;
 
   const float* row_scales() const { return static_cast<const float*>(scale); }
 };
@@ -218,7 +243,7 @@ inline void multiply_blocks(const Blas& blas, const float* x, int64_t num_tokens
   blas.set_thread_limit(limit);
 }
 
-// Products with int8 weights. Activations become 16-bit integers with one scale for each token: two neighbouring
+// Products with int8 weights. Activations are 16-bit integers with one scale for each token, or 8-bit ones in 16 bits: two neighbouring
 // columns are multiplied and added in 32 bits by one instruction on every x86, and the result differs from that with
 // fp32 activations by far less than the weights' rounding. 8-bit activations are a fifth faster with AVX2 alone and lose ten
 // times as much.
@@ -235,12 +260,26 @@ struct Quantized {
   int16_t* values;  // [tokens, stride]
   float* scales;    // [tokens]
   int64_t stride;
+  bool are_bytes;  // values are those of kBytes
 };
 
 inline int64_t even(int64_t columns) { return (columns + 1) / 2 * 2; }
 
-inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t columns) {
-  return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns)};
+inline int64_t quantized_floats(int64_t columns) { return 1 + even(columns) / 2; }
+
+inline Quantized quantized_at(float* workspace, int64_t num_tokens, int64_t columns, bool are_bytes) {
+  return {reinterpret_cast<int16_t*>(workspace + num_tokens), workspace, even(columns), are_bytes};
+}
+
+// The largest magnitude as bits of a float, which order as integers do, NaN last.
+inline uint32_t largest_magnitude(const float* x, int64_t columns) {
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t k = 0; k < columns; k++) {
+    const uint32_t bits = bit_cast<uint32_t>(x[k]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
 }
 
 // How a token's activations become 16-bit integers: value = scale * integer.
@@ -254,26 +293,48 @@ struct Rounding {
 
 // NaN and infinity make the scale so, and with it the token's results.
 inline Rounding rounding_of(const float* x, int64_t columns) {
-  uint32_t largest_bits = 0;  // floats without a sign order as integers, NaN last
-#pragma omp simd reduction(max : largest_bits)
-  for (int64_t k = 0; k < columns; k++) {
-    const uint32_t bits = bit_cast<uint32_t>(x[k]) & 0x7fffffff;
-    largest_bits = bits > largest_bits ? bits : largest_bits;
-  }
-  float largest = bit_cast<float>(largest_bits);
+  float largest = bit_cast<float>(largest_magnitude(x, columns));
   largest = largest < 1e-30f ? 1e-30f : largest;
   const int64_t safe = INT32_MAX / (128 * columns);  // so that no sum leaves 32 bits
   const float limit = static_cast<float>(safe < kLargestActivation ? safe : kLargestActivation);
   return {limit / largest, largest / limit};
 }
 
-inline void quantize(const float* x, int64_t columns, int64_t token, const Quantized& to) {
-  const Rounding rounding = rounding_of(x, columns);
+constexpr uint32_t kInfinityBits = 0x7f800000, kNanBits = 0x7fc00000;
+
+// How a token's activations become 8-bit integers: value = scale * integer, as `Int8W8A8` defines it.
+struct ByteRounding {
+  float divisor, scale;
+
+  int16_t operator()(float value) const {
+    float quotient = value / divisor;
+    quotient = quotient > 127.0f ? 127.0f : quotient;
+    quotient = quotient < -127.0f ? -127.0f : quotient;
+    return static_cast<int16_t>(bit_cast<uint32_t>(quotient + 12582912.0f));  // see exp_negative
+  }
+};
+
+// With a scale for all tokens larger values saturate, but not NaN.
+inline ByteRounding byte_rounding_of(const float* x, int64_t columns, const float* scale) {
+  const uint32_t largest = largest_magnitude(x, columns);
+  const float found = scale ? *scale : bit_cast<float>(largest) / 127.0f, least = found < 1e-30f ? 1e-30f : found;
+  const bool is_lost = scale ? largest > kInfinityBits : largest >= kInfinityBits;
+  return {scale ? *scale : least, is_lost ? bit_cast<float>(kNanBits) : scale ? *scale : least};
+}
+
+template <typename TokenRounding>
+inline void quantize(const float* x, int64_t columns, const TokenRounding& rounding, int64_t token, const Quantized& to) {
   int16_t* values = to.values + token * to.stride;
 #pragma omp simd
   for (int64_t k = 0; k < columns; k++) values[k] = rounding(x[k]);
   if (columns < to.stride) values[columns] = 0;
   to.scales[token] = rounding.scale;
+}
+
+// A sum of integers times both scales. kBytes: rounded after each, as torch's operators do.
+inline Floats scaled_sum(Ints sum, Floats row_scale, float token_scale, bool are_bytes) {
+  const Floats exact = __builtin_convertvector(sum, Floats);
+  return are_bytes ? exact * token_scale * row_scale : exact * (row_scale * token_scale);
 }
 
 // Stores the results of a token and `kPanels` neighbouring panels.
@@ -320,8 +381,8 @@ void multiply_panel(const Quantized& x, int64_t m, const Matrix& matrix, int64_t
     Floats results[kPanelVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kPanelVectors; v++) {
-      const Floats scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth) * x.scales[m + i];
-      results[v] = __builtin_convertvector(sums[i][v], Floats) * scale;
+      const Floats row_scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth);
+      results[v] = scaled_sum(sums[i][v], row_scale, x.scales[m + i], x.are_bytes);
     }
     store_results<1>(results, m + i, matrix, panel, out, accumulate);
   }

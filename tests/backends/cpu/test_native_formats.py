@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmengine.backends.cpu.linear import W8A8Linear
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLinear, load_native_library, looks_up, multiplies
 from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.config import QuantConfig
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS, GgufBlocks
 from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
@@ -128,6 +129,45 @@ def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: M
     assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
 
 
+W8A8 = [
+    Int8W8A8(scales, activations, input_scale)  # type: ignore[arg-type]
+    for scales in ("channel", "tensor")
+    for activations in ("token", "tensor")
+    for input_scale in (False, True)
+]
+
+
+def random_w8a8(format: Int8W8A8, rows: int, columns: int) -> Matrix:
+    generator = torch.Generator().manual_seed(rows)
+    shape = (rows, columns)
+    tensors = {
+        "weight": torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator),
+        "weight_scale": torch.rand(rows if format.scales == "channel" else 1, generator=generator) * 0.01 + 0.001,
+        "activation_scale": torch.tensor([0.021]),
+        "input_scale": torch.rand(columns, generator=generator) + 0.5,
+    }
+    return Matrix(format, shape, {suffix: tensors[suffix] for suffix in format.tensors(shape, "float32")})
+
+
+@pytest.mark.parametrize("format", W8A8, ids=str)
+@pytest.mark.parametrize("shape", [(48, 64), (37, 83), (5, 2), (33, 568)])
+def test_w8a8_equals_torch_in_every_bit(native_directory: Path, format: Int8W8A8, shape: tuple[int, int]) -> None:
+    matrix = random_w8a8(format, *shape)
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
+    linear, expected = NativeLinear(load_native_library(native_directory), matrix, bias), W8A8Linear(matrix, bias)
+    for num_tokens in (1, 3, 16, 65, 200):
+        x = tokens_of_all_magnitudes(num_tokens, shape[1])
+        x[0] = torch.arange(shape[1]) * 0.021 / 2  # ties, and values that saturate
+        found = linear(x)
+        assert torch.equal(found, expected(x))
+        residual = torch.randn(num_tokens, shape[0])
+        assert torch.equal(linear(x, residual.clone()), expected(x, residual.clone()))
+        for token in range(0, num_tokens, 7):
+            assert torch.equal(linear(x[token : token + 1])[0], found[token])
+    for suffix, tensor in linear.matrix.tensors.items():
+        assert torch.equal(tensor, matrix.tensors[suffix]), suffix
+
+
 @pytest.mark.parametrize(("input_order", "input_scale"), [(True, False), (False, True), (True, True)])
 def test_activations_are_arranged(native_directory: Path, input_order: bool, input_scale: bool) -> None:
     groups = Int4Groups(32, input_order=input_order, input_scale=input_scale)
@@ -150,10 +190,13 @@ def test_activations_are_arranged(native_directory: Path, input_order: bool, inp
 def test_nan_stays_with_its_token(native_directory: Path) -> None:
     library = load_native_library(native_directory)
     x = torch.randn(9, 64)
-    for matrix in (random_blocks(GGUF_BLOCKS["Q4_1"], 20, 64), random_blocks(GGUF_BLOCKS["Q8_0"], 20, 64)):
+    matrices = [random_blocks(GGUF_BLOCKS[name], 20, 64) for name in ("Q4_1", "Q8_0")]
+    matrices += [random_w8a8(Int8W8A8(activations=name), 20, 64) for name in ("token", "tensor")]  # type: ignore[arg-type]
+    for matrix in matrices:
         linear = NativeLinear(library, matrix, None)
         expected = linear(x)
-        for value in (torch.nan, torch.inf):
+        # With a scale for all activations, infinity saturates.
+        for value in (torch.nan,) if "activation_scale" in matrix.tensors else (torch.nan, torch.inf):
             spoiled = x.clone()
             spoiled[3, 40] = value
             found = linear(spoiled)
@@ -225,5 +268,9 @@ def test_which_formats_there_are() -> None:
     assert multiplies(Stacked.of_rows([(256, q4), (128, q4), (128, q6)]))
     assert not multiplies(Stacked.of_rows([(256, q4), (128, q2)]))
     assert not multiplies(Stacked.of_rows([(32, q4)] * 4))
-    assert not multiplies(Int4Groups(input_order=True))
+    assert multiplies(Int8W8A8())
+    assert not looks_up(Int8W8A8())
+    assert multiplies(Int4Groups(input_order=True, input_scale=True))
+    assert not looks_up(Int4Groups(input_order=True))
+    assert not looks_up(Int4Groups(input_scale=True))
     assert not multiplies(Int4Groups(16, scale_dtype="bfloat16"))

@@ -1,0 +1,117 @@
+"""GGUF's blocks as codes and factors, and back, without losing a bit; `gguf_dequantize` has their layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What codes are multiplied by, and what is added.
+
+    Attributes:
+        scales: [rows, groups] in the packing's dtype; of 256 columns where there are `steps`.
+        minima: float16 alike, or zero points, uint8; None if there are none.
+        steps: uint8 [rows, groups, 1 or 2], of scales and minima.
+    """
+
+    scales: Tensor
+    minima: Tensor | None = None
+    steps: Tensor | None = None
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """[rows, n] as uint8 [rows, n, bytes of an entry]."""
+    return tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.element_size())
+
+
+def _halves(blocks: Tensor, begin: int) -> Tensor:
+    """The float16 at a byte of each block: [rows, blocks]."""
+    return blocks[:, :, begin : begin + 2].contiguous().view(torch.float16).squeeze(2)
+
+
+def _runs(nibbles: Tensor, size: int) -> Tensor:
+    """Codes of bytes [rows, blocks, n], of each run of `size` bytes the low nibbles, then the high ones."""
+    runs = nibbles.unflatten(2, (-1, 1, size))
+    return torch.cat((runs & 15, runs >> 4), 3).flatten(2)
+
+
+def _from_runs(codes: Tensor, size: int) -> Tensor:
+    """Undoes `_runs`."""
+    low, high = codes.view(*codes.shape[:2], -1, 2, size).unbind(3)
+    return (low & 15 | high << 4).flatten(2)
+
+
+_BITS = torch.arange(8, dtype=torch.uint8)
+
+
+def from_blocks(type_name: str, blocks: Tensor, byte_offset: int) -> tuple[Tensor, Factors]:
+    """Codes [rows, blocks, columns of a block] and factors of GGUF blocks."""
+    if type_name == "Q8_0":
+        return blocks[:, :, 2:] ^ byte_offset, Factors(_halves(blocks, 0))
+    if type_name == "Q6_K":
+        high = blocks[:, :, 128:192].unflatten(2, (2, 1, 32)) >> _BITS[::2, None] & 3
+        codes = _runs(blocks[:, :, :128], 64) | high.flatten(2) << 4
+        steps = (blocks[:, :, 192:208] ^ 128).reshape(blocks.shape[0], -1, 1)
+        return codes, Factors(_halves(blocks, 208), steps=steps)
+    if type_name in ("Q4_K", "Q5_K"):
+        factors = Factors(_halves(blocks, 0), _negative(_halves(blocks, 2)), _k_steps(blocks[:, :, 4:16]))
+        if type_name == "Q4_K":
+            return _runs(blocks[:, :, 16:], 32), factors
+        fifth = blocks[:, :, None, 16:48] >> _BITS[:, None] & 1
+        return _runs(blocks[:, :, 48:], 32) | fifth.flatten(2) << 4, factors
+    has_minima = type_name.endswith("_1")
+    factors = Factors(_halves(blocks, 0), _halves(blocks, 2) if has_minima else None)
+    begin = 4 if has_minima else 2
+    if type_name.startswith("Q4"):
+        return _runs(blocks[:, :, begin:], 16), factors
+    fifth = blocks[:, :, begin : begin + 4, None] >> _BITS & 1
+    return _runs(blocks[:, :, begin + 4 :], 16) | fifth.flatten(2) << 4, factors
+
+
+def to_blocks(type_name: str, codes: Tensor, factors: Factors, byte_offset: int) -> Tensor:
+    """Undoes `from_blocks`."""
+    scales = as_bytes(factors.scales)
+    if type_name == "Q8_0":
+        return torch.cat((scales, codes ^ byte_offset), 2)
+    if type_name == "Q6_K":
+        assert factors.steps is not None
+        high = ((codes >> 4).unflatten(2, (2, 4, 32)) << _BITS[::2, None]).sum(3, dtype=torch.uint8).flatten(2)
+        steps = (factors.steps ^ 128).view(*codes.shape[:2], 16)
+        return torch.cat((_from_runs(codes, 64), high, steps, scales), 2)
+    if type_name in ("Q4_K", "Q5_K"):
+        assert factors.minima is not None
+        assert factors.steps is not None
+        steps = _from_k_steps(factors.steps, codes.shape[1])
+        pieces = [scales, as_bytes(_negative(factors.minima)), steps]
+        if type_name == "Q5_K":
+            pieces.append(((codes >> 4).unflatten(2, (8, 32)) << _BITS[:, None]).sum(2, dtype=torch.uint8))
+        return torch.cat((*pieces, _from_runs(codes, 32)), 2)
+    pieces = [scales] if factors.minima is None else [scales, as_bytes(factors.minima)]
+    if type_name.startswith("Q5"):
+        pieces.append(((codes >> 4).unflatten(2, (4, 8)) << _BITS).sum(3, dtype=torch.uint8))
+    return torch.cat((*pieces, _from_runs(codes, 16)), 2)
+
+
+def _negative(halves: Tensor) -> Tensor:
+    """-x, NaN included, bit for bit."""
+    return (halves.contiguous().view(torch.int16) ^ -0x8000).view(torch.float16)
+
+
+def _k_steps(packed: Tensor) -> Tensor:
+    """Steps of Q4_K and Q5_K, uint8 [rows, blocks * 8, 2], of their 12 bytes for each block."""
+    first, second, rest = packed.split(4, dim=2)
+    scales = torch.cat((first & 63, rest & 15 | first >> 2 & 48), 2)
+    minima = torch.cat((second & 63, rest >> 4 | second >> 2 & 48), 2)
+    return torch.stack((scales, minima), 3).reshape(packed.shape[0], -1, 2)
+
+
+def _from_k_steps(steps: Tensor, num_blocks: int) -> Tensor:
+    """Undoes `_k_steps`."""
+    scales, minima = steps.view(steps.shape[0], num_blocks, 8, 2).unbind(3)
+    first = scales[:, :, :4] | (scales[:, :, 4:] & 48) << 2
+    second = minima[:, :, :4] | (minima[:, :, 4:] & 48) << 2
+    return torch.cat((first, second, scales[:, :, 4:] & 15 | (minima[:, :, 4:] & 15) << 4), 2)
