@@ -10,7 +10,7 @@ torch          none    [out, in] as it came                         always there
 onednn         none    oneDNN's own blocked layout                  where torch has oneDNN; float32, and bfloat16 on
                                                                     processors with bfloat16 units
 dequantized    any     as stored                                    always there; slow
-torch-w8a8     w8a8    as stored                                    always there
+torch-w8a8     w8a8    as stored                                    without the native library
 native         some    panels of 16 rows (`native_packing`)         with the native library (`native.NativeLinear`)
 =============  ======  ===========================================  ================================================
 """
