@@ -301,7 +301,8 @@ def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
         tensor = packed.inputs.get(suffix)
         if tensor is None:
             return None
-        assert tensor.dtype == dtype and tensor.is_contiguous(), suffix
+        assert tensor.dtype == dtype, suffix
+        assert tensor.is_contiguous(), suffix
         return tensor.data_ptr()
 
     return _InputsStruct(
