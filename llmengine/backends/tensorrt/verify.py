@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.tensorrt import criterion
-from llmengine.backends.tensorrt.expected_outputs import expected_outputs
+from llmengine.backends.tensorrt.expected_outputs import Rounded, expected_outputs
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
 from llmengine.backends.tensorrt.spec import PlacedSegment, PlanTensor, SegmentSpec, WeightSpec, segments_by_plan
 from llmengine.checkpoints.metadata_fields import Fields
@@ -224,21 +224,24 @@ def _check(plan: LoadedPlan, weights: Mapping[str, Tensor], sizes: Sizes, memory
     stream = current_stream(memory.device)
     memory.fill_(0xFF)  # NaN in every dtype: a read before a write shows
     plan.context(sizes, memory, stream).run(addresses, stream)
-    for name, errors in scaled_errors(spec, tensors, outputs).items():
+    expected = expected_outputs(spec, tensors, torch_dtype(spec.dtype))
+    for name, errors in scaled_errors(expected, outputs).items():
         intact = bool((outputs[name][-1] == _SENTINEL).all())
         yield check_errors(plan.name, name, sizes, errors, intact)
 
 
-def scaled_errors(spec: SegmentSpec, tensors: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def scaled_errors(
+    expected: Iterable[tuple[slice, Mapping[str, Rounded]]], outputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Errors of each output in units of the expected rounding error, float32 [rows, columns].
 
     Args:
-        tensors: inputs, and weights by their names in the plan.
-        outputs: by name; rows beyond those that the inputs ask for are ignored.
+        expected: see `expected_outputs`.
+        outputs: by name; rows beyond the expected ones are ignored.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in outputs}
-    for rows, expected in expected_outputs(spec, tensors, torch_dtype(spec.dtype)):
-        for name, exact in expected.items():
+    for rows, exact_values in expected:
+        for name, exact in exact_values.items():
             error = outputs[name][rows].double() - exact.value
             parts[name].append((error / exact.total_variance.double().sqrt()).float())
     return {name: torch.cat(errors) for name, errors in parts.items()}

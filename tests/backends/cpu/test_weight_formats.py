@@ -31,6 +31,7 @@ CONFIGS = {
     "mxfp4": QuantConfig.preset("mxfp4"),
 }
 PROMPTS = [[5 + index * 7 % 90 for index in range(40)], [3 + index * 11 % 90 for index in range(9)]]
+OTHERS = [name for name in CONFIGS if name not in ("int4", "w8a8", "fp8")]
 by_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -139,14 +140,9 @@ def test_families_in_every_format(tmp_path: Path, family: str, name: str) -> Non
     check_logits(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["int4", "w8a8", "fp8"])
+@pytest.mark.parametrize(
+    "name", ["int4", "w8a8", "fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_deterministic_schedules(tmp_path: Path, name: str) -> None:
-    save_tiny(tmp_path)
-    assert check(tmp_path, 2, 4, quant_config=CONFIGS[name])
-
-
-@pytest.mark.slow
-@by_config
-def test_deterministic_schedules_of_every_format(tmp_path: Path, name: str) -> None:
-    save_tiny(tmp_path)
+    save_tiny(tmp_path, num_hidden_layers=1)
     assert check(tmp_path, 3, 5, quant_config=CONFIGS[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.criterion import largest_rms
+from llmengine.backends.tensorrt.expected_outputs import Rounded, expected_outputs
 from llmengine.backends.tensorrt.runtime import Sizes
 from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, segments_by_plan, segments_of
 from llmengine.backends.tensorrt.verify import SegmentCheck, check_errors, random_tensors, scaled_errors
 from llmengine.dtypes import ModelDType
-from tests.backends.tensorrt.segment_helpers import tiny_arch
+from tests.backends.tensorrt.segment_helpers import DTYPES, tiny_arch
 from tests.backends.tensorrt.simulated_plans import FP16_SUMS, SOUND, Ways, simulate
 
 Tensors = dict[str, Tensor]
@@ -41,17 +44,51 @@ def given(spec: SegmentSpec, rows: int, *, heavy: bool = False, seed: int = 0) -
         if heavy and name.endswith("norm.weight"):
             tensor *= torch.exp(0.7 * torch.randn(tensor.shape)).to(tensor.dtype)
         elif heavy and name.endswith(".weight"):
-            spread = torch.distributions.StudentT(4.0).sample(tensor.shape).abs().clamp(max=20.0)
-            tensor *= (0.5 * spread + 0.3).to(tensor.dtype)
+            tensor *= (0.5 * student_t4(tensor.shape).abs().clamp(max=20.0) + 0.3).to(tensor.dtype)
         elif heavy and name == "x":
             tensor *= torch.exp(torch.randn(tensor.shape[1])).to(tensor.dtype)
             tensor[:, :2] *= 30
     return sizes, tensors
 
 
+def student_t4(shape: torch.Size) -> Tensor:
+    """Draws from Student's t with four degrees of freedom: normal over the root of a mean of two exponentials."""
+    mean = (torch.empty(shape).exponential_() + torch.empty(shape).exponential_()) / 2
+    return torch.randn(shape) / mean.sqrt()
+
+
+def exact_outputs(spec: SegmentSpec, tensors: Tensors) -> list[tuple[slice, dict[str, Rounded]]]:
+    return list(expected_outputs(spec, tensors, DTYPES[spec.dtype]))
+
+
 def checked(spec: SegmentSpec, sizes: Sizes, tensors: Tensors, outputs: Tensors) -> dict[str, SegmentCheck]:
-    errors = scaled_errors(spec, tensors, outputs)
+    return checked_beside(exact_outputs(spec, tensors), spec, sizes, outputs)
+
+
+def checked_beside(
+    expected: list[tuple[slice, dict[str, Rounded]]], spec: SegmentSpec, sizes: Sizes, outputs: Tensors
+) -> dict[str, SegmentCheck]:
+    errors = scaled_errors(expected, outputs)
     return {name: check_errors(spec.kind, name, sizes, error) for name, error in errors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A segment with inputs and weights, and the outputs that a plan should have for them."""
+
+    spec: SegmentSpec
+    sizes: Sizes
+    tensors: Tensors
+    expected: list[tuple[slice, dict[str, Rounded]]]
+
+
+@pytest.fixture(scope="module")
+def cases(request: pytest.FixtureRequest) -> list[Case]:
+    """One row, and 33, of a kind of segment in a dtype, heavy or not: the fixture's parameter."""
+    kind, dtype, heavy = request.param
+    spec = spec_of("135m", kind, dtype)
+    inputs = [given(spec, rows, heavy=heavy, seed=rows) for rows in (1, 33)]
+    return [Case(spec, sizes, tensors, exact_outputs(spec, tensors)) for sizes, tensors in inputs]
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (48, 1), (2000, 1), (960, 4), (1, 64), (64, 64)])
@@ -79,16 +116,18 @@ def test_the_limit_is_no_higher_than_it_has_to_be() -> None:
 
 
 @pytest.mark.parametrize("ways", list(SOUND))
-@pytest.mark.parametrize("heavy", [False, True])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("kind", ["first", "mid", "last"])
-def test_sound_plans_pass(kind: str, dtype: Any, heavy: bool, ways: str) -> None:
-    if dtype == "float32" and SOUND[ways].round_parts:
+@pytest.mark.parametrize(
+    "cases",
+    list(itertools.product(["first", "mid", "last"], ["float16", "bfloat16", "float32"], [False, True])),
+    ids=lambda given: "-".join(map(str, given)),
+    indirect=True,
+)
+def test_sound_plans_pass(cases: list[Case], ways: str) -> None:
+    if cases[0].spec.dtype == "float32" and SOUND[ways].round_parts:
         pytest.skip("is no rounding there")
-    spec = spec_of("135m", kind, dtype)
-    for rows in (1, 33):
-        sizes, tensors = given(spec, rows, heavy=heavy, seed=rows)
-        for check in checked(spec, sizes, tensors, simulate(spec, tensors, SOUND[ways])).values():
+    for case in cases:
+        outputs = simulate(case.spec, case.tensors, SOUND[ways])
+        for check in checked_beside(case.expected, case.spec, case.sizes, outputs).values():
             assert check.ratio < 0.75, check
             assert check.rms_error < 1.5
 
@@ -99,8 +138,9 @@ def test_sound_plans_pass(kind: str, dtype: Any, heavy: bool, ways: str) -> None
 def test_sound_plans_of_larger_models_and_steps_pass(dtype: Any, width: str, rows: int, heavy: bool) -> None:
     spec = spec_of(width, "mid", dtype)
     sizes, tensors = given(spec, rows, heavy=heavy)
+    expected = exact_outputs(spec, tensors)
     for ways in (Ways(), Ways(split_k=2, round_parts=True, fused=True)):
-        for check in checked(spec, sizes, tensors, simulate(spec, tensors, ways)).values():
+        for check in checked_beside(expected, spec, sizes, simulate(spec, tensors, ways)).values():
             assert check.ratio < 0.75, check
 
 
