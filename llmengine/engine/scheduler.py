@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from operator import attrgetter
 
-from llmengine.batch import Batch, BatchRow, SlotInit, StepResult
+from llmengine.batch import Batch, BatchRow, StepResult
 from llmengine.config import SchedulerConfig
 from llmengine.engine.block_allocation import BlockAllocator
 from llmengine.engine.fair_queue import FairQueue
@@ -24,9 +24,10 @@ from llmengine.engine.pace import PromptPace
 from llmengine.engine.paused_requests import PausedRequests
 from llmengine.engine.preemption import choose_victim
 from llmengine.engine.request import Request, RequestStatus
+from llmengine.engine.residency import Residency
 from llmengine.engine.stats import EngineCounters
 from llmengine.engine.step_plan import LaunchedStep, StepPlan, slot_init
-from llmengine.errors import QueueFullError, RequestFailedError
+from llmengine.errors import RequestFailedError
 from llmengine.outputs import FinishReason
 
 
@@ -81,7 +82,7 @@ class Scheduler:
         self._allocator = BlockAllocator(kv_cache, max_samples)
         self._clock = clock
         self._waiting: FairQueue[Request] = FairQueue(config.tenant_weights, _is_waiting)
-        self._free_slots = list(range(config.max_batch_size))
+        self._residency = Residency(config, kv_cache, self._allocator, self._paused, counters)
         self._in_flight: deque[LaunchedStep] = deque()
         self._pace = None if config.max_decode_latency_ms is None else PromptPace(config)
         self._updated_at = 0.0
@@ -254,13 +255,13 @@ class Scheduler:
             self._allocator.forget_prefix(request)
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self._release(request)
+            self._residency.release(request)
         elif request.status is RequestStatus.WAITING:
             request.status = RequestStatus.FINISHED
             self._waiting.left(request.share)
         elif request.status is RequestStatus.PAUSED:
             if self._paused.remove(request):
-                self._release(request)
+                self._residency.release(request)
         else:
             self._families.drop(request)
         request.finish(reason, error)
@@ -277,43 +278,19 @@ class Scheduler:
             if request.family is not None and request is request.relatives[0]:
                 yield from request.family.held
 
-    @contextmanager
-    def borrowed(self, num_tokens: int) -> Iterator[tuple[int, BlockTable]]:
+    def borrowed(self, num_tokens: int) -> AbstractContextManager[tuple[int, BlockTable]]:
         """A slot and blocks for `num_tokens` tokens, which are given back, without a trace in the prefix cache.
 
         Raises `QueueFullError` if no slot is free, or too few blocks.
         """
-        blocks = BlockTable()
-        if not self._free_slots:
-            raise QueueFullError(
-                f"all {self.config.max_batch_size} slots are taken by requests; wait until one is free"
-            )
-        if not self.kv_cache.allocate(blocks, num_tokens):
-            raise QueueFullError(
-                f"{num_tokens} tokens need {self.kv_cache.blocks_for(num_tokens)} KV blocks; "
-                f"{self.kv_cache.num_available_blocks} are free: wait until fewer requests run"
-            )
-        slot = self._free_slots.pop()
-        try:
-            yield slot, blocks
-        finally:
-            self._free_slots.append(slot)
-            self.kv_cache.free(blocks)
+        return self._residency.borrowed(num_tokens)
 
     def check_integrity(self) -> None:
         """Assert that slots, queue and blocks are consistent. Too slow for anything but tests."""
-        waiting = list(self._waiting)
-        residents = [*self.running, *self._paused.residents]
-        slots = [request.slot for request in residents]
-        assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
-            range(self.config.max_batch_size)
-        ), "slots leaked or shared"
-        for request in residents:
-            assert len(request.blocks.block_ids) >= self.kv_cache.blocks_for(request.num_computed_tokens)
+        self._residency.check_integrity(self.running, self.requests())
         assert all(request.status is RequestStatus.RUNNING for request in self.running)
-        self._paused.check_integrity()
-        self._waiting.check_integrity([request.share for request in residents], [request.share for request in waiting])
-        self.kv_cache.check_integrity(request.blocks for request in self.requests())
+        running = [request.share for request in (*self.running, *self._paused.residents)]
+        self._waiting.check_integrity(running, [request.share for request in self._waiting])
         if not self.has_requests:
             assert self.kv_cache.num_used_blocks == 0, "an idle engine holds blocks"
             assert self._waiting.num_tenants == 0, "an idle engine remembers tenants"
@@ -386,7 +363,7 @@ class Scheduler:
         }
         preempted = False
         while len(needing) > self.kv_cache.num_available_blocks:
-            if self._evict_paused():
+            if self._residency.evict_paused():
                 continue
             if self._waiting.num_tenants > 1:
                 self._charge_running()
@@ -398,34 +375,12 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._evict(request)
+        self._residency.evict(request)
         self._enqueue(request)
-
-    def _evict_paused(self) -> bool:
-        """Take slot and blocks from the longest paused request that has any; False if there is none."""
-        if (request := self._paused.pop_resident()) is None:
-            return False
-        self._evict(request)
-        return True
-
-    def _evict(self, request: Request) -> None:
-        self._release(request)
-        request.num_preemptions += 1
-        request.stream.log.num_preemptions += 1
-        self.counters.num_preemptions += 1
-
-    def _release(self, request: Request) -> None:
-        assert request.slot is not None
-        request.charge_tenant()
-        request.share.num_running -= 1
-        self._free_slots.append(request.slot)
-        request.slot = None
-        self.kv_cache.free(request.blocks)
-        request.num_computed_tokens = 0
 
     def _schedule_prompts(self, plan: StepPlan, chunks: list[Request], *, may_admit: bool) -> None:
         """Divide the budget among prompts in progress and waiting requests, in the fair order."""
-        may_admit = may_admit and bool(self._waiting) and self._has_slot
+        may_admit = may_admit and bool(self._waiting) and self._residency.has_slot
         if not chunks and not may_admit:
             return
         if self._waiting.num_tenants > 1:
@@ -434,71 +389,43 @@ class Scheduler:
         while plan.budget > 0:
             waiting = self._waiting.peek() if may_admit else None
             if waiting is not None and (not chunks or waiting.place < chunks[-1].place):
-                may_admit = self._admit(plan, waiting) and self._has_slot
+                may_admit = self._admit(plan, waiting) and self._residency.has_slot
             elif chunks:
                 request = chunks.pop()
                 self._add_row(plan, request, min(request.num_uncomputed_tokens, plan.budget), ())
             else:
                 return
 
-    @property
-    def _has_slot(self) -> bool:
-        return bool(self._free_slots) or self._paused.has_residents
-
     def _admit(self, plan: StepPlan, request: Request) -> bool:
         """Admit the first waiting request; False if it must go on waiting, and all others with it."""
-        if request.num_in_flight or request.is_awaited or not self._take_blocks(plan, request):
+        if request.num_in_flight or request.is_awaited:
+            return False
+        num_cached_tokens = self._residency.take_blocks(plan, request, len(self.running))
+        if num_cached_tokens is None:
             return False
         popped = self._waiting.pop()
         assert popped is request, "taking its blocks has changed the fair order"
+        self._residency.take_slot(request)
+        request.num_computed_tokens = num_cached_tokens
+        if request.stream.log.first_scheduled is None:
+            self._note_first_admission(request)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        self._families.watch(request)
+        plan.slot_inits.append(slot_init(request))
         num_tokens = min(request.num_uncomputed_tokens, plan.budget)
-        plan.slot_inits.append(self._take_slot(request))
         self._add_row(plan, request, num_tokens, list(request.blocks.block_ids))
         return True
 
-    def _take_blocks(self, plan: StepPlan, request: Request) -> bool:
-        """Take blocks for all tokens of the request; False, and no change, if too few are left.
-
-        One block is reserved for each running request to grow into, and one more of those for each time that the
-        request was preempted, up to `max_preemptions` times: a request that lost its place to a lack of room comes back
-        when there is more of it.
-        """
-        reserve = len(self.running) * (1 + min(request.num_preemptions, self.config.max_preemptions))
-        while self.kv_cache.num_available_blocks <= reserve:
-            if not self._evict_paused():
-                return (
-                    False  # its prefix is not looked up in each step: the final token needs a block of its own anyway
-                )
-        num_cached_tokens = self._allocator.find(plan, request)
-        missing = self.kv_cache.blocks_for(len(request.token_ids)) - len(request.blocks.block_ids)
-        while self.kv_cache.num_available_blocks < missing + reserve and self._evict_paused():
-            pass
-        if self.kv_cache.num_available_blocks < missing + reserve or not self.kv_cache.allocate(
-            request.blocks, len(request.token_ids)
-        ):
-            self.kv_cache.free(request.blocks)
-            return False
-        request.num_computed_tokens = num_cached_tokens
+    def _note_first_admission(self, request: Request) -> None:
         log = request.stream.log
-        if log.first_scheduled is None:
-            log.first_scheduled = self._clock()
-            log.num_cached_tokens = request.num_charged_tokens = num_cached_tokens
-            if request is request.relatives[0]:
-                self.kv_cache.count_lookup(len(request.token_ids), num_cached_tokens)
-                self.counters.num_prompt_tokens += len(request.token_ids)
-            if request.ticket is not None:
-                request.ticket.release()
-        return True
-
-    def _take_slot(self, request: Request) -> SlotInit:
-        if not self._free_slots:
-            self._evict_paused()
-        request.slot = self._free_slots.pop()
-        request.status = RequestStatus.RUNNING
-        request.share.num_running += 1
-        self.running.append(request)
-        self._families.watch(request)
-        return slot_init(request)
+        log.first_scheduled = self._clock()
+        log.num_cached_tokens = request.num_charged_tokens = request.num_computed_tokens
+        if request is request.relatives[0]:
+            self.kv_cache.count_lookup(len(request.token_ids), request.num_computed_tokens)
+            self.counters.num_prompt_tokens += len(request.token_ids)
+        if request.ticket is not None:
+            request.ticket.release()
 
     def _add_row(self, plan: StepPlan, request: Request, num_tokens: int, new_block_ids: Sequence[int]) -> None:
         assert request.slot is not None
