@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Generic
 from llmengine.checkpoints.canonical_weights import stored_parts, stream_fused
 from llmengine.checkpoints.end_token_ids import hf_end_ids
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
+from llmengine.checkpoints.huggingface_descriptions import LayoutChoice, quantization_description
 from llmengine.checkpoints.huggingface_matrices import QuantizedMatrices, quantized_linears, quantized_matrices
-from llmengine.checkpoints.huggingface_quantization import LayoutChoice, layout_choice
+from llmengine.checkpoints.huggingface_quantization import layout_choice
 from llmengine.checkpoints.huggingface_tensors import (
     EMBEDDING,
     HEAD,
@@ -49,6 +50,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 """Files that may contain a directory's weights or an index of them, in order of preference."""
+
+_QUANTIZED_SUFFIXES = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+"""Ends of such names in old quantized directories, in order of preference."""
 
 _OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz")
 """Suffixes of files that may contain weights in another format; an error about missing weights lists them."""
@@ -97,9 +101,10 @@ def read_hf_metadata(directory: Path) -> HfMetadata:
     _check_generation(generation)
     bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
     arch = arch_from_hf_config(config.values, config.where)
+    description = quantization_description(directory, config)
     return HfMetadata(
         arch=arch,
-        layouts=layout_choice(config),
+        layouts=None if description is None else layout_choice(description),
         dtype=_config_dtype(config),
         generation_config=generation,
         eos_token_ids=hf_end_ids(config, generation, arch.vocab_size),
@@ -121,13 +126,7 @@ def open_hf(directory: Path) -> ModelSource:
     """The checkpoint in a Hugging Face directory. Reads only JSON files and the headers of safetensors files."""
     metadata = read_hf_metadata(directory)
     arch = metadata.arch
-    file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
-    if file_name is None:
-        others = sorted(entry.name for entry in directory.iterdir() if entry.suffix in _OTHER_SUFFIXES)
-        raise ModelLoadError(
-            f"{directory}: config.json but no weights; looked for {', '.join(WEIGHT_FILES)}"
-            f"{'; found: ' + ', '.join(others[:8]) if others else ''}; load_format='dummy' creates random weights"
-        )
+    file_name = _weight_file(directory, is_quantized=metadata.layouts is not None)
     shards = indexed_shards(directory, file_name)
     formats = DENSE_MODEL
     if "safetensors" in file_name:
@@ -153,6 +152,32 @@ def open_hf(directory: Path) -> ModelSource:
         tokenizer_path=directory,
         stream=stream,
         formats=formats,
+    )
+
+
+def _weight_file(directory: Path, *, is_quantized: bool) -> str:
+    """The file of a directory that has the weights or an index of them.
+
+    Old tools named it after the quantization ("gptq_model-4bit-128g.safetensors"), so in a directory that describes one
+    any single file will do.
+    """
+    names = sorted(entry.name for entry in directory.iterdir())
+    usual = next((name for name in WEIGHT_FILES if name in names), None)
+    if usual is not None:
+        return usual
+    others = [name for name in names if name.endswith(_OTHER_SUFFIXES)]
+    for suffix in _QUANTIZED_SUFFIXES if is_quantized else ():
+        found = [name for name in names if name.endswith(suffix)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ModelLoadError(
+                f"{directory}: several files may have the weights: {', '.join(found[:8])}; keep one, or call the one "
+                f"that is meant {WEIGHT_FILES[0]}"
+            )
+    raise ModelLoadError(
+        f"{directory}: config.json but no weights; looked for {', '.join(WEIGHT_FILES)}"
+        f"{'; found: ' + ', '.join(others[:8]) if others else ''}; load_format='dummy' creates random weights"
     )
 
 

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmengine.checkpoints.canonical_weights import StoredPart, stored_parts, stored_shapes
-from llmengine.checkpoints.huggingface_quantization import LayoutChoice
-from llmengine.checkpoints.huggingface_tensors import WEIGHT_DTYPES, StoredTensor, TensorT, stored_names
+from llmengine.checkpoints.huggingface_descriptions import LayoutChoice, Module
+from llmengine.checkpoints.huggingface_tensors import (
+    StoredTensor,
+    TensorT,
+    is_buffer,
+    module_and_suffix,
+    stored_names,
+)
 from llmengine.checkpoints.quantized_linears import LinearLayout, StoredLinear
 from llmengine.dtypes import model_dtype_name
+from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch, fused_parts, head_order
 from llmengine.quantization.formats import DENSE, Along, WeightFormat
 from llmengine.quantization.model_formats import ModelFormats
@@ -21,6 +28,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EMBEDDING = "model.embed_tokens"
+_KNOWN = frozenset(
+    (
+        *("weight", "bias", "qweight", "qzeros", "scales", "g_idx"),
+        *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale"),
+        *("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale", "input_global_scale"),
+        *("input_zero_point", "activation_scale", "output_scale", "output_zero_point"),
+        *("weight_blocks", "weight_scales", "SCB", "weight_format"),
+        *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+        *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
+    )
+)
+"""Tensors of quantized linears. Layouts leave out those that concern only what is not rounded here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +85,17 @@ def quantized_linears(
     """
     by_module: dict[str, dict[str, StoredTensor[Any]]] = {}
     for name, tensor in named.items():
-        module, _, suffix = name.rpartition(".")
+        module, suffix = module_and_suffix(name)
         by_module.setdefault(module, {})[suffix] = tensor
     linears = {}
     for name, shape in stored_shapes(arch, stored_names(arch)).items():
         module = name.removesuffix(".weight")
-        layout = layouts(module, "Embedding" if module == _EMBEDDING else "Linear") if len(shape) == 2 else None
         tensors = by_module.get(module, {})
-        if layout is None or not _is_quantized(tensors, layout):
+        layout = layouts(_described(module, tensors)) if len(shape) == 2 else None
+        if layout is None or not layout.stores(tensors):
             continue
         linear = QuantizedLinear.of(StoredLinear(module, (shape[0], shape[1]), where, tensors, load), layout)
+        _refuse_unknown(linear.stored)
         if module == _EMBEDDING and linear.rows_in_step > 1:
             raise linear.stored.unsupported(
                 "rows of an embedding are looked up one by one, so they must not share scales"
@@ -84,10 +104,26 @@ def quantized_linears(
     return linears
 
 
-def _is_quantized(tensors: Mapping[str, StoredTensor[Any]], layout: LinearLayout) -> bool:
-    """Whether a linear is quantized: tools leave some as they are, and not all say which."""
-    weight = tensors.get("weight")
-    return layout.main in tensors if weight is None else layout.main == "weight" and weight.dtype not in WEIGHT_DTYPES
+def _described(module: str, tensors: Mapping[str, StoredTensor[Any]]) -> Module:
+    """What a description may call a module: as this model has it, as the file, or as a larger model around it."""
+    names = [module]
+    for suffix, tensor in tensors.items():
+        in_file = tensor.name.removesuffix(f".{suffix}")
+        if in_file not in names:
+            inside = module.removeprefix("model.")
+            names += [in_file, f"model.language_model.{inside}", f"language_model.{module}"]
+            break
+    return Module(tuple(dict.fromkeys(names)), "Embedding" if module == _EMBEDDING else "Linear")
+
+
+def _refuse_unknown(linear: StoredLinear) -> None:
+    """Raise for tensors of a quantized linear that might change its result in a way that nothing here knows."""
+    unknown = [suffix for suffix, tensor in linear.tensors.items() if suffix not in _KNOWN and not is_buffer(tensor)]
+    if unknown:
+        raise CorruptFileError(
+            f"{linear.where}: layer {linear.name!r}: tensors are left over that its quantization does not have: "
+            f"{', '.join(unknown)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,13 +53,13 @@ _FUSED_NAMES = {
 }
 
 _BUFFER = re.compile(
-    r"(^|\.)(rotary_emb\.\w+|rope\.freqs|masked_bias|position_ids|attention_mask|causal_mask|[qkv]_scale|kv_scale)$"
+    r"(^|\.)(rotary_emb\.\w+|rope\.freqs|masked_bias|position_ids|attention_mask|causal_mask|[qkv]_scale|kv_scale|[qkv]_zero_point)$"
 )
 """Names of buffers that older versions of libraries saved, and of scales for a quantized KV cache."""
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale"
-    r"|weight_blocks|weight_scales|absmax|quant_map|SCB)$|\.weight\.(absmax|quant_map|quant_state)"
+    r"|weight_scale_2|weight_global_scale|weight_blocks|weight_scales|SCB)$|\.weight\.(absmax|quant_map|quant_state)"
 )
 _EMBEDDING_END = re.compile(r"(?P<prefix>(.*\.)?)embed_tokens\.weight")
 
@@ -148,7 +148,7 @@ def language_model_tensors(
     """
     refuse_adapter_tensors(tensors, str(directory))
     inside = _canonical_names(tensors)
-    others = [name for name in tensors if name not in inside and not _is_buffer(tensors[name])]
+    others = [name for name in tensors if name not in inside and not is_buffer(tensors[name])]
     if others:
         logger.warning(
             "%s: ignoring tensors that are not part of the language model: %s", directory, _name_list(others)
@@ -188,7 +188,7 @@ def check_weights(
     def is_harmless(name: str) -> bool:
         is_head = name == HEAD and arch.tie_word_embeddings
         is_bias = name.endswith(".bias") and name.removesuffix(".bias") in quantized
-        return is_head or _is_buffer(others[name]) or (is_bias and is_zero(others[name]))
+        return is_head or is_buffer(others[name]) or (is_bias and is_zero(others[name]))
 
     shapes = {name: tensor.shape for name, tensor in others.items()}
     check_tensors(
@@ -203,11 +203,20 @@ def check_weights(
 
 def _belongs(name: str, quantized: Collection[str]) -> bool:
     """Whether a tensor is one of a quantized linear's, its bias aside."""
-    module, _, suffix = name.rpartition(".")
+    module, suffix = module_and_suffix(name)
     return module in quantized and suffix != "bias"
 
 
-def _is_buffer(tensor: StoredTensor[TensorT]) -> bool:
+def module_and_suffix(name: str) -> tuple[str, str]:
+    """A tensor's module and what the tensor is there: "weight", or "weight.absmax" where a weight has parts."""
+    module, dot, rest = name.partition(".weight.")
+    if dot:
+        return module, f"weight.{rest}"
+    module, _, suffix = name.rpartition(".")
+    return module, suffix
+
+
+def is_buffer(tensor: StoredTensor[TensorT]) -> bool:
     """Whether a tensor that is not one of the model's weights can be ignored."""
     return _BUFFER.search(tensor.name) is not None or tensor.dtype not in WEIGHT_DTYPES or 0 in tensor.shape
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING
 
 from llmengine.checkpoints.quantized_linears import (
     SCALE_DTYPES,
+    Layout,
     StoredLinear,
     integer_format,
     num_groups,
@@ -26,20 +27,8 @@ _CHUNK_WEIGHTS = 1 << 20
 """Weights that are unpacked at a time, one byte each: few enough to stay in the cache."""
 
 
-class _Grouped:
-    """What layouts of integers in groups have in common."""
-
-    __slots__ = ()
-
-    def by_row(self) -> Self:
-        return self
-
-    def shared(self, linear: StoredLinear) -> dict[str, Tensor]:
-        return {}
-
-
 @dataclass(frozen=True, slots=True)
-class Awq(_Grouped):
+class Awq(Layout):
     """AutoAWQ's layout "gemm".
 
     ::
@@ -49,10 +38,17 @@ class Awq(_Grouped):
         scales   float16 [groups, out]
 
     A weight is (q - zero) * scale. Source: AutoAWQ, `awq/modules/linear/gemm.py` and `awq/utils/packing_utils.py`.
+
+    Attributes:
+        has_zero_points: whether `qzeros` must be there; where it is, it holds.
     """
 
-    main: ClassVar[str] = "qweight"
     group_size: int
+    has_zero_points: bool = False
+
+    @property
+    def main(self) -> str:
+        return "qweight"
 
     def format(self, linear: StoredLinear) -> WeightFormat:
         rows, columns = linear.shape
@@ -61,7 +57,7 @@ class Awq(_Grouped):
             raise linear.unsupported(f"AWQ stores 8 outputs in a word, but the layer has {rows}")
         linear.require("qweight", ("int32",), (columns, rows // 8))
         scale_dtype = linear.require("scales", SCALE_DTYPES, (groups, rows))
-        if has_zeros := linear.has("qzeros"):
+        if has_zeros := self.has_zero_points or linear.has("qzeros"):
             linear.require("qzeros", ("int32",), (groups, rows // 8))
         return integer_format(linear, 4, self.group_size, has_zeros, False, scale_dtype)
 
@@ -74,14 +70,14 @@ class Awq(_Grouped):
         step = max(8, _CHUNK_WEIGHTS // columns // 8 * 8)
         for begin in range(0, rows, step):
             packed[begin : begin + step] = _awq_rows(words[:, begin // 8 : (begin + step) // 8])
-        tensors = {"weight": packed, "weight_scale": linear.read("scales").t().contiguous()}
+        tensors = {"weight": packed, "weight_scale": linear.read_scale("scales").t().contiguous()}
         if linear.has("qzeros"):
             tensors["zero_point"] = _awq_codes(linear.read("qzeros")).t().contiguous()
         return tensors
 
 
 @dataclass(frozen=True, slots=True)
-class AwqVector(_Grouped):
+class AwqVector(Layout):
     """AutoAWQ's layout "gemv".
 
     ::
@@ -93,8 +89,11 @@ class AwqVector(_Grouped):
     Source: AutoAWQ, `awq/modules/linear/gemv.py`.
     """
 
-    main: ClassVar[str] = "qweight"
     group_size: int
+
+    @property
+    def main(self) -> str:
+        return "qweight"
 
     def format(self, linear: StoredLinear) -> WeightFormat:
         rows, columns = linear.shape
@@ -112,13 +111,13 @@ class AwqVector(_Grouped):
         groups = num_groups(linear, self.group_size, divides=True)
         return {
             "weight": _bytes_of(linear.read("qweight")),
-            "weight_scale": linear.read("scales")[:, :groups].contiguous(),
+            "weight_scale": linear.read_scale("scales")[:, :groups].contiguous(),
             "zero_point": _codes(linear.read("qzeros"), 4)[:, :groups].contiguous(),
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Gptq(_Grouped):
+class Gptq(Layout):
     """The layout of AutoGPTQ and GPTQModel.
 
     ::
@@ -136,12 +135,15 @@ class Gptq(_Grouped):
         zero_offset: what `qzeros` lack.
     """
 
-    main: ClassVar[str] = "qweight"
     bits: int
     group_size: int
     symmetric: bool
     act_order: bool
     zero_offset: int
+
+    @property
+    def main(self) -> str:
+        return "qweight"
 
     def format(self, linear: StoredLinear) -> WeightFormat:
         rows, columns = linear.shape
@@ -171,7 +173,7 @@ class Gptq(_Grouped):
         return _integer_tensors(
             self.format(linear),
             packed,
-            linear.read("scales").t().contiguous(),
+            linear.read_scale("scales").t().contiguous(),
             self._zeros(linear),
             self._order(linear),
         )
@@ -194,7 +196,7 @@ class Gptq(_Grouped):
 
 
 @dataclass(frozen=True, slots=True)
-class Packed(_Grouped):
+class Packed(Layout):
     """compressed-tensors' format "pack-quantized".
 
     ::
@@ -209,11 +211,14 @@ class Packed(_Grouped):
     Source: compressed-tensors, `compressors/quantized_compressors/pack_quantized.py`.
     """
 
-    main: ClassVar[str] = "weight_packed"
     bits: int
     group_size: int
     symmetric: bool
     one_scale: bool
+
+    @property
+    def main(self) -> str:
+        return "weight_packed"
 
     def format(self, linear: StoredLinear) -> WeightFormat:
         rows, columns = linear.shape
@@ -221,8 +226,6 @@ class Packed(_Grouped):
         linear.require("weight_packed", ("int32",), (rows, -(-columns // in_word)))
         shapes = scale_shapes("tensor" if self.one_scale else "channel", linear, groups)
         scale_dtype = linear.require("weight_scale", SCALE_DTYPES, *shapes)
-        if not self.symmetric and self.one_scale:
-            raise linear.unsupported("one zero point for a whole matrix is not supported")
         if not self.symmetric:
             self._check_zeros(linear, groups, in_word)
         if linear.has("weight_shape"):
@@ -238,9 +241,11 @@ class Packed(_Grouped):
     def _check_zeros(self, linear: StoredLinear, groups: int, in_word: int) -> None:
         rows = linear.shape[0]
         stored = linear.tensors.get("weight_zero_point")
-        is_packed = stored is None or stored.dtype != "int8"
-        shape = (-(-rows // in_word), groups) if is_packed else (rows, groups)
-        linear.require("weight_zero_point", ("int32", "int8"), shape)
+        if stored is not None and stored.dtype == "int8":
+            shapes = scale_shapes("tensor" if self.one_scale else "channel", linear, groups)
+            linear.require("weight_zero_point", ("int8",), *shapes)
+        else:
+            linear.require("weight_zero_point", ("int32",), (-(-rows // in_word), groups))
 
     def shared(self, linear: StoredLinear) -> dict[str, Tensor]:
         order = self._order(linear)
@@ -252,18 +257,49 @@ class Packed(_Grouped):
     def read(self, linear: StoredLinear) -> dict[str, Tensor]:
         rows, columns = linear.shape
         packed = _bytes_of(linear.read("weight_packed"))[:, : columns * self.bits // 8].contiguous()
-        scale = linear.read("weight_scale").reshape(-1, num_groups(linear, self.group_size))
+        scale = linear.read_scale("weight_scale").reshape(-1, num_groups(linear, self.group_size))
         scale = scale.expand(rows, -1).contiguous()
-        zeros = None if self.symmetric else self._zeros(linear)
+        zeros = None
+        if self.symmetric:
+            require_no_zero_points(linear, self.bits)
+        else:
+            zeros = self._zeros(linear)
         return _integer_tensors(self.format(linear), packed, scale, zeros, self._order(linear))
 
     def _zeros(self, linear: StoredLinear) -> Tensor:
+        """Zero points, uint8 [out, groups]."""
         import torch
 
         stored = linear.read("weight_zero_point")
-        if stored.dtype == torch.int8:
-            return (stored.to(torch.int16) + (1 << (self.bits - 1))).to(torch.uint8)
-        return _codes(stored.t().contiguous(), self.bits)[:, : linear.shape[0]].t().contiguous()
+        if stored.dtype != torch.int8:
+            return _codes(stored.t().contiguous(), self.bits)[:, : linear.shape[0]].t().contiguous()
+        return shifted_zero_points(linear, stored, self.bits, num_groups(linear, self.group_size))
+
+
+def shifted_zero_points(linear: StoredLinear, stored: Tensor, bits: int, groups: int) -> Tensor:
+    """Signed zero points of compressed-tensors, int8 of a matrix or of rows, as uint8 [out, groups]."""
+    import torch
+
+    middle = 1 << (bits - 1)
+    zeros = stored.to(torch.int16).reshape(-1, groups) + middle
+    if bool(((zeros < 0) | (zeros >= 2 * middle)).any()):
+        raise linear.damaged("weight_zero_point", f"has zero points beyond {bits} bits")
+    return zeros.to(torch.uint8).expand(linear.shape[0], -1).contiguous()
+
+
+def require_no_zero_points(linear: StoredLinear, bits: int) -> None:
+    """Raise unless a symmetric linear's zero points, where a file has them all the same, do nothing."""
+    if not linear.has("weight_zero_point"):
+        return
+    stored = linear.read("weight_zero_point")
+    codes = _codes(stored.reshape(1, -1), bits) if linear.tensors["weight_zero_point"].dtype == "int32" else stored
+    idle = (codes == 0) | (codes == 1 << (bits - 1)) if codes is not stored else codes == 0
+    if not bool(idle.all()):
+        raise linear.damaged(
+            "weight_zero_point",
+            "has zero points other than 0, although quantization_config has symmetric=true; set it to false to use "
+            "them",
+        )
 
 
 def _integer_tensors(

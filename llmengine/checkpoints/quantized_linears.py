@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from llmengine.checkpoints.huggingface_tensors import StoredTensor
+from llmengine.checkpoints.huggingface_tensors import WEIGHT_DTYPES, StoredTensor
 from llmengine.dtypes import DType, ModelDType
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
 from llmengine.quantization.formats import Shape, WeightFormat
@@ -40,7 +40,7 @@ class StoredLinear:
         name: its module, as transformers names it.
         shape: (out_features, in_features), by the architecture.
         where: the directory.
-        tensors: its tensors by what follows the module's name ("qweight", "weight_scale").
+        tensors: its tensors by what follows the module's name ("qweight", "weight.absmax").
         load: reads a tensor as it is stored.
     """
 
@@ -85,6 +85,20 @@ class StoredLinear:
         """A tensor as it is stored."""
         return self.load(self.tensors[suffix])
 
+    def read_scale(self, suffix: str) -> Tensor:
+        """A tensor of factors as it is stored; raises `CorruptFileError` unless all are finite."""
+        scale = self.read(suffix)
+        if not bool(scale.float().isfinite().all()):
+            raise self.damaged(suffix, "has a scale that is not finite")
+        return scale
+
+    def read_divisor(self, suffix: str) -> Tensor:
+        """A tensor by which numbers are divided, float32; raises `CorruptFileError` unless all are positive."""
+        scale = self.read_scale(suffix).float()
+        if not bool((scale > 0).all()):
+            raise self.damaged(suffix, "has a scale that is not positive")
+        return scale
+
     def damaged(self, suffix: str, reason: str) -> CorruptFileError:
         """The error for a tensor whose values cannot be right."""
         stored = self.tensors[suffix]
@@ -96,14 +110,10 @@ class StoredLinear:
 
 
 class LinearLayout(Protocol):
-    """How a tool stores a linear.
+    """How a tool stores a linear."""
 
-    Attributes:
-        main: the tensor that has the weights; a linear without it is not quantized.
-    """
-
-    @property
-    def main(self) -> str: ...
+    def stores(self, tensors: Mapping[str, StoredTensor[Any]]) -> bool:
+        """Whether a linear with these tensors, as `StoredLinear` has them, is quantized."""
 
     def format(self, linear: StoredLinear) -> WeightFormat:
         """The weight format of a linear, whose tensors are checked."""
@@ -116,6 +126,33 @@ class LinearLayout(Protocol):
 
     def by_row(self) -> Self:
         """The layout with a scale for each row where a linear has one, which it must have within a larger matrix."""
+
+
+class Layout:
+    """What most layouts have in common.
+
+    Attributes:
+        main: the tensor that has the weights.
+    """
+
+    __slots__ = ()
+
+    @property
+    def main(self) -> str:
+        """ "weight", in a dtype that a dense linear cannot have, unless the layout has a name of its own for it."""
+        return "weight"
+
+    def stores(self, tensors: Mapping[str, StoredTensor[Any]]) -> bool:
+        weight = tensors.get("weight")
+        if weight is None:
+            return self.main in tensors
+        return self.main == "weight" and weight.dtype not in WEIGHT_DTYPES
+
+    def by_row(self) -> Self:
+        return self
+
+    def shared(self, linear: StoredLinear) -> dict[str, Tensor]:
+        return {}
 
 
 def num_groups(linear: StoredLinear, group_size: int, *, divides: bool = False) -> int:
@@ -134,7 +171,8 @@ def scale_shapes(scales: Scales, linear: StoredLinear, groups: int = 1) -> list[
     if scales == "tensor":
         return [(1,), (), (1, 1)]
     if scales == "block":
-        return [(-(-rows // BLOCK), -(-columns // BLOCK))]
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        return [blocks, (blocks[0], 1, blocks[1], 1)]
     return [(rows, groups)] if groups > 1 else [(rows, 1), (rows,)]
 
 

@@ -26,8 +26,9 @@ parts of a model other than the language model, with a warning that names them; 
 an index except the names of files. Tensor names may have a prefix (`module.`, `_orig_mod.`, `language_model.`) or lack
 `model.`, and an embedding may have more rows than the vocabulary.
 
-Weights that AWQ, GPTQ, compressed-tensors, FP8 or MXFP4 tools quantized load as they are, on CPUs
-([which ones](quantization.md#checkpoints-that-are-quantized-already)). Others raise `UnsupportedModelError`.
+Weights that tools for AWQ, GPTQ, AutoRound, compressed-tensors, FP8, MXFP4, NVFP4 or bitsandbytes quantized load as
+they are, on CPUs ([which ones](quantization.md#checkpoints-that-are-quantized-already)). Others raise
+`UnsupportedModelError`.
 
 Adapters (LoRA, IA3, prompt tuning) are not supported. A directory that contains one (`adapter_config.json`,
 `adapter_model.*` and the like), weights that were saved with one, and GGUF files of type `adapter` raise

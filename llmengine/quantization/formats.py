@@ -3,7 +3,7 @@
 Everything that depends on how weights are stored asks a `WeightFormat`: what a file must hold, how much memory a matrix
 takes, how it is cut for a rank of several GPUs, what it is worth in float32. A new format is one class here; the layout
 of its tensors (`TensorSpec`) is all that cutting, stacking and sizes need. What multiplies by it is the backends' part.
-This module has the base and the dense format; `int8`, `int4`, `fp8` and `mxfp4` have the others, and `known_formats`
+This module has the base and the dense format; the other formats are in modules beside it, and `known_formats`
 lists them all.
 
 A matrix is [out_features, in_features], as in `canonical_shapes`.

@@ -7,6 +7,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import Dense, WeightFormat, settings
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
@@ -14,10 +15,11 @@ from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import Int8PerChannel, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
 from llmengine.quantization.stacked import Stacked, StackedPart
 
-_KINDS: tuple[type[WeightFormat], ...] = (Dense, Int8PerChannel, Int8Groups, Int4Groups, Fp8, Int8W8A8, Mxfp4, Stacked)
-_KINDS += tuple(type(blocks) for blocks in GGUF_BLOCKS.values())
+_KINDS: tuple[type[WeightFormat], ...] = (Dense, Int8PerChannel, Int8Groups, Int4Groups, Fp8, Int8W8A8, Mxfp4, Nvfp4)
+_KINDS += (Bnb4Bit, Stacked, *(type(blocks) for blocks in GGUF_BLOCKS.values()))
 
 FORMATS: Mapping[str, type[WeightFormat]] = {kind.name: kind for kind in _KINDS}
 """Every weight format by its name."""

@@ -65,8 +65,8 @@ class Mxfp4(WeightFormat):
         best: list[Tensor] = []
         for candidate in (exponent, exponent + 1):
             scale = candidate.clamp(0, _NAN_SCALE - 1).to(torch.uint8)
-            codes = _nearest_codes(blocks / _powers_of_two(scale)[:, :, None])
-            error = (_values(codes) * _powers_of_two(scale)[:, :, None] - blocks).square().sum(dim=2)
+            codes = nearest_e2m1_codes(blocks / _powers_of_two(scale)[:, :, None])
+            error = (e2m1_values(codes) * _powers_of_two(scale)[:, :, None] - blocks).square().sum(dim=2)
             if best:
                 better = error < best[2]
                 codes, scale = torch.where(better[:, :, None], codes, best[0]), torch.where(better, scale, best[1])
@@ -75,7 +75,7 @@ class Mxfp4(WeightFormat):
         return {"weight": packed, "weight_scale": best[1]}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        values = _values(unpack_nibbles(tensors["weight"]))
+        values = e2m1_values(unpack_nibbles(tensors["weight"]))
         scale = _powers_of_two(tensors["weight_scale"]).repeat_interleave(BLOCK, dim=1)
         return values * scale[:, : values.shape[1]]
 
@@ -87,7 +87,7 @@ def _powers_of_two(scale: Tensor) -> Tensor:
     return powers.masked_fill_(scale == _NAN_SCALE, torch.nan)
 
 
-def _nearest_codes(x: Tensor) -> Tensor:
+def nearest_e2m1_codes(x: Tensor) -> Tensor:
     """Codes of the nearest e2m1 numbers, uint8; larger magnitudes than 6 become 6."""
     import torch
 
@@ -96,7 +96,8 @@ def _nearest_codes(x: Tensor) -> Tensor:
     return (magnitude + 8 * (x < 0)).to(torch.uint8)
 
 
-def _values(codes: Tensor) -> Tensor:
+def e2m1_values(codes: Tensor) -> Tensor:
+    """The e2m1 numbers of codes below 16, float32."""
     import torch
 
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)

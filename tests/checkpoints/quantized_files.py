@@ -151,7 +151,7 @@ def compressed(
     return pack
 
 
-def int8(scales: str = "channel", *, input_scale: bool = False) -> Packer:
+def int8(scales: str = "channel", *, input_scale: bool = False, symmetric: bool = True) -> Packer:
     def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
         codes = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
         size = 32 if scales == "group" else columns
@@ -160,12 +160,19 @@ def int8(scales: str = "channel", *, input_scale: bool = False) -> Packer:
         tensors = {"weight": torch.from_numpy(codes), "weight_scale": scale[0] if scales == "tensor" else scale}
         if input_scale:
             tensors["input_scale"] = torch.tensor([0.03])
-        return tensors, codes.astype(np.float32) * repeated(scale.float().numpy(), size, columns)
+        zeros = np.zeros(tuple(scale.shape), np.int8)
+        if not symmetric:
+            zeros = rng.integers(-128, 128, tuple(scale.shape)).astype(np.int8)
+            tensors["weight_zero_point"] = torch.from_numpy(zeros[0] if scales == "tensor" else zeros)
+        difference = codes.astype(np.float32) - repeated(zeros, size, columns)
+        return tensors, difference * repeated(scale.float().numpy(), size, columns)
 
     return pack
 
 
-def fp8(scales: str = "channel", *, name: str = "weight_scale", input_scale: str = "") -> Packer:
+def fp8(
+    scales: str = "channel", *, name: str = "weight_scale", input_scale: str = "", input_name: str = "input_scale"
+) -> Packer:
     """input_scale: "" for none, "shared" for one of all linears, "own" for one of each."""
 
     def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
@@ -174,7 +181,7 @@ def fp8(scales: str = "channel", *, name: str = "weight_scale", input_scale: str
         scale = scales_of(rng, *shape, dtype=torch.float32) * 0.02
         tensors = {"weight": weight, name: scale[0, 0] if scales == "tensor" else scale}
         if input_scale:
-            tensors["input_scale"] = torch.tensor(0.02 if input_scale == "shared" else rng.uniform(0.01, 0.02))
+            tensors[input_name] = torch.tensor(0.02 if input_scale == "shared" else rng.uniform(0.01, 0.02))
         by_row = np.repeat(scale.numpy(), 128 if scales == "block" else rows, axis=0)[:rows]
         factors = np.repeat(by_row, 128 if scales == "block" else columns, axis=1)[:, :columns]
         if scales == "channel":
@@ -184,16 +191,96 @@ def fp8(scales: str = "channel", *, name: str = "weight_scale", input_scale: str
     return pack
 
 
-def mxfp4(blocks: str = "weight_blocks", scale_name: str = "weight_scales") -> Packer:
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
+
+def mxfp4(blocks: str = "weight_blocks", scale_name: str = "weight_scales") -> Packer:
     def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
         codes, exponents = rng.integers(0, 16, (rows, columns)), rng.integers(118, 124, (rows, columns // 32))
         packed = torch.from_numpy((codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8))
         if blocks == "weight_blocks":
             packed = packed.view(rows, -1, 16)
         tensors = {blocks: packed, scale_name: torch.from_numpy(exponents.astype(np.uint8))}
-        return tensors, values[codes] * repeated(2.0 ** (exponents - 127.0), 32, columns)
+        return tensors, E2M1[codes] * repeated(2.0 ** (exponents - 127.0), 32, columns)
+
+    return pack
+
+
+def nvfp4(main: str = "weight_packed", name: str = "weight_global_scale", *, is_divisor: bool = True) -> Packer:
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
+        codes = rng.integers(0, 16, (rows, columns))
+        scale = scales_of(rng, rows, columns // 16, dtype=torch.float32).mul(5000).to(torch.float8_e4m3fn)
+        factor = np.float32(rng.uniform(1e-4, 2e-4))
+        whole = np.float32(1) / factor if is_divisor else factor
+        tensors = {
+            main: torch.from_numpy((codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)),
+            "weight_scale": scale,
+            name: torch.tensor([whole]) if is_divisor else torch.tensor(whole),
+        }
+        used = np.float32(1) / whole if is_divisor else factor
+        return tensors, E2M1[codes] * repeated(scale.float().numpy() * used, 16, columns)
+
+    return pack
+
+
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+_FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+FP4 = np.array([*_FP4, *(-value for value in _FP4)], np.float32)
+
+
+def bnb4(
+    quant_type: str = "nf4", block: int = 64, *, nested: bool = False, storage: torch.dtype = torch.uint8
+) -> Packer:
+    """What a `Params4bit` of bitsandbytes 0.43 and later saves; nested stands for its double quantization."""
+    table = {"nf4": NF4, "fp4": FP4}[quant_type]
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
+        codes = rng.integers(0, 16, rows * columns)
+        count = -(-codes.size // block)
+        absmax = rng.uniform(0.01, 0.05, count).astype(np.float32)
+        state: dict[str, Any] = {"quant_type": quant_type, "blocksize": block, "dtype": "float16"}
+        state["shape"] = [rows, columns]
+        tensors = {
+            "weight": torch.from_numpy((codes[0::2] << 4 | codes[1::2]).astype(np.uint8)).view(storage)[:, None],
+            "weight.absmax": torch.from_numpy(absmax),
+            "weight.quant_map": torch.from_numpy(table.copy()),
+        }
+        if nested:
+            numbers = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+            indices = rng.integers(0, 256, count).astype(np.uint8)
+            whole = rng.uniform(0.01, 0.02, -(-count // 256)).astype(np.float32)
+            offset = float(np.float32(0.03))
+            absmax = numbers[indices] * np.repeat(whole, 256)[:count] + np.float32(offset)
+            tensors["weight.absmax"] = torch.from_numpy(indices)
+            tensors["weight.nested_absmax"] = torch.from_numpy(whole)
+            tensors["weight.nested_quant_map"] = torch.from_numpy(numbers)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+        encoded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[f"weight.quant_state.bitsandbytes__{quant_type}"] = encoded
+        return tensors, (table[codes] * np.repeat(absmax, block)[: codes.size]).reshape(rows, columns)
+
+    return pack
+
+
+def bnb8() -> Packer:
+    """What an `Int8Params` of bitsandbytes saves."""
+
+    def pack(rng: np.random.Generator, rows: int, columns: int) -> Packed:
+        codes = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+        largest = rng.uniform(0.1, 0.2, rows).astype(np.float32)
+        tensors = {
+            "weight": torch.from_numpy(codes),
+            "SCB": torch.from_numpy(largest),
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+        return tensors, codes.astype(np.float32) * (largest / np.float32(127))[:, None]
 
     return pack
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
 from tests.checkpoints import quantized_files as files
 from tests.checkpoints.quantized_files import QuantizedFiles
 from tests.models.family_helpers import make_family
@@ -46,6 +48,23 @@ TOKEN = {"type": "float", "num_bits": 8, "dynamic": True, "strategy": "token", "
 TENSOR = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 BLOCKS = {**FP8, "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+NVFP4 = group("float", 4, strategy="tensor_group", group_size=16)
+BNB8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+
+
+def bnb4(quant_type: str = "nf4", **values: Any) -> dict[str, Any]:
+    usual = {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16"}
+    return {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": quant_type, **usual, **values}
+
+
+def modelopt(algorithm: str, **values: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], **values}
+
+
+def auto_round(packing: str, **values: Any) -> dict[str, Any]:
+    usual = {"bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
+    return {"quant_method": "auto-round", "packing_format": f"auto_round:{packing}", **usual, **values}
+
 
 LAYOUTS: dict[str, tuple[QuantizedFiles, WeightFormat]] = {
     "awq": (QuantizedFiles(AWQ, files.awq()), Int4Groups(32)),
@@ -154,6 +173,55 @@ LAYOUTS: dict[str, tuple[QuantizedFiles, WeightFormat]] = {
             files.mxfp4("weight_packed", "weight_scale"),
         ),
         Mxfp4(),
+    ),
+    "int8-asym": (
+        QuantizedFiles(
+            compressed("int-quantized", group(bits=8, strategy="channel", symmetric=False)),
+            files.int8(symmetric=False),
+        ),
+        Int8Groups(-1, scale_dtype="bfloat16"),
+    ),
+    "int8-asym-tensor": (
+        QuantizedFiles(
+            compressed("int-quantized", group(bits=8, strategy="tensor", symmetric=False)),
+            files.int8("tensor", symmetric=False),
+        ),
+        Int8Groups(-1, scale_dtype="bfloat16"),
+    ),
+    "fp8-mistral": (
+        QuantizedFiles(
+            {**FP8, "activation_scheme": "static", "weight_block_size": None},
+            files.fp8("tensor", name="weight_scale_inv", input_scale="shared", input_name="activation_scale"),
+        ),
+        Fp8("channel", "tensor"),
+    ),
+    "fp8-modelopt": (
+        QuantizedFiles(modelopt("FP8"), files.fp8("tensor", input_scale="shared")),
+        Fp8("channel", "tensor"),
+    ),
+    "fp8-modelopt-channel": (
+        QuantizedFiles(modelopt("FP8_PER_CHANNEL_PER_TOKEN"), files.fp8()),
+        Fp8("channel", "token"),
+    ),
+    "nvfp4": (QuantizedFiles(compressed("nvfp4-pack-quantized", NVFP4), files.nvfp4()), Nvfp4("channel")),
+    "nvfp4-modelopt": (
+        QuantizedFiles(
+            modelopt("W4A16_NVFP4", group_size=16), files.nvfp4("weight", "weight_scale_2", is_divisor=False)
+        ),
+        Nvfp4("channel"),
+    ),
+    "auto-round": (QuantizedFiles(auto_round("auto_gptq"), files.gptq()), Int4Groups(32)),
+    "auto-round-awq": (QuantizedFiles(auto_round("auto_awq"), files.awq()), Int4Groups(32)),
+    "bnb-8": (QuantizedFiles(BNB8, files.bnb8()), INT8),
+    "bnb-nf4": (QuantizedFiles(bnb4(), files.bnb4()), Bnb4Bit("nf4", 64)),
+    "bnb-fp4": (QuantizedFiles(bnb4("fp4"), files.bnb4("fp4", 32)), Bnb4Bit("fp4", 32)),
+    "bnb-double": (
+        QuantizedFiles(bnb4(bnb_4bit_use_double_quant=True), files.bnb4(nested=True)),
+        Bnb4Bit("nf4", 64),
+    ),
+    "bnb-bf16": (
+        QuantizedFiles(bnb4(bnb_4bit_quant_storage="bfloat16"), files.bnb4(storage=torch.bfloat16)),
+        Bnb4Bit("nf4", 64),
     ),
 }
 

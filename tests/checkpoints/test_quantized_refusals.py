@@ -16,7 +16,19 @@ from llmengine.errors import CorruptFileError, ModelLoadError, UnsupportedModelE
 from tests.checkpoints import quantized_files as files
 from tests.checkpoints.helpers import edit_config, load_all
 from tests.checkpoints.quantized_files import QuantizedFiles, write_quantized
-from tests.checkpoints.quantized_layouts import AWQ, BLOCKS, FP8, LAYOUTS, TOKEN, compressed, gptq, group, make
+from tests.checkpoints.quantized_layouts import (
+    AWQ,
+    BLOCKS,
+    FP8,
+    LAYOUTS,
+    TOKEN,
+    auto_round,
+    compressed,
+    gptq,
+    group,
+    make,
+    modelopt,
+)
 
 Change = Callable[[dict[str, torch.Tensor]], object]
 O_PROJ = "model.layers.1.self_attn.o_proj"
@@ -107,9 +119,14 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
         {"quant_method": "hqq"},
         "config.json: quantization_config: quant_method='hqq' is not supported; supported: awq, gptq, "
-        "compressed-tensors, fp8, mxfp4; load the unquantized",
+        "auto-round, compressed-tensors, fp8, mxfp4, bitsandbytes, modelopt; load the unquantized",
     ),
-    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "quant_method='bitsandbytes' is not supported"),
+    ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type='nf3' .*; supported: nf4, fp4"),
+    (modelopt("W4A8_AWQ"), "quant_algo='W4A8_AWQ' is not supported; supported: FP8, .*NVFP4"),
+    (modelopt("NVFP4", group_size=32), "group_size=32 is not supported; supported: 16"),
+    (auto_round("llm_compressor"), "packing_format='auto_round:llm_compressor' is not .*: auto_round:auto_gptq"),
+    (auto_round("auto_gptq", data_type="mx_fp"), "data_type='mx_fp' is not supported; supported: int"),
+    (gptq(is_marlin_format=True), "checkpoint_format='marlin' is not supported"),
     ({**AWQ, "version": "gemv_fast"}, "version='gemv_fast' is not supported; supported: gemm, gemv"),
     ({**AWQ, "bits": 8}, "bits=8 is not supported; supported: 4"),
     ({**AWQ, "group_size": 48}, f"layer '{Q_PROJ}': group_size=48 does not divide its 64 inputs"),
@@ -120,20 +137,20 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({**FP8, "weight_block_size": [64, 64]}, r"weight_block_size=\[64, 64\] .*supported: \[128, 128\]"),
     ({**BLOCKS, "activation_scheme": "static"}, "activation_scheme='static' is not supported; .*dynamic with"),
     ({**FP8, "fmt": "e5m2"}, "fmt='e5m2' is not supported; supported: e4m3"),
-    ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+    ({**BLOCKS, "scale_fmt": "ue4m3"}, "scale_fmt='ue4m3' is not supported; supported: float, ue8m0"),
     (compressed("marlin-24", group()), "group_0: format='marlin-24' is not supported; supported: pack-quantized, int-"),
     (packed(group(bits=2)), "group_0: weights: num_bits='int2' is not supported; supported: int4, int8"),
-    (packed(group(inputs=INT_TOKEN)), "group_0: input_activations are not supported in format 'pack-"),
+    (packed(group(inputs={**INT_TOKEN, "strategy": "all"})), "input_activations: strategy='all' is not supported"),
     (packed(group(), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format='sparse-24-bitmask'"),
     (packed(group(), transform_config={"config_groups": {}}), "transform_config is not supported"),
     (packed(group(), quantization_status="calibration"), "quantization_status='calibration' is not supported"),
-    (packed({**group(), "output_activations": INT_TOKEN}), "group_0: output_activations are not supported"),
-    (compressed("int-quantized", group(bits=8, symmetric=False)), "symmetric=False .*supported: true in format 'int-"),
-    (compressed("int-quantized", group(bits=8, inputs=TOKEN)), "num_bits='float8' is not supported; supported: int8"),
     (
-        compressed("float-quantized", group("float", 8, inputs={**TOKEN, "strategy": "tensor"})),
-        "strategy='tensor' is not supported; supported: 'token' or 'group' with group_size=128 with dynamic=true",
+        compressed("float-quantized", group("float", 8, symmetric=False)),
+        "symmetric=False .*supported: true in format 'float-",
     ),
+    (compressed("mxfp4-pack-quantized", group("float", 4, group_size=16)), "group_size=16 .*; supported: 32"),
+    (compressed("nvfp4-pack-quantized", group("float", 4, group_size=32)), "group_size=32 .*; supported: 16"),
+    (compressed("mxfp8-quantized", group("float", 8)), "format='mxfp8-quantized' is not supported"),
     (
         compressed("float-quantized", group("float", 8, strategy="block", block_structure=[64, 64])),
         r"block_structure=\[64, 64\]",

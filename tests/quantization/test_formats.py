@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmengine.dtypes import dtype_name, item_bytes, model_dtype_name, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, Axis, TensorSpec, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
@@ -22,6 +23,7 @@ from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.known_formats import FORMATS, format_from_json
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
 
 GROUPED = Int4Groups(16)
 EVERY = [
@@ -37,9 +39,11 @@ EVERY = [
     Int8W8A8(),
     Int8W8A8("tensor", input_scale=True),
     Mxfp4(),
+    *(Nvfp4(scales) for scales in ("tensor", "channel")),
+    *(Bnb4Bit(quant_type, size) for quant_type, size in (("nf4", 16), ("fp4", 32), ("nf4", 64))),
 ]
 CALIBRATED = [Fp8("tensor", "tensor"), Int8W8A8("tensor", "tensor")]
-BLOCKS = [item for item in EVERY if item in (Int4Groups(128), Int4Groups(128, False), Fp8("block", "block"))]
+BLOCKS = [item for item in EVERY if item in (Int4Groups(128), Int4Groups(128, False), Fp8("block", "block"), Bnb4Bit())]
 """Formats with entries for more rows or columns than the small matrices of these tests have."""
 SMALL = [item for item in EVERY if item not in BLOCKS]
 
@@ -173,6 +177,8 @@ def test_the_names_that_manifests_have() -> None:
         "input_scale": False,
     }
     assert Mxfp4().to_json() == {"weights": "mxfp4"}
+    assert Nvfp4().to_json() == {"weights": "nvfp4", "scales": "tensor"}
+    assert Bnb4Bit("fp4", 32).to_json() == {"weights": "bnb-4bit", "quant_type": "fp4", "block_size": 32}
     assert format_from_json({"weights": "int4", "group_size": 32}, "here") == Int4Groups(32)
     assert format_from_json({}, "here") == DENSE
 
@@ -192,6 +198,9 @@ def test_unknown_formats_and_settings_are_refused() -> None:
             format_from_json({"weights": name}, "here")
     with pytest.raises(CorruptFileError, match=r"here: format 'int8' has the settings \[\].*\['group_size'\]"):
         format_from_json({"weights": "int8", "group_size": 4}, "here")
+    for settings in ({"block_size": 0}, {"block_size": True}, {"block_size": 64.0}, {"quant_type": "nf3"}):
+        with pytest.raises(CorruptFileError, match=r"here: \w+ of format 'bnb-4bit' must be .*, not "):
+            format_from_json({"weights": "bnb-4bit", **settings}, "here")
     for settings in ({"group_size": 24}, {"group_size": "128"}, {"group_size": True}, {"zero_points": 1}):
         with pytest.raises(CorruptFileError, match=r"here: \w+ of format 'int4' must be one of .*, not "):
             format_from_json({"weights": "int4", **settings}, "here")
@@ -212,7 +221,7 @@ def test_what_a_format_does_not_have_is_refused(make: Callable[[], object], mess
         make()
 
 
-@pytest.mark.parametrize("format", [Int4Groups(), Mxfp4()])
+@pytest.mark.parametrize("format", [Int4Groups(), Mxfp4(), Nvfp4(), Bnb4Bit()])
 def test_an_odd_number_of_columns_is_refused(format: WeightFormat) -> None:
     with pytest.raises(UnsupportedModelError, match=r"3 x 7 .* number of columns must be even"):
         format.tensors((3, 7), "float32")
@@ -227,6 +236,8 @@ def test_sizes_are_what_the_bits_promise() -> None:
         Fp8("block", "block"): 8 + 32 / 128**2,
         Int8W8A8(): 8 + 32 / 4096,
         Mxfp4(): 4.25,
+        Nvfp4(): 4.5,
+        Bnb4Bit("nf4", 64): 4.5,
     }
     for format, promised in bits.items():
         assert format.size_bytes(shape, "bfloat16") == pytest.approx(prod(shape) * promised / 8, rel=0.001)
@@ -258,6 +269,9 @@ RELATIVE_ERRORS = {
     Int8W8A8(): 0.02,
     Int8W8A8("tensor"): 0.02,
     Mxfp4(): 0.16,
+    Nvfp4(): 0.12,
+    Bnb4Bit("nf4", 64): 0.11,
+    Bnb4Bit("fp4", 32): 0.16,
     INT8: 0.02,
 }
 
