@@ -4,7 +4,7 @@
     python -m benchmarks.formats --formats "int8;int4 g128" --workloads A,B
     python -m benchmarks.formats --llama-python VENV/bin/python --openvino-python VENV/bin/python
 
-Every contender runs in a process of its own, all take turns, and each runs once to warm up. The model must be a GGUF
+Every contender runs in a process of its own, all take turns, and each runs briefly to warm up. The model must be a GGUF
 file if another engine is to run it; that engine gets copies of it in its own block formats.
 """
 
@@ -55,6 +55,9 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
 LLAMA_CPP_TYPES = ("Q4_0", "Q8_0", "Q4_1", "BF16")
 OPENVINO_TYPES = ("Q4_1", "Q8_0")
 
+_WARM_UP_DIVISOR = 4
+"""Lengths of the run that warms a contender up, as a share of the workload's."""
+
 
 def contenders(arguments: argparse.Namespace, copies: Path) -> dict[str, Callable[[], Contender]]:
     """Name -> what starts it; copies of the model are written to the directory `copies`."""
@@ -88,14 +91,16 @@ def compare(arguments: argparse.Namespace, workloads: Sequence[Workload]) -> dic
                 print(f"{name}: {started[name].call('describe')}", flush=True)
         for workload in workloads:
             rng = random.Random(workload.name)
-            for run in range(-1, arguments.runs):
+            brief = workload.scaled(_WARM_UP_DIVISOR)
+            for contender in started.values():
+                contender.run(brief.prompts(rng, vocab_size), brief.output_tokens)
+            for run in range(arguments.runs):
                 prompts = workload.prompts(rng, vocab_size)
                 for name, contender in started.items():
                     speed = workload.num_counted_tokens / contender.run(prompts, workload.output_tokens)
-                    if run >= 0:
-                        speeds.setdefault(name, {}).setdefault(workload.name, []).append(speed)
-                        results = {"tokens_per_s": speed}
-                        append_record(arguments, "formats", results, workload=asdict(workload), contender=name, run=run)
+                    speeds.setdefault(name, {}).setdefault(workload.name, []).append(speed)
+                    results = {"tokens_per_s": speed}
+                    append_record(arguments, "formats", results, workload=asdict(workload), contender=name, run=run)
             for name, of_workload in speeds.items():
                 listed = ", ".join(f"{speed:.1f}" for speed in of_workload[workload.name])
                 print(f"{workload.name}: {name}: {listed} tokens/s", flush=True)
