@@ -23,6 +23,7 @@ from benchmarks.shapes import shape_arch
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
 from llmengine.backends.tensorrt.constant_weights import spool_constants
 from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, segments_by_plan, segments_of
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 from llmengine.errors import EngineError
@@ -133,7 +134,7 @@ def architecture(shape: str) -> ModelArch:
 
 def smollm2_weights(dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream SmolLM2's real weights."""
-    return open_model(find_demo_model()).weights(getattr(torch, dtype))
+    return without_blocks(open_model(find_demo_model())).weights(getattr(torch, dtype))
 
 
 def random_weights(arch: ModelArch, chosen: Sequence[PlacedSegment], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:

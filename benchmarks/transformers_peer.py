@@ -15,6 +15,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
 from llmengine.models.arch import ModelArch, fused_parts
 
@@ -117,7 +118,7 @@ def _exactly(num_tokens: int) -> GenerationConfig:
 
 def load_model(path: Path) -> PreTrainedModel:
     """transformers' Llama in float32 with the weights that llmengine reads from `path`."""
-    source = open_model(path)
+    source = without_blocks(open_model(path))
     model = LlamaForCausalLM(_hf_config(source.arch))
     state = dict(_hf_weights(source.arch, source.weights(torch.float32)))
     if source.arch.tie_word_embeddings:

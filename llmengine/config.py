@@ -189,7 +189,8 @@ class ModelConfig(Settings):
     Attributes:
         model_dir: a Hugging Face directory, a `.gguf` file or a directory with one, or a directory that `LLM.save()`
             wrote; the kind is detected.
-        dtype: type of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU.
+        dtype: type of weights and activations; "auto": the checkpoint's on an accelerator, float32 on a CPU, where
+            a GGUF file's quantized weights stay as they are if that is faster. A type dequantizes these.
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "torch" or "tensorrt".
         attention_backend: attention kernels for decodes on CUDA. "auto": our Triton kernels. "flashinfer": FlashInfer's

@@ -90,13 +90,22 @@ class LoadedModel:
 
         The KV cache is made for `num_kv_tokens` tokens.
         """
+        from llmengine.quantization.gguf_blocks import GgufBlocks
+
         config, arch = self.config, self.source.arch
-        asked = dataclasses.replace(config.quant_config, max_perplexity_increase=None)
-        if asked == QuantConfig() or not self.source.formats.is_dense:
+        asked = config.quant_config
+        keeps_blocks = asked.weights == "stored" and any(isinstance(item, GgufBlocks) for item in self.formats.kinds)
+        changes_weights = keeps_blocks or self.formats != self.source.formats
+        if asked.kv_cache == "none" and not changes_weights:
             return None
         max_bytes = 2 * _LARGEST_KV_ITEM * arch.num_layers * arch.num_kv_heads * arch.head_dim * num_kv_tokens
-        kv_cache = dataclasses.replace(config.kv_cache_config, max_bytes=max_bytes)
-        return dataclasses.replace(config, quant_config=QuantConfig(), kv_cache_config=kv_cache)
+        return dataclasses.replace(
+            config,
+            # A CPU keeps blocks where no dtype is named.
+            dtype="float32" if changes_weights and (config.device, config.dtype) == ("cpu", "auto") else config.dtype,
+            quant_config=QuantConfig(),
+            kv_cache_config=dataclasses.replace(config.kv_cache_config, max_bytes=max_bytes),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,7 @@ class LLMParts:
 def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool) -> LLMParts:
     """Load a model and start an engine on it; blocks until it is ready. The arguments and errors are those of `LLM`."""
     from llmengine.backends import choose_device, load_backend
+    from llmengine.backends.blocks_in_use import source_in_use
     from llmengine.checkpoints.opening import open_model
     from llmengine.checkpoints.quantized_source import quantized_source
 
@@ -144,7 +154,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         device = choose_device(resolved.device)
         resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
         resolved = resolved.resolve(accelerator=device != "cpu")
-        source = source.in_use(resolved)
+        source = source_in_use(resolved, source)
         weights = quantized_source(source, resolved.quant_config, loading_tokenizer.result)
     except BaseException:
         threads.stop()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.opening import open_model
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from llmengine.backends.tensorrt.library import Flavour
     from llmengine.backends.tensorrt.spec import WeightMode
     from llmengine.backends.tensorrt.weight_choice import LayerTimes
+
+_NO_PRODUCTS = "TensorRT has no product with them"
 
 
 def build(
@@ -50,7 +53,7 @@ def build(
         dtype=dtype,
         weight_mode=weight_mode,
     )
-    source = open_model(model, load_format)
+    source = without_blocks(open_model(model, load_format), _NO_PRODUCTS)
     from llmengine.backends.tensorrt.build_engine import build_engine
     from llmengine.backends.tensorrt.build_progress import BuildProgress
     from llmengine.tokenizer.loading import tokenizer_to_save
@@ -65,7 +68,7 @@ def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) 
     `weight_mode="fastest"`.
     """
     options = _options(model, scheduler_config)
-    source = open_model(model)
+    source = without_blocks(open_model(model), _NO_PRODUCTS)
     from llmengine.backends.tensorrt.build_engine import measure_layer as measure
 
     return measure(source, options)

@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},
     "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
+    "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "quantization"},
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {
@@ -58,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "beam_search": {*DATA, "engine"},
     "llm_parts": {
         *DATA,
-        *("backends", "checkpoints", "engine", "quantization", "tokenizer", "tokenizer.protocol"),
+        *("backends", "backends.blocks_in_use", "checkpoints", "engine", "quantization", "tokenizer"),
+        "tokenizer.protocol",
     },
     "terminal_progress": set(),
     "model_quality": {*DATA, "quantization", "terminal_progress"},

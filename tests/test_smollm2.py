@@ -63,7 +63,7 @@ def model_path() -> Path:
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     # Without the prefix cache, so that no run is helped by the one before.
-    config = ModelConfig(model_path(), kv_cache_config=KvCacheConfig(enable_prefix_caching=False))
+    config = ModelConfig(model_path(), dtype="float32", kv_cache_config=KvCacheConfig(enable_prefix_caching=False))
     with LLM(config) as engine:
         yield engine
         assert engine.stats().num_used_blocks == 0
@@ -150,7 +150,8 @@ def test_kept_at_its_bits_the_file_gives_the_same_tokens(
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
 def test_a_kv_cache_of_8_bits_costs_less_than_half_a_percent(llm: LLM, kv_cache: KvQuantization) -> None:
-    with LLM(ModelConfig(model_path(), device="cpu", quant_config=QuantConfig(kv_cache=kv_cache))) as small:
+    quantized = QuantConfig(kv_cache=kv_cache)
+    with LLM(ModelConfig(model_path(), device="cpu", dtype="float32", quant_config=quantized)) as small:
         report = small.evaluate(llm, windows=4, measure_speed=False)
     assert report.perplexity_increase is not None
     assert report.perplexity_increase < 0.005
@@ -161,8 +162,9 @@ def test_a_kv_cache_of_8_bits_costs_less_than_half_a_percent(llm: LLM, kv_cache:
 def test_kept_at_its_bits_the_file_predicts_as_well_natively(prompts: list[list[int]]) -> None:
     params = SamplingParams(max_new_tokens=1, prompt_logprobs=1)
     means = []
-    for weights in ("none", "stored"):
-        with LLM(ModelConfig(model_path(), device="cpu", quant_config=QuantConfig(weights=weights))) as llm:
+    for dtype in ("float32", "auto"):
+        with LLM(ModelConfig(model_path(), device="cpu", dtype=dtype)) as llm:
+            assert ("gguf-q4_1 weights" in llm.info.description) == (dtype == "auto")
             outputs = llm.generate(prompts, params)
         found = [entry.logprob for output in outputs for entry in output.prompt_logprobs or () if entry is not None]
         means.append(sum(found) / len(found))
@@ -194,7 +196,7 @@ def test_close_gives_the_memory_back() -> None:
         return psutil.Process().memory_info().rss / 2**20
 
     def load_and_run() -> float:
-        with LLM(ModelConfig(model_path())) as llm:
+        with LLM(ModelConfig(model_path(), dtype="float32")) as llm:
             llm.generate([[1, 2, 3] * 100] * 8, SamplingParams(max_new_tokens=2, ignore_eos=True))
             return resident_mib()
 

@@ -1,14 +1,12 @@
 """Models in GGUF files: the architecture from the metadata, the weights as canonical ones.
 
-A file with quantized matrices gives two sources: one that dequantizes them, and in its `ModelSource.stored` one whose
-matrices are the file's blocks.
+Quantized matrices are streamed as the file's blocks; `dequantized_source` makes dense ones of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -33,7 +31,7 @@ from llmengine.models.arch import ModelArch, fused_parts
 from llmengine.models.families import family_of
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.gguf_blocks import BLOCK_SIZES, DENSE_TYPES, GGUF_BLOCKS
-from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
+from llmengine.quantization.model_formats import ModelFormats
 from llmengine.quantization.stacked import Stacked
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def open_gguf(path: Path) -> ModelSource:
     places = stored_parts(arch, stored_name)
     formats = _stored_formats(gguf, arch, places)
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
-    source = ModelSource(
+    return ModelSource(
         kind="gguf",
         path=path,
         arch=arch,
@@ -85,13 +83,10 @@ def open_gguf(path: Path) -> ModelSource:
         eos_token_ids=gguf_end_ids(metadata, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=path,
-        stream=partial(_stream, gguf, arch, places, DENSE_MODEL),
+        stream=partial(_stream, gguf, arch, places, formats),
         tokenizer_metadata=gguf.metadata,
+        formats=formats,
     )
-    if formats.is_dense:
-        return source
-    stored = replace(source, formats=formats, stream=partial(_stream, gguf, arch, places, formats))
-    return replace(source, stored=stored)
 
 
 def stored_names(arch: ModelArch) -> Callable[[str], str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmengine.config import ModelConfig
 from llmengine.dtypes import ModelDType, model_dtype_name
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.formats import TensorSpec
@@ -38,8 +37,7 @@ class ModelSource:
         tokenizer_metadata: what the file at `tokenizer_path` says under its own keys, where the model's file has the
             tokenizer in it (GGUF); else empty.
         formats: how the matrices of `stream` are stored.
-        stored: the same checkpoint with its quantized matrices as the files have them, where `stream` dequantizes them
-            (GGUF); else None.
+        dequantized: for people, which of the files' formats `stream` dequantizes and why; empty if none.
         plans: what an engine directory keeps beside the weights.
         quality: how good the model was found when it was saved; None where that is not known.
     """
@@ -55,13 +53,9 @@ class ModelSource:
     stream: Callable[[torch.dtype], WeightStream]
     tokenizer_metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: ModelFormats = DENSE_MODEL
-    stored: ModelSource | None = None
+    dequantized: str = ""
     plans: SavedPlans | None = None
     quality: QualityReport | None = None
-
-    def in_use(self, config: ModelConfig) -> ModelSource:
-        """The source that `config` asks for: `stored`, where there is one and matrices are to stay as they are."""
-        return self.stored if self.stored is not None and _keeps_stored(config) else self
 
     def weights(self, dtype: torch.dtype) -> WeightStream:
         """Yield every canonical weight once, on the CPU, in the order of `arch.canonical_shapes`.
@@ -80,14 +74,3 @@ class ModelSource:
             assert tensor.is_contiguous()
             yield name, tensor
         assert next(expected, None) is None
-
-
-def _keeps_stored(config: ModelConfig) -> bool:
-    """Whether matrices that a reader can dequantize stay as the files have them.
-
-    Only on request: the native decoder has no products for blocks yet, so that a model of 4 bits computes far more
-    slowly than its copy in float32. Once it has them, `weights="none"` with `dtype="auto"` on a CPU means them too:
-
-        return weights == "stored" or (weights == "none" and config.dtype == "auto" and config.device == "cpu")
-    """
-    return config.quant_config.weights == "stored"

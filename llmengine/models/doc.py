@@ -71,9 +71,9 @@ matrices beside the model are ignored. If a directory contains several models, g
 Tensor types:
 {types}.
 
-Quantized tensors are dequantized to the model's dtype while they load. On a CPU, `QuantConfig(weights="stored")` keeps
-them as they are instead: a file of 4 bits takes 4 bits of memory, the embedding included, and so does what `save()`
-writes. The values are the same; products are slow, as each one dequantizes its matrix again.
+On a CPU, quantized tensors stay as they are where the native decoder multiplies them: a file of 4 bits takes 4 bits of
+memory. [Quantization](quantization.md#gguf) says which types these are and how to choose otherwise. Elsewhere they are
+dequantized to the model's dtype while they load.
 
 Tokenizers: `llama` and `t5` (SentencePiece BPE and unigrams), and `gpt2` (byte-level BPE) with the pre-tokenizers of
 all these families; the error for an unknown pre-tokenizer lists the known ones. If a file names no pre-tokenizer, text

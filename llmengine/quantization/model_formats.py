@@ -65,6 +65,12 @@ class ModelFormats:
         """All formats of the model's matrices."""
         return frozenset((self.default, *self.exceptions.values()))
 
+    @property
+    def kinds(self) -> frozenset[WeightFormat]:
+        """All formats of the model's matrices, or of their parts where these have formats of their own."""
+        stacked = [item for item in self.in_use if isinstance(item, Stacked)]
+        return frozenset((*self.in_use.difference(stacked), *(part.format for item in stacked for part in item.parts)))
+
     def layout(self, arch: ModelArch, dtype: ModelDType) -> dict[str, TensorSpec]:
         """Every stored tensor of a model whose weights are in `dtype` where they are not quantized, in stream order.
 
@@ -106,7 +112,7 @@ class ModelFormats:
 
     def __str__(self) -> str:
         """For people: "int8", or "int8 but for 3 matrices"."""
-        count = len(self.exceptions)
+        count = sum(item != self.default for item in self.exceptions.values())
         return str(self.default) + (f" but for {count} matri{'x' if count == 1 else 'ces'}" if count else "")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.loading import load_cpu_backend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError
@@ -66,6 +67,7 @@ def load_tiny(
     """Return the CPU backend for a directory's checkpoint; `native_directory=NO_NATIVE` leaves all steps to torch."""
     config = ModelConfig(
         model_dir=directory,
+        device="cpu",
         kv_cache_config=KvCacheConfig(block_size=block_size, max_bytes=16 << 20),
         quant_config=quant if isinstance(quant, QuantConfig) else QuantConfig(weights=quant),
         scheduler_config=SchedulerConfig(
@@ -73,16 +75,17 @@ def load_tiny(
         ),
         **settings,
     ).resolve()
-    return load_cpu_backend(config, quantized_source(open_model(directory), config.quant_config), native_directory)
+    source = source_in_use(config, open_model(directory))
+    return load_cpu_backend(config, quantized_source(source, config.quant_config), native_directory)
 
 
 def leave_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have engines run as where the native library is not built: activations are multiplied as they are."""
 
-    def load(*_: object, **__: object) -> None:
+    def find(*_: object) -> None:
         raise NativeUnavailableError("the test has none")
 
-    monkeypatch.setattr("llmengine.backends.cpu.loading.load_native_library", load)
+    monkeypatch.setattr("llmengine.backends.cpu.native.find_native_library", find)
 
 
 @dataclass

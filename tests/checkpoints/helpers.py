@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
 from llmengine.models.arch import canonical_shapes
 
@@ -74,7 +75,7 @@ def canonical(state: dict[str, torch.Tensor], num_layers: int = 2) -> dict[str, 
 
 
 def assert_streams(path: Path, expected: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    source = open_model(path)
+    source = without_blocks(open_model(path))
     streamed = list(source.weights(dtype))
     assert [name for name, _ in streamed] == list(expected) == list(canonical_shapes(source.arch))
     for name, tensor in streamed:

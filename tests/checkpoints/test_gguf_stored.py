@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
+from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.loading import load_cpu_backend
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.source import ModelSource
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
 from llmengine.quantization.matrix import Matrix
-from llmengine.quantization.model_formats import ModelFormats, formats_in_use, matrix_shapes
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, formats_in_use, matrix_shapes
 from llmengine.quantization.stacked import Stacked
 from tests.backends.helpers import leave_products_to_torch
 from tests.models.family_helpers import make_family, write_family_gguf
@@ -71,17 +74,16 @@ def test_every_family_computes_with_mixed_blocks(tmp_path: Path, monkeypatch: py
     leave_products_to_torch(monkeypatch)
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide(family), MixedTypes())
-    widened = tokens(path)
-    assert tokens(path, STORED) == widened
+    assert tokens(path, STORED) == tokens(path, dtype="float32")
     source = open_model(path)
-    assert source.formats.is_dense
-    assert source.stored is not None
-    stored = dict(source.stored.weights(torch.float32))
+    stored = dict(source.weights(torch.float32))
     shapes = matrix_shapes(source.arch)
-    for name, expected in source.weights(torch.float32):
+    dense = without_blocks(source)
+    assert dense.formats.is_dense
+    for name, expected in dense.weights(torch.float32):
         matrix = name.removesuffix(".weight")
         if matrix in shapes:
-            wanted = source.stored.formats.of(matrix)
+            wanted = source.formats.of(matrix)
             tensors = {suffix: stored[f"{matrix}.{suffix}"] for suffix in wanted.tensors(shapes[matrix], "float32")}
             assert torch.equal(Matrix(wanted, shapes[matrix], tensors).dequantized(), expected), name
         else:
@@ -91,7 +93,7 @@ def test_every_family_computes_with_mixed_blocks(tmp_path: Path, monkeypatch: py
 def test_parts_of_different_types_are_stacked(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide("smollm3"), like_q4_k_m)
-    source = open_model(path).in_use(ModelConfig(path, quant_config=STORED))
+    source = open_model(path)
     formats = source.formats
     assert formats.default == Q4
     assert formats.of("embed_tokens") == formats.of("lm_head") == Q6
@@ -102,25 +104,106 @@ def test_parts_of_different_types_are_stacked(tmp_path: Path) -> None:
     assert names == ["layers.0.qkv.weight", "layers.0.qkv.weight_1", "layers.0.qkv.weight_2"]
 
 
-def test_only_what_asks_for_it_keeps_blocks(tmp_path: Path) -> None:
+def in_use(path: Path, **settings: Any) -> ModelSource:
+    return source_in_use(ModelConfig(path, **{"device": "cpu", **settings}).resolve(), open_model(path))
+
+
+def test_blocks_that_the_library_multiplies_stay_on_a_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2"), like_q4_k_m)
+    for settings in ({}, {"quant_config": QuantConfig(kv_cache="int8")}, {"quant_config": STORED, "dtype": "float32"}):
+        source = in_use(path, **settings)
+        assert source.formats == open_model(path).formats
+        assert source.dequantized == ""
+    for settings, reason in (
+        ({"dtype": "float32"}, "dtype='float32'"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
+        ({"quant_config": QuantConfig(weights="int8")}, "quant_config asks for int8"),
+        ({"device": "cuda:0"}, "no product with them on cuda:0"),
+    ):
+        source = in_use(path, **settings)
+        assert source.formats == DENSE_MODEL
+        assert source.dequantized == f"gguf-q4_k, gguf-q6_k, gguf-q8_0 dequantized: {reason}"
+
+
+def test_without_the_library_blocks_are_dequantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_products_to_torch(monkeypatch)
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide("qwen2"), "Q8_0")
-    source = open_model(path)
-    for config in (QuantConfig(), QuantConfig(weights="int8")):
-        assert source.in_use(ModelConfig(path, quant_config=config)) is source
-    assert source.in_use(ModelConfig(path, quant_config=STORED)) is source.stored
-    assert formats_in_use(ModelFormats(Q8), STORED.resolve(), source.arch) == ModelFormats(Q8)
+    assert in_use(path).dequantized == "gguf-q8_0 dequantized: no native library: the test has none"
+    assert in_use(path, quant_config=STORED).formats == open_model(path).formats
+
+
+def test_types_without_a_native_product_are_dequantized_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("mistral"), lambda name, _: "TQ1_0" if "attn_v" in name else "Q4_0")
+    source = in_use(path)
+    q4 = GGUF_BLOCKS["Q4_0"]
+    assert source.formats.of("layers.1.qkv") == Stacked.of_rows([(256, q4), (128, q4), (128, DENSE)])
+    assert source.formats.of("layers.1.o") == source.formats.of("embed_tokens") == q4
+    dense = dict(without_blocks(open_model(path)).weights(torch.float32))
+    found = {name: tensor for name, tensor in source.weights(torch.float32) if name.endswith("qkv.weight_2")}
+    assert len(found) == source.arch.num_layers
+    for name, tensor in found.items():
+        assert torch.equal(tensor, dense[name.removesuffix("_2")][-128:])
+    with LLM(ModelConfig(path, device="cpu", num_threads=1), enable_tokenizer=False) as llm:
+        description = llm.info.description
+    assert (
+        "gguf-q4_0 weights, float32 weights in layout torch, gguf-tq1_0 dequantized: no native product" in description
+    )
+
+
+def test_a_saved_engine_keeps_its_blocks_unless_a_dtype_is_named(tmp_path: Path) -> None:
+    path, engine = tmp_path / "model.gguf", tmp_path / "engine"
+    model = make_wide("qwen2", num_hidden_layers=1)
+    write_family_gguf(path, model, lambda _, columns: "F16" if columns % 256 else "TQ1_0")
+    tokens(path, STORED, save=engine)
+    stored = open_model(path)
+    assert in_use(engine).formats == stored.formats
+    for settings in ({"dtype": "float32"}, {"device": "cuda:0"}):
+        dense = in_use(engine, **settings)
+        assert dense.formats == DENSE_MODEL
+        assert "gguf-tq1_0 dequantized" in dense.dequantized
+        pairs = zip(dense.weights(torch.float32), without_blocks(stored).weights(torch.float32), strict=True)
+        assert all(name == other and torch.equal(one, two) for (name, one), (other, two) in pairs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "compared", "weights"),
+    [
+        (QuantConfig(), None, None),
+        (QuantConfig(weights="int8"), "int8", "none"),
+        (STORED, "gguf-q8_0", "none"),
+        (QuantConfig(kv_cache="int8"), "gguf-q8_0", "gguf-q8_0"),
+    ],
+)
+def test_what_an_evaluation_compares_with(
+    tmp_path: Path, asked: QuantConfig, compared: str | None, weights: str | None
+) -> None:
+    """The model without what was asked for; where weights were, the ones that the file's blocks stand for."""
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2", num_hidden_layers=1), "Q8_0")
+    with LLM(ModelConfig(path, device="cpu", quant_config=asked), enable_tokenizer=False) as llm:
+        report = llm.evaluate(text=list(range(3, 40)), windows=1, window_tokens=16, measure_speed=False)
+    assert (report.reference and report.reference.weight_format) == weights
+    if compared is not None:
+        assert report.model.weight_format == compared
+
+
+def test_blocks_are_not_quantized_to_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, make_wide("qwen2"), "Q8_0")
+    arch = open_model(path).arch
+    assert formats_in_use(ModelFormats(Q8), STORED.resolve(), arch) == ModelFormats(Q8)
     with pytest.raises(ConfigError, match=r"format 'int8', but .*stored as 'gguf-q8_0'; set .*'none'"):
-        formats_in_use(ModelFormats(Q8), QuantConfig(weights="int8").resolve(), source.arch)
+        formats_in_use(ModelFormats(Q8), QuantConfig(weights="int8").resolve(), arch)
 
 
 @pytest.mark.parametrize("matrix_type", ["F32", "F16", "BF16"])
 def test_a_file_that_is_not_quantized_has_nothing_to_keep(tmp_path: Path, matrix_type: str) -> None:
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide("qwen2"), matrix_type)
-    source = open_model(path)
-    assert source.stored is None
-    assert source.in_use(ModelConfig(path, quant_config=STORED)) is source
+    assert open_model(path).formats == in_use(path).formats == in_use(path, quant_config=STORED).formats == DENSE_MODEL
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3_short"])
@@ -128,10 +211,9 @@ def test_a_file_that_is_not_quantized_has_nothing_to_keep(tmp_path: Path, matrix
 def test_saved_engines_keep_the_blocks(tmp_path: Path, family: str, types: Any) -> None:
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide(family), types)
-    expected = tokens(path, STORED, save=tmp_path / "engine")
-    assert tokens(tmp_path / "engine") == tokens(tmp_path / "engine", STORED) == expected
-    stored = open_model(path).stored
-    assert stored is not None
+    expected = tokens(path, save=tmp_path / "engine")
+    assert tokens(path, STORED) == tokens(tmp_path / "engine") == tokens(tmp_path / "engine", STORED) == expected
+    stored = open_model(path)
     saved = open_model(tmp_path / "engine")
     assert saved.formats == stored.formats
     for (name, one), (_, other) in zip(saved.weights(torch.float32), stored.weights(torch.float32), strict=True):
@@ -149,8 +231,8 @@ def test_log_probabilities_of_prompts_and_prefix_hits(
     write_family_gguf(path, make_wide(family), MixedTypes())
     params = PARAMS.replace(prompt_logprobs=2, logprobs=2)
     found = []
-    for config in (QuantConfig(), STORED):
-        values = ModelConfig(path, device="cpu", num_threads=1, quant_config=config)
+    for settings in ({"dtype": "float32"}, {"quant_config": STORED}):
+        values = ModelConfig(path, device="cpu", num_threads=1, **settings)  # type: ignore[arg-type]
         values.kv_cache_config.block_size = 4
         with LLM(values, enable_tokenizer=False) as llm:
             first = llm.generate([PROMPTS[2]], params)[0]
@@ -168,8 +250,8 @@ def test_memory_is_that_of_the_blocks(tmp_path: Path, family: str) -> None:
     """With tied embeddings, the embedding's blocks compute the logits too."""
     path = tmp_path / "model.gguf"
     write_family_gguf(path, make_wide(family, vocab_size=2048), like_q4_k_m)
-    config = ModelConfig(path, device="cpu", num_threads=1, quant_config=STORED).resolve()
-    source = open_model(path).in_use(config)
+    config = ModelConfig(path, device="cpu", num_threads=1).resolve()
+    source = source_in_use(config, open_model(path))
     specs = source.formats.layout(source.arch, "float32").values()
     promised = sum(spec.size_bytes for spec in specs)
     backend = load_cpu_backend(config, source)
@@ -186,8 +268,7 @@ def test_dense_matrices_follow_the_dtype(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     model = make_wide("mistral")
     write_family_gguf(path, model, lambda name, _: "F16" if "attn_v" in name or "output" in name else "Q4_0")
-    source = open_model(path).stored
-    assert source is not None
+    source = open_model(path)
     assert source.formats.of("lm_head") == DENSE
     for dtype in (torch.float32, torch.bfloat16):
         weights = dict(source.weights(dtype))

@@ -34,7 +34,7 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
 
 def assert_equals_transformers(model: Any, path: Path, native_directory: Path) -> None:
     """Compare logits and tokens over a prompt in chunks and decodes; blocks and chunks cross the windows."""
-    driver = BackendDriver(load_tiny(path, block_size=4, native_directory=native_directory))
+    driver = BackendDriver(load_tiny(path, block_size=4, dtype="float32", native_directory=native_directory))
     prompt = make_prompt(29)
     request = driver.add(0, prompt, ALL_LOGPROBS)
     logprobs = []

@@ -32,7 +32,7 @@ def evaluate(reference: LLM, **settings: object) -> QualityReport:
 
 
 def test_float32(reference: LLM) -> None:
-    report = evaluate(reference)
+    report = evaluate(reference, dtype="float32")
     assert report.model.perplexity == pytest.approx(PERPLEXITY, rel=1e-4)
     assert report.perplexity_increase == pytest.approx(0.0, abs=1e-3)
     assert report.mean_kl is not None

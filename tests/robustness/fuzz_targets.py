@@ -27,6 +27,7 @@ from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.chat.template import ChatTemplate
 from llmengine.checkpoints import engine_dir, gguf_checkpoint, huggingface_checkpoint
 from llmengine.checkpoints.canonical_weights import stored_shapes
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.model_saving import save_model
@@ -118,8 +119,8 @@ def read_model(path: Path, tokenizer: bool = False) -> None:
     """Open a model and read all its weights, but none of the many that only an altered config asks for."""
     source = open_model(path)
     layer_tables(source.arch, 16)
-    for item in (source, source.stored):
-        for _ in item.weights(torch.float32) if item is not None else ():
+    for item in {id(item): item for item in (source, without_blocks(source))}.values():
+        for _ in item.weights(torch.float32):
             pass
     if tokenizer:
         tokenizer_from_gguf(source.tokenizer_metadata, str(path)).encode("hello <s>")

@@ -90,7 +90,7 @@ def _load_parts(
             native_text = f"{_native_steps(native)} in the native decoder ({library.variant})"
         else:
             native_text = f"no native decoder: {why_not_native}"
-    info = _info(config, arch, model, pool, native_text)
+    info = _info(config, source, model, pool, native_text)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     return CpuParts(
         info,
@@ -104,14 +104,15 @@ def _load_parts(
     )
 
 
-def _info(config: ModelConfig, arch: ModelArch, model: CpuModel, pool: KvPool, native_text: str) -> BackendInfo:
+def _info(config: ModelConfig, source: ModelSource, model: CpuModel, pool: KvPool, native_text: str) -> BackendInfo:
     layout = pool.layout
     return BackendInfo(
         description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
+        + (f"{source.dequantized}, " if source.dequantized else "")
         + native_text
         + f", KV cache in {layout.kv_dtype}"
         + (", deterministic" if config.deterministic else ""),
-        vocab_size=arch.vocab_size,
+        vocab_size=source.arch.vocab_size,
         max_model_len=pool.max_model_len,
         num_blocks=pool.num_blocks,
         block_size=layout.block_size,

@@ -196,6 +196,12 @@ def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> N
 
     `borrowed_threads`: see `NativeLibrary`. Raises `NativeUnavailableError`.
     """
+    variant, library = find_native_library(directory)
+    return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
+
+
+def find_native_library(directory: Path = NATIVE_DIRECTORY) -> tuple[str, ctypes.CDLL]:
+    """The variant for this processor, and the library; starts no threads. Raises `NativeUnavailableError`."""
     variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "generic")
     if variant == "avx512" and torch.cpu._is_vnni_supported():
         variant = "avx512vnni"
@@ -209,7 +215,7 @@ def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> N
         raise NativeUnavailableError(f"{path.name} cannot be loaded: {error}") from error
     if version != _VERSION:
         raise NativeUnavailableError(f"{path.name} is from another version: reinstall this package")
-    return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
+    return variant, library
 
 
 class NativeLinear:
@@ -319,6 +325,17 @@ def multiplies(weight_format: WeightFormat) -> bool:
         parts = weight_format.parts
         return len(parts) <= _MAX_PARTS and all(multiplies(part.format) for part in parts)
     return weight_format == DENSE or packing_of(weight_format) is not None
+
+
+def why_not_multiplied(weight_format: WeightFormat) -> str | None:
+    """Why this installation's library does not multiply by quantized matrices in a format; None if it does."""
+    if packing_of(weight_format) is None:
+        return "no native product"
+    try:
+        find_native_library()
+    except NativeUnavailableError as error:
+        return f"no native library: {error}"
+    return None
 
 
 def looks_up(weight_format: WeightFormat) -> bool:

@@ -83,7 +83,7 @@ def load_cuda_parts(
             warmup = GraphWarmup(program, graphs, sizes, stream)
             if device.type == "cuda":
                 warmup.capture_first()
-    info = _info(config, model, pool, device)
+    info = _info(config, source, model, pool, device)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     return CudaParts(device, info, sizes, pool, program, stream, graphs, warmup)
 
@@ -106,9 +106,13 @@ def _allocate_model(
         return build_cuda_model(source.arch, weights, config, limit, segments_factory)
 
 
-def _info(config: ModelConfig, model: CudaModel, pool: KvPool, device: torch.device) -> BackendInfo:
+def _info(
+    config: ModelConfig, source: ModelSource, model: CudaModel, pool: KvPool, device: torch.device
+) -> BackendInfo:
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     weights = f"{dtype_name(model.embedding.dtype)} weights"
+    if source.dequantized:
+        weights += f", {source.dequantized}"
     return BackendInfo(
         description=f"torch {torch.__version__}, {name}, {weights}, {model.description}"
         + (", deterministic" if config.deterministic else ""),

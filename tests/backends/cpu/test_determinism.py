@@ -20,6 +20,7 @@ from llmengine import (
     SchedulerConfig,
 )
 from llmengine.backends import load_backend
+from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.loading import cpu_kv_layout, load_cpu_backend
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
@@ -59,7 +60,7 @@ def open_llm(
     step = max(mixed, rng.choice((1, 19, 64, 200)) if rng else 256)
     num_blocks = rng.choice(pool_sizes) if rng else pool_sizes[-1]
     given = settings.get("quant_config", QuantConfig())
-    source = open_model(directory).in_use(ModelConfig(directory, quant_config=given))
+    source = source_in_use(ModelConfig(directory, device="cpu", quant_config=given), open_model(directory))
     config = ModelConfig(
         model_dir=directory,
         scheduler_config=SchedulerConfig(
@@ -110,7 +111,7 @@ def test_schedules_without_the_native_decoder(tmp_path: Path) -> None:
 def test_schedules_of_blocks_of_gguf(tmp_path: Path) -> None:
     model = make_family("mistral", intermediate_size=64, sliding_window=None, num_hidden_layers=1)
     write_family_gguf(tmp_path / "model.gguf", model, "Q4_1")
-    assert check(tmp_path / "model.gguf", 3, 3, quant_config=QuantConfig(weights="stored"))
+    assert check(tmp_path / "model.gguf", 3, 3)
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8"])

@@ -24,6 +24,7 @@ from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan, segments_of
 from llmengine.batch import BackendInfo, Batch, StepResult
+from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
 from llmengine.models.arch import ModelArch, fused_parts
 from llmengine.models.decoder import forward
@@ -157,7 +158,7 @@ class InterpretedBackend:
 @pytest.fixture(scope="module")
 def reference() -> LlamaForCausalLM:
     """transformers' Llama with our weights; the torch backend's tests check that these are the file's."""
-    source = open_model(model_path())
+    source = without_blocks(open_model(model_path()))
     arch = source.arch
     config = LlamaConfig(
         vocab_size=arch.vocab_size,
@@ -235,7 +236,7 @@ async def test_tokens_and_logits_equal_transformers(
     dtype: str, prompts: list[list[int]], reference: LlamaForCausalLM
 ) -> None:
     library = library_or_skip()
-    source = open_model(model_path())
+    source = without_blocks(open_model(model_path()))
     weights = dict(source.weights(DTYPES[dtype]))
     segments = InterpretedSegments(library, source.arch, dtype, weights)
     backend = InterpretedBackend(source.arch, segments, weights["embed_tokens.weight"])

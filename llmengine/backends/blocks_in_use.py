@@ -1,0 +1,40 @@
+"""Which of GGUF's blocks a device computes with, and which are dequantized while they load."""
+
+from __future__ import annotations
+
+from llmengine.checkpoints.dequantized_source import dequantized_source
+from llmengine.checkpoints.source import ModelSource
+from llmengine.config import ModelConfig
+from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.gguf_blocks import GgufBlocks
+
+
+def source_in_use(config: ModelConfig, source: ModelSource) -> ModelSource:
+    """`source` as the device of a resolved `config` computes with it: blocks stay where that is fastest.
+
+    On a CPU, the blocks of a GGUF file stay if the native library multiplies them, unless `dtype` names another type
+    for the weights or `quant_config` another format. Those of a saved engine stay in any case, unless `dtype` names a
+    type. `weights="stored"` keeps all. Other devices have no products with blocks.
+    """
+    if config.quant_config.weights == "stored":
+        return source
+    reasons: dict[WeightFormat, str] = {}
+    for item in source.formats.kinds:
+        if isinstance(item, GgufBlocks) and (reason := _why_dequantized(config, source, item)) is not None:
+            reasons[item] = reason
+    return dequantized_source(source, reasons) if reasons else source
+
+
+def _why_dequantized(config: ModelConfig, source: ModelSource, blocks: GgufBlocks) -> str | None:
+    weights, is_saved = config.quant_config.weights, source.kind == "engine"
+    if config.device != "cpu":
+        return f"no product with them on {config.device}"
+    if weights != "none":
+        return None if is_saved else f"quant_config asks for {weights}"
+    if config.dtype != "auto":
+        return f"dtype={config.dtype!r}"
+    if is_saved:
+        return None
+    from llmengine.backends.cpu.native import why_not_multiplied
+
+    return why_not_multiplied(blocks)
