@@ -2,9 +2,10 @@
 
 python -m benchmarks.kernels.bench_attention [135m 1b 7b 8b] [--launch v64x256w4s1 ...] [--decodes 64x200 ...] [--pdl]
 
-The name of a decode launch is v (vector) or d (dot), tile x least tokens of a split, w warps, s stages. If FlashInfer
-is installed, its kernel is a column as well, including the rotation and KV write that must precede it. TB/s counts the
-KV of the contexts, TFLOP/s the causal half of the products.
+The name of a decode launch is v (vector) or d (dot), tile x least tokens of a split, w warps, s stages, and p programs
+on an SM unless it is 4. If FlashInfer is installed, its kernel is a column as well, including the rotation and KV write
+that must precede it. TB/s counts the KV of the contexts, TFLOP/s the causal half of the products. `bench_kv_cache`
+compares keys and values of 8 bits with bf16.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ from benchmarks.shapes import shape_arch
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace, decode_attention, decode_launch
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention, prefill_launch, rope_and_write
-from llmengine.kernels.attention_reference import decode_attention_reference, prefill_attention_reference
+from llmengine.kernels.attention_reference import (
+    decode_attention_reference,
+    dequantized,
+    prefill_attention_reference,
+)
 from llmengine.kernels.flashinfer_attention import FlashInferDecode, is_installed
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
 from llmengine.kernels.timing import time_graph
@@ -42,11 +48,11 @@ MAX_LAYERS = 600
 
 def parse_launch(name: str) -> DecodeLaunch:
     """The launch with a name like v64x256w4s1."""
-    match = re.fullmatch(r"([vd])(\d+)x(\d+)w(\d+)s(\d+)", name)
+    match = re.fullmatch(r"([vd])(\d+)x(\d+)w(\d+)s(\d+)(?:p(\d+))?", name)
     if match is None:
-        raise argparse.ArgumentTypeError(f"must be like v64x256w4s1, not {name!r}")
-    tile, split, warps, stages = map(int, match.groups()[1:])
-    return DecodeLaunch(tile, split, warps, stages, vector=match[1] == "v")
+        raise argparse.ArgumentTypeError(f"must be like v64x256w4s1 or d32x64w1s3p8, not {name!r}")
+    tile, split, warps, stages = map(int, match.groups()[1:5])
+    return DecodeLaunch(tile, split, warps, stages, match[1] == "v", programs_per_sm=int(match[6] or 4))
 
 
 def parse_decodes(name: str) -> tuple[int, int]:
@@ -60,7 +66,8 @@ def parse_decodes(name: str) -> tuple[int, int]:
 def name_of(launch: DecodeLaunch) -> str:
     """The name of a launch, which `parse_launch` reads."""
     kind = "v" if launch.vector else "d"
-    return f"{kind}{launch.tile}x{launch.min_split_tokens}w{launch.num_warps}s{launch.num_stages}"
+    programs = f"p{launch.programs_per_sm}" if launch.programs_per_sm != 4 else ""
+    return f"{kind}{launch.tile}x{launch.min_split_tokens}w{launch.num_warps}s{launch.num_stages}{programs}"
 
 
 def make_step(config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int) -> tuple[DeviceStep, int]:
@@ -96,18 +103,36 @@ def make_step(config: AttentionConfig, rows: Sequence[tuple[int, int]], query_bl
     return DeviceStep(**(tensors | {"block_tables": tables.cuda()})), num_blocks
 
 
+def random_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> KvBlocks:
+    """Normal vectors, [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    if dtype.itemsize > 1:
+        return KvBlocks(torch.randn(shape, dtype=dtype, device="cuda"))
+    spread = {torch.int8: 40.0, torch.float8_e4m3fn: 140.0}[dtype]
+    numbers = torch.empty(shape, dtype=dtype, device="cuda")
+    for layer in numbers:
+        layer.copy_((torch.randn(shape[1:], device="cuda") * spread).clamp_(-3.1 * spread, 3.1 * spread))
+    return KvBlocks(numbers, (0.9 + 0.2 * torch.rand(shape[:-1], device="cuda")) / spread)
+
+
 class Layers:
     """Tensors for one step of as many layers as it takes to exceed the L2 cache."""
 
-    def __init__(self, config: AttentionConfig, rows: Sequence[tuple[int, int]], query_block: int = 1) -> None:
+    def __init__(
+        self,
+        config: AttentionConfig,
+        rows: Sequence[tuple[int, int]],
+        query_block: int = 1,
+        kv_dtype: torch.dtype = DTYPE,
+    ) -> None:
         self.config = config
         self.step, num_blocks = make_step(config, rows, query_block)
         self.num_tokens = sum(tokens for _, tokens in rows)
         shape = (num_blocks, 2, config.num_kv_heads, config.block_size, config.head_dim)
-        size = 2 * torch.Size(shape).numel()
-        self.kv_bytes = 4 * config.num_kv_heads * config.head_dim * sum(length for length, _ in rows)
+        vector_bytes = config.head_dim * kv_dtype.itemsize + (4 if kv_dtype.itemsize == 1 else 0)
+        self.kv_bytes = 2 * config.num_kv_heads * vector_bytes * sum(length for length, _ in rows)
+        size = kv_dtype.itemsize * torch.Size(shape).numel()
         self.num_layers = min(max(2, int(COLD_BYTES // size) + 1), MAX_LAYERS)
-        self.kv = torch.randn(self.num_layers, *shape, dtype=DTYPE, device="cuda")
+        self.kv = random_blocks((self.num_layers, *shape), kv_dtype)
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = torch.randn(self.num_tokens, width, dtype=DTYPE, device="cuda")
         self.out = torch.full((self.num_tokens, config.num_heads * config.head_dim), torch.nan, device="cuda").to(DTYPE)
@@ -116,7 +141,7 @@ class Layers:
         num_sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.workspace = attention_workspace(config, num_sms, "cuda")
         self.flashinfer: FlashInferDecode | None = None
-        if is_installed():
+        if is_installed() and kv_dtype == DTYPE:
             max_blocks = self.step.block_tables.shape[1]
             self.flashinfer = FlashInferDecode(config, DTYPE, len(rows), max_blocks, num_sms, "cuda")
             self.flashinfer.begin(self.step, len(rows))
@@ -125,12 +150,12 @@ class Layers:
         """Run decode attention of a layer; a launch of None stands for FlashInfer."""
         if launch is None:
             assert self.flashinfer is not None
-            self.flashinfer.attend(self.step, self.qkv, self.kv[layer], self.rope, self.config, self.out, pdl=pdl)
+            self.flashinfer.attend(self.step, self.qkv, self.kv.layer(layer), self.rope, self.config, self.out, pdl=pdl)
             return
         decode_attention(
             self.step,
             self.qkv,
-            self.kv[layer],
+            self.kv.layer(layer),
             self.rope,
             self.config,
             self.out,
@@ -140,10 +165,10 @@ class Layers:
         )
 
     def prefill(self, layer: int, launch: PrefillLaunch, pdl: bool) -> None:
-        prefill_attention(self.step, self.qkv, self.kv[layer], self.config, self.out, pdl=pdl, launch=launch)
+        prefill_attention(self.step, self.qkv, self.kv.layer(layer), self.config, self.out, pdl=pdl, launch=launch)
 
     def write(self, layer: int, pdl: bool) -> None:
-        rope_and_write(self.step, self.qkv, self.kv[layer], self.rope, self.config, pdl=pdl)
+        rope_and_write(self.step, self.qkv, self.kv.layer(layer), self.rope, self.config, pdl=pdl)
 
     def time(self, call: Callable[[int], None]) -> float:
         """Microseconds per layer."""
@@ -157,19 +182,31 @@ def check(found: Tensor, expected: Tensor) -> None:
         raise AssertionError(f"error {error:.3g}")
 
 
-def check_decode(config: AttentionConfig, launch: DecodeLaunch | None, pdl: bool) -> None:
-    layers = Layers(config, [(length, 1) for length in (1, 2, 17, 64, 65, 193, 700, 3000)])
-    expected, kv = torch.empty_like(layers.out), layers.kv[0].clone()
+def check_blocks(kv: KvBlocks, expected: Tensor) -> None:
+    """Raise if blocks do not hold what they should; few numbers of 8 bits may be rounded the other way."""
+    if kv.scales is None:
+        check(kv.numbers, expected)
+    elif not ((dequantized(kv) - expected).abs() < 1e-5).float().mean().item() > 1 - 1e-5:
+        raise AssertionError("wrong numbers are written")
+
+
+def check_decode(
+    config: AttentionConfig, launch: DecodeLaunch | None, pdl: bool, kv_dtype: torch.dtype = DTYPE
+) -> None:
+    lengths = (1, 2, 17, 64, 65, 193, 700, 3000)
+    layers = Layers(config, [(length, 1) for length in lengths], kv_dtype=kv_dtype)
+    expected, kv = torch.empty_like(layers.out), layers.kv.layer(1)
     decode_attention_reference(layers.step, layers.qkv, kv, layers.rope, config, expected)
-    layers.decode(0, launch, pdl)
+    wanted = dequantized(kv)
+    layers.decode(1, launch, pdl)
     check(layers.out, expected)
-    check(layers.kv[0], kv)
+    check_blocks(kv, wanted)
 
 
-def check_prefill(config: AttentionConfig, launch: PrefillLaunch, pdl: bool) -> None:
-    layers = Layers(config, [(70, 70), (300, 33), (129, 129)], query_block_of(config, launch))
+def check_prefill(config: AttentionConfig, launch: PrefillLaunch, pdl: bool, kv_dtype: torch.dtype = DTYPE) -> None:
+    layers = Layers(config, [(70, 70), (300, 33), (129, 129)], query_block_of(config, launch), kv_dtype)
     expected = torch.empty_like(layers.out)
-    prefill_attention_reference(layers.step, layers.qkv, layers.kv[0], config, expected)
+    prefill_attention_reference(layers.step, layers.qkv, layers.kv.layer(0), config, expected)
     layers.prefill(0, launch, pdl)
     check(layers.out, expected)
 
@@ -212,7 +249,7 @@ def bench_decode(
 
 
 def bench_prefill(model: str, config: AttentionConfig, pdl: bool) -> None:
-    usual = prefill_launch(config, DTYPE, max_shared_bytes(torch.device("cuda")))
+    usual = prefill_launch(config, DTYPE, DTYPE, max_shared_bytes(torch.device("cuda")))
     launches = [
         usual,
         replace(usual, num_stages=3),

@@ -59,25 +59,22 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
-    if config.quant_config.kv_cache != "none":
-        raise ConfigError(
-            f"quant_config.kv_cache={config.quant_config.kv_cache!r} needs device='cpu' in this version; "
-            f"the device is {device!r}: the next version brings it to CUDA and TensorRT; use 'none'"
-        )
+    import torch
+
+    from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
+
+    check_kv_cache(config, torch.device(device))
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
             "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "
             "number of tokens; use 'auto' or 'torch'"
         )
-    import torch
-
     has_tensorrt = not config.deterministic and _has_tensorrt()
     if config.backend == "tensorrt" or (config.backend == "auto" and has_tensorrt):
         from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
     from llmengine.backends.cuda.generic_segments import cuda_segments_factory
-    from llmengine.backends.cuda.loading import load_cuda_backend
 
     if config.backend == "torch":
         return load_cuda_backend(config, source, torch.device(device))

@@ -64,9 +64,16 @@ class KvLayout:
 
 
 def joint_kv_layout(arch: ModelArch, block_size: int, dtype: torch.dtype) -> KvLayout:
-    """Layout with one tensor "kv", [2, num_kv_heads, block_size, head_dim]: the keys, then the values."""
+    """Layout with a tensor "kv", [2, num_kv_heads, block_size, head_dim]: the keys, then the values.
+
+    For a dtype of 8 bits there is also "scales", float32 [2, num_kv_heads, block_size]: what a token's key or value of
+    a head is multiplied by.
+    """
     shape = (2, arch.num_kv_heads, block_size, arch.head_dim)
-    return KvLayout(arch.num_layers, block_size, {"kv": BlockTensor(shape, dtype)})
+    tensors = {"kv": BlockTensor(shape, dtype)}
+    if dtype.itemsize == 1:
+        tensors["scales"] = BlockTensor(shape[:-1], torch.float32)
+    return KvLayout(arch.num_layers, block_size, tensors)
 
 
 def split_kv_layout(arch: ModelArch, block_size: int) -> KvLayout:

@@ -1,8 +1,8 @@
 """Paged attention of one layer on CUDA: the parts that its kernels share.
 
-A layer's pool is `kv` [num_blocks, 2, num_kv_heads, block_size, head_dim], keys at index 0 and values at 1, so one
-block's keys of one head are contiguous. `qkv` is [max_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q, k, v.
-Both have one dtype: bf16, fp16 or fp32. The rope table is fp32 [max_positions, head_dim], see `models.rope`.
+`qkv` is [max_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q, k, v, in bf16, fp16 or fp32. `KvBlocks` are a
+layer's keys and values, in the same dtype or in 8 bits. The rope table is fp32 [max_positions, head_dim], see
+`models.rope`.
 
 Decodes take a single launch (`attention_decode`). Chunks of prompts take two (`attention_prefill`), since their
 queries attend to keys that other programs write.
@@ -56,11 +56,17 @@ class AttentionConfig:
 
 
 @triton.jit
-def head_dims(HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr):
-    """A head's dimensions, each half padded to a power of two, and a mask of those that exist."""
+def head_dims(HEAD_DIM: tl.constexpr, HALF_PAD: tl.constexpr, IN_ORDER: tl.constexpr):
+    """A head's dimensions, padded to 2 * HALF_PAD, and a mask of those that exist.
+
+    The padding comes last if they are IN_ORDER, and otherwise after each half.
+    """
     padded = tl.arange(0, 2 * HALF_PAD)
-    within = padded % HALF_PAD
-    return padded // HALF_PAD * (HEAD_DIM // 2) + within, within < HEAD_DIM // 2
+    if IN_ORDER:
+        return padded, padded < HEAD_DIM
+    else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
+        within = padded % HALF_PAD
+        return padded // HALF_PAD * (HEAD_DIM // 2) + within, within < HEAD_DIM // 2
 
 
 @triton.jit
@@ -73,6 +79,7 @@ def rotated(
     norm_ptr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """Load a token's heads, fp32 [heads, padded dims], normalized if there are weights, rotated; padding is zero.
@@ -80,10 +87,11 @@ def rotated(
     Every element is loaded again for its partner in the other half: cheaper than an exchange between threads.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
+    PERIOD: tl.constexpr = HALF if IN_ORDER else HALF_PAD
+    dims, exists = head_dims(HEAD_DIM, HALF_PAD, IN_ORDER)
     padded = tl.arange(0, 2 * HALF_PAD)
-    half, within = padded // HALF_PAD, padded % HALF_PAD
-    exists = within < HALF
-    dims, partners = half * HALF + within, (1 - half) * HALF + within
+    half, within = padded // PERIOD, padded % PERIOD
+    partners = (1 - half) * HALF + within
     mask = is_head[:, None] & exists[None, :]
     x = tl.load(token_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     partner = tl.load(token_ptr + heads[:, None] * HEAD_DIM + partners[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -98,20 +106,6 @@ def rotated(
 
 
 @triton.jit
-def cells_of(
-    table_ptr,
-    positions,
-    valid,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Offsets in the pool, int64, at which the tokens' keys of head 0 begin."""
-    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    return blocks * (2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + positions % BLOCK_SIZE * HEAD_DIM
-
-
-@triton.jit
 def capped(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     """Scores of the products q . k, times log2(e), so that exp2 can stand for exp."""
     if SOFT_CAP != 0.0:
@@ -121,6 +115,17 @@ def capped(products, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
         return tl.where(scaled < 0, -magnitude, magnitude)
     else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
         return products * (SCALE * _LOG2_E)
+
+
+@triton.jit
+def fold_scores(products, attended, maximum, total, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """One more tile of products in the online softmax [rows], [rows]: its weights [rows, tile] and the decay [rows]."""
+    scores = tl.where(attended, capped(products, SCALE, SOFT_CAP), float("-inf"))
+    raised = tl.maximum(maximum, tl.max(scores, axis=1))
+    finite = tl.where(raised == float("-inf"), 0.0, raised)
+    weights = tl.exp2(scores - finite[:, None])
+    decay = tl.exp2(maximum - finite)
+    return weights, decay, raised, total * decay + tl.sum(weights, axis=1)
 
 
 @triton.jit
@@ -137,10 +142,6 @@ def fold_dot(
 ):
     """The online softmax [rows], [rows], [rows, dims] after one more tile [tile, dims] of k and v."""
     products = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = tl.where(attended, capped(products, SCALE, SOFT_CAP), float("-inf"))
-    raised = tl.maximum(maximum, tl.max(scores, axis=1))
-    finite = tl.where(raised == float("-inf"), 0.0, raised)
-    weights = tl.exp2(scores - finite[:, None])
-    decay = tl.exp2(maximum - finite)
+    weights, decay, maximum, total = fold_scores(products, attended, maximum, total, SCALE, SOFT_CAP)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return raised, total * decay + tl.sum(weights, axis=1), acc
+    return maximum, total, acc

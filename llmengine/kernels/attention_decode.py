@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.kernels.attention import AttentionConfig, capped, cells_of, fold_dot, head_dims, rotated
+from llmengine.kernels.attention import AttentionConfig, capped, fold_dot, fold_scores, head_dims, rotated
+from llmengine.kernels.kv_blocks import KvBlocks, cells_of, fitted, key_products, quantized, value_pairs
 from llmengine.kernels.step import NUM_DECODES, DeviceStep
 
 _NUM_DECODES = tl.constexpr(NUM_DECODES)
 
 _MAX_SPLITS = 32
-_PROGRAMS_PER_SM = 4
-"""Decode programs that an SM holds at once: contexts are split until there are as many."""
+_MAX_PROGRAMS_PER_SM = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class DecodeLaunch:
         num_stages: with 1, tiles go through registers; with 3, 5 or 7, there are 1, 2 or 3 of them in flight through
             shared memory (block ids take as many stages as the tiles that they lead to).
         vector: plain arithmetic, one query head at a time; otherwise tensor cores, with the group padded to 16 rows.
+        programs_per_sm: contexts are split until each SM has as many programs, at most 16.
     """
 
     tile: int
@@ -44,11 +45,22 @@ class DecodeLaunch:
     num_warps: int
     num_stages: int
     vector: bool
+    programs_per_sm: int = 4
 
 
 def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
-    """Parameters that suit an H100: small programs, many of which fit on an SM."""
+    """Parameters that suit an H100: small programs, many of which fit on an SM.
+
+    Args:
+        dtype: of the numbers in the KV blocks.
+    """
     row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
+    if dtype.itemsize == 1:  # as much arithmetic for half of the bytes, so more programs have to share an SM
+        tile = max(16, min(32, 8192 // row_bytes))
+        if config.group == 1:
+            return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=2, num_stages=1, vector=True)
+        warps = 1 if row_bytes <= 128 else 2
+        return DecodeLaunch(tile, min_split_tokens=64, num_warps=warps, num_stages=3, vector=False, programs_per_sm=8)
     if config.group == 1:
         tile = max(16, min(128, 4096 // row_bytes))
         return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=2, num_stages=1, vector=True)
@@ -65,27 +77,30 @@ class AttentionWorkspace:
         partial_out: fp32 [num_programs, group, head_dim].
         partial_lse: fp32 [num_programs, group], log2 of the splits' sums of exponentials.
         arrivals: int32 [num_programs], number of finished splits for each (row, KV head); zero between launches.
+        num_sms: multiprocessors of the device; decides how far contexts are split.
     """
 
     partial_out: Tensor
     partial_lse: Tensor
     arrivals: Tensor
+    num_sms: int
 
 
 def attention_workspace(config: AttentionConfig, num_sms: int, device: torch.device | str) -> AttentionWorkspace:
-    """Allocate for any number of rows; `num_sms` also decides how far contexts are split."""
-    programs = _PROGRAMS_PER_SM * num_sms
+    """Allocate for any number of rows and any `DecodeLaunch`."""
+    programs = _MAX_PROGRAMS_PER_SM * num_sms
     return AttentionWorkspace(
         partial_out=torch.empty(programs, config.group, config.head_dim, dtype=torch.float32, device=device),
         partial_lse=torch.empty(programs, config.group, dtype=torch.float32, device=device),
         arrivals=torch.zeros(programs, dtype=torch.int32, device=device),
+        num_sms=num_sms,
     )
 
 
 def decode_attention(
     step: DeviceStep,
     qkv: Tensor,
-    kv: Tensor,
+    kv: KvBlocks,
     rope_table: Tensor,
     config: AttentionConfig,
     out: Tensor,
@@ -101,7 +116,7 @@ def decode_attention(
     Args:
         step: the rows.
         qkv: before the rotation; unchanged.
-        kv: the layer's pool.
+        kv: the layer's blocks.
         rope_table: cos and sin.
         config: the layer's attention.
         out: [max_tokens, num_heads * head_dim]; row r is token r, and other rows are left alone.
@@ -113,17 +128,19 @@ def decode_attention(
         launch: parameters in place of those of `decode_launch`.
     """
     max_rows = min(qkv.shape[0], step.row_slots.shape[0])
-    launch = launch or decode_launch(config, qkv.dtype)
+    launch = launch or decode_launch(config, kv.dtype)
     assert config.group == 1 or not launch.vector, config.group
-    programs = max_rows * config.num_kv_heads
-    splits = min(_MAX_SPLITS, max(1, workspace.arrivals.shape[0] // programs))
+    assert launch.programs_per_sm <= _MAX_PROGRAMS_PER_SM, launch
+    programs = launch.programs_per_sm * workspace.num_sms
+    splits = min(_MAX_SPLITS, max(1, programs // (max_rows * config.num_kv_heads)))
     _decode_kernel[(config.num_kv_heads, max_rows, splits)](
         step.counts,
         step.row_slots,
         step.context_lens,
         step.block_tables,
         qkv,
-        kv,
+        kv.numbers,
+        kv.scales,
         rope_table,
         q_norm,
         k_norm,
@@ -146,6 +163,7 @@ def decode_attention(
         MIN_TILES=-(-launch.min_split_tokens // launch.tile),
         STAGES=launch.num_stages,
         VECTOR=launch.vector,
+        ASSEMBLY=kv.has_assembly(qkv),
         PDL=pdl,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -164,6 +182,7 @@ def _decode_kernel(
     block_tables_ptr,
     qkv_ptr,
     kv_ptr,
+    scales_ptr,
     rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -186,6 +205,7 @@ def _decode_kernel(
     MIN_TILES: tl.constexpr,
     STAGES: tl.constexpr,
     VECTOR: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (KV head, row, split): the split's part of the row's context for the heads of one group.
@@ -216,48 +236,92 @@ def _decode_kernel(
 
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     LANES: tl.constexpr = TILE if VECTOR else GROUP_PAD
-    dims, in_head = head_dims(HEAD_DIM, HALF_PAD)
+    QUANTIZED: tl.constexpr = scales_ptr is not None
+    # Numbers of 8 bits are loaded as pairs of neighbouring dimensions where tensor cores multiply values.
+    PAIRED: tl.constexpr = QUANTIZED and not VECTOR
+    dims, in_head = head_dims(HEAD_DIM, HALF_PAD, PAIRED)
     members = tl.arange(0, GROUP_PAD)
     heads, in_group = kv_head * GROUP + members, members < GROUP
     token_ptr = qkv_ptr + row.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
     table_ptr = block_tables_ptr + slot.to(tl.int64) * MAX_BLOCKS
     keys_ptr = kv_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM)
     values_ptr = keys_ptr + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    k_scales_ptr = scales_ptr + kv_head * BLOCK_SIZE if QUANTIZED else None
+    v_scales_ptr = k_scales_ptr + NUM_KV_HEADS * BLOCK_SIZE if QUANTIZED else None
     dtype = kv_ptr.dtype.element_ty
-    q = rotated(token_ptr, heads, in_group, last, rope_ptr, q_norm_ptr, HEAD_DIM, HALF_PAD, EPS).to(dtype)
+    q = rotated(token_ptr, heads, in_group, last, rope_ptr, q_norm_ptr, HEAD_DIM, HALF_PAD, PAIRED, EPS)
+    q = q.to(qkv_ptr.dtype.element_ty)
     new_head = NUM_HEADS + kv_head + tl.arange(0, 1)
-    k_new = rotated(token_ptr, new_head, new_head >= 0, last, rope_ptr, k_norm_ptr, HEAD_DIM, HALF_PAD, EPS).to(dtype)
+    is_head = new_head >= 0
+    k_new = rotated(token_ptr, new_head, is_head, last, rope_ptr, k_norm_ptr, HEAD_DIM, HALF_PAD, PAIRED, EPS)
     v_ptrs = token_ptr + (new_head + NUM_KV_HEADS)[:, None] * HEAD_DIM + dims[None, :]
-    v_new = tl.load(v_ptrs, mask=in_head[None, :], other=0.0).to(dtype)
+    v_new = tl.load(v_ptrs, mask=in_head[None, :], other=0.0).to(tl.float32)
+    if QUANTIZED:
+        k_new, k_scale = quantized(k_new, dtype)
+        v_new, v_scale = quantized(v_new, dtype)
     if split == 0:
-        cell = cells_of(table_ptr, last, last >= 0, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        tl.store(keys_ptr + cell + dims[None, :], k_new, mask=in_head[None, :])
-        tl.store(values_ptr + cell + dims[None, :], v_new, mask=in_head[None, :])
+        cell = cells_of(table_ptr, last, last >= 0, NUM_KV_HEADS, BLOCK_SIZE)
+        offsets = cell * HEAD_DIM + dims[None, :]
+        tl.store(keys_ptr + offsets, k_new.to(dtype), mask=in_head[None, :])
+        tl.store(values_ptr + offsets, v_new.to(dtype), mask=in_head[None, :])
+        if QUANTIZED:
+            tl.store(k_scales_ptr + cell + tl.arange(0, 1), k_scale)
+            tl.store(v_scales_ptr + cell + tl.arange(0, 1), v_scale)
+    if QUANTIZED:
+        k_new *= k_scale[:, None]
+        v_new *= v_scale[:, None]
+    else:
+        k_new = k_new.to(dtype).to(tl.float32)
 
     # The first split starts from the new token (with VECTOR in lane 0), the others from nothing.
     lanes = tl.arange(0, LANES)
     has_new = (split == 0) & (lanes == 0) if VECTOR else (split == 0) & (lanes >= 0)
-    new_score = capped(tl.sum(q.to(tl.float32) * k_new.to(tl.float32), axis=1), SCALE, SOFT_CAP)
+    new_score = capped(tl.sum(q.to(tl.float32) * k_new, axis=1), SCALE, SOFT_CAP)
     maximum = tl.where(has_new, new_score, float("-inf"))
     total = tl.where(has_new, 1.0, 0.0)
-    acc = tl.where(has_new[:, None], v_new.to(tl.float32), 0.0)
+    acc = tl.where(has_new[:, None], v_new, 0.0)
+    if PAIRED:
+        q, factors = fitted(q)
+        value_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
+        pairs = tl.arange(0, HALF_PAD)
+        is_pair = pairs < HEAD_DIM // 2
+        pairs_ptr = values_ptr.to(tl.pointer_type(tl.int16))
+        acc, odd_acc = tl.split(tl.reshape(acc, (LANES, HALF_PAD, 2)))
     tokens = begin + tl.arange(0, TILE)
-    cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         tokens = start + tl.arange(0, TILE)
         valid = tokens < end
         if not VECTOR:  # the compiler pipelines, and so loads these ahead
-            cells = cells_of(table_ptr, tokens, valid, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        offsets, loaded = cells[:, None] + dims[None, :], valid[:, None] & in_head[None, :]
+            cells = cells_of(table_ptr, tokens, valid, NUM_KV_HEADS, BLOCK_SIZE)
+        offsets, loaded = cells[:, None] * HEAD_DIM + dims[None, :], valid[:, None] & in_head[None, :]
         k = tl.load(keys_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
-        v = tl.load(values_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
+        if PAIRED:
+            offsets, loaded = cells[:, None] * (HEAD_DIM // 2) + pairs[None, :], valid[:, None] & is_pair[None, :]
+            v = tl.load(pairs_ptr + offsets, mask=loaded, other=0, eviction_policy="evict_first")
+        else:
+            v = tl.load(values_ptr + offsets, mask=loaded, other=0.0, eviction_policy="evict_first")
+        if QUANTIZED:
+            k_scales = tl.load(k_scales_ptr + cells, mask=valid, other=0.0)
+            v_scales = tl.load(v_scales_ptr + cells, mask=valid, other=0.0)
+        else:
+            k_scales, v_scales = None, None
         if VECTOR:
             tl.debug_barrier()  # without it the compiler spreads the loads over the arithmetic, and few are in flight
             tokens += TILE
-            cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-            maximum, total, acc = _fold_vector(q, k, v, valid, maximum, total, acc, SCALE, SOFT_CAP)
+            cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE)
+            maximum, total, acc = _fold_vector(q, k, v, k_scales, v_scales, valid, maximum, total, acc, SCALE, SOFT_CAP)
+        elif PAIRED:
+            products = key_products(q, factors, k, k_scales, ASSEMBLY)
+            weights, decay, maximum, total = fold_scores(products, valid[None, :], maximum, total, SCALE, SOFT_CAP)
+            weights = (weights * v_scales[None, :]).to(value_dtype)
+            even, odd = value_pairs(v, dtype, value_dtype, ASSEMBLY)
+            acc = tl.dot(weights, even, acc * decay[:, None], input_precision="ieee")
+            odd_acc = tl.dot(weights, odd, odd_acc * decay[:, None], input_precision="ieee")
         else:
             maximum, total, acc = fold_dot(q, k, v, valid[None, :], maximum, total, acc, SCALE, SOFT_CAP)
+    if PAIRED:
+        acc = tl.reshape(tl.join(acc, odd_acc), (LANES, 2 * HALF_PAD))
     if VECTOR:
         lane_maximum = maximum
         maximum = tl.max(lane_maximum, axis=0, keep_dims=True)
@@ -288,19 +352,24 @@ def _decode_kernel(
 
 
 @triton.jit
-def _fold_vector(q, k, v, valid, maximum, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+def _fold_vector(q, k, v, k_scales, v_scales, valid, maximum, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     """The online softmax [tile], [tile], [tile, dims] after one more tile of k and v, for a single q [1, dims].
 
-    Each lane of the tile keeps a softmax of its own, so that warps do not have to meet within the loop.
+    Each lane of the tile keeps a softmax of its own, so that warps do not have to meet within the loop. The scales are
+    those of `fold_dot`.
     """
     products = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
+    if k_scales is not None:
+        products *= k_scales
     scores = tl.where(valid, capped(products, SCALE, SOFT_CAP), float("-inf"))
     raised = tl.maximum(maximum, scores)
     finite = tl.where(raised == float("-inf"), 0.0, raised)
     weights = tl.exp2(scores - finite)
     decay = tl.exp2(maximum - finite)
-    acc = acc * decay[:, None] + v.to(tl.float32) * weights[:, None]
-    return raised, total * decay + weights, acc
+    total = total * decay + weights
+    if v_scales is not None:
+        weights *= v_scales
+    return raised, total, acc * decay[:, None] + v.to(tl.float32) * weights[:, None]
 
 
 @triton.jit

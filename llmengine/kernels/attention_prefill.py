@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.kernels.attention import AttentionConfig, cells_of, fold_dot, head_dims, rotated
+from llmengine.kernels.attention import AttentionConfig, fold_dot, fold_scores, head_dims, rotated
+from llmengine.kernels.kv_blocks import KvBlocks, cells_of, fitted, halves, key_products, quantized
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_TOKENS, DeviceStep
 
@@ -31,10 +32,19 @@ class PrefillLaunch:
     num_stages: int
 
 
-def prefill_launch(config: AttentionConfig, dtype: torch.dtype, max_shared: int) -> PrefillLaunch:
-    """Parameters that suit an H100, within a program's bytes of shared memory."""
+def prefill_launch(
+    config: AttentionConfig, dtype: torch.dtype, kv_dtype: torch.dtype, max_shared: int
+) -> PrefillLaunch:
+    """Parameters that suit an H100, within a program's bytes of shared memory.
+
+    Args:
+        dtype: of q.
+        kv_dtype: of the numbers in the KV blocks.
+    """
     row_bytes = _row_bytes(config, dtype)
     tile, rows = max(16, min(64, 16384 // row_bytes)), _query_rows(config, dtype)
+    if kv_dtype.itemsize == 1:  # tiles are converted in registers, where another one in flight would not fit
+        return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=3)
     # q, two tiles of k and two of v, and what compiling for compute capability 8.9 showed on top of them.
     needed = (rows + 4 * tile) * row_bytes + (512 if row_bytes <= 256 else 4352)
     return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=5 if needed <= max_shared else 3)
@@ -56,7 +66,7 @@ def _row_bytes(config: AttentionConfig, dtype: torch.dtype) -> int:
 def rope_and_write(
     step: DeviceStep,
     qkv: Tensor,
-    kv: Tensor,
+    kv: KvBlocks,
     rope_table: Tensor,
     config: AttentionConfig,
     q_norm: Tensor | None = None,
@@ -76,7 +86,8 @@ def rope_and_write(
         step.token_slots,
         step.block_tables,
         qkv,
-        kv,
+        kv.numbers,
+        kv.scales,
         rope_table,
         q_norm,
         k_norm,
@@ -99,7 +110,7 @@ def rope_and_write(
 def prefill_attention(
     step: DeviceStep,
     qkv: Tensor,
-    kv: Tensor,
+    kv: KvBlocks,
     config: AttentionConfig,
     out: Tensor,
     pdl: bool = False,
@@ -110,13 +121,13 @@ def prefill_attention(
     Args:
         step: the rows; query blocks have `query_block_size` tokens.
         qkv: with q rotated, as `rope_and_write` leaves it; k and v are not read.
-        kv: the layer's pool, which already holds the chunks' own keys and values.
+        kv: the layer's blocks, which already hold the chunks' own keys and values.
         config: the layer's attention.
         out: [max_tokens, num_heads * head_dim]; tokens outside the query blocks are left alone.
         pdl: see `linear.LinearKernels`.
         launch: parameters in place of those of `prefill_launch`.
     """
-    launch = launch or prefill_launch(config, qkv.dtype, max_shared_bytes(qkv.device))
+    launch = launch or prefill_launch(config, qkv.dtype, kv.dtype, max_shared_bytes(qkv.device))
     _prefill_kernel[(config.num_kv_heads, step.query_block_rows.shape[0])](
         step.counts,
         step.query_block_rows,
@@ -126,7 +137,8 @@ def prefill_attention(
         step.context_lens,
         step.block_tables,
         qkv,
-        kv,
+        kv.numbers,
+        kv.scales,
         out,
         MAX_BLOCKS=step.block_tables.shape[1],
         NUM_HEADS=config.num_heads,
@@ -141,6 +153,7 @@ def prefill_attention(
         ROWS=launch.rows,
         TILE=launch.tile,
         STAGES=launch.num_stages,
+        ASSEMBLY=kv.has_assembly(qkv),
         PDL=pdl,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -156,6 +169,7 @@ def _rope_and_write_kernel(
     block_tables_ptr,
     qkv_ptr,
     kv_ptr,
+    scales_ptr,
     rope_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -183,25 +197,31 @@ def _rope_and_write_kernel(
     first = num_decodes if decode_q_ptr is None else 0
     if (token < first) | (token >= num_tokens):
         return
-    dims, in_head = head_dims(HEAD_DIM, HALF_PAD)
+    dims, in_head = head_dims(HEAD_DIM, HALF_PAD, False)
     token_ptr = qkv_ptr + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
     table_ptr = block_tables_ptr + slot.to(tl.int64) * MAX_BLOCKS
-    cell = cells_of(table_ptr, position, position >= 0, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    cell = cells_of(table_ptr, position, position >= 0, NUM_KV_HEADS, BLOCK_SIZE)
     dtype = kv_ptr.dtype.element_ty
 
     kv_heads = tl.arange(0, KV_HEADS_PAD)
     is_kv_head = kv_heads < NUM_KV_HEADS
     k_heads = NUM_HEADS + kv_heads
-    k = rotated(token_ptr, k_heads, is_kv_head, position, rope_ptr, k_norm_ptr, HEAD_DIM, HALF_PAD, EPS)
+    k = rotated(token_ptr, k_heads, is_kv_head, position, rope_ptr, k_norm_ptr, HEAD_DIM, HALF_PAD, False, EPS)
     stored = is_kv_head[:, None] & in_head[None, :]
     v_ptrs = token_ptr + (k_heads + NUM_KV_HEADS)[:, None] * HEAD_DIM + dims[None, :]
     v = tl.load(v_ptrs, mask=stored, other=0.0)
-    k_ptrs = kv_ptr + cell + kv_heads[:, None] * (BLOCK_SIZE * HEAD_DIM) + dims[None, :]
+    if scales_ptr is not None:
+        k, k_scales = quantized(k, dtype)
+        v, v_scales = quantized(v.to(tl.float32), dtype)
+        scale_ptrs = scales_ptr + cell + kv_heads * BLOCK_SIZE
+        tl.store(scale_ptrs, k_scales, mask=is_kv_head)
+        tl.store(scale_ptrs + NUM_KV_HEADS * BLOCK_SIZE, v_scales, mask=is_kv_head)
+    k_ptrs = kv_ptr + cell * HEAD_DIM + kv_heads[:, None] * (BLOCK_SIZE * HEAD_DIM) + dims[None, :]
     tl.store(k_ptrs, k.to(dtype), mask=stored)
     tl.store(k_ptrs + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM, v.to(dtype), mask=stored)
 
     heads = tl.arange(0, HEADS_PAD)
-    q = rotated(token_ptr, heads, heads < NUM_HEADS, position, rope_ptr, q_norm_ptr, HEAD_DIM, HALF_PAD, EPS)
+    q = rotated(token_ptr, heads, heads < NUM_HEADS, position, rope_ptr, q_norm_ptr, HEAD_DIM, HALF_PAD, False, EPS)
     tl.debug_barrier()  # in place: every element is also read by the thread of its partner
     q_offsets = heads[:, None] * HEAD_DIM + dims[None, :]
     stored = (heads < NUM_HEADS)[:, None] & in_head[None, :]
@@ -222,6 +242,7 @@ def _prefill_kernel(
     block_tables_ptr,
     qkv_ptr,
     kv_ptr,
+    scales_ptr,
     out_ptr,
     MAX_BLOCKS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -236,6 +257,7 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (KV head, query block): its tokens for all heads of the group, token by token."""
@@ -263,6 +285,10 @@ def _prefill_kernel(
     is_query = ((tokens < row_end) & (member < GROUP))[:, None] & in_head[None, :]
     q_offsets = (tokens.to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) + heads)[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(qkv_ptr + q_offsets, mask=is_query, other=0.0)
+    QUANTIZED: tl.constexpr = scales_ptr is not None
+    if QUANTIZED:
+        value_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
+        q, factors = fitted(q)
 
     first_position = context_len - row_end + first_token
     # Tiles begin at multiples of TILE, so that a token's keys are summed in the same order however its row is cut.
@@ -276,13 +302,25 @@ def _prefill_kernel(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = start + tl.arange(0, TILE)
         valid = keys < end
-        cells = cells_of(table_ptr, keys, valid, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)[:, None] + dims[None, :]
-        k = tl.load(keys_ptr + cells, mask=valid[:, None] & in_head[None, :], other=0.0)
-        v = tl.load(values_ptr + cells, mask=valid[:, None] & in_head[None, :], other=0.0)
+        cells = cells_of(table_ptr, keys, valid, NUM_KV_HEADS, BLOCK_SIZE)
+        offsets = cells[:, None] * HEAD_DIM + dims[None, :]
+        k = tl.load(keys_ptr + offsets, mask=valid[:, None] & in_head[None, :], other=0.0)
+        v = tl.load(values_ptr + offsets, mask=valid[:, None] & in_head[None, :], other=0.0)
+        if QUANTIZED:
+            k_scale_ptrs = scales_ptr + kv_head * BLOCK_SIZE + cells
+            k_scales = tl.load(k_scale_ptrs, mask=valid, other=0.0)
+            v_scales = tl.load(k_scale_ptrs + NUM_KV_HEADS * BLOCK_SIZE, mask=valid, other=0.0)
         attended = valid[None, :] & (keys[None, :] <= positions[:, None])
         if WINDOW:
             attended &= keys[None, :] > positions[:, None] - WINDOW
-        maximum, total, acc = fold_dot(q, k, v, attended, maximum, total, acc, SCALE, SOFT_CAP)
+        if QUANTIZED:
+            products = key_products(q, factors, k, k_scales, ASSEMBLY)
+            weights, decay, maximum, total = fold_scores(products, attended, maximum, total, SCALE, SOFT_CAP)
+            weights = (weights * v_scales[None, :]).to(value_dtype)
+            values = halves(v, ASSEMBLY).to(tl.float32).to(value_dtype)
+            acc = tl.dot(weights, values, acc * decay[:, None], input_precision="ieee")
+        else:
+            maximum, total, acc = fold_dot(q, k, v, attended, maximum, total, acc, SCALE, SOFT_CAP)
     out_offsets = (tokens.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
     # The windows of rows beyond the last token may be empty.
     tl.store(out_ptr + out_offsets, acc / tl.where(total > 0.0, total, 1.0)[:, None], mask=is_query)

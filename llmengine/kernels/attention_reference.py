@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.attention import AttentionConfig
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.step import NUM_DECODES, NUM_ROWS, NUM_TOKENS, DeviceStep
 
 
 def decode_attention_reference(
     step: DeviceStep,
     qkv: Tensor,
-    kv: Tensor,
+    kv: KvBlocks,
     rope_table: Tensor,
     config: AttentionConfig,
     out: Tensor,
@@ -32,7 +33,7 @@ def decode_attention_reference(
 def rope_and_write_reference(
     step: DeviceStep,
     qkv: Tensor,
-    kv: Tensor,
+    kv: KvBlocks,
     rope_table: Tensor,
     config: AttentionConfig,
     q_norm: Tensor | None = None,
@@ -57,7 +58,7 @@ def rope_and_write_reference(
 
 
 def prefill_attention_reference(
-    step: DeviceStep, qkv: Tensor, kv: Tensor, config: AttentionConfig, out: Tensor
+    step: DeviceStep, qkv: Tensor, kv: KvBlocks, config: AttentionConfig, out: Tensor
 ) -> None:
     """Write the attention of all tokens of rows [NUM_DECODES, NUM_ROWS), whose q is rotated, to `out`."""
     for row in range(int(step.counts[NUM_DECODES]), int(step.counts[NUM_ROWS])):
@@ -85,21 +86,45 @@ def _rotate(heads: Tensor, cos_sin: Tensor, norm: Tensor | None, eps: float) -> 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _write(step: DeviceStep, kv: Tensor, slot: int, position: int, k: Tensor, v: Tensor) -> None:
-    block_size = kv.shape[3]
-    block = int(step.block_tables[slot, position // block_size])
-    kv[block, 0, :, position % block_size] = k.to(kv.dtype)
-    kv[block, 1, :, position % block_size] = v.to(kv.dtype)
+def _write(step: DeviceStep, kv: KvBlocks, slot: int, position: int, k: Tensor, v: Tensor) -> None:
+    block_size = kv.numbers.shape[3]
+    block, offset = int(step.block_tables[slot, position // block_size]), position % block_size
+    for index, vectors in enumerate((k, v)):
+        if kv.scales is None:
+            kv.numbers[block, index, :, offset] = vectors.to(kv.dtype)
+        else:
+            numbers, scales = quantized_reference(vectors.float(), kv.dtype)
+            kv.numbers.view(torch.uint8)[block, index, :, offset] = numbers.view(torch.uint8)
+            kv.scales[block, index, :, offset] = scales
 
 
-def _attend(step: DeviceStep, kv: Tensor, slot: int, position: int, q: Tensor, config: AttentionConfig) -> Tensor:
+def quantized_reference(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers of 8 bits, and the scales [num_vectors], of vectors, fp32 [num_vectors, head_dim]."""
+    most = 127.0 if dtype == torch.int8 else 448.0
+    largest = vectors.abs().amax(dim=-1).clamp_min(1e-30)
+    scaled = vectors * (most / largest)[:, None]
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), largest / most
+
+
+def _attend(step: DeviceStep, kv: KvBlocks, slot: int, position: int, q: Tensor, config: AttentionConfig) -> Tensor:
     """Attention of q [num_heads, head_dim] over the keys up to `position`, fp32 [num_heads, head_dim]."""
     begin = max(0, position + 1 - config.sliding_window) if config.sliding_window else 0
     blocks = step.block_tables[slot, : position // config.block_size + 1].long()
+    cached = dequantized(KvBlocks(_at(kv.numbers, blocks), None if kv.scales is None else kv.scales[blocks]))
     # [2, num_kv_heads, tokens, head_dim]
-    cached = kv[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, begin : position + 1].float()
+    cached = cached.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, begin : position + 1]
     k, v = cached.repeat_interleave(config.group, dim=1)
     scores = torch.einsum("hd,htd->ht", q.float(), k) * config.scale
     if config.soft_cap:
         scores = config.soft_cap * torch.tanh(scores / config.soft_cap)
     return torch.einsum("ht,htd->hd", scores.softmax(-1), v)
+
+
+def dequantized(kv: KvBlocks) -> Tensor:
+    """Keys and values in fp32, [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    return kv.numbers.float() if kv.scales is None else kv.numbers.float() * kv.scales[..., None]
+
+
+def _at(numbers: Tensor, blocks: Tensor) -> Tensor:
+    """Some blocks; not every device can index FP8."""
+    return numbers.view(torch.uint8)[blocks].view(numbers.dtype) if numbers.dtype.itemsize == 1 else numbers[blocks]

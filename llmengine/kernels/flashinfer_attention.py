@@ -25,6 +25,7 @@ from torch import Tensor
 from llmengine.dtypes import dtype_name
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_prefill import rope_and_write
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.step import NUM_DECODES, DeviceStep
 
 _NUM_DECODES = tl.constexpr(NUM_DECODES)
@@ -120,7 +121,7 @@ class FlashInferDecode:
         self,
         step: DeviceStep,
         qkv: Tensor,
-        kv: Tensor,
+        kv: KvBlocks,
         rope_table: Tensor,
         config: AttentionConfig,
         out: Tensor,
@@ -135,7 +136,7 @@ class FlashInferDecode:
         overwritten with finite values, so chunks of prompts must attend after this.
         """
         rope_and_write(step, qkv, kv, rope_table, config, q_norm, k_norm, eps, pdl, self._q)
-        self._run(kv, config, out, min(qkv.shape[0], step.row_slots.shape[0]), pdl)
+        self._run(kv.numbers, config, out, min(qkv.shape[0], step.row_slots.shape[0]), pdl)
 
     def compile(self, config: AttentionConfig) -> None:
         """Let FlashInfer compile its kernel for `config`, unless it has done so before, and load it.

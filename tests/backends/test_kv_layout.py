@@ -46,6 +46,17 @@ def test_a_joint_block_holds_keys_then_values(dtype: torch.dtype) -> None:
     assert layout.bytes_per_block == 3 * 2 * 2 * 16 * 8 * dtype.itemsize
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_joint_block_of_8_bits_has_scales(dtype: torch.dtype) -> None:
+    layout = joint_kv_layout(replace(ARCH, head_dim=128), 16, dtype)
+    assert layout.tensors == {
+        "kv": BlockTensor((2, 2, 16, 128), dtype),
+        "scales": BlockTensor((2, 2, 16), torch.float32),
+    }
+    assert layout.kv_dtype == str(dtype).removeprefix("torch.")
+    assert layout.bytes_per_block == 3 * 2 * 2 * 16 * (128 + 4)
+
+
 def test_a_split_block_has_transposed_keys_of_its_own() -> None:
     layout = split_kv_layout(ARCH, 16)
     assert {name: tensor.shape for name, tensor in layout.tensors.items()} == {"keys": (2, 8, 16), "values": (16, 2, 8)}

@@ -24,7 +24,7 @@ from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
-from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_reference import decode_attention_reference, rope_and_write_reference
@@ -136,7 +136,7 @@ def test_the_real_entry_point_takes_what_ours_is_tested_with() -> None:
 
 def finite(case: Case) -> Case:
     """Return the case with zeros for NaN in the pool: of a block, tokens beyond the context are multiplied by 0."""
-    case.kv.nan_to_num_(0.0)
+    case.kv.numbers.nan_to_num_(0.0)
     return case
 
 
@@ -152,7 +152,7 @@ def assert_attends_like_the_reference(
     decode_attention_reference(case.step, expected.qkv, expected.kv, rope, config, expected.out, *norm)
     rope_and_write_reference(case.step, expected.qkv, expected.kv, rope, config, *norm)
     tolerance = 3e-3 if case.out.dtype == torch.float16 else 3e-2
-    pairs = [(case.qkv, expected.qkv), (case.kv, expected.kv)]
+    pairs = [(case.qkv, expected.qkv), (case.kv.numbers, expected.kv.numbers)]
     for found, wanted in [*pairs, (case.out[:num_decodes], expected.out[:num_decodes])]:
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
     num_rows = len(case.step.row_slots)
@@ -299,6 +299,7 @@ def fail_to_compile(*_: Any, **__: Any) -> None:
         (None, LAYER, {}, r"not installed \(pip install llmengine\[flashinfer\]\)"),
         (plain_xqa, AttentionConfig(8, 2, 64, soft_cap=5.0), {}, "capped at 5"),
         (plain_xqa, LAYER, {"deterministic": True}, "deterministic=True excludes it"),
+        (plain_xqa, LAYER, {"quant_config": QuantConfig(kv_cache="fp8")}, r"kv_cache='fp8' excludes it: .* scales"),
         (fail_to_compile, LAYER, {}, "Ninja build failed"),
     ],
 )
@@ -373,7 +374,7 @@ def test_a_model_measures_all_of_its_layers_when_it_is_loaded(
     save_tiny(tmp_path, **SMALL, num_hidden_layers=1)
     backend = load_cuda_backend(config_of(tmp_path, "measure", 4), open_model(tmp_path), torch.device(device, 0))
     assert num_timed == 2, "one row, by both"
-    assert backend.info.description.endswith("FlashInfer attention")
+    assert backend.info.description.endswith("FlashInfer attention, KV cache in float16")
     backend.close()
 
 

@@ -14,9 +14,12 @@ from llmengine.kernels.attention_decode import DecodeLaunch, attention_workspace
 from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.attention_reference import (
     decode_attention_reference,
+    dequantized,
     prefill_attention_reference,
+    quantized_reference,
     rope_and_write_reference,
 )
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_ROWS, NUM_TOKENS, DeviceStep
 
 MAX_POSITIONS = 1024
@@ -26,15 +29,25 @@ MIXED = ([1, 2, 17, 70], [(5, 5), (40, 1), (75, 21)])
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's tensors: valid where a step reads, NaN in every other cell of the pool and in `out`."""
+    """One layer's tensors: valid where a step reads, NaN in every other cell of the blocks and in `out`."""
 
     step: DeviceStep
     qkv: Tensor
-    kv: Tensor
+    kv: KvBlocks
     out: Tensor
 
     def clone(self) -> Case:
-        return replace(self, qkv=self.qkv.clone(), kv=self.kv.clone(), out=self.out.clone())
+        scales = None if self.kv.scales is None else self.kv.scales.clone()
+        kv = KvBlocks(self.kv.numbers.clone(), scales)
+        return replace(self, qkv=self.qkv.clone(), kv=kv, out=self.out.clone())
+
+
+def kv_blocks(vectors: Tensor, dtype: torch.dtype) -> KvBlocks:
+    """Vectors in fp32, [..., head_dim], as blocks; NaN has a scale that is NaN."""
+    if dtype.itemsize > 1:
+        return KvBlocks(vectors.to(dtype))
+    numbers, scales = quantized_reference(vectors.flatten(0, -2), dtype)
+    return KvBlocks(numbers.view(vectors.shape), scales.view(vectors.shape[:-1]))
 
 
 def make_case(
@@ -44,6 +57,7 @@ def make_case(
     device: str,
     dtype: torch.dtype,
     seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> Case:
     """Return a step with two rows, five tokens and three query blocks of padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +106,7 @@ def make_case(
     width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     qkv = torch.randn(max_tokens, width, generator=generator).to(device, dtype)
     out = torch.full((max_tokens, config.num_heads * config.head_dim), torch.nan, dtype=dtype, device=device)
-    return Case(step, qkv, kv.to(device, dtype), out)
+    return Case(step, qkv, kv_blocks(kv.to(device), kv_dtype or dtype), out)
 
 
 def rotations(config: AttentionConfig, device: str) -> Tensor:
@@ -111,10 +125,21 @@ def norms(config: AttentionConfig, device: str, dtype: torch.dtype) -> tuple[Ten
 def assert_equal(found: Case, expected: Case) -> None:
     """Compare all three tensors, including the NaN in cells that neither may touch."""
     tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[found.out.dtype]
-    for name in ("qkv", "kv", "out"):
+    pairs = {
+        "qkv": (found.qkv, expected.qkv),
+        "out": (found.out.float(), expected.out.float()),
+        "kv": (dequantized(found.kv), dequantized(expected.kv)),
+    }
+    if found.kv.scales is not None and expected.kv.scales is not None:
+        pairs["kv"] = (found.kv.scales, expected.kv.scales)
+        mine, reference = (kv.numbers.float().nan_to_num(500.0) for kv in (found.kv, expected.kv))
+        step = 1 if found.kv.dtype == torch.int8 else reference.abs() / 8 + 2**-9
+        assert ((mine - reference).abs() <= step).all()
+        assert (mine != reference).float().mean() < 1e-4, "a number in the middle may be rounded either way"
+    for name, (mine, reference) in pairs.items():
         torch.testing.assert_close(
-            getattr(found, name),
-            getattr(expected, name),
+            mine,
+            reference,
             rtol=tolerance,
             atol=tolerance,
             equal_nan=True,
@@ -143,6 +168,7 @@ def assert_step_equals_reference(
     assert not workspace.arrivals.any()
 
 
+BYTES = [torch.int8, torch.float8_e4m3fn]
 SHAPES = [(2, 2, 64), (6, 2, 64), (4, 1, 96), (8, 1, 80), (2, 2, 80), (16, 1, 128)]
 SHAPES_AND_TYPES = [(*shape, dtype) for dtype in (torch.float32, torch.bfloat16) for shape in SHAPES]
 
@@ -183,6 +209,77 @@ def test_steps_of_one_kind(heads: int, decodes: list[int], chunks: list[tuple[in
     assert_step_equals_reference(config, make_case(config, decodes, chunks, device, torch.float16), device)
 
 
+@pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (3, 1, 18)])
+def test_keys_and_values_of_8_bits(heads: int, kv_heads: int, dim: int, kv_dtype: torch.dtype, device: str) -> None:
+    config = AttentionConfig(heads, kv_heads, dim, sliding_window=19, soft_cap=3.0)
+    case = make_case(config, [1, 40], [(5, 5), (33, 9)], device, torch.float32, kv_dtype=kv_dtype)
+    assert_step_equals_reference(config, case, device, norms(config, device, torch.float32))
+
+
+@pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
+@pytest.mark.parametrize("heads", [2, 6])
+def test_long_contexts_of_8_bits_are_split_and_combined(heads: int, kv_dtype: torch.dtype, device: str) -> None:
+    config = AttentionConfig(heads, 2, 64)
+    launch = replace(decode_launch(config, kv_dtype), tile=16, min_split_tokens=32)
+    case = make_case(config, [33, 1, 150], [], device, torch.float32, kv_dtype=kv_dtype)
+    assert_step_equals_reference(config, case, device, launch=launch)
+
+
+@pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), SHAPES)
+def test_half_precision_attends_to_8_bits(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, device: str
+) -> None:
+    if device == "cpu":
+        pytest.skip("the interpreter's bf16 dot is wrong, and it has no inline assembly")
+    config = AttentionConfig(heads, kv_heads, dim, block_size=32)
+    assert_step_equals_reference(config, make_case(config, *MIXED, device, dtype, kv_dtype=kv_dtype), device)
+    long = make_case(config, [33, 900, 200, 1, 150], [(700, 300)], device, dtype, kv_dtype=kv_dtype)
+    assert_step_equals_reference(config, long, device)
+
+
+@pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
+def test_values_are_rounded_to_the_nearest_number_of_8_bits(kv_dtype: torch.dtype, device: str) -> None:
+    """All magnitudes that a vector can have beside its largest element, and vectors of all magnitudes."""
+    config = AttentionConfig(1, 1, 128)
+    case = make_case(config, [], [(24, 24)], device, torch.float32, kv_dtype=kv_dtype)
+    generator = torch.Generator().manual_seed(2)
+    steps = torch.cat([torch.linspace(-1, 1, 64), 2.0 ** -torch.linspace(0, 20, 64)])
+    size = 10.0 ** torch.linspace(-33, 30, 29)[:, None]
+    values = steps[torch.rand(29, 128, generator=generator).argsort(dim=1)] * size
+    values[3] = 0.0
+    case.qkv[:, 256:] = values.to(device)
+    expected = case.clone()
+    rope = rotations(config, device)
+    rope_and_write_reference(case.step, expected.qkv, expected.kv, rope, config)
+    rope_and_write(case.step, case.qkv, case.kv, rope, config)
+    numbers, wanted = (kv.numbers[:, 1].float().nan_to_num(500.0) for kv in (case.kv, expected.kv))
+    close = (numbers - wanted).abs() <= (1 if kv_dtype == torch.int8 else wanted.abs() / 8 + 2**-9)
+    assert close.all()
+    assert (numbers != wanted).float().mean() < 1e-3, "numbers in the middle may be rounded either way"
+    torch.testing.assert_close(case.kv.scales, expected.kv.scales, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+@pytest.mark.parametrize("kv_dtype", BYTES, ids=str)
+def test_a_vector_that_is_not_finite_spoils_its_own_row_only(kv_dtype: torch.dtype, poison: float, device: str) -> None:
+    config = AttentionConfig(2, 1, 32)
+    case = make_case(config, [20, 9], [(5, 5), (9, 3)], device, torch.float32, kv_dtype=kv_dtype)
+    keys, values = 2 * 32, 3 * 32
+    case.qkv[0, values + 3] = poison  # a decode's value, and a chunk's key
+    case.qkv[2, keys + 3] = poison
+    workspace = attention_workspace(config, num_sms=8, device=device)
+    rope = rotations(config, device)
+    decode_attention(case.step, case.qkv, case.kv, rope, config, case.out, workspace)
+    rope_and_write(case.step, case.qkv, case.kv, rope, config)
+    prefill_attention(case.step, case.qkv, case.kv, config, case.out)
+    finite = case.out[:10].isfinite().all(dim=1).tolist()
+    assert finite == [False, True, *[False] * 5, True, True, True]
+
+
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("window", [0, 70])
 def test_long_contexts_are_split_and_combined(heads: int, window: int, device: str) -> None:
@@ -192,12 +289,13 @@ def test_long_contexts_are_split_and_combined(heads: int, window: int, device: s
     assert_step_equals_reference(config, case, device, launch=launch)
 
 
-def test_one_graph_replays_any_step_that_fits(device: str) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, *BYTES], ids=str)
+def test_one_graph_replays_any_step_that_fits(kv_dtype: torch.dtype, device: str) -> None:
     if device == "cpu":
         pytest.skip("needs CUDA graphs")
     config = AttentionConfig(32, 8, 128)
     rope, workspace = rotations(config, device), attention_workspace(config, num_sms=132, device=device)
-    captured = make_case(config, [900] * 4, [(900, 300)] * 4, device, torch.bfloat16)
+    captured = make_case(config, [900] * 4, [(900, 300)] * 4, device, torch.bfloat16, kv_dtype=kv_dtype)
 
     def run() -> None:
         decode_attention(captured.step, captured.qkv, captured.kv, rope, config, captured.out, workspace)
@@ -211,17 +309,20 @@ def test_one_graph_replays_any_step_that_fits(device: str) -> None:
         run()
     mixes = [([600, 3], [(700, 250), (129, 128)]), ([1, 880, 512, 257, 64], []), ([], [(801, 800)])]
     for seed, (decodes, chunks) in enumerate(mixes):
-        case = make_case(config, decodes, chunks, device, torch.bfloat16, seed)
+        case = make_case(config, decodes, chunks, device, torch.bfloat16, seed, kv_dtype)
         expected = case.clone()
         decode_attention_reference(case.step, expected.qkv, expected.kv, rope, config, expected.out)
         rope_and_write_reference(case.step, expected.qkv, expected.kv, rope, config)
         prefill_attention_reference(case.step, expected.qkv, expected.kv, config, expected.out)
         copy_into(captured, case)
         graph.replay()
-        for name in ("qkv", "kv", "out"):
-            wanted = getattr(expected, name)
-            found = getattr(captured, name)[: len(wanted)]
-            torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2, equal_nan=True)
+        pairs = [
+            (captured.qkv, expected.qkv),
+            (dequantized(captured.kv), dequantized(expected.kv)),
+            (captured.out, expected.out),
+        ]
+        for found, wanted in pairs:
+            torch.testing.assert_close(found[: len(wanted)], wanted, rtol=3e-2, atol=3e-2, equal_nan=True)
 
 
 def copy_into(target: Case, source: Case) -> None:
@@ -229,5 +330,9 @@ def copy_into(target: Case, source: Case) -> None:
     for field in fields(DeviceStep):
         old, new = getattr(target.step, field.name), getattr(source.step, field.name)
         old[tuple(slice(0, size) for size in new.shape)] = new
-    for old, new in ((target.qkv, source.qkv), (target.kv, source.kv), (target.out, source.out)):
+    pairs = [(target.qkv, source.qkv), (target.out, source.out)]
+    pairs.append((target.kv.numbers.view(torch.uint8), source.kv.numbers.view(torch.uint8)))
+    if target.kv.scales is not None and source.kv.scales is not None:
+        pairs.append((target.kv.scales, source.kv.scales))
+    for old, new in pairs:
         old[: len(new)] = new

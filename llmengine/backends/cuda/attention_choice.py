@@ -138,6 +138,9 @@ def _reason_against(
 ) -> str | None:
     if config.deterministic:
         return "deterministic=True excludes it: the order in which it adds numbers depends on the number of rows"
+    kv_cache = config.quant_config.kv_cache
+    if kv_cache != "none":
+        return f"quant_config.kv_cache={kv_cache!r} excludes it: it knows no scales of single tokens and heads"
     capability = torch.cuda.get_device_capability(device)
     reasons = (unsupported(layer, dtype, capability) for layer in layers)
     reason = next((reason for reason in reasons if reason is not None), None)

@@ -29,6 +29,7 @@ from llmengine.batch import BackendInfo
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import dtype_name
+from llmengine.errors import ConfigError
 
 _logger = logging.getLogger("llmengine.backends.cuda.backend")
 
@@ -37,6 +38,25 @@ _DEFAULT_FRACTION = 0.9
 
 _DEPTH = STEPS_IN_FLIGHT + 1
 """Steps whose arrays exist at once: those in flight, and the one that is being written."""
+
+
+_KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Dtypes by `quant_config.kv_cache`; a cache that is not quantized has the dtype of the activations."""
+
+_KV_CAPABILITIES = {"int8": (8, 0), "fp8": (8, 9)}
+"""The compute capabilities from which on GPUs multiply in bfloat16, and convert e4m3."""
+
+
+def check_kv_cache(config: ModelConfig, device: torch.device) -> None:
+    """Raise `ConfigError` for a KV cache whose numbers the device cannot convert."""
+    needed = _KV_CAPABILITIES.get(config.quant_config.kv_cache)
+    if needed is None or (found := torch.cuda.get_device_capability(device)) >= needed:
+        return
+    usable = [name for name, capability in _KV_CAPABILITIES.items() if capability <= found]
+    raise ConfigError(
+        f"quant_config.kv_cache={config.quant_config.kv_cache!r} needs compute capability {needed[0]}.{needed[1]}; "
+        f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use {(usable or ['none'])[0]!r}"
+    )
 
 
 def load_cuda_backend(
@@ -71,7 +91,8 @@ def load_cuda_parts(
     limit = context_limit(config, source.arch)
     with torch.inference_mode():
         model = _allocate_model(config, source, device, limit, segments_factory)
-        layout = joint_kv_layout(source.arch, config.kv_cache_config.block_size, model.embedding.dtype)
+        kv_dtype = _KV_DTYPES.get(config.quant_config.kv_cache, model.embedding.dtype)
+        layout = joint_kv_layout(source.arch, config.kv_cache_config.block_size, kv_dtype)
         pool = fit_kv_pool(layout, config, limit, _free_bytes(device), _DEFAULT_FRACTION)
         component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
         with memory_error_context(component, device, "lower kv_cache_config.free_memory_fraction"):
@@ -115,6 +136,7 @@ def _info(
         weights += f", {source.dequantized}"
     return BackendInfo(
         description=f"torch {torch.__version__}, {name}, {weights}, {model.description}"
+        + f", KV cache in {pool.layout.kv_dtype}"
         + (", deterministic" if config.deterministic else ""),
         vocab_size=model.logits.shape[1],
         max_model_len=pool.max_model_len,

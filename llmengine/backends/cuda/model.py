@@ -19,6 +19,7 @@ from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import AttentionWorkspace, attention_workspace, decode_attention
 from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
@@ -132,14 +133,16 @@ class CudaModel:
         self._pdl = pdl
         self._has_decodes = has_decodes
 
-    def forward_to_last(self, step: DeviceStep, state: SlotState, kv: Tensor, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def forward_to_last(
+        self, step: DeviceStep, state: SlotState, kv: KvBlocks, bucket: Bucket
+    ) -> tuple[Tensor, Tensor]:
         """Run a step up to the last attention; return what `last` takes, [bucket.num_tokens, ...] each.
 
         Writes the KV of all tokens. A CUDA graph can hold this and `last`: neither looks at a value, and segments that
         allocate do so through torch.
 
         Args:
-            kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim].
+            kv: the blocks of all layers.
         """
         x = self._activations.hidden[: bucket.num_tokens]
         begin_step(step, state, self.embedding, x)
@@ -161,7 +164,7 @@ class CudaModel:
         return self._segments.last(attended, x, tokens)
 
     def compilations(
-        self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: Tensor
+        self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: KvBlocks
     ) -> list[Callable[[], None]]:
         """Calls that compile the kernels around the segments, about one kernel each; their results are junk.
 
@@ -173,7 +176,7 @@ class CudaModel:
         for bucket, step in steps.items():
             x = self._activations.hidden[: bucket.num_tokens]
             calls[begin_step] = partial(begin_step, step, state, self.embedding, x)
-            qkv = torch.zeros((bucket.num_tokens, self._qkv_width), dtype=kv.dtype, device=kv.device)
+            qkv = x.new_zeros((bucket.num_tokens, self._qkv_width))
             for config, layer in kinds.items():
                 for launch in self._attention(layer, qkv, step, kv, bucket, None):
                     # Decodes attend by the same kernel in steps of both kinds.
@@ -189,13 +192,13 @@ class CudaModel:
         """Name of what computes, for people."""
         return ", ".join(filter(None, (self.tunable_segments.description, self._decode_choice.description)))
 
-    def tune_attention(self, state: SlotState, kv: Tensor) -> None:
+    def tune_attention(self, state: SlotState, kv: KvBlocks) -> None:
         """Measure which kernel attends for decodes, if that was asked for. No graph may exist. Writes junk to `kv`."""
 
         def time_us(num_rows: int, flashinfer: FlashInferDecode | None) -> float:
-            step = decode_step(num_rows, state.block_tables, kv.shape[1], self._layers[0].config.block_size)
+            step = decode_step(num_rows, state.block_tables, kv.numbers.shape[1], self._layers[0].config.block_size)
             attend = self._attend(step, kv, Bucket(num_rows, num_rows, mixed=False), flashinfer)
-            qkv = torch.randn((num_rows, self._qkv_width), device=kv.device).to(kv.dtype)
+            qkv = torch.randn((num_rows, self._qkv_width), device=kv.device).to(self.embedding.dtype)
 
             def run() -> None:
                 if flashinfer is not None:
@@ -207,7 +210,7 @@ class CudaModel:
 
         self._decode_choice.measure(time_us)
 
-    def _attend(self, step: DeviceStep, kv: Tensor, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
+    def _attend(self, step: DeviceStep, kv: KvBlocks, bucket: Bucket, flashinfer: FlashInferDecode | None) -> Attend:
         def attend(layer: int, qkv: Tensor) -> Tensor:
             for launch in self._attention(layer, qkv, step, kv, bucket, flashinfer):
                 launch()
@@ -220,7 +223,7 @@ class CudaModel:
         layer: int,
         qkv: Tensor,
         step: DeviceStep,
-        kv: Tensor,
+        kv: KvBlocks,
         bucket: Bucket,
         flashinfer: FlashInferDecode | None,
     ) -> Iterator[partial[None]]:
@@ -231,13 +234,14 @@ class CudaModel:
         for norm, part in zip(own.projection_norms, qkv.split((q_size, kv_size, kv_size), dim=1), strict=False):
             yield partial(norm, part)
         norms, eps = (own.q_norm, own.k_norm), arch.rms_norm_eps
-        shared = (step, qkv, kv[layer], own.rope_table, own.config)
+        blocks = kv.layer(layer)
+        shared = (step, qkv, blocks, own.rope_table, own.config)
         if flashinfer is not None:
             yield partial(flashinfer.attend, *shared, attended, *norms, eps, pdl=pdl)
         elif bucket.mixed:
             yield partial(rope_and_write, *shared, *norms, eps, pdl=pdl)
         if bucket.mixed:
-            yield partial(prefill_attention, step, qkv, kv[layer], own.config, attended, pdl=pdl)
+            yield partial(prefill_attention, step, qkv, blocks, own.config, attended, pdl=pdl)
         if flashinfer is None and self._has_decodes:
             yield partial(decode_attention, *shared, attended, self._activations.workspace, *norms, eps, pdl=pdl)
 

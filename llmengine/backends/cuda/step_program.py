@@ -15,6 +15,7 @@ from llmengine.backends.cuda.step_buffer import StepBuffer, StepLimits
 from llmengine.backends.kv_layout import KvPool
 from llmengine.backends.prompt_logprobs import WantedLogprobs
 from llmengine.config import ModelConfig, SchedulerConfig
+from llmengine.kernels.kv_blocks import KvBlocks
 from llmengine.kernels.step import SlotState, end_step
 
 _MAX_SAMPLES = 1
@@ -28,13 +29,13 @@ class StepProgram:
         buffers: of steps of decodes (False) and of mixed steps (True).
 
     Attributes:
-        kv: [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], see `joint_kv_layout`.
+        kv: the blocks of all layers, see `joint_kv_layout`.
     """
 
     def __init__(
         self,
         model: CudaModel,
-        kv: Tensor,
+        kv: KvBlocks,
         state: SlotState,
         sampler: DeviceSampler,
         ring: SampleRing,
@@ -57,7 +58,8 @@ class StepProgram:
         """
         device, vocab_size = model.embedding.device, model.logits.shape[1]
         scheduler, num_slots = config.scheduler_config, config.scheduler_config.max_batch_size
-        kv = pool.zeros("kv", device)
+        scales = pool.zeros("scales", device) if "scales" in pool.layout.tensors else None
+        kv = KvBlocks(pool.zeros("kv", device), scales)
         state = SlotState.empty(num_slots, pool.max_blocks_per_request, device)
         sampler_tensors = SamplerTensors.allocate(num_slots, num_slots, vocab_size, device)
         buffers = {

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from llmengine import LLM, ConfigError, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
+from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
 from llmengine.backends import load_backend
 from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.batch import TokenLogprobs
@@ -112,12 +112,3 @@ def test_prefixes_are_reused_and_prompts_scored(tmp_path: Path, kv_cache: Number
         scored = llm.generate([TEXT], SamplingParams(max_new_tokens=1, prompt_logprobs=1))[0]
         assert scored.prompt_logprobs is not None
         assert len(scored.prompt_logprobs) == len(TEXT)
-
-
-@pytest.mark.parametrize("backend", ["torch", "tensorrt", "auto"])
-def test_other_devices_refuse_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    save_tiny(tmp_path)
-    monkeypatch.setattr("llmengine.backends.choose_device", lambda name: "cuda:0")
-    config = ModelConfig(tmp_path, backend=backend, quant_config=QuantConfig(kv_cache="int8"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"kv_cache='int8' needs device='cpu' in this version; .* is 'cuda:0'.*next"):
-        load_backend(config.resolve(), open_model(tmp_path))

@@ -23,7 +23,7 @@ from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.fused_segments import FusedSegments
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
-from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.kernels.gemm_config import GemmShape, SkinnyConfig
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import BackendDriver, save_tiny
@@ -97,6 +97,12 @@ def serve(backend: CudaBackend) -> None:
 PRODUCTS = {"_rms_norm_kernel", "_skinny_kernel"}
 """What models without fused kernels compile with their first step."""
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "deterministic": {"deterministic": True},
+    "fp8 cache": {"quant_config": QuantConfig(kv_cache="fp8")},
+}
+
 MODELS: dict[str, Callable[[Path], Any]] = {
     "llama": lambda directory: save_tiny(directory, vocab_size=101),
     "gemma3": lambda directory: make_family("gemma3", num_hidden_layers=2).save_pretrained(directory),
@@ -104,13 +110,11 @@ MODELS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
-def test_steps_launch_only_what_was_compiled(
-    tmp_path: Path, launched: set[Form], model: str, deterministic: bool
-) -> None:
+def test_steps_launch_only_what_was_compiled(tmp_path: Path, launched: set[Form], model: str, settings: str) -> None:
     MODELS[model](tmp_path)
-    backend = load(tmp_path, deterministic=deterministic)
+    backend = load(tmp_path, **SETTINGS[settings])
     program, sizes = backend._program, backend._sizes
     assert program is not None
     launched.clear()

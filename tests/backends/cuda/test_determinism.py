@@ -28,7 +28,7 @@ from llmengine.kernels.linear import LinearKernels, linear_reference
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import BackendDriver, DrivenRequest, save_tiny
-from tests.kernels.test_paged_attention import make_case
+from tests.kernels.test_paged_attention import kv_blocks, make_case
 from tests.models.family_helpers import make_family
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -112,16 +112,17 @@ def test_products_of_any_number_of_rows_are_those_of_each_row(device: str, opera
         assert torch.equal(product(part), full[part])
 
 
-@pytest.mark.parametrize("window", [0, 20])
-def test_attention_is_the_same_however_a_row_is_cut(device: str, window: int) -> None:
+@pytest.mark.parametrize(("window", "kv_dtype"), [(0, None), (20, None), (20, torch.int8), (20, torch.float8_e4m3fn)])
+def test_attention_is_the_same_however_a_row_is_cut(device: str, window: int, kv_dtype: torch.dtype | None) -> None:
     """Also where a window begins within a tile, and where earlier queries have tiles that the last ones do not have."""
     small = device == "cpu"
     config = AttentionConfig(4, 2, 16 if small else 128, sliding_window=window)
     launch = PrefillLaunch(rows=16, tile=16, num_warps=4, num_stages=1) if small else None
     size = 8 if small else query_block_size(config, torch.bfloat16)
     length, num_tokens = (61, 22) if small else (1000, 300)
-    case = make_case(config, [], [(length, num_tokens)], device, torch.float32 if small else torch.bfloat16)
-    torch.nn.init.normal_(case.kv)
+    dtype = torch.float32 if small else torch.bfloat16
+    case = make_case(config, [], [(length, num_tokens)], device, dtype)
+    case = replace(case, kv=kv_blocks(torch.randn(case.kv.numbers.shape, device=device), kv_dtype or dtype))
 
     def attend(begin: int, end: int) -> torch.Tensor:
         starts = range(0, end - begin, size)

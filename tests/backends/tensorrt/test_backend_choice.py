@@ -18,6 +18,7 @@ from llmengine import backends
 from llmengine.backends import load_backend
 from llmengine.backends.cuda import loading
 from llmengine.backends.cuda.fused_segments import FusedSegments, SegmentsContext
+from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.backends.tensorrt import backend as choosing
 from llmengine.backends.tensorrt.backend import (
@@ -37,7 +38,7 @@ from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, EngineError
-from tests.backends.helpers import save_tiny
+from tests.backends.helpers import BackendDriver, save_tiny
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.segment_helpers import library_or_skip
 from tests.backends.tensorrt.torch_reference import reference
@@ -221,13 +222,32 @@ def test_the_backend_saves_its_plans_and_keeps_compiled_kernels(
     saved = backend.saved_plans()
     assert saved is not None
     assert saved.facts["verification"]["library"] == "tensorrt_rtx 0.fake"
-    assert backend.info.description.endswith("tensorrt_rtx 0.fake plans")
+    assert backend.info.description.endswith("tensorrt_rtx 0.fake plans, KV cache in float32")
     backend.close()
     recalled = make_choice(fake, source, rtx=True).plan_set
     assert recalled.library_cache == choice.plan_set.library_cache == b"cache%d" % fake.num_contexts
     fake.failing.add("serialize")
     choice.store_compiled_kernels()
     assert "the runtime cache cannot be saved" in caplog.text
+
+
+def test_plans_give_the_tokens_of_torch_with_a_quantized_kv_cache(fake: FakeTensorRt, source: ModelSource) -> None:
+    config = make_config(source, quant_config=QuantConfig(kv_cache="fp8"))
+    choice = make_choice(fake, source, is_required=True)
+    outputs = []
+    for backend in (
+        load_tensorrt_backend(config, source, fake.device, choice),
+        load_cuda_backend(config, source, fake.device),
+    ):
+        driver = BackendDriver(backend)
+        request = driver.add(1, [5, 9, 200, 17, 30])
+        for count in (3, 2, 1):
+            driver.step((request, count))
+        outputs.append((backend.info.kv_dtype, request.output_ids))
+        backend.close()
+    assert outputs[0] == outputs[1]
+    assert outputs[0][0] == "float8_e4m3fn"
+    assert "mid" in fake.executed
 
 
 def test_a_model_is_saved_without_plans_whose_files_have_gone(

@@ -1,0 +1,162 @@
+"""KV blocks on CUDA: the tensors of a layer, and numbers of 8 bits, int8 or e4m3.
+
+Vectors of 8 bits are multiplied as they are stored: a key's scale multiplies its score, and a value's scale its weight.
+Attention sees each token as the blocks hold it, also in the step that writes it, so how a prompt is cut into steps does
+not matter.
+
+Tensor cores need numbers of 16 bits. Keys become fp16, which is quickest, and queries are scaled so that it holds them.
+Values become bf16, since a weight times a scale can be smaller than what fp16 holds. Both hold every number of 8 bits.
+With ASSEMBLY, a few instructions convert four numbers at once (compute capability 8.0, and 8.9 for e4m3). Triton's
+interpreter, and models of float32, take plain arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LEAST_SCALED = tl.constexpr(1e-30)
+"""Vectors whose elements are all smaller are stored as if their largest were this."""
+
+# Four int8 to fp16: with 128 added, the low bits of 1024 + 128 + x, which is x when 1152 is subtracted.
+_INT8_TO_FP16 = tl.constexpr("""{
+.reg .b32 t, high, bias;
+xor.b32 t, $2, 0x80808080;
+mov.b32 high, 0x64646464;
+mov.b32 bias, 0x64806480;
+prmt.b32 $0, t, high, 0x4140;
+prmt.b32 $1, t, high, 0x4342;
+sub.rn.f16x2 $0, $0, bias;
+sub.rn.f16x2 $1, $1, bias;
+}""")
+# The low seven bits are x, or 128 + x if it is negative. As those of a number from 128 to 255, they make it 128 + x or
+# 256 + x.
+_INT8_PAIRS_TO_BF16 = tl.constexpr("""{
+.reg .b32 t, one, even, odd;
+shr.u32 t, $2, 8;
+mov.b32 one, 0x3f803f80;
+lop3.b32 even, $2, 0x00800080, 0xc300c300, 0xea;
+lop3.b32 odd, t, 0x00800080, 0xc300c300, 0xea;
+lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
+lop3.b32 $1, t, 0x007f007f, 0x43004300, 0xea;
+fma.rn.bf16x2 $0, $0, one, even;
+fma.rn.bf16x2 $1, $1, one, odd;
+}""")
+# Exponent and mantissa in the places of bf16's, times 2 ** 120, by which the biases differ.
+_E4M3_PAIRS_TO_BF16 = tl.constexpr("""{
+.reg .b32 t, even, odd, power, zero;
+shl.b32 t, $2, 8;
+shr.u32 even, t, 4;
+shr.u32 odd, $2, 4;
+and.b32 even, even, 0x07f007f0;
+and.b32 odd, odd, 0x07f007f0;
+lop3.b32 even, t, 0x80008000, even, 0xea;
+lop3.b32 odd, $2, 0x80008000, odd, 0xea;
+mov.b32 power, 0x7b807b80;
+mov.b32 zero, 0x80008000;
+fma.rn.bf16x2 $0, even, power, zero;
+fma.rn.bf16x2 $1, odd, power, zero;
+}""")
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlocks:
+    """Keys and values of one layer; those of all layers have one more dimension in front.
+
+    Attributes:
+        numbers: [num_blocks, 2, num_kv_heads, block_size, head_dim], keys at index 0 and values at 1, so that one
+            block's keys of one head are contiguous. The dtype is that of q, or int8 or float8_e4m3fn.
+        scales: fp32 [num_blocks, 2, num_kv_heads, block_size], what the vectors of 8 bits are multiplied by; None for
+            other dtypes.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.scales is not None) == (self.numbers.dtype.itemsize == 1), self.numbers.dtype
+
+    def layer(self, index: int) -> KvBlocks:
+        """The blocks of one of all layers."""
+        return KvBlocks(self.numbers[index], None if self.scales is None else self.scales[index])
+
+    @property
+    def device(self) -> torch.device:
+        """Device of both tensors."""
+        return self.numbers.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the numbers."""
+        return self.numbers.dtype
+
+    def has_assembly(self, qkv: Tensor) -> bool:
+        """Whether kernels convert numbers by instructions of their own; not in the interpreter or for float32."""
+        return self.scales is not None and self.device.type == "cuda" and qkv.dtype != torch.float32
+
+
+@triton.jit
+def cells_of(table_ptr, positions, valid, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Places, int64, of the tokens' keys of head 0 among all vectors of a layer's blocks."""
+    blocks = tl.load(table_ptr + positions // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    return blocks * (2 * NUM_KV_HEADS * BLOCK_SIZE) + positions % BLOCK_SIZE
+
+
+@triton.jit
+def quantized(x, dtype: tl.constexpr):
+    """Numbers [vectors, dims], fp32 but exact in `dtype`, and scales [vectors], of vectors x, fp32 [vectors, dims].
+
+    A vector that is not finite has a scale that is not finite, and with it what attends to it.
+    """
+    MOST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _LEAST_SCALED)
+    scaled = x * tl.div_rn(tl.full([1], MOST, tl.float32), largest)[:, None]
+    # An addition rounds to the last bit of this: 1, or an eighth of the power of two below, where e4m3 has its last.
+    if dtype == tl.int8:
+        rounder = tl.full([1, 1], 1.5 * 2**23, tl.float32)
+    else:
+        power = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        rounder = tl.maximum(power, 2**-6) * (1.5 * 2**20)
+    return (scaled + rounder) - rounder, tl.div_rn(largest, tl.full([1], MOST, tl.float32)) + tl.sum(x * 0.0, axis=1)
+
+
+@triton.jit
+def fitted(q):
+    """The rows of q over their largest magnitudes, in fp16 or fp32, and these factors, fp32 [rows]."""
+    dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+    factors = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), axis=1), _LEAST_SCALED)
+    return (q.to(tl.float32) / factors[:, None]).to(dtype), factors
+
+
+@triton.jit
+def key_products(q, factors, k, scales, ASSEMBLY: tl.constexpr):
+    """Products [rows, tile] of `fitted` queries and a tile of keys with their scales."""
+    products = tl.dot(q, tl.trans(halves(k, ASSEMBLY).to(q.dtype)), input_precision="ieee")
+    return products * factors[:, None] * scales[None, :]
+
+
+@triton.jit
+def halves(stored, ASSEMBLY: tl.constexpr):
+    """Numbers of 8 bits in fp16."""
+    if ASSEMBLY and stored.dtype == tl.int8:
+        return tl.inline_asm_elementwise(_INT8_TO_FP16, "=&r,=&r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
+    else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
+        return stored.to(tl.float16)
+
+
+@triton.jit
+def value_pairs(pairs, number: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Values of the even and of the odd dimensions in `dtype`, of int16 that hold two neighbours of dtype `number`."""
+    if ASSEMBLY:
+        CODE: tl.constexpr = _INT8_PAIRS_TO_BF16 if number == tl.int8 else _E4M3_PAIRS_TO_BF16
+        even, odd = tl.inline_asm_elementwise(
+            CODE, "=&r,=&r,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        even = pairs.to(tl.int8).to(number, bitcast=True).to(dtype)
+        odd = (pairs >> 8).to(tl.int8).to(number, bitcast=True).to(dtype)
+    return even, odd
