@@ -165,6 +165,7 @@ def test_every_family_computes_what_its_dequantized_weights_do(tmp_path: Path, f
 
 
 SAVED = {name: LAYOUTS[name][0] for name in ("awq", "gptq-8-row", "w8a8", "fp8-static", "fp8", "mxfp4", "int8-groups")}
+SAVED |= {name: LAYOUTS[name][0] for name in ("nvfp4", "bnb-double")}
 SAVED["stacked"] = QuantizedFiles(gptq(), files.gptq(), {"q_proj": files.gptq(act_order="own"), "v_proj": None})
 
 

@@ -19,10 +19,12 @@ from tests.checkpoints.quantized_files import QuantizedFiles, write_quantized
 from tests.checkpoints.quantized_layouts import (
     AWQ,
     BLOCKS,
+    BNB8,
     FP8,
     LAYOUTS,
     TOKEN,
     auto_round,
+    bnb4,
     compressed,
     gptq,
     group,
@@ -34,6 +36,7 @@ Change = Callable[[dict[str, torch.Tensor]], object]
 O_PROJ = "model.layers.1.self_attn.o_proj"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 INT_TOKEN = {**TOKEN, "type": "int"}
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def removed(suffix: str) -> Change:
@@ -95,6 +98,49 @@ DAMAGES: list[tuple[str, Change, type[ModelLoadError], str]] = [
         changed("weight_scales", lambda item: item[:, :1]),
         CorruptFileError,
         r"o_proj.weight_scales' has shape \(64, 1\), expected \(64, 2\)",
+    ),
+    ("awq", removed("qzeros"), CorruptFileError, "o_proj.qzeros' is missing"),
+    ("bnb-nf4", removed("weight.absmax"), CorruptFileError, f"layer '{O_PROJ}': tensor .*weight.absmax' is missing"),
+    ("bnb-nf4", removed(NF4_STATE), CorruptFileError, f"o_proj.{NF4_STATE}' is missing; the layer has"),
+    ("bnb-nf4", removed("weight"), CorruptFileError, "o_proj.weight' is missing; the layer has weight.absmax"),
+    ("bnb-double", removed("weight.nested_absmax"), CorruptFileError, "weight.nested_absmax' is missing"),
+    (
+        "bnb-nf4",
+        changed(NF4_STATE, lambda item: item[:-3]),
+        CorruptFileError,
+        rf"safetensors: tensor '{O_PROJ}.{NF4_STATE}' is not valid JSON",
+    ),
+    (
+        "bnb-nf4",
+        changed(NF4_STATE, lambda item: item.new_tensor(list(bytes(item.tolist()).replace(b"64]", b"96]")))),
+        CorruptFileError,
+        r"has shape \[64, 96\], but the layer has \(64, 64\) weights",
+    ),
+    (
+        "bnb-nf4",
+        changed("weight.quant_map", torch.zeros_like),
+        CorruptFileError,
+        f"'{O_PROJ}.weight.quant_map' is not the table of nf4",
+    ),
+    ("bnb-8", removed("SCB"), CorruptFileError, "o_proj.SCB' is missing"),
+    ("bnb-8", changed("weight_format", lambda item: item + 2), UnsupportedModelError, "weight_format=2 is not supp"),
+    (
+        "nvfp4",
+        changed("weight_scale", lambda item: item[:, :2]),
+        CorruptFileError,
+        r"o_proj.weight_scale' has shape \(64, 2\), expected \(64, 4\)",
+    ),
+    (
+        "nvfp4-modelopt",
+        lambda tensors: tensors.update({f"{O_PROJ}.pre_quant_scale": torch.ones(64)}),
+        UnsupportedModelError,
+        f"layer '{O_PROJ}': factors of its inputs",
+    ),
+    (
+        "fp8",
+        lambda tensors: tensors.update({f"{O_PROJ}.smooth_scale": torch.ones(64)}),
+        CorruptFileError,
+        f"layer '{O_PROJ}': tensors are left over that its quantization does not have: smooth_scale",
     ),
 ]
 
@@ -182,11 +228,21 @@ def test_a_group_size_that_no_format_has(tmp_path: Path) -> None:
         (packed(group(), ignore=["re:("]), "pattern: expected a regular expression .*found"),
         (packed(group(strategy="group")), "weights: group_size: expected a positive integer with strategy 'group'"),
         ({"quant_method": "compressed-tensors", "format": "dense"}, "config_groups: expected an object"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit: expected the opposite of load_in_8bit=false, but the key is"),
+        ({**BNB8, "load_in_4bit": True}, "load_in_4bit: expected the opposite of load_in_8bit=true, found True"),
     ],
 )
 def test_malformed_descriptions_are_corrupt_files(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     write_quantized(tmp_path, make(), LAYOUTS["awq"][0])
     edit_config(tmp_path, quantization_config=config)
+    with pytest.raises(CorruptFileError, match=message):
+        load_all(tmp_path)
+
+
+def test_a_table_that_config_json_does_not_name(tmp_path: Path) -> None:
+    write_quantized(tmp_path, make(), LAYOUTS["bnb-fp4"][0])
+    edit_config(tmp_path, quantization_config=bnb4("nf4"))
+    message = f"'{Q_PROJ}.weight.quant_state.bitsandbytes__fp4' is of fp4, although .*bnb_4bit_quant_type='nf4'"
     with pytest.raises(CorruptFileError, match=message):
         load_all(tmp_path)
 
