@@ -14,6 +14,7 @@ import logging
 import sysconfig
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
+from llmengine.backends.cpu.huge_pages import HugePages
 from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
 from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
@@ -157,6 +159,9 @@ class _Product(ctypes.Structure):
 class NativeLibrary:
     """The loaded library and the threads that it runs on, the caller among them; for one caller at a time.
 
+    Attributes:
+        weight_memory: for matrices that it multiplies.
+
     Args:
         variant: of the library.
         library: it.
@@ -168,6 +173,7 @@ class NativeLibrary:
     def __init__(self, variant: str, library: ctypes.CDLL, num_threads: int, borrowed: bool) -> None:
         self.variant = variant
         self.library = library
+        self.weight_memory = HugePages()
         library.llmengine_start_pool.restype = _Pointer
         library.llmengine_start_pool.argtypes = (_Int, _Pointer)
         library.llmengine_pool_size.restype = library.llmengine_workspace_size.restype = _Int
@@ -231,7 +237,8 @@ class NativeLinear:
 
     def __init__(self, library: NativeLibrary, matrix: Matrix, bias: Tensor | None) -> None:
         self._library = library
-        self._packed = pack_matrix(matrix, int(library.library.llmengine_byte_offset()))
+        packed, memory = pack_matrix(matrix, int(library.library.llmengine_byte_offset())), library.weight_memory
+        self._packed = replace(packed, codes=memory.copy(packed.codes), scales=memory.copy(packed.scales))
         self.bias = bias
         self._bias = None if bias is None else padded_bias(bias)
         self.struct = _matrix_struct(self._packed, self._bias)

@@ -18,6 +18,9 @@ constexpr int kManyPanels = 1, kTileOfBytes = 4;
 constexpr int kManyPanels = 1, kTileOfBytes = 1;
 #endif
 
+constexpr int kStreamTokens = 1;
+constexpr int64_t kStreamAhead = 4096;  // bytes of weights that are fetched before they are needed
+
 inline int64_t num_groups(int64_t columns) { return (columns + kGroupColumns - 1) / kGroupColumns; }
 
 // Where a token's activations lie: tokens are in tiles of up to `kTileOfBytes`, group after group of each tile, so that a
@@ -72,15 +75,17 @@ inline void quantize_digits(const float* x, int64_t columns, const TokenRounding
 }
 
 // out[m] (+)= x[m] . w + bias for the `kTokens` tokens of a tile and neighbouring panels, whose weights are
-// [columns / 4, kPanelRows, 4] with the offset kByteOffset.
+// [columns / 4, kPanelRows, 4] with the offset kByteOffset. For few tokens every second quad has sums of its own: an
+// addition waits for the one before it to the same sum.
 template <int kDigits, int kTokens, int kPanels>
 void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& matrix, int64_t panel, Prefetch prefetch,
                          float* out, bool accumulate) {
   constexpr int kVectors = kPanels * kPanelVectors, kQuads = kGroupColumns / 4;
+  constexpr int kRuns = kTokens * kVectors <= 2 ? 2 : 1;
   const int64_t panel_bytes = x.groups * kQuads * kQuadBytes;
   const uint8_t* codes_at = static_cast<const uint8_t*>(matrix.weight) + panel * panel_bytes;
   const int8_t* values = x.values + m * x.groups * kDigits * kGroupColumns;
-  CodeSums<255, kQuads> sums[kTokens][kDigits][kVectors] = {};
+  CodeSums<255, kQuads / kRuns> sums[kRuns][kTokens][kDigits][kVectors] = {};
   for (int64_t g = 0; g < x.groups; g++) {
 #pragma GCC unroll 16
     for (int q = 0; q < kQuads; q++) {
@@ -96,7 +101,7 @@ void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& mat
         for (int d = 0; d < kDigits; d++) {
           const Ints quad = repeat_quad(values + (i * kDigits + d) * kGroupColumns + 4 * q);
 #pragma GCC unroll 16
-          for (int v = 0; v < kVectors; v++) sums[i][d][v].add(q, codes[v], quad);
+          for (int v = 0; v < kVectors; v++) sums[q % kRuns][i][d][v].add(q / kRuns, codes[v], quad);
         }
     }
     codes_at += kQuads * kQuadBytes;
@@ -107,8 +112,11 @@ void multiply_digit_tile(const DigitActivations& x, int64_t m, const Matrix& mat
     Floats results[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; v++) {
-      Ints sum = sums[i][kDigits - 1][v].total + x.corrections[m + i];
-      if (kDigits == 2) sum += sums[i][0][v].total << 8;
+      Ints sum = Ints{} + x.corrections[m + i];
+      for (int run = 0; run < kRuns; run++) {
+        sum += sums[run][i][kDigits - 1][v].total;
+        if (kDigits == 2) sum += sums[run][i][0][v].total << 8;
+      }
       const Floats row_scale = load(matrix.row_scales() + panel * kPanelRows + v * kWidth);
       results[v] = scaled_sum(sum, row_scale, x.scales[m + i], kDigits == 1);
     }
@@ -127,13 +135,20 @@ inline void multiply_digit_tile_for(int64_t num_tokens, const Arguments&... argu
 template <int kDigits>
 inline void multiply_digit_panels(const DigitActivations& x, Range tokens, const Matrix& matrix, Range panels, float* out,
                                   bool accumulate) {
-  const int64_t tiles = (tokens.end - tokens.begin + kTileOfBytes - 1) / kTileOfBytes;
+  const int64_t num_tokens = tokens.end - tokens.begin, tiles = (num_tokens + kTileOfBytes - 1) / kTileOfBytes;
   const int64_t quads = x.groups * kGroupColumns / 4;
-  for (int64_t panel = panels.begin, width; panel < panels.end; panel += width) {
+  const char* weights = static_cast<const char*>(matrix.weight);
+  int64_t panel = panels.begin;
+  // Few tokens wait for memory, which likes one stream.
+  for (; num_tokens <= kStreamTokens && panel < panels.end; panel++) {
+    const Prefetch ahead{weights + panel * quads * kQuadBytes + kStreamAhead, kQuadBytes};
+    multiply_digit_tile_for<kDigits, kStreamTokens, 1>(num_tokens, x, tokens.begin, matrix, panel, ahead, out, accumulate);
+  }
+  for (int64_t width; panel < panels.end; panel += width) {
     width = panels.end - panel >= kManyPanels ? kManyPanels : 1;
     // While the tokens pass over these panels, each tile of them fetches its share of the next.
     const int64_t share = width * quads * kQuadBytes / tiles;
-    const char* next = static_cast<const char*>(matrix.weight) + (panel + width) * quads * kQuadBytes;
+    const char* next = weights + (panel + width) * quads * kQuadBytes;
     for (int64_t m = tokens.begin; m < tokens.end; m += kTileOfBytes, next += share) {
       const Prefetch ahead{next, (share + quads - 1) / quads};
       const int64_t left = tokens.end - m;
