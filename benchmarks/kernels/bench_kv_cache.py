@@ -1,15 +1,18 @@
 """Times of attention on the GPU with keys and values in bf16 and in 8 bits; every kernel is checked first.
 
-python -m benchmarks.kernels.bench_kv_cache [8b 7b 135m] [--decodes 16x8192 ...] [--launches] [--block-size 32]
+python -m benchmarks.kernels.bench_kv_cache [8b 7b 135m] [--decodes 16x8192 ...] [--usual] [--block-size 32]
 
 Cells are microseconds a layer, TB/s of what is read (for prefills TFLOP/s of the causal half), and the speed beside
-bf16. Contexts are cold, and calls are in a CUDA graph, as steps are. `--launches` compares parameters of the kernels.
+bf16. Contexts are cold, and calls are in a CUDA graph, as steps are. Besides the parameters that each format usually
+has, fp8 is measured with some others, unless `--usual` is given. `bench_attention` says how launches are named.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -31,7 +34,7 @@ from llmengine.kernels.attention_decode import DecodeLaunch, decode_launch
 from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_launch
 from llmengine.kernels.limits import max_shared_bytes
 
-MODELS = ["8b", "7b", "135m"]
+MODELS = ["8b", "7b"]
 FORMATS = {"bf16": DTYPE, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 DECODES = [(1, 1024), (1, 8192), (16, 1024), (16, 8192), (64, 200), (64, 2048), (256, 200)]
 PREFILLS = [(16, 128), (1, 2048)]
@@ -64,6 +67,22 @@ class Formats:
         return attempt(measured)
 
 
+def failures_of(checks: Sequence[Callable[[], None]]) -> list[str]:
+    """What each check failed with, or empty; kernels are compiled on threads."""
+
+    def failure(check: Callable[[], None]) -> str:
+        def run() -> str:
+            check()
+            return ""
+
+        return attempt(run)
+
+    first, *others = checks
+    found = [failure(first)]  # alone: with its first kernel Triton hashes itself
+    with ThreadPoolExecutor(8) as threads:
+        return found + list(threads.map(failure, others))
+
+
 def bench_decodes(
     model: str,
     config: AttentionConfig,
@@ -72,11 +91,9 @@ def bench_decodes(
 ) -> None:
     """Print a table of decodes: rows x context by variants, which are formats with their launches."""
 
-    def checked(kv: str, launch: DecodeLaunch) -> str:
-        check_decode(config, launch, pdl=True, kv_dtype=FORMATS[kv])
-        return ""
-
-    failures = [attempt(lambda kv=kv, launch=launch: checked(kv, launch)) for kv, launch in variants]
+    failures = failures_of(
+        [partial(check_decode, config, launch, pdl=True, kv_dtype=FORMATS[kv]) for kv, launch in variants]
+    )
     print_cells([f"{model} decode: us, TB/s", *(kv for kv, _ in variants)], WIDTH, first=FIRST)
     print_cells(["", *(name_of(launch) for _, launch in variants)], WIDTH, first=FIRST)
     for rows, context in decodes:
@@ -97,11 +114,9 @@ def bench_decodes(
 def bench_prefills(model: str, config: AttentionConfig, variants: Sequence[tuple[str, PrefillLaunch]]) -> None:
     """Print a table of prompts, and of a chunk at the end of a long one, by variants; then of the KV write."""
 
-    def checked(kv: str, launch: PrefillLaunch) -> str:
-        check_prefill(config, launch, pdl=True, kv_dtype=FORMATS[kv])
-        return ""
-
-    failures = [attempt(lambda kv=kv, launch=launch: checked(kv, launch)) for kv, launch in variants]
+    failures = failures_of(
+        [partial(check_prefill, config, launch, pdl=True, kv_dtype=FORMATS[kv]) for kv, launch in variants]
+    )
     print_cells([f"{model} prefill: us, TFLOP/s", *(kv for kv, _ in variants)], WIDTH, first=FIRST)
     names = [f"r{launch.rows}t{launch.tile}w{launch.num_warps}s{launch.num_stages}" for _, launch in variants]
     print_cells(["", *names], WIDTH, first=FIRST)
@@ -163,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--decodes", nargs="+", type=parse_decodes, default=[], help="rows x tokens of context, and no prefills"
     )
-    parser.add_argument("--launches", action="store_true", help="compare parameters of the kernels")
+    parser.add_argument("--usual", action="store_true", help="only the parameters that each format usually has")
     parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
     args = parser.parse_args()
     require_gpu()
@@ -172,12 +187,12 @@ def main() -> None:
         arch = shape_arch(model)
         config = AttentionConfig(arch.num_heads, arch.num_kv_heads, arch.head_dim, block_size=args.block_size)
         variants = [(kv, decode_launch(config, dtype)) for kv, dtype in FORMATS.items()]
-        if args.launches:
+        if not args.usual:
             names = map(parse_launch, MHA_LAUNCHES if config.group == 1 else GQA_LAUNCHES)
             variants += [("fp8", launch) for launch in names]
         bench_decodes(model, config, variants, args.decodes or DECODES)
         if not args.decodes:
-            bench_prefills(model, config, prefill_variants(config, args.launches))
+            bench_prefills(model, config, prefill_variants(config, compare=not args.usual))
             bench_writes(model, config)
 
 
