@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import formats, offline, quantization, report, serving, soak
+from benchmarks import formats, offline, quantization, report, sampling, serving, soak
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine.engine.stats import EngineCounters, EngineStats
 
@@ -211,3 +211,12 @@ def test_formats_are_timed_side_by_side(tiny_model: Path, tmp_path: Path, capsys
     runs = [(r["workload"]["name"], r["contender"], r["results"]["tokens_per_s"] > 0) for r in read_lines(lines)]
     assert runs == [(workload, "int8, int8 KV", True) for workload in ("A", "A", "D", "D")]
     assert "| int8, int8 KV |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("vocab", [2, 32, 299, 3000])
+def test_the_sampler_is_measured_with_vocabularies_of_any_size(vocab: int, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling.main(["--rows", "2", "--vocab", str(vocab)])
+    header, names, figures = capsys.readouterr().out.splitlines()
+    assert f"vocabulary of {vocab}" in header
+    assert names.split()[-1] == "everything"
+    assert float(figures.split()[-1]) > 0.0

@@ -26,9 +26,9 @@ def config(**settings: object) -> ModelConfig:
     return ModelConfig(model_path(), kv_cache_config=KvCacheConfig(max_bytes=64 << 20), **settings)  # type: ignore[arg-type]
 
 
-def evaluate(reference: LLM, **settings: object) -> QualityReport:
+def evaluate(reference: LLM, windows: int = WINDOWS, **settings: object) -> QualityReport:
     with LLM(config(**settings)) as llm:
-        return llm.evaluate(reference, windows=WINDOWS, measure_speed=False)
+        return llm.evaluate(reference, windows=windows, measure_speed=False)
 
 
 def test_float32(reference: LLM) -> None:
@@ -50,15 +50,16 @@ def test_int8(reference: LLM) -> None:
     assert report.top1_agreement > 0.92
 
 
-def calibrated(preset: str, **settings: object) -> QuantConfig:
-    return QuantConfig.preset(preset, num_calibration_samples=8, **settings)  # type: ignore[arg-type]
+def calibrated(preset: str, num_samples: int = 8, **settings: object) -> QuantConfig:
+    return QuantConfig.preset(preset, num_calibration_samples=num_samples, **settings)  # type: ignore[arg-type]
 
 
 def test_awq_is_clearly_better_than_rounding(reference: LLM) -> None:
-    found = {
-        name: evaluate(reference, quant_config=calibrated(name, group_size=128)) for name in ("int4-awq", "int4-rtn")
-    }
-    awq, nearest = found["int4-awq"], found["int4-rtn"]
+    awq, nearest = (
+        evaluate(reference, windows=2, quant_config=calibrated(name, num_samples=4, group_size=128))
+        for name in ("int4-awq", "int4-rtn")
+    )
+    print(awq, nearest)
     assert awq.mean_kl is not None
     assert nearest.mean_kl is not None
     assert awq.mean_kl < 0.6 * nearest.mean_kl

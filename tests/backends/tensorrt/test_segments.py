@@ -193,6 +193,31 @@ async def test_requests_that_join_while_others_stream_get_the_torch_backends_tok
     assert outputs[0] == outputs[1]
 
 
+def test_every_token_has_its_logits(tmp_path: Path, fake: FakeTensorRt) -> None:
+    """More tokens at a time than the last plan has rows, while a step of another request is in flight."""
+    model = save_tiny(tmp_path, **SMALL)
+    backend = load_cuda_backend(
+        make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake)
+    )
+    driver = BackendDriver(backend)
+    text, other = make_prompt(27), make_prompt(6)
+    scored, beside = driver.add(3, text), driver.add(0, other)
+    backend.launch(driver.batch((beside, 6)))
+    logits: list[Tensor] = []
+    for count in (17, 1, 9):
+        parts = [rows.float().cpu().clone() for rows in backend.score(driver.batch((scored, count)))]
+        assert sum(map(len, parts)) == count
+        logits += parts
+    torch.testing.assert_close(
+        torch.log_softmax(torch.cat(logits), dim=-1), reference_logprobs(model, text), atol=2e-4, rtol=0
+    )
+    assert fake.executed.count("last") >= -(-len(text) // MAX_ROWS)
+    beside.token_ids.extend(backend.collect().token_ids[0])
+    driver.step((beside, 1))
+    assert beside.output_ids == reference_greedy(model, other, 2)
+    backend.close()
+
+
 def test_a_plan_that_fails_in_a_step_ends_the_backend_with_the_librarys_words(
     tmp_path: Path, fake: FakeTensorRt
 ) -> None:
