@@ -42,7 +42,6 @@ EVERY = [
     *(Nvfp4(scales) for scales in ("tensor", "channel")),
     *(Bnb4Bit(quant_type, size) for quant_type, size in (("nf4", 16), ("fp4", 32), ("nf4", 64))),
 ]
-CALIBRATED = [Fp8("tensor", "tensor"), Int8W8A8("tensor", "tensor")]
 BLOCKS = [item for item in EVERY if item in (Int4Groups(128), Int4Groups(128, False), Fp8("block", "block"), Bnb4Bit())]
 """Formats with entries for more rows or columns than the small matrices of these tests have."""
 SMALL = [item for item in EVERY if item not in BLOCKS]

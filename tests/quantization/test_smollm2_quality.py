@@ -59,7 +59,6 @@ def test_awq_is_clearly_better_than_rounding(reference: LLM) -> None:
         evaluate(reference, windows=2, quant_config=calibrated(name, num_samples=4, group_size=128))
         for name in ("int4-awq", "int4-rtn")
     )
-    print(awq, nearest)
     assert awq.mean_kl is not None
     assert nearest.mean_kl is not None
     assert awq.mean_kl < 0.6 * nearest.mean_kl
