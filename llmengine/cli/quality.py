@@ -98,7 +98,7 @@ def report_lines(report: QualityReport) -> list[str]:
     """A table with a line for each figure, and what the figures were measured on."""
     sides = [report.model] if report.reference is None else [report.model, report.reference]
     names = ["model", "reference", "change"] if len(sides) > 1 else ["model"]
-    rows = [["", *names], ["weights", *(side.weight_format for side in sides)]]
+    rows = [["", *names], ["weights", *map(_weights_text, sides)]]
     rows.append(_row("perplexity", sides, lambda side: side.perplexity, lambda value: f"{value:.4f}", decimals=2))
     if report.top1_agreement is not None and report.mean_kl is not None:
         rows.append(["top-1 agreement", f"{report.top1_agreement:.2%}"])
@@ -119,9 +119,13 @@ def report_lines(report: QualityReport) -> list[str]:
     text = "the built-in text" if report.text == "built-in" else repr(report.text)
     return [
         *lines,
-        f"on {text}: {report.num_windows} windows of {report.window_tokens} tokens, stride {report.stride}, "
-        f"{report.num_tokens} tokens scored",
+        f"on {text}: {report.num_windows} window{'' if report.num_windows == 1 else 's'} of {report.window_tokens} "
+        f"tokens, stride {report.stride}, {report.num_tokens} token{'' if report.num_tokens == 1 else 's'} scored",
     ]
+
+
+def _weights_text(side: ModelFigures) -> str:
+    return "not quantized" if side.weight_format == "none" else side.weight_format
 
 
 def _row(

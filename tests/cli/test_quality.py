@@ -44,11 +44,18 @@ def test_a_model_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert values["num_tokens"] == 126
 
 
+def test_one_window_is_one_window(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(model), "--windows", "1", "--window-tokens", "2", "--skip-speed"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["weights", "not", "quantized"]
+    assert lines[-1] == "on the built-in text: 1 window of 2 tokens, stride 2, 1 token scored"
+
+
 def test_quantized_beside_itself(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(model), *FEW, "--quant", "int8", "--skip-speed"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["model", "reference", "change"]
-    assert lines[1].split() == ["weights", "int8", "none"]
+    assert lines[1].split() == ["weights", "int8", "not", "quantized"]
     assert lines[2].endswith("%")
     assert {line.partition("  ")[0] for line in lines} >= {"top-1 agreement", "KL divergence"}
     assert lines[-1].startswith("on the built-in text: 2 windows")
