@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.saved_files import size_text
 from llmengine.cli.arguments import add_quant_argument, positive_int
-from llmengine.cli.quality import add_window_arguments, report_lines
+from llmengine.cli.quality import add_evaluation_arguments, check_evaluation_arguments, report_lines
 from llmengine.config import BY_DEVICE, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
 from llmengine.quantization.quality_report import QualityReport
@@ -74,7 +74,7 @@ def add_engine_commands(commands: Any) -> None:
         help="fail, and save nothing, if the perplexity rises by more than this: 0.01 is 1 %%",
     )
     quantized.add_argument("--skip-evaluation", action="store_true", help="save without a quality report")
-    add_window_arguments(quantized)
+    add_evaluation_arguments(quantized)
     build.set_defaults(run=_build)
 
     inspect = commands.add_parser("inspect", help="show what a saved engine holds")
@@ -104,8 +104,10 @@ def _compute_capabilities(text: str) -> tuple[int, ...]:
 def _build(arguments: argparse.Namespace) -> int:
     if arguments.quant is not None:
         return _build_quantized(arguments)
-    if arguments.max_perplexity_increase is not None:
-        raise ConfigError("--max-perplexity-increase needs --quant: nothing is quantized without it")
+    evaluating = {"max_perplexity_increase": None, "windows": 32, "window_tokens": 512, "stride": None}
+    for name, default in {**evaluating, "skip_evaluation": False, "skip_speed": False}.items():
+        if getattr(arguments, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --quant: nothing is quantized without it")
     from llmengine import saved_engines
 
     built = saved_engines.build(
@@ -142,6 +144,7 @@ def _build_quantized(arguments: argparse.Namespace) -> int:
     limit = arguments.max_perplexity_increase
     if arguments.skip_evaluation and limit is not None:
         raise ConfigError("--skip-evaluation excludes --max-perplexity-increase, which needs the evaluation")
+    check_evaluation_arguments(arguments)
     QuantConfig(max_perplexity_increase=limit).resolve()
     require_replaceable(arguments.output)
     from llmengine.llm import LLM
@@ -154,6 +157,7 @@ def _build_quantized(arguments: argparse.Namespace) -> int:
                 windows=arguments.windows,
                 window_tokens=arguments.window_tokens,
                 stride=arguments.stride,
+                measure_speed=not arguments.skip_speed,
                 progress=True,
             )
             for line in report_lines(quality):

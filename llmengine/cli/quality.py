@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,14 +36,13 @@ def add_eval_command(commands: Any) -> None:
     evaluate.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to score (default: the text that comes with the package)"
     )
-    add_window_arguments(evaluate)
-    evaluate.add_argument("--skip-speed", action="store_true", help="do not measure tokens/s")
+    add_evaluation_arguments(evaluate)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the report to a file as JSON")
     evaluate.set_defaults(run=_eval)
 
 
-def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how much text is scored."""
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how much text is scored, and whether speed is measured."""
     parser.add_argument(
         "--windows",
         type=positive_int,
@@ -58,11 +59,26 @@ def add_window_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens between the beginnings of two windows (default: a window, so that none overlap)",
     )
+    parser.add_argument("--skip-speed", action="store_true", help="do not measure tokens/s")
+
+
+def check_evaluation_arguments(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` for windows that cannot be, before a model is loaded."""
+    from llmengine.quantization.evaluation import WindowPlan
+
+    size, stride = arguments.window_tokens, arguments.stride
+    WindowPlan(size, size if stride is None else stride, arguments.windows)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from llmengine.checkpoints.opening import open_model
     from llmengine.llm import LLM
 
+    check_evaluation_arguments(arguments)
+    if arguments.against is not None:
+        open_model(arguments.against)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ConfigError(f"{arguments.json}: cannot be written: {os.strerror(errno.ENOENT)}")
     text = None if arguments.text is None else _read_text(arguments.text)
     with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
         report = llm.evaluate(

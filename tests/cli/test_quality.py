@@ -80,7 +80,10 @@ def test_build_keeps_the_report(model: Path, tmp_path: Path, capsys: pytest.Capt
     engine = tmp_path / "engine"
     arguments = ["build", str(model), "-o", str(engine), "--quant", "int8", *FEW]
     assert main([*arguments, "--max-perplexity-increase", "0.5"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert main([*arguments, "--max-perplexity-increase", "0.5", "--skip-speed"]) == 0
     built = capsys.readouterr().out.splitlines()
+    assert not any("tokens/s" in line for line in built)
     assert built[-1].startswith(f"{engine}: ")
     assert main(["inspect", str(engine)]) == 0
     shown = capsys.readouterr().out.splitlines()
@@ -120,6 +123,9 @@ def test_an_engine_without_a_report_has_no_key_for_it(
         (["--quant", "int8", "--sm", "89"], "--quant excludes --sm, which is about TensorRT plans"),
         (["--quant", "int8", "--max-batch-size", "4"], "--quant excludes --max-batch-size"),
         (["--max-perplexity-increase", "0.1"], "--max-perplexity-increase needs --quant"),
+        (["--windows", "3"], "--windows needs --quant"),
+        (["--skip-evaluation"], "--skip-evaluation needs --quant"),
+        (["--quant", "int8", "--stride", "600"], "stride must be an integer in [1, 512], not 600"),
         (["--quant", "int8", "--max-perplexity-increase", "-1"], "quant_config.max_perplexity_increase must be"),
         (
             ["--quant", "int8", "--max-perplexity-increase", "1", "--skip-evaluation"],
@@ -142,6 +148,23 @@ def test_files_that_cannot_be_read_or_written(model: Path, tmp_path: Path, capsy
     assert "binary: not UTF-8: invalid start byte at byte 3" in capsys.readouterr().err
     assert main(["eval", str(model), *FEW, "--skip-speed", "--json", str(tmp_path / "none" / "x")]) == 2
     assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--stride", "600"], 2, "stride must be an integer in [1, 512], not 600"),
+        (["--window-tokens", "1"], 2, "window_tokens must be an integer of at least 2, not 1"),
+        (["--against", "nowhere"], 1, "model_dir='nowhere' does not exist"),
+        (["--json", "nowhere/report.json"], 2, "nowhere/report.json: cannot be written: No such file"),
+    ],
+)
+def test_wrong_arguments_are_found_before_a_model_is_loaded(
+    arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's directory is empty, which would be found next."""
+    assert main(["eval", str(tmp_path), *arguments]) == code
+    assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path) -> None:
