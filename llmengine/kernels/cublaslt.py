@@ -91,6 +91,7 @@ class Product:
     Attributes:
         accumulate: add to what `out` holds.
         bias: whether there is a bias, in x's dtype.
+        out_stride: elements from one row of `out` to the next; 0 stands for n.
     """
 
     m: int
@@ -100,6 +101,7 @@ class Product:
     out_dtype: torch.dtype
     accumulate: bool
     bias: bool
+    out_stride: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,7 @@ class CublasLt:
             self._set(desc, _DESC_BIAS_TYPE, ctypes.c_int(_REAL_TYPES[product.dtype]))
         weight = self._layout(product.dtype, product.k, product.n)
         x = self._layout(product.dtype, product.k, product.m)
-        out = self._layout(product.out_dtype, product.n, product.m)
+        out = self._layout(product.out_dtype, product.n, product.m, product.out_stride)
         algorithms = self._propose(product, desc, weight, x, out)
         return _Plan(desc, weight, x, out, ctypes.c_float(float(product.accumulate)), algorithms, {})
 
@@ -282,14 +284,14 @@ class CublasLt:
             raise RuntimeError(f"cuBLASLt has no algorithm for {product}")
         return algorithms
 
-    def _layout(self, dtype: torch.dtype, rows: int, columns: int) -> ctypes.c_void_p:
+    def _layout(self, dtype: torch.dtype, rows: int, columns: int, stride: int = 0) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()
         status = self._library.cublasLtMatrixLayoutCreate(
             ctypes.byref(layout),
             ctypes.c_int(_REAL_TYPES[dtype]),
             ctypes.c_uint64(rows),
             ctypes.c_uint64(columns),
-            ctypes.c_int64(rows),
+            ctypes.c_int64(stride or rows),
         )
         self._check(status, "cublasLtMatrixLayoutCreate")
         return layout

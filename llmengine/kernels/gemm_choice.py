@@ -22,9 +22,16 @@ import triton
 
 from llmengine.dtypes import dtype_name
 from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
-from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config, shared_bytes
+from llmengine.kernels.gemm_config import (
+    GemmShape,
+    LinearConfig,
+    PackedConfig,
+    fuses_gate,
+    parse_config,
+    shared_bytes,
+)
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
-from llmengine.kernels.linear import LinearKernels
+from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.quantization.formats import Dense
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
@@ -89,6 +96,20 @@ _CANDIDATES: dict[int, dict[str, str]] = {
 }
 """By bucket and kind of shape, those that were fast on an H100 with models of 135M, 1B, 7B and 8B parameters; cublas:N
 stands for the library's first N proposals, tiles:N for N of its tiles that fill the GPU, in one or three clusters."""
+
+_PACKED: dict[int, str] = {
+    1: "packed-m8n64w4s4 packed-m8n64w4s6",
+    16: "packed-m16n64w4s4 packed-m16n64w4s3 packed-m16n128w8s4",
+    32: "packed-m32n64w4s3 packed-m32n64w4s4 packed-m32n128w8s3",
+    64: "packed-m64n64w4s3 packed-m64n128w8s3",
+    128: "packed-m128n128w8s2 packed-m64n128w8s3",
+}
+"""By bucket, for packed weights, without the number of programs that share K; the last also for more rows."""
+
+_SPLITS = (1, 2, 4, 8, 16)
+"""Programs that share K, for packed weights, of which those are tried that give one to three to a multiprocessor."""
+
+_USUAL_SMS = 132
 
 _FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2 tiles:1"
 """Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
@@ -200,6 +221,11 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
     return GemmChoices(file, max_shared_bytes(device), tiled_sms(device))
 
 
+def unmeasured_config(shape: GemmShape, max_shared: int) -> LinearConfig:
+    """The configuration where nothing is measured: cuBLASLt's for dense matrices, the likeliest for packed ones."""
+    return CublasConfig() if shape.layout is None else candidates(shape, max_shared)[0]
+
+
 def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[LinearConfig]:
     """The configurations that were fast for a shape's bucket and fit in `max_shared` bytes, the likeliest first.
 
@@ -207,6 +233,9 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
         num_sms: see `GemmChoices`.
     """
     bucketed = _bucketed(shape)
+    if bucketed is not None and shape.layout is not None:
+        packed = _packed_candidates(bucketed, shape.layout.num_blocks, num_sms or _USUAL_SMS)
+        return [config for config in packed if shared_bytes(shape, config) <= max_shared]
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
@@ -221,6 +250,25 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
         else:
             configs.append(parse_config(name))
     return [config for config in configs if shared_bytes(shape, config) <= max_shared]
+
+
+def _packed_candidates(shape: GemmShape, num_blocks: int, num_sms: int) -> list[LinearConfig]:
+    """Ways to multiply by a packed matrix in a bucket; from 128 rows on also dequantized, by cuBLASLt."""
+    configs: list[LinearConfig] = []
+    for name in _PACKED[min(shape.num_rows, max(_PACKED))].split():
+        config = parse_config(name)
+        assert isinstance(config, PackedConfig), name
+        num_outputs = shape.n if fuses_gate(config, shape.n) else _num_outputs(shape)
+        tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
+        most = 1 if tiles > MAX_SPLIT_TILES else max(1, num_blocks // 2)
+        splits = [split for split in _SPLITS if split <= most]
+        fitting = [split for split in splits if 0.9 * num_sms <= tiles * split <= 3.2 * num_sms]
+        if not fitting:
+            fitting = splits[:1] if tiles > num_sms else splits[-1:]
+        configs += [replace(config, split_k=split) for split in fitting]
+    if shape.num_rows >= 128:
+        configs = [*configs, CublasConfig(0, 0)] if shape.num_rows < 512 else [CublasConfig(0, 0), *configs]
+    return configs
 
 
 def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:

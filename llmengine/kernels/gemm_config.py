@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, TileConfig
-from llmengine.quantization.formats import DENSE, WeightFormat
-from llmengine.quantization.matrix import Matrix
+from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout
+from llmengine.quantization.formats import DENSE, Shape, WeightFormat
+
+_MAX_GATED_ROWS = 32
 
 Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
 
@@ -47,7 +49,34 @@ class SkinnyConfig:
         return name + ("-any" if self.any_rows else "")
 
 
-LinearConfig = SkinnyConfig | CublasConfig | TileConfig
+@dataclass(frozen=True, slots=True)
+class PackedConfig:
+    """How `packed_linear`'s kernel cuts up a product with packed quantized weights.
+
+    Any number of rows can be computed, with programs for each block_m of them.
+
+    Attributes:
+        block_m: rows of x, a power of two from 8 on.
+        block_n: outputs of a program, 64 or 128; of a gated pair as many of each.
+        num_stages: turns, of a block of columns each, whose loads are in flight at once.
+        split_k: programs that share the K of one tile, at most.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        """A short name: packed-m8n64w4s4, then x2 for split_k."""
+        name = f"packed-m{self.block_m}n{self.block_n}w{self.num_warps}s{self.num_stages}"
+        return name + (f"x{self.split_k}" if self.split_k > 1 else "")
+
+
+LinearConfig = SkinnyConfig | PackedConfig | CublasConfig | TileConfig
+"""A dense matrix is multiplied by any but a `PackedConfig`; a packed one by any but a `SkinnyConfig`, dequantized first
+for cuBLASLt."""
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -62,14 +91,31 @@ def parse_config(name: str) -> LinearConfig:
         if tiled.tile not in TILES or tiled.cluster not in CLUSTERS:
             raise ValueError(f"{name!r} is none of cuBLASLt's tiles")
         return tiled
+    match = re.fullmatch(r"packed-m(\d+)n(\d+)w(\d+)s(\d+)(?:x(\d+))?", name)
+    if match is not None:
+        *sizes, split_k = match.groups()
+        block_m, block_n, num_warps, num_stages = map(int, sizes)
+        return PackedConfig(block_m, block_n, num_warps, num_stages, int(split_k or 1))
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
-        raise ValueError(f"{name!r} is not like m16n32k128w4s4x2-norm, cublas3m64 or tile96x128c2x1")
+        raise ValueError(
+            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, cublas3m64 or tile96x128c2x1"
+        )
     *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
     return SkinnyConfig(
         block_m, block_n, block_k, num_warps, num_stages, int(split_k or 1), own_norm is None, any_rows is not None
     )
+
+
+class StoredMatrix(Protocol):
+    """What a product's shape asks of a matrix, wherever that is and however it lies there."""
+
+    @property
+    def format(self) -> WeightFormat: ...
+
+    @property
+    def shape(self) -> Shape: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +138,22 @@ class GemmShape:
 
     @classmethod
     def of(
-        cls, operation: Operation, num_rows: int, matrix: Matrix, dtype: torch.dtype, out_dtype: torch.dtype
+        cls, operation: Operation, num_rows: int, matrix: StoredMatrix, dtype: torch.dtype, out_dtype: torch.dtype
     ) -> GemmShape:
         """The shape of a product with `matrix`."""
         rows, k = matrix.shape
         n = rows // 2 if operation == "norm_linear_silu" else rows
         return cls(operation, num_rows, n, k, dtype, out_dtype, matrix.format)
+
+    @property
+    def matrix_shape(self) -> Shape:
+        """Of the matrix."""
+        return (2 * self.n if self.operation == "norm_linear_silu" else self.n, self.k)
+
+    @property
+    def layout(self) -> PackedLayout | None:
+        """Of a packed matrix; None if it is dense."""
+        return PackedLayout.of(self.weight_format, self.matrix_shape, self.dtype)
 
 
 Choose = Callable[[GemmShape], LinearConfig]
@@ -108,19 +164,35 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
 
     Kernels without such loads, of one row, take a few KiB besides for their sums.
     """
-    if not isinstance(config, SkinnyConfig):
-        return 0
     num_weights = 2 if shape.operation == "norm_linear_silu" else 1
-    turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
+    if isinstance(config, PackedConfig):
+        layout = shape.layout
+        assert layout is not None, shape
+        words = num_weights * config.block_n * layout.slice_columns * 2
+        turn = words + config.block_m * layout.block_columns * shape.dtype.itemsize
+    elif isinstance(config, SkinnyConfig):
+        turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
+    else:
+        return 0
     return (config.num_stages - 1) * turn
 
 
-def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig:
+def fuses_gate(config: LinearConfig, num_outputs: int) -> bool:
+    """Whether one kernel computes gate and up of a packed matrix.
+
+    Both must begin with a tile, and many rows of both would take too many registers.
+    """
+    return isinstance(config, PackedConfig) and config.block_m <= _MAX_GATED_ROWS and num_outputs % TILE_ROWS == 0
+
+
+def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig | PackedConfig:
     """A configuration that adds every row up in the same order, whatever the number of rows and the device.
 
     Args:
         max_shared: see `limits.max_shared_bytes`; less of it leaves fewer loads in flight, in the same order.
     """
+    if shape.layout is not None:
+        return PackedConfig(32, 64, num_warps=4, num_stages=3 if shape.dtype.itemsize == 2 else 2)
     if shape.dtype == torch.float32:
         return SkinnyConfig(32, 32, 32, num_warps=4, num_stages=3, fuse_norm=False, any_rows=True)
     config = SkinnyConfig(64, 64, 128, num_warps=4, num_stages=4, fuse_norm=False, any_rows=True)

@@ -6,11 +6,11 @@ gate and up), walks K, sums the squares of x while it multiplies, and scales by 
 rows a product is bound by arithmetic: cuBLAS and small kernels around it.
 
 Each operation takes a `SkinnyConfig`, a `CublasConfig` or a `TileConfig`; `gemm_choice` knows which is faster.
+Weights here are dense; `packed_linear` has the operations for quantized ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,13 +21,8 @@ from torch import Tensor
 
 from llmengine.kernels.activation import silu_and_mul, silu_and_mul_reference
 from llmengine.kernels.cublaslt import CublasConfig, CublasLt, Product, TileConfig
-from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, Operation, SkinnyConfig
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig
 from llmengine.kernels.norm import rms_norm, rms_norm_reference
-from llmengine.quantization.formats import DENSE
-from llmengine.quantization.matrix import Matrix
-
-BoundLinear = Callable[[Tensor, Tensor], None]
-"""(x [num_rows, in_features], where the result goes); weights are bound."""
 
 MAX_SPLIT_TILES = 4096
 """Bounds N / block_n where K is split."""
@@ -51,8 +46,8 @@ class LinearKernels:
 
     def __init__(self, device: torch.device | str, pdl: bool = False) -> None:
         self.pdl = pdl
-        self._counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
-        self._cublas = _load_cublas(self._counters.device)
+        self.counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+        self._cublas = _load_cublas(self.counters.device)
 
     def norm_linear(
         self,
@@ -74,11 +69,11 @@ class LinearKernels:
             out: [num_rows, n] in x's dtype or fp32.
         """
         if norm_weight is not None and not _fuses_norm(config):
-            x, norm_weight = self._normed(x, norm_weight, eps), None
+            x, norm_weight = self.normed(x, norm_weight, eps), None
         if isinstance(config, SkinnyConfig):
             self._launch(x, norm_weight, eps, weight, bias, out, config)
         else:
-            self._mm(x, weight, bias, out, config)
+            self.multiply(x, weight, bias, out, config)
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig
@@ -87,7 +82,7 @@ class LinearKernels:
         if isinstance(config, SkinnyConfig):
             self._launch(x, None, 0.0, weight, bias, residual, config, add=True)
         else:
-            self._mm(x, weight, bias, residual, config, accumulate=True)
+            self.multiply(x, weight, bias, residual, config, accumulate=True)
 
     def norm_linear_silu(
         self,
@@ -109,12 +104,12 @@ class LinearKernels:
         """
         fused_norm: Tensor | None = norm_weight
         if not _fuses_norm(config):
-            x, fused_norm = self._normed(x, norm_weight, eps), None
+            x, fused_norm = self.normed(x, norm_weight, eps), None
         if isinstance(config, SkinnyConfig):
             self._launch(x, fused_norm, eps, weight, bias, out, config, gated=True)
             return
         gate_up = x.new_empty(x.shape[0], weight.shape[0])
-        self._mm(x, weight, bias, gate_up, config)
+        self.multiply(x, weight, bias, gate_up, config)
         silu_and_mul(gate_up, out, self.pdl)
 
     def compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
@@ -126,28 +121,31 @@ class LinearKernels:
         norm_weight = None if add or not config.fuse_norm else x[0]
         self._launch(x, norm_weight, 0.0, weight, None, out, config, gated, add, compile_only=True)
 
-    def _mm(
+    def multiply(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        config: CublasConfig | TileConfig,
+        config: LinearConfig,
         accumulate: bool = False,
     ) -> None:
-        """Write x @ weight.T + bias to `out`, or add it."""
+        """Write x @ weight.T + bias to `out`, or add it; rows of `out` may lie apart."""
+        assert isinstance(config, CublasConfig | TileConfig), config
         if self._cublas is None:
             _torch_mm(x, weight, bias, out, accumulate)
             return
         # The library adds no bias of another type than the result's.
         fused_bias = bias if out.dtype == x.dtype else None
         has_bias = fused_bias is not None
-        product = Product(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, has_bias)
+        product = Product(
+            *(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, has_bias), out.stride(0)
+        )
         self._cublas.run(product, x, weight, fused_bias, out, config)
         if bias is not None and not has_bias:
             out += bias
 
-    def _normed(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    def normed(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
         normed = torch.empty_like(x)
         rms_norm(x, norm_weight, eps, normed, self.pdl)
         return normed
@@ -190,7 +188,7 @@ class LinearKernels:
             weight if bias is None else bias,
             out,
             partials,
-            self._counters,
+            self.counters,
             eps,
             num_rows,
             n,
@@ -209,56 +207,6 @@ class LinearKernels:
             num_warps=config.num_warps,
             launch_pdl=self.pdl,
         )
-
-
-class LinearOps:
-    """Products with matrices bound, which ask `choose` for each number of rows.
-
-    Dense matrices are multiplied by `LinearKernels`; other formats have no kernels yet.
-    """
-
-    def __init__(self, kernels: LinearKernels, choose: Choose) -> None:
-        self._kernels = kernels
-        self._choose = choose
-
-    def norm_linear(
-        self, norm_weight: Tensor | None, eps: float, matrix: Matrix, bias: Tensor | None = None
-    ) -> BoundLinear:
-        """(x, out) -> None; see `LinearKernels.norm_linear`."""
-        weight = _dense_weight(matrix)
-
-        def apply(x: Tensor, out: Tensor) -> None:
-            config = self._choose(GemmShape.of("norm_linear", x.shape[0], matrix, x.dtype, out.dtype))
-            self._kernels.norm_linear(x, norm_weight, eps, weight, bias, out, config)
-
-        return apply
-
-    def linear_add(self, matrix: Matrix, bias: Tensor | None = None) -> BoundLinear:
-        """(x, residual) -> None; see `LinearKernels.linear_add`."""
-        weight = _dense_weight(matrix)
-
-        def apply(x: Tensor, residual: Tensor) -> None:
-            config = self._choose(GemmShape.of("linear_add", x.shape[0], matrix, x.dtype, residual.dtype))
-            self._kernels.linear_add(x, weight, bias, residual, config)
-
-        return apply
-
-    def norm_linear_silu(
-        self, norm_weight: Tensor, eps: float, matrix: Matrix, bias: Tensor | None = None
-    ) -> BoundLinear:
-        """(x, out) -> None; see `LinearKernels.norm_linear_silu`."""
-        weight = _dense_weight(matrix)
-
-        def apply(x: Tensor, out: Tensor) -> None:
-            config = self._choose(GemmShape.of("norm_linear_silu", x.shape[0], matrix, x.dtype, out.dtype))
-            self._kernels.norm_linear_silu(x, norm_weight, eps, weight, bias, out, config)
-
-        return apply
-
-
-def _dense_weight(matrix: Matrix) -> Tensor:
-    assert matrix.format == DENSE, f"no kernel multiplies by {matrix.format}"
-    return matrix.weight
 
 
 def linear_reference(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig
-from llmengine.kernels.linear import LinearKernels, LinearOps, linear_reference
+from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.kernels.linear_ops import LinearOps
 from llmengine.quantization.matrix import Matrix
 
 EPS = 1e-5

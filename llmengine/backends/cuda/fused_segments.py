@@ -14,11 +14,12 @@ from torch import Tensor
 from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
-from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
-from llmengine.kernels.gemm_config import GemmShape, Operation, SkinnyConfig, fixed_config
+from llmengine.kernels.activation import silu_and_mul
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices, unmeasured_config
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
-from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
+from llmengine.kernels.linear import LinearKernels
+from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compile_product, has_kernel
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Segments, finish_logits
@@ -132,15 +133,22 @@ class FusedSegments:
         self._logit_scale, self._logit_soft_cap = arch.logit_scale, arch.logit_soft_cap
         self._kernels = LinearKernels(self._device, pdl=pdl)
         self._choices = None if deterministic else _choices_of(self._kernels, self._device)
-        untuned = partial(fixed_config, max_shared=max_shared_bytes(self._device)) if deterministic else _plain
+        untuned = partial(
+            fixed_config if deterministic else unmeasured_config, max_shared=max_shared_bytes(self._device)
+        )
         self._choose = untuned if self._choices is None else self._choices.choose
         ops = LinearOps(self._kernels, self._choose)
         self._layers = [
             _bind_layer(ops, weights, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
         self._head = weights.matrices["lm_head"]
-        self._lm_head = ops.norm_linear(weights.norm("final_norm"), arch.rms_norm_eps, self._head)
-        self._layer_matrices = [(kind, weights.matrices[f"layers.0.{name}"]) for name, kind in _OPERATIONS.items()]
+        self._eps = arch.rms_norm_eps
+        self._final_norm = weights.by_name["final_norm.weight"]
+        self._lm_head = ops.norm_linear(self._final_norm, self._eps, self._head)
+        self._layer_matrices = [
+            [(kind, weights.matrices[f"layers.{index}.{name}"]) for name, kind in _OPERATIONS.items()]
+            for index in range(arch.num_layers)
+        ]
         self._dtype = dtype
 
     @property
@@ -148,34 +156,33 @@ class FusedSegments:
         return len(self._layers)
 
     def compilations(self, will_tune: bool = False) -> list[Callable[[], None]]:
-        """Calls that compile the first kernels of steps of decodes, about one kernel each.
+        """Calls that compile the products of steps of every size, about one kernel each.
 
         Args:
             will_tune: also compile what `tune` measures first, whose time is better spent on measuring.
         """
-        max_rows = len(self._logits)
-        x, qkv, inner = self._sampled_x, self._qkv[:max_rows], self._inner[:max_rows]
+        x, inner = self._sampled_x, self._inner[: len(self._logits)]
 
-        def run_first_products() -> None:  # one after the other, since they have the norm in common
-            self._layers[0].qkv(x, qkv)
-            self._layers[0].gate_up(x, inner)
+        def run_row_kernels() -> None:
+            self._kernels.normed(x, self._final_norm, self._eps)
+            silu_and_mul(inner.new_zeros(len(inner), 2 * inner.shape[1]), inner, self._kernels.pdl)
 
-        products: dict[tuple[GemmShape, SkinnyConfig], Callable[[], None]] = {}
-        for rows in [rows for rows in ROW_BUCKETS if rows <= max_rows]:
+        products: dict[tuple[GemmShape, LinearConfig], Callable[[], None]] = {}
+        for rows in self._row_buckets():
             for shape in self._shapes(rows):
                 configs = [self._choose(shape)]
                 choices = self._choices if will_tune and rows == ROW_BUCKETS[0] else None
                 if choices is not None and choices.missing([shape]):
                     configs += choices.candidates(shape)
                 for config in configs:
-                    if isinstance(config, SkinnyConfig):  # one kernel for any number of rows
+                    if has_kernel(shape, config):  # one for any number of rows
                         products[replace(shape, num_rows=0), config] = partial(self._compile, shape, config)
-        return [run_first_products, *products.values()]
+        return [run_row_kernels, *products.values()]
 
     def tune(self, budget_s: float) -> None:
         """Measure which products are fastest for the model's shapes, those of the smallest steps first."""
         deadline = time.monotonic() + budget_s
-        for rows in [rows for rows in ROW_BUCKETS if rows < 2 * len(self._qkv)]:
+        for rows in self._row_buckets():
             if self._choices is None or time.monotonic() >= deadline:
                 return
             shapes = self._choices.missing(self._shapes(rows))
@@ -183,19 +190,26 @@ class FusedSegments:
             if self._choices.measure(shapes, deadline - time.monotonic(), self._time_us):
                 return
 
+    def _row_buckets(self) -> list[int]:
+        """The buckets that steps fall in."""
+        return [rows for rows in ROW_BUCKETS if rows < 2 * len(self._qkv)]
+
     def _shapes(self, num_rows: int) -> list[GemmShape]:
-        """Products of a step of `num_rows` tokens, in the order of their use."""
-        shapes: list[GemmShape] = []
-        for operation, matrix in self._layer_matrices:
-            shapes.append(GemmShape.of(operation, num_rows, matrix, self._dtype, self._dtype))
-        if num_rows <= len(self._logits):
-            shapes.append(GemmShape.of("norm_linear", num_rows, self._head, self._dtype, torch.float32))
-        return shapes
+        """Products of a step of `num_rows` tokens, each once, in the order of their use."""
+        layers = range(len(self._layers))
+        shapes = dict.fromkeys(shape for layer in layers for shape in self._shapes_of_layer(layer, num_rows))
+        if num_rows < 2 * len(self._logits):
+            shapes[GemmShape.of("norm_linear", num_rows, self._head, self._dtype, torch.float32)] = None
+        return list(shapes)
+
+    def _shapes_of_layer(self, layer: int, num_rows: int) -> list[GemmShape]:
+        matrices = self._layer_matrices[layer]
+        return [GemmShape.of(operation, num_rows, matrix, self._dtype, self._dtype) for operation, matrix in matrices]
 
     def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
         """Compile the candidates that will be timed, on threads; none is started after the deadline."""
 
-        def compile_in_time(shape: GemmShape, config: SkinnyConfig) -> None:
+        def compile_in_time(shape: GemmShape, config: LinearConfig) -> None:
             if time.monotonic() < deadline:
                 self._compile(shape, config)
 
@@ -204,31 +218,32 @@ class FusedSegments:
                 threads.submit(compile_in_time, shape, config)
                 for shape in shapes
                 for config in choices.candidates(shape)
-                if isinstance(config, SkinnyConfig)
+                if has_kernel(shape, config)
             ]
         for job in jobs:
             job.result()
 
-    def _compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
+    def _compile(self, shape: GemmShape, config: LinearConfig) -> None:
         with torch.cuda.device(self._device):
-            self._kernels.compile(shape, config)
+            compile_product(self._kernels, shape, config)
 
     def _time_us(self, shape: GemmShape) -> float:
         """Microseconds of the products of a few layers (all, if the model is small), or of one layer and the LM head.
 
-        If the shape has more rows than the largest step, that step is timed.
+        The layers are among those that have the shape. If it has more rows than the largest step, that step is timed.
         """
-        num_rows = min(shape.num_rows, len(self._qkv))
         is_head = (shape.n, shape.k) == self._head.shape
-        layer_bytes = sum(matrix.size_bytes for _, matrix in self._layer_matrices)
-        num_layers = 1 if is_head else min(len(self._layers), max(2, -(-_COLD_BYTES // layer_bytes)))
+        num_rows = min(shape.num_rows, len(self._logits) if is_head else len(self._qkv))
+        layers = [layer for layer in range(len(self._layers)) if shape in self._shapes_of_layer(layer, shape.num_rows)]
+        layer_bytes = sum(matrix.size_bytes for _, matrix in self._layer_matrices[(layers or [0])[0]])
+        layers = [0] if is_head else layers[: max(2, -(-_COLD_BYTES // layer_bytes))]
         x, attended = (
             torch.randn((num_rows, columns), dtype=self._dtype, device=self._device)
             for columns in (self._sampled_x.shape[1], self._sampled_attended.shape[1])
         )
 
         def run() -> None:
-            for layer in range(num_layers):
+            for layer in layers:
                 self._layers[layer].qkv(x, self._qkv[:num_rows])
                 self._finish(layer, attended, x)
             if is_head:
@@ -286,8 +301,3 @@ def _bind_layer(ops: LinearOps, weights: CudaWeights, prefix: str, eps: float) -
 
 def _choices_of(kernels: LinearKernels, device: torch.device) -> GemmChoices | None:
     return cuda_choices(kernels, device) if device.type == "cuda" else None
-
-
-def _plain(_: GemmShape) -> CublasConfig:
-    """Choose torch's product, since there is no device to measure on."""
-    return CublasConfig()

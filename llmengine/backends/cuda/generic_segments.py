@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments, fused_segments
-from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.gemm_config import GemmShape, fixed_config
+from llmengine.kernels.gemm_choice import unmeasured_config
+from llmengine.kernels.gemm_config import fixed_config
 from llmengine.kernels.limits import max_shared_bytes
-from llmengine.kernels.linear import BoundLinear, LinearKernels, LinearOps
+from llmengine.kernels.linear import LinearKernels
+from llmengine.kernels.linear_ops import BoundLinear, LinearOps
 from llmengine.kernels.norm import rms_norm
+from llmengine.kernels.packed_weights import PackedMatrix
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
 
@@ -38,8 +40,8 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
     arch, weights = context.arch, context.weights
     # No programmatic launch, since the torch functions in between do not know of it.
     device = context.logits.device
-    choose = partial(fixed_config, max_shared=max_shared_bytes(device)) if context.config.deterministic else _cublas
-    ops = LinearOps(LinearKernels(device), choose)
+    choose = fixed_config if context.config.deterministic else unmeasured_config
+    ops = LinearOps(LinearKernels(device), partial(choose, max_shared=max_shared_bytes(device)))
 
     def norm(name: str) -> Norm | None:
         weight = weights.norm(name)
@@ -70,12 +72,11 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
         logit_scale=arch.logit_scale,
         logit_soft_cap=arch.logit_soft_cap,
     )
-    products = "Triton products of a fixed order" if context.config.deterministic else "cuBLASLt"
+    is_packed = any(isinstance(matrix, PackedMatrix) for matrix in weights.matrices.values())
+    products = "Triton and cuBLASLt products" if is_packed else "cuBLASLt"
+    if context.config.deterministic:
+        products = "Triton products of a fixed order"
     return TunableSegments(segments, f"{products} and torch functions")
-
-
-def _cublas(_: GemmShape) -> CublasConfig:
-    return CublasConfig()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,7 @@ import torch
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.errors import ConfigError
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
 from tests.backends.sampling_helpers import SlotHistory
@@ -57,16 +55,6 @@ def test_equals_transformers_in_chunks_and_decodes(tmp_path: Path, device: str, 
         torch.testing.assert_close(torch.tensor(entry.top_logprobs), values, rtol=0, atol=1e-4)
         assert entry.logprob == entry.top_logprobs[0]
     backend.close()
-
-
-@pytest.mark.parametrize("preset", ["int8", "int4-rtn", "fp8"])
-def test_quantized_weights_are_refused_by_name(tmp_path: Path, device: str, preset: Any) -> None:
-    save_tiny(tmp_path, **SMALL)
-    config = ModelConfig(tmp_path, quant=preset).resolve()
-    source = quantized_source(open_model(tmp_path), config.quant_config)
-    name = preset.partition("-")[0]
-    with pytest.raises(ConfigError, match=rf"weights in format '{name}.*' are not available on CUDA in this version"):
-        load_cuda_backend(config, source, torch.device(device, 0))
 
 
 def test_requests_join_in_flight_with_mixed_steps(tmp_path: Path, device: str) -> None:

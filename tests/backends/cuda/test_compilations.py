@@ -23,8 +23,10 @@ from llmengine.backends.cuda.compile_threads import compile_threads
 from llmengine.backends.cuda.fused_segments import FusedSegments
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
-from llmengine.kernels.gemm_config import GemmShape, SkinnyConfig
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig
+from llmengine.kernels.linear_ops import compile_product
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import BackendDriver, save_tiny
 from tests.models.family_helpers import make_family
@@ -46,8 +48,8 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> set[Form]:
         options = [f"{name}={kwargs.pop(name)}" for name in OPTIONS if name in kwargs]
         forms.add((kernel.__name__, *specialized(kernel, args, kwargs), *options))
 
-    def compile_on_cpu(segments: FusedSegments, shape: GemmShape, config: SkinnyConfig) -> None:
-        segments._kernels.compile(shape, config)
+    def compile_on_cpu(segments: FusedSegments, shape: GemmShape, config: LinearConfig) -> None:
+        compile_product(segments._kernels, shape, config)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run)
     monkeypatch.setattr(FusedSegments, "_compile", compile_on_cpu)  # selects no CUDA device
@@ -77,7 +79,8 @@ def load(directory: Path, **settings: Any) -> CudaBackend:
         scheduler_config=SchedulerConfig(max_batch_size=20, max_tokens_per_step=48, max_tokens_per_mixed_step=48),
         **{"dtype": "float16", **settings},
     ).resolve()
-    return load_cuda_backend(config, open_model(directory), torch.device("cpu", 0))
+    source = quantized_source(open_model(directory), config.quant_config)
+    return load_cuda_backend(config, source, torch.device("cpu", 0))
 
 
 def serve(backend: CudaBackend) -> None:
@@ -94,13 +97,18 @@ def serve(backend: CudaBackend) -> None:
     backend.collect()
 
 
-PRODUCTS = {"_rms_norm_kernel", "_skinny_kernel"}
+PRODUCTS = {"_rms_norm_kernel", "_skinny_kernel", "packed_kernel", "dequantize_kernel"}
 """What models without fused kernels compile with their first step."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {},
     "deterministic": {"deterministic": True},
     "fp8 cache": {"quant_config": QuantConfig(kv_cache="fp8")},
+    "int4": {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)},
+    "int4, deterministic": {
+        "quant_config": QuantConfig.preset("int4-rtn", group_size=32, kv_cache="fp8"),
+        "deterministic": True,
+    },
 }
 
 MODELS: dict[str, Callable[[Path], Any]] = {

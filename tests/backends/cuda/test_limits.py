@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import weakref
 from pathlib import Path
@@ -16,13 +15,10 @@ from llmengine.backends.cuda import loading, sampling, warmup
 from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.batch import Batch, SlotInit
-from llmengine.checkpoints.opening import open_model
-from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
 from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
 from llmengine.kernels.sampling import MAX_VOCAB
-from llmengine.quantization.int8 import INT8
-from llmengine.quantization.model_formats import ModelFormats
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.helpers import BackendDriver, reference_greedy, save_tiny
@@ -137,11 +133,3 @@ def test_a_load_that_failed_keeps_no_memory_while_its_error_is_handled(
     gc.collect()
     assert weights
     assert not any(weight() is not None for weight in weights), failure.value
-
-
-def test_quantized_weights_are_refused_by_name(tmp_path: Path, device: str) -> None:
-    save_tiny(tmp_path)
-    config = ModelConfig(tmp_path).resolve()
-    source = dataclasses.replace(open_model(tmp_path), formats=ModelFormats(INT8))
-    with pytest.raises(ConfigError, match=r"weights in format 'int8' are not available on CUDA in this version"):
-        loading.allocate_weights(config, source, torch.device(device))

@@ -1,0 +1,126 @@
+"""Products with matrices bound: each kind of matrix has kernels of its own, each number of rows its own choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, SkinnyConfig
+from llmengine.kernels.linear import LinearKernels
+from llmengine.kernels.packed_linear import PackedProducts
+from llmengine.kernels.packed_weights import PackedMatrix
+from llmengine.quantization.formats import DENSE
+from llmengine.quantization.matrix import Matrix
+
+BoundLinear = Callable[[Tensor, Tensor], None]
+"""(x [num_rows, in_features], where the result goes); weights are bound."""
+
+DeviceMatrix = Matrix | PackedMatrix
+"""A dense matrix, or a quantized one as the products of its format read it."""
+
+
+class Products(Protocol):
+    """The operations of `LinearKernels` with a matrix bound."""
+
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        """See `LinearKernels.norm_linear`."""
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+        """See `LinearKernels.linear_add`."""
+
+    def norm_linear_silu(
+        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        """See `LinearKernels.norm_linear_silu`."""
+
+
+class DenseProducts:
+    """`Products` with a dense matrix."""
+
+    def __init__(self, kernels: LinearKernels, matrix: Matrix) -> None:
+        assert matrix.format == DENSE, f"no kernel multiplies by {matrix.format}"
+        self._kernels = kernels
+        self._weight = matrix.weight
+
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        self._kernels.norm_linear(x, norm_weight, eps, self._weight, bias, out, config)
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+        self._kernels.linear_add(x, self._weight, bias, residual, config)
+
+    def norm_linear_silu(
+        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        self._kernels.norm_linear_silu(x, norm_weight, eps, self._weight, bias, out, config)
+
+
+class LinearOps:
+    """Products with matrices bound, which ask `choose` for each number of rows."""
+
+    def __init__(self, kernels: LinearKernels, choose: Choose) -> None:
+        self._kernels = kernels
+        self._choose = choose
+
+    def norm_linear(
+        self, norm_weight: Tensor | None, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
+    ) -> BoundLinear:
+        """(x, out) -> None; see `LinearKernels.norm_linear`."""
+        products = self._products(matrix)
+
+        def apply(x: Tensor, out: Tensor) -> None:
+            config = self._choose(GemmShape.of("norm_linear", x.shape[0], matrix, x.dtype, out.dtype))
+            products.norm_linear(x, norm_weight, eps, bias, out, config)
+
+        return apply
+
+    def linear_add(self, matrix: DeviceMatrix, bias: Tensor | None = None) -> BoundLinear:
+        """(x, residual) -> None; see `LinearKernels.linear_add`."""
+        products = self._products(matrix)
+
+        def apply(x: Tensor, residual: Tensor) -> None:
+            config = self._choose(GemmShape.of("linear_add", x.shape[0], matrix, x.dtype, residual.dtype))
+            products.linear_add(x, bias, residual, config)
+
+        return apply
+
+    def norm_linear_silu(
+        self, norm_weight: Tensor, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
+    ) -> BoundLinear:
+        """(x, out) -> None; see `LinearKernels.norm_linear_silu`."""
+        products = self._products(matrix)
+
+        def apply(x: Tensor, out: Tensor) -> None:
+            config = self._choose(GemmShape.of("norm_linear_silu", x.shape[0], matrix, x.dtype, out.dtype))
+            products.norm_linear_silu(x, norm_weight, eps, bias, out, config)
+
+        return apply
+
+    def _products(self, matrix: DeviceMatrix) -> Products:
+        if isinstance(matrix, PackedMatrix):
+            return PackedProducts(self._kernels, matrix)
+        return DenseProducts(self._kernels, matrix)
+
+
+def has_kernel(shape: GemmShape, config: LinearConfig) -> bool:
+    """Whether a product runs a kernel of ours, which has to be compiled; cuBLASLt's are there."""
+    return isinstance(config, SkinnyConfig) or shape.layout is not None
+
+
+def compile_product(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> None:
+    """Compile the kernel that `shape` and `config` run, without running it; safe on several threads at once."""
+    if isinstance(config, SkinnyConfig):
+        kernels.compile(shape, config)
+        return
+    layout = shape.layout
+    assert layout is not None, shape
+    matrix = PackedMatrix(shape.weight_format, layout, "meta")
+    out = torch.empty(shape.num_rows, shape.n, dtype=shape.out_dtype, device="meta")
+    gated, add = shape.operation == "norm_linear_silu", shape.operation == "linear_add"
+    PackedProducts(kernels, matrix).compile(shape.num_rows, out, config, gated, add)

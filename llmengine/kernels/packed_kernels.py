@@ -1,0 +1,462 @@
+"""Triton kernels for packed quantized weights: products with activations of 16 bits, and dequantization.
+
+`packed_kernel` reads the weights once for each `BLOCK_M` rows of x. They are the left operand of the tensor cores'
+products, made from words in registers; x's rows are the columns, of which eight are enough. The programs of a tile that
+share K add up in whichever comes last.
+
+Numbers are made by instructions for two of them at once (`instructions`): the bits of a value are moved into those of a
+number of the activations' dtype whose exponent is fixed, and one multiply-add removes what is too much. Triton's
+interpreter, and activations of float32, take plain arithmetic instead.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from llmengine.kernels.packed_weights import Kind
+
+_ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
+_MINUS_ZERO = 0x8000
+
+
+@functools.cache
+def instructions(
+    kind: Kind, index: int, dtype: torch.dtype, zero_group: int | None = None, is_wide: bool = False
+) -> str:
+    """PTX that makes value `index` of two words $1 two numbers $0 of `dtype`, bfloat16 or float16.
+
+    Needs compute capability 8.0.
+
+    Args:
+        zero_group: where the value's zero point is in the integer $2 of its block, see `PackedLayout`; None: nowhere.
+        is_wide: that integer has 64 bits.
+    """
+    suffix = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    lines = _unpack(kind, index, dtype, suffix, zero_group is not None)
+    if zero_group is not None:
+        # Both words are of one row, so the second one's integer, $3, is the same.
+        source, halves = "high" if zero_group >= 2 else "low", "0x3232" if zero_group % 2 else "0x1010"
+        lines = [
+            "mov.b64 {low, high}, $2;" if is_wide else "mov.b32 low, $2;",
+            f"prmt.b32 point, {source}, {source}, {halves};",
+            *lines,
+            f"fma.rn.{suffix} t, t, one, point;",
+        ]
+    constants = f"mov.b32 one, {_twice(_ONE[dtype])}; mov.b32 zero, {_twice(_MINUS_ZERO)};"
+    return f"{{ .reg .b32 t, c, one, zero, low, high, point; {constants} {' '.join(lines)} mov.b32 $0, t; }}"
+
+
+def _unpack(kind: Kind, index: int, dtype: torch.dtype, suffix: str, has_zeros: bool) -> list[str]:
+    """Instructions that leave the numbers in t; zero points, which are to be subtracted, include what is too much."""
+    is_bf16 = dtype == torch.bfloat16
+    if kind == "int4":
+        # 128 + q or 1024 + q, less that and 8.
+        magic, middle = (0x4300, 0xC308) if is_bf16 else (0x6400, 0xE408)
+        return [
+            f"shr.u32 t, $1, {4 * index};",
+            f"lop3.b32 t, t, 0x000f000f, {_twice(magic)}, 0xea;",
+            *(() if has_zeros else (f"mov.b32 c, {_twice(middle)};", f"fma.rn.{suffix} t, t, one, c;")),
+        ]
+    if kind == "int8" and is_bf16:
+        # 128 + the low seven bits, less 128, or 256 where the sign is set.
+        return [
+            f"shr.u32 t, $1, {8 * index};",
+            "lop3.b32 c, t, 0x00800080, 0xc300c300, 0xea;",
+            "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea;",
+            f"fma.rn.{suffix} t, t, one, c;",
+        ]
+    if kind == "int8":
+        # 1024 + 128 + the value, less 1152.
+        return [
+            f"shr.u32 t, $1, {8 * index};",
+            "lop3.b32 t, t, 0x00ff00ff, 0x64806480, 0x6a;",
+            "mov.b32 c, 0xe480e480;",
+            f"fma.rn.{suffix} t, t, one, c;",
+        ]
+    # Sign, exponent and mantissa moved to their places, times the power of two by which the biases differ.
+    width = 8 if kind == "e4m3" else 4
+    shift, mask, power = {
+        ("e4m3", True): (4, 0x07F0, 0x7B80),  # 2 ** 120
+        ("e4m3", False): (1, 0x3F80, 0x5C00),  # 2 ** 8
+        ("e2m1", True): (6, 0x01C0, 0x7E80),  # 2 ** 126
+        ("e2m1", False): (3, 0x0E00, 0x7400),  # 2 ** 14
+    }[kind, is_bf16]
+    return [
+        f"shl.b32 t, $1, {16 - width * (index + 1)};",
+        f"shr.u32 c, t, {shift};",
+        f"and.b32 c, c, {_twice(mask)};",
+        "lop3.b32 t, t, 0x80008000, c, 0xea;",
+        f"mov.b32 c, {_twice(power)};",
+        f"fma.rn.{suffix} t, t, c, zero;",
+    ]
+
+
+def _twice(bits: int) -> str:
+    return f"0x{bits:04x}{bits:04x}"
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def packed_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    bias,
+    out,
+    partials,
+    counters,
+    num_rows,
+    N,
+    out_stride,
+    K: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    KIND: tl.constexpr,
+    SLICE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDE_SCALES: tl.constexpr,
+    BF16_SCALES: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr,
+    BF16_ZEROS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    CODE_0: tl.constexpr,
+    CODE_1: tl.constexpr,
+    CODE_2: tl.constexpr,
+    CODE_3: tl.constexpr,
+):
+    """Write x [num_rows, K] @ weights.T + bias to `out`, or add it; gated: silu of the first N outputs times the rest.
+
+    Grid: (blocks of rows, SPLIT_K, tiles of outputs).
+    """
+    VALUES: tl.constexpr = 2 if KIND == "int8" or KIND == "e4m3" else 4
+    COLUMNS: tl.constexpr = SLICE * VALUES
+    SIZE: tl.constexpr = 64 * SLICE
+    TURNS: tl.constexpr = (NUM_BLOCKS + SPLIT_K - 1) // SPLIT_K
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    split = tl.program_id(1)
+    tile = tl.program_id(2)
+    r = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, SLICE)
+    m = tl.arange(0, BLOCK_M)
+    columns = tile * BLOCK_N + r
+    num_rows = (num_rows - first_row).to(tl.int32)
+    begin = split * TURNS
+    turns = tl.minimum(TURNS, NUM_BLOCKS - begin)
+    first_tile = tile * (BLOCK_N // 64)
+    first_place = tl.cast(first_tile, tl.int64) * NUM_BLOCKS + begin
+    up_offset = tl.cast(N // 64, tl.int64) * NUM_BLOCKS
+    # Rows beyond the last tile read that one.
+    tiles = tl.minimum(r // 64, NUM_TILES - 1 - first_tile)
+    if PDL:
+        for part in tl.static_range(BLOCK_N // 64):
+            skipped = tl.minimum(part, NUM_TILES - 1 - first_tile) * NUM_BLOCKS
+            _prefetch(words + (first_place + skipped) * SIZE, turns * SIZE)
+            if GATED:
+                _prefetch(words + (first_place + skipped + up_offset) * SIZE, turns * SIZE)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    word_ptr = words + first_place * SIZE + (tiles * (NUM_BLOCKS * SIZE) + (r % 64) * SLICE)[:, None] + e[None, :]
+    x_ptr = x + first_row * K + begin * COLUMNS + m[:, None] * K + e[None, :]
+    row_mask = m[:, None] < num_rows
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    # Scales come two turns ahead, since a load that feeds no product does not go through shared memory.
+    scale_ptr = scales + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
+    zero_ptr = zeros + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
+    following = tl.minimum(1, turns - 1) * 64
+    scale = _load_if(scale_ptr, GROUPS > 0)
+    scale_next = _load_if(scale_ptr + following, GROUPS > 0)
+    up_scale = _load_if(scale_ptr + up_offset * 64, GROUPS > 0 and GATED)
+    up_scale_next = _load_if(scale_ptr + up_offset * 64 + following, GROUPS > 0 and GATED)
+    for turn in tl.range(0, turns, num_stages=NUM_STAGES):
+        word = tl.load(word_ptr, eviction_policy="evict_first")
+        if GATED:
+            up_word = tl.load(word_ptr + up_offset * SIZE, eviction_policy="evict_first")
+        k = (begin + turn) * COLUMNS + e
+        x0 = _load_slice(x_ptr, row_mask, k, K, NUM_BLOCKS * COLUMNS)
+        x1 = _load_slice(x_ptr + SLICE, row_mask, k + SLICE, K, NUM_BLOCKS * COLUMNS)
+        x2 = x0
+        x3 = x1
+        if VALUES == 4:
+            x2 = _load_slice(x_ptr + 2 * SLICE, row_mask, k + 2 * SLICE, K, NUM_BLOCKS * COLUMNS)
+            x3 = _load_slice(x_ptr + 3 * SLICE, row_mask, k + 3 * SLICE, K, NUM_BLOCKS * COLUMNS)
+        ahead = tl.minimum(turn + 2, turns - 1) * 64
+        scale_now = scale
+        up_scale_now = up_scale
+        if GROUPS > 0:
+            scale = _move(scale_next, CODE_0)
+            scale_next = tl.load(scale_ptr + ahead)
+            if GATED:
+                up_scale = _move(up_scale_next, CODE_0)
+                up_scale_next = tl.load(scale_ptr + up_offset * 64 + ahead)
+        zero = _load_if(zero_ptr + turn * 64, ZEROS)
+        up_zero = _load_if(zero_ptr + up_offset * 64 + turn * 64, ZEROS and GATED)
+        acc = _add_block(
+            acc, word, x0, x1, x2, x3, scale_now, zero,
+            KIND, GROUPS, WIDE_SCALES, BF16_SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            CODE_0, CODE_1, CODE_2, CODE_3,
+        )  # fmt: skip
+        if GATED:
+            up_acc = _add_block(
+                up_acc, up_word, x0, x1, x2, x3, up_scale_now, up_zero,
+                KIND, GROUPS, WIDE_SCALES, BF16_SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+                CODE_0, CODE_1, CODE_2, CODE_3,
+            )  # fmt: skip
+        word_ptr += SIZE
+        x_ptr += COLUMNS
+
+    if SPLIT_K > 1:
+        # The last program of a tile to arrive adds all shares up, always in the same order.
+        SHARE: tl.constexpr = BLOCK_M * BLOCK_N
+        WHOLE: tl.constexpr = SHARE * (2 if GATED else 1)
+        spot = tile * tl.num_programs(0) + tl.program_id(0)
+        shares = partials + tl.cast(spot, tl.int64) * (SPLIT_K * WHOLE) + r[:, None] * BLOCK_M + m[None, :]
+        share_mask = (m < num_rows)[None, :]
+        tl.store(shares + split * WHOLE, acc, mask=share_mask)
+        if GATED:
+            tl.store(shares + split * WHOLE + SHARE, up_acc, mask=share_mask)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + spot, 1, sem="acq_rel")
+        if arrived != SPLIT_K - 1:
+            return
+        tl.store(counters + spot, 0)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for other in tl.range(0, SPLIT_K, num_stages=1):
+            acc += tl.load(shares + other * WHOLE, mask=share_mask, other=0.0, cache_modifier=".cg")
+            if GATED:
+                up_acc += tl.load(shares + other * WHOLE + SHARE, mask=share_mask, other=0.0, cache_modifier=".cg")
+    in_range = columns < N
+    if GROUPS == 0:
+        acc *= tl.load(scales + columns, mask=in_range, other=0.0)[:, None]
+        if GATED:
+            up_acc *= tl.load(scales + N + columns, mask=in_range, other=0.0)[:, None]
+    if BIAS:
+        acc += tl.load(bias + columns, mask=in_range, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            up_acc += tl.load(bias + N + columns, mask=in_range, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        acc = acc * tl.sigmoid(acc) * up_acc
+    target = out + first_row * out_stride + m[None, :] * out_stride + columns[:, None]
+    mask = in_range[:, None] & (m < num_rows)[None, :]
+    if ADD:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_tile", "N"])
+def dequantize_kernel(
+    words,
+    scales,
+    zeros,
+    out,
+    first_tile,
+    N,
+    K: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    KIND: tl.constexpr,
+    SLICE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDE_SCALES: tl.constexpr,
+    BF16_SCALES: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr,
+    BF16_ZEROS: tl.constexpr,
+    CODE_0: tl.constexpr,
+    CODE_1: tl.constexpr,
+    CODE_2: tl.constexpr,
+    CODE_3: tl.constexpr,
+):
+    """Write the weights of the rows from tile `first_tile` on to `out` [rows, K]; a program 64 rows of a block."""
+    VALUES: tl.constexpr = 2 if KIND == "int8" or KIND == "e4m3" else 4
+    PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
+    r = tl.arange(0, 64)
+    e = tl.arange(0, SLICE)
+    place = (first_tile + tile).to(tl.int64) * NUM_BLOCKS + block
+    word = tl.load(words + place * (64 * SLICE) + r[:, None] * SLICE + e[None, :])
+    zero = tl.zeros((64,), dtype=tl.int32)
+    if GROUPS > 0:
+        scale = tl.load(scales + place * 64 + r)
+    else:
+        scale = tl.load(scales + (first_tile + tile) * 64 + r)
+    if ZEROS:
+        zero = tl.load(zeros + place * 64 + r)
+    rows = tile * 64 + r
+    in_rows = ((first_tile + tile) * 64 + r < N)[:, None]
+    for i in tl.static_range(VALUES):
+        number = _numbers(
+            word, zero, i, i // PER, KIND, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            out.dtype.element_ty,
+            CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
+        )  # fmt: skip
+        factor = scale.to(tl.float32)
+        if GROUPS > 0:
+            factor = _group_scale(scale, i // PER, WIDE_SCALES, BF16_SCALES)
+        number = (number.to(tl.float32) * factor[:, None]).to(out.dtype.element_ty)
+        columns = (block * VALUES + i) * SLICE + e
+        tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], number, mask=in_rows & (columns[None, :] < K))
+
+
+@triton.jit
+def _load_if(pointers, WANTED: tl.constexpr):
+    """What the pointers lead to, or zeros."""
+    if WANTED:
+        values = tl.load(pointers)
+    else:
+        values = tl.zeros(pointers.shape, dtype=tl.int32)
+    return values
+
+
+@triton.jit
+def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.constexpr):
+    """Columns of x; beyond K there are zeros."""
+    mask = row_mask
+    if K != PADDED_K:
+        mask = row_mask & (columns < K)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_block(
+    acc, word, x0, x1, x2, x3, scale, zero,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, WIDE_SCALES: tl.constexpr, BF16_SCALES: tl.constexpr,
+    ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
+    CODE_0: tl.constexpr, CODE_1: tl.constexpr, CODE_2: tl.constexpr, CODE_3: tl.constexpr,
+):  # fmt: skip
+    """Add the product of a block of weights and of x's slices; the sums of groups are multiplied by their scales."""
+    VALUES: tl.constexpr = 2 if KIND == "int8" or KIND == "e4m3" else 4
+    PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
+    for i in tl.static_range(VALUES):
+        number = _numbers(
+            word, zero, i, i // PER, KIND, ZEROS, ZERO_OFFSET, BF16_ZEROS, x0.dtype,
+            CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
+        )  # fmt: skip
+        if i == 0:
+            right = x0
+        elif i == 1:
+            right = x1
+        elif i == 2:
+            right = x2
+        else:
+            right = x3
+        if GROUPS == 0:
+            acc = tl.dot(number, tl.trans(right), acc, input_precision="ieee")
+        else:
+            if i % PER == 0:
+                part = tl.dot(number, tl.trans(right), input_precision="ieee")
+            else:
+                part = tl.dot(number, tl.trans(right), part, input_precision="ieee")
+            if i % PER == PER - 1:
+                acc += part * _group_scale(scale, i // PER, WIDE_SCALES, BF16_SCALES)[:, None]
+    return acc
+
+
+@triton.jit
+def _numbers(
+    word, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
+    DTYPE: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """Value INDEX of each word, as a number of DTYPE, less its zero point."""
+    if CODE != "":
+        if not ZEROS:
+            bits = tl.inline_asm_elementwise(CODE, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
+        elif zero.dtype == tl.int64:
+            bits = tl.inline_asm_elementwise(
+                CODE, "=r,r,l,l", [word, zero[:, None]], dtype=tl.int16, is_pure=True, pack=2
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                CODE, "=r,r,r,r", [word, zero[:, None]], dtype=tl.int16, is_pure=True, pack=2
+            )
+        number = bits.to(DTYPE, bitcast=True)
+    else:
+        exact = _plain_numbers(word, INDEX, KIND)
+        if KIND == "int4" and not ZEROS:
+            exact -= 8.0
+        if ZEROS:
+            exact += ZERO_OFFSET + _half(zero >> (16 * GROUP), BF16_ZEROS)[:, None]
+        number = exact.to(DTYPE)
+    return number
+
+
+@triton.jit
+def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr):
+    """Value INDEX of each word as float32, by plain arithmetic."""
+    bits = word.to(tl.int32)
+    if KIND == "int4":
+        exact = ((bits >> (4 * INDEX)) & 15).to(tl.float32)
+    elif KIND == "int8":
+        exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
+    elif KIND == "e4m3":
+        shifted = bits << (24 - 8 * INDEX)
+        moved = (shifted & -2147483648) | ((shifted >> 4) & 0x07F00000)
+        exact = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+    else:
+        shifted = bits << (28 - 4 * INDEX)
+        moved = (shifted & -2147483648) | ((shifted >> 6) & 0x01C00000)
+        exact = moved.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+    return exact
+
+
+@triton.jit
+def _group_scale(scale, GROUP: tl.constexpr, WIDE_SCALES: tl.constexpr, BF16_SCALES: tl.constexpr):
+    """The scale of a group, float32, out of the integer that has those of a block."""
+    if WIDE_SCALES:
+        value = (scale >> (32 * GROUP)).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        value = _half(scale >> (16 * GROUP), BF16_SCALES)
+    return value
+
+
+@triton.jit
+def _half(bits, IS_BF16: tl.constexpr):
+    """The low 16 bits, float16 or bfloat16, as float32."""
+    if IS_BF16:
+        value = ((bits.to(tl.int32) & 0xFFFF) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _move(value, CODE: tl.constexpr):
+    """The value itself; through an instruction, since loops whose turns only pass values on are not pipelined."""
+    if CODE != "":
+        if value.dtype == tl.int64:
+            value = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [value], dtype=tl.int64, is_pure=True, pack=1)
+        elif value.dtype == tl.int32:
+            value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            value = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [value], dtype=tl.int16, is_pure=True, pack=1)
+    return value
+
+
+@triton.jit
+def _prefetch(first, num_words):
+    """Ask the L2 for the first 16 KiB of `num_words` words."""
+    offsets = tl.arange(0, 128) * 64
+    offsets = tl.where(offsets < num_words, offsets, 0)
+    addresses = (first + offsets).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], 128; mov.u32 $0, 0; }",
+        "=r,l",
+        [addresses],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,194 @@
+"""Products with packed quantized weights, with what stands around them: see `linear` for the operations.
+
+Few rows cost what reading the weights costs, so they are read packed, by `packed_kernel`. For many rows, weights are
+made numbers of the activations' dtype part by part, each as much as the L2 holds, and multiplied by cuBLASLt.
+`gemm_choice` knows from where on. Norms are kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from llmengine.kernels.activation import silu_and_mul
+from llmengine.kernels.cublaslt import CublasConfig, TileConfig
+from llmengine.kernels.gemm_config import LinearConfig, PackedConfig, fuses_gate
+from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
+from llmengine.kernels.packed_kernels import dequantize_kernel, instructions, packed_kernel
+from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
+
+_PART_BYTES = 64 << 20
+"""Dequantized weights that exist at a time."""
+
+
+class PackedProducts:
+    """`linear_ops.Products` with a packed matrix.
+
+    Args:
+        kernels: of the device; what is multiplied dequantized goes through them.
+    """
+
+    def __init__(self, kernels: LinearKernels, matrix: PackedMatrix) -> None:
+        self._kernels = kernels
+        self._matrix = matrix
+
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        """See `LinearKernels.norm_linear`."""
+        self._multiply(self._prepared(x, norm_weight, eps), bias, out, config)
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+        """See `LinearKernels.linear_add`."""
+        self._multiply(self._prepared(x, None, 0.0), bias, residual, config, add=True)
+
+    def norm_linear_silu(
+        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+    ) -> None:
+        """See `LinearKernels.norm_linear_silu`."""
+        x = self._prepared(x, norm_weight, eps)
+        if fuses_gate(config, out.shape[1]):
+            assert isinstance(config, PackedConfig)
+            self._launch(x, bias, out, config, gated=True)
+            return
+        gate_up = x.new_empty(len(x), self._matrix.shape[0])
+        self._multiply(x, bias, gate_up, config)
+        silu_and_mul(gate_up, out, self._kernels.pdl)
+
+    def compile(self, num_rows: int, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
+        """Compile the kernel of a product whose result is like `out`, without running it."""
+        x = out.new_empty(num_rows, self._matrix.shape[1], dtype=self._matrix.layout.dtype)
+        if not isinstance(config, PackedConfig):
+            self._dequantize(0, x.new_empty(TILE_ROWS, x.shape[1]), compile_only=True)
+            return
+        is_fused = gated and fuses_gate(config, out.shape[1])
+        if gated and not is_fused:
+            out = x.new_empty(num_rows, self._matrix.shape[0])
+        self._launch(x, None, out, config, is_fused, add, compile_only=True)
+
+    def _prepared(self, x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+        """x normalized, its columns multiplied and in the order of the stored ones."""
+        if norm_weight is not None:
+            x = self._kernels.normed(x, norm_weight, eps)
+        scale, order = (self._matrix.tensors.get(name) for name in ("input_scale", "input_order"))
+        if scale is not None:
+            x = torch.mul(x, scale).to(x.dtype)
+        return x if order is None else x.index_select(1, order)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, config: LinearConfig, add: bool = False) -> None:
+        if isinstance(config, PackedConfig):
+            self._launch(x, bias, out, config, add=add)
+            return
+        assert isinstance(config, CublasConfig | TileConfig), config
+        num_rows, columns = self._matrix.shape
+        num_parts = triton.cdiv(num_rows * columns * x.dtype.itemsize, _PART_BYTES)
+        size = triton.cdiv(triton.cdiv(num_rows, num_parts), TILE_ROWS) * TILE_ROWS
+        weight = x.new_empty(min(size, num_rows), columns)
+        for begin in range(0, num_rows, size):
+            part = weight[: min(size, num_rows - begin)]
+            self._dequantize(begin, part)
+            end = begin + len(part)
+            part_bias = None if bias is None else bias[begin:end]
+            self._kernels.multiply(x, part, part_bias, out[:, begin:end], config, add)
+
+    def _dequantize(self, first_row: int, out: Tensor, compile_only: bool = False) -> None:
+        """Write the weights of the rows from `first_row` on, a multiple of 64, to `out` [rows, in_features].
+
+        Columns are in the order of the stored ones, without factors for activations.
+        """
+        tensors, layout = self._matrix.tensors, self._matrix.layout
+        grid = (layout.num_blocks, triton.cdiv(len(out), TILE_ROWS))
+        kernel = dequantize_kernel
+        launch: Callable[..., Any] = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
+        launch(
+            tensors["words"],
+            tensors["scales"],
+            tensors.get("zeros", tensors["scales"]),
+            out,
+            first_row // TILE_ROWS,
+            first_row + len(out),
+            **self._layout_constants(),
+            num_warps=4,
+        )
+
+    def _launch(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        config: PackedConfig,
+        gated: bool = False,
+        add: bool = False,
+        compile_only: bool = False,
+    ) -> None:
+        tensors, layout = self._matrix.tensors, self._matrix.layout
+        num_rows, n = out.shape
+        assert x.shape == (num_rows, layout.shape[1])
+        assert x.is_contiguous()
+        assert layout.shape[0] == (2 * n if gated else n)
+        row_blocks, tiles = triton.cdiv(num_rows, config.block_m), triton.cdiv(n, config.block_n)
+        split_k = triton.cdiv(layout.num_blocks, triton.cdiv(layout.num_blocks, config.split_k))
+        partials = x
+        if split_k > 1:
+            assert row_blocks * tiles <= MAX_SPLIT_TILES, (config, out.shape)
+            size = split_k * row_blocks * tiles * config.block_m * config.block_n * (2 if gated else 1)
+            partials = x.new_empty(size, dtype=torch.float32)
+        grid = (row_blocks, split_k, tiles)
+        launch: Callable[..., Any] = partial(packed_kernel.warmup, grid=grid) if compile_only else packed_kernel[grid]
+        launch(
+            x,
+            tensors["words"],
+            tensors["scales"],
+            tensors.get("zeros", tensors["scales"]),
+            x if bias is None else bias,
+            out,
+            partials,
+            self._kernels.counters,
+            num_rows,
+            n,
+            out.stride(0),
+            NUM_TILES=layout.num_tiles // 2 if gated else layout.num_tiles,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            SPLIT_K=split_k,
+            NUM_STAGES=config.num_stages,
+            PDL=self._kernels.pdl,
+            BIAS=bias is not None,
+            GATED=gated,
+            ADD=add,
+            **self._layout_constants(),
+            num_warps=config.num_warps,
+            launch_pdl=self._kernels.pdl,
+        )
+
+    def _layout_constants(self) -> dict[str, Any]:
+        """The kernels' arguments that the layout decides."""
+        return layout_constants(self._matrix.layout, on_gpu=self._kernels.counters.device.type == "cuda")
+
+
+def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
+    """The kernels' arguments that a layout decides."""
+    codes = [""] * 4
+    if on_gpu and layout.dtype != torch.float32:
+        values = layout.values_per_word
+        for index in range(values):
+            zero_group = index * layout.num_groups // values if layout.has_zeros else None
+            codes[index] = instructions(layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4)
+    return {
+        "K": layout.shape[1],
+        "NUM_BLOCKS": layout.num_blocks,
+        "KIND": layout.kind,
+        "SLICE": layout.slice_columns,
+        "GROUPS": layout.num_groups,
+        "WIDE_SCALES": layout.scale_dtype == torch.float32,
+        "BF16_SCALES": layout.scale_dtype == torch.bfloat16,
+        "ZEROS": layout.has_zeros,
+        "ZERO_OFFSET": layout.zero_offset,
+        "BF16_ZEROS": layout.zero_dtype == torch.bfloat16,
+        **{f"CODE_{index}": code for index, code in enumerate(codes)},
+    }

@@ -1,0 +1,407 @@
+"""Quantized weights as the device's weight-only products read them: packed words, scales and zero points, in tiles.
+
+One layout serves every number of rows. Words are int16 [tiles, blocks, 64, slice_columns]: a tile is 64 rows of the
+matrix, a block as many columns as fit into the words of one row: `slice_columns` times the values of a word (4 of 4
+bits, 2 of 8). Value i of word w in block b is column (b * values + i) * slice_columns + w. So what a program reads lies
+in one piece, and one shift gives a whole slice of columns; two words in a register become two numbers at once.
+
+Groups of columns with a scale are whole slices. The scales of a block stand side by side in one integer for each row,
+[tiles, blocks, 64], which a thread loads at once; zero points likewise. Rows and columns are filled up with zeros.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmengine.dtypes import torch_dtype
+from llmengine.quantization.formats import Shape, WeightFormat
+from llmengine.quantization.fp8 import BLOCK, Fp8
+from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
+from llmengine.quantization.int8 import Int8PerChannel
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.mxfp4 import BLOCK as MX_BLOCK
+from llmengine.quantization.mxfp4 import Mxfp4
+
+Kind = Literal["int4", "int8", "e4m3", "e2m1"]
+"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits."""
+
+TILE_ROWS = 64
+
+_SLICES = (64, 32, 16)
+_VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "int8": 2, "e4m3": 2}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_CHUNK_WEIGHTS = 1 << 24
+"""Weights that are packed or unpacked at a time, which bounds the scratch memory for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Shapes and dtypes of a packed matrix.
+
+    Attributes:
+        dtype: of the activations.
+        slice_columns: columns at one place of the words; 64, 32 or 16.
+        num_groups: groups of a block with a scale each: 1, 2 or 4; 0: each row has one scale, float32.
+        has_zeros: groups have zero points; otherwise it is 8 for "int4", and 0.
+    """
+
+    kind: Kind
+    shape: Shape
+    dtype: torch.dtype
+    slice_columns: int
+    num_groups: int
+    has_zeros: bool
+    scale_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight_format: WeightFormat, shape: Shape, dtype: torch.dtype) -> PackedLayout | None:
+        """The layout of a format for activations of `dtype`; None if its products are none of weights alone."""
+        packing = _packing_of(weight_format)
+        if packing is None:
+            return None
+        for slice_columns in _SLICES:
+            num_groups = packing.num_groups(slice_columns, shape[1])
+            is_even = shape[1] % (slice_columns * packing.values_per_word) == 0
+            if num_groups is not None and (is_even or slice_columns == _SLICES[-1]):
+                return cls(
+                    *(packing.kind, shape, dtype, slice_columns, num_groups, packing.has_zeros, packing.scale_dtype)
+                )
+        return None
+
+    @property
+    def values_per_word(self) -> int:
+        """Values in an int16."""
+        return _VALUES[self.kind]
+
+    @property
+    def block_columns(self) -> int:
+        """Columns of a block."""
+        return self.slice_columns * self.values_per_word
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a row."""
+        return -(-self.shape[1] // self.block_columns)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of 64 rows."""
+        return -(-self.shape[0] // TILE_ROWS)
+
+    @property
+    def num_zero_copies(self) -> int:
+        """How often a zero point stands in its integer, which has at least 32 bits, the least for copies ahead."""
+        return 2 if self.num_groups == 1 else 1
+
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """Of zero points: that of the activations, or float16 for float32."""
+        return torch.float16 if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def zero_offset(self) -> int:
+        """What a value of 4 bits has more as the low bits of a number of the activations' dtype (1024 + q)."""
+        if self.kind != "int4":
+            return 0
+        return {torch.float16: 1024, torch.bfloat16: 128}.get(self.dtype, 0)
+
+    def empty(self, device: torch.device | str) -> dict[str, Tensor]:
+        """New tensors: words, scales, and zeros where there are any."""
+        tiles, blocks = self.num_tiles, self.num_blocks
+        tensors = {
+            "words": torch.empty((tiles, blocks, TILE_ROWS, self.slice_columns), dtype=torch.int16, device=device)
+        }
+        if self.num_groups == 0:
+            tensors["scales"] = torch.empty(tiles * TILE_ROWS, dtype=torch.float32, device=device)
+            return tensors
+        sizes = {"scales": self.num_groups * self.scale_dtype.itemsize}
+        if self.has_zeros:
+            sizes["zeros"] = self.num_groups * self.num_zero_copies * self.zero_dtype.itemsize
+        for name, size in sizes.items():
+            tensors[name] = torch.empty((tiles, blocks, TILE_ROWS), dtype=_WORDS[size], device=device)
+        return tensors
+
+
+class PackedMatrix:
+    """A quantized matrix on the device; its tensors have their places, and are filled later.
+
+    Attributes:
+        layout: of `tensors`.
+        tensors: "words", "scales" and "zeros", see `PackedLayout`; and of the stored tensors those that activations
+            are prepared with: "input_order" and "input_scale".
+    """
+
+    def __init__(self, weight_format: WeightFormat, layout: PackedLayout, device: torch.device | str) -> None:
+        packing = _packing_of(weight_format)
+        assert packing is not None, weight_format
+        self.format = weight_format
+        self.layout = layout
+        self.tensors = layout.empty(device)
+        self._packing = packing
+        specs = weight_format.tensors(layout.shape, "float32")
+        self._input_names = [name for name in ("input_order", "input_scale") if name in specs]
+        for name in self._input_names:
+            spec = specs[name]
+            self.tensors[name] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
+
+    @property
+    def shape(self) -> Shape:
+        """(out_features, in_features)."""
+        return self.layout.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors["words"].device
+
+    @property
+    def size_bytes(self) -> int:
+        """Resident bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def fill(self, tensors: Mapping[str, Tensor], first_row: int = 0) -> None:
+        """Pack the stored tensors of rows from `first_row` on, which is a multiple of 64; they are on the device."""
+        assert first_row % TILE_ROWS == 0, first_row
+        layout, codes = self.layout, self._packing.take_apart(tensors)
+        first = first_row // TILE_ROWS
+        words = _to_words(codes.values, layout)
+        place = slice(first, first + len(words))
+        self.tensors["words"][place] = words
+        if layout.num_groups == 0:
+            self.tensors["scales"][first_row : first_row + len(codes.scales)] = codes.scales.flatten()
+        else:
+            group_of = self._packing.group_of(layout).to(words.device)
+            self.tensors["scales"][place] = _to_group_words(codes.scales[:, group_of], layout)
+        if codes.zeros is not None:
+            zeros = -(codes.zeros.float() + layout.zero_offset).to(layout.zero_dtype)[:, group_of]
+            self.tensors["zeros"][place] = _to_group_words(zeros.repeat_interleave(layout.num_zero_copies, 1), layout)
+        for name in self._input_names:
+            self.tensors[name].copy_(tensors[name])
+
+    def stored(self) -> Matrix:
+        """The matrix as it is stored, in new tensors on the device."""
+        rows = max(1, _CHUNK_WEIGHTS // self.shape[1] // 128) * 128
+        pieces = [self._stored(begin, min(begin + rows, self.shape[0])) for begin in range(0, self.shape[0], rows)]
+        return Matrix(self.format, self.shape, self.format.join(pieces, self.shape, "out"))
+
+    def _stored(self, begin: int, end: int) -> dict[str, Tensor]:
+        layout, num_rows = self.layout, end - begin
+        place = slice(begin // TILE_ROWS, -(-end // TILE_ROWS))
+        values = _from_words(self.tensors["words"][place], layout)[:num_rows, : self.shape[1]].contiguous()
+        zeros = None
+        if layout.num_groups == 0:
+            scales = self.tensors["scales"][begin:end, None]
+        else:
+            first = self._packing.first_of(layout)
+            scales = _from_group_words(self.tensors["scales"][place], layout.scale_dtype)[:num_rows, first]
+            if layout.has_zeros:
+                zeros = _from_group_words(self.tensors["zeros"][place], layout.zero_dtype)[:num_rows]
+                zeros = -zeros[:, first * layout.num_zero_copies].float() - layout.zero_offset
+        stored = self._packing.put_together(Codes(values, scales.contiguous(), zeros))
+        order = self.format.tensors(self.shape, "float32")
+        return {name: stored[name] if name in stored else self.tensors[name] for name in order}
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A stored matrix taken apart.
+
+    Attributes:
+        values: uint8 [rows, columns], in the bits that `Kind` says.
+        scales: [rows, groups]; one group if rows have one scale.
+        zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+
+class _Packing(ABC):
+    """How a weight format is taken apart.
+
+    Attributes:
+        group_size: columns that share a scale, -1: all of a row.
+        by_row: scales are applied to whole rows, as float32.
+    """
+
+    kind: ClassVar[Kind]
+    group_size: int = -1
+    by_row: bool = False
+    has_zeros: bool = False
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def values_per_word(self) -> int:
+        return _VALUES[self.kind]
+
+    def num_groups(self, slice_columns: int, columns: int) -> int | None:
+        """Groups of a block of such slices; None if groups and blocks do not fit into each other."""
+        if self.by_row:
+            return 0
+        block = slice_columns * self.values_per_word
+        size = self.group_size
+        if size == -1 or size % block == 0:
+            return 1
+        num_groups = block // size
+        fits = size % slice_columns == 0 and block % size == 0 and num_groups * self.scale_dtype.itemsize <= 8
+        return num_groups if fits else None
+
+    def group_of(self, layout: PackedLayout) -> Tensor:
+        """For each group of every block, the stored group that it is a part of."""
+        columns = torch.arange(layout.num_blocks * layout.num_groups) * (layout.block_columns // layout.num_groups)
+        columns = columns.clamp_(max=layout.shape[1] - 1)
+        return columns // (layout.shape[1] if self.group_size == -1 else self.group_size)
+
+    def first_of(self, layout: PackedLayout) -> Tensor:
+        """For each stored group, the first of the blocks' groups that is a part of it."""
+        size = layout.shape[1] if self.group_size == -1 else self.group_size
+        return torch.arange(-(-layout.shape[1] // size)) * size * layout.num_groups // layout.block_columns
+
+    @abstractmethod
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        """What the stored tensors of some rows hold."""
+
+    @abstractmethod
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        """Undoes `take_apart`, without the tensors that only prepare activations."""
+
+
+class _Int4Packing(_Packing):
+    kind = "int4"
+
+    def __init__(self, weight_format: Int4Groups) -> None:
+        self.group_size = weight_format.group_size
+        self.has_zeros = weight_format.zero_points
+        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        return Codes(unpack_nibbles(tensors["weight"]), tensors["weight_scale"], tensors.get("zero_point"))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        tensors = {"weight": pack_nibbles(codes.values), "weight_scale": codes.scales}
+        return tensors if codes.zeros is None else {**tensors, "zero_point": codes.zeros.to(torch.uint8)}
+
+
+class _Int8GroupsPacking(_Packing):
+    kind = "int8"
+
+    def __init__(self, weight_format: Int8Groups) -> None:
+        self.group_size = weight_format.group_size
+        self.has_zeros = weight_format.zero_points
+        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        zeros = tensors["zero_point"].float() - 128 if self.has_zeros else None
+        return Codes(tensors["weight"] ^ 0x80, tensors["weight_scale"], zeros)
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        tensors = {"weight": codes.values ^ 0x80, "weight_scale": codes.scales}
+        return tensors if codes.zeros is None else {**tensors, "zero_point": (codes.zeros + 128).to(torch.uint8)}
+
+
+class _Int8Packing(_Packing):
+    kind = "int8"
+    by_row = True
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        return Codes(tensors["weight"].view(torch.uint8), tensors["weight_scale"][:, None])
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        return {"weight": codes.values.view(torch.int8), "weight_scale": codes.scales[:, 0].contiguous()}
+
+
+class _Fp8Packing(_Packing):
+    kind = "e4m3"
+
+    def __init__(self, weight_format: Fp8) -> None:
+        self._scales = weight_format.scales
+        self.by_row = weight_format.scales != "block"
+        self.group_size = -1 if self.by_row else BLOCK
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        values, scales = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
+        if self._scales == "block":
+            scales = scales.repeat_interleave(BLOCK, dim=0)[: len(values)]
+        else:
+            scales = scales.expand(len(values))[:, None]
+        return Codes(values, scales)
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        scales = {
+            "tensor": codes.scales[:1, 0],
+            "channel": codes.scales[:, 0],
+            "block": codes.scales[::BLOCK],
+        }[self._scales]
+        return {"weight": codes.values.view(torch.float8_e4m3fn), "weight_scale": scales.contiguous()}
+
+
+class _Mxfp4Packing(_Packing):
+    kind = "e2m1"
+    group_size = MX_BLOCK
+    scale_dtype = torch.bfloat16
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        exponents = tensors["weight_scale"].to(torch.int16)
+        bits = (exponents << 7).masked_fill_(exponents == 0, 0x0040).masked_fill_(exponents == 255, 0x7FC0)
+        return Codes(unpack_nibbles(tensors["weight"]), bits.view(torch.bfloat16))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        exponents = codes.scales.view(torch.int16) >> 7
+        return {"weight": pack_nibbles(codes.values), "weight_scale": exponents.to(torch.uint8)}
+
+
+def _packing_of(weight_format: WeightFormat) -> _Packing | None:
+    """How a format is taken apart; None if it is not a format of weights alone, or has no product yet."""
+    if isinstance(weight_format, Int4Groups):
+        return _Int4Packing(weight_format)
+    if isinstance(weight_format, Int8Groups):
+        return _Int8GroupsPacking(weight_format)
+    if isinstance(weight_format, Int8PerChannel):
+        return _Int8Packing()
+    if isinstance(weight_format, Fp8) and weight_format.activations == "none":
+        return _Fp8Packing(weight_format)
+    return _Mxfp4Packing() if isinstance(weight_format, Mxfp4) else None
+
+
+def _to_words(values: Tensor, layout: PackedLayout) -> Tensor:
+    """Values, uint8 [rows, columns], as int16 [tiles, blocks, 64, slice_columns]."""
+    rows, columns = values.shape
+    padded = F.pad(values, (0, layout.num_blocks * layout.block_columns - columns, 0, -rows % TILE_ROWS))
+    sliced = padded.view(-1, TILE_ROWS, layout.num_blocks, layout.values_per_word, layout.slice_columns)
+    parts = sliced.transpose(1, 2).unbind(3)
+    if layout.values_per_word == 4:
+        parts = (parts[0] | parts[1] << 4, parts[2] | parts[3] << 4)
+    return torch.stack(parts, dim=-1).view(torch.int16).squeeze(-1)
+
+
+def _from_words(words: Tensor, layout: PackedLayout) -> Tensor:
+    """Undoes `_to_words`, up to what was filled up."""
+    parts = words.unsqueeze(-1).view(torch.uint8).unbind(-1)
+    if layout.values_per_word == 4:
+        parts = (parts[0] & 15, parts[0] >> 4, parts[1] & 15, parts[1] >> 4)
+    sliced = torch.stack(parts, dim=3).transpose(1, 2)  # [tiles, 64, blocks, values, slice]
+    return sliced.flatten(2).flatten(0, 1)
+
+
+def _to_group_words(entries: Tensor, layout: PackedLayout) -> Tensor:
+    """What the groups of all blocks have, [rows, blocks * some], as integers of a block's, [tiles, blocks, 64]."""
+    rows, columns = entries.shape
+    padded = F.pad(entries, (0, 0, 0, -rows % TILE_ROWS)).contiguous()
+    words = padded.view(_WORDS[columns // layout.num_blocks * entries.dtype.itemsize])
+    return words.view(-1, TILE_ROWS, layout.num_blocks).transpose(1, 2)
+
+
+def _from_group_words(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undoes `_to_group_words`, up to what was filled up."""
+    tiles, _, rows = words.shape
+    return words.transpose(1, 2).reshape(-1).view(dtype).view(tiles * rows, -1)

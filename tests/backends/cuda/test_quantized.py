@@ -1,0 +1,123 @@
+"""Quantized weights on the CUDA backend against transformers with the same weights dequantized."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.checkpoints.source import ModelSource
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.errors import ConfigError
+from llmengine.sampling_params import SamplingParams
+from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
+from tests.models.family_helpers import make_family
+
+SMALL = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+PROMPT = random.Random(0).choices(range(3, 101), k=9)
+INT4 = QuantConfig.preset("int4-rtn", group_size=32)
+RUNNING = {
+    "int8": QuantConfig(weights="int8"),
+    "int4": INT4,
+    "int4 symmetric": QuantConfig.preset("int4-rtn", group_size=16, symmetric=True),
+    "mxfp4": QuantConfig.preset("mxfp4"),
+}
+
+
+def load(
+    directory: Path, device: str, quant: QuantConfig, dtype: Any = "float32", **settings: Any
+) -> tuple[CudaBackend, ModelSource]:
+    config = ModelConfig(
+        directory,
+        quant_config=quant,
+        kv_cache_config=KvCacheConfig(block_size=16, max_bytes=1 << 20),
+        scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
+        dtype=dtype,
+        **settings,
+    ).resolve()
+    source = quantized_source(open_model(directory), config.quant_config)
+    return load_cuda_backend(config, source, torch.device(device, 0)), source
+
+
+def dequantize(model: torch.nn.Module, source: ModelSource) -> None:
+    """Give the linears of a transformers model the values that `source` has; formats go by rows."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            weight_format = source.formats.of("lm_head" if name.endswith("lm_head") else "layers.0.o")
+            with torch.no_grad():
+                exact = weight_format.dequantize(weight_format.quantize(module.weight))
+                module.weight = torch.nn.Parameter(exact)  # of its own where it was the embedding
+
+
+IN_INTERPRETER = (("fused", "int8"), ("fused", "int4"), ("generic", "int4 symmetric"))
+"""Each is seconds there; on a GPU all are run."""
+
+
+@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("kind", ["fused", "generic"])
+def test_equals_transformers_with_the_same_weights(tmp_path: Path, device: str, name: str, kind: str) -> None:
+    if device == "cpu" and (kind, name) not in IN_INTERPRETER:
+        pytest.skip("on a GPU only")
+    if kind == "fused":
+        model = save_tiny(tmp_path, **SMALL, tie_word_embeddings=True, attention_bias=True)
+    else:
+        model = make_family("gemma3", num_hidden_layers=1)
+        model.save_pretrained(tmp_path)
+    backend, source = load(tmp_path, device, RUNNING[name])
+    dequantize(model, source)
+    driver = BackendDriver(backend)
+    request = driver.add(1, PROMPT, SamplingParams(logprobs=20))
+    logprobs = [
+        entry for count in (len(PROMPT), 1) for entry in driver.step((request, count)).logprobs.get(request.slot, ())
+    ]
+    assert request.output_ids == reference_greedy(model, PROMPT, 2)
+    expected = reference_logprobs(model, request.token_ids)[len(PROMPT) - 1 : -1]
+    for entry, row in zip(logprobs, expected, strict=True):
+        values, ids = row.topk(20)
+        assert entry.top_ids == tuple(ids.tolist())
+        torch.testing.assert_close(torch.tensor(entry.top_logprobs), values, rtol=0, atol=2e-4)
+    backend.close()
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_weights_come_back_as_they_are_stored(tmp_path: Path, device: str, name: str) -> None:
+    save_tiny(tmp_path, **SMALL, attention_bias=True)
+    backend, source = load(tmp_path, device, RUNNING[name], "float16")
+    stored, expected = list(backend.weights()), list(source.weights(torch.float16))
+    assert [key for key, _ in stored] == [key for key, _ in expected]
+    for (_, tensor), (key, wanted) in zip(stored, expected, strict=True):
+        assert tensor.device.type == "cpu"
+        assert torch.equal(tensor, wanted), key
+    assert backend.info.weight_bytes < 1.1 * sum(tensor.nbytes for _, tensor in expected)
+    backend.close()
+
+
+def test_matrices_that_stay_dense_are_multiplied_beside_quantized_ones(tmp_path: Path, device: str) -> None:
+    model = save_tiny(tmp_path, **{**SMALL, "num_hidden_layers": 2})
+    backend, source = load(tmp_path, device, QuantConfig.preset("int4-rtn", group_size=32, skip_layers=("layers.1.*",)))
+    for index, layer in enumerate(model.model.layers):
+        weight_format = source.formats.of(f"layers.{index}.o")
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = weight_format.dequantize(weight_format.quantize(module.weight.data))
+    head = source.formats.of("lm_head")
+    model.lm_head.weight.data = head.dequantize(head.quantize(model.lm_head.weight.data))
+    driver = BackendDriver(backend)
+    assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
+    backend.close()
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "fp8", "fp8-block"])
+def test_formats_without_products_are_refused_by_name(tmp_path: Path, device: str, preset: Any) -> None:
+    save_tiny(tmp_path, **SMALL)
+    quant = QuantConfig.preset(preset, method="rtn") if preset == "w8a8" else QuantConfig.preset(preset)
+    name = preset.partition("-")[0]
+    with pytest.raises(ConfigError, match=rf"weights in format '{name}.*' are not available on CUDA in this version"):
+        load(tmp_path, device, quant)
