@@ -1,0 +1,192 @@
+"""Times of products with packed quantized weights, cold, in a CUDA graph, beside bfloat16 on cuBLASLt; results checked.
+
+python -m benchmarks.kernels.bench_packed [8b] [--formats int4-128 int4-128z int8 ...] [--rows 1 8 16 64 256 2048]
+    [--configs packed-m8n64w4s4x2 ...] [--budget 140] [--json FILE]
+
+For each product, format and number of rows, every candidate of `gemm_choice`, the fastest marked; then a layer's four
+products with the fastest of each. TB/s counts the packed weights, TFLOP/s the multiplications. A result is WRONG if it
+differs from the product with the dequantized weights, in float32, by more than rounding does. Ends after `--budget`
+seconds, whatever is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from benchmarks.kernels.bench_linear import COLD_BYTES, EPS, shape_of
+from benchmarks.report import add_json, append_json, new_parser, require_gpu
+from benchmarks.shapes import SHAPES
+from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config
+from llmengine.kernels.limits import max_shared_bytes, tiled_sms
+from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.kernels.linear_ops import LinearOps, compile_product, has_kernel
+from llmengine.kernels.packed_weights import PackedMatrix
+from llmengine.kernels.timing import time_graph
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.mxfp4 import Mxfp4
+
+FORMATS: Mapping[str, WeightFormat] = {
+    "bf16": DENSE,
+    "int4-128": Int4Groups(128, zero_points=False),
+    "int4-128z": Int4Groups(128),
+    "int8": INT8,
+    "int4-64z": Int4Groups(64),
+    "int4-32z": Int4Groups(32),
+    "mxfp4": Mxfp4(),
+    "fp8": Fp8("channel", "none"),
+    "fp8-block": Fp8("block", "none"),
+    "int8-128z": Int8Groups(128),
+}
+USUAL = ("bf16", "int4-128", "int4-128z", "int8")
+LAYER = ("qkv", "o", "gate_up", "down")
+TOLERANCE = 0.02
+REPEATS = 3
+
+
+class PackedBench:
+    """One product in one format: copies of a random matrix, more than the L2 holds, and operands of any rows."""
+
+    def __init__(self, kernels: LinearKernels, shape: GemmShape) -> None:
+        self.kernels = kernels
+        self.shape = shape
+        self.weight = (torch.randn(shape.matrix_shape, device="cuda") * shape.k**-0.5).to(shape.dtype)
+        first = self._matrix()
+        self.size_bytes = first.size_bytes
+        self.matrices = [first, *(self._copy(first) for _ in range(max(1, -(-COLD_BYTES // self.size_bytes) - 1)))]
+        self.norm_weight = torch.rand(shape.k, device="cuda").to(shape.dtype)
+        if isinstance(first, PackedMatrix):
+            self.weight = first.stored().dequantized()
+
+    def _matrix(self) -> Matrix | PackedMatrix:
+        layout = self.shape.layout
+        if layout is None:
+            return Matrix.dense(self.weight)
+        packed = PackedMatrix(self.shape.weight_format, layout, "cuda")
+        for begin in range(0, layout.shape[0], 4096):
+            packed.fill(self.shape.weight_format.quantize(self.weight[begin : begin + 4096]), begin)
+        return packed
+
+    def _copy(self, first: Matrix | PackedMatrix) -> Matrix | PackedMatrix:
+        if isinstance(first, Matrix):
+            return Matrix.dense(first.weight.clone())
+        copy = PackedMatrix(first.format, first.layout, "cuda")
+        for name, tensor in first.tensors.items():
+            copy.tensors[name].copy_(tensor)
+        return copy
+
+    def measure(self, shape: GemmShape, config: LinearConfig) -> tuple[float, float]:
+        """Microseconds, and the largest error relative to the largest result."""
+        ops = LinearOps(self.kernels, lambda _: config)
+        x = (torch.randn(shape.num_rows, shape.k, device="cuda") * 3).to(shape.dtype)
+        out = torch.randn(shape.num_rows, shape.n, device="cuda").to(shape.out_dtype)
+        added = shape.operation == "linear_add"
+        expected = linear_reference(
+            *(shape.operation, x, None if added else self.norm_weight, EPS, self.weight, None, out if added else None)
+        )
+        if added:
+            linears = [ops.linear_add(matrix) for matrix in self.matrices]
+        else:
+            bind = ops.norm_linear_silu if shape.operation == "norm_linear_silu" else ops.norm_linear
+            linears = [bind(self.norm_weight, EPS, matrix) for matrix in self.matrices]
+        linears[0](x, out)
+        error = float((out.float() - expected).abs().max() / expected.abs().max())
+        return time_graph([partial(linear, x, out) for linear in linears], REPEATS), error
+
+
+def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig]:
+    """Every candidate, and `extra` ones for packed matrices."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    usual = candidates(shape, max_shared_bytes(device), tiled_sms(device))
+    return list(dict.fromkeys([*usual[:8], *(extra if shape.layout is not None else ())]))
+
+
+def jobs(
+    kernels: LinearKernels, model: str, format_name: str, rows: list[int], extra: list[LinearConfig]
+) -> Iterator[tuple[PackedBench, str, GemmShape, list[LinearConfig]]]:
+    """Yield what is measured of a format, product by product; kernels of a product are compiled beside each other."""
+    for product in LAYER:
+        shapes = []
+        for num_rows in rows:
+            dense = shape_of(model, product, num_rows, torch.bfloat16)
+            shapes.append(
+                GemmShape(
+                    *(dense.operation, num_rows, dense.n, dense.k, dense.dtype, dense.out_dtype), FORMATS[format_name]
+                )
+            )
+        plans = [(shape, configs_of(shape, extra)) for shape in shapes]
+        with ThreadPoolExecutor(16) as threads:
+            list(
+                threads.map(
+                    lambda job: compile_product(kernels, *job),
+                    [(shape, config) for shape, configs in plans for config in configs if has_kernel(shape, config)],
+                )
+            )
+        bench = PackedBench(kernels, shapes[0])
+        for shape, configs in plans:
+            yield bench, product, shape, configs
+
+
+def main() -> None:
+    """Measure what the arguments name."""
+    began = time.monotonic()
+    parser = new_parser("kernels.bench_packed", __doc__)
+    parser.add_argument("model", nargs="?", choices=SHAPES, default="8b")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=USUAL)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 256, 2048])
+    parser.add_argument("--configs", type=parse_config, nargs="+", default=[])
+    parser.add_argument("--budget", type=float, default=140.0, metavar="SECONDS")
+    add_json(parser)
+    arguments = parser.parse_args()
+    require_gpu()
+    kernels = LinearKernels("cuda", pdl=torch.cuda.get_device_capability() >= (9, 0))
+    layers: dict[tuple[str, int], dict[str, float]] = {}
+    for format_name in arguments.formats:
+        for bench, product, shape, configs in jobs(
+            kernels, arguments.model, format_name, arguments.rows, arguments.configs
+        ):
+            times: dict[LinearConfig, float] = {}
+            for config in configs:
+                if time.monotonic() - began > arguments.budget:
+                    break
+                name = f"{format_name} {product} {shape.n}x{shape.k} M={shape.num_rows:<5}{config!s:24}"
+                try:
+                    us, error = bench.measure(shape, config)
+                except Exception as failure:  # one variant must not end the benchmark
+                    print(f"{name} {failure!r}"[:300], flush=True)
+                    continue
+                times[config] = us if error < TOLERANCE else float("inf")
+                rate, flops = bench.size_bytes / us / 1e6, 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
+                wrong = "" if error < TOLERANCE else " WRONG"  # NaN is wrong as well
+                print(
+                    f"{name}{us:9.2f} us {rate:5.2f} TB/s {flops / us / 1e6:6.1f} TFLOP/s error {error:.1e}{wrong}",
+                    flush=True,
+                )
+                record = {"format": format_name, "product": product, "rows": shape.num_rows, "config": str(config)}
+                append_json(arguments.json, {**record, "us": us, "tb_s": rate, "error": error})
+            if times:
+                best = min(times, key=times.__getitem__)
+                print(f"* {format_name} {product} M={shape.num_rows}: {best} {times[best]:.2f} us", flush=True)
+                layers.setdefault((format_name, shape.num_rows), {})[product] = times[best]
+        torch.cuda.empty_cache()
+    print(f"\nus of a {arguments.model} layer's four products, norm and activation included, fastest of each")
+    print(f"{'':12}" + "".join(f"{f'M={rows}':>10}" for rows in arguments.rows))
+    for format_name in arguments.formats:
+        cells = [layers.get((format_name, rows), {}) for rows in arguments.rows]
+        texts = [f"{sum(cell.values()):10.1f}" if len(cell) == len(LAYER) else f"{'-':>10}" for cell in cells]
+        print(f"{format_name:12}" + "".join(texts))
+    print(f"{time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
