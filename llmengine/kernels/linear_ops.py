@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -106,6 +108,16 @@ class LinearOps:
         if isinstance(matrix, PackedMatrix):
             return PackedProducts(self._kernels, matrix)
         return DenseProducts(self._kernels, matrix)
+
+
+def compilations(kernels: LinearKernels, shapes: Iterable[GemmShape], choose: Choose) -> list[Callable[[], None]]:
+    """Calls that compile the kernels of products, one kernel each, on any thread of the device."""
+    jobs: dict[tuple[GemmShape, LinearConfig], Callable[[], None]] = {}
+    for shape in shapes:
+        config = choose(shape)
+        if has_kernel(shape, config):  # one for any number of rows
+            jobs[replace(shape, num_rows=0), config] = partial(compile_product, kernels, shape, config)
+    return list(jobs.values())
 
 
 def has_kernel(shape: GemmShape, config: LinearConfig) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments, fused_segments
-from llmengine.kernels.gemm_choice import unmeasured_config
-from llmengine.kernels.gemm_config import fixed_config
+from llmengine.kernels.gemm_choice import ROW_BUCKETS, unmeasured_config
+from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
-from llmengine.kernels.linear_ops import BoundLinear, LinearOps
+from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compilations
 from llmengine.kernels.norm import rms_norm
 from llmengine.kernels.packed_weights import PackedMatrix
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
@@ -40,8 +40,11 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
     arch, weights = context.arch, context.weights
     # No programmatic launch, since the torch functions in between do not know of it.
     device = context.logits.device
-    choose = fixed_config if context.config.deterministic else unmeasured_config
-    ops = LinearOps(LinearKernels(device), partial(choose, max_shared=max_shared_bytes(device)))
+    choose = partial(
+        fixed_config if context.config.deterministic else unmeasured_config, max_shared=max_shared_bytes(device)
+    )
+    kernels = LinearKernels(device)
+    ops = LinearOps(kernels, choose)
 
     def norm(name: str) -> Norm | None:
         weight = weights.norm(name)
@@ -76,7 +79,21 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
     products = "Triton and cuBLASLt products" if is_packed else "cuBLASLt"
     if context.config.deterministic:
         products = "Triton products of a fixed order"
-    return TunableSegments(segments, f"{products} and torch functions")
+    return TunableSegments(
+        segments, f"{products} and torch functions", compilations=compilations(kernels, _shapes(context), choose)
+    )
+
+
+def _shapes(context: SegmentsContext) -> Iterator[GemmShape]:
+    """Yield the products of steps of every size."""
+    scheduler, logits = context.config.scheduler_config, context.logits
+    for name, matrix in context.weights.matrices.items():
+        is_head = name == "lm_head"
+        most = scheduler.max_batch_size if is_head else scheduler.max_tokens_per_step
+        dtype = context.weights.embedding.dtype
+        for rows in ROW_BUCKETS if name != "embed_tokens" else ():
+            if rows < 2 * most:
+                yield GemmShape.of("norm_linear", rows, matrix, dtype, logits.dtype if is_head else dtype)
 
 
 @dataclass(frozen=True, slots=True)

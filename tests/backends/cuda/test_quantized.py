@@ -95,6 +95,7 @@ def test_weights_come_back_as_they_are_stored(tmp_path: Path, device: str, name:
     for (_, tensor), (key, wanted) in zip(stored, expected, strict=True):
         assert tensor.device.type == "cpu"
         assert torch.equal(tensor, wanted), key
+    assert str(source.formats.default) in backend.info.description
     assert backend.info.weight_bytes < 1.1 * sum(tensor.nbytes for _, tensor in expected)
     backend.close()
 
