@@ -39,6 +39,7 @@ _KEYS = ("quantization_config", "compression_config")
 _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files of AutoGPTQ, AutoAWQ and ModelOpt, and the `quant_method` of one that names none."""
 
+_MLX_KEY = "quantization"
 _OLD_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 _COMPARED = ("quant_method", "bits", "group_size", "sym", "version", "checkpoint_format", "quant_algo")
 _MAX_SIZE = 1 << 20
@@ -50,8 +51,10 @@ def quantization_description(directory: Path, config: Fields) -> Fields | None:
 
     Raises `CorruptFileError` where config.json and another file contradict each other.
     """
-    key = next((key for key in _KEYS if config.has(key)), None)
+    key = next((key for key in _KEYS if config.values.get(key) not in (None, {})), None)
     described = None if key is None else config.fields(key)
+    if config.has(_MLX_KEY) and (described is None or not described.has("quant_method")):
+        raise UnsupportedModelError(f"{config.where}: {_MLX_KEY}: the format of MLX is not supported{NO_BITS}")
     for name, method in _FILES.items():
         if (directory / name).is_file():
             other = _in_one_form(read_json_object(directory / name), method)

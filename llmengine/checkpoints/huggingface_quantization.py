@@ -45,7 +45,7 @@ def layout_choice(fields: Fields) -> LayoutChoice:
     if not fields.has("quant_method") and any(fields.has(name) for name in ("load_in_4bit", "load_in_8bit")):
         method = "bitsandbytes"
     else:
-        method = fields.string("quant_method").lower()
+        method = fields.string("quant_method").lower().removeprefix("intel/")
     if method not in _METHODS:
         raise UnsupportedModelError(
             f"{fields.where}: quant_method={method!r} is not supported; supported: {', '.join(_METHODS)}{NO_BITS}"
@@ -111,7 +111,8 @@ def _merged(fields: Fields, usual: Fields) -> Fields:
 
 def _auto_round(fields: Fields) -> LayoutChoice:
     """AutoRound packs integers as AutoGPTQ or AutoAWQ does, and lists the modules that differ by their names."""
-    packing = fields.string("packing_format", "auto_round:auto_gptq").lower()
+    backend = fields.string("backend", "")  # older versions have it in place of packing_format
+    packing = fields.string("packing_format", f"auto_round:auto_{'awq' if 'awq' in backend else 'gptq'}").lower()
     if packing.removeprefix("auto_round:") not in ("auto_gptq", "auto_awq"):
         raise refused(fields, "packing_format", packing, "auto_round:auto_gptq, auto_round:auto_awq")
     data_type = fields.string("data_type", "int").lower()

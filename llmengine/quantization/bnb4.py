@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
-from llmengine.quantization.int4 import in_groups, pack_nibbles, unpack_nibbles
+from llmengine.quantization.int4 import in_groups, numbers_of_nibbles, pack_nibbles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,9 +83,6 @@ class Bnb4Bit(WeightFormat):
         }
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        import torch
-
-        codes = unpack_nibbles(tensors["weight"])
-        table = torch.tensor(TABLES[self.quant_type], device=codes.device)
-        blocks = in_groups(table[codes.long()], self.block_size)
-        return (blocks * tensors["weight_scale"][:, :, None]).flatten(1)[:, : codes.shape[1]]
+        values = numbers_of_nibbles(tensors["weight"], TABLES[self.quant_type])
+        blocks = in_groups(values, self.block_size)
+        return (blocks * tensors["weight_scale"][:, :, None]).flatten(1)[:, : values.shape[1]]

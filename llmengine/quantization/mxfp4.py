@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat
-from llmengine.quantization.int4 import pack_nibbles, unpack_nibbles
+from llmengine.quantization.int4 import numbers_of_nibbles, pack_nibbles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,9 @@ BLOCK = 32
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by the low three bits of a nibble; the fourth is the sign."""
+
+E2M1_NUMBERS = (*E2M1, *(-value for value in E2M1))
+"""The numbers of all codes."""
 
 _BIAS = 127
 _LARGEST_EXPONENT = 2
@@ -62,11 +65,12 @@ class Mxfp4(WeightFormat):
         blocks = F.pad(weight, (0, -weight.shape[1] % BLOCK)).view(weight.shape[0], -1, BLOCK)
         _, exponent = torch.frexp(blocks.abs().amax(dim=2))
         exponent = exponent - 1 - _LARGEST_EXPONENT + _BIAS
+        numbers = torch.tensor(E2M1_NUMBERS, device=weight.device)
         best: list[Tensor] = []
         for candidate in (exponent, exponent + 1):
             scale = candidate.clamp(0, _NAN_SCALE - 1).to(torch.uint8)
             codes = nearest_e2m1_codes(blocks / _powers_of_two(scale)[:, :, None])
-            error = (e2m1_values(codes) * _powers_of_two(scale)[:, :, None] - blocks).square().sum(dim=2)
+            error = (numbers[codes.long()] * _powers_of_two(scale)[:, :, None] - blocks).square().sum(dim=2)
             if best:
                 better = error < best[2]
                 codes, scale = torch.where(better[:, :, None], codes, best[0]), torch.where(better, scale, best[1])
@@ -75,7 +79,7 @@ class Mxfp4(WeightFormat):
         return {"weight": packed, "weight_scale": best[1]}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        values = e2m1_values(unpack_nibbles(tensors["weight"]))
+        values = numbers_of_nibbles(tensors["weight"], E2M1_NUMBERS)
         scale = _powers_of_two(tensors["weight_scale"]).repeat_interleave(BLOCK, dim=1)
         return values * scale[:, : values.shape[1]]
 
@@ -94,11 +98,3 @@ def nearest_e2m1_codes(x: Tensor) -> Tensor:
     grid = torch.tensor(E2M1, device=x.device)
     magnitude = torch.bucketize(x.abs(), (grid[1:] + grid[:-1]) / 2)
     return (magnitude + 8 * (x < 0)).to(torch.uint8)
-
-
-def e2m1_values(codes: Tensor) -> Tensor:
-    """The e2m1 numbers of codes below 16, float32."""
-    import torch
-
-    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return table[codes.long()]

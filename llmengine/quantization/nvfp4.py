@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
-from llmengine.quantization.int4 import in_groups, pack_nibbles, unpack_nibbles
-from llmengine.quantization.mxfp4 import e2m1_values, nearest_e2m1_codes
+from llmengine.quantization.int4 import in_groups, numbers_of_nibbles, pack_nibbles
+from llmengine.quantization.mxfp4 import E2M1_NUMBERS, nearest_e2m1_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +73,6 @@ class Nvfp4(WeightFormat):
         return {"weight": pack_nibbles(codes), "weight_scale": scale, "global_scale": factor}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        values = e2m1_values(unpack_nibbles(tensors["weight"]))
+        values = numbers_of_nibbles(tensors["weight"], E2M1_NUMBERS)
         scale = tensors["weight_scale"].float() * tensors["global_scale"][:, None]
         return (in_groups(values, BLOCK) * scale[:, :, None]).flatten(1)[:, : values.shape[1]]

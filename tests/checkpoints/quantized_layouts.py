@@ -212,6 +212,13 @@ LAYOUTS: dict[str, tuple[QuantizedFiles, WeightFormat]] = {
     ),
     "auto-round": (QuantizedFiles(auto_round("auto_gptq"), files.gptq()), Int4Groups(32)),
     "auto-round-awq": (QuantizedFiles(auto_round("auto_awq"), files.awq()), Int4Groups(32)),
+    "auto-round-old": (
+        QuantizedFiles(
+            {"quant_method": "intel/auto-round", "backend": "auto_round:awq:gemm", "bits": 4, "group_size": 32},
+            files.awq(),
+        ),
+        Int4Groups(32),
+    ),
     "bnb-8": (QuantizedFiles(BNB8, files.bnb8()), INT8),
     "bnb-nf4": (QuantizedFiles(bnb4(), files.bnb4()), Bnb4Bit("nf4", 64)),
     "bnb-fp4": (QuantizedFiles(bnb4("fp4"), files.bnb4("fp4", 32)), Bnb4Bit("fp4", 32)),

@@ -239,6 +239,16 @@ def test_malformed_descriptions_are_corrupt_files(tmp_path: Path, config: dict[s
         load_all(tmp_path)
 
 
+@pytest.mark.parametrize("repeated", [True, False])
+def test_the_format_of_mlx_is_named(tmp_path: Path, repeated: bool) -> None:
+    """mlx-lm writes the same object under two keys, older versions under one."""
+    write_quantized(tmp_path, make(), LAYOUTS["gptq"][0])
+    own = {"group_size": 64, "bits": 4}
+    edit_config(tmp_path, quantization=own, quantization_config=own if repeated else None)
+    with pytest.raises(UnsupportedModelError, match=r"config.json: quantization: the format of MLX is not supported;"):
+        load_all(tmp_path)
+
+
 def test_a_table_that_config_json_does_not_name(tmp_path: Path) -> None:
     write_quantized(tmp_path, make(), LAYOUTS["bnb-fp4"][0])
     edit_config(tmp_path, quantization_config=bnb4("nf4"))
