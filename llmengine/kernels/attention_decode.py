@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.attention import AttentionConfig, capped, fold_dot, fold_scores, head_dims, rotated
-from llmengine.kernels.kv_blocks import KvBlocks, cells_of, fitted, key_products, quantized, value_pairs
+from llmengine.kernels.kv_blocks import KvBlocks, cells_of, fitted, key_products, quantized, unpaired
 from llmengine.kernels.step import NUM_DECODES, DeviceStep
 
 _NUM_DECODES = tl.constexpr(NUM_DECODES)
@@ -282,7 +282,8 @@ def _decode_kernel(
     acc = tl.where(has_new[:, None], v_new, 0.0)
     if PAIRED:
         q, factors = fitted(q)
-        value_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
+        peak = tl.sum(v_scale, axis=0)  # the largest scale of a value so far; acc is in units of it
+        acc /= peak
         pairs = tl.arange(0, HALF_PAD)
         is_pair = pairs < HEAD_DIM // 2
         pairs_ptr = values_ptr.to(tl.pointer_type(tl.int16))
@@ -314,14 +315,17 @@ def _decode_kernel(
         elif PAIRED:
             products = key_products(q, factors, k, k_scales, ASSEMBLY)
             weights, decay, maximum, total = fold_scores(products, valid[None, :], maximum, total, SCALE, SOFT_CAP)
-            weights = (weights * v_scales[None, :]).to(value_dtype)
-            even, odd = value_pairs(v, dtype, value_dtype, ASSEMBLY)
-            acc = tl.dot(weights, even, acc * decay[:, None], input_precision="ieee")
-            odd_acc = tl.dot(weights, odd, odd_acc * decay[:, None], input_precision="ieee")
+            raised = tl.maximum(peak, tl.max(v_scales, axis=0))
+            weights = (weights * (v_scales / raised)[None, :]).to(q.dtype)
+            decay *= peak / raised
+            peak = raised
+            even, odd = unpaired(v, dtype, ASSEMBLY)
+            acc = tl.dot(weights, even.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+            odd_acc = tl.dot(weights, odd.to(q.dtype), odd_acc * decay[:, None], input_precision="ieee")
         else:
             maximum, total, acc = fold_dot(q, k, v, valid[None, :], maximum, total, acc, SCALE, SOFT_CAP)
     if PAIRED:
-        acc = tl.reshape(tl.join(acc, odd_acc), (LANES, 2 * HALF_PAD))
+        acc = tl.reshape(tl.join(acc, odd_acc), (LANES, 2 * HALF_PAD)) * peak
     if VECTOR:
         lane_maximum = maximum
         maximum = tl.max(lane_maximum, axis=0, keep_dims=True)

@@ -4,10 +4,13 @@ Vectors of 8 bits are multiplied as they are stored: a key's scale multiplies it
 Attention sees each token as the blocks hold it, also in the step that writes it, so how a prompt is cut into steps does
 not matter.
 
-Tensor cores need numbers of 16 bits. Keys become fp16, which is quickest, and queries are scaled so that it holds them.
-Values become bf16, since a weight times a scale can be smaller than what fp16 holds. Both hold every number of 8 bits.
-With ASSEMBLY, a few instructions convert four numbers at once (compute capability 8.0, and 8.9 for e4m3). Triton's
-interpreter, and models of float32, take plain arithmetic.
+Tensor cores need numbers of 16 bits. fp16 holds every number of 8 bits, and is what they become the quickest; queries
+are scaled so that it holds them too. A weight times a scale can be smaller than what fp16 holds, so decodes divide
+these products by the largest scale so far. In chunks of prompts that would depend on how a prompt is cut: there, values
+and their weights become bf16, which has the range of fp32.
+
+With ASSEMBLY, a few instructions convert four numbers at once (compute capability 8.9 for e4m3). Triton's interpreter,
+and models of float32, take plain arithmetic.
 """
 
 from __future__ import annotations
@@ -22,44 +25,27 @@ from torch import Tensor
 _LEAST_SCALED = tl.constexpr(1e-30)
 """Vectors whose elements are all smaller are stored as if their largest were this."""
 
-# Four int8 to fp16: with 128 added, the low bits of 1024 + 128 + x, which is x when 1152 is subtracted.
-_INT8_TO_FP16 = tl.constexpr("""{
+# With 128 added, the bytes are the low bits of fp16's 1024 + 128 + x; 1152 is subtracted.
+_FROM_INT8 = """{{
 .reg .b32 t, high, bias;
 xor.b32 t, $2, 0x80808080;
 mov.b32 high, 0x64646464;
 mov.b32 bias, 0x64806480;
-prmt.b32 $0, t, high, 0x4140;
-prmt.b32 $1, t, high, 0x4342;
+prmt.b32 $0, t, high, {0};
+prmt.b32 $1, t, high, {1};
 sub.rn.f16x2 $0, $0, bias;
 sub.rn.f16x2 $1, $1, bias;
-}""")
-# The low seven bits are x, or 128 + x if it is negative. As those of a number from 128 to 255, they make it 128 + x or
-# 256 + x.
-_INT8_PAIRS_TO_BF16 = tl.constexpr("""{
-.reg .b32 t, one, even, odd;
-shr.u32 t, $2, 8;
-mov.b32 one, 0x3f803f80;
-lop3.b32 even, $2, 0x00800080, 0xc300c300, 0xea;
-lop3.b32 odd, t, 0x00800080, 0xc300c300, 0xea;
-lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
-lop3.b32 $1, t, 0x007f007f, 0x43004300, 0xea;
-fma.rn.bf16x2 $0, $0, one, even;
-fma.rn.bf16x2 $1, $1, one, odd;
-}""")
-# Exponent and mantissa in the places of bf16's, times 2 ** 120, by which the biases differ.
-_E4M3_PAIRS_TO_BF16 = tl.constexpr("""{
-.reg .b32 t, even, odd, power, zero;
-shl.b32 t, $2, 8;
-shr.u32 even, t, 4;
-shr.u32 odd, $2, 4;
-and.b32 even, even, 0x07f007f0;
-and.b32 odd, odd, 0x07f007f0;
-lop3.b32 even, t, 0x80008000, even, 0xea;
-lop3.b32 odd, $2, 0x80008000, odd, 0xea;
-mov.b32 power, 0x7b807b80;
-mov.b32 zero, 0x80008000;
-fma.rn.bf16x2 $0, even, power, zero;
-fma.rn.bf16x2 $1, odd, power, zero;
+}}"""
+_INT8 = tl.constexpr(_FROM_INT8.format("0x4140", "0x4342"))
+_INT8_PAIRS = tl.constexpr(_FROM_INT8.format("0x4240", "0x4341"))
+# Bytes 0 and 2, then 1 and 3: a conversion takes two bytes that lie together.
+_E4M3_PAIRS = tl.constexpr("""{
+.reg .b32 t;
+.reg .b16 even, odd;
+prmt.b32 t, $2, 0, 0x3120;
+mov.b32 {even, odd}, t;
+cvt.rn.f16x2.e4m3x2 $0, even;
+cvt.rn.f16x2.e4m3x2 $1, odd;
 }""")
 
 
@@ -143,20 +129,20 @@ def key_products(q, factors, k, scales, ASSEMBLY: tl.constexpr):
 def halves(stored, ASSEMBLY: tl.constexpr):
     """Numbers of 8 bits in fp16."""
     if ASSEMBLY and stored.dtype == tl.int8:
-        return tl.inline_asm_elementwise(_INT8_TO_FP16, "=&r,=&r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(_INT8, "=&r,=&r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
     else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
         return stored.to(tl.float16)
 
 
 @triton.jit
-def value_pairs(pairs, number: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Values of the even and of the odd dimensions in `dtype`, of int16 that hold two neighbours of dtype `number`."""
+def unpaired(pairs, number: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Numbers of the even and of the odd dimensions, fp16, of int16 that hold two neighbours of dtype `number`."""
     if ASSEMBLY:
-        CODE: tl.constexpr = _INT8_PAIRS_TO_BF16 if number == tl.int8 else _E4M3_PAIRS_TO_BF16
-        even, odd = tl.inline_asm_elementwise(
-            CODE, "=&r,=&r,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        CODE: tl.constexpr = _INT8_PAIRS if number == tl.int8 else _E4M3_PAIRS
+        return tl.inline_asm_elementwise(
+            CODE, "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
-    else:
-        even = pairs.to(tl.int8).to(number, bitcast=True).to(dtype)
-        odd = (pairs >> 8).to(tl.int8).to(number, bitcast=True).to(dtype)
-    return even, odd
+    else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
+        even = pairs.to(tl.int8).to(number, bitcast=True).to(tl.float16)
+        odd = (pairs >> 8).to(tl.int8).to(number, bitcast=True).to(tl.float16)
+        return even, odd
