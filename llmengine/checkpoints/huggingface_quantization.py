@@ -50,10 +50,9 @@ def layout_choice(fields: Fields) -> LayoutChoice:
         raise UnsupportedModelError(
             f"{fields.where}: quant_method={method!r} is not supported; supported: {', '.join(_METHODS)}{NO_BITS}"
         )
-    if any(fields.has(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")):
-        logger.warning(
-            "%s: kv_cache_scheme is ignored: quant_config says whether the KV cache is quantized", fields.where
-        )
+    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+        if fields.values.get(key):
+            logger.warning("%s: %s is ignored: quant_config says whether the KV cache is quantized", fields.where, key)
     return _METHODS[method](fields)
 
 

@@ -419,6 +419,23 @@ def test_linears_are_found_by_name_then_pattern_then_class(tmp_path: Path) -> No
     assert {formats.of(f"layers.2.{name}") for name in ("qkv", "o", "gate_up", "down")} == {DENSE}
 
 
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+def test_modules_may_be_called_as_in_the_larger_model(tmp_path: Path, prefix: str) -> None:
+    """Descriptions have the names that modules had when the tool ran, files those of the version that saved them."""
+    down = f"{prefix}{'' if prefix.startswith('model') else 'model.'}layers.1.mlp.down_proj"
+    names = [f"re:{prefix}.*layers.0.*", down]
+    in_groups = {**group(strategy="group", group_size=32), "targets": ["re:.*layers.*"]}
+    config = compressed("pack-quantized", {**group(bits=8, strategy="channel"), "targets": names}, in_groups, ignore=[])
+    own = {"layers.0|layers.1.mlp.down_proj": files.compressed(8, -1)}
+    place, dense = pair(tmp_path, make(), QuantizedFiles(config, files.compressed(), own))
+    file = place / "model.safetensors"
+    save_file({f"language_model.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    assert_stands_for(place, dense)
+    formats = open_model(place).formats
+    assert formats.of("layers.0.qkv") == formats.of("layers.1.down") == INT8
+    assert formats.of("layers.1.o") == Int4Groups(32, False, scale_dtype="bfloat16")
+
+
 def test_fp8_blocks_as_transformers_dequantizes_them(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
