@@ -192,7 +192,7 @@ class QuantizedMatrices:
             return tensors
         rows = torch.arange(shape[0]).view(-1, self.arch.head_dim)[:, list(order)].flatten()
         specs = stored.tensors((shape[0], shape[1]), model_dtype_name(dtype))
-        has_rows = {suffix for suffix, spec in specs.items() if any(_is_out(along) for along in spec.along)}
+        has_rows = {suffix for suffix, spec in specs.items() if any(map(_is_row, spec.along))}
         return {suffix: item.index_select(0, rows) if suffix in has_rows else item for suffix, item in tensors.items()}
 
 
@@ -220,11 +220,15 @@ def quantized_matrices(arch: ModelArch, linears: Mapping[str, QuantizedLinear]) 
 
 
 def _check_cuts(arch: ModelArch, part: str, place: StoredPart, linear: QuantizedLinear) -> None:
-    """Raise unless the rows of a part can be taken out of a linear, and those of its heads reordered."""
+    """Raise unless the rows of a part can be taken out of a linear, and those of its heads reordered.
+
+    Rows that share an entry may be reordered among themselves.
+    """
     step = linear.rows_in_step
-    is_reordered = head_order(arch) is not None and _is_rotated(part)
+    if step == 1 or head_order(arch) is None:
+        return
     is_cut = place.num_rows != place.total_rows and (place.first_row % step or place.num_rows % step)
-    if step > 1 and (is_reordered or (is_cut and head_order(arch) is not None)):
+    if is_cut or (_is_rotated(part) and step % arch.head_dim):
         raise linear.stored.unsupported(
             f"{step} rows share a scale, so its rows cannot be reordered; heads of which only {arch.rope.rotary_dim} "
             "dimensions rotate need that"
@@ -265,5 +269,5 @@ def _is_rotated(part: str) -> bool:
     return part.split(".")[-2] in ("q", "k")
 
 
-def _is_out(along: Along | None) -> bool:
-    return along is not None and along.axis == "out"
+def _is_row(along: Along | None) -> bool:
+    return along is not None and along.axis == "out" and along.step == 1

@@ -145,6 +145,18 @@ def test_blocks_of_rows_are_joined_where_they_meet_and_stacked_where_not(tmp_pat
         assert open_model(place).formats.of("layers.2.gate_up") == Stacked.of_rows([(96, blocks), (96, blocks)])
 
 
+def test_heads_that_are_reordered_may_share_scales_within_themselves(tmp_path: Path) -> None:
+    """Phi-4-mini: heads of 128 dimensions, some of which do not rotate, and blocks of 128 rows."""
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, **factors}
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = make("phi3_short", **sizes, intermediate_size=128, rope_parameters=rope)
+    stored = QuantizedFiles(BLOCKS, files.fp8("block", name="weight_scale_inv"))
+    place, dense = pair(tmp_path, model, stored)
+    assert_stands_for(place, dense)
+    assert open_model(place).formats.of("layers.0.qkv") == Fp8("block", "block")
+
+
 FAMILIES = ["mistral", "qwen2", "qwen3", "phi3", "phi3_short", "granite", "smollm3", "gemma2", "gemma3", "olmo2"]
 
 
