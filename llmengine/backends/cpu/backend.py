@@ -17,7 +17,7 @@ from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, to
 from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder, NativeLibrary
 from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
-from llmengine.backends.cpu.sampler import Sampler, Samples
+from llmengine.backends.cpu.sampler import Logits, Sampler, Samples
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs, in_step_order
 from llmengine.backends.cpu.weights import CpuModel
 from llmengine.backends.logit_edits import mask_words
@@ -100,20 +100,22 @@ class CpuBackend:
                 )
                 return
             masks = mask_words(batch.masks)
-            with self._torch_threads_for(logits.numel()):
-                samples = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, masks)
+            with self._torch_threads_for(logits.values.numel()):
+                samples = self._sampler.sample(
+                    logits.values, inputs.sample_slots, inputs.sample_positions, masks, logits.likeliest
+                )
         self._slots.store_sampled(inputs.sample_slots, samples.token_ids)
         self._result = replace(_step_result(batch.step, inputs, samples, forward_s), prompt_logprobs=prompt_logprobs)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Write the KV of all tokens and return the logits [num_samples, vocab], None without samples."""
+    def _forward(self, inputs: StepInputs) -> Logits | None:
+        """Write the KV of all tokens and return the logits of those that sample, None without such."""
         if not self._deterministic:
             return self._forward_at_once(inputs)
         native = self._native
         pieces = token_pieces(inputs) if native is None else native_pieces(inputs, MAX_FEW_TOKENS)
         found = [(self._forward_at_once(piece), num_samples) for piece, num_samples in pieces]
-        logits = [some[:num_samples] for some, num_samples in found if some is not None]
-        return torch.cat(logits) if logits else None
+        logits = [some.values[:num_samples] for some, num_samples in found if some is not None]
+        return Logits(torch.cat(logits)) if logits else None
 
     def _few_torch_threads(self) -> AbstractContextManager[None]:
         """Keep torch's threads from spinning on the cores of the native decoder's."""
@@ -125,25 +127,26 @@ class CpuBackend:
             return contextlib.nullcontext()
         return self._torch_threads.all()
 
-    def _forward_at_once(self, inputs: StepInputs) -> torch.Tensor | None:
+    def _forward_at_once(self, inputs: StepInputs) -> Logits | None:
         native = self._native
         if native is not None and (native.max_tokens is None or len(inputs.token_ids) <= native.max_tokens):
             return native.forward(inputs, self._slots.block_tables)
         with self._torch_threads_for(_LEAST_SHARED_ELEMENTS):
             return self._forward_by_torch(inputs)
 
-    def _forward_by_torch(self, inputs: StepInputs) -> torch.Tensor | None:
+    def _forward_by_torch(self, inputs: StepInputs) -> Logits | None:
         assert self._model is not None
         assert self._attention is not None
         self._attention.plan(inputs, self._slots.block_tables)
         every = len(inputs.sample_tokens) == len(inputs.token_ids)
         sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
         x = self._model.embed(torch.from_numpy(inputs.token_ids))
-        return forward(self._model.segments, x, self._attention.attend, sample_tokens)
+        logits = forward(self._model.segments, x, self._attention.attend, sample_tokens)
+        return None if logits is None else Logits(logits)
 
     def _forward_with_prompt_logprobs(
         self, inputs: StepInputs, wanted: Sequence[WantedLogprobs]
-    ) -> tuple[torch.Tensor | None, dict[int, list[TokenLogprobs]]]:
+    ) -> tuple[Logits | None, dict[int, list[TokenLogprobs]]]:
         """The same as `_forward`, with log-probabilities of prompt tokens."""
         if self._deterministic:
             # These tokens are computed again, which writes the same keys and values.
@@ -158,13 +161,13 @@ class CpuBackend:
         last = partial(model.segments.last, attended, x)
         prompt_logprobs = compute_prompt_logprobs(wanted, last, self._info.vocab_size)
         samples = torch.from_numpy(inputs.sample_tokens)
-        return last(samples) if len(samples) else None, prompt_logprobs
+        return Logits(last(samples)) if len(samples) else None, prompt_logprobs
 
     def _logits_after(self, inputs: StepInputs, tokens: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, vocab] of the step's tokens int64 [n], which are consecutive."""
         logits = self._forward(sampling_all(inputs, slice(int(tokens[0]), int(tokens[-1]) + 1)))
         assert logits is not None
-        return logits
+        return logits.values
 
     def collect(self) -> StepResult:
         """The result of the step that was launched."""
@@ -183,7 +186,7 @@ class CpuBackend:
             inputs = self._slots.flatten(batch)
             logits = self._forward(sampling_all(inputs, slice(None)))
         assert logits is not None
-        yield logits
+        yield logits.values
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the canonical weights as they are used, in `canonical_shapes` order, one copy at a time.

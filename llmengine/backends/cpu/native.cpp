@@ -40,7 +40,8 @@ struct Step {
   const int64_t* logit_tokens;                         // [num_logits], rising
   const int32_t* block_tables;                         // [slots, table_stride]
   float* workspace;
-  float* logits;  // [num_logits, vocab]
+  float* logits;       // [num_logits, vocab]
+  int64_t* likeliest;  // [num_logits], see `first_largest`
 };
 
 // A matrix in panels alone, between torch's operators.
@@ -205,8 +206,10 @@ class Runner final : public Job {
     if (index > 0 && index <= kPhasesPerLayer * model_.num_layers) return begin_layer_phase(index, phase);
     if (index == 0)
       *phase = light_phase(num_tokens_, 2 * hidden_);
-    else if (index == kPhasesPerLayer * model_.num_layers + 1)
+    else if (index == logits_phase())
       *phase = product_phase(model_.lm_head);
+    else if (index == logits_phase() + 1)
+      *phase = light_phase(num_tokens_, model_.embedding.rows);
     else
       return false;
     return true;
@@ -216,7 +219,8 @@ class Runner final : public Job {
     const int64_t layer_index = (index - 1) / kPhasesPerLayer;
     float* scratch = scratch_ + thread * thread_floats_;
     if (index == 0) return embed(units, scratch);
-    if (layer_index == model_.num_layers) return multiply(model_.lm_head, normed_, units, step_.logits, false, scratch);
+    if (index == logits_phase()) return multiply(model_.lm_head, normed_, units, step_.logits, false, scratch);
+    if (index > logits_phase()) return find_likeliest(units);
     const Layer& layer = model_.layers[layer_index];
     switch ((index - 1) % kPhasesPerLayer) {
       case kQkv: return multiply(layer.qkv, normed_, units, qkv_, false, scratch);
@@ -238,6 +242,8 @@ class Runner final : public Job {
   enum LayerPhase {
     kQkv, kRotate, kAttend, kPrepareAttended, kO, kPostAttentionNorm, kGateUp, kGate, kDown, kNextNorm, kPhasesPerLayer
   };
+
+  int64_t logits_phase() const { return kPhasesPerLayer * model_.num_layers + 1; }
 
   bool begin_layer_phase(int64_t index, Phase* phase) {
     const int64_t layer_index = (index - 1) / kPhasesPerLayer;
@@ -533,6 +539,11 @@ class Runner final : public Job {
     }
   }
 
+  void find_likeliest(Range rows) {
+    const int64_t vocab = model_.embedding.rows;
+    for (int64_t i = rows.begin; i < rows.end; i++) step_.likeliest[i] = first_largest(step_.logits + i * vocab, vocab);
+  }
+
   // Goes on with the tokens that want logits.
   void keep_logit_tokens() {
     num_tokens_ = step_.num_logits;
@@ -595,7 +606,7 @@ class ProductRunner final : public Job {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 7; }
+int llmengine_native_version() { return 8; }
 
 // Whether int8 weights are in quads of columns, and what 8-bit codes have on top of their values.
 int llmengine_byte_offset() { return llmengine::kByteOffset; }

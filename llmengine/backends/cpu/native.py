@@ -28,6 +28,7 @@ from llmengine.backends.cpu.huge_pages import HugePages
 from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
 from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
+from llmengine.backends.cpu.sampler import Logits
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -43,7 +44,7 @@ NATIVE_DIRECTORY = Path(__file__).parent
 
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
-_VERSION = 7
+_VERSION = 8
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
@@ -142,6 +143,7 @@ class _Step(ctypes.Structure):
         ("block_tables", _Pointer),
         ("workspace", _Pointer),
         ("logits", _Pointer),
+        ("likeliest", _Pointer),
     )
 
 
@@ -426,11 +428,12 @@ class NativeDecoder:
         self._workspace = self._new_workspace(MAX_FEW_TOKENS)
         self._kept += [layers, library]
 
-    def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Tensor | None:
-        """Write the KV of all tokens and return logits float32 [num_samples, vocab], None without samples."""
+    def forward(self, inputs: StepInputs, block_tables: NDArray[np.int32]) -> Logits | None:
+        """Write the KV of all tokens and return the logits of those that sample, None without such."""
         num_tokens, num_logits = len(inputs.token_ids), len(inputs.sample_tokens)
         assert self.max_tokens is None or num_tokens <= self.max_tokens
         logits = torch.empty(num_logits, self._vocab_size)
+        likeliest = np.empty(num_logits, dtype=np.int64)
         workspace = self._workspace if num_tokens <= MAX_FEW_TOKENS else self._new_workspace(num_tokens)
         step = _Step(
             num_tokens=num_tokens,
@@ -443,9 +446,10 @@ class NativeDecoder:
             block_tables=block_tables.ctypes.data,
             workspace=workspace.data_ptr(),
             logits=logits.data_ptr(),
+            likeliest=likeliest.ctypes.data,
         )
         self._library.llmengine_forward(ctypes.byref(self._model), ctypes.byref(step))
-        return logits if num_logits else None
+        return Logits(logits, likeliest) if num_logits else None
 
     def _new_workspace(self, num_tokens: int) -> Tensor:
         return torch.empty(self._library.llmengine_workspace_size(ctypes.byref(self._model), num_tokens))

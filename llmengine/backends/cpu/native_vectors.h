@@ -138,6 +138,42 @@ inline float sum(Floats values) {
 #endif
 }
 
+// Index of the first of the largest numbers; -1 if that is infinite, or if any of them is NaN.
+inline int64_t first_largest(const float* values, int64_t count) {
+  constexpr int kParts = 4;
+  const auto larger_of = [](auto a, auto b) { return a > b ? a : b; };
+  Floats most[kParts];
+  Ints unordered{};
+  for (Floats& part : most) part = Floats{} - INFINITY;
+  float largest = -INFINITY;
+  int64_t k = 0;
+  for (; k + kParts * kWidth <= count; k += kParts * kWidth) {
+    for (int i = 0; i < kParts; i++) {
+      const Floats part = load(values + k + i * kWidth);
+      unordered |= part != part;
+      most[i] = larger_of(part, most[i]);
+    }
+  }
+  bool is_ordered = true;
+  for (; k < count; k++) {
+    is_ordered = is_ordered && values[k] == values[k];
+    largest = larger_of(values[k], largest);
+  }
+  for (int i = 0; i < kWidth; i++) {
+    is_ordered = is_ordered && !unordered[i];
+    for (const Floats& part : most) largest = larger_of(part[i], largest);
+  }
+  if (!is_ordered || std::isinf(largest)) return -1;
+  for (k = 0; k + kWidth <= count; k += kWidth) {
+    const Ints found = load(values + k) == largest;
+    int32_t any = 0;
+    for (int i = 0; i < kWidth; i++) any |= found[i];
+    if (any) break;
+  }
+  while (values[k] != largest) k++;
+  return k;
+}
+
 // Says that a sum changes here, and so belongs into a register: GCC else leaves some of a tile's on the stack.
 inline void keep(Ints& value) {
 #if defined(__SSE2__)

@@ -33,6 +33,20 @@ _SEGMENT = 128
 
 
 @dataclass(frozen=True, slots=True)
+class Logits:
+    """A step's logits.
+
+    Attributes:
+        values: float32 [num_rows, vocab], contiguous.
+        likeliest: int64 [num_rows], the lowest id among each row's likeliest; -1 where the row's largest logit is
+            infinite or any is NaN. None: not known yet.
+    """
+
+    values: Tensor
+    likeliest: IntArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """What `Sampler.sample` chose, row by row.
 
@@ -59,6 +73,7 @@ class Sampler:
         self._greedy = np.ones(num_slots, dtype=np.bool_)
         self._seed = np.zeros(num_slots, dtype=np.uint64)
         self._num_logprobs = np.full(num_slots, -1, dtype=np.int64)
+        self._wants_likeliest = np.ones(num_slots, dtype=np.bool_)
         self._editor = LogitEditor(num_slots)
 
     def init_slot(self, init: SlotInit) -> None:
@@ -71,10 +86,16 @@ class Sampler:
         self._min_p[slot] = params.min_p
         self._seed[slot] = init.seed
         self._num_logprobs[slot] = -1 if params.logprobs is None else min(params.logprobs, self._vocab_size)
+        self._wants_likeliest[slot] = params.greedy and params.logprobs is None
         self._editor.init_slot(slot, slot_edits(init, self._vocab_size))
 
     def sample(
-        self, logits: Tensor, slots: IntArray, positions: IntArray, masks: Mapping[int, Int32Array] = NO_MASKS
+        self,
+        logits: Tensor,
+        slots: IntArray,
+        positions: IntArray,
+        masks: Mapping[int, Int32Array] = NO_MASKS,
+        likeliest: IntArray | None = None,
     ) -> Samples:
         """Choose a token for each row; the slots remember it for their penalties and bad words.
 
@@ -84,16 +105,21 @@ class Sampler:
             positions: int64 [num_rows], the positions that the chosen tokens take.
             masks: slot -> int32 [ceil(vocab / 32)], the tokens that it may choose in this step: id t if bit t % 32 of
                 word t // 32 is set.
+            likeliest: as in `Logits`.
         """
+        has_edits = self._editor.edits(slots)
+        if likeliest is not None and not masks and not has_edits and self._wants_likeliest[slots].all():
+            token_ids = likeliest.tolist()
+            return Samples(token_ids=token_ids, failed=[token_id < 0 for token_id in token_ids], logprobs={})
+        wanted = self._num_logprobs[slots]
         maxima = _segment_maxima(logits)
         failed = ~torch.isfinite(maxima.amax(dim=-1))
-        wanted = self._num_logprobs[slots]
         log_totals, top = None, None
         if (wanted >= 0).any():
             log_totals = log_sum_exp(logits)
             if wanted.max() > 0:
                 top = torch.topk(logits, int(wanted.max()), dim=-1)
-        if masks or self._editor.edits(slots):
+        if masks or has_edits:
             allowed = _masked(logits, slots, masks) if masks else logits
             saved = self._editor.apply(allowed, slots, positions)
             maxima = _segment_maxima(allowed)

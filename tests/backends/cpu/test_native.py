@@ -195,6 +195,33 @@ def test_nan_that_others_left_in_blocks_does_not_reach_a_large_step(tmp_path: Pa
     assert run_large_steps(driver) == expected
 
 
+@pytest.mark.parametrize("vocab_size", [311, 320])
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_the_sampler(tmp_path: Path, native_directory: Path, vocab_size: int) -> None:
+    model, half = save_tiny(tmp_path, vocab_size=vocab_size), vocab_size // 2
+    model.lm_head.weight[half : 2 * half] = model.lm_head.weight[:half]  # every choice is a tie
+    model.save_pretrained(tmp_path)
+    found = []
+    for params in (SamplingParams(), SamplingParams(logprobs=0)):
+        driver = BackendDriver(load_tiny(tmp_path, native_directory=native_directory))
+        requests = [driver.add(slot, prompt(slot + 2), params) for slot in range(5)]
+        found.append(driver.generate(requests[:1], 6) + driver.generate(requests[1:], 6))
+    assert found[0] == found[1]
+    assert all(token < half or token == 2 * half for tokens in found[0] for token in tokens)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_a_row_without_a_likeliest_token_fails_alone(tmp_path: Path, native_directory: Path, number: float) -> None:
+    model, poison = save_tiny(tmp_path), 2
+    model.model.embed_tokens.weight[poison] = number
+    model.save_pretrained(tmp_path)
+    driver = BackendDriver(load_tiny(tmp_path, native_directory=native_directory))
+    result = driver.step(*((driver.add(slot, ids), 2) for slot, ids in enumerate([[5, 6], [5, poison], [7, 8]])))
+    assert list(result.errors) == [1]
+    assert sorted(result.token_ids) == [0, 2]
+
+
 def test_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
     own_name()
     save_tiny(tmp_path, hidden_size=192, intermediate_size=640)
