@@ -27,6 +27,7 @@ from tests.backends.helpers import leave_products_to_torch
 pytestmark = pytest.mark.slow
 
 NUM_TOKENS = 64
+NUM_ALONE = 8
 PARAMS = SamplingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True)
 QUESTIONS = [
     "What is the capital of France?",
@@ -77,13 +78,14 @@ def prompts(llm: LLM) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    """Tokens of each prompt run by itself."""
-    return [llm.generate([prompt], PARAMS)[0].token_ids for prompt in prompts]
+def greedy(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Tokens of each prompt: of the first ones run by themselves, of the others in one batch."""
+    alone = [llm.generate([prompt], PARAMS)[0].token_ids for prompt in prompts[:NUM_ALONE]]
+    return alone + [output.token_ids for output in llm.generate(prompts[NUM_ALONE:], PARAMS)]
 
 
 def test_greedy_tokens_equal_transformers(
-    prompts: list[list[int]], alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    prompts: list[list[int]], greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again and again
         monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
@@ -93,7 +95,7 @@ def test_greedy_tokens_equal_transformers(
 
         path = model_path()
         reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    for question, prompt, tokens in zip(QUESTIONS, prompts, alone, strict=True):
+    for question, prompt, tokens in zip(QUESTIONS, prompts, greedy, strict=True):
         with torch.inference_mode():
             logits = reference(torch.tensor([prompt + tokens])).logits[0]
         expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
@@ -101,7 +103,7 @@ def test_greedy_tokens_equal_transformers(
 
 
 async def test_streamed_in_a_batch_joined_at_different_steps(
-    llm: LLM, prompts: list[list[int]], alone: list[list[int]]
+    llm: LLM, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:
     joined = asyncio.Event()
 
@@ -121,7 +123,7 @@ async def test_streamed_in_a_batch_joined_at_different_steps(
             joined.clear()
     before = llm.stats()
     assert before.counters.num_rows > before.counters.num_steps
-    for task, tokens in zip(tasks, alone, strict=True):
+    for task, tokens in zip(tasks, greedy, strict=True):
         outputs = task.result()
         assert outputs[-1].token_ids == tokens
         assert [token for output in outputs for token in output.token_ids_delta] == tokens
@@ -130,12 +132,12 @@ async def test_streamed_in_a_batch_joined_at_different_steps(
         assert outputs[-1].text == llm.tokenizer.decode(tokens) or "<|" in llm.tokenizer.decode(tokens)
 
 
-def test_not_streamed_all_at_once(llm: LLM, prompts: list[list[int]], alone: list[list[int]]) -> None:
-    assert [output.token_ids for output in llm.generate(prompts, PARAMS)] == alone
+def test_not_streamed_all_at_once(llm: LLM, prompts: list[list[int]], greedy: list[list[int]]) -> None:
+    assert [output.token_ids for output in llm.generate(prompts, PARAMS)] == greedy
 
 
 def test_kept_at_its_bits_the_file_gives_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], alone: list[list[int]]
+    monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:
     """Where torch multiplies; the native library rounds activations."""
     leave_products_to_torch(monkeypatch)
@@ -145,7 +147,7 @@ def test_kept_at_its_bits_the_file_gives_the_same_tokens(
         assert llm.info.weight_bytes == pytest.approx(tensor_bytes, rel=0.03)
         assert "gguf-q4_1 weights" in llm.info.description
         outputs = llm.generate(prompts[:4], PARAMS.replace(max_new_tokens=4))
-    assert [output.token_ids for output in outputs] == [tokens[:4] for tokens in alone[:4]]
+    assert [output.token_ids for output in outputs] == [tokens[:4] for tokens in greedy[:4]]
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
@@ -171,7 +173,7 @@ def test_kept_at_its_bits_the_file_predicts_as_well_natively(prompts: list[list[
     assert means[1] == pytest.approx(means[0], rel=0.01)
 
 
-def test_prefix_cache_changes_no_token(prompts: list[list[int]], alone: list[list[int]]) -> None:
+def test_prefix_cache_changes_no_token(prompts: list[list[int]], greedy: list[list[int]]) -> None:
     with LLM(ModelConfig(model_path())) as llm:
         prefix = (prompts[15] * 4)[:100]
         params = PARAMS.replace(max_new_tokens=16)
