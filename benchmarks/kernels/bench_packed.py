@@ -1,12 +1,12 @@
-"""Times of products with packed quantized weights, cold, in a CUDA graph, beside bfloat16 on cuBLASLt; results checked.
+"""Times of products with quantized weights, cold, in a CUDA graph, beside bfloat16 on cuBLASLt; results checked.
 
 python -m benchmarks.kernels.bench_packed [8b] [--formats int4-128 int4-128z int8 ...] [--rows 1 8 16 64 256 2048]
     [--configs packed-m8n64w4s4x2 ...] [--budget 140] [--json FILE]
 
 For each product, format and number of rows, every candidate of `gemm_choice`, the fastest marked; then a layer's four
 products with the fastest of each. TB/s counts the packed weights, TFLOP/s the multiplications. A result is WRONG if it
-differs from the product with the dequantized weights, in float32, by more than rounding does. Ends after `--budget`
-seconds, whatever is left.
+differs from the product with the dequantized weights, in float32, by more than rounding does; that of activations to 8
+bits counts as error too. Ends after `--budget` seconds, whatever is left.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llmengine.kernels.gemm_choice import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import LinearKernels, linear_reference
-from llmengine.kernels.linear_ops import LinearOps, compile_product, has_kernel
-from llmengine.kernels.packed_weights import PackedMatrix
+from llmengine.kernels.linear_ops import DeviceMatrix, LinearOps, compile_product, has_kernel, quantized_matrix
+from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.timing import time_graph
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
@@ -44,13 +44,17 @@ FORMATS: Mapping[str, WeightFormat] = {
     "int4-64z": Int4Groups(64),
     "int4-32z": Int4Groups(32),
     "mxfp4": Mxfp4(),
-    "fp8": Fp8("channel", "none"),
-    "fp8-block": Fp8("block", "none"),
+    "fp8": Fp8("channel", "token"),
+    "fp8-tensor": Fp8("tensor", "token"),
+    "fp8-block": Fp8("block", "block"),
+    "w8a8": Int8W8A8("channel", "token"),
+    "fp8-weights": Fp8("channel", "none"),
     "int8-128z": Int8Groups(128),
 }
-USUAL = ("bf16", "int4-128", "int4-128z", "int8")
+USUAL = ("bf16", "int4-128", "fp8", "int4-128z", "int8", "w8a8")
 LAYER = ("qkv", "o", "gate_up", "down")
 TOLERANCE = 0.02
+TOLERANCE_8_BITS = 0.06
 REPEATS = 3
 
 
@@ -65,22 +69,22 @@ class PackedBench:
         self.size_bytes = first.size_bytes
         self.matrices = [first, *(self._copy(first) for _ in range(max(1, -(-COLD_BYTES // self.size_bytes) - 1)))]
         self.norm_weight = torch.rand(shape.k, device="cuda").to(shape.dtype)
-        if isinstance(first, PackedMatrix):
+        if isinstance(first, QuantizedMatrix):
             self.weight = first.stored().dequantized()
 
-    def _matrix(self) -> Matrix | PackedMatrix:
-        layout = self.shape.layout
-        if layout is None:
+    def _matrix(self) -> DeviceMatrix:
+        shape = self.shape
+        matrix = quantized_matrix(shape.weight_format, shape.matrix_shape, shape.dtype, "cuda")
+        if matrix is None:
             return Matrix.dense(self.weight)
-        packed = PackedMatrix(self.shape.weight_format, layout, "cuda")
-        for begin in range(0, layout.shape[0], 4096):
-            packed.fill(self.shape.weight_format.quantize(self.weight[begin : begin + 4096]), begin)
-        return packed
+        matrix.fill(shape.weight_format.quantize(self.weight))
+        return matrix
 
-    def _copy(self, first: Matrix | PackedMatrix) -> Matrix | PackedMatrix:
+    def _copy(self, first: DeviceMatrix) -> DeviceMatrix:
         if isinstance(first, Matrix):
             return Matrix.dense(first.weight.clone())
-        copy = PackedMatrix(first.format, first.layout, "cuda")
+        copy = quantized_matrix(first.format, first.shape, self.shape.dtype, "cuda")
+        assert copy is not None
         for name, tensor in first.tensors.items():
             copy.tensors[name].copy_(tensor)
         return copy
@@ -105,10 +109,10 @@ class PackedBench:
 
 
 def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig]:
-    """Every candidate, and `extra` ones for packed matrices."""
+    """Every candidate, and `extra` ones for quantized matrices."""
     device = torch.device("cuda", torch.cuda.current_device())
     usual = candidates(shape, max_shared_bytes(device), tiled_sms(device))
-    return list(dict.fromkeys([*usual[:8], *(extra if shape.layout is not None else ())]))
+    return list(dict.fromkeys([*usual[:8], *(extra if shape.is_quantized else ())]))
 
 
 def jobs(
@@ -165,9 +169,10 @@ def main() -> None:
                 except Exception as failure:  # one variant must not end the benchmark
                     print(f"{name} {failure!r}"[:300], flush=True)
                     continue
-                times[config] = us if error < TOLERANCE else float("inf")
+                most = TOLERANCE_8_BITS if shape.is_scaled else TOLERANCE
+                times[config] = us if error < most else float("inf")
                 rate, flops = bench.size_bytes / us / 1e6, 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
-                wrong = "" if error < TOLERANCE else " WRONG"  # NaN is wrong as well
+                wrong = "" if error < most else " WRONG"  # NaN is wrong as well
                 print(
                     f"{name}{us:9.2f} us {rate:5.2f} TB/s {flops / us / 1e6:6.1f} TFLOP/s error {error:.1e}{wrong}",
                     flush=True,

@@ -33,6 +33,7 @@ from llmengine.kernels.gemm_config import (
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.quantization.formats import Dense
+from llmengine.quantization.int8 import Int8W8A8
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
@@ -106,8 +107,17 @@ _PACKED: dict[int, str] = {
 }
 """By bucket, for packed weights, without the number of programs that share K; the last also for more rows."""
 
+_SCALED: dict[int, str] = {
+    1: "packed-m16n64w4s6 packed-m8n64w4s6",
+    16: "packed-m16n64w4s6 packed-m16n128w8s5",
+    32: "packed-m32n64w4s6 packed-m32n128w8s5",
+    64: "packed-m64n64w4s5 packed-m64n128w8s4",
+    128: "packed-m128n128w8s4 packed-m64n128w8s4",
+}
+"""Likewise where activations are quantized too."""
+
 _SPLITS = (1, 2, 4, 8, 16)
-"""Programs that share K, for packed weights, of which those are tried that give one to three to a multiprocessor."""
+"""Programs that share K, for quantized weights, of which those are tried that give one to three to a multiprocessor."""
 
 _USUAL_SMS = 132
 
@@ -222,8 +232,8 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
 
 
 def unmeasured_config(shape: GemmShape, max_shared: int) -> LinearConfig:
-    """The configuration where nothing is measured: cuBLASLt's for dense matrices, the likeliest for packed ones."""
-    return CublasConfig() if shape.layout is None else candidates(shape, max_shared)[0]
+    """The configuration where nothing is measured: cuBLASLt's for dense matrices, the likeliest for quantized ones."""
+    return candidates(shape, max_shared)[0] if shape.is_quantized else CublasConfig()
 
 
 def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[LinearConfig]:
@@ -233,9 +243,9 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
         num_sms: see `GemmChoices`.
     """
     bucketed = _bucketed(shape)
-    if bucketed is not None and shape.layout is not None:
-        packed = _packed_candidates(bucketed, shape.layout.num_blocks, num_sms or _USUAL_SMS)
-        return [config for config in packed if shared_bytes(shape, config) <= max_shared]
+    if bucketed is not None and shape.is_quantized:
+        quantized = _quantized_candidates(bucketed, num_sms or _USUAL_SMS)
+        return [config for config in quantized if shared_bytes(shape, config) <= max_shared]
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
@@ -252,21 +262,23 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[Line
     return [config for config in configs if shared_bytes(shape, config) <= max_shared]
 
 
-def _packed_candidates(shape: GemmShape, num_blocks: int, num_sms: int) -> list[LinearConfig]:
-    """Ways to multiply by a packed matrix in a bucket; from 128 rows on also dequantized, by cuBLASLt."""
+def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
+    """Ways to multiply by a quantized matrix in a bucket; from 128 rows on also by a library."""
+    names = _SCALED if shape.is_scaled else _PACKED
     configs: list[LinearConfig] = []
-    for name in _PACKED[min(shape.num_rows, max(_PACKED))].split():
+    for name in names[min(shape.num_rows, max(names))].split():
         config = parse_config(name)
         assert isinstance(config, PackedConfig), name
-        num_outputs = shape.n if fuses_gate(config, shape.n) else _num_outputs(shape)
+        is_gated = not shape.is_scaled and fuses_gate(config, shape.n)
+        num_outputs = shape.n if is_gated else _num_outputs(shape)
         tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
-        most = 1 if tiles > MAX_SPLIT_TILES else max(1, num_blocks // 2)
+        most = 1 if tiles > MAX_SPLIT_TILES else max(1, shape.num_turns // 2)
         splits = [split for split in _SPLITS if split <= most]
         fitting = [split for split in splits if 0.9 * num_sms <= tiles * split <= 3.2 * num_sms]
         if not fitting:
             fitting = splits[:1] if tiles > num_sms else splits[-1:]
         configs += [replace(config, split_k=split) for split in fitting]
-    if shape.num_rows >= 128:
+    if shape.num_rows >= 128 and not isinstance(shape.weight_format, Int8W8A8):
         configs = [*configs, CublasConfig(0, 0)] if shape.num_rows < 512 else [CublasConfig(0, 0), *configs]
     return configs
 

@@ -11,9 +11,11 @@ import torch
 
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, TileConfig
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout
+from llmengine.kernels.scaled_weights import has_scaled_products
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 
 _MAX_GATED_ROWS = 32
+_SCALED_BLOCK_K = 128
 
 Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
 
@@ -51,7 +53,7 @@ class SkinnyConfig:
 
 @dataclass(frozen=True, slots=True)
 class PackedConfig:
-    """How `packed_linear`'s kernel cuts up a product with packed quantized weights.
+    """How the kernels of `packed_linear` and `scaled_linear` cut up a product with quantized weights.
 
     Any number of rows can be computed, with programs for each block_m of them.
 
@@ -75,8 +77,8 @@ class PackedConfig:
 
 
 LinearConfig = SkinnyConfig | PackedConfig | CublasConfig | TileConfig
-"""A dense matrix is multiplied by any but a `PackedConfig`; a packed one by any but a `SkinnyConfig`, dequantized first
-for cuBLASLt."""
+"""A dense matrix is multiplied by any but a `PackedConfig`; a quantized one by any but a `SkinnyConfig`. For cuBLASLt a
+packed one is dequantized first; with activations in FP8, torch's product is meant."""
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -152,8 +154,24 @@ class GemmShape:
 
     @property
     def layout(self) -> PackedLayout | None:
-        """Of a packed matrix; None if it is dense."""
+        """Of a packed matrix; None if it is another."""
         return PackedLayout.of(self.weight_format, self.matrix_shape, self.dtype)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether activations are quantized too."""
+        return has_scaled_products(self.weight_format, self.matrix_shape)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrix is not dense."""
+        return self.is_scaled or self.layout is not None
+
+    @property
+    def num_turns(self) -> int:
+        """Turns in which a kernel of quantized weights walks the inputs."""
+        layout = self.layout
+        return -(-self.k // _SCALED_BLOCK_K) if layout is None else layout.num_blocks
 
 
 Choose = Callable[[GemmShape], LinearConfig]
@@ -167,7 +185,8 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
     num_weights = 2 if shape.operation == "norm_linear_silu" else 1
     if isinstance(config, PackedConfig):
         layout = shape.layout
-        assert layout is not None, shape
+        if layout is None:
+            return (config.num_stages - 1) * (config.block_m + config.block_n) * _SCALED_BLOCK_K
         words = num_weights * config.block_n * layout.slice_columns * 2
         turn = words + config.block_m * layout.block_columns * shape.dtype.itemsize
     elif isinstance(config, SkinnyConfig):
@@ -191,6 +210,8 @@ def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig | PackedConf
     Args:
         max_shared: see `limits.max_shared_bytes`; less of it leaves fewer loads in flight, in the same order.
     """
+    if shape.is_scaled:
+        return PackedConfig(32, 64, num_warps=4, num_stages=5)
     if shape.layout is not None:
         return PackedConfig(32, 64, num_warps=4, num_stages=3 if shape.dtype.itemsize == 2 else 2)
     if shape.dtype == torch.float32:

@@ -285,9 +285,9 @@ def _skinny_kernel(
     EVEN_K: tl.constexpr = K == TURNS * BLOCK_K * SPLIT_K
     begin = split * (TURNS * BLOCK_K)
     if PREFETCH_CHUNKS > 0:
-        _prefetch(weight_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
+        prefetch_rows(weight_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
         if GATED:
-            _prefetch(up_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
+            prefetch_rows(up_rows, begin, tl.minimum(begin + TURNS * BLOCK_K, K), PREFETCH_CHUNKS)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
@@ -372,7 +372,7 @@ def _multiply(x_tile, weight_tile, acc, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(weight_rows, begin, end, CHUNKS: tl.constexpr):
+def prefetch_rows(weight_rows, begin, end, CHUNKS: tl.constexpr):
     """Ask the L2 for the first CHUNKS * _PREFETCH_BYTES bytes of [begin, end) of each weight row [BLOCK_N, 1]."""
     SIZE: tl.constexpr = weight_rows.dtype.element_ty.primitive_bitwidth // 8
     CHUNK: tl.constexpr = _PREFETCH_BYTES // SIZE

@@ -10,18 +10,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, SkinnyConfig
+from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, PackedConfig, SkinnyConfig
 from llmengine.kernels.linear import LinearKernels
 from llmengine.kernels.packed_linear import PackedProducts
-from llmengine.kernels.packed_weights import PackedMatrix
-from llmengine.quantization.formats import DENSE
+from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
+from llmengine.kernels.quantized_matrix import QuantizedMatrix
+from llmengine.kernels.scaled_linear import ScaledProducts
+from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
+from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 from llmengine.quantization.matrix import Matrix
 
 BoundLinear = Callable[[Tensor, Tensor], None]
 """(x [num_rows, in_features], where the result goes); weights are bound."""
 
-DeviceMatrix = Matrix | PackedMatrix
+DeviceMatrix = Matrix | QuantizedMatrix
 """A dense matrix, or a quantized one as the products of its format read it."""
+
+
+def quantized_matrix(
+    weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, device: torch.device | str
+) -> QuantizedMatrix | None:
+    """A matrix of a format, to be filled, for activations of `dtype`; None if no product reads the format."""
+    if has_scaled_products(weight_format, shape):
+        return ScaledMatrix(weight_format, shape, device)
+    layout = PackedLayout.of(weight_format, shape, dtype)
+    return None if layout is None else PackedMatrix(weight_format, layout, device)
 
 
 class Products(Protocol):
@@ -105,9 +118,7 @@ class LinearOps:
         return apply
 
     def _products(self, matrix: DeviceMatrix) -> Products:
-        if isinstance(matrix, PackedMatrix):
-            return PackedProducts(self._kernels, matrix)
-        return DenseProducts(self._kernels, matrix)
+        return _products(self._kernels, matrix)
 
 
 def compilations(kernels: LinearKernels, shapes: Iterable[GemmShape], choose: Choose) -> list[Callable[[], None]]:
@@ -120,9 +131,18 @@ def compilations(kernels: LinearKernels, shapes: Iterable[GemmShape], choose: Ch
     return list(jobs.values())
 
 
+def _products(kernels: LinearKernels, matrix: DeviceMatrix) -> Products:
+    if isinstance(matrix, PackedMatrix):
+        return PackedProducts(kernels, matrix)
+    if isinstance(matrix, ScaledMatrix):
+        return ScaledProducts(kernels, matrix)
+    assert isinstance(matrix, Matrix), matrix
+    return DenseProducts(kernels, matrix)
+
+
 def has_kernel(shape: GemmShape, config: LinearConfig) -> bool:
-    """Whether a product runs a kernel of ours, which has to be compiled; cuBLASLt's are there."""
-    return isinstance(config, SkinnyConfig) or shape.layout is not None
+    """Whether a product runs kernels of ours, which have to be compiled; those of libraries are there."""
+    return isinstance(config, SkinnyConfig | PackedConfig) or shape.is_quantized
 
 
 def compile_product(kernels: LinearKernels, shape: GemmShape, config: LinearConfig) -> None:
@@ -130,9 +150,11 @@ def compile_product(kernels: LinearKernels, shape: GemmShape, config: LinearConf
     if isinstance(config, SkinnyConfig):
         kernels.compile(shape, config)
         return
-    layout = shape.layout
-    assert layout is not None, shape
-    matrix = PackedMatrix(shape.weight_format, layout, "meta")
-    out = torch.empty(shape.num_rows, shape.n, dtype=shape.out_dtype, device="meta")
+    matrix = quantized_matrix(shape.weight_format, shape.matrix_shape, shape.dtype, "meta")
+    assert matrix is not None, shape
+    products = _products(kernels, matrix)
+    assert isinstance(products, PackedProducts | ScaledProducts)
+    x = torch.empty(shape.num_rows, shape.k, dtype=shape.dtype, device="meta")
+    out = x.new_empty(shape.num_rows, shape.n, dtype=shape.out_dtype)
     gated, add = shape.operation == "norm_linear_silu", shape.operation == "linear_add"
-    PackedProducts(kernels, matrix).compile(shape.num_rows, out, config, gated, add)
+    products.compile(x, out, config, gated, add)

@@ -60,15 +60,14 @@ class PackedProducts:
         self._multiply(x, bias, gate_up, config)
         silu_and_mul(gate_up, out, self._kernels.pdl)
 
-    def compile(self, num_rows: int, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
-        """Compile the kernel of a product whose result is like `out`, without running it."""
-        x = out.new_empty(num_rows, self._matrix.shape[1], dtype=self._matrix.layout.dtype)
+    def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
+        """Compile the kernel of a product of tensors like `x` and `out`, without running it."""
         if not isinstance(config, PackedConfig):
             self._dequantize(0, x.new_empty(TILE_ROWS, x.shape[1]), compile_only=True)
             return
         is_fused = gated and fuses_gate(config, out.shape[1])
         if gated and not is_fused:
-            out = x.new_empty(num_rows, self._matrix.shape[0])
+            out = x.new_empty(len(x), self._matrix.shape[0])
         self._launch(x, None, out, config, is_fused, add, compile_only=True)
 
     def _prepared(self, x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:

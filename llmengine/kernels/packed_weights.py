@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.dtypes import torch_dtype
+from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.quantization.formats import Shape, WeightFormat
 from llmengine.quantization.fp8 import BLOCK, Fp8
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
@@ -131,19 +132,19 @@ class PackedLayout:
         return tensors
 
 
-class PackedMatrix:
-    """A quantized matrix on the device; its tensors have their places, and are filled later.
+class PackedMatrix(QuantizedMatrix):
+    """A matrix whose weights alone are quantized.
 
     Attributes:
-        layout: of `tensors`.
-        tensors: "words", "scales" and "zeros", see `PackedLayout`; and of the stored tensors those that activations
-            are prepared with: "input_order" and "input_scale".
+        layout: of `tensors`: "words", "scales" and "zeros", beside which there are, of the stored tensors, those that
+            activations are prepared with: "input_order" and "input_scale".
     """
 
     def __init__(self, weight_format: WeightFormat, layout: PackedLayout, device: torch.device | str) -> None:
         packing = _packing_of(weight_format)
         assert packing is not None, weight_format
         self.format = weight_format
+        self.shape = layout.shape
         self.layout = layout
         self.tensors = layout.empty(device)
         self._packing = packing
@@ -153,23 +154,7 @@ class PackedMatrix:
             spec = specs[name]
             self.tensors[name] = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
 
-    @property
-    def shape(self) -> Shape:
-        """(out_features, in_features)."""
-        return self.layout.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.tensors["words"].device
-
-    @property
-    def size_bytes(self) -> int:
-        """Resident bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def fill(self, tensors: Mapping[str, Tensor], first_row: int = 0) -> None:
-        """Pack the stored tensors of rows from `first_row` on, which is a multiple of 64; they are on the device."""
         assert first_row % TILE_ROWS == 0, first_row
         layout, codes = self.layout, self._packing.take_apart(tensors)
         first = first_row // TILE_ROWS
@@ -188,8 +173,7 @@ class PackedMatrix:
             self.tensors[name].copy_(tensors[name])
 
     def stored(self) -> Matrix:
-        """The matrix as it is stored, in new tensors on the device."""
-        rows = max(1, _CHUNK_WEIGHTS // self.shape[1] // 128) * 128
+        rows = max(1, _CHUNK_WEIGHTS // self.shape[1] // ROW_UNIT) * ROW_UNIT
         pieces = [self._stored(begin, min(begin + rows, self.shape[0])) for begin in range(0, self.shape[0], rows)]
         return Matrix(self.format, self.shape, self.format.join(pieces, self.shape, "out"))
 

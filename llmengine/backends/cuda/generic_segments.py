@@ -16,7 +16,6 @@ from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
 from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compilations
 from llmengine.kernels.norm import rms_norm
-from llmengine.kernels.packed_weights import PackedMatrix
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
 
@@ -75,8 +74,7 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
         logit_scale=arch.logit_scale,
         logit_soft_cap=arch.logit_soft_cap,
     )
-    is_packed = any(isinstance(matrix, PackedMatrix) for matrix in weights.matrices.values())
-    products = "Triton and cuBLASLt products" if is_packed else "cuBLASLt"
+    products = "Triton and cuBLASLt products" if weights.quantized else "cuBLASLt"
     if context.config.deterministic:
         products = "Triton products of a fixed order"
     return TunableSegments(

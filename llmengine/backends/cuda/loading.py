@@ -131,7 +131,7 @@ def _info(
     config: ModelConfig, source: ModelSource, model: CudaModel, pool: KvPool, device: torch.device
 ) -> BackendInfo:
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    formats = [*dict.fromkeys(str(matrix.format) for matrix in model.weights.packed.values())]
+    formats = [*dict.fromkeys(str(matrix.format) for matrix in model.weights.quantized.values())]
     weights = f"{', '.join([*formats, dtype_name(model.embedding.dtype)])} weights"
     if source.dequantized:
         weights += f", {source.dequantized}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -15,12 +16,12 @@ from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
-from llmengine.kernels.linear_ops import DeviceMatrix
+from llmengine.kernels.linear_ops import DeviceMatrix, quantized_matrix
 from llmengine.kernels.norm import MAX_HIDDEN
-from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
+from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.quantization.formats import DENSE
+from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
 
@@ -35,7 +36,7 @@ class CudaWeights:
     Attributes:
         arch: of the model.
         by_name: norms, biases and dense matrices, as `ModelFormats.layout` names them.
-        matrices: by canonical name less ".weight"; quantized ones are packed. "lm_head" is among them also where it is
+        matrices: by canonical name less ".weight"; "lm_head" is among them also where it is
             the embedding, or a quantized copy of it.
     """
 
@@ -45,10 +46,10 @@ class CudaWeights:
 
     @classmethod
     def of(
-        cls, arch: ModelArch, by_name: Mapping[str, Tensor], packed: Mapping[str, PackedMatrix] | None = None
+        cls, arch: ModelArch, by_name: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix] | None = None
     ) -> Self:
-        """The weights of a model whose tensors are `by_name`, but for the matrices that are `packed`."""
-        matrices: dict[str, DeviceMatrix] = dict(packed or {})
+        """The weights of a model whose tensors are `by_name`, but for the matrices that are `quantized`."""
+        matrices: dict[str, DeviceMatrix] = dict(quantized or {})
         for name in matrix_shapes(arch):
             if name not in matrices:
                 matrices[name] = Matrix.dense(by_name[f"{name}.weight"])
@@ -72,19 +73,19 @@ class CudaWeights:
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        packed = sum(matrix.size_bytes for matrix in self.packed.values())
-        return packed + sum(tensor.nbytes for tensor in self.by_name.values())
+        quantized = sum(matrix.size_bytes for matrix in self.quantized.values())
+        return quantized + sum(tensor.nbytes for tensor in self.by_name.values())
 
     @property
-    def packed(self) -> dict[str, PackedMatrix]:
-        """The matrices that are packed."""
-        return {name: matrix for name, matrix in self.matrices.items() if isinstance(matrix, PackedMatrix)}
+    def quantized(self) -> dict[str, QuantizedMatrix]:
+        """The matrices that are quantized."""
+        return {name: matrix for name, matrix in self.matrices.items() if isinstance(matrix, QuantizedMatrix)}
 
     def canonical(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the canonical weights as they are stored, one copy in host memory at a time."""
         for name in canonical_shapes(self.arch):
             matrix = self.matrices.get(name.removesuffix(".weight"))
-            if name.endswith(".weight") and isinstance(matrix, PackedMatrix):
+            if name.endswith(".weight") and isinstance(matrix, QuantizedMatrix):
                 for stored_name, tensor in matrix.stored().named_tensors(name.removesuffix(".weight")):
                     yield stored_name, tensor.cpu()
             else:
@@ -99,45 +100,61 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     """
     _check_sizes(source.arch)
     dtype = source.checkpoint_dtype if config.dtype == "auto" else config.dtype
-    layouts = _packed_layouts(source, torch_dtype(dtype))
+    matrices = partial(_quantized_matrices, source, torch_dtype(dtype))
+    names = matrices("meta").keys()
     layout = source.formats.layout(source.arch, dtype)
-    specs = {name: spec for name, spec in layout.items() if _is_kept(name, layouts)}
+    specs = {name: spec for name, spec in layout.items() if _is_kept(name, names)}
     needed = sum(spec.size_bytes for spec in specs.values())
-    needed += sum(tensor.nbytes for item in layouts.values() for tensor in item.empty("meta").values())
+    needed += sum(matrix.size_bytes for matrix in matrices("meta").values())
     with memory_error_context(
         f"weights: {needed / 2**20:.0f} MiB in {dtype}", device, "choose a smaller dtype or model"
     ):
         by_name = {
             name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device) for name, spec in specs.items()
         }
-        packed = {name: PackedMatrix(source.formats.of(name), item, device) for name, item in layouts.items()}
-    return CudaWeights.of(source.arch, by_name, packed)
+        return CudaWeights.of(source.arch, by_name, matrices(device))
 
 
-def _packed_layouts(source: ModelSource, dtype: torch.dtype) -> dict[str, PackedLayout]:
-    """The layouts of the quantized matrices, by canonical name less ".weight"."""
+def _quantized_matrices(
+    source: ModelSource, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, QuantizedMatrix]:
+    """The quantized matrices, to be filled, by canonical name less ".weight"."""
     shapes = matrix_shapes(source.arch)
     if source.arch.tie_word_embeddings and source.formats.of("lm_head") != source.formats.of("embed_tokens"):
         shapes["lm_head"] = shapes["embed_tokens"]
-    layouts: dict[str, PackedLayout] = {}
+    matrices: dict[str, QuantizedMatrix] = {}
     for name, shape in shapes.items():
         weight_format = source.formats.of(name)
         if weight_format == DENSE:
             continue
-        layout = None if name == "embed_tokens" else PackedLayout.of(weight_format, shape, dtype)
-        if layout is None:
+        # Rows of the embedding are looked up.
+        matrix = None if name == "embed_tokens" else quantized_matrix(weight_format, shape, dtype, device)
+        if matrix is not None:
+            _check_capability(weight_format, matrix, torch.device(device))
+        else:
             raise ConfigError(
                 f"weights in format {str(weight_format)!r} are not available on CUDA in this version ({name}); use "
                 "device='cpu', or another format"
             )
-        layouts[name] = layout
-    return layouts
+        matrices[name] = matrix
+    return matrices
 
 
-def _is_kept(name: str, layouts: Mapping[str, PackedLayout]) -> bool:
+def _check_capability(weight_format: WeightFormat, matrix: QuantizedMatrix, device: torch.device) -> None:
+    """Raise `ConfigError` for a format whose numbers the device does not compute with."""
+    if device.type != "cuda" or (found := torch.cuda.get_device_capability(device)) >= matrix.least_capability:
+        return
+    needed = ".".join(map(str, matrix.least_capability))
+    raise ConfigError(
+        f"weights in format {str(weight_format)!r} need compute capability {needed}; "
+        f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use device='cpu', or another format"
+    )
+
+
+def _is_kept(name: str, quantized: Container[str]) -> bool:
     """Whether a stored tensor stays what it is on the device."""
     prefix, _, suffix = name.rpartition(".")
-    return suffix == "bias" or prefix not in layouts
+    return suffix == "bias" or prefix not in quantized
 
 
 def _check_sizes(arch: ModelArch) -> None:
@@ -152,27 +169,27 @@ def _check_sizes(arch: ModelArch) -> None:
 def load_weights(weights: CudaWeights, source: ModelSource) -> None:
     """Stream the weights of `source` into their places; host memory peaks at one matrix and what `Uploads` has.
 
-    Quantized matrices are packed on the device. The last copies may still be under way, in the current stream.
+    Quantized matrices are rearranged on the device. The last copies may still be under way, in the current stream.
     """
     uploads = Uploads(weights.embedding.device)
-    packed = weights.packed
+    quantized = weights.quantized
     arrived: dict[str, Tensor] = {}
     for name, tensor in source.weights(weights.embedding.dtype):
         prefix, _, suffix = name.rpartition(".")
-        if suffix == "bias" or prefix not in packed:
+        if suffix == "bias" or prefix not in quantized:
             uploads.copy(weights.by_name[name], tensor)
             continue
-        matrix = packed[prefix]
+        matrix = quantized[prefix]
         arrived[suffix] = tensor
         if arrived.keys() == matrix.format.tensors(matrix.shape, "float32").keys():
-            _upload_packed(uploads, matrix, arrived)
+            _upload_quantized(uploads, matrix, arrived)
             arrived = {}
     assert not arrived, sorted(arrived)
-    if weights.arch.tie_word_embeddings and "lm_head" in packed:
-        _quantize_packed(packed["lm_head"], weights.embedding)
+    if weights.arch.tie_word_embeddings and "lm_head" in quantized:
+        _fill_quantizing(quantized["lm_head"], weights.embedding)
 
 
-def _upload_packed(uploads: Uploads, matrix: PackedMatrix, tensors: Mapping[str, Tensor]) -> None:
+def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mapping[str, Tensor]) -> None:
     for begin, end in _row_ranges(matrix):
         piece = matrix.format.cut(tensors, matrix.shape, "out", begin, end)
         on_device = {name: torch.empty_like(part, device=matrix.device) for name, part in piece.items()}
@@ -181,15 +198,15 @@ def _upload_packed(uploads: Uploads, matrix: PackedMatrix, tensors: Mapping[str,
         matrix.fill(on_device, begin)
 
 
-def _quantize_packed(matrix: PackedMatrix, dense: Tensor) -> None:
+def _fill_quantizing(matrix: QuantizedMatrix, dense: Tensor) -> None:
     """Fill `matrix` with what `dense`, on the device, is in its format."""
     for begin, end in _row_ranges(matrix):
         matrix.fill(matrix.format.quantize(dense[begin:end]), begin)
 
 
-def _row_ranges(matrix: PackedMatrix) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows that begin where tiles, and blocks that share a scale, do."""
+def _row_ranges(matrix: QuantizedMatrix) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that can be filled one after the other."""
     num_rows, columns = matrix.shape
-    size = max(1, _UPLOAD_WEIGHTS // (128 * columns)) * 128
+    size = max(1, _UPLOAD_WEIGHTS // (ROW_UNIT * columns)) * ROW_UNIT
     for begin in range(0, num_rows, size):
         yield begin, min(begin + size, num_rows)

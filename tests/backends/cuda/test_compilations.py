@@ -97,7 +97,14 @@ def serve(backend: CudaBackend) -> None:
     backend.collect()
 
 
-PRODUCTS = {"_rms_norm_kernel", "_skinny_kernel", "packed_kernel", "dequantize_kernel"}
+PRODUCTS = {
+    "_rms_norm_kernel",
+    "_skinny_kernel",
+    "packed_kernel",
+    "dequantize_kernel",
+    "scaled_kernel",
+    "quantize_rows_kernel",
+}
 """What models without fused kernels compile with their first step."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -105,6 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deterministic": {"deterministic": True},
     "fp8 cache": {"quant_config": QuantConfig(kv_cache="fp8")},
     "int4": {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)},
+    "fp8": {"quant_config": QuantConfig.preset("fp8")},
     "int4, deterministic": {
         "quant_config": QuantConfig.preset("int4-rtn", group_size=32, kv_cache="fp8"),
         "deterministic": True,

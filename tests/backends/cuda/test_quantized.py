@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.backends.cuda.weights import allocate_weights
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.model_formats import ModelFormats
 from llmengine.sampling_params import SamplingParams
-from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
+from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
 
 SMALL = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -115,10 +119,36 @@ def test_matrices_that_stay_dense_are_multiplied_beside_quantized_ones(tmp_path:
     backend.close()
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "fp8", "fp8-block"])
-def test_formats_without_products_are_refused_by_name(tmp_path: Path, device: str, preset: Any) -> None:
+def test_formats_without_products_are_refused_by_name(tmp_path: Path, device: str) -> None:
     save_tiny(tmp_path, **SMALL)
-    quant = QuantConfig.preset(preset, method="rtn") if preset == "w8a8" else QuantConfig.preset(preset)
-    name = preset.partition("-")[0]
-    with pytest.raises(ConfigError, match=rf"weights in format '{name}.*' are not available on CUDA in this version"):
-        load(tmp_path, device, quant)
+    source = dataclasses.replace(open_model(tmp_path), formats=ModelFormats(GGUF_BLOCKS["Q4_0"]))
+    with pytest.raises(ConfigError, match=r"weights in format 'gguf-q4_0' are not available on CUDA in this version"):
+        allocate_weights(ModelConfig(tmp_path).resolve(), source, torch.device(device, 0))
+
+
+@pytest.mark.parametrize("kind", ["fused", "generic"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-block", "w8a8"])
+def test_quantized_activations_give_what_they_give_on_a_cpu(tmp_path: Path, device: str, name: Any, kind: str) -> None:
+    if device == "cpu" and (kind, name) not in (("fused", "fp8"), ("generic", "w8a8")):
+        pytest.skip("on a GPU only")
+    if kind == "fused":
+        save_tiny(tmp_path, **SMALL)
+    else:
+        make_family("gemma3", num_hidden_layers=1).save_pretrained(tmp_path)
+    quant = QuantConfig.preset(name, method="rtn") if name == "w8a8" else QuantConfig.preset(name)
+    entries = []
+    for backend in (load(tmp_path, device, quant)[0], load_tiny(tmp_path, quant=quant, native_directory=NO_NATIVE)):
+        driver = BackendDriver(backend)
+        request = driver.add(1, PROMPT, SamplingParams(logprobs=20))
+        entries.append([driver.step((request, count)).logprobs[request.slot][0] for count in (len(PROMPT), 1)])
+        backend.close()
+    for ours, theirs in zip(*entries, strict=True):
+        expected = dict(zip(theirs.top_ids, theirs.top_logprobs, strict=True))
+        near = [
+            abs(value - expected[token])
+            for token, value in zip(ours.top_ids, ours.top_logprobs, strict=True)
+            if token in expected
+        ]
+        # A value on the edge between two numbers of 8 bits may fall to either side.
+        assert len(near) >= 17
+        assert max(near) < 0.05

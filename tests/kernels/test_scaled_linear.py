@@ -1,0 +1,165 @@
+"""Products with activations of 8 bits, against the same values multiplied in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine.kernels.cublaslt import CublasConfig
+from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
+from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.kernels.norm import rms_norm_reference
+from llmengine.kernels.scaled_linear import ScaledProducts
+from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8, Int8W8A8
+
+EPS = 1e-5
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16
+FORMATS: list[WeightFormat] = [
+    Fp8("channel", "token"),
+    Fp8("tensor", "token"),
+    Fp8("tensor", "tensor"),
+    Fp8("channel", "tensor"),
+    Fp8("block", "block"),
+    Fp8("block", "token"),
+    Int8W8A8("channel", "token"),
+    Int8W8A8("tensor", "tensor", input_scale=True),
+]
+CONFIGS: list[LinearConfig] = [
+    PackedConfig(8, 64, num_warps=4, num_stages=3),
+    PackedConfig(16, 128, num_warps=8, num_stages=3, split_k=2),
+    CublasConfig(),
+]
+LARGE_CONFIGS: list[LinearConfig] = [
+    *(PackedConfig(block_m, 64, 4, 6, split) for block_m in (8, 16, 32) for split in (1, 4)),
+    PackedConfig(64, 64, 4, 5),
+    PackedConfig(64, 128, 8, 4, 2),
+    PackedConfig(128, 128, 8, 4),
+    CublasConfig(),
+]
+SIZES = [(1088, 4096), (576, 576)] if ON_GPU else [(70, 144), (144, 256)]
+
+
+def stored(weight_format: WeightFormat, weight: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of a weight; a scale for all activations is that of values up to 8."""
+    if isinstance(weight_format, Fp8):
+        tensors = Fp8(weight_format.scales, "token").quantize(weight)
+    else:
+        assert isinstance(weight_format, Int8W8A8)
+        tensors = Int8W8A8(weight_format.scales, "token").quantize(weight)
+        if weight_format.input_scale:
+            tensors["input_scale"] = torch.rand(weight.shape[1]) + 0.5
+    if weight_format.activations == "tensor":
+        tensors["activation_scale"] = torch.tensor([8.0 / (448 if isinstance(weight_format, Fp8) else 127)])
+    order = weight_format.tensors((weight.shape[0], weight.shape[1]), "float32")
+    return {name: tensors[name] for name in order}
+
+
+class Case:
+    """A scaled matrix and random operands."""
+
+    def __init__(self, device: str, weight_format: WeightFormat, num_rows: int, n: int, k: int, gated: bool) -> None:
+        torch.manual_seed(num_rows * 7919 + n * 31 + k)
+        shape = (2 * n if gated else n, k)
+        self.format = weight_format
+        self.stored = stored(weight_format, torch.randn(shape) * k**-0.5)
+        self.matrix = ScaledMatrix(weight_format, shape, device)
+        for begin in range(0, shape[0], 128):
+            part = weight_format.cut(self.stored, shape, "out", begin, min(begin + 128, shape[0]))
+            self.matrix.fill({name: tensor.to(device) for name, tensor in part.items()}, begin)
+        self.products = ScaledProducts(LinearKernels(device), self.matrix)
+        self.on_device = {name: tensor.to(device) for name, tensor in self.stored.items()}
+        self.weight = weight_format.dequantize(self.on_device)
+        self.x = (torch.randn(num_rows, k, device=device) * 3).to(DTYPE)
+        self.norm_weight = torch.rand(k, device=device).to(DTYPE)
+        self.bias = torch.randn(shape[0], device=device).to(DTYPE)
+        self.residual = torch.randn(num_rows, n, device=device).to(DTYPE)
+
+    def check(self, operation: Operation, config: LinearConfig, bias: bool, num_rows: int | None = None) -> None:
+        x, residual = self.x[:num_rows], self.residual[:num_rows]
+        used_bias = self.bias if bias else None
+        added = residual if operation == "linear_add" else None
+        normed = x.float() if operation == "linear_add" else rms_norm_reference(x, self.norm_weight, EPS)
+        rounded = self.format.rounded_activations(normed, self.on_device)
+        gate_up = linear_reference("norm_linear", rounded, None, EPS, self.weight, used_bias, added)
+        if operation == "norm_linear_silu":
+            gate, up = gate_up.chunk(2, dim=-1)
+            expected = torch.nn.functional.silu(gate) * up
+            out = torch.full_like(residual, torch.nan)
+            self.products.norm_linear_silu(x, self.norm_weight, EPS, used_bias, out, config)
+        elif operation == "linear_add":
+            expected, out = gate_up, residual.clone()
+            self.products.linear_add(x, used_bias, out, config)
+        else:
+            expected, out = gate_up, torch.full_like(residual, torch.nan, dtype=torch.float32)
+            self.products.norm_linear(x, self.norm_weight, EPS, used_bias, out, config)
+        # Of a norm computed another way, some values are rounded to the number beside.
+        atol = 0.02 * float(expected.abs().max())
+        torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=atol)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_activations_are_rounded_as_the_format_says(device: str, weight_format: WeightFormat, norm: bool) -> None:
+    case = Case(device, weight_format, 5, 64, 208, gated=False)
+    values, scales = case.products.quantize(case.x, case.norm_weight if norm else None, EPS)
+    normed = rms_norm_reference(case.x, case.norm_weight, EPS) if norm else case.x.float()
+    if isinstance(weight_format, Int8W8A8) and weight_format.input_scale:
+        normed = normed * case.on_device["input_scale"]
+        weight_format = Int8W8A8(weight_format.scales, weight_format.activations)
+    expected = weight_format.rounded_activations(normed, case.on_device)
+    spread = scales.view(-1, 1) if scales.dim() == 1 else scales.repeat_interleave(128, dim=1)[:, :208]
+    actual = values.float() * spread
+    # A norm computed another way differs in its last bits, by which a value on the edge falls to the other side.
+    same = actual.isclose(expected, rtol=1e-5) if norm else actual == expected
+    assert float(same.float().mean()) > 0.98
+    torch.testing.assert_close(actual, expected, rtol=0.13, atol=0.05)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_operation(device: str, weight_format: WeightFormat, config: LinearConfig) -> None:
+    for n, k in SIZES:
+        plain = Case(device, weight_format, 5, n, k, gated=False)
+        plain.check("norm_linear", config, bias=False)
+        # Twice: a split must leave its counters as it found them.
+        plain.check("linear_add", config, bias=True)
+        plain.check("linear_add", config, bias=False)
+    Case(device, weight_format, 5, *SIZES[0], gated=True).check("norm_linear_silu", config, bias=True)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large")
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+def test_large_products(device: str, weight_format: WeightFormat) -> None:
+    for n, k in SIZES:
+        plain = Case(device, weight_format, 300, n, k, gated=False)
+        for config in LARGE_CONFIGS:
+            for rows in (1, 8, 70, 300):
+                plain.check("linear_add", config, bias=True, num_rows=rows)
+                plain.check("norm_linear", config, bias=False, num_rows=rows)
+
+
+def test_a_row_does_not_depend_on_the_others(device: str) -> None:
+    case = Case(device, Fp8(), 12, 70, 144, gated=False)
+    config = PackedConfig(8, 64, num_warps=4, num_stages=3, split_k=2)
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.empty_like(case.residual[: len(x)])
+        case.products.norm_linear(x, None, 0.0, None, out, config)
+        return out
+
+    others = case.x.clone()
+    others[:9] = 1e4
+    others[10:] = 0.0
+    assert torch.equal(product(others)[9], product(case.x)[9])
+
+
+def test_formats_without_rounded_activations_and_odd_columns_are_none_of_these() -> None:
+    for weight_format in (DENSE, INT8, Int4Groups(), Fp8("channel", "none")):
+        assert not has_scaled_products(weight_format, (64, 64))
+    assert not has_scaled_products(Fp8(), (64, 40))
