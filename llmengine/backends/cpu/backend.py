@@ -207,11 +207,14 @@ class CpuBackend:
         library, self._native_library = self._native_library, None
         if library is not None:
             library.close()
-        _trim_heap()
+        trim_heap()
 
 
-def _trim_heap() -> None:
-    """Have glibc return freed memory: it keeps the small half of a model's matrices in its heap otherwise."""
+def trim_heap() -> None:
+    """Have glibc return freed memory.
+
+    It keeps the small half of a model's matrices in its heap otherwise, and of the buffers that loading needs.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

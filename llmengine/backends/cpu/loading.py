@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
-from llmengine.backends.cpu.backend import CpuBackend, CpuParts
+from llmengine.backends.cpu.backend import CpuBackend, CpuParts, trim_heap
 from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.native import (
     BYTE_KV_MULTIPLE,
@@ -90,6 +90,7 @@ def _load_parts(
             native_text = f"{_native_steps(native)} in the native decoder ({library.variant})"
         else:
             native_text = f"no native decoder: {why_not_native}"
+    trim_heap()
     info = _info(config, source, model, pool, native_text)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     return CpuParts(
@@ -107,9 +108,9 @@ def _load_parts(
 def _info(config: ModelConfig, source: ModelSource, model: CpuModel, pool: KvPool, native_text: str) -> BackendInfo:
     layout = pool.layout
     return BackendInfo(
-        description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}, "
-        + (f"{source.dequantized}, " if source.dequantized else "")
-        + native_text
+        description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}"
+        + (f" ({source.dequantized})" if source.dequantized else "")
+        + f", {native_text}"
         + f", KV cache in {layout.kv_dtype}"
         + (", deterministic" if config.deterministic else ""),
         vocab_size=source.arch.vocab_size,
