@@ -39,8 +39,8 @@ FORMATS = {"bf16": DTYPE, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 DECODES = [(1, 1024), (1, 8192), (16, 1024), (16, 8192), (64, 200), (64, 2048), (256, 200)]
 PREFILLS = [(16, 128), (1, 2048)]
 CHUNKS = [(8192, 512)]
-GQA_LAUNCHES = ["d32x64w1s3", "d32x64w1s3p12", "d32x64w1s5p8", "d64x64w2s3p8", "d64x128w1s3p8", "d64x128w2s5p8"]
-MHA_LAUNCHES = ["v16x64w2s1", "v16x64w1s1", "v32x64w2s1", "v64x64w4s1"]
+GQA_LAUNCHES = ["d32x64w1s3", "d32x256w1s3p8", "d32x64w1s3p12", "d32x64w1s5p8", "d64x64w2s3p8", "d64x128w2s5p8"]
+MHA_LAUNCHES = ["v32x64w2s1", "v16x64w1s1", "v16x64w2s1p8", "d32x64w1s3", "d32x64w1s3p8"]
 WIDTH, FIRST = 20, 26
 
 

@@ -55,18 +55,18 @@ def decode_launch(config: AttentionConfig, dtype: torch.dtype) -> DecodeLaunch:
         dtype: of the numbers in the KV blocks.
     """
     row_bytes = triton.next_power_of_2(config.head_dim) * dtype.itemsize
-    if dtype.itemsize == 1:  # as much arithmetic for half of the bytes, so more programs have to share an SM
-        tile = max(16, min(32, 8192 // row_bytes))
-        if config.group == 1:
-            return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=2, num_stages=1, vector=True)
-        warps = 1 if row_bytes <= 128 else 2
-        return DecodeLaunch(tile, min_split_tokens=64, num_warps=warps, num_stages=3, vector=False, programs_per_sm=8)
+    has_bytes = dtype.itemsize == 1
     if config.group == 1:
-        tile = max(16, min(128, 4096 // row_bytes))
+        # With larger tiles of 8 bits, scales would pass through shared memory, where warps have to meet.
+        tile = max(16, min(128, (2048 if has_bytes else 4096) // row_bytes))
         return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=2, num_stages=1, vector=True)
     tile = max(16, min(32, 8192 // row_bytes))
-    warps = 1 if row_bytes <= 256 else 2
-    return DecodeLaunch(tile=tile, min_split_tokens=64, num_warps=warps, num_stages=3, vector=False)
+    warps = 1 if row_bytes <= (128 if has_bytes else 256) else 2
+    # Numbers of 8 bits take as much arithmetic for half of the bytes, so more programs have to share an SM.
+    programs = 8 if has_bytes else 4
+    return DecodeLaunch(
+        tile=tile, min_split_tokens=64, num_warps=warps, num_stages=3, vector=False, programs_per_sm=programs
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ def _decode_kernel(
     acc = tl.where(has_new[:, None], v_new, 0.0)
     if PAIRED:
         q, factors = fitted(q)
-        peak = tl.sum(v_scale, axis=0)  # the largest scale of a value so far; acc is in units of it
+        peak = tl.sum(v_scale, axis=0)
         acc /= peak
         pairs = tl.arange(0, HALF_PAD)
         is_pair = pairs < HEAD_DIM // 2
@@ -315,13 +315,8 @@ def _decode_kernel(
         elif PAIRED:
             products = key_products(q, factors, k, k_scales, ASSEMBLY)
             weights, decay, maximum, total = fold_scores(products, valid[None, :], maximum, total, SCALE, SOFT_CAP)
-            raised = tl.maximum(peak, tl.max(v_scales, axis=0))
-            weights = (weights * (v_scales / raised)[None, :]).to(q.dtype)
-            decay *= peak / raised
-            peak = raised
             even, odd = unpaired(v, dtype, ASSEMBLY)
-            acc = tl.dot(weights, even.to(q.dtype), acc * decay[:, None], input_precision="ieee")
-            odd_acc = tl.dot(weights, odd.to(q.dtype), odd_acc * decay[:, None], input_precision="ieee")
+            peak, acc, odd_acc = _fold_pairs(weights, decay, even, odd, v_scales, peak, acc, odd_acc, q.dtype)
         else:
             maximum, total, acc = fold_dot(q, k, v, valid[None, :], maximum, total, acc, SCALE, SOFT_CAP)
     if PAIRED:
@@ -359,8 +354,8 @@ def _decode_kernel(
 def _fold_vector(q, k, v, k_scales, v_scales, valid, maximum, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
     """The online softmax [tile], [tile], [tile, dims] after one more tile of k and v, for a single q [1, dims].
 
-    Each lane of the tile keeps a softmax of its own, so that warps do not have to meet within the loop. The scales are
-    those of `fold_dot`.
+    Each lane of the tile keeps a softmax of its own, so that warps do not have to meet within the loop. The scales of k
+    and v are fp32 [tile], or None where they have the dtype of q.
     """
     products = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
     if k_scales is not None:
@@ -374,6 +369,27 @@ def _fold_vector(q, k, v, k_scales, v_scales, valid, maximum, total, acc, SCALE:
     if v_scales is not None:
         weights *= v_scales
     return raised, total, acc * decay[:, None] + v.to(tl.float32) * weights[:, None]
+
+
+@triton.jit
+def _fold_pairs(weights, decay, even, odd, scales, peak, acc, odd_acc, dtype: tl.constexpr):
+    """The sums of values, in units of `peak`, after one more tile.
+
+    Args:
+        weights: fp32 [rows, tile].
+        decay: fp32 [rows], of the sums so far.
+        even: numbers of the even dimensions [tile, dims / 2]; `odd`: of the others.
+        scales: fp32 [tile], of these values.
+        peak: fp32, the largest scale so far.
+        acc: fp32 [rows, dims / 2], the sums of the even dimensions; `odd_acc`: of the others.
+        dtype: of the products.
+    """
+    raised = tl.maximum(peak, tl.max(scales, axis=0))
+    weights = (weights * (scales / raised)[None, :]).to(dtype)
+    decay *= peak / raised
+    acc = tl.dot(weights, even.to(dtype), acc * decay[:, None], input_precision="ieee")
+    odd_acc = tl.dot(weights, odd.to(dtype), odd_acc * decay[:, None], input_precision="ieee")
+    return raised, acc, odd_acc
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams, SchedulerConfig
+from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.kv_layout import joint_kv_layout
 from llmengine.batch import TokenLogprobs
@@ -25,6 +25,7 @@ from llmengine.kernels.attention_prefill import PrefillLaunch, prefill_attention
 from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.quant_config import KvQuantization
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import BackendDriver, DrivenRequest, save_tiny
@@ -169,16 +170,17 @@ GPU_SHAPE = {
 }
 
 
-def open_llm(directory: Path, rng: random.Random | None, **settings: Any) -> LLM:
+def open_llm(directory: Path, rng: random.Random | None, kv_cache: KvQuantization = "none", **settings: Any) -> LLM:
     """Return an LLM on the GPU; see `determinism_helpers.OpenLLM`."""
     batch_size = rng.choice((2, 3, 8, 70)) if rng else 1
     mixed = max(batch_size, rng.choice((8, 33, 100, 256)) if rng else 512)
     step = max(mixed, rng.choice((16, 64, 200, 512)) if rng else 512)
     num_blocks = rng.choice((29, 34, 80)) if rng else 80
     source = open_model(directory)
-    layout = joint_kv_layout(source.arch, 16, torch.bfloat16)
+    layout = joint_kv_layout(source.arch, 16, torch.bfloat16 if kv_cache == "none" else torch.int8)
     config = ModelConfig(
         directory,
+        quant_config=QuantConfig(kv_cache=kv_cache),
         scheduler_config=SchedulerConfig(
             max_batch_size=batch_size, max_tokens_per_mixed_step=mixed, max_tokens_per_step=step
         ),
@@ -194,8 +196,13 @@ def open_llm(directory: Path, rng: random.Random | None, **settings: Any) -> LLM
     )
 
 
-@pytest.mark.parametrize(("family", "num_engines"), [("llama", 6), ("gemma3", 2), ("olmo2", 2)])
-def test_random_schedules_of_whole_engines(tmp_path: Path, device: str, family: str, num_engines: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "num_engines", "kv_cache"),
+    [("llama", 6, "none"), ("gemma3", 2, "none"), ("olmo2", 2, "none"), ("llama", 2, "int8"), ("llama", 2, "fp8")],
+)
+def test_random_schedules_of_whole_engines(
+    tmp_path: Path, device: str, family: str, num_engines: int, kv_cache: KvQuantization
+) -> None:
     if device == "cpu":
         pytest.skip("on a GPU only")
     if family == "llama":
@@ -203,7 +210,9 @@ def test_random_schedules_of_whole_engines(tmp_path: Path, device: str, family: 
     else:
         sizes = {"vocab_size": 1001, "hidden_size": 256, "max_position_embeddings": 512}
         make_family(family, **sizes).save_pretrained(tmp_path)
-    equal, cached, preemptions = check_schedules(partial(open_llm, tmp_path), PROMPTS, num_engines, 25)
+    equal, cached, preemptions = check_schedules(
+        partial(open_llm, tmp_path, kv_cache=kv_cache), PROMPTS, num_engines, 25
+    )
     assert cached > 0
     assert preemptions > 0
     assert equal
