@@ -40,6 +40,9 @@ _FORMATS: Mapping[str, tuple[tuple[str, int], ...]] = {
 
 _NUMBERS = ("int", "float")
 _STRATEGIES = ("tensor", "channel", "token", "group", "block", "tensor_group", "attn_head")
+_ORDERS = {"group": True, "dynamic": True, "weight": False, "static": False}
+"""Values of `actorder`, and whether groups are then of columns that are not consecutive."""
+
 _DYNAMIC = (True, False, "local")
 _LARGEST_GROUP = 1 << 20
 
@@ -155,8 +158,22 @@ def _packed(group: Fields, weights: Fields) -> LinearLayout:
     if strategy not in ("tensor", "channel", "group"):
         raise refused(weights, "strategy", strategy, "tensor, channel, group")
     _activations(group, "")
-    symmetric = weights.boolean("symmetric", True)
-    return Packed(weights.integer("num_bits"), size, symmetric, one_scale=strategy == "tensor")
+    return Packed(
+        weights.integer("num_bits", 8),
+        size,
+        weights.boolean("symmetric", True),
+        one_scale=strategy == "tensor",
+        act_order=_reorders_columns(weights) and strategy == "group",
+    )
+
+
+def _reorders_columns(weights: Fields) -> bool:
+    """Whether groups are of columns that are not consecutive; older files have true in place of a name."""
+    order = weights.values.get("actorder") or "weight"
+    name = "group" if order is True else order
+    if not isinstance(name, str) or name.lower() not in _ORDERS:
+        raise refused(weights, "actorder", order, ", ".join(_ORDERS))
+    return _ORDERS[name.lower()]
 
 
 def _integers(group: Fields, weights: Fields) -> LinearLayout:

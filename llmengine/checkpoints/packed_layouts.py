@@ -208,13 +208,17 @@ class Packed(Layout):
         weight_g_idx       int32 [in], the group of each input; only with act-order
         weight_shape       [2], (out, in)
 
-    Source: compressed-tensors, `compressors/quantized_compressors/pack_quantized.py`.
+    Source: compressed-tensors, `compressors/pack_quantized`.
+
+    Attributes:
+        act_order: whether `weight_g_idx` must be there; where it is, it holds.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     one_scale: bool
+    act_order: bool = False
 
     @property
     def main(self) -> str:
@@ -233,7 +237,7 @@ class Packed(Layout):
             found = tuple(linear.read("weight_shape").tolist())
             if found != linear.shape:
                 raise linear.damaged("weight_shape", f"says {found}, but the layer has {linear.shape} weights")
-        if linear.has("weight_g_idx"):
+        if self.act_order or linear.has("weight_g_idx"):
             linear.require("weight_g_idx", ("int32", "int64"), (columns,))
         has_order = self._order(linear) is not None
         return integer_format(linear, self.bits, self.group_size, not self.symmetric, has_order, scale_dtype)

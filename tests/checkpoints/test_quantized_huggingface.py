@@ -338,6 +338,18 @@ def test_modules_that_auto_round_names_differ(tmp_path: Path) -> None:
     assert formats.of("layers.1.o") == DENSE
 
 
+@pytest.mark.parametrize(
+    ("order", "is_stored"), [("static", False), ("weight", False), ("dynamic", True), (True, True)]
+)
+def test_orders_of_columns_by_every_name(tmp_path: Path, order: str | bool, is_stored: bool) -> None:
+    """Of two kinds: columns are reordered for calibration alone, or groups are of columns that are not consecutive."""
+    config = compressed("pack-quantized", group(strategy="group", group_size=32, actorder=order))
+    place, dense = pair(tmp_path, make(), QuantizedFiles(config, files.compressed(act_order=is_stored)))
+    assert_stands_for(place, dense)
+    expected = Int4Groups(32, False, input_order=is_stored, scale_dtype="bfloat16")
+    assert open_model(place).formats.of("layers.1.qkv") == expected
+
+
 def test_zero_points_that_do_nothing_are_left_out(tmp_path: Path) -> None:
     """Older versions of compressed-tensors saved them for symmetric weights too."""
     place, dense = pair(tmp_path, make(), LAYOUTS["w4a16"][0])

@@ -84,6 +84,7 @@ DAMAGES: list[tuple[str, Change, type[ModelLoadError], str]] = [
         CorruptFileError,
         r"o_proj.weight_shape' says \(65, 65\), .*\(64, 64\)",
     ),
+    ("w4a16-order", removed("weight_g_idx"), CorruptFileError, "o_proj.weight_g_idx' is missing"),
     ("w4a16-asym", removed("weight_zero_point"), CorruptFileError, "o_proj.weight_zero_point' is missing"),
     ("w8a8-static", removed("input_scale"), CorruptFileError, "o_proj.input_scale' is missing"),
     (
@@ -196,6 +197,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     (compressed("mxfp4-pack-quantized", group("float", 4, group_size=16)), "group_size=16 .*; supported: 32"),
     (compressed("nvfp4-pack-quantized", group("float", 4, group_size=32)), "group_size=32 .*; supported: 16"),
+    (packed(group(actorder="column")), "actorder='column' is not supported; supported: group, dynamic, weight, static"),
     (compressed("mxfp8-quantized", group("float", 8)), "format='mxfp8-quantized' is not supported"),
     (
         compressed("float-quantized", group("float", 8, strategy="block", block_structure=[64, 64])),
