@@ -23,6 +23,7 @@ from llmengine.backends.cpu.native import (
     load_native_library,
 )
 from llmengine.batch import TokenLogprobs
+from llmengine.errors import OutOfMemoryError
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 from llmengine.sampling_params import SamplingParams
@@ -261,6 +262,21 @@ def test_threads_end_with_the_backend(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(num_torch_threads)
     assert count_threads() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_threads_end_with_a_load_that_fails_although_its_error_is_kept(tmp_path: Path) -> None:
+    own_name()
+    save_tiny(tmp_path)
+    gc.collect()
+    before, num_torch_threads = count_threads(), torch.get_num_threads()
+    try:
+        with pytest.raises(OutOfMemoryError) as caught:
+            load_tiny(tmp_path, num_threads=4, block_size=1 << 16)
+    finally:
+        torch.set_num_threads(num_torch_threads)
+    assert count_threads() == before
+    del caught
 
 
 def test_threads_of_torch_are_as_before_a_step(tmp_path: Path) -> None:
