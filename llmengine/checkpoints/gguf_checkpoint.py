@@ -26,16 +26,18 @@ from llmengine.checkpoints.gguf_file import GgufFile, GgufTensor, read_gguf
 from llmengine.checkpoints.gguf_split import read_split_gguf
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.checkpoints.source import ModelSource, WeightStream
-from llmengine.errors import UnsupportedModelError
+from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, fused_parts
 from llmengine.models.families import family_of
 from llmengine.quantization.formats import DENSE, WeightFormat
-from llmengine.quantization.gguf_blocks import BLOCK_SIZES, DENSE_TYPES, GGUF_BLOCKS
+from llmengine.quantization.gguf_blocks import BLOCK_SIZES, DENSE_TYPES, GGUF_BLOCKS, SCALE_OFFSETS
 from llmengine.quantization.model_formats import ModelFormats
 from llmengine.quantization.stacked import Stacked
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 __all__ = ["GgufFile", "GgufTensor", "open_gguf", "read_gguf"]
 
@@ -161,6 +163,18 @@ def _stream(
         yield from stream_fused(arch, dtype, read_part, formats)
 
 
+def _check_scales(tensor: GgufTensor, data: NDArray[np.uint8]) -> None:
+    """Raise `CorruptFileError` if blocks have scales that are not finite, which no tool writes."""
+    import numpy as np
+
+    _, block_bytes = BLOCK_SIZES[tensor.type]
+    blocks = data.reshape(-1, block_bytes)
+    for offset in SCALE_OFFSETS.get(tensor.type, ()):
+        bits = np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<u2")
+        if bool(((bits & 0x7C00) == 0x7C00).any()):
+            raise CorruptFileError(f"{tensor.place} has a scale that is not finite: damaged?")
+
+
 def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
     """Fill `out` (contiguous) with a tensor's weights, or with its blocks if `out` is uint8; some rows at a time.
 
@@ -185,8 +199,9 @@ def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim
     file.seek(tensor.offset)
     for piece in torch.split(rows, step):
         raw = torch.empty((piece.shape[0], row_bytes), dtype=torch.uint8)
-        read_exactly(file, raw, f"{tensor.path}: tensor {tensor.name!r}")
+        read_exactly(file, raw, tensor.place)
         data = raw.numpy()
+        _check_scales(tensor, data)
         if head_dim > 1:
             data = data.reshape(-1, head_dim // 2, 2, row_bytes).swapaxes(1, 2).reshape(-1, row_bytes)
         if is_blocks:

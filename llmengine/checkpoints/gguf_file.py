@@ -76,6 +76,11 @@ class GgufTensor:
     offset: int
     size_bytes: int
 
+    @property
+    def place(self) -> str:
+        """The file, the tensor and its type, for errors."""
+        return f"{self.path}: tensor {self.name!r} ({self.type})"
+
     def rows(self, first: int, count: int) -> GgufTensor:
         """Location of rows [first, first + count)."""
         row_bytes = self.size_bytes // self.shape[0]
@@ -184,9 +189,7 @@ def _place_tensors(
     for entry in entries:
         end = start + entry.offset + entry.size_bytes
         if end > file_size:
-            raise CorruptFileError(
-                f"{path}: tensor {entry.name!r} ends at byte {end}, but the file has {file_size} bytes: truncated?"
-            )
+            raise CorruptFileError(f"{entry.place} ends at byte {end}, but the file has {file_size} bytes: truncated?")
         if entry.offset % alignment or entry.name in tensors:
             has_gap = entry.offset % alignment
             problem = f"has offset {entry.offset}, not a multiple of {alignment}" if has_gap else "occurs twice"

@@ -48,6 +48,30 @@ BLOCK_SIZES: dict[str, tuple[int, int]] = {
 }
 """Tensor types of GGUF that can be read -> weights per block, bytes per block."""
 
+SCALE_OFFSETS: Mapping[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ1_S": (0,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+"""Where a block has float16 scales and minima, by type; the other types have none that are whole."""
+
 DENSE_TYPES: Mapping[str, ModelDType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Those of them that are not quantized."""
 
