@@ -10,15 +10,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, PackedConfig, SkinnyConfig
+from llmengine.kernels.activation import silu_and_mul
+from llmengine.kernels.gemm_config import Choose, GemmShape, LinearConfig, Operation, PackedConfig, SkinnyConfig
 from llmengine.kernels.linear import LinearKernels
 from llmengine.kernels.packed_linear import PackedProducts
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.scaled_linear import ScaledProducts
 from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
+from llmengine.kernels.stacked_weights import StackedMatrix
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.stacked import Stacked
 
 BoundLinear = Callable[[Tensor, Tensor], None]
 """(x [num_rows, in_features], where the result goes); weights are bound."""
@@ -31,6 +34,16 @@ def quantized_matrix(
     weight_format: WeightFormat, shape: Shape, dtype: torch.dtype, device: torch.device | str
 ) -> QuantizedMatrix | None:
     """A matrix of a format, to be filled, for activations of `dtype`; None if no product reads the format."""
+    if isinstance(weight_format, Stacked):
+        formats = [part.format for part in weight_format.parts]
+        pieces = zip(formats, weight_format.part_shapes(shape), strict=True)
+        parts: list[DeviceMatrix] = []
+        for item, part_shape in pieces:
+            quantized = quantized_matrix(item, part_shape, dtype, device)
+            if quantized is None and item != DENSE:
+                return None
+            parts.append(quantized or Matrix.dense(torch.empty(part_shape, dtype=dtype, device=device)))
+        return StackedMatrix(weight_format, parts)
     if has_scaled_products(weight_format, shape):
         return ScaledMatrix(weight_format, shape, device)
     layout = PackedLayout.of(weight_format, shape, dtype)
@@ -86,7 +99,9 @@ class LinearOps:
     def norm_linear(
         self, norm_weight: Tensor | None, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
     ) -> BoundLinear:
-        """(x, out) -> None; see `LinearKernels.norm_linear`."""
+        """(x, out) -> None; see `LinearKernels.norm_linear`. Columns of `out` may be a part of those of a tensor."""
+        if isinstance(matrix, StackedMatrix):
+            return self._stacked_norm_linear(norm_weight, eps, matrix, bias)
         products = self._products(matrix)
 
         def apply(x: Tensor, out: Tensor) -> None:
@@ -97,6 +112,8 @@ class LinearOps:
 
     def linear_add(self, matrix: DeviceMatrix, bias: Tensor | None = None) -> BoundLinear:
         """(x, residual) -> None; see `LinearKernels.linear_add`."""
+        if isinstance(matrix, StackedMatrix):
+            return _in_columns(matrix, bias, self.linear_add)
         products = self._products(matrix)
 
         def apply(x: Tensor, residual: Tensor) -> None:
@@ -109,6 +126,15 @@ class LinearOps:
         self, norm_weight: Tensor, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
     ) -> BoundLinear:
         """(x, out) -> None; see `LinearKernels.norm_linear_silu`."""
+        if isinstance(matrix, StackedMatrix):
+            multiply = self._stacked_norm_linear(norm_weight, eps, matrix, bias)
+
+            def apply_stacked(x: Tensor, out: Tensor) -> None:
+                gate_up = x.new_empty(len(x), matrix.shape[0])
+                multiply(x, gate_up)
+                silu_and_mul(gate_up, out, self._kernels.pdl)
+
+            return apply_stacked
         products = self._products(matrix)
 
         def apply(x: Tensor, out: Tensor) -> None:
@@ -117,8 +143,58 @@ class LinearOps:
 
         return apply
 
+    def _stacked_norm_linear(
+        self, norm_weight: Tensor | None, eps: float, matrix: StackedMatrix, bias: Tensor | None
+    ) -> BoundLinear:
+        multiply = _in_columns(matrix, bias, partial(self.norm_linear, None, 0.0))
+
+        def apply(x: Tensor, out: Tensor) -> None:
+            multiply(x if norm_weight is None else self._kernels.normed(x, norm_weight, eps), out)
+
+        return apply
+
     def _products(self, matrix: DeviceMatrix) -> Products:
         return _products(self._kernels, matrix)
+
+
+def _in_columns(
+    matrix: StackedMatrix, bias: Tensor | None, bind: Callable[[DeviceMatrix, Tensor | None], BoundLinear]
+) -> BoundLinear:
+    """(x, out) -> None: each part's product in its columns of `out`."""
+    linears: list[tuple[slice, BoundLinear]] = []
+    begin = 0
+    for part in matrix.parts:
+        columns = slice(begin, begin + part.shape[0])
+        linear = bind(part, None if bias is None else bias[columns])
+        linears.append((columns, _through_copy(linear) if isinstance(part, Matrix) else linear))
+        begin = columns.stop
+
+    def apply(x: Tensor, out: Tensor) -> None:
+        for columns, linear in linears:
+            linear(x, out[:, columns])
+
+    return apply
+
+
+def _through_copy(linear: BoundLinear) -> BoundLinear:
+    """`linear`, which wants a contiguous result, for one whose rows lie apart."""
+
+    def apply(x: Tensor, out: Tensor) -> None:
+        copy = out.contiguous()
+        linear(x, copy)
+        out.copy_(copy)
+
+    return apply
+
+
+def product_shapes(
+    operation: Operation, num_rows: int, matrix: DeviceMatrix, dtype: torch.dtype, out_dtype: torch.dtype
+) -> list[GemmShape]:
+    """The products of an operation: one, or one for each part of the matrix."""
+    if not isinstance(matrix, StackedMatrix):
+        return [GemmShape.of(operation, num_rows, matrix, dtype, out_dtype)]
+    plain: Operation = "linear_add" if operation == "linear_add" else "norm_linear"
+    return [GemmShape.of(plain, num_rows, part, dtype, out_dtype) for part in matrix.parts]
 
 
 def compilations(kernels: LinearKernels, shapes: Iterable[GemmShape], choose: Choose) -> list[Callable[[], None]]:

@@ -19,7 +19,7 @@ from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
-from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compile_product, has_kernel
+from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compile_product, has_kernel, product_shapes
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Segments, finish_logits
@@ -199,12 +199,15 @@ class FusedSegments:
         layers = range(len(self._layers))
         shapes = dict.fromkeys(shape for layer in layers for shape in self._shapes_of_layer(layer, num_rows))
         if num_rows < 2 * len(self._logits):
-            shapes[GemmShape.of("norm_linear", num_rows, self._head, self._dtype, torch.float32)] = None
+            shapes |= dict.fromkeys(product_shapes("norm_linear", num_rows, self._head, self._dtype, torch.float32))
         return list(shapes)
 
     def _shapes_of_layer(self, layer: int, num_rows: int) -> list[GemmShape]:
-        matrices = self._layer_matrices[layer]
-        return [GemmShape.of(operation, num_rows, matrix, self._dtype, self._dtype) for operation, matrix in matrices]
+        return [
+            shape
+            for operation, matrix in self._layer_matrices[layer]
+            for shape in product_shapes(operation, num_rows, matrix, self._dtype, self._dtype)
+        ]
 
     def _compile_candidates(self, choices: GemmChoices, shapes: Sequence[GemmShape], deadline: float) -> None:
         """Compile the candidates that will be timed, on threads; none is started after the deadline."""

@@ -14,7 +14,7 @@ from llmengine.kernels.gemm_choice import ROW_BUCKETS, unmeasured_config
 from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
-from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compilations
+from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compilations, product_shapes
 from llmengine.kernels.norm import rms_norm
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 
@@ -91,7 +91,7 @@ def _shapes(context: SegmentsContext) -> Iterator[GemmShape]:
         dtype = context.weights.embedding.dtype
         for rows in ROW_BUCKETS if name != "embed_tokens" else ():
             if rows < 2 * most:
-                yield GemmShape.of("norm_linear", rows, matrix, dtype, logits.dtype if is_head else dtype)
+                yield from product_shapes("norm_linear", rows, matrix, dtype, logits.dtype if is_head else dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from llmengine.kernels.linear_ops import DeviceMatrix, quantized_matrix
 from llmengine.kernels.norm import MAX_HIDDEN
 from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.kernels.sampling import MAX_VOCAB
+from llmengine.kernels.stacked_weights import StackedMatrix
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.matrix import Matrix
@@ -190,6 +191,13 @@ def load_weights(weights: CudaWeights, source: ModelSource) -> None:
 
 
 def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mapping[str, Tensor]) -> None:
+    if isinstance(matrix, StackedMatrix):
+        for item, stored in matrix.split(tensors):
+            if isinstance(item, QuantizedMatrix):
+                _upload_quantized(uploads, item, stored)
+            else:
+                uploads.copy(item.weight, stored["weight"])
+        return
     for begin, end in _row_ranges(matrix):
         piece = matrix.format.cut(tensors, matrix.shape, "out", begin, end)
         on_device = {name: torch.empty_like(part, device=matrix.device) for name, part in piece.items()}

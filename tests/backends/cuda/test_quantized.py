@@ -11,15 +11,22 @@ import pytest
 import torch
 
 from llmengine.backends.cuda.backend import CudaBackend
+from llmengine.backends.cuda.fused_segments import SegmentsFactory, fused_segments
+from llmengine.backends.cuda.generic_segments import generic_segments
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.cuda.weights import allocate_weights
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.checkpoints.quantized_source import quantized_source, rounded_weights
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8
 from llmengine.quantization.model_formats import ModelFormats
+from llmengine.quantization.stacked import Stacked
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
@@ -35,17 +42,18 @@ RUNNING = {
 }
 
 
-def load(
-    directory: Path, device: str, quant: QuantConfig, dtype: Any = "float32", **settings: Any
-) -> tuple[CudaBackend, ModelSource]:
-    config = ModelConfig(
+def config_of(directory: Path, quant: QuantConfig, dtype: Any = "float32") -> ModelConfig:
+    return ModelConfig(
         directory,
         quant_config=quant,
         kv_cache_config=KvCacheConfig(block_size=16, max_bytes=1 << 20),
         scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
         dtype=dtype,
-        **settings,
     ).resolve()
+
+
+def load(directory: Path, device: str, quant: QuantConfig, dtype: Any = "float32") -> tuple[CudaBackend, ModelSource]:
+    config = config_of(directory, quant, dtype)
     source = quantized_source(open_model(directory), config.quant_config)
     return load_cuda_backend(config, source, torch.device(device, 0)), source
 
@@ -152,3 +160,38 @@ def test_quantized_activations_give_what_they_give_on_a_cpu(tmp_path: Path, devi
         # A value on the edge between two numbers of 8 bits may fall to either side.
         assert len(near) >= 17
         assert max(near) < 0.05
+
+
+PARTS: dict[str, WeightFormat] = {
+    "layers.0.qkv": Stacked.of_rows([(64, Int4Groups(32)), (32, Fp8("tensor", "none")), (32, DENSE)]),
+    "layers.0.gate_up": Stacked.of_rows([(64, Int4Groups(32)), (64, INT8)]),
+}
+"""Formats of q, k and v, and of gate and up."""
+
+
+@pytest.mark.parametrize("factory", [fused_segments, generic_segments])
+def test_matrices_in_parts_are_multiplied_part_by_part(tmp_path: Path, device: str, factory: SegmentsFactory) -> None:
+    model = save_tiny(tmp_path, **SMALL, attention_bias=True)
+    dense = open_model(tmp_path)
+    formats = ModelFormats(exceptions=PARTS)
+    source = dataclasses.replace(
+        dense, formats=formats, stream=lambda dtype: rounded_weights(dense.arch, formats, dense.weights(dtype))
+    )
+    layer = model.model.layers[0]
+    parts = {
+        "layers.0.qkv": [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+        "layers.0.gate_up": [layer.mlp.gate_proj, layer.mlp.up_proj],
+    }
+    for name, linears in parts.items():
+        fused = torch.cat([linear.weight.data for linear in linears])
+        exact = PARTS[name].dequantize(PARTS[name].quantize(fused))
+        for linear, weight in zip(linears, exact.split([len(linear.weight) for linear in linears]), strict=True):
+            linear.weight.data = weight
+    backend = load_cuda_backend(config_of(tmp_path, QuantConfig()), source, torch.device(device, 0), factory)
+    expected = list(source.weights(torch.float32))
+    for (name, tensor), (wanted_name, wanted) in zip(backend.weights(), expected, strict=True):
+        assert name == wanted_name
+        assert torch.equal(tensor, wanted), name
+    driver = BackendDriver(backend)
+    assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
+    backend.close()
