@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 _AWQ_GEMM = ("gemm", "exllama", "ipex")
 """Names of versions whose files are alike."""
 
+_AUTO_ROUND = {"gptq": {"gptq", "auto_gptq"}, "awq": {"awq", "auto_awq"}}
+"""Whose layout AutoRound packs in, by the parts of its names."""
+
 
 def layout_choice(fields: Fields) -> LayoutChoice:
     """The layouts that a `quantization_config` describes.
@@ -110,10 +113,12 @@ def _merged(fields: Fields, usual: Fields) -> Fields:
 
 def _auto_round(fields: Fields) -> LayoutChoice:
     """AutoRound packs integers as AutoGPTQ or AutoAWQ does, and lists the modules that differ by their names."""
-    backend = fields.string("backend", "")  # older versions have it in place of packing_format
-    packing = fields.string("packing_format", f"auto_round:auto_{'awq' if 'awq' in backend else 'gptq'}").lower()
-    if packing.removeprefix("auto_round:") not in ("auto_gptq", "auto_awq"):
-        raise refused(fields, "packing_format", packing, "auto_round:auto_gptq, auto_round:auto_awq")
+    # Versions before packing_format have a backend; those that are neither of these store zero points in another way.
+    key = "packing_format" if fields.has("packing_format") or not fields.has("backend") else "backend"
+    packing = fields.string(key, "auto_round:auto_gptq").lower()
+    kind = next((kind for kind, names in _AUTO_ROUND.items() if not names.isdisjoint(packing.split(":"))), None)
+    if kind is None:
+        raise refused(fields, key, packing, "auto_round:auto_gptq, auto_round:auto_awq")
     data_type = fields.string("data_type", "int").lower()
     if data_type != "int":
         raise refused(fields, "data_type", data_type, "int")
@@ -122,7 +127,7 @@ def _auto_round(fields: Fields) -> LayoutChoice:
         merged = _merged(own, fields)
         if merged.integer("bits") >= 16:
             return None
-        return _awq_layout(merged, is_vector=False) if packing.endswith("awq") else _gptq_layout(merged, merged, 1)
+        return _awq_layout(merged, is_vector=False) if kind == "awq" else _gptq_layout(merged, merged, 1)
 
     usual = layout(fields)
     extra = fields.fields("extra_config") if fields.has("extra_config") else Fields({}, fields.where)

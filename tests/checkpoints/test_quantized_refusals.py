@@ -172,6 +172,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (modelopt("W4A8_AWQ"), "quant_algo='W4A8_AWQ' is not supported; supported: FP8, .*NVFP4"),
     (modelopt("NVFP4", group_size=32), "group_size=32 is not supported; supported: 16"),
     (auto_round("llm_compressor"), "packing_format='auto_round:llm_compressor' is not .*: auto_round:auto_gptq"),
+    (auto_round("gptqmodel"), "packing_format='auto_round:gptqmodel' is not supported"),
+    (
+        {"quant_method": "intel/auto-round", "backend": "autoround:exllamav2", "bits": 4},
+        "backend='autoround:exllamav2' is not supported",
+    ),
     (auto_round("auto_gptq", data_type="mx_fp"), "data_type='mx_fp' is not supported; supported: int"),
     (gptq(is_marlin_format=True), "checkpoint_format='marlin' is not supported"),
     ({**AWQ, "version": "gemv_fast"}, "version='gemv_fast' is not supported; supported: gemm, gemv"),
