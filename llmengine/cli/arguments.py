@@ -17,7 +17,7 @@ def positive_int(text: str) -> int:
 
 def add_quant_argument(parser: argparse._ActionsContainer, text: str) -> None:
     """Add `--quant`, the name of a preset; None if it is not given."""
-    parser.add_argument("--quant", choices=tuple(PRESETS), help=text)
+    parser.add_argument("--quant", choices=tuple(PRESETS), help=f"{text}; stored: keep all that a GGUF file quantizes")
 
 
 def add_kv_cache_argument(parser: argparse._ActionsContainer) -> None:

@@ -21,8 +21,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from llmengine.config import ModelConfig, QuantConfig
+from llmengine.config import ModelConfig
 from llmengine.errors import InvalidRequestError, ModelLoadError
+from llmengine.quant_config import PresetName
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer.protocol import ChatTokenizer
 
@@ -154,9 +155,9 @@ async def stream_answers(
             tasks.start_soon(stream_one, index)
 
 
-def run_demo(model: Path, *, num_prompts: int, max_new_tokens: int, int8: bool, console: Console) -> None:
+def run_demo(model: Path, *, num_prompts: int, max_new_tokens: int, quant: PresetName | None, console: Console) -> None:
     """Load the model, answer `num_prompts` questions at once, print the summary. Raises the `LLMEngineError` tree."""
-    llm, load_s = load_model(model, int8=int8, console=console)
+    llm, load_s = load_model(model, quant=quant, console=console)
     with llm:
         run = Run([Answer(i + 1, QUESTIONS[i % len(QUESTIONS)]) for i in range(num_prompts)], load_s)
         show_answers(llm, run, max_new_tokens, console)
@@ -215,13 +216,12 @@ async def _stream_into_run(
     run.duration_s = time.monotonic() - began
 
 
-def load_model(model: Path, *, int8: bool, console: Console) -> tuple[LLM, float]:
+def load_model(model: Path, *, quant: PresetName | None, console: Console) -> tuple[LLM, float]:
     """The loaded model and the seconds that loading took; progress is printed meanwhile."""
     from llmengine.llm import LLM
 
-    config = ModelConfig(model, quant_config=QuantConfig(weights="int8" if int8 else "none"))
-    how = "in int8" if int8 else "and measuring which weight layout is fastest"
-    message = f"Loading {model.name or model} {how}"
+    config = ModelConfig(model, quant=quant)
+    message = f"Loading {model.name or model}{'' if quant is None else f' with --quant {quant}'}"
     began = time.monotonic()
     if _can_redraw(console):
         with console.status(Text(message)):

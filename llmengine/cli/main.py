@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens of an answer (default: %(default)s)",
     )
-    demo.add_argument("--int8", action="store_true", help="quantize the weights to 8 bits")
+    add_quant_argument(demo, "quantize the weights")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="continue prompts and print the text as it comes")
@@ -129,7 +129,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         model,
         num_prompts=arguments.prompts,
         max_new_tokens=arguments.max_new_tokens,
-        int8=arguments.int8,
+        quant=arguments.quant,
         console=console,
     )
     return 0

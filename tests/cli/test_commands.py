@@ -88,6 +88,13 @@ def test_the_demo_prints_plain_lines_to_a_pipe(
     check_plain_output(out, num_answers=9, width=100)
 
 
+def test_the_demo_quantizes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--model", str(model), "--max-new-tokens", "2", "--prompts", "1", "--quant", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "with --quant int8" in out.splitlines()[0]
+    assert "int8 weights" in out
+
+
 def check_plain_output(out: str, num_answers: int, width: int) -> None:
     assert "\x1b" not in out
     assert "\r" not in out
