@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.saved_files import size_text
+from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import add_quant_argument, positive_int
 from llmengine.cli.quality import add_evaluation_arguments, check_evaluation_arguments, report_lines
 from llmengine.config import BY_DEVICE, ModelConfig, QuantConfig, SchedulerConfig
@@ -152,6 +153,7 @@ def _build_quantized(arguments: argparse.Namespace) -> int:
     config = ModelConfig(arguments.model, dtype=arguments.dtype, quant=arguments.quant)
     quality: QualityReport | None = None
     with LLM(config) as llm:
+        announce(llm)
         if not arguments.skip_evaluation:
             quality = llm.evaluate(
                 windows=arguments.windows,

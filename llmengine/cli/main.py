@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
@@ -150,6 +151,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         changes["stop"] = tuple(changes["stop"])
     _check_sampling(changes)
     with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
+        announce(llm)
         anyio.run(_print_outputs, llm, arguments, changes)
     return 0
 

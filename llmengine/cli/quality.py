@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmengine.checkpoints.saved_files import size_text
+from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
@@ -81,6 +82,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.json}: cannot be written: {os.strerror(errno.ENOENT)}")
     text = None if arguments.text is None else _read_text(arguments.text)
     with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
+        announce(llm)
         report = llm.evaluate(
             arguments.against,
             text=text,

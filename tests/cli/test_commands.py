@@ -153,6 +153,16 @@ def test_generate_streams_one_prompt(model: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == record["text"] + "\n"
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_generate_says_on_a_terminal_what_runs(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert main(["generate", str(model), "Hello", "--max-new-tokens", "1"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("torch ")]
+    assert [", float32 weights" in line and ", KV cache in float32" in line for line in lines] == [True] * is_terminal
+
+
 def test_generate_quantizes_by_a_preset(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = ["generate", str(model), "Hello", "--max-new-tokens", "2", "--quant"]
     with caplog.at_level(logging.INFO, "llmengine"):
