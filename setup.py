@@ -23,10 +23,7 @@ FLAGS = [
     "-fno-rtti",
     "-ffp-contract=off",  # see multiply_add
 ]
-HEADERS = [
-    f"llmengine/backends/cpu/native_{part}.h"
-    for part in ("byte_attention", "bytes", "codes", "digits", "inputs", "linear", "pool", "products", "vectors")
-]
+HEADERS = sorted(map(str, Path("llmengine/backends/cpu").glob("native_*.h")))
 VARIANTS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -294,7 +294,7 @@ class Runner final : public Job {
       case kFp32: embed_as<float>(tokens); break;
       default:
         for (int64_t m = tokens.begin; m < tokens.end; m++)
-          dequantize_row(model_.embedding, step_.token_ids[m], x_ + m * hidden_);
+          look_up(model_.embedding, step_.token_ids[m], x_ + m * hidden_);
     }
     norm(model_.layers[0].input_norm, model_.layers[0].qkv, tokens, scratch);
   }
@@ -643,8 +643,8 @@ void llmengine_multiply(llmengine::Pool* pool, const llmengine::Product* product
   pool->run(&runner);
 }
 
-// Rows of a matrix of codes, fp32 [count, columns].
+// Rows of a matrix in panels, fp32 [count, columns]. Not of int8.
 void llmengine_dequantize_rows(const llmengine::Matrix* matrix, int64_t count, const int64_t* rows, float* out) {
-  for (int64_t i = 0; i < count; i++) llmengine::dequantize_row(*matrix, rows[i], out + i * matrix->columns);
+  for (int64_t i = 0; i < count; i++) llmengine::look_up(*matrix, rows[i], out + i * matrix->columns);
 }
 }

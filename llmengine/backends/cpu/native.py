@@ -32,6 +32,7 @@ from llmengine.backends.cpu.sampler import Logits
 from llmengine.backends.cpu.step_inputs import StepInputs
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.fp8 import BLOCK, Fp8
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.stacked import Stacked
@@ -265,8 +266,11 @@ class NativeLinear:
         return out
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some rows: float32 [len(indices), in_features]; `indices` are int64. Only of formats that it `looks_up`."""
-        assert looks_up(self.format), self.format
+        """Some rows: float32 [len(indices), in_features]; `indices` are int64.
+
+        Only of bfloat16 matrices and of those in a format that the library `looks_up`.
+        """
+        assert self.format == DENSE or looks_up(self.format), self.format
         indices = indices.contiguous()
         out = torch.empty(len(indices), self.struct.columns)
         self._library.library.llmengine_dequantize_rows(
@@ -313,7 +317,7 @@ def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> _MatrixStruct:
 
 def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
     def address(suffix: str, dtype: torch.dtype) -> int | None:
-        tensor = packed.inputs.get(suffix)
+        tensor = packed.kept.get(suffix)
         if tensor is None:
             return None
         assert tensor.dtype == dtype, suffix
@@ -325,6 +329,7 @@ def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
         factors=address("input_scale", torch.float32),
         order=address("input_order", torch.int32),
         scale=address("activation_scale", torch.float32),
+        scale_columns=BLOCK if getattr(packed.format, "activations", None) == "block" else packed.shape[1],
     )
 
 
@@ -349,7 +354,7 @@ def why_not_multiplied(weight_format: WeightFormat) -> str | None:
 
 def looks_up(weight_format: WeightFormat) -> bool:
     """Whether the library looks up rows of quantized matrices in a format."""
-    if weight_format == INT8 or isinstance(weight_format, Int8W8A8):
+    if weight_format == INT8 or isinstance(weight_format, Int8W8A8 | Fp8):
         return False
     if getattr(weight_format, "input_order", False) or getattr(weight_format, "input_scale", False):
         return False

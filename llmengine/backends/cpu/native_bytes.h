@@ -29,13 +29,14 @@ inline Codes shifted_left(Codes codes) {
   return bit_cast<Codes>(bit_cast<Words>(codes) << kCount);
 }
 
-// `codes`, with 16 more where the bit of the same number is set.
-inline Codes with_fifth_bits(Codes codes, const uint8_t* bits) {
+// `codes`, with `kValue` more where the bit of the same number is set.
+template <int kValue>
+inline Codes with_bits(Codes codes, const uint8_t* bits) {
 #if defined(__AVX512BW__)
   uint64_t mask;
   std::memcpy(&mask, bits, sizeof(mask));
   const __m512i wide = bit_cast<__m512i>(codes);
-  return bit_cast<Codes>(_mm512_mask_add_epi8(wide, mask, wide, _mm512_set1_epi8(16)));
+  return bit_cast<Codes>(_mm512_mask_add_epi8(wide, mask, wide, _mm512_set1_epi8(kValue)));
 #elif defined(__AVX2__)
   uint32_t mask;
   std::memcpy(&mask, bits, sizeof(mask));
@@ -43,9 +44,23 @@ inline Codes with_fifth_bits(Codes codes, const uint8_t* bits) {
       _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
   const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
   const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-  return bit_cast<Codes>(_mm256_or_si256(bit_cast<__m256i>(codes), _mm256_and_si256(is_set, _mm256_set1_epi8(16))));
+  return bit_cast<Codes>(_mm256_or_si256(bit_cast<__m256i>(codes), _mm256_and_si256(is_set, _mm256_set1_epi8(kValue))));
 #else
-  for (int i = 0; i < kWidth * 4; i++) codes[i] |= (bits[i / 8] >> i % 8 & 1) << 4;
+  for (int i = 0; i < kWidth * 4; i++) codes[i] += (bits[i / 8] >> i % 8 & 1) * kValue;
+  return codes;
+#endif
+}
+
+// Numbers of a table by codes below 16.
+inline Codes looked_up(Codes codes, const uint8_t (&table)[16]) {
+#if defined(__AVX512BW__)
+  const __m512i numbers = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return bit_cast<Codes>(_mm512_shuffle_epi8(numbers, bit_cast<__m512i>(codes)));
+#elif defined(__AVX2__)
+  const __m256i numbers = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return bit_cast<Codes>(_mm256_shuffle_epi8(numbers, bit_cast<__m256i>(codes)));
+#else
+  for (int i = 0; i < kWidth * 4; i++) codes[i] = table[codes[i]];
   return codes;
 #endif
 }
@@ -78,6 +93,19 @@ inline Ints repeat_quad(const void* from) {
   int32_t quad;
   std::memcpy(&quad, from, sizeof(quad));
   return Ints{} + quad;
+}
+
+// A scale of MXFP4 for weights that are twice as large: 2^(bits - 128); 255 is NaN.
+struct E8m0 {
+  uint8_t bits;
+};
+
+inline Floats floats_of_bytes(const uint8_t* from);
+
+inline Floats load(const E8m0* from) {
+  const Words bits = __builtin_convertvector(floats_of_bytes(&from->bits), Words);
+  const Words subnormal = bits == 0 ? Words{} + 0x400000u : bits << 23, power = bits == 255 ? Words{} + 0x7fc00000u : subnormal;
+  return bit_cast<Floats>(power) * 0.5f;
 }
 
 inline Floats floats_of_bytes(const uint8_t* from) {
@@ -120,7 +148,8 @@ struct CodeSums {
   }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
   // So many products of pairs fit into 16 bits.
-  static constexpr int kFitting = 32767 / (2 * 127 * kMaxCode), kRun = kFitting < kQuads ? kFitting : kQuads;
+  static constexpr int kFitting = 32767 / (2 * 127 * kMaxCode);
+  static constexpr int kRun = kFitting >= kQuads ? kQuads : kFitting >= 4 ? 4 : kFitting >= 2 ? 2 : 1;
   __m256i part = _mm256_setzero_si256();
   void add(int index, Codes codes, Ints x) {
     const __m256i c = bit_cast<__m256i>(codes), a = bit_cast<__m256i>(x);

@@ -1,4 +1,4 @@
-// Products of 8-bit activations with weights of 4, 5, 6 and 8 bits, as AWQ, GPTQ and GGUF have them.
+// Products of 8-bit activations with weights of 2 to 6 and 8 bits, as AWQ, GPTQ, MXFP4 and GGUF have them.
 //
 // A weight is scale * (code - offset) or scale * code + minimum, with an unsigned code. Activations are signed bytes with
 // one scale for each group of 32 columns. The sum over a group's codes times activations is an integer and exact; what the
@@ -54,7 +54,7 @@ struct CodeStrip<5> {
   static constexpr int kBytes = 2 * kQuadBytes + kQuadBytes / 2, kMaxCode = 31;
   static Codes load(const uint8_t* strip, int quad, int vector) {
     const uint8_t* bits = strip + 2 * kQuadBytes + quad * kQuadBytes / 8 + vector * kWidth / 2;
-    return with_fifth_bits(CodeStrip<4>::load(strip, quad, vector), bits);
+    return with_bits<16>(CodeStrip<4>::load(strip, quad, vector), bits);
   }
 };
 
@@ -74,9 +74,60 @@ struct CodeStrip<6> {
   }
 };
 
+// The four quads share their bytes.
+template <>
+struct CodeStrip<2> {
+  static constexpr int kBytes = kQuadBytes, kMaxCode = 3;
+  static Codes load(const uint8_t* strip, int quad, int vector) {
+    const Codes all = load_codes(strip + vector * kWidth * 4), mask = Codes{} + 3;
+    switch (quad) {
+      case 0: return all & mask;
+      case 1: return shifted_right<2>(all) & mask;
+      case 2: return shifted_right<4>(all) & mask;
+      default: return shifted_right<6>(all) & mask;
+    }
+  }
+};
+
+// The third bits, one quad after the other, follow the others.
+template <>
+struct CodeStrip<3> {
+  static constexpr int kBytes = kQuadBytes + kQuadBytes / 2, kMaxCode = 7;
+  static Codes load(const uint8_t* strip, int quad, int vector) {
+    const uint8_t* bits = strip + kQuadBytes + quad * kQuadBytes / 8 + vector * kWidth / 2;
+    return with_bits<4>(CodeStrip<2>::load(strip, quad, vector), bits);
+  }
+};
+
+// Numbers of a table by codes of 4 bits.
+template <typename Table>
+struct TableStrip {
+  static constexpr int kBytes = CodeStrip<4>::kBytes, kMaxCode = Table::kMaxCode;
+  static Codes load(const uint8_t* strip, int quad, int vector) {
+    return looked_up(CodeStrip<4>::load(strip, quad, vector), Table::kNumbers);
+  }
+};
+
+// Twice the numbers of MXFP4.
+struct E2m1 {
+  static constexpr int kMaxCode = 24, kOffset = 12;
+  static constexpr uint8_t kNumbers[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+};
+
+constexpr uint8_t byte_code(int value) { return static_cast<uint8_t>(value + kByteOffset); }
+
+// The numbers of GGUF's IQ4_NL and IQ4_XS, as 8-bit codes.
+struct NonLinear {
+  static constexpr int kMaxCode = 255, kOffset = kByteOffset;
+  static constexpr uint8_t kNumbers[16] = {
+      byte_code(-127), byte_code(-104), byte_code(-83), byte_code(-65), byte_code(-49), byte_code(-35),
+      byte_code(-22),  byte_code(-10),  byte_code(1),   byte_code(13),  byte_code(25),  byte_code(38),
+      byte_code(53),   byte_code(69),   byte_code(89),  byte_code(113)};
+};
+
 enum class Minimum { kNone, kStored, kZeroPoint };
 
-// For each panel and group of 2^shift columns: scales [kPanelRows], fp16 or fp32, then as many minima, fp16, or zero points,
+// For each panel and group of 2^shift columns: scales [kPanelRows], fp16, fp32 or e8m0, then as many minima, fp16, or zero points,
 // bytes. The minimum that a zero point stands for is (kZeroOffset - zero point) * scale.
 template <Minimum kMinimum, typename Scale = Fp16, int kLeastColumns = kGroupColumns, int kZeroOffset = 0>
 struct GroupScales {
@@ -130,7 +181,14 @@ struct CodeFormat {
   using Scales = TheScales;
 };
 
-// Calls `use` with the `CodeFormat` of a matrix.
+template <typename Table, typename TheScales>
+struct TableFormat {
+  static constexpr int kOffset = Table::kOffset;
+  using Strip = TableStrip<Table>;
+  using Scales = TheScales;
+};
+
+// Calls `use` with the format of a matrix.
 template <typename Use>
 inline auto with_code_format(int64_t format, Use use) {
   constexpr auto kNone = Minimum::kNone, kStored = Minimum::kStored, kZero = Minimum::kZeroPoint;
@@ -151,11 +209,17 @@ inline auto with_code_format(int64_t format, Use use) {
     case kCodes4ZeroWide: return use(CodeFormat<4, 0, GroupScales<kZero, float>>());
     case kCodes8Zero: return use(CodeFormat<8, 0, GroupScales<kZero, Fp16, kGroupColumns, kShift>>());
     case kCodes8Wide: return use(CodeFormat<8, kByteOffset, GroupScales<kNone, float>>());
+    case kCodesE2m1: return use(TableFormat<E2m1, GroupScales<kNone, E8m0>>());
+    case kCodes2: return use(CodeFormat<2, 1, GroupScales<kNone>>());
+    case kCodes2Super: return use(CodeFormat<2, 0, SuperScales<16, true>>());
+    case kCodes3Super: return use(CodeFormat<3, 4, SuperScales<16, false>>());
+    case kCodesNl: return use(TableFormat<NonLinear, GroupScales<kNone>>());
+    case kCodesNlSuper: return use(TableFormat<NonLinear, SuperScales<32, false>>());
     default: return use(CodeFormat<8, 0, GroupScales<kZero, float, kGroupColumns, kShift>>());  // kCodes8ZeroWide
   }
 }
 
-inline bool has_codes(const Matrix& matrix) { return matrix.format > kInt8; }
+inline bool has_codes(const Matrix& matrix) { return matrix.format > kInt8 && matrix.format < kBf16Panels; }
 
 inline int64_t code_panel_bytes(const Matrix& matrix) {
   const int64_t strips = num_groups(matrix.columns) * kGroupStrips;
@@ -254,6 +318,15 @@ struct PackedPanels {
     return Scales::minimum(scales + v / kPanelVectors * scales_bytes, column, shift, v % kPanelVectors);
   }
 };
+
+// The largest of the codes that add up alike, which then share a product.
+template <int kMaxCode>
+constexpr int kSharedMaxCode =
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+    kMaxCode;
+#else
+    kByteProducts || kMaxCode > 127 ? 255 : 127;
+#endif
 
 // Bytes that `kPanels` unpacked panels take at most.
 template <int kPanels>
@@ -387,7 +460,8 @@ template <typename Format, int kPanels>
 void multiply_unpacked(const ByteActivations& x, Range tokens, const Matrix& matrix, int64_t panel, float* out,
                        bool accumulate, uint8_t* scratch) {
   using Scales = typename Format::Scales;
-  using Panels = UnpackedPanels<Format::Strip::kMaxCode, Format::kOffset, Scales::kSumColumns, Scales::kHasMinimum, kPanels>;
+  constexpr int kMax = kSharedMaxCode<Format::Strip::kMaxCode>;
+  using Panels = UnpackedPanels<kMax, Format::kOffset, Scales::kSumColumns, Scales::kHasMinimum, kPanels>;
   const PackedPanels<Format, kPanels> packed(matrix, panel);
   const Panels w(packed, x.groups, scratch);
   const int64_t tiles = (tokens.end - tokens.begin + kTileOfBytes - 1) / kTileOfBytes;

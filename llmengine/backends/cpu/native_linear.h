@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "native_floats.h"
 #include "native_inputs.h"
 
 namespace llmengine {
@@ -66,6 +67,11 @@ inline void prepare_inputs(const Linear& linear, const Activations& x, Range tok
   }
 }
 
+// A row of a matrix in panels, not of int8, as fp32.
+inline void look_up(const Matrix& matrix, int64_t row, float* out) {
+  has_float_panels(matrix) ? widen_row(matrix, row, out) : dequantize_row(matrix, row, out);
+}
+
 // How one matrix is cut into units: panels, blocks for MKL, or rows.
 struct PartUnits {
   int64_t count, grain;
@@ -82,6 +88,12 @@ inline PartUnits part_units(int64_t num_tokens, const Matrix& matrix, int64_t nu
         codes ? byte_activations_floats(matrix.columns) * 4 : groups * kGroupColumns * num_digits(matrix.inputs);
     const PanelUnits cut = panel_units(num_tokens, matrix.rows, panel_bytes, token_bytes, kTileOfBytes, num_threads);
     return {cut.count, cut.grain < kManyPanels ? kManyPanels : cut.grain, cut, {}};
+  }
+  if (has_float_panels(matrix)) {
+    const PanelUnits cut = panel_units(num_tokens, matrix.rows, float_panel_bytes(matrix), matrix.columns * 4, kFloatTile,
+                                       num_threads);
+    const int64_t fair = cut.count / num_threads, least = fair < 1 ? 1 : fair < kFloatPanels ? fair : kFloatPanels;
+    return {cut.count, cut.grain < least ? least : cut.grain, cut, {}};
   }
   if (matrix.format == kInt8) {
     const int64_t stride = even(matrix.columns);
@@ -111,7 +123,8 @@ inline LinearUnits linear_units(int64_t num_tokens, const Linear& linear, int64_
 
 // Floats of a thread's scratch.
 inline int64_t linear_scratch_floats(int64_t columns, int64_t num_tokens) {
-  const int64_t unpacked = unpacked_bytes<kManyPanels>(columns) / 4 + 16, blocks = kMostBlockRows * columns;
+  const int64_t codes = unpacked_bytes<kManyPanels>(columns), floats = float_scratch_bytes(columns);
+  const int64_t unpacked = (codes > floats ? codes : floats) / 4 + 16, blocks = kMostBlockRows * columns;
   return num_tokens <= kMaxFewTokens || unpacked > blocks ? unpacked : blocks;
 }
 
@@ -129,7 +142,7 @@ inline void multiply_part(const ProductInputs& in, const PartActivations& x, con
                           Range units) {
   if (matrix.format == kInt8 && !kByteProducts)
     return multiply_panels(x.shorts, in.num_tokens, matrix, cut.panels, units, in.out, in.accumulate);
-  if (matrix.format != kInt8 && !has_codes(matrix)) {
+  if (matrix.format < kInt8) {
     if (in.num_tokens <= kMaxFewTokens)
       return multiply_rows(x.floats, in.num_tokens, matrix, units, in.out, in.accumulate);
     return multiply_blocks(in.blas, x.floats, in.num_tokens, matrix, cut.blocks, units, in.out, in.accumulate,
@@ -143,7 +156,9 @@ inline void multiply_part(const ProductInputs& in, const PartActivations& x, con
     const int64_t stop = (chunk + 1) * cut.panels.panels, end = begin + cut.panels.chunk;
     next = stop < units.end ? stop : units.end;
     const Range tokens{begin, end < in.num_tokens ? end : in.num_tokens}, panels{first, first + next - unit};
-    if (has_codes(matrix))
+    if (has_float_panels(matrix))
+      multiply_float_panels(x.floats, tokens, matrix, panels, in.out, in.accumulate, scratch);
+    else if (has_codes(matrix))
       multiply_code_panels(x.bytes, tokens, matrix, panels, in.out, in.accumulate, scratch);
     else if (x.digits.digits == 1)
       multiply_digit_panels<1>(x.digits, tokens, matrix, panels, in.out, in.accumulate);

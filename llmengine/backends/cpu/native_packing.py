@@ -1,15 +1,17 @@
 """Quantized matrices as the native library has them, and back, without losing a bit.
 
 16 rows are a panel. A panel's integers, the codes, lie so that one vector has four columns of each row; codes of fewer
-than 8 bits are packed. Scales of a panel's rows lie side by side. `native_products.h` (int8) and `native_codes.h` (all
-others) describe the layouts, `native_inputs.h` what becomes of activations.
+than 8 bits are packed. Floating-point numbers lie so that it has two columns. Scales of a panel's rows are neighbours.
+`native_products.h` (int8), `native_floats.h` (bf16, e4m3) and `native_codes.h` (all others) describe the layouts,
+`native_inputs.h` what becomes of activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,14 @@ from torch import Tensor
 
 from llmengine.backends.cpu.native_gguf import Factors, as_bytes, from_blocks, to_blocks
 from llmengine.dtypes import torch_dtype
-from llmengine.quantization.formats import Shape, WeightFormat
+from llmengine.quantization.formats import DENSE, Shape, WeightFormat
+from llmengine.quantization.fp8 import BLOCK, Fp8
 from llmengine.quantization.gguf_blocks import GgufBlocks
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
+from llmengine.quantization.mxfp4 import Mxfp4
 
 PANEL_ROWS = 16
 _GROUP_COLUMNS = 32
@@ -55,6 +59,7 @@ class Packing:
         scale_dtype: of the scales in the library.
         supers: scales are bytes times a float16 for each 256 columns (GGUF's K formats).
         input_kind: what activations become.
+        layout: "codes" with scales of groups, "bytes" with one of each row, or "floats".
     """
 
     number: int
@@ -64,6 +69,7 @@ class Packing:
     scale_dtype: torch.dtype = torch.float16
     supers: bool = False
     input_kind: InputKind = InputKind.GROUP_BYTES
+    layout: Literal["codes", "bytes", "floats"] = "codes"
 
 
 _GGUF: Mapping[str, Packing] = {
@@ -75,6 +81,12 @@ _GGUF: Mapping[str, Packing] = {
     "Q4_K": Packing(10, 4, minima="stored", supers=True),
     "Q5_K": Packing(11, 5, minima="stored", supers=True),
     "Q6_K": Packing(12, 6, group_shift=4, supers=True),
+    "MXFP4": Packing(20, 4, scale_dtype=torch.uint8),
+    "TQ2_0": Packing(21, 2, group_shift=8),
+    "Q2_K": Packing(22, 2, group_shift=4, minima="stored", supers=True),
+    "Q3_K": Packing(23, 3, group_shift=4, supers=True),
+    "IQ4_NL": Packing(24, 4),
+    "IQ4_XS": Packing(25, 4, supers=True),
 }
 
 _GROUPS: Mapping[tuple[int, bool, str], int] = {
@@ -91,16 +103,27 @@ _GROUPS: Mapping[tuple[int, bool, str], int] = {
 }
 """Bits of a code, whether there are zero points, and what scales are for ("strips": 16 columns) or in -> number."""
 
-_INT8_ROWS = Packing(3, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.SHORTS)
-_W8A8 = Packing(3, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.BYTES)
+_INT8_ROWS = Packing(3, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.SHORTS, layout="bytes")
+_W8A8 = replace(_INT8_ROWS, input_kind=InputKind.BYTES)
+_MXFP4 = _GGUF["MXFP4"]
+_BF16 = Packing(32, 16, input_kind=InputKind.EXACT, layout="floats")
+_FP8 = Packing(33, 8, _WHOLE_ROW, scale_dtype=torch.float32, input_kind=InputKind.E4M3, layout="floats")
+_FP8_BLOCKS = replace(_FP8, number=34, group_shift=7)
 
 
-def packing_of(weight_format: WeightFormat) -> Packing | None:
-    """How the library has matrices of a quantized format, None if it does not multiply by them."""
+def packing_of(weight_format: WeightFormat, dtype: torch.dtype | None = None) -> Packing | None:
+    """How the library has matrices of a format in panels, None if it has not; `dtype` is of dense ones."""
+    if weight_format == DENSE:
+        return _BF16 if dtype == torch.bfloat16 else None
+    if isinstance(weight_format, Fp8):
+        packing = _FP8_BLOCKS if weight_format.scales == "block" else _FP8
+        return replace(packing, input_kind=InputKind.EXACT) if weight_format.activations == "none" else packing
     if weight_format == INT8:
         return _INT8_ROWS
     if isinstance(weight_format, Int8W8A8):
         return _W8A8
+    if isinstance(weight_format, Mxfp4):
+        return _MXFP4
     if isinstance(weight_format, GgufBlocks):
         return _GGUF.get(weight_format.type_name)
     if isinstance(weight_format, Int4Groups | Int8Groups):
@@ -125,8 +148,9 @@ class PackedMatrix:
 
     Attributes:
         codes: uint8 [panels, bytes].
-        scales: uint8 [panels, bytes]; of whole rows: float32 [rows, filled up with zeros].
-        inputs: the tensors that say what becomes of activations: "input_scale", "input_order", "activation_scale".
+        scales: uint8 [panels, bytes]; of layout "bytes": float32 [rows, filled up with zeros]; of "floats": float32
+            [panels, groups, 16], of which e4m3 blocks have one in place of 16, and bf16 has none.
+        kept: tensors as they are stored: what concerns activations alone, and scales of e4m3.
         byte_offset: the library's.
     """
 
@@ -135,20 +159,20 @@ class PackedMatrix:
     shape: Shape
     codes: Tensor
     scales: Tensor
-    inputs: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
     byte_offset: int
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self.codes.nbytes + self.scales.nbytes + sum(tensor.nbytes for tensor in self.inputs.values())
+        return self.codes.nbytes + self.scales.nbytes + sum(tensor.nbytes for tensor in self.kept.values())
 
     def unpacked(self) -> Matrix:
         """The matrix as it is stored, a copy."""
         pieces = [self._piece(begin, end) for begin, end in _row_ranges(self.shape)]
-        tensors = {suffix: _joined([piece[suffix] for piece in pieces]) for suffix in pieces[0]} | dict(self.inputs)
+        tensors = {suffix: _joined([piece[suffix] for piece in pieces]) for suffix in pieces[0]} | dict(self.kept)
         specs = self.format.tensors(self.shape, "float32")
-        if _has_row_scales(self.format):
+        if self.packing.layout == "bytes":
             tensors["weight_scale"] = self.scales[: specs["weight_scale"].shape[0]].clone()
         return Matrix(self.format, self.shape, {suffix: tensors[suffix] for suffix in specs})
 
@@ -156,8 +180,11 @@ class PackedMatrix:
         """What is packed of the rows [begin, end)."""
         panels = slice(begin // PANEL_ROWS, -(-end // PANEL_ROWS))
         shape = (end - begin, self.shape[1])
-        if _has_row_scales(self.format):
+        if self.packing.layout == "bytes":
             return {"weight": _unpacked_int8(self.codes[panels], shape, self.byte_offset)}
+        if self.packing.layout == "floats":
+            dtype = torch.bfloat16 if self.packing == _BF16 else torch.float8_e4m3fn
+            return {"weight": _unpacked_pairs(self.codes[panels], shape, dtype)}
         codes = _unpacked_codes(self.codes[panels], self.packing.bits, shape)
         factors = _unpacked_factors(self.scales[panels], self.packing, shape)
         return _stored(self.format, codes, factors, self.byte_offset)
@@ -165,32 +192,51 @@ class PackedMatrix:
 
 def pack_matrix(matrix: Matrix, byte_offset: int) -> PackedMatrix:
     """`matrix` in panels; its format has a `Packing`. `byte_offset`: of 8-bit codes in this library, 0 or 128."""
-    packing = packing_of(matrix.format)
+    packing = packing_of(matrix.format, matrix.weight.dtype)
     assert packing is not None, matrix.format
     rows, columns = matrix.shape
+    kept = {suffix: tensor for suffix, tensor in matrix.tensors.items() if suffix in _INPUT_TENSORS}
     codes, scales = [], []
     for begin, end in _row_ranges(matrix.shape):
-        tensors = matrix.format.cut(matrix.tensors, matrix.shape, "out", begin, end)
-        if _has_row_scales(matrix.format):
-            codes.append(_packed_int8(tensors["weight"], byte_offset))
+        weight = matrix.weight[begin:end]
+        if packing.layout == "bytes":
+            codes.append(_packed_int8(weight, byte_offset))
+        elif packing.layout == "floats":
+            codes.append(_packed_pairs(weight))
         else:
+            tensors = matrix.format.cut(matrix.tensors, matrix.shape, "out", begin, end)
             integers, factors = _parts(matrix.format, packing, tensors, columns, byte_offset)
             codes.append(_packed_codes(integers, packing.bits))
             scales.append(_packed_factors(factors, packing, columns))
-    if _has_row_scales(matrix.format):
+    if packing.layout == "bytes":
         scales = [F.pad(matrix.tensors["weight_scale"].float().expand(rows), (0, -rows % PANEL_ROWS))]
-    inputs = {suffix: tensor for suffix, tensor in matrix.tensors.items() if suffix in INPUT_TENSORS}
-    joined_scales = _joined(scales).contiguous()
-    return PackedMatrix(matrix.format, packing, matrix.shape, _joined(codes), joined_scales, inputs, byte_offset)
+    elif isinstance(matrix.format, Fp8):
+        packing, fp8_scales = _fp8_scales(matrix, packing)
+        scales, kept["weight_scale"] = [fp8_scales], matrix.tensors["weight_scale"]
+    joined = _joined(scales).contiguous() if scales else torch.empty(0)
+    return PackedMatrix(matrix.format, packing, matrix.shape, _joined(codes), joined, kept, byte_offset)
 
 
-INPUT_TENSORS = ("input_scale", "input_order", "activation_scale")
-"""Tensors of a matrix that concern its activations alone."""
+_INPUT_TENSORS = ("input_scale", "input_order", "activation_scale")
 
 
-def _has_row_scales(weight_format: WeightFormat) -> bool:
-    """Whether weights are signed bytes with a scale for each row or for all."""
-    return weight_format == INT8 or isinstance(weight_format, Int8W8A8)
+def _fp8_scales(matrix: Matrix, packing: Packing) -> tuple[Packing, Tensor]:
+    """How the library has the matrix, and its scales, NaN where a weight of the row is."""
+    rows, columns = matrix.shape
+    scale = matrix.tensors["weight_scale"].float()
+    num_panels = -(-rows // PANEL_ROWS)
+    is_nan = matrix.weight.view(torch.uint8) & 127 == 127
+    if packing == replace(_FP8_BLOCKS, input_kind=packing.input_kind):
+        if not bool(is_nan.any()):
+            return packing, scale.repeat_interleave(BLOCK // PANEL_ROWS, 0)[:num_panels]
+        # The library has one scale for 16 rows of a block, or one for each.
+        packing = replace(packing, number=_FP8.number)
+        scale = scale.repeat_interleave(BLOCK, 0)[:rows]
+        is_nan = F.pad(is_nan, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK)).any(2)
+    else:
+        scale, is_nan = scale.view(-1, 1).expand(rows, 1), is_nan.any(1, keepdim=True)
+    scale = scale.masked_fill(is_nan, torch.nan)
+    return packing, F.pad(scale, (0, 0, 0, -rows % PANEL_ROWS)).unflatten(0, (num_panels, PANEL_ROWS)).transpose(1, 2)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -218,6 +264,20 @@ def _by_row(panels: Tensor, rows: int, size: int) -> Tensor:
     return entries.reshape(panels.shape[0] * PANEL_ROWS, count * size)[:rows]
 
 
+def _packed_pairs(weight: Tensor) -> Tensor:
+    """Numbers [rows, columns] as [panels, bytes]."""
+    size, columns = weight.dtype.itemsize, weight.shape[1]
+    numbers = as_bytes(weight.view(torch.uint8) if size == 1 else weight)
+    return _by_panel(F.pad(numbers, (0, 0, 0, columns % 2)).view(len(weight), -1, 2 * size)).flatten(1)
+
+
+def _unpacked_pairs(panels: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Undoes `_packed_pairs`."""
+    size = dtype.itemsize
+    pairs = panels.view(panels.shape[0], -1, 2 * size * PANEL_ROWS)
+    return _by_row(pairs, shape[0], 2 * size)[:, : shape[1] * size].contiguous().view(dtype)
+
+
 def _packed_int8(weight: Tensor, byte_offset: int) -> Tensor:
     if byte_offset:
         return _packed_codes(weight.view(torch.uint8) ^ 128, 8)
@@ -233,6 +293,10 @@ def _unpacked_int8(panels: Tensor, shape: Shape, byte_offset: int) -> Tensor:
     return _by_row(pairs, shape[0], 2)[:, : shape[1]].contiguous().view(torch.int8)
 
 
+_BITS = torch.arange(8, dtype=torch.uint8)
+_PAIRS_OF_BITS = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+
+
 def _packed_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 [rows, columns] as [panels, bytes]."""
     padded = F.pad(codes, (0, -codes.shape[1] % _GROUP_COLUMNS))
@@ -240,14 +304,16 @@ def _packed_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return quads.flatten(1)
     strips = quads.view(quads.shape[0], -1, 4, 64)
-    low = strips & 15
-    pieces = [(low[:, :, 0::2] | low[:, :, 1::2] << 4).flatten(2)]
-    if bits == 5:
-        fifth = (strips >> 4).view(*strips.shape[:2], 32, 8)
-        pieces.append((fifth << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
-    elif bits == 6:
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
-        pieces.append((strips >> 4 << shifts).sum(2, dtype=torch.uint8))
+    low_bits = 4 if bits >= 4 else 2
+    low, high = strips & (1 << low_bits) - 1, strips >> low_bits
+    if low_bits == 4:
+        pieces = [(low[:, :, 0::2] | low[:, :, 1::2] << 4).flatten(2)]
+    else:
+        pieces = [(low << _PAIRS_OF_BITS).sum(2, dtype=torch.uint8)]
+    if bits - low_bits == 1:
+        pieces.append((high.view(*high.shape[:2], 32, 8) << _BITS).sum(-1, dtype=torch.uint8))
+    elif bits - low_bits == 2:
+        pieces.append((high << _PAIRS_OF_BITS).sum(2, dtype=torch.uint8))
     return torch.cat(pieces, 2).flatten(1)
 
 
@@ -258,14 +324,17 @@ def _unpacked_codes(packed: Tensor, bits: int, shape: Shape) -> Tensor:
         strips = packed.view(panels, -1, 4, 64)
     else:
         strip = packed.view(panels, 2 * groups, -1)
-        both = strip[:, :, :128].view(panels, -1, 2, 1, 64)
-        strips = torch.cat((both & 15, both >> 4), 3).view(panels, -1, 4, 64)
-        if bits == 5:
-            fifth = strip[:, :, 128:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-            strips = strips | fifth.view(strips.shape) << 4
-        elif bits == 6:
-            high = strip[:, :, None, 128:] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3
-            strips = strips | high << 4
+        low_bits, low_bytes = (4, 128) if bits >= 4 else (2, 64)
+        if low_bits == 4:
+            both = strip[:, :, :low_bytes].view(panels, -1, 2, 1, 64)
+            strips = torch.cat((both & 15, both >> 4), 3).view(panels, -1, 4, 64)
+        else:
+            strips = strip[:, :, None, :low_bytes] >> _PAIRS_OF_BITS & 3
+        if bits - low_bits == 1:
+            high = strip[:, :, low_bytes:, None] >> _BITS & 1
+            strips = strips | high.view(strips.shape) << low_bits
+        elif bits - low_bits == 2:
+            strips = strips | (strip[:, :, None, low_bytes:] >> _PAIRS_OF_BITS & 3) << low_bits
     return _by_row(strips.view(panels, -1, 64), shape[0], 4)[:, : shape[1]].contiguous()
 
 
@@ -325,6 +394,8 @@ def _parts(
         weight, scale = tensors["weight"], tensors["weight_scale"].to(packing.scale_dtype)
         codes = unpack_nibbles(weight) if isinstance(weight_format, Int4Groups) else weight ^ (128 - byte_offset)
         return codes, Factors(scale, tensors.get("zero_point"))
+    if isinstance(weight_format, Mxfp4):
+        return unpack_nibbles(tensors["weight"]), Factors(tensors["weight_scale"])
     assert isinstance(weight_format, GgufBlocks)
     blocks = tensors["weight"]
     codes, factors = from_blocks(weight_format.type_name, blocks, byte_offset)
@@ -337,6 +408,8 @@ def _stored(weight_format: WeightFormat, codes: Tensor, factors: Factors, byte_o
         weight = pack_nibbles(codes) if isinstance(weight_format, Int4Groups) else codes ^ (128 - byte_offset)
         tensors = {"weight": weight, "weight_scale": factors.scales.to(torch_dtype(weight_format.scale_dtype))}
         return tensors if factors.minima is None else {**tensors, "zero_point": factors.minima}
+    if isinstance(weight_format, Mxfp4):
+        return {"weight": pack_nibbles(codes), "weight_scale": factors.scales}
     assert isinstance(weight_format, GgufBlocks)
     codes = codes.view(codes.shape[0], -1, weight_format.block_size)
     return {"weight": to_blocks(weight_format.type_name, codes, factors, byte_offset)}

@@ -12,7 +12,8 @@ namespace llmengine {
 enum Format : int64_t {
   kFp32, kBf16, kFp16, kInt8, kCodes8, kCodes4, kCodes4Minimum, kCodes4Zero, kCodes5, kCodes5Minimum, kCodes4Super,
   kCodes5Super, kCodes6Super, kCodes4Strips, kCodes4ZeroStrips, kCodes4Wide, kCodes4ZeroWide, kCodes8Zero, kCodes8Wide,
-  kCodes8ZeroWide
+  kCodes8ZeroWide, kCodesE2m1, kCodes2, kCodes2Super, kCodes3Super, kCodesNl, kCodesNlSuper,
+  kBf16Panels = 32, kFp8, kFp8Blocks
 };
 
 // What activations become before a product; likewise.
@@ -42,11 +43,11 @@ struct Inputs {
 // A matrix, or one of several that lie one above the other and give one result.
 struct Matrix {
   int64_t format;
-  const void* weight;  // [rows, columns]; int8 and codes: panels, see `kPanelRows`
-  const void* scale;   // int8: fp32 [rows], then zeros to the end of the last panel; codes: see `native_codes.h`
-  const float* bias;   // [rows] or null; int8 and codes: to the end of the last panel
+  const void* weight;  // [rows, columns], or panels, see `kPanelRows`
+  const void* scale;   // int8: fp32 [rows], then zeros to the end of the last panel; see `native_codes.h`, `native_floats.h`
+  const float* bias;   // [rows] or null; with panels to the end of the last one
   int64_t rows, columns;
-  int64_t group_shift;          // codes: scales are for 2^group_shift columns each
+  int64_t group_shift;          // codes and e4m3: scales are for 2^group_shift columns each
   int64_t first_row, out_rows;  // of a token's results: where those of this matrix begin, and how many there are
   Inputs inputs;
 

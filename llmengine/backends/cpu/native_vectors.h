@@ -112,17 +112,20 @@ inline float to_float(Fp16 value) {
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | infinite | sign);
 }
 
-inline Floats load(const Fp16* from) {
+// Of the bits of fp16 numbers.
+inline Floats floats_of_fp16(Halves bits) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(bit_cast<__m256i>(load_halves(from)));
+  return _mm512_cvtph_ps(bit_cast<__m256i>(bits));
 #elif defined(__F16C__)
-  return _mm256_cvtph_ps(bit_cast<__m128i>(load_halves(from)));
+  return _mm256_cvtph_ps(bit_cast<__m128i>(bits));
 #else
   Floats to;
-  for (int i = 0; i < kWidth; i++) to[i] = to_float(from[i]);
+  for (int i = 0; i < kWidth; i++) to[i] = to_float(Fp16{bits[i]});
   return to;
 #endif
 }
+
+inline Floats load(const Fp16* from) { return floats_of_fp16(load_halves(from)); }
 
 inline float sum(Floats values) {
 #if defined(__AVX__) && !defined(__AVX512F__)

@@ -41,6 +41,10 @@ from llmengine.quantization.stacked import Stacked
 _logger = logging.getLogger("llmengine.backends.cpu.backend")
 
 
+NATIVE = "native"
+"""Name of the layout of matrices in panels."""
+
+
 class CpuNorm:
     """RMSNorm in float32, in half of `F.rms_norm`'s time on a CPU.
 
@@ -163,16 +167,25 @@ class _LinearPacker:
         return self._pack(matrix, bias)
 
     def _pack(self, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
-        choice = self.choices.get(matrix.format)
+        return self._choice(matrix.format).layout.pack(matrix, bias)
+
+    def _choice(self, weight_format: WeightFormat) -> Choice:
+        choice = self.choices.get(weight_format)
         if choice is None:
-            choice = self.choices[matrix.format] = self._choose(matrix.format)
-        return choice.layout.pack(matrix, bias)
+            choice = self.choices[weight_format] = self._choose(weight_format)
+        return choice
 
     def pack_embedding(self, matrix: Matrix) -> Matrix | NativeLinear:
         """The embedding as its rows are looked up, which also multiplies by it where it is packed."""
-        if self.library is not None and looks_up(matrix.format):
+        if self.library is not None and (looks_up(matrix.format) or self._is_packed_for_output(matrix.format)):
             return NativeLinear(self.library, matrix, None)
         return matrix
+
+    def _is_packed_for_output(self, weight_format: WeightFormat) -> bool:
+        """Whether a dense embedding is the output matrix as well, and packed as that."""
+        if weight_format != DENSE or not self.arch.tie_word_embeddings or self.formats.of("lm_head") != DENSE:
+            return False
+        return self._choice(DENSE).layout.name == NATIVE
 
     def pack_tied(self, embedding: Matrix | NativeLinear) -> CpuLinear:
         """The output matrix that is the embedding; with its tensors where they need no other layout."""
@@ -193,17 +206,20 @@ class _LinearPacker:
 
     def _layouts(self, weight_format: WeightFormat) -> list[Layout]:
         """The layouts that this processor and installation have for a format, the plain one first."""
+        dtype, native = torch_dtype(self.dtype), list[Layout]()
+        if self.library is not None and packing_of(weight_format, dtype) is not None:
+            native = [Layout(NATIVE, partial(NativeLinear, self.library))]
         if weight_format == DENSE:
             if self.row_major:
-                return [ROW_MAJOR]
-            layouts = dense_layouts(torch_dtype(self.dtype))
+                return [ROW_MAJOR] if not native or torch.cpu._is_amx_tile_supported() else native
+            layouts = dense_layouts(dtype) + native
             if len(layouts) == 1 and self.dtype != "float32":
                 _logger.warning(
                     "%s weights: this processor or torch has no fast product for them, float32 is faster", self.dtype
                 )
             return layouts
-        if self.library is not None and packing_of(weight_format) is not None:
-            return [Layout("native", partial(NativeLinear, self.library))]
+        if native:
+            return native
         return [TORCH_W8A8 if isinstance(weight_format, Int8W8A8) else DEQUANTIZED]
 
     @property

@@ -16,6 +16,7 @@ from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLinear, load_n
 from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.config import QuantConfig
 from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS, GgufBlocks
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
@@ -35,12 +36,24 @@ from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, save_tin
 
 __all__ = ["native_directory"]
 
-FLAT_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-SUPER_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
-FACTORS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+FLAT_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
+SUPER_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0"]
+FACTORS = {
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "TQ2_0": (64,),
+    "MXFP4": (),
+}
 """Where blocks have float16 numbers; others have one at 0."""
 
+SIZES = ((48, 64), (37, 82), (5, 2), (33, 568))
 GROUPS: list[WeightFormat] = [
+    Mxfp4(),
     *(Int4Groups(size, zero_points) for size in (16, 32, 64, 128, -1) for zero_points in (False, True)),
     *(Int4Groups(size, zero_points, scale_dtype="bfloat16") for size, zero_points in ((32, True), (128, False))),
     *(Int8Groups(size, zero_points) for size in (32, 128, -1) for zero_points in (False, True)),
@@ -56,6 +69,8 @@ def random_blocks(blocks: GgufBlocks, rows: int, columns: int) -> Matrix:
     for place in FACTORS.get(blocks.type_name, (0,)):
         factors = (torch.randn(*shape[:2], 1, generator=generator) * 0.02).half()
         weight[:, :, place : place + 2] = factors.view(torch.uint8)
+    if blocks.type_name == "MXFP4":
+        weight[:, :, 0] = weight[:, :, 0] % 12 + 116
     return Matrix(blocks, (rows, columns), {"weight": weight})
 
 
@@ -67,7 +82,7 @@ def random_matrices() -> Iterator[Matrix]:
         for rows, columns in ((16, 256), (37, 768)):
             yield random_blocks(GGUF_BLOCKS[name], rows, columns)
     for groups in GROUPS:
-        for rows, columns in ((48, 64), (37, 82), (5, 2), (33, 568)):
+        for rows, columns in SIZES:
             weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
             yield Matrix.dense(weight).quantized(groups)
 
@@ -127,6 +142,97 @@ def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: M
         assert torch.equal(again.tensors[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix
     indices = torch.tensor([matrix.shape[0] - 1, 0, matrix.shape[0] // 2, 0])
     assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
+
+
+FP8 = [
+    Fp8(scales, activations)  # type: ignore[arg-type]
+    for scales in ("tensor", "channel", "block")
+    for activations in ("none", "token", "block", "tensor")
+]
+
+
+def random_fp8(format: Fp8, rows: int, columns: int) -> Matrix:
+    """Any e4m3 numbers, subnormal ones included."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, generator=generator)
+    signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, generator=generator) * 128
+    spec = format.tensors((rows, columns), "float32")["weight_scale"]
+    tensors = {
+        "weight": (codes + signs).view(torch.float8_e4m3fn),
+        "weight_scale": torch.rand(spec.shape, generator=generator) * 0.01 + 0.001,
+    }
+    if format.activations == "tensor":
+        tensors["activation_scale"] = torch.tensor([0.021])
+    return Matrix(format, (rows, columns), tensors)
+
+
+FLOATS = [random_fp8(format, *shape) for format in FP8 for shape in ((48, 64), (37, 83), (5, 1), (133, 321))]
+FLOATS += [Matrix.dense(torch.randn(rows, columns).bfloat16()) for rows, columns in (*SIZES, (133, 321))]
+
+
+@pytest.mark.parametrize("matrix", [pytest.param(item, id=f"{item.format}-{item.shape}") for item in FLOATS])
+def test_product_of_floating_point_weights(native_directory: Path, matrix: Matrix) -> None:
+    rows, columns = matrix.shape
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    linear = NativeLinear(load_native_library(native_directory), matrix, bias)
+    weight = matrix.dequantized().double()
+    for num_tokens in (1, 3, 16, 65, 200):
+        x = tokens_of_all_magnitudes(num_tokens, columns)
+        # All values that e4m3 rounds differently: ties, subnormal ones, and those that saturate.
+        x[0] = torch.linspace(-12.0, 12.0, columns) if columns > 1 else 12.0
+        values = matrix.format.rounded_activations(x, matrix.tensors).double()
+        found = linear(x)
+        bound = 2e-6 * columns**0.5 * (values.abs() @ weight.abs().T + bias.abs()) + 1e-30
+        assert bool(((found - (values @ weight.T + bias)).abs() <= bound).all())
+        residual = torch.randn(num_tokens, rows)
+        assert torch.equal(linear(x, residual.clone()), found + residual)
+        for token in range(0, num_tokens, 7):
+            assert torch.equal(linear(x[token : token + 1])[0], found[token])
+    again = linear.matrix
+    assert list(again.tensors) == list(matrix.tensors)
+    for suffix, tensor in matrix.tensors.items():
+        assert torch.equal(again.tensors[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix
+
+
+@pytest.mark.parametrize("format", FP8, ids=str)
+def test_e4m3_activations_round_as_the_reference_does(native_directory: Path, format: Fp8) -> None:
+    # Weights that pick one activation each: the results are the rounded activations.
+    specs = format.tensors((150, 150), "float32")
+    tensors = {
+        "weight": torch.eye(150).to(torch.float8_e4m3fn),
+        "weight_scale": torch.ones(specs["weight_scale"].shape),
+        "activation_scale": torch.tensor([0.021]),
+    }
+    matrix = Matrix(format, (150, 150), {suffix: tensors[suffix] for suffix in specs})
+    linear = NativeLinear(load_native_library(native_directory), matrix, None)
+    x = torch.cat([tokens_of_all_magnitudes(9, 150), torch.linspace(-20.0, 20.0, 150)[None]])
+    ties = torch.arange(150) * 0.021 / 2**10
+    x = torch.cat([x, ties[None], ties[None] * 448 / 75 * 2**10])
+    rounded = format.rounded_activations(x, matrix.tensors)
+    assert torch.equal(linear(x), rounded)
+
+
+@pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
+def test_nan_in_e4m3_weights_stays_with_its_row(native_directory: Path, scales: str) -> None:
+    matrix = random_fp8(Fp8(scales, "none"), 133, 321)  # type: ignore[arg-type]
+    library, x = load_native_library(native_directory), torch.randn(9, 321)
+    expected = NativeLinear(library, matrix, None)(x)
+    matrix.weight.view(torch.uint8)[(5, 70), (200, 3)] = torch.tensor([127, 255], dtype=torch.uint8)
+    linear = NativeLinear(library, matrix, None)
+    found = linear(x)
+    others = [row for row in range(133) if row not in (5, 70)]
+    assert torch.equal(found[:, others], expected[:, others])
+    assert bool(found[:, [5, 70]].isnan().all())
+    again = linear.matrix
+    assert torch.equal(again.weight.view(torch.uint8), matrix.weight.view(torch.uint8))
+    assert torch.equal(again.tensors["weight_scale"], matrix.tensors["weight_scale"])
+
+
+def test_rows_of_bfloat16(native_directory: Path) -> None:
+    weight = torch.randn(37, 83).bfloat16()
+    linear = NativeLinear(load_native_library(native_directory), Matrix.dense(weight), None)
+    indices = torch.tensor([36, 0, 17, 0])
+    assert torch.equal(linear.rows(indices), weight.float()[indices])
 
 
 W8A8 = [
@@ -263,8 +369,10 @@ def test_which_formats_there_are() -> None:
     assert multiplies(INT8)
     assert not looks_up(INT8)
     assert looks_up(GGUF_BLOCKS["Q6_K"])
-    assert not multiplies(Mxfp4())
-    q4, q6, q2 = (GGUF_BLOCKS[name] for name in ("Q4_K", "Q6_K", "Q2_K"))
+    assert multiplies(Mxfp4())
+    assert multiplies(Fp8())
+    assert not looks_up(Fp8())
+    q4, q6, q2 = (GGUF_BLOCKS[name] for name in ("Q4_K", "Q6_K", "IQ2_XS"))
     assert multiplies(Stacked.of_rows([(256, q4), (128, q4), (128, q6)]))
     assert not multiplies(Stacked.of_rows([(256, q4), (128, q2)]))
     assert not multiplies(Stacked.of_rows([(32, q4)] * 4))
