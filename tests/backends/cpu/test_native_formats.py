@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,31 @@ from llmengine.quantization.stacked import Stacked
 from tests.backends.cpu.test_native import (
     ALL_LOGPROBS,
     SHAPES,
-    native_directory,
+    SUFFIX,
     own_name,
     prompt,
     run_mixed_steps,
 )
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, save_tiny
 
-__all__ = ["native_directory"]
+LESSER = ("avx512", "avx2")
+"""Variants that a processor runs if it runs a better one, best first."""
+
+
+@pytest.fixture(params=["own", "generic", *(pytest.param(name, marks=pytest.mark.slow) for name in LESSER)])
+def native_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A directory with the library, with another variant in place of this processor's own but for "own"."""
+    name = own_name()
+    if request.param == "own":
+        return NATIVE_DIRECTORY
+    variant, own = request.param, name.removeprefix("_native_").removesuffix(SUFFIX)
+    if own == variant or (variant in LESSER and own not in ("avx512vnni", "avx512")):
+        pytest.skip(f"this processor's own variant is {own}")
+    directory = tmp_path / variant
+    directory.mkdir()
+    shutil.copy(NATIVE_DIRECTORY / f"_native_{variant}{SUFFIX}", directory / name)
+    return directory
+
 
 FLAT_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
 SUPER_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0"]
