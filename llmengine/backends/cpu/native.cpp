@@ -2,7 +2,7 @@
 // called as on computing. `native.py` describes the model once and passes each step's arrays.
 //
 // Plain C++17 with GCC's or Clang's vector extensions, compiled once for each vector width; `setup.py` has the flags.
-// Weights are fp32, bf16 or fp16, row-major [out, in], or integers in panels; KV is fp32 or 8 bits; everything else is fp32.
+// Weights are fp32, bf16 or fp16, row-major [out, in], or bf16, e4m3 or integers in panels; KV is fp32 or 8 bits; everything else is fp32.
 // Nothing is allocated during a step; the structures belong to the caller and mirror those of `native.py`.
 
 #include "native_byte_attention.h"

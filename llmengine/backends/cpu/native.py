@@ -38,7 +38,7 @@ from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.stacked import Stacked
 
 MAX_FEW_TOKENS = 128
-"""In steps of more tokens, products and attention take tiles of tokens; fp32, bf16 and fp16 weights then need MKL."""
+"""In steps of more tokens, attention takes tiles of tokens, and products with row-major weights need MKL."""
 
 NATIVE_DIRECTORY = Path(__file__).parent
 """Where the installation puts the library."""
@@ -376,8 +376,8 @@ def _takes_many(matrix_format: int, has_blas: bool) -> bool:
 class NativeDecoder:
     """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
 
-    Quantized weights have no limit (`max_tokens` is None), nor do others where torch brings MKL along. The exception is
-    bfloat16 on a processor with tile units, with which torch's products are far faster.
+    Weights in panels have no limit (`max_tokens` is None), nor do row-major ones where torch brings MKL along. The
+    exception is bfloat16 on a processor with tile units, with which torch's products are far faster: it stays row-major.
 
     Weights and the attention's KV pools are used where they are.
 

@@ -184,8 +184,9 @@ def random_fp8(format: Fp8, rows: int, columns: int) -> Matrix:
     return Matrix(format, (rows, columns), tensors)
 
 
-FLOATS = [random_fp8(format, *shape) for format in FP8 for shape in ((48, 64), (37, 83), (5, 1), (133, 321))]
-FLOATS += [Matrix.dense(torch.randn(rows, columns).bfloat16()) for rows, columns in (*SIZES, (133, 321))]
+FLOATS = [random_fp8(format, 133, 321) for format in FP8]
+FLOATS += [random_fp8(Fp8("channel", "none"), *shape) for shape in ((48, 64), (37, 83), (5, 1))]
+FLOATS += [Matrix.dense(torch.randn(shape).bfloat16()) for shape in ((48, 64), (5, 1), (133, 321))]
 
 
 @pytest.mark.parametrize("matrix", [pytest.param(item, id=f"{item.format}-{item.shape}") for item in FLOATS])
@@ -274,7 +275,7 @@ def random_w8a8(format: Int8W8A8, rows: int, columns: int) -> Matrix:
 
 
 @pytest.mark.parametrize("format", W8A8, ids=str)
-@pytest.mark.parametrize("shape", [(48, 64), (37, 83), (5, 2), (33, 568)])
+@pytest.mark.parametrize("shape", [(37, 83), (48, 568)])
 def test_w8a8_equals_torch_in_every_bit(native_directory: Path, format: Int8W8A8, shape: tuple[int, int]) -> None:
     matrix = random_w8a8(format, *shape)
     bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
