@@ -377,7 +377,7 @@ class NativeDecoder:
     """`models.decoder.forward` with its embedding and attention, for steps of at most `max_tokens` tokens.
 
     Weights in panels have no limit (`max_tokens` is None), nor do row-major ones where torch brings MKL along. The
-    exception is bfloat16 on a processor with tile units, with which torch's products are far faster: it stays row-major.
+    exception is bfloat16 on a processor with tile units, with which torch's products are far faster.
 
     Weights and the attention's KV pools are used where they are.
 

@@ -18,6 +18,7 @@ from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.native import (
     MAX_FEW_TOKENS,
     NATIVE_DIRECTORY,
+    NativeLibrary,
     NativeLinear,
     NativeUnavailableError,
     load_native_library,
@@ -62,6 +63,17 @@ def native_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory.mkdir()
     shutil.copy(NATIVE_DIRECTORY / f"_native_generic{SUFFIX}", directory / name)
     return directory
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def lesser_library(request: pytest.FixtureRequest, tmp_path: Path) -> NativeLibrary:
+    """A variant for fewer vector units than this processor has."""
+    name, variants = own_name(), ["avx512vnni", "avx512", "avx2"]
+    own = name.removeprefix("_native_").removesuffix(SUFFIX)
+    if own not in variants[: variants.index(request.param)]:
+        pytest.skip(f"this processor runs {own}")
+    shutil.copy(NATIVE_DIRECTORY / f"_native_{request.param}{SUFFIX}", tmp_path / name)
+    return load_native_library(tmp_path)
 
 
 def prompt(length: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.backends.cpu.linear import W8A8Linear
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLinear, load_native_library, looks_up, multiplies
+from llmengine.backends.cpu.native import (
+    NATIVE_DIRECTORY,
+    NativeLibrary,
+    NativeLinear,
+    load_native_library,
+    looks_up,
+    multiplies,
+)
 from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.config import QuantConfig
 from llmengine.quantization.formats import WeightFormat
@@ -28,31 +34,15 @@ from llmengine.quantization.stacked import Stacked
 from tests.backends.cpu.test_native import (
     ALL_LOGPROBS,
     SHAPES,
-    SUFFIX,
+    lesser_library,
+    native_directory,
     own_name,
     prompt,
     run_mixed_steps,
 )
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, save_tiny
 
-LESSER = ("avx512", "avx2")
-"""Variants that a processor runs if it runs a better one, best first."""
-
-
-@pytest.fixture(params=["own", "generic", *(pytest.param(name, marks=pytest.mark.slow) for name in LESSER)])
-def native_directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A directory with the library, with another variant in place of this processor's own but for "own"."""
-    name = own_name()
-    if request.param == "own":
-        return NATIVE_DIRECTORY
-    variant, own = request.param, name.removeprefix("_native_").removesuffix(SUFFIX)
-    if own == variant or (variant in LESSER and own not in ("avx512vnni", "avx512")):
-        pytest.skip(f"this processor's own variant is {own}")
-    directory = tmp_path / variant
-    directory.mkdir()
-    shutil.copy(NATIVE_DIRECTORY / f"_native_{variant}{SUFFIX}", directory / name)
-    return directory
-
+__all__ = ["lesser_library", "native_directory"]
 
 FLAT_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
 SUPER_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0"]
@@ -129,26 +119,36 @@ def tokens_of_all_magnitudes(num_tokens: int, columns: int) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("matrix", MATRICES)
-def test_product(native_directory: Path, matrix: Matrix) -> None:
-    rows, columns = matrix.shape
-    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
-    library = load_native_library(native_directory)
-    linear = NativeLinear(library, matrix, bias)
+def check_product(linear: NativeLinear, matrix: Matrix, num_tokens: int, is_fused: bool) -> None:
+    """Compare with double precision, and tokens with the same ones alone."""
     weight = matrix.dequantized().double()
     # The products of a code and of its zero point may cancel.
     tolerance = 3e-5 if getattr(matrix.format, "zero_points", False) else 4e-6
-    is_fused = "generic" not in (library.variant, native_directory.name)
+    x = tokens_of_all_magnitudes(num_tokens, matrix.shape[1])
+    values, bias = rounded(x, is_fused), torch.zeros(1) if linear.bias is None else linear.bias
+    found = linear(x)
+    bound = tolerance * (values.abs() @ weight.abs().T + bias.abs()) + 1e-30
+    assert bool(((found - (values @ weight.T + bias)).abs() <= bound).all())
+    residual = torch.randn(found.shape)
+    assert torch.equal(linear(x, residual.clone()), found + residual)
+    for token in range(0, num_tokens, 7):
+        assert torch.equal(linear(x[token : token + 1])[0], found[token])
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_product(native_directory: Path, matrix: Matrix) -> None:
+    bias = torch.randn(matrix.shape[0], generator=torch.Generator().manual_seed(1))
+    library = load_native_library(native_directory)
+    linear = NativeLinear(library, matrix, bias)
     for num_tokens in (1, 3, 16, 65, 200):
-        x = tokens_of_all_magnitudes(num_tokens, columns)
-        values = rounded(x, is_fused)
-        found = linear(x)
-        bound = tolerance * (values.abs() @ weight.abs().T + bias.abs()) + 1e-30
-        assert bool(((found - (values @ weight.T + bias)).abs() <= bound).all())
-        residual = torch.randn(num_tokens, rows)
-        assert torch.equal(linear(x, residual.clone()), found + residual)
-        for token in range(0, num_tokens, 7):
-            assert torch.equal(linear(x[token : token + 1])[0], found[token])
+        check_product(linear, matrix, num_tokens, "generic" not in (library.variant, native_directory.name))
+
+
+def test_lesser_variants(lesser_library: NativeLibrary) -> None:
+    for matrix in random_matrices():
+        linear = NativeLinear(lesser_library, matrix, None)
+        for num_tokens in (1, 9):
+            check_product(linear, matrix, num_tokens, is_fused=True)
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -160,98 +160,6 @@ def test_matrix_and_rows_come_back_bit_for_bit(native_directory: Path, matrix: M
         assert torch.equal(again.tensors[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix
     indices = torch.tensor([matrix.shape[0] - 1, 0, matrix.shape[0] // 2, 0])
     assert torch.equal(linear.rows(indices), matrix.dequantized()[indices])
-
-
-FP8 = [
-    Fp8(scales, activations)  # type: ignore[arg-type]
-    for scales in ("tensor", "channel", "block")
-    for activations in ("none", "token", "block", "tensor")
-]
-
-
-def random_fp8(format: Fp8, rows: int, columns: int) -> Matrix:
-    """Any e4m3 numbers, subnormal ones included."""
-    generator = torch.Generator().manual_seed(rows)
-    codes = torch.randint(0, 127, (rows, columns), dtype=torch.uint8, generator=generator)
-    signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, generator=generator) * 128
-    spec = format.tensors((rows, columns), "float32")["weight_scale"]
-    tensors = {
-        "weight": (codes + signs).view(torch.float8_e4m3fn),
-        "weight_scale": torch.rand(spec.shape, generator=generator) * 0.01 + 0.001,
-    }
-    if format.activations == "tensor":
-        tensors["activation_scale"] = torch.tensor([0.021])
-    return Matrix(format, (rows, columns), tensors)
-
-
-FLOATS = [random_fp8(format, 133, 321) for format in FP8]
-FLOATS += [random_fp8(Fp8("channel", "none"), *shape) for shape in ((48, 64), (37, 83), (5, 1))]
-FLOATS += [Matrix.dense(torch.randn(shape).bfloat16()) for shape in ((48, 64), (5, 1), (133, 321))]
-
-
-@pytest.mark.parametrize("matrix", [pytest.param(item, id=f"{item.format}-{item.shape}") for item in FLOATS])
-def test_product_of_floating_point_weights(native_directory: Path, matrix: Matrix) -> None:
-    rows, columns = matrix.shape
-    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
-    linear = NativeLinear(load_native_library(native_directory), matrix, bias)
-    weight = matrix.dequantized().double()
-    for num_tokens in (1, 3, 16, 65, 200):
-        x = tokens_of_all_magnitudes(num_tokens, columns)
-        # All values that e4m3 rounds differently: ties, subnormal ones, and those that saturate.
-        x[0] = torch.linspace(-12.0, 12.0, columns) if columns > 1 else 12.0
-        values = matrix.format.rounded_activations(x, matrix.tensors).double()
-        found = linear(x)
-        bound = 2e-6 * columns**0.5 * (values.abs() @ weight.abs().T + bias.abs()) + 1e-30
-        assert bool(((found - (values @ weight.T + bias)).abs() <= bound).all())
-        residual = torch.randn(num_tokens, rows)
-        assert torch.equal(linear(x, residual.clone()), found + residual)
-        for token in range(0, num_tokens, 7):
-            assert torch.equal(linear(x[token : token + 1])[0], found[token])
-    again = linear.matrix
-    assert list(again.tensors) == list(matrix.tensors)
-    for suffix, tensor in matrix.tensors.items():
-        assert torch.equal(again.tensors[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix
-
-
-@pytest.mark.parametrize("format", FP8, ids=str)
-def test_e4m3_activations_round_as_the_reference_does(native_directory: Path, format: Fp8) -> None:
-    # Weights that pick one activation each: the results are the rounded activations.
-    specs = format.tensors((150, 150), "float32")
-    tensors = {
-        "weight": torch.eye(150).to(torch.float8_e4m3fn),
-        "weight_scale": torch.ones(specs["weight_scale"].shape),
-        "activation_scale": torch.tensor([0.021]),
-    }
-    matrix = Matrix(format, (150, 150), {suffix: tensors[suffix] for suffix in specs})
-    linear = NativeLinear(load_native_library(native_directory), matrix, None)
-    x = torch.cat([tokens_of_all_magnitudes(9, 150), torch.linspace(-20.0, 20.0, 150)[None]])
-    ties = torch.arange(150) * 0.021 / 2**10
-    x = torch.cat([x, ties[None], ties[None] * 448 / 75 * 2**10])
-    rounded = format.rounded_activations(x, matrix.tensors)
-    assert torch.equal(linear(x), rounded)
-
-
-@pytest.mark.parametrize("scales", ["tensor", "channel", "block"])
-def test_nan_in_e4m3_weights_stays_with_its_row(native_directory: Path, scales: str) -> None:
-    matrix = random_fp8(Fp8(scales, "none"), 133, 321)  # type: ignore[arg-type]
-    library, x = load_native_library(native_directory), torch.randn(9, 321)
-    expected = NativeLinear(library, matrix, None)(x)
-    matrix.weight.view(torch.uint8)[(5, 70), (200, 3)] = torch.tensor([127, 255], dtype=torch.uint8)
-    linear = NativeLinear(library, matrix, None)
-    found = linear(x)
-    others = [row for row in range(133) if row not in (5, 70)]
-    assert torch.equal(found[:, others], expected[:, others])
-    assert bool(found[:, [5, 70]].isnan().all())
-    again = linear.matrix
-    assert torch.equal(again.weight.view(torch.uint8), matrix.weight.view(torch.uint8))
-    assert torch.equal(again.tensors["weight_scale"], matrix.tensors["weight_scale"])
-
-
-def test_rows_of_bfloat16(native_directory: Path) -> None:
-    weight = torch.randn(37, 83).bfloat16()
-    linear = NativeLinear(load_native_library(native_directory), Matrix.dense(weight), None)
-    indices = torch.tensor([36, 0, 17, 0])
-    assert torch.equal(linear.rows(indices), weight.float()[indices])
 
 
 W8A8 = [
@@ -291,6 +199,11 @@ def test_w8a8_equals_torch_in_every_bit(native_directory: Path, format: Int8W8A8
             assert torch.equal(linear(x[token : token + 1])[0], found[token])
     for suffix, tensor in linear.matrix.tensors.items():
         assert torch.equal(tensor, matrix.tensors[suffix]), suffix
+
+
+def test_w8a8_of_lesser_variants(lesser_library: NativeLibrary) -> None:
+    matrix, x = random_w8a8(Int8W8A8(), 48, 568), tokens_of_all_magnitudes(9, 568)
+    assert torch.equal(NativeLinear(lesser_library, matrix, None)(x), W8A8Linear(matrix, None)(x))
 
 
 @pytest.mark.parametrize(("input_order", "input_scale"), [(True, False), (False, True), (True, True)])
