@@ -606,7 +606,7 @@ class ProductRunner final : public Job {
 extern "C" {
 
 // Changes with the structures; `native.py` refuses a library with another number.
-int llmengine_native_version() { return 8; }
+int llmengine_native_version() { return 9; }
 
 // Whether int8 weights are in quads of columns, and what 8-bit codes have on top of their values.
 int llmengine_byte_offset() { return llmengine::kByteOffset; }

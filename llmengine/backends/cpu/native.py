@@ -45,7 +45,7 @@ NATIVE_DIRECTORY = Path(__file__).parent
 
 _logger = logging.getLogger("llmengine.backends.cpu.native")
 
-_VERSION = 8
+_VERSION = 9
 _VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
 """What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
 
