@@ -81,7 +81,7 @@ class QuantConfig(Settings):
             "smoothquant" (int8 with activations) calibrate on texts. None: "awq" for int4 in groups, "smoothquant" for
             int8 with activations, else "rtn".
         kv_cache: the number format of keys and values in the cache, of any model: "none" (as the device computes them),
-            "int8" or "fp8" (e4m3), with a scale for each token and head. On CPUs in this version.
+            "int8" or "fp8" (e4m3), with a scale for each token and head.
         skip_layers: names of matrices that are not quantized, or patterns of them: "lm_head", "layers.0.*", "*.down".
             A layer has the matrices qkv, o, gate_up and down.
         calibration_prompts: texts, chats (lists of messages) or token ids that calibrating computes activations of.
