@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.kernels.attention import AttentionConfig, fold_dot, fold_scores, head_dims, rotated
-from llmengine.kernels.kv_blocks import KvBlocks, cells_of, fitted, halves, key_products, quantized
+from llmengine.kernels.attention import AttentionConfig, fold_dot, head_dims, rotated
+from llmengine.kernels.kv_blocks import KvBlocks, cells_of, dequantized, quantized
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.step import NUM_DECODES, NUM_QUERY_BLOCKS, NUM_TOKENS, DeviceStep
 
@@ -43,10 +43,10 @@ def prefill_launch(
     """
     row_bytes = _row_bytes(config, dtype)
     tile, rows = max(16, min(64, 16384 // row_bytes)), _query_rows(config, dtype)
-    if kv_dtype.itemsize == 1:  # tiles are converted in registers, where another one in flight would not fit
-        return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=3)
-    # q, two tiles of k and two of v, and what compiling for compute capability 8.9 showed on top of them.
-    needed = (rows + 4 * tile) * row_bytes + (512 if row_bytes <= 256 else 4352)
+    # Two tiles of k and two of v are in flight. Those of 8 bits are there once more, in the dtype of q.
+    tile_bytes = 4 * tile * _row_bytes(config, kv_dtype) + (2 * tile * row_bytes if kv_dtype.itemsize == 1 else 0)
+    # With q, and what compiling for compute capability 8.9 showed on top of them.
+    needed = rows * row_bytes + tile_bytes + (512 if row_bytes <= 256 else 4352)
     return PrefillLaunch(rows=rows, tile=tile, num_warps=rows // 16, num_stages=5 if needed <= max_shared else 3)
 
 
@@ -285,10 +285,6 @@ def _prefill_kernel(
     is_query = ((tokens < row_end) & (member < GROUP))[:, None] & in_head[None, :]
     q_offsets = (tokens.to(tl.int64) * (NUM_HEADS + 2 * NUM_KV_HEADS) + heads)[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(qkv_ptr + q_offsets, mask=is_query, other=0.0)
-    QUANTIZED: tl.constexpr = scales_ptr is not None
-    if QUANTIZED:
-        value_dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
-        q, factors = fitted(q)
 
     first_position = context_len - row_end + first_token
     # Tiles begin at multiples of TILE, so that a token's keys are summed in the same order however its row is cut.
@@ -306,21 +302,16 @@ def _prefill_kernel(
         offsets = cells[:, None] * HEAD_DIM + dims[None, :]
         k = tl.load(keys_ptr + offsets, mask=valid[:, None] & in_head[None, :], other=0.0)
         v = tl.load(values_ptr + offsets, mask=valid[:, None] & in_head[None, :], other=0.0)
-        if QUANTIZED:
+        if scales_ptr is not None:
             k_scale_ptrs = scales_ptr + kv_head * BLOCK_SIZE + cells
             k_scales = tl.load(k_scale_ptrs, mask=valid, other=0.0)
             v_scales = tl.load(k_scale_ptrs + NUM_KV_HEADS * BLOCK_SIZE, mask=valid, other=0.0)
+            k = dequantized(k, k_scales, q.dtype, ASSEMBLY)
+            v = dequantized(v, v_scales, q.dtype, ASSEMBLY)
         attended = valid[None, :] & (keys[None, :] <= positions[:, None])
         if WINDOW:
             attended &= keys[None, :] > positions[:, None] - WINDOW
-        if QUANTIZED:
-            products = key_products(q, factors, k, k_scales, ASSEMBLY)
-            weights, decay, maximum, total = fold_scores(products, attended, maximum, total, SCALE, SOFT_CAP)
-            weights = (weights * v_scales[None, :]).to(value_dtype)
-            values = halves(v, ASSEMBLY).to(tl.float32).to(value_dtype)
-            acc = tl.dot(weights, values, acc * decay[:, None], input_precision="ieee")
-        else:
-            maximum, total, acc = fold_dot(q, k, v, attended, maximum, total, acc, SCALE, SOFT_CAP)
+        maximum, total, acc = fold_dot(q, k, v, attended, maximum, total, acc, SCALE, SOFT_CAP)
     out_offsets = (tokens.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
     # The windows of rows beyond the last token may be empty.
     tl.store(out_ptr + out_offsets, acc / tl.where(total > 0.0, total, 1.0)[:, None], mask=is_query)

@@ -1,13 +1,13 @@
 """KV blocks on CUDA: the tensors of a layer, and numbers of 8 bits, int8 or e4m3.
 
-Vectors of 8 bits are multiplied as they are stored: a key's scale multiplies its score, and a value's scale its weight.
 Attention sees each token as the blocks hold it, also in the step that writes it, so how a prompt is cut into steps does
 not matter.
 
-Tensor cores need numbers of 16 bits. fp16 holds every number of 8 bits, and is what they become the quickest; queries
-are scaled so that it holds them too. A weight times a scale can be smaller than what fp16 holds, so decodes divide
-these products by the largest scale so far. In chunks of prompts that would depend on how a prompt is cut: there, values
-and their weights become bf16, which has the range of fp32.
+Decodes multiply vectors of 8 bits as they are stored: a key's scale multiplies its score, and a value's scale its
+weight. Tensor cores need numbers of 16 bits. fp16 holds every number of 8 bits, and is what they become the quickest;
+queries are scaled so that it holds them too. A weight times a scale can be smaller than what fp16 holds, so these
+products are divided by the largest scale so far. Chunks of prompts multiply a tile for many queries, so they dequantize
+it first, to the dtype of q.
 
 With ASSEMBLY, a few instructions convert four numbers at once (compute capability 8.9 for e4m3). Triton's interpreter,
 and models of float32, take plain arithmetic.
@@ -132,6 +132,12 @@ def halves(stored, ASSEMBLY: tl.constexpr):
         return tl.inline_asm_elementwise(_INT8, "=&r,=&r,r", [stored], dtype=tl.float16, is_pure=True, pack=4)
     else:  # noqa: RET505 - a constexpr condition: without the else, both are compiled
         return stored.to(tl.float16)
+
+
+@triton.jit
+def dequantized(stored, scales, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """A tile of vectors [tile, dims] in `dtype`, of numbers of 8 bits and their scales [tile]."""
+    return (halves(stored, ASSEMBLY).to(tl.float32) * scales[:, None]).to(dtype)
 
 
 @triton.jit
