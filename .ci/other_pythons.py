@@ -1,9 +1,8 @@
 """Runs the engine's tests under every other supported Python version that this machine has.
 
 The engine does not need torch, so torch is not installed: for some interpreters it is a download of gigabytes. Nor is
-the package, which would compile a native decoder for each Python that nothing here runs. Environments are made side by
-side, and beside the tests of an earlier Python. Prints the interpreters that were used and exits with the status of the
-first failure.
+the package, which would compile a native decoder that no test here runs. Environments are made side by side, and beside
+the tests of an earlier Python. Prints the interpreters that were used and exits with the status of the first failure.
 """
 
 import glob

@@ -27,7 +27,7 @@ def generate_all(
 ) -> list[GenerationOutput]:
     """The outputs of all prompts, in their order; blocks until all are finished. See `LLM.generate`.
 
-    Whatever this raises, also on Ctrl-C, no request and no progress bar is left.
+    If this raises, also on Ctrl-C, no request and no progress bar is left behind.
     """
     options = options.replace(slow_consumer=None)  # all requests are read to the end, however late
     handles: list[RequestHandle] = []

@@ -53,7 +53,7 @@ def evaluate_parts(
     measure_speed: bool,
     progress: bool,
 ) -> QualityReport:
-    """The figures of a running model and of its reference, which is loaded for that if need be. See `LLM.evaluate`."""
+    """The figures of a running model and of its reference, which is loaded if it is not running. See `LLM.evaluate`."""
     from llmengine.model_quality import evaluate
 
     with ExitStack() as stack:

@@ -28,7 +28,8 @@ def stop_bar(bar: Progress) -> None:
     except BaseException:
         from rich.control import Control
 
-        print(Control.show_cursor(True), end="", file=bar.console.file, flush=True)  # its own buffer may be half full
+        # Past rich's buffer, which may hold half of something.
+        print(Control.show_cursor(True), end="", file=bar.console.file, flush=True)
         raise
 
 
@@ -37,7 +38,7 @@ class TerminalProgress:
 
     Args:
         description: what is being done.
-        enabled: False shows nothing. Nothing is shown either where stderr is neither a terminal nor a notebook's.
+        enabled: if False, nothing is shown, as on a stderr that belongs to neither a terminal nor a notebook.
     """
 
     def __init__(self, description: str, num_steps: int, *, enabled: bool = True) -> None:

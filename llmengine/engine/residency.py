@@ -18,7 +18,7 @@ from llmengine.errors import QueueFullError
 class Residency:
     """Gives slots and blocks to requests and takes them back. Engine thread only.
 
-    Paused requests keep theirs until others need them. Whom else to preempt is the scheduler's business.
+    Paused requests keep theirs until others need them. The scheduler decides which running request to preempt.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Residency:
             self._kv_cache.free(blocks)
 
     def check_integrity(self, running: Sequence[Request], requests: Iterable[Request]) -> None:
-        """Assert that each slot is free or one request's, and that blocks are the requests' that are not finished."""
+        """Assert that each slot is free or belongs to one request, and that only unfinished requests have blocks."""
         residents = [*running, *self._paused.residents]
         slots = [request.slot for request in residents]
         assert sorted([*self._free_slots, *(s for s in slots if s is not None)]) == list(
