@@ -48,7 +48,8 @@ def quantized_source(
             return rounded_weights(source.arch, formats, dense())
         return calibrated_weights(config, source.arch, formats, model_dtype_name(dtype), dense, get_tokenizer)
 
-    return dataclasses.replace(source, formats=formats, stream=stream)
+    unrounded = source if config.method == "rtn" else None
+    return dataclasses.replace(source, formats=formats, stream=stream, unrounded=unrounded)
 
 
 def rounded_weights(arch: ModelArch, formats: ModelFormats, dense: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:

@@ -38,6 +38,8 @@ class ModelSource:
             tokenizer in it (GGUF); else empty.
         formats: how the matrices of `stream` are stored.
         dequantized: for people, which of the files' formats `stream` dequantizes and why; empty if none.
+        unrounded: the same checkpoint before its dense weights are rounded to nearest, where `stream` does that: a
+            backend may round them itself, on its device. Else None.
         plans: what an engine directory keeps beside the weights.
         quality: how good the model was found when it was saved; None where that is not known.
     """
@@ -54,6 +56,7 @@ class ModelSource:
     tokenizer_metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: ModelFormats = DENSE_MODEL
     dequantized: str = ""
+    unrounded: ModelSource | None = None
     plans: SavedPlans | None = None
     quality: QualityReport | None = None
 

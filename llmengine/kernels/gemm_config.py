@@ -184,16 +184,24 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
     """
     num_weights = 2 if shape.operation == "norm_linear_silu" else 1
     if isinstance(config, PackedConfig):
-        layout = shape.layout
-        if layout is None:
-            return (config.num_stages - 1) * (config.block_m + config.block_n) * _SCALED_BLOCK_K
-        words = num_weights * config.block_n * layout.slice_columns * 2
-        turn = words + config.block_m * layout.block_columns * shape.dtype.itemsize
-    elif isinstance(config, SkinnyConfig):
-        turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
-    else:
+        return _quantized_shared_bytes(shape, config)
+    if not isinstance(config, SkinnyConfig):
         return 0
+    turn = (config.block_m + num_weights * config.block_n) * config.block_k * shape.dtype.itemsize
     return (config.num_stages - 1) * turn
+
+
+def _quantized_shared_bytes(shape: GemmShape, config: PackedConfig) -> int:
+    # A product of eight rows copies its operands to registers at once; others read them where they are, meanwhile.
+    held = config.num_stages if config.block_m >= 16 else config.num_stages - 1
+    layout = shape.layout
+    if layout is None:
+        return held * (config.block_m + config.block_n) * _SCALED_BLOCK_K
+    num_weights = 2 if shape.operation == "norm_linear_silu" and fuses_gate(config, shape.n) else 1
+    zeros = max(4, 2 * layout.num_groups) if layout.has_zeros else 0
+    words = num_weights * config.block_n * (layout.slice_columns * 2 + zeros)
+    x = config.block_m * layout.block_columns * shape.dtype.itemsize
+    return held * x + (config.num_stages - 1) * words
 
 
 def fuses_gate(config: LinearConfig, num_outputs: int) -> bool:

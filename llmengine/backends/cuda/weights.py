@@ -170,24 +170,28 @@ def _check_sizes(arch: ModelArch) -> None:
 def load_weights(weights: CudaWeights, source: ModelSource) -> None:
     """Stream the weights of `source` into their places; host memory peaks at one matrix and what `Uploads` has.
 
-    Quantized matrices are rearranged on the device. The last copies may still be under way, in the current stream.
+    Quantized matrices are rearranged on the device, and rounded there where nothing but that is to be done. The last
+    copies may still be under way, in the current stream.
     """
     uploads = Uploads(weights.embedding.device)
     quantized = weights.quantized
     arrived: dict[str, Tensor] = {}
-    for name, tensor in source.weights(weights.embedding.dtype):
+    for name, tensor in (source.unrounded or source).weights(weights.embedding.dtype):
         prefix, _, suffix = name.rpartition(".")
         if suffix == "bias" or prefix not in quantized:
             uploads.copy(weights.by_name[name], tensor)
             continue
         matrix = quantized[prefix]
+        if source.unrounded is not None:
+            _fill_rounding(uploads, matrix, tensor)
+            continue
         arrived[suffix] = tensor
         if arrived.keys() == matrix.format.tensors(matrix.shape, "float32").keys():
             _upload_quantized(uploads, matrix, arrived)
             arrived = {}
     assert not arrived, sorted(arrived)
     if weights.arch.tie_word_embeddings and "lm_head" in quantized:
-        _fill_quantizing(quantized["lm_head"], weights.embedding)
+        _fill_rounding(uploads, quantized["lm_head"], weights.embedding)
 
 
 def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mapping[str, Tensor]) -> None:
@@ -206,15 +210,22 @@ def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mappin
         matrix.fill(on_device, begin)
 
 
-def _fill_quantizing(matrix: QuantizedMatrix, dense: Tensor) -> None:
-    """Fill `matrix` with what `dense`, on the device, is in its format."""
+def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, dense: Tensor) -> None:
+    """Fill `matrix` with a dense weight, on the host or the device, rounded to nearest on the device."""
     for begin, end in _row_ranges(matrix):
-        matrix.fill(matrix.format.quantize(dense[begin:end]), begin)
+        part = dense[begin:end]
+        if part.device != matrix.device:
+            part = torch.empty_like(part, device=matrix.device)
+            uploads.copy(part, dense[begin:end])
+        matrix.fill(matrix.format.quantize(part), begin)
 
 
 def _row_ranges(matrix: QuantizedMatrix) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows that can be filled one after the other."""
+    """Yield ranges of rows that can be filled one after the other; all rows where they share a scale."""
     num_rows, columns = matrix.shape
     size = max(1, _UPLOAD_WEIGHTS // (ROW_UNIT * columns)) * ROW_UNIT
+    scales = matrix.format.tensors(matrix.shape, "float32").get("weight_scale")
+    if scales is not None and not any(along is not None and along.axis == "out" for along in scales.along):
+        size = num_rows
     for begin in range(0, num_rows, size):
         yield begin, min(begin + size, num_rows)

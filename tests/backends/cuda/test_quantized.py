@@ -14,7 +14,7 @@ from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.fused_segments import SegmentsFactory, fused_segments
 from llmengine.backends.cuda.generic_segments import generic_segments
 from llmengine.backends.cuda.loading import load_cuda_backend
-from llmengine.backends.cuda.weights import allocate_weights
+from llmengine.backends.cuda.weights import allocate_weights, load_weights
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source, rounded_weights
 from llmengine.checkpoints.source import ModelSource
@@ -110,6 +110,29 @@ def test_weights_come_back_as_they_are_stored(tmp_path: Path, device: str, name:
     assert str(source.formats.default) in backend.info.description
     assert backend.info.weight_bytes < 1.1 * sum(tensor.nbytes for _, tensor in expected)
     backend.close()
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [INT4, QuantConfig(weights="fp8", scales="tensor", activations="token", method="rtn")],
+    ids=["int4", "fp8 with one scale"],
+)
+def test_weights_that_were_rounded_on_the_host_are_those_rounded_on_the_device(
+    tmp_path: Path, device: str, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmengine.backends.cuda.weights._UPLOAD_WEIGHTS", 1)  # in the fewest rows at a time
+    save_tiny(tmp_path, **{**SMALL, "intermediate_size": 192})
+    config = config_of(tmp_path, quant, "float16")
+    source = quantized_source(open_model(tmp_path), config.quant_config)
+    assert source.unrounded is not None
+    found = []
+    for item in (source, dataclasses.replace(source, unrounded=None)):
+        weights = allocate_weights(config, item, torch.device(device))
+        load_weights(weights, item)
+        found.append(dict(weights.canonical()))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.view(torch.uint8), found[1][name].view(torch.uint8)), name
 
 
 def test_matrices_that_stay_dense_are_multiplied_beside_quantized_ones(tmp_path: Path, device: str) -> None:
