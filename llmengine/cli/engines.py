@@ -28,6 +28,19 @@ _WEIGHTS_HELP = (
 
 def add_engine_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `llmengine`."""
+    _add_build_command(commands)
+    inspect = commands.add_parser("inspect", help="show what a saved engine holds")
+    inspect.add_argument("directory", type=Path, metavar="DIR", help="a saved engine")
+    inspect.add_argument("--json", action="store_true", help="print the manifest")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="check a saved engine's files, and its plans where they can run")
+    verify.add_argument("directory", type=Path, metavar="DIR", help="a saved engine")
+    verify.add_argument("--json", action="store_true", help="print the findings as JSON")
+    verify.set_defaults(run=_verify)
+
+
+def _add_build_command(commands: Any) -> None:
     build = commands.add_parser(
         "build",
         help="build a model's TensorRT plans and save them with its weights; with --quant: quantize it, measure its "
@@ -77,16 +90,6 @@ def add_engine_commands(commands: Any) -> None:
     quantized.add_argument("--skip-evaluation", action="store_true", help="save without a quality report")
     add_evaluation_arguments(quantized)
     build.set_defaults(run=_build)
-
-    inspect = commands.add_parser("inspect", help="show what a saved engine holds")
-    inspect.add_argument("directory", type=Path, metavar="DIR")
-    inspect.add_argument("--json", action="store_true", help="print the manifest")
-    inspect.set_defaults(run=_inspect)
-
-    verify = commands.add_parser("verify", help="check a saved engine's files, and its plans where they can run")
-    verify.add_argument("directory", type=Path, metavar="DIR")
-    verify.add_argument("--json", action="store_true", help="print the findings as JSON")
-    verify.set_defaults(run=_verify)
 
 
 def _compute_capabilities(text: str) -> tuple[int, ...]:
