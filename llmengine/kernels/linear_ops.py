@@ -143,6 +143,47 @@ class LinearOps:
 
         return apply
 
+    def mlp(
+        self,
+        norm_weight: Tensor,
+        eps: float,
+        gate_up: DeviceMatrix,
+        down: DeviceMatrix,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> BoundLinear:
+        """(x, inner) -> None: add to x what the gated MLP makes of it; inner [num_rows, down's columns] is scratch."""
+        if isinstance(gate_up, ScaledMatrix) and isinstance(down, ScaledMatrix):
+            return self._scaled_mlp(norm_weight, eps, gate_up, down, gate_up_bias, down_bias)
+        first, second = self.norm_linear_silu(norm_weight, eps, gate_up, gate_up_bias), self.linear_add(down, down_bias)
+
+        def apply(x: Tensor, inner: Tensor) -> None:
+            first(x, inner)
+            second(inner, x)
+
+        return apply
+
+    def _scaled_mlp(
+        self,
+        norm_weight: Tensor,
+        eps: float,
+        gate_up: ScaledMatrix,
+        down: ScaledMatrix,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> BoundLinear:
+        """See `mlp`; the activation is rounded by the kernel that computes it."""
+        first, second = ScaledProducts(self._kernels, gate_up), ScaledProducts(self._kernels, down)
+
+        def apply(x: Tensor, inner: Tensor) -> None:
+            both = x.new_empty(len(x), gate_up.shape[0])
+            config = self._choose(GemmShape.of("norm_linear_silu", len(x), gate_up, x.dtype, inner.dtype))
+            first.norm_linear(x, norm_weight, eps, gate_up_bias, both, config)
+            config = self._choose(GemmShape.of("linear_add", len(x), down, x.dtype, x.dtype))
+            second.silu_linear_add(both, down_bias, x, config)
+
+        return apply
+
     def _stacked_norm_linear(
         self, norm_weight: Tensor | None, eps: float, matrix: StackedMatrix, bias: Tensor | None
     ) -> BoundLinear:

@@ -28,9 +28,12 @@ def quantize_rows_kernel(
     NORM: tl.constexpr,
     FACTORS: tl.constexpr,
     STATIC: tl.constexpr,
+    GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Write a row of x, normalized and times `factors`, as values with scales; one program a row.
+
+    GATED: a row of x is gate and up, and silu(gate) * up is written.
 
     GROUP columns, all of a row or 128, share a scale, which makes the largest of them LARGEST. With STATIC,
     `static_scale` is the scale of all, and values beyond saturate.
@@ -45,7 +48,11 @@ def quantize_rows_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    exact = tl.load(x + row * columns + k, mask=mask, other=0.0).to(tl.float32)
+    x_row = x + row * columns * (2 if GATED else 1)
+    exact = tl.load(x_row + k, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x_row + columns + k, mask=mask, other=0.0).to(tl.float32)
+        exact = exact * tl.sigmoid(exact) * up
     if NORM:
         exact *= tl.rsqrt(tl.sum(exact * exact, 0) / columns + eps) * weight
     if FACTORS:

@@ -56,6 +56,10 @@ class ScaledProducts:
         self._multiply(*self.quantize(x, norm_weight, eps), bias, gate_up, config)
         silu_and_mul(gate_up, out, self._kernels.pdl)
 
+    def silu_linear_add(self, gate_up: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+        """Add the product of silu(gate) * up and the matrix to `residual`; gate_up: [num_rows, 2 * in_features]."""
+        self._multiply(*self.quantize(gate_up, None, 0.0, gated=True), bias, residual, config, add=True)
+
     def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
         """Compile the kernels of a product of tensors like `x` and `out`, without running them."""
         num_rows, columns = x.shape
@@ -64,6 +68,8 @@ class ScaledProducts:
             self.quantize(x, None, 0.0, compile_only=True)
         if not add:
             self.quantize(x, x[0], 0.0, compile_only=True)
+        if gated:
+            self.quantize(x.new_empty(num_rows, rows), None, 0.0, gated=True, compile_only=True)
         if isinstance(config, PackedConfig):
             values = x.new_empty(num_rows, columns, dtype=self._matrix.values_dtype)
             scales = x.new_empty(self._scales_shape(num_rows), dtype=torch.float32)
@@ -71,10 +77,13 @@ class ScaledProducts:
             self._launch(values, scales, None, product, config, add, compile_only=True)
 
     def quantize(
-        self, x: Tensor, norm_weight: Tensor | None, eps: float, compile_only: bool = False
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, gated: bool = False, compile_only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """x [num_rows, in_features], normalized if there is a weight, as values of 8 bits and their float32 scales."""
-        num_rows, columns = x.shape
+        """x [num_rows, in_features], normalized if there is a weight, as values of 8 bits and their float32 scales.
+
+        With `gated`, x is gate and up, and silu(gate) * up is meant.
+        """
+        num_rows, columns = x.shape[0], x.shape[1] // (2 if gated else 1)
         assert x.is_contiguous()
         tensors, mode = self._matrix.tensors, self._matrix.activation_scales
         values = x.new_empty(num_rows, columns, dtype=self._matrix.values_dtype)
@@ -98,6 +107,7 @@ class ScaledProducts:
             NORM=norm_weight is not None,
             FACTORS=factors is not None,
             STATIC=static is not None,
+            GATED=gated,
             PDL=self._kernels.pdl,
             num_warps=min(max(block // 512, 1), 16),
             launch_pdl=self._kernels.pdl,

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.kernels.linear_ops import LinearOps
 from llmengine.kernels.norm import rms_norm_reference
 from llmengine.kernels.scaled_linear import ScaledProducts
 from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
@@ -131,6 +132,23 @@ def test_every_operation(device: str, weight_format: WeightFormat, config: Linea
         plain.check("linear_add", config, bias=True)
         plain.check("linear_add", config, bias=False)
     Case(device, weight_format, 5, *SIZES[0], gated=True).check("norm_linear_silu", config, bias=True)
+
+
+@pytest.mark.parametrize("weight_format", [Fp8(), Fp8("block", "block"), Int8W8A8("tensor", "tensor", True)], ids=str)
+def test_mlp_rounds_its_activation_where_it_is_computed(device: str, weight_format: WeightFormat) -> None:
+    first = Case(device, weight_format, 5, 144, 64, gated=True)
+    second = Case(device, weight_format, 5, 64, 144, gated=False)
+    config = PackedConfig(8, 64, num_warps=4, num_stages=3)
+    mlp = LinearOps(LinearKernels(device), lambda _: config).mlp(
+        first.norm_weight, EPS, first.matrix, second.matrix, first.bias, second.bias
+    )
+    normed = first.format.rounded_activations(rms_norm_reference(first.x, first.norm_weight, EPS), first.on_device)
+    gate, up = linear_reference("norm_linear", normed, None, EPS, first.weight, first.bias).chunk(2, dim=-1)
+    inner = second.format.rounded_activations(torch.nn.functional.silu(gate) * up, second.on_device)
+    expected = linear_reference("linear_add", inner, None, EPS, second.weight, second.bias, first.x)
+    mlp(first.x, torch.empty(5, 144, dtype=DTYPE, device=device))
+    atol = 0.02 * float(expected.abs().max())
+    torch.testing.assert_close(first.x.float(), expected, rtol=0.0, atol=atol)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="large")

@@ -19,7 +19,14 @@ from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
-from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compile_product, has_kernel, product_shapes
+from llmengine.kernels.linear_ops import (
+    BoundLinear,
+    DeviceMatrix,
+    LinearOps,
+    compile_product,
+    has_kernel,
+    product_shapes,
+)
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Segments, finish_logits
@@ -38,12 +45,11 @@ _COLD_BYTES = 160 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's products with their weights bound: (input, where the result goes)."""
+    """One layer's products with their weights bound: (input, where the result goes), of `mlp` see `LinearOps.mlp`."""
 
     qkv: BoundLinear
     o: BoundLinear
-    gate_up: BoundLinear
-    down: BoundLinear
+    mlp: BoundLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,22 +289,20 @@ class FusedSegments:
         """Add to x what comes after the layer's attention."""
         inner = self._inner[: len(x)]
         self._layers[layer].o(attended, x)
-        self._layers[layer].gate_up(x, inner)
-        self._layers[layer].down(inner, x)
+        self._layers[layer].mlp(x, inner)
 
 
 def _bind_layer(ops: LinearOps, weights: CudaWeights, prefix: str, eps: float) -> _Layer:
-    def add(name: str) -> BoundLinear:
-        return ops.linear_add(weights.matrices[prefix + name], weights.bias(prefix + name))
+    def bound(name: str) -> tuple[DeviceMatrix, Tensor | None]:
+        return weights.matrices[prefix + name], weights.bias(prefix + name)
 
     input_norm, mlp_norm = weights.norm(prefix + "input_norm"), weights.norm(prefix + "post_attention_norm")
     assert mlp_norm is not None
-    qkv, gate_up = prefix + "qkv", prefix + "gate_up"
+    (gate_up, gate_up_bias), (down, down_bias) = bound("gate_up"), bound("down")
     return _Layer(
-        qkv=ops.norm_linear(input_norm, eps, weights.matrices[qkv], weights.bias(qkv)),
-        o=add("o"),
-        gate_up=ops.norm_linear_silu(mlp_norm, eps, weights.matrices[gate_up], weights.bias(gate_up)),
-        down=add("down"),
+        qkv=ops.norm_linear(input_norm, eps, *bound("qkv")),
+        o=ops.linear_add(*bound("o")),
+        mlp=ops.mlp(mlp_norm, eps, gate_up, down, gate_up_bias, down_bias),
     )
 
 
