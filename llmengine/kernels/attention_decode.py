@@ -281,9 +281,9 @@ def _decode_kernel(
     total = tl.where(has_new, 1.0, 0.0)
     acc = tl.where(has_new[:, None], v_new, 0.0)
     if PAIRED:
-        q, factors = fitted(q)
+        q, largest = fitted(q)
         peak = tl.sum(v_scale, axis=0)
-        acc /= peak
+        acc *= 1.0 / peak
         pairs = tl.arange(0, HALF_PAD)
         is_pair = pairs < HEAD_DIM // 2
         pairs_ptr = values_ptr.to(tl.pointer_type(tl.int16))
@@ -313,7 +313,7 @@ def _decode_kernel(
             cells = cells_of(table_ptr, tokens, tokens < end, NUM_KV_HEADS, BLOCK_SIZE)
             maximum, total, acc = _fold_vector(q, k, v, k_scales, v_scales, valid, maximum, total, acc, SCALE, SOFT_CAP)
         elif PAIRED:
-            products = key_products(q, factors, k, k_scales, ASSEMBLY)
+            products = key_products(q, largest, k, k_scales, ASSEMBLY)
             weights, decay, maximum, total = fold_scores(products, valid[None, :], maximum, total, SCALE, SOFT_CAP)
             even, odd = unpaired(v, dtype, ASSEMBLY)
             peak, acc, odd_acc = _fold_pairs(weights, decay, even, odd, v_scales, peak, acc, odd_acc, q.dtype)

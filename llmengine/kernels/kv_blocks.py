@@ -112,17 +112,18 @@ def quantized(x, dtype: tl.constexpr):
 
 @triton.jit
 def fitted(q):
-    """The rows of q over their largest magnitudes, in fp16 or fp32, and these factors, fp32 [rows]."""
+    """q [rows, dims] over its largest magnitude, in fp16 or fp32, and that, fp32."""
     dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
-    factors = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), axis=1), _LEAST_SCALED)
-    return (q.to(tl.float32) / factors[:, None]).to(dtype), factors
+    q = q.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.max(tl.abs(q), axis=1), axis=0), _LEAST_SCALED)
+    return (q * (1.0 / largest)).to(dtype), largest
 
 
 @triton.jit
-def key_products(q, factors, k, scales, ASSEMBLY: tl.constexpr):
+def key_products(q, largest, k, scales, ASSEMBLY: tl.constexpr):
     """Products [rows, tile] of `fitted` queries and a tile of keys with their scales."""
     products = tl.dot(q, tl.trans(halves(k, ASSEMBLY).to(q.dtype)), input_precision="ieee")
-    return products * factors[:, None] * scales[None, :]
+    return products * (scales * largest)[None, :]
 
 
 @triton.jit
