@@ -18,6 +18,8 @@ HALVES: dict[str, tuple[int, ...]] = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
     "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ2_0": (64,),
 }
 """Offsets of the float16 scales (and minima) in a block."""
 

@@ -59,39 +59,36 @@ def test_the_page_promises_something_for_each_format() -> None:
     assert BITS.keys() == CONFIGS.keys()
 
 
-def measured_bits(config: ModelConfig, engine: Path, lm_head_bits: float) -> tuple[float, float]:
-    """Bits a weight of the layers' matrices, in memory and in a saved engine."""
+def sizes(config: ModelConfig, engine: Path) -> tuple[int, int]:
+    """Bytes of a model's weights in memory and in a saved engine."""
     with LLM(config, enable_tokenizer=False) as llm:
-        in_memory = llm.info.weight_bytes
         llm.save(engine)
-    in_file = (engine / WEIGHTS_NAME).stat().st_size
-    source = open_model(engine)
-    shapes = {name: rows * columns for name, (rows, columns) in matrix_shapes(source.arch).items()}
-    embedding = source.formats.of("embed_tokens").size_bytes((SIZES["vocab_size"], SIZES["hidden_size"]), "float32")
-    others = embedding + shapes.pop("lm_head") * lm_head_bits / 8
-    num_weights = sum(size for name, size in shapes.items() if name != "embed_tokens")
-    return (in_memory - others) * 8 / num_weights, (in_file - others) * 8 / num_weights
+        return llm.info.weight_bytes, (engine / WEIGHTS_NAME).stat().st_size
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantized_models(tmp_path: Path, name: str) -> None:
+    """The layers' matrices have the format, the output matrix 8 bits, and the embedding stays in float32."""
     save_tiny(tmp_path / "model", num_attention_heads=8, head_dim=64, **SIZES)
     config = ModelConfig(tmp_path / "model", device="cpu", num_threads=1, quant_config=CONFIGS[name])
-    memory, file = measured_bits(config, tmp_path / "engine", BITS["int8"])
-    assert memory == pytest.approx(BITS[name], rel=TOLERANCE)
-    assert file == pytest.approx(BITS[name], rel=TOLERANCE)
+    shapes = matrix_shapes(open_model(tmp_path / "model").arch)
+    numbers = {matrix: rows * columns for matrix, (rows, columns) in shapes.items()}
+    others = numbers.pop("embed_tokens") * 4 + numbers.pop("lm_head")
+    for size_bytes in sizes(config, tmp_path / "engine"):
+        assert (size_bytes - others) * 8 / sum(numbers.values()) == pytest.approx(BITS[name], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NATIVE_BLOCKS)
 def test_gguf(tmp_path: Path, name: str) -> None:
     model = make_family("mistral", sliding_window=None, num_attention_heads=8, head_dim=64, **SIZES)
-    write_family_gguf(tmp_path / "model.gguf", model, name)
+    path = tmp_path / "model.gguf"
+    write_family_gguf(path, model, name)
     block_size, block_bytes = BLOCK_SIZES[name]
+    in_memory, in_file = sizes(ModelConfig(path, device="cpu", num_threads=1), tmp_path / "engine")
+    num_weights = sum(rows * columns for rows, columns in matrix_shapes(open_model(path).arch).values())
     bits = 8 * block_bytes / block_size
-    config = ModelConfig(tmp_path / "model.gguf", device="cpu", num_threads=1)
-    memory, file = measured_bits(config, tmp_path / "engine", bits)
-    assert memory == pytest.approx(bits + MORE_BITS_IN_MEMORY.get(name, 0.0), rel=TOLERANCE)
-    assert file == pytest.approx(bits, rel=TOLERANCE)
+    assert in_file * 8 / num_weights == pytest.approx(bits, rel=TOLERANCE)
+    assert in_memory * 8 / num_weights == pytest.approx(bits + MORE_BITS_IN_MEMORY.get(name, 0.0), rel=TOLERANCE)
 
 
 GROWTH = """

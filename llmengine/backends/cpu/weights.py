@@ -27,9 +27,10 @@ from llmengine.backends.cpu.linear import (
 )
 from llmengine.backends.cpu.native import NativeLibrary, NativeLinear, looks_up
 from llmengine.backends.cpu.native_packing import packing_of
+from llmengine.checkpoints.canonical_weights import COPY_ELEMENTS
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
-from llmengine.dtypes import ModelDType, torch_dtype
+from llmengine.dtypes import ModelDType, model_dtype_name, torch_dtype
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -136,11 +137,14 @@ def load_cpu_model(
     With the native library, matrices that it multiplies are packed for it, and a quantized embedding too. With
     `row_major`, dense ones stay [out, in] as they came, as the native decoder takes them. Matrices stay in the format
     in which `source` has them; with tied embeddings, a copy of the embedding is rounded to that of the output matrix.
+    With `dtype="auto"`, dense ones that bfloat16 holds exactly are kept in it where the library multiplies them, which
+    adds the same products in half the memory.
 
     Those in a format without a layout of its own are dequantized part by part in every product.
     """
     dtype: ModelDType = "float32" if config.dtype == "auto" else config.dtype
-    linears = _LinearPacker(source.arch, dtype, source.formats, library, row_major)
+    narrows = config.dtype == "auto" and library is not None and library.variant != "generic"
+    linears = _LinearPacker(source.arch, dtype, source.formats, library, row_major, narrows)
     loader = _Loader(source, dtype, linears)
     for name, tensor in source.weights(torch_dtype(dtype)):
         loader.add(name, tensor)
@@ -156,7 +160,8 @@ class _LinearPacker:
     formats: ModelFormats
     library: NativeLibrary | None
     row_major: bool
-    choices: dict[WeightFormat, Choice] = field(default_factory=dict)
+    narrows: bool
+    choices: dict[tuple[WeightFormat, ModelDType], Choice] = field(default_factory=dict)
 
     def pack(self, name: str, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
         """The linear of the matrix `name`, quantized first where its format in use is another."""
@@ -167,25 +172,37 @@ class _LinearPacker:
         return self._pack(matrix, bias)
 
     def _pack(self, matrix: Matrix, bias: Tensor | None) -> CpuLinear:
-        return self._choice(matrix.format).layout.pack(matrix, bias)
+        matrix = self._narrowed(matrix)
+        return self._choice(matrix).layout.pack(matrix, bias)
 
-    def _choice(self, weight_format: WeightFormat) -> Choice:
-        choice = self.choices.get(weight_format)
+    def _narrowed(self, matrix: Matrix) -> Matrix:
+        """A dense matrix in bfloat16 if that has the same values; else itself."""
+        if not self.narrows or matrix.format != DENSE or matrix.weight.dtype != torch.float32:
+            return matrix
+        weight = matrix.weight.bfloat16()
+        rows = max(1, COPY_ELEMENTS // weight.shape[1])
+        pieces = zip(weight.split(rows), matrix.weight.split(rows), strict=True)
+        return Matrix.dense(weight) if all(torch.equal(one.float(), other) for one, other in pieces) else matrix
+
+    def _choice(self, matrix: Matrix) -> Choice:
+        key = (matrix.format, model_dtype_name(matrix.weight.dtype) if matrix.format == DENSE else self.dtype)
+        choice = self.choices.get(key)
         if choice is None:
-            choice = self.choices[weight_format] = self._choose(weight_format)
+            choice = self.choices[key] = self._choose(*key)
         return choice
 
     def pack_embedding(self, matrix: Matrix) -> Matrix | NativeLinear:
         """The embedding as its rows are looked up, which also multiplies by it where it is packed."""
-        if self.library is not None and (looks_up(matrix.format) or self._is_packed_for_output(matrix.format)):
+        matrix = self._narrowed(matrix)
+        if self.library is not None and (looks_up(matrix.format) or self._is_packed_for_output(matrix)):
             return NativeLinear(self.library, matrix, None)
         return matrix
 
-    def _is_packed_for_output(self, weight_format: WeightFormat) -> bool:
+    def _is_packed_for_output(self, embedding: Matrix) -> bool:
         """Whether a dense embedding is the output matrix as well, and packed as that."""
-        if weight_format != DENSE or not self.arch.tie_word_embeddings or self.formats.of("lm_head") != DENSE:
+        if embedding.format != DENSE or not self.arch.tie_word_embeddings or self.formats.of("lm_head") != DENSE:
             return False
-        return self._choice(DENSE).layout.name == NATIVE
+        return self._choice(embedding).layout.name == NATIVE
 
     def pack_tied(self, embedding: Matrix | NativeLinear) -> CpuLinear:
         """The output matrix that is the embedding; with its tensors where they need no other layout."""
@@ -194,9 +211,9 @@ class _LinearPacker:
             return embedding
         return self.pack("lm_head", embedding, None)
 
-    def _choose(self, weight_format: WeightFormat) -> Choice:
-        layouts, dtype = self._layouts(weight_format), torch_dtype(self.dtype)
-        shapes = matrix_shapes(self.arch)
+    def _choose(self, weight_format: WeightFormat, dtype_name: ModelDType) -> Choice:
+        dtype = torch_dtype(dtype_name)
+        layouts, shapes = self._layouts(weight_format, dtype), matrix_shapes(self.arch)
         layer = [shapes[f"layers.0.{name}"] for name in ("qkv", "o", "gate_up", "down")]
         choice = fastest_layout(layouts, weight_format, layer, dtype)
         for name, seconds in choice.seconds.items():
@@ -204,16 +221,20 @@ class _LinearPacker:
             _logger.info("layout %s: %s ms a layer at %s tokens", name, listed, MEASURED_TOKENS)
         return choice
 
-    def _layouts(self, weight_format: WeightFormat) -> list[Layout]:
-        """The layouts that this processor and installation have for a format, the plain one first."""
-        dtype, native = torch_dtype(self.dtype), list[Layout]()
+    def _layouts(self, weight_format: WeightFormat, dtype: torch.dtype) -> list[Layout]:
+        """The layouts that this processor and installation have for a format, the plain one first.
+
+        Args:
+            dtype: of dense weights.
+        """
+        native: list[Layout] = []
         if self.library is not None and packing_of(weight_format, dtype) is not None:
             native = [Layout(NATIVE, partial(NativeLinear, self.library))]
-        if weight_format == DENSE:
+        if weight_format == DENSE and not (native and self.narrows):
             if self.row_major:
                 return [ROW_MAJOR] if not native or torch.cpu._is_amx_tile_supported() else native
             layouts = dense_layouts(dtype) + native
-            if len(layouts) == 1 and self.dtype != "float32":
+            if len(layouts) == 1 and dtype != torch.float32:
                 _logger.warning(
                     "%s weights: this processor or torch has no fast product for them, float32 is faster", self.dtype
                 )
@@ -226,9 +247,9 @@ class _LinearPacker:
     def description(self) -> str:
         """The weights and their layouts, for people; quantized ones first."""
         texts = []
-        for weight_format, choice in sorted(self.choices.items(), key=lambda item: item[0] == DENSE):
+        for (weight_format, dtype), choice in sorted(self.choices.items(), key=lambda item: item[0][0] == DENSE):
             if weight_format == DENSE:
-                texts.append(f"{self.dtype} weights in layout {choice}")
+                texts.append(f"{dtype} weights in layout {choice}")
             else:
                 slow = " (made float32 on each use: slow)" if choice.layout is DEQUANTIZED else ""
                 texts.append(f"{weight_format} weights{slow}")
