@@ -43,7 +43,7 @@ from benchmarks.workloads import Workload
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 
-ENGINES: Mapping[str, Mapping[str, Any]] = {"llmengine": {}, "llmengine int8": {"quant": "int8"}}
+ENGINES: Mapping[str, Mapping[str, Any]] = {"llmengine": {"dtype": "float32"}, "llmengine int8": {"quant": "int8"}}
 """Name -> options of `EngineRunner`."""
 
 STARTUP_GOAL_S = 5.0
