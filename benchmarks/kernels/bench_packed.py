@@ -12,9 +12,13 @@ bits counts as error too. Ends after `--budget` seconds, whatever is left.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -115,30 +119,61 @@ def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig
     return list(dict.fromkeys([*usual[:8], *(extra if shape.is_quantized else ())]))
 
 
-def jobs(
-    kernels: LinearKernels, model: str, format_name: str, rows: list[int], extra: list[LinearConfig]
-) -> Iterator[tuple[PackedBench, str, GemmShape, list[LinearConfig]]]:
-    """Yield what is measured of a format, product by product; kernels of a product are compiled beside each other."""
-    for product in LAYER:
-        shapes = []
-        for num_rows in rows:
-            dense = shape_of(model, product, num_rows, torch.bfloat16)
-            shapes.append(
-                GemmShape(
-                    *(dense.operation, num_rows, dense.n, dense.k, dense.dtype, dense.out_dtype), FORMATS[format_name]
-                )
-            )
-        plans = [(shape, configs_of(shape, extra)) for shape in shapes]
-        with ThreadPoolExecutor(16) as threads:
-            list(
-                threads.map(
-                    lambda job: compile_product(kernels, *job),
-                    [(shape, config) for shape, configs in plans for config in configs if has_kernel(shape, config)],
-                )
-            )
-        bench = PackedBench(kernels, shapes[0])
-        for shape, configs in plans:
-            yield bench, product, shape, configs
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured of a product in a format: for each number of rows the configurations, while kernels compile."""
+
+    name: str
+    shapes: Sequence[tuple[GemmShape, list[LinearConfig]]]
+    compiled: Sequence[Future[None]]
+
+
+def plan(
+    kernels: LinearKernels, threads: ThreadPoolExecutor, product: str, format_name: str, arguments: Namespace
+) -> Plan:
+    """Begin to compile the kernels of a product, each once, beside each other."""
+    shapes = []
+    for num_rows in arguments.rows:
+        dense = shape_of(arguments.model, product, num_rows, torch.bfloat16)
+        shape = replace(dense, weight_format=FORMATS[format_name])
+        shapes.append((shape, configs_of(shape, arguments.configs)))
+    jobs = {
+        (replace(shape, num_rows=0), config): (shape, config)
+        for shape, configs in shapes
+        for config in configs
+        if has_kernel(shape, config)
+    }
+    return Plan(product, shapes, [threads.submit(compile_product, kernels, *job) for job in jobs.values()])
+
+
+def measure_all(
+    bench: PackedBench,
+    name: str,
+    shape: GemmShape,
+    configs: Sequence[LinearConfig],
+    deadline: float,
+    json: Path | None,
+) -> dict[LinearConfig, float]:
+    """Microseconds with each configuration, infinite where the result is wrong; a line is printed for each."""
+    times: dict[LinearConfig, float] = {}
+    most = TOLERANCE_8_BITS if shape.is_scaled else TOLERANCE
+    for config in configs:
+        if time.monotonic() > deadline:
+            break
+        line = f"{name} {shape.n}x{shape.k} M={shape.num_rows:<5}{config!s:24}"
+        try:
+            us, error = bench.measure(shape, config)
+        except Exception as failure:  # one variant must not end the benchmark
+            print(f"{line} {failure!r}"[:300], flush=True)
+            continue
+        is_right = error < most  # NaN is wrong as well
+        times[config] = us if is_right else float("inf")
+        rate, flops = bench.size_bytes / us / 1e6, 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
+        speed = f"{us:9.2f} us {rate:5.2f} TB/s {flops / us / 1e6:6.1f} TFLOP/s"
+        print(f"{line}{speed} error {error:.1e}{'' if is_right else ' WRONG'}", flush=True)
+        record = {"product": name, "rows": shape.num_rows, "config": str(config), "us": us}
+        append_json(json, {**record, "tb_s": rate, "error": error})
+    return times
 
 
 def main() -> None:
@@ -152,38 +187,30 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=140.0, metavar="SECONDS")
     add_json(parser)
     arguments = parser.parse_args()
+    deadline = began + arguments.budget
     require_gpu()
     kernels = LinearKernels("cuda", pdl=torch.cuda.get_device_capability() >= (9, 0))
     layers: dict[tuple[str, int], dict[str, float]] = {}
-    for format_name in arguments.formats:
-        for bench, product, shape, configs in jobs(
-            kernels, arguments.model, format_name, arguments.rows, arguments.configs
-        ):
-            times: dict[LinearConfig, float] = {}
-            for config in configs:
-                if time.monotonic() - began > arguments.budget:
-                    break
-                name = f"{format_name} {product} {shape.n}x{shape.k} M={shape.num_rows:<5}{config!s:24}"
-                try:
-                    us, error = bench.measure(shape, config)
-                except Exception as failure:  # one variant must not end the benchmark
-                    print(f"{name} {failure!r}"[:300], flush=True)
-                    continue
-                most = TOLERANCE_8_BITS if shape.is_scaled else TOLERANCE
-                times[config] = us if error < most else float("inf")
-                rate, flops = bench.size_bytes / us / 1e6, 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
-                wrong = "" if error < most else " WRONG"  # NaN is wrong as well
-                print(
-                    f"{name}{us:9.2f} us {rate:5.2f} TB/s {flops / us / 1e6:6.1f} TFLOP/s error {error:.1e}{wrong}",
-                    flush=True,
-                )
-                record = {"format": format_name, "product": product, "rows": shape.num_rows, "config": str(config)}
-                append_json(arguments.json, {**record, "us": us, "tb_s": rate, "error": error})
+    threads = ThreadPoolExecutor(16)
+    wanted = [(product, format_name) for format_name in arguments.formats for product in LAYER]
+    plans = deque(plan(kernels, threads, *names, arguments) for names in wanted[:2])
+    for index, (product, format_name) in enumerate(wanted):
+        if time.monotonic() > deadline:
+            break
+        if index + 2 < len(wanted):  # compiled while these are measured
+            plans.append(plan(kernels, threads, *wanted[index + 2], arguments))
+        current = plans.popleft()
+        wait(current.compiled)
+        bench = PackedBench(kernels, current.shapes[0][0])
+        for shape, configs in current.shapes:
+            times = measure_all(bench, f"{format_name} {product}", shape, configs, deadline, arguments.json)
             if times:
                 best = min(times, key=times.__getitem__)
                 print(f"* {format_name} {product} M={shape.num_rows}: {best} {times[best]:.2f} us", flush=True)
                 layers.setdefault((format_name, shape.num_rows), {})[product] = times[best]
+        del bench
         torch.cuda.empty_cache()
+    threads.shutdown(cancel_futures=True)
     print(f"\nus of a {arguments.model} layer's four products, norm and activation included, fastest of each")
     print(f"{'':12}" + "".join(f"{f'M={rows}':>10}" for rows in arguments.rows))
     for format_name in arguments.formats:
