@@ -153,7 +153,7 @@ def test_requests_in_flight_get_the_tokens_of_transformers(tmp_path: Path, fake:
     backend = load_cuda_backend(
         make_config(tmp_path, dtype="float32"), open_model(tmp_path), fake.device, on_fake(fake)
     )
-    assert backend.info.description.endswith("fake plans")
+    assert "fake plans, KV cache in float32" in backend.info.description
     driver = BackendDriver(backend, seed=3)
     prompts = [make_prompt(length) for length in (18, 1, 5)]
     every = SamplingParams(logprobs=20)
