@@ -6,8 +6,10 @@
 // Nothing is allocated during a step; the structures belong to the caller and mirror those of `native.py`.
 
 #include "native_byte_attention.h"
+#include "native_float_attention.h"
 #include "native_linear.h"
 #include "native_pool.h"
+#include "native_product.h"
 #include "native_vectors.h"
 
 namespace llmengine {
@@ -44,72 +46,8 @@ struct Step {
   int64_t* likeliest;  // [num_logits], see `first_largest`
 };
 
-// A matrix in panels alone, between torch's operators.
-struct Product {
-  Linear linear;
-  int64_t num_tokens, accumulate;
-  const float* x;  // [num_tokens, columns]
-  float* out;      // [num_tokens, rows]
-  float* workspace;
-};
-
-// Rows of a KV block and their factors; strides in floats.
-struct WeightedRows {
-  const float* factors;  // [heads, count]
-  int64_t factor_stride, count;
-  const float* rows;  // [count, size]
-  int64_t row_stride, size;
-  float* out;  // [heads, size]
-  int64_t out_stride;
-};
-
-template <int kHeads, int kVectors>
-inline void weighted_columns(const WeightedRows& block, int64_t j, bool accumulate) {
-  Floats parts[kHeads][kVectors] = {};
-  if (accumulate)
-    for (int h = 0; h < kHeads; h++)
-      for (int v = 0; v < kVectors; v++) parts[h][v] = load(block.out + h * block.out_stride + j + v * kWidth);
-  for (int64_t i = 0; i < block.count; i++) {
-    for (int v = 0; v < kVectors; v++) {
-      const Floats row = load(block.rows + i * block.row_stride + j + v * kWidth);
-      for (int h = 0; h < kHeads; h++)
-        parts[h][v] = multiply_add(repeat(block.factors[h * block.factor_stride + i]), row, parts[h][v]);
-    }
-  }
-  for (int h = 0; h < kHeads; h++)
-    for (int v = 0; v < kVectors; v++) store(block.out + h * block.out_stride + j + v * kWidth, parts[h][v]);
-}
-
-// out[h] (+)= sum over i of factors[h][i] * rows[i], for `kHeads` heads, which share every load of a row.
-template <int kHeads>
-inline void weighted_sums(const WeightedRows& block, bool accumulate) {
-  int64_t j = 0;
-  for (; j + 4 * kWidth <= block.size; j += 4 * kWidth) weighted_columns<kHeads, 4>(block, j, accumulate);
-  for (; j + 2 * kWidth <= block.size; j += 2 * kWidth) weighted_columns<kHeads, 2>(block, j, accumulate);
-  for (; j + kWidth <= block.size; j += kWidth) weighted_columns<kHeads, 1>(block, j, accumulate);
-  for (; j < block.size; j++) {
-    for (int h = 0; h < kHeads; h++) {
-      float& out = block.out[h * block.out_stride + j];
-      float part = accumulate ? out : 0.0f;
-      for (int64_t i = 0; i < block.count; i++)
-        part = multiply_add(block.factors[h * block.factor_stride + i], block.rows[i * block.row_stride + j], part);
-      out = part;
-    }
-  }
-}
-
-constexpr int64_t kMaxSharedHeads = 3;  // as many as leave registers for the rows
-
-constexpr int64_t kSmallPhase = 16 << 10;  // numbers that one thread computes sooner than several come together
-constexpr int64_t kNumbersAtATime = 4 << 10;
-constexpr int64_t kTileSums = 6;        // rows of a tile that share a load
 constexpr int64_t kMostTileRows = 48, kTileScores = 256 << 10;
 constexpr int64_t kByteTileTokens = 8, kByteTilesPerThread = 2;
-
-// A phase of `count` units with so many numbers each.
-inline Phase light_phase(int64_t count, int64_t numbers) {
-  return {count, kNumbersAtATime / numbers, count * numbers <= kSmallPhase};
-}
 
 // Attention of a tile: up to `tokens` neighbouring tokens of one request, with `heads` heads that share their keys.
 struct TileShape {
@@ -378,6 +316,10 @@ class Runner final : public Job {
             layer.value_scales, model_.num_kv_heads, model_.head_dim, model_.block_size};
   }
 
+  FloatKv float_kv(const Layer& layer) const {
+    return {layer.keys, layer.values, model_.num_kv_heads, model_.head_dim, model_.block_size};
+  }
+
   // Units are tiles, or one token's head, or up to kMaxSharedHeads of those with the same keys where there is work for everyone.
   Phase attention_phase() {
     const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv;
@@ -391,55 +333,22 @@ class Runner final : public Job {
   }
 
   void attend_units(const Layer& layer, Range units, float* scores) {
-    const int64_t num_kv = model_.num_kv_heads, per_kv = model_.num_heads / num_kv, shared = shared_heads_;
+    const FloatKv kv = float_kv(layer);
+    const int64_t num_kv = kv.num_kv_heads, per_kv = model_.num_heads / num_kv, shared = shared_heads_, dim = kv.dim;
     const int64_t per_group = (per_kv + shared - 1) / shared;
     for (int64_t unit = units.begin; unit < units.end; unit++) {
       const int64_t m = unit / (num_kv * per_group), kv_head = unit / per_group % num_kv;
       const int64_t first = unit % per_group * shared, count = per_kv - first < shared ? per_kv - first : shared;
       const int64_t head = kv_head * per_kv + first;
+      const float* queries = qkv_ + m * qkv_size_ + head * dim;
+      float* out = attended_ + m * query_size_ + head * dim;
+      const int64_t context = step_.positions[m] + 1, stride = model_.max_context;
       switch (count) {
-        case 1: attend<1>(layer, m, kv_head, head, scores); break;
-        case 2: attend<2>(layer, m, kv_head, head, scores); break;
-        default: attend<kMaxSharedHeads>(layer, m, kv_head, head, scores);
+        case 1: attend_heads<1>(kv, block_table(m), kv_head, queries, context, out, scores, stride); break;
+        case 2: attend_heads<2>(kv, block_table(m), kv_head, queries, context, out, scores, stride); break;
+        default: attend_heads<kMaxSharedHeads>(kv, block_table(m), kv_head, queries, context, out, scores, stride);
       }
     }
-  }
-
-  // One token's heads [head, head + kHeads) over the token's whole context.
-  template <int kHeads>
-  void attend(const Layer& layer, int64_t m, int64_t kv_head, int64_t head, float* scores) {
-    const int64_t dim = model_.head_dim, size = model_.block_size, num_kv = model_.num_kv_heads;
-    const int64_t context = step_.positions[m] + 1, stride = model_.max_context;
-    const float* query = qkv_ + m * qkv_size_ + head * dim;
-    float* out = attended_ + m * query_size_ + head * dim;
-    const int32_t* blocks = block_table(m);
-    // Scores beyond the context come from rows that may hold anything, and are never used.
-    for (int64_t begin = 0; begin < context; begin += size) {
-      const float* keys = layer.keys + (blocks[begin / size] * num_kv + kv_head) * dim * size;
-      weighted_sums<kHeads>({query, dim, dim, keys, size, size, scores + begin, stride}, false);
-    }
-    float totals[kHeads];
-    for (int h = 0; h < kHeads; h++) totals[h] = exponentials(scores + h * stride, context);
-    for (int64_t begin = 0; begin < context; begin += size) {
-      const float* values = layer.values + (blocks[begin / size] * size * num_kv + kv_head) * dim;
-      const int64_t count = context - begin < size ? context - begin : size;
-      weighted_sums<kHeads>({scores + begin, stride, count, values, kv_size_, dim, out, dim}, begin > 0);
-    }
-    for (int h = 0; h < kHeads; h++)
-      for (int64_t k = 0; k < dim; k++) out[h * dim + k] /= totals[h];
-  }
-
-  // Replaces scores by the exponentials of their distances to the largest; returns the sum.
-  static float exponentials(float* scores, int64_t count) {
-    float largest = scores[0], total = 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < count; i++) {
-      scores[i] = exp_negative(scores[i] - largest);
-      total += scores[i];
-    }
-    return total;
   }
 
   void attend_tiles(const Layer& layer, Range units, float* scratch) {
@@ -456,7 +365,7 @@ class Runner final : public Job {
         if (layer.key_scales)
           attend_byte_tile(layer, {begin, end}, kv_head, heads, scratch);
         else
-          attend_tile(layer, {begin, end}, kv_head, heads, scratch);
+          attend_float_tile(layer, {begin, end}, kv_head, heads, scratch);
       }
     }
   }
@@ -466,43 +375,12 @@ class Runner final : public Job {
     return step_.token_slots[m] == step_.token_slots[m - 1] && step_.positions[m] == step_.positions[m - 1] + 1;
   }
 
-  // Neighbouring tokens of one request, rows of a tile: token after token, and head after head of each.
-  void attend_tile(const Layer& layer, Range tokens, int64_t kv_head, Range heads, float* scratch) {
-    const int64_t dim = model_.head_dim, size = model_.block_size, num_kv = model_.num_kv_heads;
-    const int64_t num_heads = heads.end - heads.begin, rows = (tokens.end - tokens.begin) * num_heads;
-    const int64_t stride = model_.max_context, context = step_.positions[tokens.end - 1] + 1;
-    const int64_t shared = step_.positions[tokens.begin] + 1;  // keys that all rows see
-    float *queries = scratch, *out = queries + rows * dim, *scores = out + rows * dim;
-    const int32_t* blocks = block_table(tokens.begin);
-    for (int64_t row = 0; row < rows; row++)
-      std::memcpy(queries + row * dim, tile_row(qkv_, qkv_size_, tokens, heads, row), dim * sizeof(float));
-    for (int64_t begin = 0; begin < context; begin += size) {
-      const float* keys = layer.keys + (blocks[begin / size] * num_kv + kv_head) * dim * size;
-      sum_tile({queries, dim, dim, keys, size, size, scores + begin, stride}, rows, false);
-    }
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t own = shared + row / num_heads;
-      const float factor = 1.0f / exponentials(scores + row * stride, own);
-#pragma omp simd
-      for (int64_t i = 0; i < own; i++) scores[row * stride + i] *= factor;
-    }
-    for (int64_t begin = 0; begin < context; begin += size) {
-      const float* values = layer.values + (blocks[begin / size] * size * num_kv + kv_head) * dim;
-      const int64_t common = shared - begin < size ? shared - begin : size;
-      if (common > 0)
-        sum_tile({scores + begin, stride, common, values, kv_size_, dim, out, dim}, rows, begin > 0);
-      // What a row does not see may hold anything, and is not multiplied, not even by zero.
-      const int64_t done = common > 0 ? common : 0;
-      for (int64_t row = 0; row < rows; row++) {
-        const int64_t own = shared + row / num_heads - begin, count = (own < size ? own : size) - done;
-        const float* factors = scores + row * stride + begin + done;
-        if (count <= 0) continue;
-        weighted_sums<1>({factors, stride, count, values + done * kv_size_, kv_size_, dim, out + row * dim, dim},
-                         begin + done > 0);
-      }
-    }
-    for (int64_t row = 0; row < rows; row++)
-      std::memcpy(tile_row(attended_, query_size_, tokens, heads, row), out + row * dim, dim * sizeof(float));
+  void attend_float_tile(const Layer& layer, Range tokens, int64_t kv_head, Range heads, float* scratch) {
+    const int64_t at = heads.begin * model_.head_dim;
+    const FloatTile tile{qkv_ + tokens.begin * qkv_size_ + at, qkv_size_, attended_ + tokens.begin * query_size_ + at,
+                         query_size_, tokens.end - tokens.begin, heads.end - heads.begin,
+                         step_.positions[tokens.begin] + 1};
+    attend_tile(float_kv(layer), block_table(tokens.begin), kv_head, tile, scratch, model_.max_context);
   }
 
   void attend_byte_tile(const Layer& layer, Range tokens, int64_t kv_head, Range heads, float* scratch) {
@@ -519,24 +397,6 @@ class Runner final : public Job {
         count = 0;
       }
     if (count) attend_bytes(kv, blocks, kv_head, rows, count, scratch);
-  }
-
-  float* tile_row(float* from, int64_t token_size, Range tokens, Range heads, int64_t row) const {
-    const int64_t num_heads = heads.end - heads.begin;
-    return from + (tokens.begin + row / num_heads) * token_size + (heads.begin + row % num_heads) * model_.head_dim;
-  }
-
-  static void sum_tile(WeightedRows tile, int64_t rows, bool accumulate) {
-    for (; rows >= kTileSums; rows -= kTileSums) {
-      weighted_sums<kTileSums>(tile, accumulate);
-      tile.factors += kTileSums * tile.factor_stride;
-      tile.out += kTileSums * tile.out_stride;
-    }
-    for (; rows > 0; rows--) {
-      weighted_sums<1>(tile, accumulate);
-      tile.factors += tile.factor_stride;
-      tile.out += tile.out_stride;
-    }
   }
 
   void find_likeliest(Range rows) {
@@ -568,36 +428,6 @@ class Runner final : public Job {
   LinearUnits linear_units_;  // of the phase that runs
   int64_t shared_heads_;      // likewise
   TileShape tile_;            // likewise
-};
-
-// A product alone: prepares the activations, then multiplies.
-class ProductRunner final : public Job {
- public:
-  ProductRunner(const Product& product, int64_t num_threads)
-      : product_(product), columns_(product.linear.columns()),
-        activations_(activations_at(product.linear, product.x, product.workspace, product.num_tokens)),
-        units_(linear_units(product.num_tokens, product.linear, num_threads)) {}
-
-  bool begin_phase(int64_t index, Phase* phase) override {
-    if (index == 0) *phase = light_phase(product_.num_tokens, columns_);
-    if (index == 1) *phase = {units_.count, units_.grain};
-    return index < 2;
-  }
-
-  void run(int64_t index, Range units, int64_t thread) override {
-    const int64_t num_tokens = product_.num_tokens;
-    float* scratch = product_.workspace + num_tokens * input_floats(product_.linear);
-    scratch += thread * linear_scratch_floats(columns_, kMaxFewTokens);
-    if (index == 0) return prepare_inputs(product_.linear, activations_, units, scratch);
-    multiply_linear({{}, activations_, num_tokens, product_.out, product_.accumulate != 0, scratch}, product_.linear,
-                    units_, units);
-  }
-
- private:
-  const Product& product_;
-  const int64_t columns_;
-  const Activations activations_;
-  const LinearUnits units_;
 };
 
 }  // namespace

@@ -10,6 +10,14 @@ namespace llmengine {
 constexpr int64_t kMaxParts = 3;
 constexpr int64_t kMaxFewTokens = 128;  // in steps of more, products and attention work on tiles of tokens
 
+constexpr int64_t kSmallPhase = 16 << 10;  // numbers that one thread computes sooner than several come together
+constexpr int64_t kNumbersAtATime = 4 << 10;
+
+// A phase of `count` units with so many numbers each.
+inline Phase light_phase(int64_t count, int64_t numbers) {
+  return {count, kNumbersAtATime / numbers, count * numbers <= kSmallPhase};
+}
+
 struct Linear {
   int64_t num_parts;
   Matrix parts[kMaxParts];
