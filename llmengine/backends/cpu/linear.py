@@ -11,7 +11,7 @@ onednn         none    oneDNN's own blocked layout                  where torch 
                                                                     processors with bfloat16 units
 dequantized    any     as stored                                    always there; slow
 torch-w8a8     w8a8    as stored                                    without the native library
-native         some    panels of 16 rows (`native_packing`)         with the native library (`native.NativeLinear`)
+native         most    panels of 16 rows (`native_packing`)         with the native library (`native.NativeLinear`)
 =============  ======  ===========================================  ================================================
 """
 

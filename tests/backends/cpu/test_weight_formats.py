@@ -15,6 +15,10 @@ from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.quantization.model_formats import DENSE_MODEL, matrix_shapes
 from tests.backends.cpu.test_determinism import check
 from tests.backends.helpers import leave_products_to_torch, save_tiny
+from tests.checkpoints import quantized_files as files
+from tests.checkpoints.quantized_files import QuantizedFiles
+from tests.checkpoints.quantized_layouts import TENSOR, compressed, gptq, group, make
+from tests.checkpoints.test_quantized_huggingface import pair
 from tests.models.family_helpers import FAMILIES, make_family
 
 CONFIGS = {
@@ -146,3 +150,31 @@ def test_families_in_every_format(tmp_path: Path, family: str, name: str) -> Non
 def test_deterministic_schedules(tmp_path: Path, name: str) -> None:
     save_tiny(tmp_path, num_hidden_layers=1)
     assert check(tmp_path, 3, 5, quant_config=CONFIGS[name])
+
+
+OWN_ORDERS = QuantizedFiles(gptq(), files.gptq(), {"[qkv]_proj": files.gptq(act_order="own")})
+OWN_SCALES = QuantizedFiles(
+    compressed("float-quantized", group("float", 8, strategy="tensor", inputs=TENSOR)),
+    files.fp8("tensor", input_scale="own"),
+)
+
+
+@pytest.mark.parametrize("stored", [OWN_ORDERS, OWN_SCALES], ids=["orders", "scales"])
+def test_the_native_decoder_arranges_activations_for_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: QuantizedFiles
+) -> None:
+    place, _ = pair(tmp_path, make("qwen2"), stored)
+    logprobs, descriptions = [], []
+    for is_native in (True, False):
+        if not is_native:
+            leave_products_to_torch(monkeypatch)
+        config = ModelConfig(place, device="cpu", deterministic=True)
+        with LLM(config, enable_tokenizer=False) as llm:
+            params = SamplingParams(max_new_tokens=1, ignore_eos=True, prompt_logprobs=0)
+            found = llm.generate([PROMPTS[0]], params)[0].prompt_logprobs
+            descriptions.append(llm.info.description)
+        assert found is not None
+        logprobs.append(torch.tensor([item.logprob for item in found[1:] if item is not None]))
+    assert "native decoder (" in descriptions[0]
+    assert "native decoder (" not in descriptions[1]
+    assert float((logprobs[0] - logprobs[1]).square().mean().sqrt() / logprobs[1].std()) < 0.1
