@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from llmengine.engine.engine import Engine
 from llmengine.engine.intake import Intake
 from llmengine.engine.owner import EngineOwner
 from llmengine.engine.worker_threads import PreparationThreads
-from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.errors import ConfigError, EngineClosedError, UnsupportedModelError
 from llmengine.generation_config import forbidden_sequences
 from llmengine.sampling_params import SamplingParams
 from llmengine.tokenizer.end_tokens import tokenizer_end_ids
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_KV_ITEM = 4
 """Bytes of a number in the largest KV cache, that of the CPU."""
+
+_CANCELLED_LOADING_S = 10.0
+"""Longest wait for the engine thread after Ctrl-C while it loads; it ends when it next looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,20 +159,34 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         resolved = dataclasses.replace(resolved, device=device, scheduler_config=given.scheduler_config)
         resolved = resolved.resolve(accelerator=device != "cpu")
         source = source_in_use(resolved, source)
-        weights = quantized_source(source, resolved.quant_config, loading_tokenizer.result)
+        cancelled = threading.Event()
+        check = partial(_check_wanted, cancelled)
+        weights = quantized_source(source, resolved.quant_config, loading_tokenizer.result, check)
     except BaseException:
         threads.stop()
         raise
-    parts = _start(
-        Engine(partial(load_backend, resolved, weights), resolved.scheduler_config, resolved.kv_cache_config),
-        threads,
-        loading_tokenizer.result,
-        source.eos_token_ids,
-        source.generation_config,
-        LoadedModel(resolved, source),
-    )
+    engine = Engine(partial(load_backend, resolved, weights), resolved.scheduler_config, resolved.kv_cache_config)
+    try:
+        parts = _start(
+            engine,
+            threads,
+            loading_tokenizer.result,
+            source.eos_token_ids,
+            source.generation_config,
+            LoadedModel(resolved, source),
+        )
+    except BaseException:  # Ctrl-C while the engine thread still loads or calibrates
+        cancelled.set()
+        engine.join(_CANCELLED_LOADING_S)
+        raise
     _collect_garbage_once()
     return parts
+
+
+def _check_wanted(cancelled: threading.Event) -> None:
+    """Raise `EngineClosedError` on the engine thread once its caller no longer waits for the weights."""
+    if cancelled.is_set():
+        raise EngineClosedError("the LLM is closed")
 
 
 def parts_from_backend(

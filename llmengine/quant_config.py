@@ -16,7 +16,20 @@ ActivationQuantization = Literal["none", "token", "tensor"]
 ScaleSharing = Literal["tensor", "channel", "group", "block"]
 QuantMethod = Literal["rtn", "awq", "gptq", "smoothquant"]
 KvQuantization = Literal["none", "int8", "fp8"]
-PresetName = Literal["stored", "int8", "int4-rtn", "int4-awq", "int4-gptq", "w8a8", "fp8", "fp8-block", "mxfp4"]
+PresetName = Literal[
+    "stored",
+    "int8",
+    "int4-rtn",
+    "int4-awq",
+    "int4-gptq",
+    "w8a8",
+    "fp8",
+    "fp8-gptq",
+    "fp8-block",
+    "fp8-block-gptq",
+    "mxfp4",
+    "mxfp4-gptq",
+]
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -28,8 +41,11 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
     "int4-gptq": {"weights": "int4", "method": "gptq"},
     "w8a8": {"weights": "int8", "activations": "token", "method": "smoothquant"},
     "fp8": {"weights": "fp8", "activations": "token"},
+    "fp8-gptq": {"weights": "fp8", "activations": "token", "method": "gptq"},
     "fp8-block": {"weights": "fp8", "scales": "block", "activations": "token"},
+    "fp8-block-gptq": {"weights": "fp8", "scales": "block", "activations": "token", "method": "gptq"},
     "mxfp4": {"weights": "mxfp4"},
+    "mxfp4-gptq": {"weights": "mxfp4", "method": "gptq"},
 }
 """Settings of `QuantConfig` by a name; the other settings have their defaults."""
 
@@ -48,12 +64,12 @@ _WEIGHTS_ONLY: Mapping[str, _Kind] = {
     "stored": _Kind((), ("none",), ()),
     "int8": _Kind(("channel",), ("none",), ("rtn",)),
     "int4": _Kind(("group", "channel"), ("none",), ("awq", "gptq", "rtn")),
-    "fp8": _Kind(("channel", "tensor", "block"), ("none",), ("rtn",)),
-    "mxfp4": _Kind(("block",), ("none",), ("rtn",)),
+    "fp8": _Kind(("channel", "tensor", "block"), ("none",), ("rtn", "gptq")),
+    "mxfp4": _Kind(("block",), ("none",), ("rtn", "gptq")),
 }
 _WITH_ACTIVATIONS: Mapping[str, _Kind] = {
     "int8": _Kind(("channel", "tensor"), ("token", "tensor"), ("smoothquant", "rtn")),
-    "fp8": _Kind(("channel", "tensor", "block"), ("token",), ("rtn",)),
+    "fp8": _Kind(("channel", "tensor", "block"), ("token",), ("rtn", "gptq")),
 }
 
 
@@ -77,9 +93,9 @@ class QuantConfig(Settings):
         symmetric: int4 groups have no zero points.
         activations: "token" rounds the activations before each product to the number format of the weights as well,
             each token with a scale of its own; "tensor": with a calibrated scale for all (int8 only).
-        method: how values are chosen. "rtn": each is rounded to the nearest, without data. "awq", "gptq" (int4) and
-            "smoothquant" (int8 with activations) calibrate on texts. None: "awq" for int4 in groups, "smoothquant" for
-            int8 with activations, else "rtn".
+        method: how values are chosen. "rtn": each is rounded to the nearest, without data. "awq" (int4), "gptq" (int4,
+            fp8, mxfp4) and "smoothquant" (int8 with activations) calibrate on texts. None: "awq" for int4 in groups,
+            "smoothquant" for int8 with activations, else "rtn".
         kv_cache: the number format of keys and values in the cache, of any model: "none" (as the device computes them),
             "int8" or "fp8" (e4m3), with a scale for each token and head.
         skip_layers: names of matrices that are not quantized, or patterns of them: "lm_head", "layers.0.*", "*.down".

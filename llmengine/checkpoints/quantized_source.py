@@ -28,7 +28,10 @@ def loaded_formats(source: ModelSource, config: QuantConfig) -> ModelFormats:
 
 
 def quantized_source(
-    source: ModelSource, config: QuantConfig, get_tokenizer: Callable[[], PromptTokenizer | None] = lambda: None
+    source: ModelSource,
+    config: QuantConfig,
+    get_tokenizer: Callable[[], PromptTokenizer | None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
 ) -> ModelSource:
     """`source` with the weights that a resolved `config` asks for; `source` itself if they are stored like that.
 
@@ -37,6 +40,7 @@ def quantized_source(
 
     Args:
         get_tokenizer: as for `calibrated_weights`.
+        check: called again and again while weights are quantized; what it raises ends that.
     """
     formats = loaded_formats(source, config)
     if formats == source.formats:
@@ -45,17 +49,23 @@ def quantized_source(
     def stream(dtype: torch.dtype) -> WeightStream:
         dense = partial(source.weights, dtype)
         if config.method == "rtn":
-            return rounded_weights(source.arch, formats, dense())
-        return calibrated_weights(config, source.arch, formats, model_dtype_name(dtype), dense, get_tokenizer)
+            return rounded_weights(source.arch, formats, dense(), check)
+        return calibrated_weights(config, source.arch, formats, model_dtype_name(dtype), dense, get_tokenizer, check)
 
     unrounded = source if config.method == "rtn" else None
     return dataclasses.replace(source, formats=formats, stream=stream, unrounded=unrounded)
 
 
-def rounded_weights(arch: ModelArch, formats: ModelFormats, dense: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield canonical weights in `formats`, each matrix rounded to nearest as it comes from `dense`."""
+def rounded_weights(
+    arch: ModelArch, formats: ModelFormats, dense: WeightStream, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield canonical weights in `formats`, each matrix rounded to nearest as it comes from `dense`.
+
+    `check` is called for each tensor; what it raises ends the stream.
+    """
     matrices = matrix_shapes(arch).keys()
     for name, tensor in dense:
+        check()
         prefix, _, suffix = name.rpartition(".")
         if suffix == "weight" and prefix in matrices:
             yield from Matrix.dense(tensor).quantized(formats.of(prefix)).named_tensors(prefix)

@@ -70,6 +70,7 @@ def calibrated_weights(
     dtype: ModelDType,
     dense_weights: Callable[[], WeightStream],
     get_tokenizer: Callable[[], PromptTokenizer | None],
+    check: Callable[[], None] = lambda: None,
 ) -> WeightStream:
     """Yield every canonical weight in the order of `formats.layout(arch, dtype)`, quantized by `config.method`.
 
@@ -85,12 +86,13 @@ def calibrated_weights(
         dense_weights: begins a new pass over the unquantized weights, in `dtype`, in the same order. Layers come one
             after the other, so that one pass needs host memory for about two of them.
         get_tokenizer: waits for the model's tokenizer, None if it has none; called only for prompts that are texts.
+        check: called for each text in each layer, and for each matrix; what it raises ends the stream.
 
     Raises `ConfigError` for prompts that do not do; see `calibration_samples`.
     """
     # Before any weight is read, and before whatever is slow.
     samples = calibration_samples(config, arch.vocab_size, arch.max_position_embeddings, get_tokenizer)
-    return _calibrated(config, arch, formats, dtype, dense_weights(), samples)
+    return _calibrated(config, arch, formats, dtype, dense_weights(), samples, check)
 
 
 def _calibrated(
@@ -100,11 +102,12 @@ def _calibrated(
     dtype: ModelDType,
     dense: WeightStream,
     samples: Sequence[Sequence[int]],
+    check: Callable[[], None],
 ) -> WeightStream:
     from llmengine.quantization.calibration_walk import CalibrationWalk
 
     assert config.method in ("awq", "gptq", "smoothquant")
-    walk = CalibrationWalk(arch, config.method, samples, torch_dtype(dtype))
+    walk = CalibrationWalk(arch, config.method, samples, torch_dtype(dtype), check)
     matrices, layout = matrix_shapes(arch).keys(), list(formats.layout(arch, dtype))
     errors: dict[str, float] = {}
     with TerminalProgress(f"calibrating ({config.method})", arch.num_layers) as progress:

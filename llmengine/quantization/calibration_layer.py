@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,16 +15,16 @@ from llmengine.models.arch import ModelArch
 from llmengine.models.causal_attention import CausalAttention
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Linear, Norm, TorchSegments, forward
 from llmengine.models.rope import layer_tables
+from llmengine.quant_config import QuantMethod
 from llmengine.quantization import awq, gptq, smoothquant
 from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.grid import GridFormat, best_grid
 from llmengine.quantization.input_statistics import InputStatistics
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import Int8W8A8
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from llmengine.quant_config import QuantMethod
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 """The matrices of a layer, in stream order."""
@@ -155,12 +155,20 @@ class QuantizedLayer:
         return self.matrices[matrix].pop(suffix)
 
 
+def is_calibrated(method: QuantMethod, format: WeightFormat) -> bool:
+    """Whether a method chooses the values of this format; others are rounded to nearest, or dense."""
+    if method == "gptq":
+        return isinstance(format, GridFormat)
+    return isinstance(format, Int4Groups if method == "awq" else Int8W8A8)
+
+
 def quantized_layer(
     arch: ModelArch,
     method: QuantMethod,
     formats: Mapping[str, WeightFormat],
     tensors: Mapping[str, Tensor],
-    statistics: Mapping[str, InputStatistics],
+    statistics: MutableMapping[str, InputStatistics],
+    check: Callable[[], None] = lambda: None,
 ) -> QuantizedLayer:
     """The layer whose tensors are given, with each matrix in its format of `formats`.
 
@@ -168,59 +176,68 @@ def quantized_layer(
     the rows of v before o (one for all query heads that share a value head), into the rows of up before down. Where
     nothing can be folded, formats have an `input_scale`.
 
+    One matrix is in float32 at a time.
+
     Args:
         tensors: dense tensors of the layer by their names without the layer's.
         statistics: of the activations of every matrix that is calibrated; others are rounded to nearest, or dense. Used
-            up: they become those of activations that are divided by the factors.
+            up: those of each matrix are taken out before it is quantized.
+        check: called before each matrix; see `calibrated_weights`.
     """
     found: dict[str, Tensor] = {}
     for name, counted in statistics.items():
-        factors = _factors(arch, method, name, tensors[f"{name}.weight"].float(), counted, formats[name])
+        check()
+        factors = _factors(arch, method, name, tensors[f"{name}.weight"], counted, formats[name])
         if factors is not None:
             found[name] = factors
-    folded, used = fold_factors(arch, tensors, found)
-    layer = QuantizedLayer({name: tensor for name, tensor in folded.items() if tensor.ndim == 1}, {}, {})
+    folded = FoldedLayer(arch, tensors, found)
+    layer = QuantizedLayer(dict(folded.vectors), {}, {})
     for name in MATRICES:
-        weight = folded.pop(f"{name}.weight")
+        check()
         if name in statistics:
-            own, counted = used.get(name), statistics[name]
-            if own is not None:
-                counted.divide_by(own)
-            layer.matrices[name], layer.errors[name] = _quantized(method, formats[name], weight, counted, own)
+            layer.matrices[name], layer.errors[name] = _quantized(
+                method, formats[name], folded.matrix(name), statistics.pop(name), folded.factors.get(name)
+            )
         else:
-            layer.matrices[name] = formats[name].quantize(weight.to(tensors[f"{name}.weight"].dtype))
+            weight = folded.matrix(name).to(tensors[f"{name}.weight"].dtype)
+            layer.matrices[name] = formats[name].quantize(weight)
     return layer
 
 
-def fold_factors(
-    arch: ModelArch, tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The dense tensors of a layer with the columns of some matrices multiplied by factors, and those factors.
+class FoldedLayer:
+    """A dense layer with the columns of some matrices multiplied by factors, which computes the same.
 
-    The weights that activations come from are divided by them, so that the layer computes the same; qkv and gate_up
-    without a norm before them are left to `input_scale`. Matrices are float32; norms and biases keep their dtype, and
-    the factors of a norm are those that it is divided by once it is rounded.
+    The weights that activations come from are divided by them; qkv and gate_up without a norm before them are left to
+    `input_scale`.
 
-    Args:
-        factors: matrix -> [in_features]; those of o must be the same for heads that share a value head.
+    Attributes:
+        vectors: norms and biases by name, in their dtype.
+        factors: matrix -> [in_features], float32. Those of a norm are what it is divided by once it is rounded.
     """
-    used = dict(factors)
-    result = {name: tensor if tensor.ndim == 1 else tensor.float() for name, tensor in tensors.items()}
-    for name, norm in PRECEDING_NORM.items():
-        if name in used and f"{norm}.weight" in result:
-            result[f"{norm}.weight"], used[name] = _folded(result[f"{norm}.weight"], used[name])
-    rows = {}
-    if "o" in used:
-        rows["qkv"] = used["o"].view(arch.num_kv_heads, -1, arch.head_dim)[:, 0].reshape(-1)
-    if "down" in used:
-        rows["gate_up"] = used["down"]
-    for name, divisors in rows.items():
-        for suffix in ("weight", "bias"):
-            if (tensor := result.get(f"{name}.{suffix}")) is not None:
-                result[f"{name}.{suffix}"] = _divided_rows(tensor, divisors)
-    for name, own in used.items():
-        result[f"{name}.weight"] = result[f"{name}.weight"] * own
-    return result, used
+
+    def __init__(self, arch: ModelArch, tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
+        """Args: factors: matrix -> [in_features]; those of o must be the same for heads that share a value head."""
+        self._tensors = tensors
+        self.factors = dict(factors)
+        self.vectors = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 1}
+        for name, norm in PRECEDING_NORM.items():
+            if name in factors and (weight := self.vectors.get(f"{norm}.weight")) is not None:
+                self.vectors[f"{norm}.weight"], self.factors[name] = _folded(weight, factors[name])
+        self._divisors: dict[str, Tensor] = {}
+        if "o" in factors:
+            self._divisors["qkv"] = factors["o"].view(arch.num_kv_heads, -1, arch.head_dim)[:, 0].reshape(-1)
+        if "down" in factors:
+            self._divisors["gate_up"] = factors["down"]
+        for name, divisors in self._divisors.items():
+            if (bias := self.vectors.get(f"{name}.bias")) is not None:
+                self.vectors[f"{name}.bias"] = _divided_rows(bias, divisors)
+
+    def matrix(self, name: str) -> Tensor:
+        """The matrix `name`, float32 [out_features, in_features]."""
+        weight = self._tensors[f"{name}.weight"].float()
+        if name in self._divisors:
+            weight = _divided_rows(weight, self._divisors[name])
+        return weight * self.factors[name] if name in self.factors else weight
 
 
 def _factors(
@@ -230,6 +247,9 @@ def _factors(
 
     Those of o are the same for heads that share a value head.
     """
+    if method == "gptq":
+        return None
+    weight = weight.float()
     if method == "awq":
         assert isinstance(format, Int4Groups)
         assert counted.gram is not None
@@ -237,33 +257,30 @@ def _factors(
         if name == "o":
             magnitude = _shared(arch, magnitude, largest=False)
         return awq.column_factors(weight, magnitude, counted.gram, format)
-    if method == "smoothquant":
-        assert isinstance(format, Int8W8A8)
-        alpha = smoothquant.ALPHA if format.activations == "token" else smoothquant.STATIC_ALPHA
-        factors = smoothquant.column_factors(weight, counted.largest, alpha)
-        return _shared(arch, factors, largest=True) if name == "o" else factors
-    return None
+    assert isinstance(format, Int8W8A8)
+    alpha = smoothquant.ALPHA if format.activations == "token" else smoothquant.STATIC_ALPHA
+    factors = smoothquant.column_factors(weight, counted.largest, alpha)
+    return _shared(arch, factors, largest=True) if name == "o" else factors
 
 
 def _quantized(
     method: QuantMethod, format: WeightFormat, weight: Tensor, counted: InputStatistics, factors: Tensor | None
 ) -> tuple[dict[str, Tensor], float]:
     """The tensors of a matrix whose columns are multiplied by `factors` already, and the error of its product."""
-    plain: WeightFormat
-    if isinstance(format, Int4Groups):
-        assert counted.gram is not None
-        plain = dataclasses.replace(format, input_scale=False, input_order=False)
-        scale, zero = plain.grid(*awq.clipped_ranges(weight, counted.gram, plain))
-        if method == "gptq":
-            values = gptq.rounded_columns(weight, counted.gram, scale, zero, plain)
-            tensors = plain.stored(values, scale, zero)
-        else:
-            tensors = plain.rounded_to_grid(weight, scale, zero)
-    else:
-        assert isinstance(format, Int8W8A8), format
+    if factors is not None:
+        counted.divide_by(factors)
+    plain = format
+    if isinstance(format, Int4Groups | Int8W8A8):
         plain = dataclasses.replace(format, input_scale=False)
+    if isinstance(plain, GridFormat):
+        grid = best_grid(plain, weight, counted.gram)
+        # Only the callee holds the Gram matrix, so that it can be freed in between.
+        points = gptq.rounded_columns(weight, counted.take_gram(), grid) if method == "gptq" else weight
+        tensors = plain.stored(points, grid)
+    else:
+        assert isinstance(plain, Int8W8A8), plain
         tensors = dataclasses.replace(plain, activations="token").quantize(weight)
-        if format.activations == "tensor":
+        if plain.activations == "tensor":
             tensors["activation_scale"] = (counted.largest.max() / 127).clamp_(min=1e-30).view(1)
     error = counted.relative_error(weight, plain, tensors)
     if format != plain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +13,10 @@ from llmengine.quantization.calibration_layer import (
     CountedLinear,
     LayerForward,
     QuantizedLayer,
+    is_calibrated,
     quantized_layer,
 )
 from llmengine.quantization.input_statistics import InputStatistics
-from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import Int8W8A8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +33,15 @@ class CalibrationWalk:
     """
 
     def __init__(
-        self, arch: ModelArch, method: QuantMethod, samples: Sequence[Sequence[int]], dtype: torch.dtype
+        self,
+        arch: ModelArch,
+        method: QuantMethod,
+        samples: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        check: Callable[[], None],
     ) -> None:
-        """Args: dtype: of the hidden states that are kept."""
+        """Args: dtype: of the hidden states that are kept. check: see `calibrated_weights`."""
+        self._check = check
         self._arch = arch
         self._method: QuantMethod = method
         self._samples = samples
@@ -66,7 +71,7 @@ class CalibrationWalk:
         statistics = {
             name: InputStatistics(tensors[f"{name}.weight"].shape[1], with_gram=self._method != "smoothquant")
             for name in MATRICES
-            if isinstance(formats[name], Int4Groups | Int8W8A8)
+            if is_calibrated(self._method, formats[name])
         }
         vectors = {name: tensor.float() for name, tensor in tensors.items() if tensor.ndim == 1}
         linears = {
@@ -75,7 +80,8 @@ class CalibrationWalk:
         }
         function = self._forward.bind(self._num_layers, vectors, linears)
         for hidden in self._texts():
+            self._check()
             hidden.copy_(function(hidden))
         self._num_layers += 1
         del function, linears
-        return quantized_layer(self._arch, self._method, formats, tensors, statistics)
+        return quantized_layer(self._arch, self._method, formats, tensors, statistics, self._check)

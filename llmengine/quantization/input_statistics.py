@@ -51,6 +51,12 @@ class InputStatistics:
         """Mean magnitude of each feature, [in_features]."""
         return self._magnitudes / self.num_tokens
 
+    def take_gram(self) -> Tensor:
+        """Give away `gram`, which may take as much memory as several layers; it is None afterwards."""
+        gram, self.gram = self.gram, None
+        assert gram is not None
+        return gram
+
     def divide_by(self, factors: Tensor) -> None:
         """Change the statistics to those of activations that are divided by `factors`, [in_features]."""
         self.largest /= factors

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
-from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
+from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, require_setting
+from llmengine.quantization.grid import Grid, GridFormat, in_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +20,15 @@ GROUP_SIZES = (16, 32, 64, 128, -1)
 _MIDDLE = 8
 """The zero point of groups that have none of their own."""
 _LARGEST = 15
+SHRINKS = tuple(1.0 - 0.05 * step for step in range(11))
+"""Fractions of a group's range that its grid may have; the first is the whole range."""
+
 _LEAST_SCALE = 2.0**-24
 _LARGEST_SCALE = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Groups(WeightFormat):
+class Int4Groups(GridFormat):
     """Unsigned 4-bit integers q, two a byte; a weight is (q - zero point) * scale.
 
     ::
@@ -81,49 +85,44 @@ class Int4Groups(WeightFormat):
             specs["input_scale"] = TensorSpec.of_matrix("float32", shape, Along("in"))
         return specs
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Round to nearest, columns in their own order.
+    def grids(self, weight: Tensor) -> Iterator[Grid]:
+        """Yield a grid for each of `SHRINKS`.
 
-        With zero points, a group's least and largest weights (and 0) are the ends of the grid. Without, the weight of
-        the largest magnitude is -8, so that no level is lost; its scale may then be negative.
+        With zero points, the least and largest weight of a group (and 0) are the ends of its range. Without, the weight
+        of the largest magnitude is -8, so that no level is lost; the scale may then be negative.
         """
-        groups = in_groups(weight.float(), self.columns_of_group(weight.shape[1]))
-        return self.rounded_to_grid(weight, *self.grid(groups.amin(dim=2), groups.amax(dim=2)))
+        size = self.columns_of_group(weight.shape[1])
+        groups = in_groups(weight, size)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        for shrink in SHRINKS:
+            yield self._grid(low * shrink, high * shrink, size)
 
-    def grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales, [out, groups] in `scale_dtype`, and zero points, float32 [out, groups], of groups with these ends."""
+    def _grid(self, low: Tensor, high: Tensor, size: int) -> Grid:
+        """The grid of groups whose ranges have these ends, [out, groups]."""
         import torch
 
         if self.zero_points:
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-            scale = _as_scale((high - low) / _LARGEST, self.scale_dtype)
-            return scale, (-low / scale.float()).round_().clamp_(0, _LARGEST)
-        scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE, self.scale_dtype)
-        return scale, torch.full_like(low, _MIDDLE)
+            scale = _as_scale((high - low) / _LARGEST, self.scale_dtype).float()
+            zero = (-low / scale).round_().clamp_(0, _LARGEST)
+        else:
+            scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE, self.scale_dtype).float()
+            zero = torch.full_like(scale, _MIDDLE)
+        return Grid(scale, -zero, _LARGEST - zero, size, torch.round)
 
-    def on_grid(self, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest integers, as float32 [out, groups, columns of a group]."""
-        return (groups / scale.float()[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, _LARGEST)
-
-    def rounded_to_grid(self, weight: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        """The tensors of a dense matrix, rounded to the nearest on a given grid."""
+    def stored(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
         import torch
 
-        groups = in_groups(weight.float(), self.columns_of_group(weight.shape[1]))
-        values = self.on_grid(groups, scale, zero).flatten(1)[:, : weight.shape[1]].to(torch.uint8)
-        return self.stored(values, scale, zero)
-
-    def stored(self, values: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        """The tensors of integers, uint8 [out, in], on a grid; columns in their own order, without factors."""
-        import torch
-
-        tensors = {"weight": pack_nibbles(values), "weight_scale": scale}
+        size = self.columns_of_group(weight.shape[1])
+        values = in_groups(grid.scaled(weight), size).round().sub_(grid.lowest[:, :, None])
+        packed = pack_nibbles(values.flatten(1)[:, : weight.shape[1]].to(torch.uint8))
+        tensors = {"weight": packed, "weight_scale": grid.scale.to(torch_dtype(self.scale_dtype))}
         if self.zero_points:
-            tensors["zero_point"] = zero.to(torch.uint8)
+            tensors["zero_point"] = (-grid.lowest).to(torch.uint8)
         if self.input_order:
-            tensors["input_order"] = torch.arange(values.shape[1], dtype=torch.int32)
+            tensors["input_order"] = torch.arange(weight.shape[1], dtype=torch.int32)
         if self.input_scale:
-            tensors["input_scale"] = torch.ones(values.shape[1])
+            tensors["input_scale"] = torch.ones(weight.shape[1])
         return tensors
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -172,14 +171,6 @@ def numbers_of_nibbles(packed: Tensor, table: Sequence[float]) -> Tensor:
     # A byte is looked up as a pair of numbers: a quarter of the time of looking up each nibble.
     pairs = torch.stack((numbers.repeat(16), numbers.repeat_interleave(16)), dim=1).view(torch.float64).flatten()
     return torch.take(pairs, packed.long()).view(torch.float32)
-
-
-def in_groups(values: Tensor, size: int) -> Tensor:
-    """[rows, columns] as [rows, groups, size]; a last group that is shorter is filled up with zeros."""
-    import torch.nn.functional as F
-
-    missing = -values.shape[1] % size
-    return (F.pad(values, (0, missing)) if missing else values).view(values.shape[0], -1, size)
 
 
 def _as_scale(scale: Tensor, dtype: ModelDType) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
-from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat
+from llmengine.quantization.formats import Along, Shape, TensorSpec
+from llmengine.quantization.grid import Grid, GridFormat, best_grid, in_groups
 from llmengine.quantization.int4 import numbers_of_nibbles, pack_nibbles
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _NAN_SCALE = 255
 
 
 @dataclass(frozen=True, slots=True)
-class Mxfp4(WeightFormat):
+class Mxfp4(GridFormat):
     """OCP Microscaling FP4, weight-only: e2m1 numbers, two a byte, times 2 ** (scale - 127).
 
     ::
@@ -53,30 +54,30 @@ class Mxfp4(WeightFormat):
             "weight_scale": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", BLOCK)),
         }
 
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Round to nearest with the scale of the specification or twice it, whichever has the smaller squared error.
+    def grids(self, weight: Tensor) -> Iterator[Grid]:
+        """Yield the grid with the scales of the specification, and that with twice them.
 
         The specification's scale saturates a block's weights of more than 6 times it.
         """
         import torch
-        import torch.nn.functional as F
 
-        weight = weight.float()
-        blocks = F.pad(weight, (0, -weight.shape[1] % BLOCK)).view(weight.shape[0], -1, BLOCK)
-        _, exponent = torch.frexp(blocks.abs().amax(dim=2))
+        _, exponent = torch.frexp(in_groups(weight, BLOCK).abs().amax(dim=2))
         exponent = exponent - 1 - _LARGEST_EXPONENT + _BIAS
-        numbers = torch.tensor(E2M1_NUMBERS, device=weight.device)
-        best: list[Tensor] = []
         for candidate in (exponent, exponent + 1):
-            scale = candidate.clamp(0, _NAN_SCALE - 1).to(torch.uint8)
-            codes = nearest_e2m1_codes(blocks / _powers_of_two(scale)[:, :, None])
-            error = (numbers[codes.long()] * _powers_of_two(scale)[:, :, None] - blocks).square().sum(dim=2)
-            if best:
-                better = error < best[2]
-                codes, scale = torch.where(better[:, :, None], codes, best[0]), torch.where(better, scale, best[1])
-            best = [codes, scale, error]
-        packed = pack_nibbles(best[0].flatten(1)[:, : weight.shape[1]])
-        return {"weight": packed, "weight_scale": best[1]}
+            scale = _powers_of_two(candidate.clamp(0, _NAN_SCALE - 1).to(torch.uint8))
+            highest = torch.full_like(scale, E2M1[-1])
+            yield Grid(scale, -highest, highest, BLOCK, _nearest_numbers)
+
+    def grid(self, weight: Tensor) -> Grid:
+        """The grid of the least squared error, block by block."""
+        return best_grid(self, weight, None)
+
+    def stored(self, weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+        import torch
+
+        _, exponent = torch.frexp(grid.scale)
+        codes = nearest_e2m1_codes(grid.scaled(weight))
+        return {"weight": pack_nibbles(codes), "weight_scale": (exponent - 1 + _BIAS).to(torch.uint8)}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         values = numbers_of_nibbles(tensors["weight"], E2M1_NUMBERS)
@@ -98,3 +99,12 @@ def nearest_e2m1_codes(x: Tensor) -> Tensor:
     grid = torch.tensor(E2M1, device=x.device)
     magnitude = torch.bucketize(x.abs(), (grid[1:] + grid[:-1]) / 2)
     return (magnitude + 8 * (x < 0)).to(torch.uint8)
+
+
+def _nearest_numbers(x: Tensor) -> Tensor:
+    """The numbers of `nearest_e2m1_codes`, for magnitudes of at most 6; a tie becomes the smaller one, as there."""
+    import torch
+
+    magnitude = x.abs()
+    steps = torch.where(magnitude < 4, 1.0, 2.0).masked_fill_(magnitude < 2, 0.5)
+    return magnitude.div_(steps).sub_(0.5).ceil_().mul_(steps).copysign_(x)

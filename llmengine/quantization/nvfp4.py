@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmengine.dtypes import ModelDType
 from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
-from llmengine.quantization.int4 import in_groups, numbers_of_nibbles, pack_nibbles
+from llmengine.quantization.grid import in_groups
+from llmengine.quantization.int4 import numbers_of_nibbles, pack_nibbles
 from llmengine.quantization.mxfp4 import E2M1_NUMBERS, nearest_e2m1_codes
 
 if TYPE_CHECKING:

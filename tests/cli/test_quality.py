@@ -167,18 +167,23 @@ def test_wrong_arguments_are_found_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    """Interrupted when the bar on the terminal has begun, with thousands of windows to go."""
+@pytest.mark.parametrize(
+    ("bar", "options"),
+    [(b"evaluating", ["--quant", "int8", "--windows", "9999"]), (b"calibrating", ["--quant", "int4-awq"])],
+    ids=["evaluating", "calibrating"],
+)
+def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path, bar: bytes, options: list[str]) -> None:
+    """Interrupted when the bar on the terminal has begun, with thousands of windows or texts to go."""
     target = tmp_path / "out" / "engine"
     target.parent.mkdir()
-    arguments = ["build", str(model), "-o", str(target), "--quant", "int8", "--windows", "9999", *FEW[2:]]
+    arguments = ["build", str(model), "-o", str(target), *options, *FEW[2:]]
     terminal, stderr = os.openpty()
     command = [sys.executable, "-m", "llmengine", *arguments]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed)
     shown = b""
     try:
-        while b"evaluating" not in shown:
+        while bar not in shown:
             shown += os.read(terminal, 4096)
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT_S) == 130

@@ -24,8 +24,8 @@ from llmengine.quant_config import QuantConfig
 from llmengine.quantization.calibration_layer import (
     MATRICES,
     CountedLinear,
+    FoldedLayer,
     LayerForward,
-    fold_factors,
     quantized_layer,
 )
 from llmengine.quantization.calibration_samples import calibration_samples
@@ -99,11 +99,12 @@ def test_folded_factors_leave_a_layer_as_it_was(tmp_path: Path, family: str) -> 
     heads = factors["o"].view(arch.num_kv_heads, -1, arch.head_dim)
     heads[:] = heads[:, :1].clone()
     x = torch.randn(20, arch.hidden_size, generator=generator)
-    folded, used = fold_factors(arch, tensors, factors)
+    layer = FoldedLayer(arch, tensors, factors)
+    folded = {**layer.vectors, **{f"{name}.weight": layer.matrix(name) for name in MATRICES}}
     torch.testing.assert_close(
         layer_output(arch, 0, folded, x), layer_output(arch, 0, tensors, x), rtol=1e-3, atol=1e-4
     )
-    assert used.keys() == factors.keys()
+    assert layer.factors.keys() == factors.keys()
     assert all(not torch.equal(folded[f"{name}.weight"], tensors[f"{name}.weight"]) for name in MATRICES)
 
 
@@ -112,10 +113,10 @@ def test_factors_of_a_rounded_norm_are_exact() -> None:
     norm = torch.linspace(0.3, 1.7, SMALL_ARCH.hidden_size).to(torch.bfloat16)
     norm[3] = 0.0
     tensors = {"input_norm.weight": norm, "qkv.weight": torch.randn(8, norm.shape[0])}
-    folded, used = fold_factors(SMALL_ARCH, tensors, {"qkv": torch.linspace(0.1, 3.0, norm.shape[0])})
-    products = folded["input_norm.weight"].float() * folded["qkv.weight"]
+    layer = FoldedLayer(SMALL_ARCH, tensors, {"qkv": torch.linspace(0.1, 3.0, norm.shape[0])})
+    products = layer.vectors["input_norm.weight"].float() * layer.matrix("qkv")
     torch.testing.assert_close(products, norm.float() * tensors["qkv.weight"], rtol=1e-6, atol=0)
-    assert torch.isfinite(used["qkv"]).all()
+    assert torch.isfinite(layer.factors["qkv"]).all()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -152,6 +153,28 @@ def output_error(source: ModelSource, quantized: ModelSource) -> float:
             tensors[f"{name}.weight"] = Matrix(format, shapes[own], parts).dequantized()
         found = layer_output(arch, index, tensors, found)
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "fp8", "activations": "token"},
+        {"weights": "fp8", "scales": "block", "activations": "token"},
+        {"weights": "fp8", "scales": "tensor"},
+        {"weights": "mxfp4"},
+        {"weights": "int4", "scales": "channel"},
+    ],
+    ids=str,
+)
+def test_gptq_is_better_than_rounding_in_every_format(source: ModelSource, settings: dict[str, Any]) -> None:
+    errors = {}
+    for method in ("rtn", "gptq"):
+        config = QuantConfig(method=method, calibration_prompts=PROMPTS, num_calibration_samples=6, **settings)
+        quantized = quantized_source(source, config.resolve())
+        specs = {name: TensorSpec.of(tensor) for name, tensor in quantized.weights(torch.float32)}
+        assert specs == quantized.formats.layout(source.arch, "float32")
+        errors[method] = output_error(source, quantized)
+    assert errors["gptq"] < 0.95 * errors["rtn"]
 
 
 @pytest.mark.parametrize("activations", ["token", "tensor"])
@@ -239,6 +262,21 @@ def test_no_more_than_two_layers_are_in_memory(tmp_path: Path, name: str) -> Non
         pass
     layer = sum(tensor.nbytes for tensor in layer_tensors(source, 0).values())
     assert max(most) <= 2 * layer
+
+
+@pytest.mark.parametrize("limit", [1, 3, len(PROMPTS) + 2, len(PROMPTS) + 6])
+def test_the_caller_can_end_the_stream_within_a_layer(source: ModelSource, limit: int) -> None:
+    """`check` comes for each text and each matrix, so that nobody waits for the rest of a layer."""
+    calls = iter(range(limit))
+
+    def check() -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    weights = quantized_source(source, preset("int4-awq").resolve(), check=check).weights(torch.float32)
+    assert next(weights)[0] == "embed_tokens.weight"
+    with pytest.raises(KeyboardInterrupt):
+        next(weights)
 
 
 def test_an_interruption_ends_the_stream(source: ModelSource) -> None:

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gptq import DAMPING, rounded_columns
-from llmengine.quantization.int4 import Int4Groups, in_groups
+from llmengine.quantization.grid import Grid, GridFormat
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.mxfp4 import Mxfp4
+
+INT4 = [Int4Groups(16), Int4Groups(16, zero_points=False), Int4Groups(-1)]
+FORMATS = pytest.mark.parametrize("format", [*INT4, Fp8(), Fp8("block", "block"), Fp8("tensor"), Mxfp4()], ids=str)
 
 
 def activations(columns: int, seed: int = 0) -> torch.Tensor:
@@ -17,46 +23,40 @@ def activations(columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(400, columns, generator=generator) @ mixing * (1 + torch.arange(columns) % 7)
 
 
-def by_definition(
-    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, size: int
-) -> bytes:
-    """Integers of the optimal brain quantizer: the inverse of what is left is computed anew for each column."""
+def by_definition(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The optimal brain quantizer: the inverse of what is left is computed anew for each column."""
     hessian, w = gram.double().numpy().copy(), weight.double().numpy().copy()
     hessian[np.diag_indices_from(hessian)] += DAMPING * np.diag(hessian).mean()
     left = list(np.argsort(-gram.diagonal().numpy(), kind="stable"))
-    values = np.zeros(w.shape, dtype=np.uint8)
+    result = np.zeros(w.shape, dtype=np.float32)
     while left:
         column = left[0]
         inverse = np.linalg.inv(hessian[np.ix_(left, left)])
-        step, middle = scale.double().numpy()[:, column // size], zero.double().numpy()[:, column // size]
-        values[:, column] = np.clip(np.round(w[:, column] / step) + middle, 0, 15)
-        error = (w[:, column] - (values[:, column] - middle) * step) / inverse[0, 0]
+        result[:, column] = grid.nearest_in_column(torch.tensor(w[:, column].astype(np.float32)), column)
+        error = (w[:, column] - result[:, column]) / inverse[0, 0]
         w[:, left] -= np.outer(error, inverse[0])
         left.pop(0)
-    return values.tobytes()
+    return torch.from_numpy(result)
 
 
-@pytest.mark.parametrize("format", [Int4Groups(16), Int4Groups(16, zero_points=False), Int4Groups(-1)], ids=str)
+@FORMATS
 @pytest.mark.parametrize("columns", [40, 160])
-def test_integers_are_those_of_the_definition(format: Int4Groups, columns: int) -> None:
+def test_weights_are_those_of_the_definition(format: GridFormat, columns: int) -> None:
     weight, x = torch.randn(12, columns, generator=torch.Generator().manual_seed(1)), activations(columns)
-    gram, size = x.t() @ x / len(x), format.columns_of_group(columns)
-    groups = in_groups(weight, size)
-    scale, zero = format.grid(groups.amin(dim=2), groups.amax(dim=2))
-    values = rounded_columns(weight, gram, scale, zero, format)
-    expected = np.frombuffer(by_definition(weight, gram, scale, zero, size), dtype=np.uint8).reshape(weight.shape)
+    gram = x.t() @ x / len(x)
+    grid = format.grid(weight)
+    fitted = rounded_columns(weight, gram.clone(), grid)
     # A float32 tie may fall to the other side, and changes what follows in its row.
-    same_rows = (values.numpy() == expected).all(axis=1)
-    assert same_rows.mean() > 0.8
-    fitted = format.dequantize(format.stored(values, scale, zero))
+    assert (fitted == by_definition(weight, gram, grid)).all(dim=1).float().mean() > 0.8
+    assert torch.equal(format.dequantize(format.stored(fitted, grid)), fitted), "all weights are on the grid"
     nearest = format.dequantize(format.quantize(weight))
     assert (x @ (fitted - weight).t()).norm() < 0.8 * (x @ (nearest - weight).t()).norm()
 
 
-def test_activations_that_are_always_zero() -> None:
-    format, weight, x = Int4Groups(16), torch.randn(8, 32), activations(32)
+@FORMATS
+def test_activations_that_are_always_zero(format: GridFormat) -> None:
+    weight, x = torch.randn(8, 32), activations(32)
     x[:, 5] = 0.0
-    groups = in_groups(weight, 16)
-    scale, zero = format.grid(groups.amin(dim=2), groups.amax(dim=2))
-    values = rounded_columns(weight, x.t() @ x / len(x), scale, zero, format)
-    assert torch.equal(values[:, 5].float(), zero[:, 0])
+    fitted = rounded_columns(weight, x.t() @ x / len(x), format.grid(weight))
+    assert not fitted[:, 5].any()
+    assert torch.isfinite(fitted).all()

@@ -1,0 +1,100 @@
+"""Calibration in a process of its own: Ctrl-C, and the memory that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.backends.helpers import save_tiny
+from tests.engine.helpers import WAIT_S
+
+INTERRUPTED = """
+import sys, threading
+from llmengine import LLM, ModelConfig, QuantConfig
+
+prompts = [[3 + (7 * index + position) % 90 for position in range(60)] for index in range(10000)]
+config = QuantConfig.preset("int4-awq", group_size=16, calibration_prompts=prompts, num_calibration_samples=10000)
+try:
+    LLM(ModelConfig(sys.argv[1], device="cpu", quant_config=config))
+except KeyboardInterrupt:
+    print(*(thread.name for thread in threading.enumerate()))
+    raise
+"""
+
+
+def test_ctrl_c_while_an_llm_calibrates_leaves_no_thread(tmp_path: Path) -> None:
+    """Interrupted in the first layer, with ten thousand texts to go."""
+    save_tiny(tmp_path)
+    terminal, stderr = os.openpty()
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    shown = b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, preexec_fn=heed) as process:
+        try:
+            while b"calibrating" not in shown:
+                shown += os.read(terminal, 4096)
+            process.send_signal(signal.SIGINT)
+            threads, _ = process.communicate(timeout=WAIT_S)
+            os.set_blocking(terminal, False)
+            with contextlib.suppress(BlockingIOError):  # raised where nothing is left
+                while True:
+                    shown += os.read(terminal, 4096)
+        finally:
+            process.kill()
+            os.close(terminal)
+            os.close(stderr)
+    assert process.returncode == -signal.SIGINT
+    assert threads.decode().split() == ["MainThread"]
+    assert shown.rstrip().endswith(b"KeyboardInterrupt")
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from llmengine import QuantConfig
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
+
+def resident(what):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
+    return int(line.split()[1]) << 10
+
+def run(directory):
+    prompts = [[3 + (7 * index + position) % 90 for position in range(100)] for index in range(4)]
+    config = QuantConfig.preset(sys.argv[3], calibration_prompts=prompts, num_calibration_samples=4).resolve()
+    for _ in quantized_source(open_model(Path(directory)), config).weights(torch.bfloat16):
+        pass
+
+torch.set_num_threads(1)
+run(sys.argv[1])  # loads what has to be loaded
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+run(sys.argv[2])
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell the peak of a process")
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["int4-awq", "int4-gptq", "fp8-gptq", "w8a8"])
+def test_memory_is_that_of_two_layers_and_the_second_moments(tmp_path: Path, preset: str) -> None:
+    """Layers count as float32."""
+    hidden, wide = 512, 1792
+    save_tiny(tmp_path / "small")
+    shape = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 4}
+    save_tiny(tmp_path / "wide", num_attention_heads=8, num_key_value_heads=2, head_dim=64, **shape)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "wide"), preset]
+    found = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=600).stdout)
+    layer, moments = 4 * hidden * (768 + hidden + 3 * wide), 4 * (3 * hidden**2 + wide**2)
+    mapped = (tmp_path / "wide" / "model.safetensors").stat().st_size
+    print(f"{preset}: {found >> 20} MiB, {mapped >> 20} of the file, {layer >> 20} a layer, {moments >> 20} moments")
+    assert found < mapped + 2 * layer + moments
