@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 ALPHA = 0.5
 """How much of the difference goes to the weights where each token has a scale of its own: 0 none of it, 1 all."""
 
-STATIC_ALPHA = 0.8
+STATIC_ALPHA = 0.9
 """Likewise where all activations share a scale, which outliers widen for every token."""
 
 _TINY = 1e-5
