@@ -35,13 +35,17 @@ FORMATS: Mapping[str, Mapping[str, Any]] = {
     "w8a8, rounded": {"quant_config": QuantConfig.preset("w8a8", method="rtn")},
     "w8a8": {"quant": "w8a8"},
     "fp8": {"quant": "fp8"},
+    "fp8-gptq": {"quant": "fp8-gptq"},
+    "fp8-gptq, weights only": {"quant_config": QuantConfig(weights="fp8", method="gptq")},
     "fp8-block": {"quant": "fp8-block"},
+    "fp8-block-gptq": {"quant": "fp8-block-gptq"},
     **{
         f"{preset} g{size}": {"quant_config": QuantConfig.preset(preset, group_size=size)}
         for size in (128, 64, 32)
         for preset in ("int4-rtn", "int4-awq", "int4-gptq")
     },
     "mxfp4": {"quant": "mxfp4"},
+    "mxfp4-gptq": {"quant": "mxfp4-gptq"},
     "stored": {"quant": "stored"},
     "KV cache int8": {"quant_config": QuantConfig(kv_cache="int8")},
     "KV cache fp8": {"quant_config": QuantConfig(kv_cache="fp8")},
