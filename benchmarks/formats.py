@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from benchmarks.contenders import Contender, EngineRunner, WorkerProcess, llama_cpp, openvino, write_gguf_like
 from benchmarks.models import add_demo_model
 from benchmarks.offline import WORKLOADS
-from benchmarks.report import add_json, append_record, format_table, machine, median, new_parser
+from benchmarks.report import add_json, append_record, chosen_rows, format_table, machine, median, new_parser
 from benchmarks.workloads import Workload
 from llmengine import QuantConfig
 from llmengine.checkpoints.opening import open_model
@@ -114,22 +115,15 @@ def table(speeds: Mapping[str, Mapping[str, Sequence[float]]], workloads: Sequen
     return format_table(["tokens/s", *header], rows)
 
 
-def _names(text: str) -> list[str]:
-    """Rows whose names begin with any of the names in a list, which semicolons separate."""
-    names = text.split(";")
-    for name in names:
-        if not any(row.startswith(name) for row in FORMATS):
-            raise argparse.ArgumentTypeError(f"{name!r} begins the name of no row: {'; '.join(FORMATS)}")
-    return [row for row in FORMATS if row.startswith(tuple(names))]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and print the table."""
     parser = new_parser("formats", __doc__)
     add_demo_model(parser)
     add_json(parser)
     chosen = 'such as "int8;int4 g128" (default: all)'
-    parser.add_argument("--formats", type=_names, default=list(FORMATS), metavar="NAMES", help=chosen)
+    parser.add_argument(
+        "--formats", type=partial(chosen_rows, rows=FORMATS), default=list(FORMATS), metavar="NAMES", help=chosen
+    )
     parser.add_argument("--workloads", default="A,B,C,D", help="%(default)s")
     parser.add_argument("--runs", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every contender")

@@ -12,16 +12,16 @@ prompts included. Speed means something only on an otherwise idle machine; quali
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.models import add_demo_model
-from benchmarks.report import add_json, append_record, format_table, machine, new_parser
+from benchmarks.report import add_json, append_record, chosen_rows, format_table, machine, new_parser
 from llmengine import LLM, ModelConfig, QualityReport, QuantConfig
 from llmengine.checkpoints.saved_files import size_text
 from llmengine.cli.demo import find_demo_model
@@ -80,22 +80,16 @@ def _row(name: str, report: QualityReport) -> list[str]:
     return [name, *sizes, f"{model.perplexity:.3f}", *differences, *speeds]
 
 
-def _formats(text: str) -> list[str]:
-    """Rows whose names begin with any of the names in a list, which semicolons separate."""
-    names = text.split(";")
-    for name in names:
-        if not any(row.startswith(name) for row in FORMATS):
-            raise ArgumentTypeError(f"{name!r} begins the name of no row: {'; '.join(FORMATS)}")
-    return [row for row in FORMATS if row.startswith(tuple(names))]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the formats and print the table."""
     parser = new_parser("quantization", __doc__)
     add_demo_model(parser)
     add_json(parser)
     parser.add_argument(
-        "--formats", type=_formats, default=list(FORMATS), help='such as "int8;int4-rtn" (default: all)'
+        "--formats",
+        type=partial(chosen_rows, rows=FORMATS),
+        default=list(FORMATS),
+        help='such as "int8;int4-rtn" (default: all)',
     )
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text than the package's")

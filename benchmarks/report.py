@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,20 @@ def positive_integers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise ArgumentTypeError(f"must be a list of integers >= 1 such as 1,8,64, not {text!r}")
     return [int(part) for part in parts]
+
+
+def chosen_rows(text: str, rows: Collection[str]) -> list[str]:
+    """The rows that a list names, which semicolons separate: each item is a row's name, or how names begin.
+
+    An item that neither is nor begins a name is a usage error.
+    """
+    chosen: set[str] = set()
+    for item in text.split(";"):
+        named = [row for row in rows if row == item] or [row for row in rows if row.startswith(item)]
+        if not named:
+            raise ArgumentTypeError(f"{item!r} begins the name of no row: {'; '.join(rows)}")
+        chosen.update(named)
+    return [row for row in rows if row in chosen]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
