@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text than the package's")
+    parser.add_argument(
+        "--calibration-samples", type=int, default=QuantConfig().num_calibration_samples, help="default: %(default)s"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--skip-speed", action="store_true", help="do not measure tokens/s")
     arguments = parser.parse_args(argv)
@@ -110,7 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name == REFERENCE:
                 reports[name] = reference.evaluate(**options)
             else:
-                reports[name] = evaluate(replace(config, **FORMATS[name]), reference, **options)
+                changed = replace(config, **FORMATS[name])
+                changed.quant_config = replace(
+                    changed.quant_config, num_calibration_samples=arguments.calibration_samples
+                )
+                reports[name] = evaluate(changed, reference, **options)
             append_record(arguments, "quantization", reports[name].to_json(), format=name)
             print(f"{name}: {reports[name].model.description}", file=sys.stderr, flush=True)
     last = reports[arguments.formats[-1]]
