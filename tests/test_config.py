@@ -250,8 +250,8 @@ def test_descriptions_that_no_format_has(flags: dict[str, Any], message: str) ->
         ({"weights": "int8", "method": "awq"}, "method='awq' is not available with weights='int8'; available: 'rtn'"),
         ({"method": "awq"}, "method='awq' is not available with weights='none'; available: None"),
         (
-            {"weights": "fp8", "activations": "token", "method": "gptq"},
-            "method='gptq' .* and activations='token'; available: 'rtn'",
+            {"weights": "fp8", "activations": "token", "method": "awq"},
+            "method='awq' .* and activations='token'; available: 'rtn', 'gptq'",
         ),
         ({"group_size": 24}, "group_size must be one of 16, 32, 64, 128, not 24"),
         ({"kv_cache": "int4"}, "kv_cache must be one of 'none', 'int8', 'fp8', not 'int4'"),

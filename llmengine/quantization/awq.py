@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmengine.quantization.grid import SEARCHED_ROWS, GridFormat
+from llmengine.quantization.grid import GridFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 GRID = 20
 """Powers that are tried, from 0 (no factors) on, in steps of 1 / GRID."""
 
+_JUDGED_ROWS = 512
+
 
 def column_factors(weight: Tensor, magnitude: Tensor, gram: Tensor, format: GridFormat) -> Tensor:
     """Factors of the columns, float32 [in_features], the largest times the smallest of which is 1.
 
-    They are judged by up to `SEARCHED_ROWS` rows, evenly spread.
+    They are judged by up to `_JUDGED_ROWS` rows, evenly spread.
 
     Args:
         weight: float32 [out_features, in_features].
@@ -32,7 +34,7 @@ def column_factors(weight: Tensor, magnitude: Tensor, gram: Tensor, format: Grid
     """
     import torch
 
-    weight = weight[:: -(-weight.shape[0] // SEARCHED_ROWS)].contiguous()
+    weight = weight[:: -(-weight.shape[0] // _JUDGED_ROWS)].contiguous()
     magnitude = magnitude.clamp(min=1e-4 * float(magnitude.max().clamp(min=1e-30)))
     best, factors = float("inf"), torch.ones_like(magnitude)
     for step in range(GRID):

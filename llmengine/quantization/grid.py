@@ -16,8 +16,8 @@ from llmengine.quantization.formats import WeightFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEARCHED_ROWS = 512
-"""Rows whose errors are looked at together; a few MiB, whatever the model."""
+_SEARCHED_WEIGHTS = 1 << 18
+"""Weights whose errors are looked at together: each of the tensors that this takes has 1 MiB, whatever the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,9 @@ class Grid:
         import torch
 
         errors = weight.new_empty(self.scale.shape)
-        for begin in range(0, weight.shape[0], SEARCHED_ROWS):
-            rows = slice(begin, begin + SEARCHED_ROWS)
+        num_rows = max(1, _SEARCHED_WEIGHTS // weight.shape[1])
+        for begin in range(0, weight.shape[0], num_rows):
+            rows = slice(begin, begin + num_rows)
             groups = in_groups(weight[rows], self.group_size)
             part = dataclasses.replace(
                 self, scale=self.scale[rows], lowest=self.lowest[rows], highest=self.highest[rows]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from llmengine import saved_engines
 from llmengine.cli.main import main
-from tests.engine.helpers import WAIT_S
+from tests.terminal import interrupt
 
 FEW = ["--windows", "2", "--window-tokens", "64"]
 
@@ -169,34 +164,17 @@ def test_wrong_arguments_are_found_before_a_model_is_loaded(
 
 @pytest.mark.parametrize(
     ("bar", "options"),
-    [(b"evaluating", ["--quant", "int8", "--windows", "9999"]), (b"calibrating", ["--quant", "int4-awq"])],
+    [("evaluating", ["--quant", "int8", "--windows", "9999"]), ("calibrating", ["--quant", "int4-awq"])],
     ids=["evaluating", "calibrating"],
 )
-def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path, bar: bytes, options: list[str]) -> None:
+def test_ctrl_c_while_building_leaves_nothing(model: Path, tmp_path: Path, bar: str, options: list[str]) -> None:
     """Interrupted when the bar on the terminal has begun, with thousands of windows or texts to go."""
     target = tmp_path / "out" / "engine"
     target.parent.mkdir()
     arguments = ["build", str(model), "-o", str(target), *options, *FEW[2:]]
-    terminal, stderr = os.openpty()
-    command = [sys.executable, "-m", "llmengine", *arguments]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, preexec_fn=heed)
-    shown = b""
-    try:
-        while bar not in shown:
-            shown += os.read(terminal, 4096)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT_S) == 130
-        os.set_blocking(terminal, False)
-        with contextlib.suppress(BlockingIOError):  # raised where nothing is left
-            while True:
-                shown += os.read(terminal, 4096)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
-        os.close(stderr)
-    assert b"Traceback" not in shown
-    assert shown.rstrip().endswith(b"Interrupted.")
-    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
+    ended = interrupt([sys.executable, "-m", "llmengine", *arguments], bar)
+    assert ended.return_code == 130
+    assert "Traceback" not in ended.shown
+    assert ended.shown.rstrip().endswith("Interrupted.")
+    assert ended.shows_cursor
     assert not list(target.parent.iterdir())

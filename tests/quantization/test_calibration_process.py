@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.backends.helpers import save_tiny
-from tests.engine.helpers import WAIT_S
+from tests.terminal import interrupt
 
 INTERRUPTED = """
 import sys, threading
@@ -32,28 +29,11 @@ except KeyboardInterrupt:
 def test_ctrl_c_while_an_llm_calibrates_leaves_no_thread(tmp_path: Path) -> None:
     """Interrupted in the first layer, with ten thousand texts to go."""
     save_tiny(tmp_path)
-    terminal, stderr = os.openpty()
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
-    shown = b""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, preexec_fn=heed) as process:
-        try:
-            while b"calibrating" not in shown:
-                shown += os.read(terminal, 4096)
-            process.send_signal(signal.SIGINT)
-            threads, _ = process.communicate(timeout=WAIT_S)
-            os.set_blocking(terminal, False)
-            with contextlib.suppress(BlockingIOError):  # raised where nothing is left
-                while True:
-                    shown += os.read(terminal, 4096)
-        finally:
-            process.kill()
-            os.close(terminal)
-            os.close(stderr)
-    assert process.returncode == -signal.SIGINT
-    assert threads.decode().split() == ["MainThread"]
-    assert shown.rstrip().endswith(b"KeyboardInterrupt")
-    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0, "the cursor is back"
+    ended = interrupt([sys.executable, "-c", INTERRUPTED, str(tmp_path)], "calibrating")
+    assert ended.return_code == -signal.SIGINT
+    assert ended.printed.split() == ["MainThread"]
+    assert ended.shown.rstrip().endswith("KeyboardInterrupt")
+    assert ended.shows_cursor
 
 
 MEMORY = """

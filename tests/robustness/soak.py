@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Literal
 
@@ -335,20 +336,32 @@ def report(totals: Totals, found: Sequence[str]) -> None:
     print("\n".join(f"VIOLATION: {fault}" for fault in found) if found else "PASS")
 
 
+@contextmanager
+def faults_not_logged() -> Iterator[None]:
+    """Keep the log free of the faults that are injected during the block."""
+    logger = logging.getLogger("llmengine")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Let engines live until the time is up, print the report and return 1 on a violation."""
     parser = argparse.ArgumentParser(prog="tests.soak", description="Hostile callers on failing backends.")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    logging.getLogger("llmengine").setLevel(logging.CRITICAL)  # each fault is logged
     rng = random.Random(arguments.seed)
     totals = Totals()
     began = time.monotonic()
-    while time.monotonic() < began + 60 * arguments.minutes and not totals.violations:
-        live(totals, rng)
-        gc.collect()
-        totals.samples.append(Sample(time.monotonic() - began, 0, 0, 0, psutil.Process().memory_info().rss))
+    with faults_not_logged():
+        while time.monotonic() < began + 60 * arguments.minutes and not totals.violations:
+            live(totals, rng)
+            gc.collect()
+            totals.samples.append(Sample(time.monotonic() - began, 0, 0, 0, psutil.Process().memory_info().rss))
     found = violations(totals)
     report(totals, found)
     return 1 if found else 0
