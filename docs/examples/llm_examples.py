@@ -63,7 +63,7 @@ def run_llm_generate_async_example(
 def run_llm_with_quantization(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, quant_type: Literal["int8", "int4"] = "int8"
 ) -> None:
-    """Quantize the weights while loading. int8 runs on CPUs; `ConfigError` is raised for a format that is missing."""
+    """Quantize the weights while loading. For int4, AWQ calibrates them first, which takes minutes on a CPU."""
     config = ModelConfig(hf_model_dir)
     if quant_type == "int8":
         config.quant_config.init_from_description(quantize_weights=True)
