@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmengine.dtypes import ModelDType
-from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.errors import ConfigError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.grid import in_groups
-from llmengine.quantization.int4 import numbers_of_nibbles, pack_nibbles
+from llmengine.quantization.int4 import nibbles_of_matrix, numbers_of_nibbles, pack_nibbles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +60,8 @@ class Bnb4Bit(WeightFormat):
             raise ConfigError(f"block_size of format {self.name!r} must be a positive integer, not {self.block_size!r}")
 
     def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
-        if shape[1] % 2:
-            raise UnsupportedModelError(
-                f"a matrix of {shape[0]} x {shape[1]} weights cannot be stored as {self.name!r}, which has two "
-                "columns in a byte: the number of columns must be even"
-            )
         return {
-            "weight": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2)),
+            "weight": nibbles_of_matrix(self.name, shape),
             "weight_scale": TensorSpec.of_matrix("float32", shape, Along("out"), Along("in", self.block_size)),
         }
 

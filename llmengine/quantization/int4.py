@@ -67,14 +67,9 @@ class Int4Groups(GridFormat):
             require_setting(self, name, (False, True))
 
     def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
-        if shape[1] % 2:
-            raise UnsupportedModelError(
-                f"a matrix of {shape[0]} x {shape[1]} weights cannot be stored as {self.name!r}, which has two "
-                "columns in a byte: the number of columns must be even"
-            )
         groups = 1 if self.group_size == -1 else Along("in", self.group_size)
         specs = {
-            "weight": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2)),
+            "weight": nibbles_of_matrix(self.name, shape),
             "weight_scale": TensorSpec.of_matrix(self.scale_dtype, shape, Along("out"), groups),
         }
         if self.zero_points:
@@ -149,6 +144,16 @@ class Int4Groups(GridFormat):
     def columns_of_group(self, columns: int) -> int:
         """Columns that share a scale, in a matrix of `columns`."""
         return columns if self.group_size == -1 else self.group_size
+
+
+def nibbles_of_matrix(format_name: str, shape: Shape) -> TensorSpec:
+    """A matrix of 4-bit codes, two a byte: uint8 [out, in / 2]; raises `UnsupportedModelError` for odd columns."""
+    if shape[1] % 2:
+        raise UnsupportedModelError(
+            f"a matrix of {shape[0]} x {shape[1]} weights cannot be stored as {format_name!r}, which has two "
+            "columns in a byte: the number of columns must be even"
+        )
+    return TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2))
 
 
 def pack_nibbles(values: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmengine.dtypes import ModelDType
-from llmengine.errors import UnsupportedModelError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.grid import in_groups
-from llmengine.quantization.int4 import numbers_of_nibbles, pack_nibbles
+from llmengine.quantization.int4 import nibbles_of_matrix, numbers_of_nibbles, pack_nibbles
 from llmengine.quantization.mxfp4 import E2M1_NUMBERS, nearest_e2m1_codes
 
 if TYPE_CHECKING:
@@ -48,14 +47,9 @@ class Nvfp4(WeightFormat):
         require_setting(self, "scales", ("tensor", "channel"))
 
     def tensors(self, shape: Shape, dtype: ModelDType) -> dict[str, TensorSpec]:
-        if shape[1] % 2:
-            raise UnsupportedModelError(
-                f"a matrix of {shape[0]} x {shape[1]} weights cannot be stored as {self.name!r}, which has two "
-                "columns in a byte: the number of columns must be even"
-            )
         rows = Along("out") if self.scales == "channel" else 1
         return {
-            "weight": TensorSpec.of_matrix("uint8", shape, Along("out"), Along("in", 2)),
+            "weight": nibbles_of_matrix(self.name, shape),
             "weight_scale": TensorSpec.of_matrix("float8_e4m3fn", shape, Along("out"), Along("in", BLOCK)),
             "global_scale": TensorSpec.of_matrix("float32", shape, rows),
         }
