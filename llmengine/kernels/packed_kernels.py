@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmengine.kernels.packed_weights import Kind
+from llmengine.kernels.packings import Kind
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 _MINUS_ZERO = 0x8000

@@ -11,33 +11,22 @@ Groups of columns with a scale are whole slices. The scales of a block stand sid
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.dtypes import torch_dtype
+from llmengine.kernels.packings import VALUES, Codes, Kind, packing_of
 from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.quantization.formats import Shape, WeightFormat
-from llmengine.quantization.fp8 import BLOCK, Fp8
-from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
-from llmengine.quantization.int8 import Int8PerChannel
-from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
-from llmengine.quantization.mxfp4 import BLOCK as MX_BLOCK
-from llmengine.quantization.mxfp4 import Mxfp4
-
-Kind = Literal["int4", "int8", "e4m3", "e2m1"]
-"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits."""
 
 TILE_ROWS = 64
 
 _SLICES = (64, 32, 16)
-_VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "int8": 2, "e4m3": 2}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _CHUNK_WEIGHTS = 1 << 24
@@ -66,7 +55,7 @@ class PackedLayout:
     @classmethod
     def of(cls, weight_format: WeightFormat, shape: Shape, dtype: torch.dtype) -> PackedLayout | None:
         """The layout of a format for activations of `dtype`; None if its products are none of weights alone."""
-        packing = _packing_of(weight_format)
+        packing = packing_of(weight_format)
         if packing is None:
             return None
         for slice_columns in _SLICES:
@@ -81,7 +70,7 @@ class PackedLayout:
     @property
     def values_per_word(self) -> int:
         """Values in an int16."""
-        return _VALUES[self.kind]
+        return VALUES[self.kind]
 
     @property
     def block_columns(self) -> int:
@@ -141,7 +130,7 @@ class PackedMatrix(QuantizedMatrix):
     """
 
     def __init__(self, weight_format: WeightFormat, layout: PackedLayout, device: torch.device | str) -> None:
-        packing = _packing_of(weight_format)
+        packing = packing_of(weight_format)
         assert packing is not None, weight_format
         self.format = weight_format
         self.shape = layout.shape
@@ -164,7 +153,7 @@ class PackedMatrix(QuantizedMatrix):
         if layout.num_groups == 0:
             self.tensors["scales"][first_row : first_row + len(codes.scales)] = codes.scales.flatten()
         else:
-            group_of = self._packing.group_of(layout).to(words.device)
+            group_of = _group_of(layout, self._packing.group_size).to(words.device)
             self.tensors["scales"][place] = _to_group_words(codes.scales[:, group_of], layout)
         if codes.zeros is not None:
             zeros = -(codes.zeros.float() + layout.zero_offset).to(layout.zero_dtype)[:, group_of]
@@ -185,7 +174,7 @@ class PackedMatrix(QuantizedMatrix):
         if layout.num_groups == 0:
             scales = self.tensors["scales"][begin:end, None]
         else:
-            first = self._packing.first_of(layout)
+            first = _first_of(layout, self._packing.group_size)
             scales = _from_group_words(self.tensors["scales"][place], layout.scale_dtype)[:num_rows, first]
             if layout.has_zeros:
                 zeros = _from_group_words(self.tensors["zeros"][place], layout.zero_dtype)[:num_rows]
@@ -195,166 +184,17 @@ class PackedMatrix(QuantizedMatrix):
         return {name: stored[name] if name in stored else self.tensors[name] for name in order}
 
 
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """A stored matrix taken apart.
-
-    Attributes:
-        values: uint8 [rows, columns], in the bits that `Kind` says.
-        scales: [rows, groups]; one group if rows have one scale.
-        zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
-    """
-
-    values: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
+def _group_of(layout: PackedLayout, group_size: int) -> Tensor:
+    """For each group of every block, the stored group, of `group_size` columns, that it is a part of."""
+    columns = torch.arange(layout.num_blocks * layout.num_groups) * (layout.block_columns // layout.num_groups)
+    columns = columns.clamp_(max=layout.shape[1] - 1)
+    return columns // (layout.shape[1] if group_size == -1 else group_size)
 
 
-class _Packing(ABC):
-    """How a weight format is taken apart.
-
-    Attributes:
-        group_size: columns that share a scale, -1: all of a row.
-        by_row: scales are applied to whole rows, as float32.
-    """
-
-    kind: ClassVar[Kind]
-    group_size: int = -1
-    by_row: bool = False
-    has_zeros: bool = False
-    scale_dtype: torch.dtype = torch.float32
-
-    @property
-    def values_per_word(self) -> int:
-        return _VALUES[self.kind]
-
-    def num_groups(self, slice_columns: int, columns: int) -> int | None:
-        """Groups of a block of such slices; None if groups and blocks do not fit into each other."""
-        if self.by_row:
-            return 0
-        block = slice_columns * self.values_per_word
-        size = self.group_size
-        if size == -1 or size % block == 0:
-            return 1
-        num_groups = block // size
-        fits = size % slice_columns == 0 and block % size == 0 and num_groups * self.scale_dtype.itemsize <= 8
-        return num_groups if fits else None
-
-    def group_of(self, layout: PackedLayout) -> Tensor:
-        """For each group of every block, the stored group that it is a part of."""
-        columns = torch.arange(layout.num_blocks * layout.num_groups) * (layout.block_columns // layout.num_groups)
-        columns = columns.clamp_(max=layout.shape[1] - 1)
-        return columns // (layout.shape[1] if self.group_size == -1 else self.group_size)
-
-    def first_of(self, layout: PackedLayout) -> Tensor:
-        """For each stored group, the first of the blocks' groups that is a part of it."""
-        size = layout.shape[1] if self.group_size == -1 else self.group_size
-        return torch.arange(-(-layout.shape[1] // size)) * size * layout.num_groups // layout.block_columns
-
-    @abstractmethod
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        """What the stored tensors of some rows hold."""
-
-    @abstractmethod
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        """Undoes `take_apart`, without the tensors that only prepare activations."""
-
-
-class _Int4Packing(_Packing):
-    kind = "int4"
-
-    def __init__(self, weight_format: Int4Groups) -> None:
-        self.group_size = weight_format.group_size
-        self.has_zeros = weight_format.zero_points
-        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
-
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        return Codes(unpack_nibbles(tensors["weight"]), tensors["weight_scale"], tensors.get("zero_point"))
-
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        tensors = {"weight": pack_nibbles(codes.values), "weight_scale": codes.scales}
-        return tensors if codes.zeros is None else {**tensors, "zero_point": codes.zeros.to(torch.uint8)}
-
-
-class _Int8GroupsPacking(_Packing):
-    kind = "int8"
-
-    def __init__(self, weight_format: Int8Groups) -> None:
-        self.group_size = weight_format.group_size
-        self.has_zeros = weight_format.zero_points
-        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
-
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        zeros = tensors["zero_point"].float() - 128 if self.has_zeros else None
-        return Codes(tensors["weight"] ^ 0x80, tensors["weight_scale"], zeros)
-
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        tensors = {"weight": codes.values ^ 0x80, "weight_scale": codes.scales}
-        return tensors if codes.zeros is None else {**tensors, "zero_point": (codes.zeros + 128).to(torch.uint8)}
-
-
-class _Int8Packing(_Packing):
-    kind = "int8"
-    by_row = True
-
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        return Codes(tensors["weight"].view(torch.uint8), tensors["weight_scale"][:, None])
-
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        return {"weight": codes.values.view(torch.int8), "weight_scale": codes.scales[:, 0].contiguous()}
-
-
-class _Fp8Packing(_Packing):
-    kind = "e4m3"
-
-    def __init__(self, weight_format: Fp8) -> None:
-        self._scales = weight_format.scales
-        self.by_row = weight_format.scales != "block"
-        self.group_size = -1 if self.by_row else BLOCK
-
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        values, scales = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
-        if self._scales == "block":
-            scales = scales.repeat_interleave(BLOCK, dim=0)[: len(values)]
-        else:
-            scales = scales.expand(len(values))[:, None]
-        return Codes(values, scales)
-
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        scales = {
-            "tensor": codes.scales[:1, 0],
-            "channel": codes.scales[:, 0],
-            "block": codes.scales[::BLOCK],
-        }[self._scales]
-        return {"weight": codes.values.view(torch.float8_e4m3fn), "weight_scale": scales.contiguous()}
-
-
-class _Mxfp4Packing(_Packing):
-    kind = "e2m1"
-    group_size = MX_BLOCK
-    scale_dtype = torch.bfloat16
-
-    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        exponents = tensors["weight_scale"].to(torch.int16)
-        bits = (exponents << 7).masked_fill_(exponents == 0, 0x0040).masked_fill_(exponents == 255, 0x7FC0)
-        return Codes(unpack_nibbles(tensors["weight"]), bits.view(torch.bfloat16))
-
-    def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        exponents = codes.scales.view(torch.int16) >> 7
-        return {"weight": pack_nibbles(codes.values), "weight_scale": exponents.to(torch.uint8)}
-
-
-def _packing_of(weight_format: WeightFormat) -> _Packing | None:
-    """How a format is taken apart; None if it is not a format of weights alone, or has no product yet."""
-    if isinstance(weight_format, Int4Groups):
-        return _Int4Packing(weight_format)
-    if isinstance(weight_format, Int8Groups):
-        return _Int8GroupsPacking(weight_format)
-    if isinstance(weight_format, Int8PerChannel):
-        return _Int8Packing()
-    if isinstance(weight_format, Fp8) and weight_format.activations == "none":
-        return _Fp8Packing(weight_format)
-    return _Mxfp4Packing() if isinstance(weight_format, Mxfp4) else None
+def _first_of(layout: PackedLayout, group_size: int) -> Tensor:
+    """For each stored group, the first of the blocks' groups that is a part of it."""
+    size = layout.shape[1] if group_size == -1 else group_size
+    return torch.arange(-(-layout.shape[1] // size)) * size * layout.num_groups // layout.block_columns
 
 
 def _to_words(values: Tensor, layout: PackedLayout) -> Tensor:

@@ -1,0 +1,181 @@
+"""How formats whose weights alone are quantized are taken apart into values, scales and zero points."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from llmengine.dtypes import torch_dtype
+from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.fp8 import BLOCK, Fp8
+from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
+from llmengine.quantization.int8 import Int8PerChannel
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.mxfp4 import BLOCK as MX_BLOCK
+from llmengine.quantization.mxfp4 import Mxfp4
+
+Kind = Literal["int4", "int8", "e4m3", "e2m1"]
+"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits."""
+
+VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "int8": 2, "e4m3": 2}
+"""Values in an int16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A stored matrix taken apart.
+
+    Attributes:
+        values: uint8 [rows, columns], in the bits that `Kind` says.
+        scales: [rows, groups]; one group if rows have one scale.
+        zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+
+class Packing(ABC):
+    """How a weight format is taken apart.
+
+    Attributes:
+        kind: what a value is.
+        group_size: columns that share a scale, -1: all of a row.
+        by_row: scales are applied to whole rows, as float32.
+        has_zeros: groups have zero points.
+        scale_dtype: of the scales of groups.
+    """
+
+    kind: ClassVar[Kind]
+    group_size: int = -1
+    by_row: bool = False
+    has_zeros: bool = False
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def values_per_word(self) -> int:
+        """Values in an int16."""
+        return VALUES[self.kind]
+
+    def num_groups(self, slice_columns: int, columns: int) -> int | None:
+        """Groups of a block of such slices; None if groups and blocks do not fit into each other."""
+        if self.by_row:
+            return 0
+        block = slice_columns * self.values_per_word
+        size = self.group_size
+        if size == -1 or size % block == 0:
+            return 1
+        num_groups = block // size
+        fits = size % slice_columns == 0 and block % size == 0 and num_groups * self.scale_dtype.itemsize <= 8
+        return num_groups if fits else None
+
+    @abstractmethod
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        """What the stored tensors of some rows hold."""
+
+    @abstractmethod
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        """Undoes `take_apart`, without the tensors that only prepare activations."""
+
+
+class _Int4Packing(Packing):
+    kind = "int4"
+
+    def __init__(self, weight_format: Int4Groups) -> None:
+        self.group_size = weight_format.group_size
+        self.has_zeros = weight_format.zero_points
+        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        return Codes(unpack_nibbles(tensors["weight"]), tensors["weight_scale"], tensors.get("zero_point"))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        tensors = {"weight": pack_nibbles(codes.values), "weight_scale": codes.scales}
+        return tensors if codes.zeros is None else {**tensors, "zero_point": codes.zeros.to(torch.uint8)}
+
+
+class _Int8GroupsPacking(Packing):
+    kind = "int8"
+
+    def __init__(self, weight_format: Int8Groups) -> None:
+        self.group_size = weight_format.group_size
+        self.has_zeros = weight_format.zero_points
+        self.scale_dtype = torch_dtype(weight_format.scale_dtype)
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        zeros = tensors["zero_point"].float() - 128 if self.has_zeros else None
+        return Codes(tensors["weight"] ^ 0x80, tensors["weight_scale"], zeros)
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        tensors = {"weight": codes.values ^ 0x80, "weight_scale": codes.scales}
+        return tensors if codes.zeros is None else {**tensors, "zero_point": (codes.zeros + 128).to(torch.uint8)}
+
+
+class _Int8Packing(Packing):
+    kind = "int8"
+    by_row = True
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        return Codes(tensors["weight"].view(torch.uint8), tensors["weight_scale"][:, None])
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        return {"weight": codes.values.view(torch.int8), "weight_scale": codes.scales[:, 0].contiguous()}
+
+
+class _Fp8Packing(Packing):
+    kind = "e4m3"
+
+    def __init__(self, weight_format: Fp8) -> None:
+        self._scales = weight_format.scales
+        self.by_row = weight_format.scales != "block"
+        self.group_size = -1 if self.by_row else BLOCK
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        values, scales = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
+        if self._scales == "block":
+            scales = scales.repeat_interleave(BLOCK, dim=0)[: len(values)]
+        else:
+            scales = scales.expand(len(values))[:, None]
+        return Codes(values, scales)
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        scales = {
+            "tensor": codes.scales[:1, 0],
+            "channel": codes.scales[:, 0],
+            "block": codes.scales[::BLOCK],
+        }[self._scales]
+        return {"weight": codes.values.view(torch.float8_e4m3fn), "weight_scale": scales.contiguous()}
+
+
+class _Mxfp4Packing(Packing):
+    kind = "e2m1"
+    group_size = MX_BLOCK
+    scale_dtype = torch.bfloat16
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        exponents = tensors["weight_scale"].to(torch.int16)
+        bits = (exponents << 7).masked_fill_(exponents == 0, 0x0040).masked_fill_(exponents == 255, 0x7FC0)
+        return Codes(unpack_nibbles(tensors["weight"]), bits.view(torch.bfloat16))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        exponents = codes.scales.view(torch.int16) >> 7
+        return {"weight": pack_nibbles(codes.values), "weight_scale": exponents.to(torch.uint8)}
+
+
+def packing_of(weight_format: WeightFormat) -> Packing | None:
+    """How a format is taken apart; None if it is not a format of weights alone, or has no product yet."""
+    if isinstance(weight_format, Int4Groups):
+        return _Int4Packing(weight_format)
+    if isinstance(weight_format, Int8Groups):
+        return _Int8GroupsPacking(weight_format)
+    if isinstance(weight_format, Int8PerChannel):
+        return _Int8Packing()
+    if isinstance(weight_format, Fp8) and weight_format.activations == "none":
+        return _Fp8Packing(weight_format)
+    return _Mxfp4Packing() if isinstance(weight_format, Mxfp4) else None
