@@ -21,10 +21,10 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.models import add_shape, add_tuning_budget, load_llm
+from benchmarks.models import add_quantization, add_shape, add_tuning_budget, load_chosen
 from benchmarks.report import add_json, append_record, format_table, median, new_parser, percentile
 from benchmarks.serving import Arrivals, consume
-from benchmarks.shapes import SHAPES, write_shape
+from benchmarks.shapes import SHAPES
 from benchmarks.workloads import exact_length, random_prompts
 from llmengine import LLM, SchedulerConfig
 
@@ -161,23 +161,12 @@ def scheduler_config(arguments: argparse.Namespace) -> SchedulerConfig:
     )
 
 
-def load_shape(arguments: argparse.Namespace, directory: Path) -> LLM:
-    """The shape's model with the limits of the scenario."""
-    return load_llm(
-        write_shape(arguments.shape, directory),
-        scheduler_config(arguments),
-        load_format="dummy",
-        dtype=arguments.dtype,
-        device=arguments.device,
-        tuning_budget_s=arguments.tuning_budget,
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one scenario and print its figures."""
     parser = new_parser("scenarios", __doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
     add_shape(parser)
+    add_quantization(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--requests", type=int, default=1000, metavar="N", help="of mixed")
     parser.add_argument("--streams", type=int, metavar="N", help="16 of long, 64 of arriving by default")
@@ -189,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.streams is None:
         arguments.streams = 16 if arguments.scenario == "long" else 64
-    with tempfile.TemporaryDirectory() as directory, load_shape(arguments, Path(directory)) as llm:
+    limits = scheduler_config(arguments)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        load_chosen(arguments, Path(directory), limits, device=arguments.device) as llm,
+    ):
         description = llm.info.description
         figures = SCENARIOS[arguments.scenario](llm, arguments)
     print(f"{description}\n{arguments.scenario}, {arguments.shape}\n")

@@ -25,7 +25,7 @@ from typing import Any
 
 import anyio
 
-from benchmarks.models import add_model_or_shape, add_tuning_budget, load_llm
+from benchmarks.models import add_model_or_shape, add_quantization, add_tuning_budget, load_chosen
 from benchmarks.report import (
     add_json,
     append_record,
@@ -39,9 +39,8 @@ from benchmarks.report import (
     positive_integers,
     save_plot,
 )
-from benchmarks.shapes import write_shape
 from benchmarks.workloads import StreamingLoad, exact_length, keep_busy, random_prompts
-from llmengine import LLM, EngineStats, QuantConfig, SchedulerConfig
+from llmengine import LLM, EngineStats, SchedulerConfig
 
 _WARM_UP_TOKENS = 4
 
@@ -125,15 +124,12 @@ def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
     scheduler.max_queued_requests = max(scheduler.max_queued_requests, largest)
     if arguments.tokens_per_step is not None:
         scheduler.max_tokens_per_step = scheduler.max_tokens_per_mixed_step = arguments.tokens_per_step
-    return load_llm(
-        write_shape(arguments.shape, directory) if arguments.model is None else arguments.model,
+    return load_chosen(
+        arguments,
+        directory,
         scheduler,
-        load_format="dummy" if arguments.model is None else "auto",
-        quant_config=QuantConfig(weights="int8" if arguments.int8 else "none"),
-        dtype=arguments.dtype,
         device=arguments.device,
         num_threads=arguments.threads,
-        tuning_budget_s=arguments.tuning_budget,
         deterministic=arguments.deterministic,
     )
 
@@ -221,6 +217,7 @@ def plot(medians: dict[int, dict[str, float]], title: str, path: Path) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("serving", __doc__)
     add_model_or_shape(parser)
+    add_quantization(parser)
     parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
@@ -229,7 +226,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-batch-size", type=int, metavar="N", help="default: the largest concurrency")
     parser.add_argument("--tokens-per-step", type=int, metavar="N", help="most tokens in a step, prompts included")
     add_tuning_budget(parser)
-    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument(

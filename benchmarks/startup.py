@@ -15,17 +15,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.models import add_shape
+from benchmarks.models import add_quantization, add_shape, quant_config
 from benchmarks.report import add_json, append_record, format_table, new_parser
 from benchmarks.shapes import write_shape
 
 _CODE = """
 import json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(relativeCreated)6d ms  %(message)s")
-from llmengine import LLM, ModelConfig, SamplingParams
+from llmengine import LLM, ModelConfig, QuantConfig, SamplingParams
 options = json.loads(sys.argv[1])
+options["quant_config"] = QuantConfig(**options.get("quant_config", {}))
 with LLM(ModelConfig(options.pop("model_dir"), load_format="dummy", **options), enable_tokenizer=False) as llm:
     print("ready", flush=True)
     print(llm.generate(list(range(2, 130)), SamplingParams(max_new_tokens=1))[0].num_tokens, flush=True)
@@ -58,11 +61,11 @@ def time_lines(
     return seconds
 
 
-def measure(options: Mapping[str, str], caches: Path | None) -> dict[str, float]:
+def measure(options: Mapping[str, Any], caches: Path | None) -> dict[str, float]:
     """Seconds from the start of a process until its model was ready, and until its first token.
 
     Args:
-        options: options of `ModelConfig`.
+        options: options of `ModelConfig`, as JSON values.
         caches: directory for compiled kernels and measured choices; None: the usual ones.
     """
     names = () if caches is None else ("TRITON_CACHE_DIR", "LLMENGINE_CACHE_DIR")
@@ -74,13 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = new_parser("startup", __doc__)
     add_shape(parser)
+    add_quantization(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--warm", action="store_true", help="use what earlier runs have compiled and measured")
     add_json(parser)
     arguments = parser.parse_args(argv)
+    options = {"dtype": arguments.dtype, "device": arguments.device, "quant_config": asdict(quant_config(arguments))}
     with tempfile.TemporaryDirectory() as directory:
-        model_dir = str(write_shape(arguments.shape, Path(directory)))
-        options = {"model_dir": model_dir, "dtype": arguments.dtype, "device": arguments.device}
+        options["model_dir"] = str(write_shape(arguments.shape, Path(directory)))
         figures = measure(options, None if arguments.warm else Path(directory))
     print(
         format_table(["seconds from process start", "s"], [[name, f"{value:.1f}"] for name, value in figures.items()])

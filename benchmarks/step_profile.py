@@ -18,9 +18,8 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.models import add_shape, add_tuning_budget, load_llm
+from benchmarks.models import add_quantization, add_shape, add_tuning_budget, load_chosen
 from benchmarks.report import add_json, append_record, format_table, new_parser, require_gpu
-from benchmarks.shapes import write_shape
 from benchmarks.workloads import exact_length
 from llmengine import LLM, SchedulerConfig
 
@@ -76,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Profile and print the table."""
     parser = new_parser("step_profile", __doc__)
     add_shape(parser)
+    add_quantization(parser)
     parser.add_argument("--streams", type=int, default=64, metavar="N")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of the profile, and of the warm-up before it")
@@ -86,14 +86,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_gpu()
     with (
         tempfile.TemporaryDirectory() as directory,
-        load_llm(
-            write_shape(arguments.shape, Path(directory)),
+        load_chosen(
+            arguments,
+            Path(directory),
             SchedulerConfig(max_batch_size=arguments.streams),
-            load_format="dummy",
-            dtype=arguments.dtype,
             device="cuda",
             max_model_len=_CONTEXT,
-            tuning_budget_s=arguments.tuning_budget,
         ) as llm,
     ):
         kernels, num_steps, seconds = anyio.run(profile_decodes, llm, arguments)
