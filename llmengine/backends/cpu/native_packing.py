@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmengine.backends.cpu.native_gguf import Factors, as_bytes, from_blocks, to_blocks
 from llmengine.dtypes import torch_dtype
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 from llmengine.quantization.fp8 import BLOCK, Fp8
 from llmengine.quantization.gguf_blocks import GgufBlocks
+from llmengine.quantization.gguf_codes import Factors, as_bytes, from_blocks, to_blocks
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups

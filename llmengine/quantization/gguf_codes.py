@@ -1,7 +1,8 @@
-"""GGUF's blocks as codes and factors, and back, without losing a bit; `gguf_dequantize` has their layouts."""
+"""GGUF's blocks as codes and factors, and back, to the last bit, on any device. See `gguf_dequantize` for layouts."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,19 +47,28 @@ def _from_runs(codes: Tensor, size: int) -> Tensor:
     return (low & 15 | high << 4).flatten(2)
 
 
-_BITS = torch.arange(8, dtype=torch.uint8)
+@functools.cache
+def _bits(device: torch.device) -> Tensor:
+    """Numbers of the bits of a byte, by which bytes are shifted."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _pairs_of_bits(packed: Tensor) -> Tensor:
     """Numbers of 2 bits [rows, blocks, 4 n] of bytes [rows, blocks, n], of each 32 bytes the lowest bits first."""
-    numbers: Tensor = packed.unflatten(2, (-1, 1, 32)) >> _BITS[::2, None] & 3
+    numbers: Tensor = packed.unflatten(2, (-1, 1, 32)) >> _bits(packed.device)[::2, None] & 3
     return numbers.flatten(2)
 
 
 def _from_pairs_of_bits(numbers: Tensor) -> Tensor:
     """Undoes `_pairs_of_bits`."""
-    shifted: Tensor = numbers.unflatten(2, (-1, 4, 32)) << _BITS[::2, None]
+    shifted: Tensor = numbers.unflatten(2, (-1, 4, 32)) << _bits(numbers.device)[::2, None]
     return shifted.sum(3, dtype=torch.uint8).flatten(2)
+
+
+def _from_bits_of_runs(bits: Tensor) -> Tensor:
+    """Bytes [rows, blocks, 32] of single bits [rows, blocks, 256], the first run of 32 in the lowest bits."""
+    shifted: Tensor = bits.unflatten(2, (8, 32)) << _bits(bits.device)[:, None]
+    return shifted.sum(2, dtype=torch.uint8)
 
 
 def from_blocks(type_name: str, blocks: Tensor, byte_offset: int) -> tuple[Tensor, Factors]:
@@ -75,14 +85,14 @@ def from_blocks(type_name: str, blocks: Tensor, byte_offset: int) -> tuple[Tenso
         factors = Factors(_halves(blocks, 0), _negative(_halves(blocks, 2)), _k_steps(blocks[:, :, 4:16]))
         if type_name == "Q4_K":
             return _runs(blocks[:, :, 16:], 32), factors
-        fifth = blocks[:, :, None, 16:48] >> _BITS[:, None] & 1
+        fifth = blocks[:, :, None, 16:48] >> _bits(blocks.device)[:, None] & 1
         return _runs(blocks[:, :, 48:], 32) | fifth.flatten(2) << 4, factors
     has_minima = type_name.endswith("_1")
     factors = Factors(_halves(blocks, 0), _halves(blocks, 2) if has_minima else None)
     begin = 4 if has_minima else 2
     if type_name.startswith("Q4"):
         return _runs(blocks[:, :, begin:], 16), factors
-    fifth = blocks[:, :, begin : begin + 4, None] >> _BITS & 1
+    fifth = blocks[:, :, begin : begin + 4, None] >> _bits(blocks.device) & 1
     return _runs(blocks[:, :, begin + 4 :], 16) | fifth.flatten(2) << 4, factors
 
 
@@ -103,11 +113,12 @@ def to_blocks(type_name: str, codes: Tensor, factors: Factors, byte_offset: int)
         steps = _from_k_steps(factors.steps, codes.shape[1])
         pieces = [scales, as_bytes(_negative(factors.minima)), steps]
         if type_name == "Q5_K":
-            pieces.append(((codes >> 4).unflatten(2, (8, 32)) << _BITS[:, None]).sum(2, dtype=torch.uint8))
+            pieces.append(_from_bits_of_runs(codes >> 4))
         return torch.cat((*pieces, _from_runs(codes, 32)), 2)
     pieces = [scales] if factors.minima is None else [scales, as_bytes(factors.minima)]
     if type_name.startswith("Q5"):
-        pieces.append(((codes >> 4).unflatten(2, (4, 8)) << _BITS).sum(3, dtype=torch.uint8))
+        fifth = (codes >> 4).unflatten(2, (4, 8)) << _bits(codes.device)
+        pieces.append(fifth.sum(3, dtype=torch.uint8))
     return torch.cat((*pieces, _from_runs(codes, 16)), 2)
 
 
@@ -150,24 +161,25 @@ _STEP_OFFSET = 128 - 32
 
 
 def _from_q3_k(blocks: Tensor) -> tuple[Tensor, Factors]:
-    third = (blocks[:, :, None, :32] >> _BITS[:, None] & 1).flatten(2)
+    bits = _bits(blocks.device)
+    third = (blocks[:, :, None, :32] >> bits[:, None] & 1).flatten(2)
     low, high = blocks[:, :, 96:104], blocks[:, :, 104:108]
-    steps = torch.cat((low & 15, low >> 4), 2) | (high[:, :, None] >> _BITS[::2, None] & 3).flatten(2) << 4
+    steps = torch.cat((low & 15, low >> 4), 2) | (high[:, :, None] >> bits[::2, None] & 3).flatten(2) << 4
     factors = Factors(_halves(blocks, 108), steps=(steps + _STEP_OFFSET).reshape(blocks.shape[0], -1, 1))
     return _pairs_of_bits(blocks[:, :, 32:96]) | third << 2, factors
 
 
 def _to_q3_k(codes: Tensor, factors: Factors) -> Tensor:
     assert factors.steps is not None
-    third = ((codes >> 2).unflatten(2, (8, 32)) << _BITS[:, None]).sum(2, dtype=torch.uint8)
+    third = _from_bits_of_runs(codes >> 2)
     steps = factors.steps.view(*codes.shape[:2], 16) - _STEP_OFFSET
     low = steps[:, :, :8] & 15 | (steps[:, :, 8:] & 15) << 4
-    high = ((steps >> 4).unflatten(2, (4, 4)) << _BITS[::2, None]).sum(2, dtype=torch.uint8)
+    high = ((steps >> 4).unflatten(2, (4, 4)) << _bits(codes.device)[::2, None]).sum(2, dtype=torch.uint8)
     return torch.cat((third, _from_pairs_of_bits(codes & 3), low, high, as_bytes(factors.scales)), 2)
 
 
 def _from_iq4_xs(blocks: Tensor) -> tuple[Tensor, Factors]:
-    high = (blocks[:, :, 2:4, None] >> _BITS[::2] & 3).flatten(2)
+    high = (blocks[:, :, 2:4, None] >> _bits(blocks.device)[::2] & 3).flatten(2)
     low = blocks[:, :, 4:8, None]
     steps = torch.cat((low & 15, low >> 4), 3).flatten(2) | high << 4
     factors = Factors(_halves(blocks, 0), steps=(steps + _STEP_OFFSET).reshape(blocks.shape[0], -1, 1))
@@ -177,7 +189,7 @@ def _from_iq4_xs(blocks: Tensor) -> tuple[Tensor, Factors]:
 def _to_iq4_xs(codes: Tensor, factors: Factors) -> Tensor:
     assert factors.steps is not None
     steps = factors.steps.view(*codes.shape[:2], 8) - _STEP_OFFSET
-    high = ((steps >> 4).unflatten(2, (2, 4)) << _BITS[::2]).sum(3, dtype=torch.uint8)
+    high = ((steps >> 4).unflatten(2, (2, 4)) << _bits(codes.device)[::2]).sum(3, dtype=torch.uint8)
     low = steps[:, :, 0::2] & 15 | (steps[:, :, 1::2] & 15) << 4
     return torch.cat((as_bytes(factors.scales), high, low, _from_runs(codes, 16)), 2)
 
