@@ -104,6 +104,7 @@ def packed_kernel(
     x,
     words,
     scales,
+    row_scales,
     zeros,
     bias,
     out,
@@ -118,8 +119,8 @@ def packed_kernel(
     KIND: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
-    WIDE_SCALES: tl.constexpr,
-    BF16_SCALES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     ZEROS: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     BF16_ZEROS: tl.constexpr,
@@ -205,13 +206,13 @@ def packed_kernel(
         up_zero = _load_if(zero_ptr + up_offset * 64 + turn * 64, ZEROS and GATED)
         acc = _add_block(
             acc, word, x0, x1, x2, x3, scale_now, zero,
-            KIND, GROUPS, WIDE_SCALES, BF16_SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            KIND, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             CODE_0, CODE_1, CODE_2, CODE_3,
         )  # fmt: skip
         if GATED:
             up_acc = _add_block(
                 up_acc, up_word, x0, x1, x2, x3, up_scale_now, up_zero,
-                KIND, GROUPS, WIDE_SCALES, BF16_SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+                KIND, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
                 CODE_0, CODE_1, CODE_2, CODE_3,
             )  # fmt: skip
         word_ptr += SIZE
@@ -239,10 +240,10 @@ def packed_kernel(
             if GATED:
                 up_acc += tl.load(shares + other * WHOLE + SHARE, mask=share_mask, other=0.0, cache_modifier=".cg")
     in_range = columns < N
-    if GROUPS == 0:
-        acc *= tl.load(scales + columns, mask=in_range, other=0.0)[:, None]
+    if ROW_SCALES:
+        acc *= tl.load(row_scales + columns, mask=in_range, other=0.0)[:, None]
         if GATED:
-            up_acc *= tl.load(scales + N + columns, mask=in_range, other=0.0)[:, None]
+            up_acc *= tl.load(row_scales + N + columns, mask=in_range, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(bias + columns, mask=in_range, other=0.0).to(tl.float32)[:, None]
         if GATED:
@@ -260,6 +261,7 @@ def packed_kernel(
 def dequantize_kernel(
     words,
     scales,
+    row_scales,
     zeros,
     out,
     first_tile,
@@ -269,8 +271,8 @@ def dequantize_kernel(
     KIND: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
-    WIDE_SCALES: tl.constexpr,
-    BF16_SCALES: tl.constexpr,
+    SCALES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     ZEROS: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     BF16_ZEROS: tl.constexpr,
@@ -288,13 +290,11 @@ def dequantize_kernel(
     e = tl.arange(0, SLICE)
     place = (first_tile + tile).to(tl.int64) * NUM_BLOCKS + block
     word = tl.load(words + place * (64 * SLICE) + r[:, None] * SLICE + e[None, :])
-    zero = tl.zeros((64,), dtype=tl.int32)
-    if GROUPS > 0:
-        scale = tl.load(scales + place * 64 + r)
-    else:
-        scale = tl.load(scales + (first_tile + tile) * 64 + r)
-    if ZEROS:
-        zero = tl.load(zeros + place * 64 + r)
+    scale = _load_if(scales + place * 64 + r, GROUPS > 0)
+    zero = _load_if(zeros + place * 64 + r, ZEROS)
+    row_scale = tl.full((64,), 1.0, dtype=tl.float32)
+    if ROW_SCALES:
+        row_scale = tl.load(row_scales + (first_tile + tile) * 64 + r)
     rows = tile * 64 + r
     in_rows = ((first_tile + tile) * 64 + r < N)[:, None]
     for i in tl.static_range(VALUES):
@@ -303,9 +303,9 @@ def dequantize_kernel(
             out.dtype.element_ty,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
-        factor = scale.to(tl.float32)
+        factor = row_scale
         if GROUPS > 0:
-            factor = _group_scale(scale, i // PER, WIDE_SCALES, BF16_SCALES)
+            factor *= _group_scale(scale, i // PER, SCALES)
         number = (number.to(tl.float32) * factor[:, None]).to(out.dtype.element_ty)
         columns = (block * VALUES + i) * SLICE + e
         tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], number, mask=in_rows & (columns[None, :] < K))
@@ -333,7 +333,7 @@ def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.const
 @triton.jit
 def _add_block(
     acc, word, x0, x1, x2, x3, scale, zero,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, WIDE_SCALES: tl.constexpr, BF16_SCALES: tl.constexpr,
+    KIND: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
     ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
     CODE_0: tl.constexpr, CODE_1: tl.constexpr, CODE_2: tl.constexpr, CODE_3: tl.constexpr,
 ):  # fmt: skip
@@ -361,7 +361,7 @@ def _add_block(
             else:
                 part = tl.dot(number, tl.trans(right), part, input_precision="ieee")
             if i % PER == PER - 1:
-                acc += part * _group_scale(scale, i // PER, WIDE_SCALES, BF16_SCALES)[:, None]
+                acc += part * _group_scale(scale, i // PER, SCALES)[:, None]
     return acc
 
 
@@ -403,9 +403,7 @@ def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr):
     elif KIND == "int8":
         exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
     elif KIND == "e4m3":
-        shifted = bits << (24 - 8 * INDEX)
-        moved = (shifted & -2147483648) | ((shifted >> 4) & 0x07F00000)
-        exact = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+        exact = _e4m3(bits >> (8 * INDEX))
     else:
         shifted = bits << (28 - 4 * INDEX)
         moved = (shifted & -2147483648) | ((shifted >> 6) & 0x01C00000)
@@ -414,13 +412,23 @@ def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _group_scale(scale, GROUP: tl.constexpr, WIDE_SCALES: tl.constexpr, BF16_SCALES: tl.constexpr):
+def _group_scale(scale, GROUP: tl.constexpr, SCALES: tl.constexpr):
     """The scale of a group, float32, out of the integer that has those of a block."""
-    if WIDE_SCALES:
+    if SCALES == "float32":
         value = (scale >> (32 * GROUP)).to(tl.int32).to(tl.float32, bitcast=True)
+    elif SCALES == "e4m3":
+        value = _e4m3((scale >> (8 * GROUP)).to(tl.int32))
     else:
-        value = _half(scale >> (16 * GROUP), BF16_SCALES)
+        value = _half(scale >> (16 * GROUP), SCALES == "bfloat16")
     return value
+
+
+@triton.jit
+def _e4m3(bits):
+    """The low 8 bits, e4m3, as float32."""
+    shifted = bits << 24
+    moved = (shifted & -2147483648) | ((shifted >> 4) & 0x07F00000)
+    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
 
 
 @triton.jit

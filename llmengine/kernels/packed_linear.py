@@ -7,7 +7,7 @@ made numbers of the activations' dtype part by part, each as much as the L2 hold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,15 @@ from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatr
 
 _PART_BYTES = 64 << 20
 """Dequantized weights that exist at a time."""
+
+
+_SCALES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "e4m3",
+}
+"""The kernels' names of the dtypes of scales."""
 
 
 class PackedProducts:
@@ -106,8 +115,7 @@ class PackedProducts:
         launch: Callable[..., Any] = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
         launch(
             tensors["words"],
-            tensors["scales"],
-            tensors.get("zeros", tensors["scales"]),
+            *self._factors(),
             out,
             first_row // TILE_ROWS,
             first_row + len(out),
@@ -142,8 +150,7 @@ class PackedProducts:
         launch(
             x,
             tensors["words"],
-            tensors["scales"],
-            tensors.get("zeros", tensors["scales"]),
+            *self._factors(),
             x if bias is None else bias,
             out,
             partials,
@@ -165,6 +172,11 @@ class PackedProducts:
             launch_pdl=self._kernels.pdl,
         )
 
+    def _factors(self) -> Iterator[Tensor]:
+        """The kernels' scales of groups, scales of rows and zero points; what there is none of is not read."""
+        tensors = self._matrix.tensors
+        return (tensors.get(name, tensors["words"]) for name in ("scales", "row_scales", "zeros"))
+
     def _layout_constants(self) -> dict[str, Any]:
         """The kernels' arguments that the layout decides."""
         return layout_constants(self._matrix.layout, on_gpu=self._kernels.counters.device.type == "cuda")
@@ -184,8 +196,8 @@ def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
         "KIND": layout.kind,
         "SLICE": layout.slice_columns,
         "GROUPS": layout.num_groups,
-        "WIDE_SCALES": layout.scale_dtype == torch.float32,
-        "BF16_SCALES": layout.scale_dtype == torch.bfloat16,
+        "SCALES": _SCALES[layout.scale_dtype],
+        "ROW_SCALES": layout.has_row_scales,
         "ZEROS": layout.has_zeros,
         "ZERO_OFFSET": layout.zero_offset,
         "BF16_ZEROS": layout.zero_dtype == torch.bfloat16,

@@ -12,7 +12,7 @@ Groups of columns with a scale are whole slices. The scales of a block stand sid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,10 @@ class PackedLayout:
     Attributes:
         dtype: of the activations.
         slice_columns: columns at one place of the words; 64, 32 or 16.
-        num_groups: groups of a block with a scale each: 1, 2 or 4; 0: each row has one scale, float32.
+        num_groups: groups of a block with a scale each: 1, 2 or 4; 0: there are none.
         has_zeros: groups have zero points; otherwise it is 8 for "int4", and 0.
+        scale_dtype: of the scales of groups.
+        has_row_scales: each row has a scale, float32, beside those of its groups if there are any.
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class PackedLayout:
     num_groups: int
     has_zeros: bool
     scale_dtype: torch.dtype
+    has_row_scales: bool
 
     @classmethod
     def of(cls, weight_format: WeightFormat, shape: Shape, dtype: torch.dtype) -> PackedLayout | None:
@@ -63,7 +66,14 @@ class PackedLayout:
             is_even = shape[1] % (slice_columns * packing.values_per_word) == 0
             if num_groups is not None and (is_even or slice_columns == _SLICES[-1]):
                 return cls(
-                    *(packing.kind, shape, dtype, slice_columns, num_groups, packing.has_zeros, packing.scale_dtype)
+                    kind=packing.kind,
+                    shape=shape,
+                    dtype=dtype,
+                    slice_columns=slice_columns,
+                    num_groups=num_groups,
+                    has_zeros=packing.has_zeros,
+                    scale_dtype=packing.scale_dtype,
+                    has_row_scales=packing.has_row_scales,
                 )
         return None
 
@@ -88,6 +98,11 @@ class PackedLayout:
         return -(-self.shape[0] // TILE_ROWS)
 
     @property
+    def scale_bits(self) -> torch.dtype:
+        """Of scales as `Codes` has them."""
+        return torch.uint8 if self.scale_dtype.itemsize == 1 else self.scale_dtype
+
+    @property
     def num_zero_copies(self) -> int:
         """How often a zero point stands in its integer, which has at least 32 bits, the least for copies ahead."""
         return 2 if self.num_groups == 1 else 1
@@ -105,15 +120,16 @@ class PackedLayout:
         return {torch.float16: 1024, torch.bfloat16: 128}.get(self.dtype, 0)
 
     def empty(self, device: torch.device | str) -> dict[str, Tensor]:
-        """New tensors: words, scales, and zeros where there are any."""
+        """New tensors: words, and those of scales, row_scales and zeros that there are."""
         tiles, blocks = self.num_tiles, self.num_blocks
         tensors = {
             "words": torch.empty((tiles, blocks, TILE_ROWS, self.slice_columns), dtype=torch.int16, device=device)
         }
-        if self.num_groups == 0:
-            tensors["scales"] = torch.empty(tiles * TILE_ROWS, dtype=torch.float32, device=device)
-            return tensors
-        sizes = {"scales": self.num_groups * self.scale_dtype.itemsize}
+        if self.has_row_scales:
+            tensors["row_scales"] = torch.empty(tiles * TILE_ROWS, dtype=torch.float32, device=device)
+        sizes = {}
+        if self.num_groups > 0:
+            sizes["scales"] = self.num_groups * self.scale_dtype.itemsize
         if self.has_zeros:
             sizes["zeros"] = self.num_groups * self.num_zero_copies * self.zero_dtype.itemsize
         for name, size in sizes.items():
@@ -125,8 +141,8 @@ class PackedMatrix(QuantizedMatrix):
     """A matrix whose weights alone are quantized.
 
     Attributes:
-        layout: of `tensors`: "words", "scales" and "zeros", beside which there are, of the stored tensors, those that
-            activations are prepared with: "input_order" and "input_scale".
+        layout: of `tensors`: "words", "scales", "row_scales" and "zeros", beside which there are, of the stored
+            tensors, those that activations are prepared with: "input_order" and "input_scale".
     """
 
     def __init__(self, weight_format: WeightFormat, layout: PackedLayout, device: torch.device | str) -> None:
@@ -150,9 +166,9 @@ class PackedMatrix(QuantizedMatrix):
         words = _to_words(codes.values, layout)
         place = slice(first, first + len(words))
         self.tensors["words"][place] = words
-        if layout.num_groups == 0:
-            self.tensors["scales"][first_row : first_row + len(codes.scales)] = codes.scales.flatten()
-        else:
+        if layout.has_row_scales:
+            self.tensors["row_scales"][first_row : first_row + len(codes.row_scales)] = codes.row_scales
+        if layout.num_groups > 0:
             group_of = _group_of(layout, self._packing.group_size).to(words.device)
             self.tensors["scales"][place] = _to_group_words(codes.scales[:, group_of], layout)
         if codes.zeros is not None:
@@ -170,16 +186,18 @@ class PackedMatrix(QuantizedMatrix):
         layout, num_rows = self.layout, end - begin
         place = slice(begin // TILE_ROWS, -(-end // TILE_ROWS))
         values = _from_words(self.tensors["words"][place], layout)[:num_rows, : self.shape[1]].contiguous()
-        zeros = None
-        if layout.num_groups == 0:
-            scales = self.tensors["scales"][begin:end, None]
-        else:
+        codes = Codes(values)
+        if layout.has_row_scales:
+            codes = replace(codes, row_scales=self.tensors["row_scales"][begin:end])
+        if layout.num_groups > 0:
             first = _first_of(layout, self._packing.group_size)
-            scales = _from_group_words(self.tensors["scales"][place], layout.scale_dtype)[:num_rows, first]
-            if layout.has_zeros:
-                zeros = _from_group_words(self.tensors["zeros"][place], layout.zero_dtype)[:num_rows]
-                zeros = -zeros[:, first * layout.num_zero_copies].float() - layout.zero_offset
-        stored = self._packing.put_together(Codes(values, scales.contiguous(), zeros))
+            scales = _from_group_words(self.tensors["scales"][place], layout.scale_bits)[:num_rows, first]
+            codes = replace(codes, scales=scales.contiguous())
+        if layout.has_zeros:
+            zeros = _from_group_words(self.tensors["zeros"][place], layout.zero_dtype)[:num_rows]
+            zeros = -zeros[:, first * layout.num_zero_copies].float() - layout.zero_offset
+            codes = replace(codes, zeros=zeros)
+        stored = self._packing.put_together(codes)
         order = self.format.tensors(self.shape, "float32")
         return {name: stored[name] if name in stored else self.tensors[name] for name in order}
 

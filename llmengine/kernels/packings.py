@@ -18,6 +18,8 @@ from llmengine.quantization.int8 import Int8PerChannel
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import BLOCK as MX_BLOCK
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import BLOCK as NV_BLOCK
+from llmengine.quantization.nvfp4 import Nvfp4
 
 Kind = Literal["int4", "int8", "e4m3", "e2m1"]
 """What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits."""
@@ -26,18 +28,23 @@ VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "int8": 2, "e4m3": 2}
 """Values in an int16."""
 
 
+_NONE = torch.empty(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Codes:
     """A stored matrix taken apart.
 
     Attributes:
         values: uint8 [rows, columns], in the bits that `Kind` says.
-        scales: [rows, groups]; one group if rows have one scale.
+        scales: of groups, [rows, groups], uint8 if they are e4m3 numbers; empty if there are none.
+        row_scales: float32 [rows]; empty if there are none.
         zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
     """
 
     values: Tensor
-    scales: Tensor
+    scales: Tensor = _NONE
+    row_scales: Tensor = _NONE
     zeros: Tensor | None = None
 
 
@@ -46,15 +53,15 @@ class Packing(ABC):
 
     Attributes:
         kind: what a value is.
-        group_size: columns that share a scale, -1: all of a row.
-        by_row: scales are applied to whole rows, as float32.
+        group_size: columns that share a scale, -1: all of a row; 0: there are scales of rows alone.
+        has_row_scales: rows have scales, float32.
         has_zeros: groups have zero points.
         scale_dtype: of the scales of groups.
     """
 
     kind: ClassVar[Kind]
     group_size: int = -1
-    by_row: bool = False
+    has_row_scales: bool = False
     has_zeros: bool = False
     scale_dtype: torch.dtype = torch.float32
 
@@ -65,10 +72,10 @@ class Packing(ABC):
 
     def num_groups(self, slice_columns: int, columns: int) -> int | None:
         """Groups of a block of such slices; None if groups and blocks do not fit into each other."""
-        if self.by_row:
-            return 0
         block = slice_columns * self.values_per_word
         size = self.group_size
+        if size == 0:
+            return 0
         if size == -1 or size % block == 0:
             return 1
         num_groups = block // size
@@ -93,7 +100,7 @@ class _Int4Packing(Packing):
         self.scale_dtype = torch_dtype(weight_format.scale_dtype)
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        return Codes(unpack_nibbles(tensors["weight"]), tensors["weight_scale"], tensors.get("zero_point"))
+        return Codes(unpack_nibbles(tensors["weight"]), tensors["weight_scale"], zeros=tensors.get("zero_point"))
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
         tensors = {"weight": pack_nibbles(codes.values), "weight_scale": codes.scales}
@@ -110,7 +117,7 @@ class _Int8GroupsPacking(Packing):
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
         zeros = tensors["zero_point"].float() - 128 if self.has_zeros else None
-        return Codes(tensors["weight"] ^ 0x80, tensors["weight_scale"], zeros)
+        return Codes(tensors["weight"] ^ 0x80, tensors["weight_scale"], zeros=zeros)
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
         tensors = {"weight": codes.values ^ 0x80, "weight_scale": codes.scales}
@@ -119,13 +126,14 @@ class _Int8GroupsPacking(Packing):
 
 class _Int8Packing(Packing):
     kind = "int8"
-    by_row = True
+    group_size = 0
+    has_row_scales = True
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        return Codes(tensors["weight"].view(torch.uint8), tensors["weight_scale"][:, None])
+        return Codes(tensors["weight"].view(torch.uint8), row_scales=tensors["weight_scale"])
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        return {"weight": codes.values.view(torch.int8), "weight_scale": codes.scales[:, 0].contiguous()}
+        return {"weight": codes.values.view(torch.int8), "weight_scale": codes.row_scales}
 
 
 class _Fp8Packing(Packing):
@@ -133,21 +141,19 @@ class _Fp8Packing(Packing):
 
     def __init__(self, weight_format: Fp8) -> None:
         self._scales = weight_format.scales
-        self.by_row = weight_format.scales != "block"
-        self.group_size = -1 if self.by_row else BLOCK
+        self.has_row_scales = weight_format.scales != "block"
+        self.group_size = 0 if self.has_row_scales else BLOCK
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
         values, scales = tensors["weight"].view(torch.uint8), tensors["weight_scale"]
         if self._scales == "block":
-            scales = scales.repeat_interleave(BLOCK, dim=0)[: len(values)]
-        else:
-            scales = scales.expand(len(values))[:, None]
-        return Codes(values, scales)
+            return Codes(values, scales.repeat_interleave(BLOCK, dim=0)[: len(values)])
+        return Codes(values, row_scales=scales.expand(len(values)))
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
         scales = {
-            "tensor": codes.scales[:1, 0],
-            "channel": codes.scales[:, 0],
+            "tensor": codes.row_scales[:1],
+            "channel": codes.row_scales,
             "block": codes.scales[::BLOCK],
         }[self._scales]
         return {"weight": codes.values.view(torch.float8_e4m3fn), "weight_scale": scales.contiguous()}
@@ -168,6 +174,27 @@ class _Mxfp4Packing(Packing):
         return {"weight": pack_nibbles(codes.values), "weight_scale": exponents.to(torch.uint8)}
 
 
+class _Nvfp4Packing(Packing):
+    kind = "e2m1"
+    group_size = NV_BLOCK
+    has_row_scales = True
+    scale_dtype = torch.float8_e4m3fn
+
+    def __init__(self, weight_format: Nvfp4) -> None:
+        self._is_single = weight_format.scales == "tensor"
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        values, scales = unpack_nibbles(tensors["weight"]), tensors["weight_scale"].view(torch.uint8)
+        return Codes(values, scales, tensors["global_scale"].expand(len(values)))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        return {
+            "weight": pack_nibbles(codes.values),
+            "weight_scale": codes.scales.view(torch.float8_e4m3fn),
+            "global_scale": codes.row_scales[:1] if self._is_single else codes.row_scales,
+        }
+
+
 def packing_of(weight_format: WeightFormat) -> Packing | None:
     """How a format is taken apart; None if it is not a format of weights alone, or has no product yet."""
     if isinstance(weight_format, Int4Groups):
@@ -178,4 +205,6 @@ def packing_of(weight_format: WeightFormat) -> Packing | None:
         return _Int8Packing()
     if isinstance(weight_format, Fp8) and weight_format.activations == "none":
         return _Fp8Packing(weight_format)
+    if isinstance(weight_format, Nvfp4):
+        return _Nvfp4Packing(weight_format)
     return _Mxfp4Packing() if isinstance(weight_format, Mxfp4) else None

@@ -17,6 +17,7 @@ from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
 
 EPS = 1e-5
 ON_GPU = torch.cuda.is_available()
@@ -35,6 +36,8 @@ FORMATS: list[WeightFormat] = [
     Fp8("tensor", "none"),
     Fp8("block", "none"),
     Mxfp4(),
+    Nvfp4(),
+    Nvfp4("channel"),
 ]
 USUAL: list[WeightFormat] = [Int4Groups(32), Int4Groups(64, zero_points=False), INT8]
 """Formats that are multiplied in every way; the others in one."""

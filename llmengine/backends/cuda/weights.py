@@ -212,7 +212,7 @@ def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mappin
 
 def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, dense: Tensor) -> None:
     """Fill `matrix` with a dense weight, on the host or the device, rounded to nearest on the device."""
-    for begin, end in _row_ranges(matrix):
+    for begin, end in _row_ranges(matrix, rounding=True):
         part = dense[begin:end]
         if part.device != matrix.device:
             part = torch.empty_like(part, device=matrix.device)
@@ -220,12 +220,13 @@ def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, dense: Tensor) -> 
         matrix.fill(matrix.format.quantize(part), begin)
 
 
-def _row_ranges(matrix: QuantizedMatrix) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows that can be filled one after the other; all rows where they share a scale."""
+def _row_ranges(matrix: QuantizedMatrix, rounding: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that can be filled one after the other; all rows where `rounding` finds a scale for all."""
     num_rows, columns = matrix.shape
     size = max(1, _UPLOAD_WEIGHTS // (ROW_UNIT * columns)) * ROW_UNIT
-    scales = matrix.format.tensors(matrix.shape, "float32").get("weight_scale")
-    if scales is not None and not any(along is not None and along.axis == "out" for along in scales.along):
+    specs = matrix.format.tensors(matrix.shape, "float32")
+    scales = [specs[name] for name in ("weight_scale", "global_scale") if name in specs]
+    if rounding and not all(any(along is not None and along.axis == "out" for along in spec.along) for spec in scales):
         size = num_rows
     for begin in range(0, num_rows, size):
         yield begin, min(begin + size, num_rows)

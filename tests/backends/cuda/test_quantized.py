@@ -26,6 +26,7 @@ from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.model_formats import ModelFormats
+from llmengine.quantization.nvfp4 import Nvfp4
 from llmengine.quantization.stacked import Stacked
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
@@ -185,6 +186,63 @@ def test_quantized_activations_give_what_they_give_on_a_cpu(tmp_path: Path, devi
         assert max(near) < 0.05
 
 
+STORED_ONLY: dict[str, WeightFormat] = {
+    "nvfp4": Nvfp4(),
+    "nvfp4 with a scale for each row": Nvfp4("channel"),
+}
+"""Formats that weights are never rounded to while they load."""
+
+
+@pytest.mark.parametrize("name", STORED_ONLY)
+@pytest.mark.parametrize("factory", [fused_segments, generic_segments])
+def test_formats_of_files_equal_transformers_with_the_same_weights(
+    tmp_path: Path, device: str, name: str, factory: SegmentsFactory
+) -> None:
+    weight_format = STORED_ONLY[name]
+    model = save_tiny(tmp_path, **SMALL, attention_bias=True)
+    source = stored_source(tmp_path, ModelFormats(weight_format, {"embed_tokens": DENSE}))
+    dequantize_fused(model, source.formats)
+    backend = load_cuda_backend(config_of(tmp_path, QuantConfig()), source, torch.device(device, 0), factory)
+    assert_stored(backend, source)
+    driver = BackendDriver(backend)
+    assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
+    backend.close()
+
+
+def stored_source(directory: Path, formats: ModelFormats) -> ModelSource:
+    """A checkpoint as if its weights were stored in these formats."""
+    dense = open_model(directory)
+    return dataclasses.replace(
+        dense, formats=formats, stream=lambda dtype: rounded_weights(dense.arch, formats, dense.weights(dtype))
+    )
+
+
+def dequantize_fused(model: Any, formats: ModelFormats) -> None:
+    """Give the linears of a tiny Llama what they have in these formats, whose matrices are fused."""
+    layer = model.model.layers[0]
+    matrices = {
+        "layers.0.qkv": [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+        "layers.0.o": [layer.self_attn.o_proj],
+        "layers.0.gate_up": [layer.mlp.gate_proj, layer.mlp.up_proj],
+        "layers.0.down": [layer.mlp.down_proj],
+        "lm_head": [model.lm_head],
+    }
+    for name, linears in matrices.items():
+        weight_format = formats.of(name)
+        fused = torch.cat([linear.weight.data for linear in linears])
+        exact = weight_format.dequantize(weight_format.quantize(fused))
+        for linear, weight in zip(linears, exact.split([len(linear.weight) for linear in linears]), strict=True):
+            linear.weight.data = weight
+
+
+def assert_stored(backend: CudaBackend, source: ModelSource) -> None:
+    """What `save` gets is what was loaded, to the last bit."""
+    expected = list(source.weights(torch.float32))
+    for (name, tensor), (wanted_name, wanted) in zip(backend.weights(), expected, strict=True):
+        assert name == wanted_name
+        assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8)), name
+
+
 PARTS: dict[str, WeightFormat] = {
     "layers.0.qkv": Stacked.of_rows([(64, Int4Groups(32)), (32, Fp8("tensor", "none")), (32, DENSE)]),
     "layers.0.gate_up": Stacked.of_rows([(64, Int4Groups(32)), (64, INT8)]),
@@ -195,26 +253,10 @@ PARTS: dict[str, WeightFormat] = {
 @pytest.mark.parametrize("factory", [fused_segments, generic_segments])
 def test_matrices_in_parts_are_multiplied_part_by_part(tmp_path: Path, device: str, factory: SegmentsFactory) -> None:
     model = save_tiny(tmp_path, **SMALL, attention_bias=True)
-    dense = open_model(tmp_path)
-    formats = ModelFormats(exceptions=PARTS)
-    source = dataclasses.replace(
-        dense, formats=formats, stream=lambda dtype: rounded_weights(dense.arch, formats, dense.weights(dtype))
-    )
-    layer = model.model.layers[0]
-    parts = {
-        "layers.0.qkv": [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
-        "layers.0.gate_up": [layer.mlp.gate_proj, layer.mlp.up_proj],
-    }
-    for name, linears in parts.items():
-        fused = torch.cat([linear.weight.data for linear in linears])
-        exact = PARTS[name].dequantize(PARTS[name].quantize(fused))
-        for linear, weight in zip(linears, exact.split([len(linear.weight) for linear in linears]), strict=True):
-            linear.weight.data = weight
+    source = stored_source(tmp_path, ModelFormats(exceptions=PARTS))
+    dequantize_fused(model, source.formats)
     backend = load_cuda_backend(config_of(tmp_path, QuantConfig()), source, torch.device(device, 0), factory)
-    expected = list(source.weights(torch.float32))
-    for (name, tensor), (wanted_name, wanted) in zip(backend.weights(), expected, strict=True):
-        assert name == wanted_name
-        assert torch.equal(tensor, wanted), name
+    assert_stored(backend, source)
     driver = BackendDriver(backend)
     assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
     backend.close()
