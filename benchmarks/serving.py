@@ -134,6 +134,21 @@ def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
     )
 
 
+def describe(llm: LLM, load_s: float) -> dict[str, Any]:
+    """What a record says of the engine: description, seconds to load, bytes of weights, tokens that the cache holds.
+
+    Loading includes quantizing the weights and measuring products.
+    """
+    info = llm.info
+    kv_tokens = (info.num_blocks - 1) * info.block_size
+    return {
+        "description": info.description,
+        "load_s": load_s,
+        "weight_bytes": info.weight_bytes,
+        "kv_tokens": kv_tokens,
+    }
+
+
 def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
     """Run every concurrency `--runs` times, interleaved, and return the medians."""
     runs: dict[int, list[dict[str, float]]] = {concurrency: [] for concurrency in arguments.concurrency}
@@ -158,8 +173,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
             if warm_up:
                 continue
             runs[concurrency].append(results)
-            engine = {"description": llm.info.description, "load_s": load_s}
-            append_record(arguments, "serving", results, engine=engine, concurrency=concurrency, run=run)
+            append_record(arguments, "serving", results, engine=describe(llm, load_s), concurrency=concurrency, run=run)
     return {concurrency: median_of_runs(results) for concurrency, results in runs.items()}
 
 
@@ -214,10 +228,8 @@ def plot(medians: dict[int, dict[str, float]], title: str, path: Path) -> None:
     save_plot(figure, path)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser("serving", __doc__)
-    add_model_or_shape(parser)
-    add_quantization(parser)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add all that `benchmark` needs, except `--model` or `--shape`, and `--quant` and `--kv-cache`."""
     parser.add_argument("--concurrency", type=positive_integers, default=[1, 8, 64], metavar="N,N,...")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=128, metavar="N")
@@ -240,6 +252,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, metavar="N")
     add_json(parser)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = new_parser("serving", __doc__)
+    add_model_or_shape(parser)
+    add_quantization(parser)
+    add_options(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
