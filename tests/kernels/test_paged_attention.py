@@ -122,6 +122,27 @@ def norms(config: AttentionConfig, device: str, dtype: torch.dtype) -> tuple[Ten
     return q_norm, k_norm
 
 
+_ROUNDED_EITHER_WAY = 1e-3
+"""Share of numbers of 8 bits that may differ by a step: a number in the middle is rounded either way."""
+
+
+def assert_close(name: str, found: Tensor, expected: Tensor, tolerance: float, is_rounded: bool) -> None:
+    """Compare two tensors, including their NaN.
+
+    Args:
+        is_rounded: few elements may differ by as much as a number of 8 bits that is rounded the other way.
+    """
+
+    def named(text: str) -> str:
+        return f"{name}: {text}"
+
+    widest = 0.15 if is_rounded else tolerance
+    torch.testing.assert_close(found, expected, rtol=widest, atol=max(widest, tolerance), equal_nan=True, msg=named)
+    if is_rounded:
+        far = ~found.float().isclose(expected.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
+        assert far.float().mean() < _ROUNDED_EITHER_WAY, f"{name}: {int(far.sum())} of {far.numel()} differ"
+
+
 def assert_equal(found: Case, expected: Case) -> None:
     """Compare all three tensors, including the NaN in cells that neither may touch."""
     tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}[found.out.dtype]
@@ -135,16 +156,10 @@ def assert_equal(found: Case, expected: Case) -> None:
         mine, reference = (kv.numbers.float().nan_to_num(500.0) for kv in (found.kv, expected.kv))
         step = 1 if found.kv.dtype == torch.int8 else reference.abs() / 8 + 2**-9
         assert ((mine - reference).abs() <= step).all()
-        assert (mine != reference).float().mean() < 1e-4, "a number in the middle may be rounded either way"
+        assert (mine != reference).float().mean() < _ROUNDED_EITHER_WAY
     for name, (mine, reference) in pairs.items():
-        torch.testing.assert_close(
-            mine,
-            reference,
-            rtol=tolerance,
-            atol=tolerance,
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        is_rounded = name == "out" and found.kv.scales is not None and found.out.dtype != torch.float32
+        assert_close(name, mine, reference, tolerance, is_rounded)
 
 
 def assert_step_equals_reference(
@@ -258,7 +273,7 @@ def test_values_are_rounded_to_the_nearest_number_of_8_bits(kv_dtype: torch.dtyp
     numbers, wanted = (kv.numbers[:, 1].float().nan_to_num(500.0) for kv in (case.kv, expected.kv))
     close = (numbers - wanted).abs() <= (1 if kv_dtype == torch.int8 else wanted.abs() / 8 + 2**-9)
     assert close.all()
-    assert (numbers != wanted).float().mean() < 1e-3, "numbers in the middle may be rounded either way"
+    assert (numbers != wanted).float().mean() < _ROUNDED_EITHER_WAY
     torch.testing.assert_close(case.kv.scales, expected.kv.scales, rtol=1e-5, atol=0, equal_nan=True)
 
 
@@ -316,13 +331,14 @@ def test_one_graph_replays_any_step_that_fits(kv_dtype: torch.dtype, device: str
         prefill_attention_reference(case.step, expected.qkv, expected.kv, config, expected.out)
         copy_into(captured, case)
         graph.replay()
-        pairs = [
-            (captured.qkv, expected.qkv),
-            (dequantized(captured.kv), dequantized(expected.kv)),
-            (captured.out, expected.out),
-        ]
-        for found, wanted in pairs:
-            torch.testing.assert_close(found[: len(wanted)], wanted, rtol=3e-2, atol=3e-2, equal_nan=True)
+        pairs = {
+            "qkv": (captured.qkv, expected.qkv),
+            "kv": (dequantized(captured.kv), dequantized(expected.kv)),
+            "out": (captured.out, expected.out),
+        }
+        for name, (found, wanted) in pairs.items():
+            is_rounded = name != "qkv" and captured.kv.scales is not None
+            assert_close(name, found[: len(wanted)], wanted, 3e-2, is_rounded)
 
 
 def copy_into(target: Case, source: Case) -> None:
