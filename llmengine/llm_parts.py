@@ -102,11 +102,13 @@ class LoadedModel:
         changes_weights = keeps_blocks or self.formats != self.source.formats
         if asked.kv_cache == "none" and not changes_weights:
             return None
+        # Blocks stay where no dtype is named.
+        names_dtype = changes_weights and config.dtype == "auto"
+        dense = "float32" if config.device == "cpu" else self.source.checkpoint_dtype
         max_bytes = 2 * _LARGEST_KV_ITEM * arch.num_layers * arch.num_kv_heads * arch.head_dim * num_kv_tokens
         return dataclasses.replace(
             config,
-            # A CPU keeps blocks where no dtype is named.
-            dtype="float32" if changes_weights and (config.device, config.dtype) == ("cpu", "auto") else config.dtype,
+            dtype=dense if names_dtype else config.dtype,
             quant_config=QuantConfig(),
             kv_cache_config=dataclasses.replace(config.kv_cache_config, max_bytes=max_bytes),
         )

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},
     "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
-    "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "quantization"},
+    "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "kernels", "quantization"},
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {

@@ -12,9 +12,10 @@ from llmengine.quantization.gguf_blocks import GgufBlocks
 def source_in_use(config: ModelConfig, source: ModelSource) -> ModelSource:
     """`source` as the device of a resolved `config` computes with it: blocks stay where that is fastest.
 
-    On a CPU, the blocks of a GGUF file stay if the native library multiplies them, unless `dtype` names another type
-    for the weights or `quant_config` another format. Those of a saved engine stay in any case, unless `dtype` names a
-    type. `weights="stored"` keeps all. Other devices have no products with blocks.
+    The blocks of a GGUF file stay on a CPU if the native library multiplies them, on CUDA if a kernel does, unless
+    `dtype` names another type for the weights or `quant_config` another format. A saved engine stays as it was saved,
+    unless `dtype` names a type; on CUDA, blocks that no kernel multiplies are dequantized in any case.
+    `weights="stored"` keeps all. TensorRT has no products with blocks.
     """
     if config.quant_config.weights == "stored":
         return source
@@ -27,12 +28,17 @@ def source_in_use(config: ModelConfig, source: ModelSource) -> ModelSource:
 
 def _why_dequantized(config: ModelConfig, source: ModelSource, blocks: GgufBlocks) -> str | None:
     weights, is_saved = config.quant_config.weights, source.kind == "engine"
-    if config.device != "cpu":
-        return f"no product with them on {config.device}"
+    on_cpu = config.device == "cpu"
+    if not on_cpu and config.backend == "tensorrt":
+        return "TensorRT has no products with them"
     if weights != "none":
         return None if is_saved else f"quant_config asks for {weights}"
     if config.dtype != "auto":
         return f"dtype={config.dtype!r}"
+    if not on_cpu:
+        from llmengine.kernels.packed_gguf import why_not_packed
+
+        return why_not_packed(blocks)
     if is_saved:
         return None
     from llmengine.backends.cpu.native import why_not_multiplied

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.dtypes import torch_dtype
-from llmengine.kernels.packings import VALUES, Codes, Kind, packing_of
+from llmengine.kernels.packed_gguf import gguf_packing
+from llmengine.kernels.packings import VALUES, Codes, Kind, Packing, packing_of
 from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.quantization.formats import Shape, WeightFormat
+from llmengine.quantization.gguf_blocks import GgufBlocks
 from llmengine.quantization.matrix import Matrix
 
 TILE_ROWS = 64
@@ -58,7 +60,7 @@ class PackedLayout:
     @classmethod
     def of(cls, weight_format: WeightFormat, shape: Shape, dtype: torch.dtype) -> PackedLayout | None:
         """The layout of a format for activations of `dtype`; None if its products are none of weights alone."""
-        packing = packing_of(weight_format)
+        packing = _packing_of(weight_format)
         if packing is None:
             return None
         for slice_columns in _SLICES:
@@ -146,7 +148,7 @@ class PackedMatrix(QuantizedMatrix):
     """
 
     def __init__(self, weight_format: WeightFormat, layout: PackedLayout, device: torch.device | str) -> None:
-        packing = packing_of(weight_format)
+        packing = _packing_of(weight_format)
         assert packing is not None, weight_format
         self.format = weight_format
         self.shape = layout.shape
@@ -200,6 +202,10 @@ class PackedMatrix(QuantizedMatrix):
         stored = self._packing.put_together(codes)
         order = self.format.tensors(self.shape, "float32")
         return {name: stored[name] if name in stored else self.tensors[name] for name in order}
+
+
+def _packing_of(weight_format: WeightFormat) -> Packing | None:
+    return gguf_packing(weight_format) if isinstance(weight_format, GgufBlocks) else packing_of(weight_format)
 
 
 def _group_of(layout: PackedLayout, group_size: int) -> Tensor:

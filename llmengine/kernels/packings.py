@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Packing(ABC):
         scale_dtype: of the scales of groups.
     """
 
-    kind: ClassVar[Kind]
+    kind: Kind
     group_size: int = -1
     has_row_scales: bool = False
     has_zeros: bool = False
@@ -165,13 +165,22 @@ class _Mxfp4Packing(Packing):
     scale_dtype = torch.bfloat16
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
-        exponents = tensors["weight_scale"].to(torch.int16)
-        bits = (exponents << 7).masked_fill_(exponents == 0, 0x0040).masked_fill_(exponents == 255, 0x7FC0)
-        return Codes(unpack_nibbles(tensors["weight"]), bits.view(torch.bfloat16))
+        return Codes(unpack_nibbles(tensors["weight"]), scales_of_exponents(tensors["weight_scale"]))
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
-        exponents = codes.scales.view(torch.int16) >> 7
-        return {"weight": pack_nibbles(codes.values), "weight_scale": exponents.to(torch.uint8)}
+        return {"weight": pack_nibbles(codes.values), "weight_scale": exponents_of_scales(codes.scales)}
+
+
+def scales_of_exponents(exponents: Tensor) -> Tensor:
+    """Powers of two, bfloat16, of exponents in bytes with a bias of 127 (E8M0)."""
+    wide = exponents.to(torch.int16)
+    bits = (wide << 7).masked_fill_(wide == 0, 0x0040).masked_fill_(wide == 255, 0x7FC0)
+    return bits.view(torch.bfloat16)
+
+
+def exponents_of_scales(scales: Tensor) -> Tensor:
+    """Undoes `scales_of_exponents`."""
+    return (scales.view(torch.int16) >> 7).to(torch.uint8)
 
 
 class _Nvfp4Packing(Packing):

@@ -119,7 +119,8 @@ def test_blocks_that_the_library_multiplies_stay_on_a_cpu(tmp_path: Path) -> Non
         ({"dtype": "float32"}, "dtype='float32'"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
         ({"quant_config": QuantConfig(weights="int8")}, "quant_config asks for int8"),
-        ({"device": "cuda:0"}, "no product with them on cuda:0"),
+        ({"device": "cuda:0", "backend": "tensorrt"}, "TensorRT has no products with them"),
+        ({"device": "cuda:0", "dtype": "bfloat16"}, "dtype='bfloat16'"),
     ):
         source = in_use(path, **settings)
         assert source.formats == DENSE_MODEL

@@ -29,7 +29,9 @@ def random_blocks(type_name: str, rows: int, columns: int) -> np.ndarray:
     block_size, block_bytes = BLOCK_SIZES[type_name]
     random = np.random.default_rng([*type_name.encode(), rows, columns])
     blocks = random.integers(0, 256, (rows, columns // block_size, block_bytes), dtype=np.uint8)
-    for offset in HALVES[type_name]:
+    if type_name == "MXFP4":
+        blocks[:, :, 0] = random.integers(110, 125, blocks.shape[:2])
+    for offset in HALVES.get(type_name, ()):
         scales = random.uniform(1e-4, 3e-4, (*blocks.shape[:2], 1)).astype("<f2")
         blocks[:, :, offset : offset + 2] = scales.view(np.uint8)
     return blocks

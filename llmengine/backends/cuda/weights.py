@@ -22,9 +22,11 @@ from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.kernels.stacked_weights import StackedMatrix
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.formats import DENSE, TensorSpec, WeightFormat
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
+
+_EMBEDDING = "embed_tokens.weight"
 
 _UPLOAD_WEIGHTS = 1 << 24
 """Weights that are packed at a time, which bounds the scratch memory on the device."""
@@ -60,8 +62,8 @@ class CudaWeights:
 
     @property
     def embedding(self) -> Tensor:
-        """[vocab, hidden], in the dtype of the activations."""
-        return self.by_name["embed_tokens.weight"]
+        """[vocab, hidden], in the dtype of the activations; of a quantized one, what its rows are looked up in."""
+        return self.by_name[_EMBEDDING]
 
     def norm(self, name: str) -> Tensor | None:
         """The weight [size] of a norm by canonical name less ".weight", None if the model does not have it."""
@@ -74,7 +76,7 @@ class CudaWeights:
     @property
     def size_bytes(self) -> int:
         """Resident bytes."""
-        quantized = sum(matrix.size_bytes for matrix in self.quantized.values())
+        quantized = sum(matrix.size_bytes for matrix in {id(item): item for item in self.quantized.values()}.values())
         return quantized + sum(tensor.nbytes for tensor in self.by_name.values())
 
     @property
@@ -105,6 +107,8 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     names = matrices("meta").keys()
     layout = source.formats.layout(source.arch, dtype)
     specs = {name: spec for name, spec in layout.items() if _is_kept(name, names)}
+    # Rows are looked up in a dense copy.
+    specs.setdefault(_EMBEDDING, TensorSpec(dtype, (source.arch.vocab_size, source.arch.hidden_size)))
     needed = sum(spec.size_bytes for spec in specs.values())
     needed += sum(matrix.size_bytes for matrix in matrices("meta").values())
     with memory_error_context(
@@ -128,8 +132,7 @@ def _quantized_matrices(
         weight_format = source.formats.of(name)
         if weight_format == DENSE:
             continue
-        # Rows of the embedding are looked up.
-        matrix = None if name == "embed_tokens" else quantized_matrix(weight_format, shape, dtype, device)
+        matrix = quantized_matrix(weight_format, shape, dtype, device)
         if matrix is not None:
             _check_capability(weight_format, matrix, torch.device(device))
         else:
@@ -188,9 +191,11 @@ def load_weights(weights: CudaWeights, source: ModelSource) -> None:
         arrived[suffix] = tensor
         if arrived.keys() == matrix.format.tensors(matrix.shape, "float32").keys():
             _upload_quantized(uploads, matrix, arrived)
+            if prefix == "embed_tokens":
+                _upload_dequantized(uploads, weights.embedding, matrix.format, arrived)
             arrived = {}
     assert not arrived, sorted(arrived)
-    if weights.arch.tie_word_embeddings and "lm_head" in quantized:
+    if weights.arch.tie_word_embeddings and quantized.get("lm_head") is not quantized.get("embed_tokens"):
         _fill_rounding(uploads, quantized["lm_head"], weights.embedding)
 
 
@@ -208,6 +213,14 @@ def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mappin
         for name, part in piece.items():
             uploads.copy(on_device[name], part)
         matrix.fill(on_device, begin)
+
+
+def _upload_dequantized(
+    uploads: Uploads, target: Tensor, weight_format: WeightFormat, tensors: Mapping[str, Tensor]
+) -> None:
+    shape = (target.shape[0], target.shape[1])
+    for first, rows in weight_format.dequantized_rows(tensors, shape, _UPLOAD_WEIGHTS):
+        uploads.copy(target[first : first + len(rows)], rows)
 
 
 def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, dense: Tensor) -> None:

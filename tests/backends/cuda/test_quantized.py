@@ -153,8 +153,8 @@ def test_matrices_that_stay_dense_are_multiplied_beside_quantized_ones(tmp_path:
 
 def test_formats_without_products_are_refused_by_name(tmp_path: Path, device: str) -> None:
     save_tiny(tmp_path, **SMALL)
-    source = dataclasses.replace(open_model(tmp_path), formats=ModelFormats(GGUF_BLOCKS["Q4_0"]))
-    with pytest.raises(ConfigError, match=r"weights in format 'gguf-q4_0' are not available on CUDA in this version"):
+    source = dataclasses.replace(open_model(tmp_path), formats=ModelFormats(GGUF_BLOCKS["TQ1_0"]))
+    with pytest.raises(ConfigError, match=r"weights in format 'gguf-tq1_0' are not available on CUDA in this version"):
         allocate_weights(ModelConfig(tmp_path).resolve(), source, torch.device(device, 0))
 
 

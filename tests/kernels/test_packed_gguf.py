@@ -1,0 +1,113 @@
+"""GGUF's blocks in the packed layout: they come back to the last bit, and products with them equal their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine.kernels.cublaslt import CublasConfig
+from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
+from llmengine.kernels.linear import LinearKernels, linear_reference
+from llmengine.kernels.packed_linear import PackedProducts
+from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
+from llmengine.quantization.formats import Shape
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
+from tests.quantization.random_blocks import random_blocks
+
+TYPES = ("Q4_0", "Q8_0", "MXFP4")
+CONFIGS: list[LinearConfig] = [
+    PackedConfig(8, 64, num_warps=4, num_stages=4, split_k=2),
+    PackedConfig(16, 128, num_warps=8, num_stages=3),
+    CublasConfig(),
+]
+
+
+def stored_blocks(type_name: str, shape: Shape) -> Tensor:
+    return torch.from_numpy(random_blocks(type_name, *shape))
+
+
+def packed(type_name: str, shape: Shape, stored: Tensor, dtype: torch.dtype, device: str) -> PackedMatrix:
+    weight_format = GGUF_BLOCKS[type_name]
+    layout = PackedLayout.of(weight_format, shape, dtype)
+    assert layout is not None
+    matrix = PackedMatrix(weight_format, layout, device)
+    for begin in range(0, shape[0], 128):
+        matrix.fill({"weight": stored[begin : begin + 128].to(device)}, begin)
+    return matrix
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_blocks_come_back(device: str, type_name: str) -> None:
+    for shape in ((70, 256), (256, 768), (130, 512)):
+        stored = stored_blocks(type_name, shape)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            matrix = packed(type_name, shape, stored, dtype, device)
+            back = matrix.stored()
+            assert (back.format, back.shape, list(back.tensors)) == (GGUF_BLOCKS[type_name], shape, ["weight"])
+            assert torch.equal(back.weight.cpu(), stored)
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_memory_is_that_of_the_file(type_name: str) -> None:
+    shape = (1024, 2048)
+    matrix_bytes = PackedLayout.of(GGUF_BLOCKS[type_name], shape, torch.float16)
+    assert matrix_bytes is not None
+    size = sum(tensor.nbytes for tensor in matrix_bytes.empty("meta").values())
+    assert size <= MORE_MEMORY.get(type_name, 1.0) * GGUF_BLOCKS[type_name].size_bytes(shape, "float32")
+
+
+MORE_MEMORY = {"MXFP4": 4.5 / 4.25}
+"""Bits a weight beside those in the file."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("type_name", TYPES)
+def test_products(device: str, type_name: str, dtype: torch.dtype) -> None:
+    n, k, num_rows = 70, 768, 5
+    torch.manual_seed(n)
+    stored = stored_blocks(type_name, (n, k))
+    products = PackedProducts(LinearKernels(device), packed(type_name, (n, k), stored, dtype, device))
+    weight = GGUF_BLOCKS[type_name].dequantize({"weight": stored}).to(device)
+    x = (torch.randn(num_rows, k, device=device) + 0.5).to(dtype)
+    expected = linear_reference("norm_linear", x, None, 0.0, weight, None, None)
+    for config in CONFIGS:
+        out = torch.full((num_rows, n), torch.nan, dtype=torch.float32, device=device)
+        products.norm_linear(x, None, 0.0, None, out, config)
+        torch.testing.assert_close(out, expected, rtol=0.0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
+        if isinstance(config, PackedConfig):  # whose weights are not rounded
+            torch.testing.assert_close(out, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_gated_products(device: str, type_name: str) -> None:
+    n, k, num_rows, dtype = 64, 512, 3, torch.float16
+    torch.manual_seed(n)
+    stored = stored_blocks(type_name, (2 * n, k))
+    products = PackedProducts(LinearKernels(device), packed(type_name, (2 * n, k), stored, dtype, device))
+    weight = GGUF_BLOCKS[type_name].dequantize({"weight": stored}).to(device)
+    x = torch.randn(num_rows, k, device=device).to(dtype)
+    norm_weight = torch.rand(k, device=device).to(dtype)
+    expected = linear_reference("norm_linear_silu", x, norm_weight, 1e-5, weight, None, None)
+    out = torch.empty((num_rows, n), dtype=dtype, device=device)
+    products.norm_linear_silu(x, norm_weight, 1e-5, None, out, CONFIGS[0])
+    torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="large")
+@pytest.mark.parametrize("type_name", TYPES)
+def test_large_products(device: str, type_name: str) -> None:
+    dtype = torch.bfloat16
+    for n, k in ((1088, 768), (4096, 4096)):
+        stored = stored_blocks(type_name, (n, k))
+        products = PackedProducts(LinearKernels(device), packed(type_name, (n, k), stored, dtype, device))
+        weight = GGUF_BLOCKS[type_name].dequantize({"weight": stored}).to(device)
+        for num_rows in (1, 8, 70, 300):
+            x = torch.randn(num_rows, k, device=device).to(dtype)
+            expected = linear_reference("norm_linear", x, None, 0.0, weight, None, None)
+            for config in (*CONFIGS, PackedConfig(64, 128, 8, 3), PackedConfig(128, 128, 8, 2)):
+                out = torch.empty((num_rows, n), dtype=dtype, device=device)
+                products.norm_linear(x, None, 0.0, None, out, config)
+                atol = TOLERANCE[dtype] * float(expected.abs().max())
+                torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=atol)
