@@ -1,19 +1,21 @@
 """Where the GPU spends a step of N decodes: the time of each kernel according to `torch.profiler`.
 
     python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 64
+    python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 1 --quant int4-rtn
 
-N requests stream during the profile, so the steps are those of a running engine, with its graphs. The difference
-between the sum of the kernels and the time of a step is gaps, less the overlap of kernels that start before their
-predecessors end.
+N requests stream during the profile, so the steps are those of a running engine, with its graphs. A step lasts from the
+kernel that begins it to the one that begins the next. Its kernels' times, less their overlap where one starts before
+its predecessor ends, and the gaps in which none runs add up to that.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import anyio
@@ -25,25 +27,140 @@ from llmengine import LLM, SchedulerConfig
 
 _CONTEXT = 4096
 _MAX_NAME = 70
+_FIRST_KERNEL = "_begin_step"
+
+GROUPS: Mapping[str, str] = {
+    "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
+    "products": "_skinny_kernel|packed_kernel|scaled_kernel|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
+    "norms, activations, rounding": "_rms_norm_kernel|_silu_and_mul_kernel|quantize_rows_kernel",
+    "sampling": "_argmax|_summarize|_choose|^_edit",
+    "begin and end of the step, copies": "_begin_step|_end_step|^Mem(cpy|set)",
+    "other": "",
+}
+"""Groups of kernels, and what is found in their names; the first group that fits counts."""
 
 
-def kernel_rows(kernels: Iterable[tuple[str, float]], num_steps: int) -> list[tuple[str, float, float, float]]:
-    """(name, launches per step, microseconds per launch, microseconds per step), the longest first.
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel or copy on the device; microseconds on the profiler's clock."""
 
-    Args:
-        kernels: (name, microseconds) of each launch.
+    name: str
+    begin_us: float
+    end_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTimes:
+    """All launches of one kernel.
+
+    Attributes:
+        group: one of `GROUPS`.
+        launches: per step.
+        each_us: mean of a launch.
+        step_us: in a step.
     """
+
+    name: str
+    group: str
+    launches: float
+    each_us: float
+    step_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """Mean of some steps: sum of `kernels` - overlap_us + gaps_us = step_us.
+
+    Attributes:
+        kernels: the one that takes longest first.
+        overlap_us: by how much the sum exceeds the time in which any kernel runs.
+        gaps_us: time in which none runs.
+    """
+
+    num_steps: int
+    step_us: float
+    kernels: Sequence[KernelTimes]
+    overlap_us: float
+    gaps_us: float
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel with this name."""
+    return next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+
+
+def profile_of(launches: Iterable[Launch]) -> StepProfile:
+    """The profile of all steps that began and ended among these launches.
+
+    Raises `SystemExit` if there is none.
+    """
+    ordered = sorted(launches, key=lambda launch: launch.begin_us)
+    begins = [index for index, launch in enumerate(ordered) if _FIRST_KERNEL in launch.name]
+    if len(begins) < 2:
+        raise SystemExit("no whole step ran during the profile; use more --seconds")
+    num_steps, until_us = len(begins) - 1, ordered[begins[-1]].begin_us
+    launched = ordered[begins[0] : begins[-1]]
+    sum_us = sum(launch.end_us - launch.begin_us for launch in launched)
+    busy_us = _busy_us(launched, until_us)
+    step_us = (until_us - launched[0].begin_us) / num_steps
+    overlap_us, gaps_us = (sum_us - busy_us) / num_steps, step_us - busy_us / num_steps
+    return StepProfile(num_steps, step_us, kernel_times(launched, num_steps), overlap_us, gaps_us)
+
+
+def _busy_us(ordered: Iterable[Launch], until_us: float) -> float:
+    """Microseconds before `until_us` in which at least one of the launches runs."""
+    busy, covered = 0.0, float("-inf")
+    for launch in ordered:
+        end = min(launch.end_us, until_us)
+        busy += max(0.0, end - max(launch.begin_us, covered))
+        covered = max(covered, end)
+    return busy
+
+
+def kernel_times(launches: Iterable[Launch], num_steps: int) -> list[KernelTimes]:
+    """The times of each kernel, the longest in a step first."""
     found: dict[str, list[float]] = defaultdict(list)
-    for name, microseconds in kernels:
-        found[name].append(microseconds)
-    rows = [
-        (name, len(times) / num_steps, sum(times) / len(times), sum(times) / num_steps) for name, times in found.items()
+    for launch in launches:
+        found[launch.name].append(launch.end_us - launch.begin_us)
+    kernels = [
+        KernelTimes(name, group_of(name), len(times) / num_steps, sum(times) / len(times), sum(times) / num_steps)
+        for name, times in found.items()
     ]
-    return sorted(rows, key=lambda row: -row[3])
+    return sorted(kernels, key=lambda kernel: -kernel.step_us)
 
 
-async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list[tuple[str, float]], int, float]:
-    """Profile some steps of streaming requests; return their kernels, their number and their seconds."""
+def group_table(profile: StepProfile) -> str:
+    """A row for each group of kernels, for overlap and gaps, and for the step."""
+    rows = []
+    for group in GROUPS:
+        kernels = [kernel for kernel in profile.kernels if kernel.group == group]
+        if kernels:
+            launches = f"{sum(kernel.launches for kernel in kernels):.1f}"
+            rows.append((group, launches, sum(kernel.step_us for kernel in kernels)))
+    rows += [("overlap", "", -profile.overlap_us), ("gaps", "", profile.gaps_us), ("step", "", profile.step_us)]
+    return format_table(
+        ["of a step", "launches", "us", "share"],
+        [[name, launches, f"{us:,.1f}", f"{us / profile.step_us:.1%}"] for name, launches, us in rows],
+    )
+
+
+def kernel_table(profile: StepProfile, most: int) -> str:
+    """A row for each of the kernels that take longest."""
+    rows = [
+        [
+            one.name[:_MAX_NAME],
+            one.group.partition(",")[0],
+            f"{one.launches:.1f}",
+            f"{one.each_us:.2f}",
+            f"{one.step_us:.1f}",
+        ]
+        for one in profile.kernels[:most]
+    ]
+    return format_table(["kernel", "group", "launches/step", "us/launch", "us/step"], rows)
+
+
+async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> list[Launch]:
+    """Profile some steps of streaming requests; return what ran on the device."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -56,23 +173,21 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> tuple[list
         await anext(handle)
     await anyio.sleep(arguments.seconds)  # graphs are captured meanwhile
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        before, began = llm.stats().counters.num_steps, time.perf_counter()
         await anyio.sleep(arguments.seconds)
-        num_steps, seconds = llm.stats().counters.num_steps - before, time.perf_counter() - began
-    if any(handle.done for handle in handles) or num_steps == 0:
+    if any(handle.done for handle in handles):
         raise SystemExit(f"requests ended within the {arguments.seconds} s of the profile; use fewer --seconds")
     for handle in handles:
         handle.abort()
     device = torch.autograd.DeviceType.CUDA
-    return (
-        [(event.name, event.device_time) for event in profiled.events() if event.device_type == device],
-        num_steps,
-        seconds,
-    )
+    return [
+        Launch(event.name, event.time_range.start, event.time_range.end)
+        for event in profiled.events()
+        if event.device_type == device
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Profile and print the table."""
+    """Profile and print the tables."""
     parser = new_parser("step_profile", __doc__)
     add_shape(parser)
     add_quantization(parser)
@@ -80,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of the profile, and of the warm-up before it")
     add_tuning_budget(parser)
-    parser.add_argument("--most", type=int, default=14, metavar="N", help="rows of the table")
+    parser.add_argument("--most", type=int, default=14, metavar="N", help="rows of the table of kernels")
     add_json(parser)
     arguments = parser.parse_args(argv)
     require_gpu()
@@ -94,24 +209,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_model_len=_CONTEXT,
         ) as llm,
     ):
-        kernels, num_steps, seconds = anyio.run(profile_decodes, llm, arguments)
+        profile = profile_of(anyio.run(profile_decodes, llm, arguments))
         description = llm.info.description
-    rows = kernel_rows(kernels, num_steps)
-    sum_us, step_us = sum(row[3] for row in rows), 1e6 * seconds / num_steps
-    print(f"{description}\n{num_steps} steps of {arguments.streams} decodes, {step_us:.0f} us each")
-    print(f"kernels: {sum_us:.0f} us\n")
-    columns = ["kernel", "launches/step", "us/launch", "us/step"]
-    print(
-        format_table(
-            columns,
-            [
-                [name[:_MAX_NAME], f"{count:.1f}", f"{each:.2f}", f"{all_us:.1f}"]
-                for name, count, each, all_us in rows[: arguments.most]
-            ],
-        )
-    )
-    results = {"step_us": step_us, "kernels": rows}
-    append_record(arguments, "step profile", results, engine={"description": description})
+    print(f"{description}\n{profile.num_steps} steps of {arguments.streams} decodes, {profile.step_us:.0f} us each\n")
+    print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}")
+    append_record(arguments, "step profile", asdict(profile), engine={"description": description})
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import scenarios, startup, step_profile
+from benchmarks import scenarios, startup
 from benchmarks.serving import Arrivals
 
 
@@ -51,14 +50,3 @@ def test_startup_of_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_process_that_fails_to_start_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="printed '' instead of 'ready'"):
         startup.measure({"model_dir": str(tmp_path / "nothing"), "device": "cpu"}, tmp_path)
-
-
-def test_kernels_of_a_profile_are_summed_by_name() -> None:
-    kernels = [("product", 5.0), ("norm", 1.0), ("product", 7.0), ("norm", 2.0)]
-    assert step_profile.kernel_rows(kernels, num_steps=2) == [("product", 1.0, 6.0, 6.0), ("norm", 1.0, 1.5, 1.5)]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_profile_needs_a_gpu() -> None:
-    with pytest.raises(SystemExit, match="a GPU is needed"):
-        step_profile.main(["--shape", "tiny"])
