@@ -4,99 +4,15 @@
 products, made from words in registers; x's rows are the columns, of which eight are enough. The programs of a tile that
 share K add up in whichever comes last.
 
-Numbers are made by instructions for two of them at once (`instructions`): the bits of a value are moved into those of a
-number of the activations' dtype whose exponent is fixed, and one multiply-add removes what is too much. Triton's
-interpreter, and activations of float32, take plain arithmetic instead.
+Numbers are made by instructions for two of them at once (`packed_instructions`): the bits of a value are moved into
+those of a number of the activations' dtype whose exponent is fixed, and one multiply-add removes what is too much.
+Triton's interpreter, and activations of float32, take plain arithmetic instead.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-
-from llmengine.kernels.packings import Kind
-
-_ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
-_MINUS_ZERO = 0x8000
-
-
-@functools.cache
-def instructions(
-    kind: Kind, index: int, dtype: torch.dtype, zero_group: int | None = None, is_wide: bool = False
-) -> str:
-    """PTX that makes value `index` of two words $1 two numbers $0 of `dtype`, bfloat16 or float16.
-
-    Needs compute capability 8.0.
-
-    Args:
-        zero_group: where the value's zero point is in the integer $2 of its block, see `PackedLayout`; None: nowhere.
-        is_wide: that integer has 64 bits.
-    """
-    suffix = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    lines = _unpack(kind, index, dtype, suffix, zero_group is not None)
-    if zero_group is not None:
-        # Both words are of one row, so the second one's integer, $3, is the same.
-        source, halves = "high" if zero_group >= 2 else "low", "0x3232" if zero_group % 2 else "0x1010"
-        lines = [
-            "mov.b64 {low, high}, $2;" if is_wide else "mov.b32 low, $2;",
-            f"prmt.b32 point, {source}, {source}, {halves};",
-            *lines,
-            f"fma.rn.{suffix} t, t, one, point;",
-        ]
-    constants = f"mov.b32 one, {_twice(_ONE[dtype])}; mov.b32 zero, {_twice(_MINUS_ZERO)};"
-    return f"{{ .reg .b32 t, c, one, zero, low, high, point; {constants} {' '.join(lines)} mov.b32 $0, t; }}"
-
-
-def _unpack(kind: Kind, index: int, dtype: torch.dtype, suffix: str, has_zeros: bool) -> list[str]:
-    """Instructions that leave the numbers in t; zero points, which are to be subtracted, include what is too much."""
-    is_bf16 = dtype == torch.bfloat16
-    if kind == "int4":
-        # 128 + q or 1024 + q, less that and 8.
-        magic, middle = (0x4300, 0xC308) if is_bf16 else (0x6400, 0xE408)
-        return [
-            f"shr.u32 t, $1, {4 * index};",
-            f"lop3.b32 t, t, 0x000f000f, {_twice(magic)}, 0xea;",
-            *(() if has_zeros else (f"mov.b32 c, {_twice(middle)};", f"fma.rn.{suffix} t, t, one, c;")),
-        ]
-    if kind == "int8" and is_bf16:
-        # 128 + the low seven bits, less 128, or 256 where the sign is set.
-        return [
-            f"shr.u32 t, $1, {8 * index};",
-            "lop3.b32 c, t, 0x00800080, 0xc300c300, 0xea;",
-            "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xea;",
-            f"fma.rn.{suffix} t, t, one, c;",
-        ]
-    if kind == "int8":
-        # 1024 + 128 + the value, less 1152.
-        return [
-            f"shr.u32 t, $1, {8 * index};",
-            "lop3.b32 t, t, 0x00ff00ff, 0x64806480, 0x6a;",
-            "mov.b32 c, 0xe480e480;",
-            f"fma.rn.{suffix} t, t, one, c;",
-        ]
-    # Sign, exponent and mantissa moved to their places, times the power of two by which the biases differ.
-    width = 8 if kind == "e4m3" else 4
-    shift, mask, power = {
-        ("e4m3", True): (4, 0x07F0, 0x7B80),  # 2 ** 120
-        ("e4m3", False): (1, 0x3F80, 0x5C00),  # 2 ** 8
-        ("e2m1", True): (6, 0x01C0, 0x7E80),  # 2 ** 126
-        ("e2m1", False): (3, 0x0E00, 0x7400),  # 2 ** 14
-    }[kind, is_bf16]
-    return [
-        f"shl.b32 t, $1, {16 - width * (index + 1)};",
-        f"shr.u32 c, t, {shift};",
-        f"and.b32 c, c, {_twice(mask)};",
-        "lop3.b32 t, t, 0x80008000, c, 0xea;",
-        f"mov.b32 c, {_twice(power)};",
-        f"fma.rn.{suffix} t, t, c, zero;",
-    ]
-
-
-def _twice(bits: int) -> str:
-    return f"0x{bits:04x}{bits:04x}"
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -117,6 +33,7 @@ def packed_kernel(
     NUM_BLOCKS: tl.constexpr,
     NUM_TILES: tl.constexpr,
     KIND: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -206,13 +123,13 @@ def packed_kernel(
         up_zero = _load_if(zero_ptr + up_offset * 64 + turn * 64, ZEROS and GATED)
         acc = _add_block(
             acc, word, x0, x1, x2, x3, scale_now, zero,
-            KIND, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            KIND, TABLE, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             CODE_0, CODE_1, CODE_2, CODE_3,
         )  # fmt: skip
         if GATED:
             up_acc = _add_block(
                 up_acc, up_word, x0, x1, x2, x3, up_scale_now, up_zero,
-                KIND, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+                KIND, TABLE, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
                 CODE_0, CODE_1, CODE_2, CODE_3,
             )  # fmt: skip
         word_ptr += SIZE
@@ -269,6 +186,7 @@ def dequantize_kernel(
     K: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
+    TABLE: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -299,7 +217,7 @@ def dequantize_kernel(
     in_rows = ((first_tile + tile) * 64 + r < N)[:, None]
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, zero, i, i // PER, KIND, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            word, zero, i, i // PER, KIND, TABLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             out.dtype.element_ty,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
@@ -333,7 +251,7 @@ def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.const
 @triton.jit
 def _add_block(
     acc, word, x0, x1, x2, x3, scale, zero,
-    KIND: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
+    KIND: tl.constexpr, TABLE: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
     ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
     CODE_0: tl.constexpr, CODE_1: tl.constexpr, CODE_2: tl.constexpr, CODE_3: tl.constexpr,
 ):  # fmt: skip
@@ -342,7 +260,7 @@ def _add_block(
     PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, zero, i, i // PER, KIND, ZEROS, ZERO_OFFSET, BF16_ZEROS, x0.dtype,
+            word, zero, i, i // PER, KIND, TABLE, ZEROS, ZERO_OFFSET, BF16_ZEROS, x0.dtype,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
         if i == 0:
@@ -368,7 +286,7 @@ def _add_block(
 @triton.jit
 def _numbers(
     word, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
+    KIND: tl.constexpr, TABLE: tl.constexpr, ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
     DTYPE: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Value INDEX of each word, as a number of DTYPE, less its zero point."""
@@ -385,7 +303,7 @@ def _numbers(
             )
         number = bits.to(DTYPE, bitcast=True)
     else:
-        exact = _plain_numbers(word, INDEX, KIND)
+        exact = _plain_numbers(word, INDEX, KIND, TABLE)
         if KIND == "int4" and not ZEROS:
             exact -= 8.0
         if ZEROS:
@@ -395,7 +313,7 @@ def _numbers(
 
 
 @triton.jit
-def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr):
+def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr):
     """Value INDEX of each word as float32, by plain arithmetic."""
     bits = word.to(tl.int32)
     if KIND == "int4":
@@ -404,6 +322,11 @@ def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr):
         exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
     elif KIND == "e4m3":
         exact = _e4m3(bits >> (8 * INDEX))
+    elif KIND == "table":
+        code = (bits >> (4 * INDEX)) & 15
+        exact = tl.zeros(code.shape, dtype=tl.float32)
+        for entry in tl.static_range(16):
+            exact = tl.where(code == entry, TABLE[entry], exact)
     else:
         shifted = bits << (28 - 4 * INDEX)
         moved = (shifted & -2147483648) | ((shifted >> 6) & 0x01C00000)

@@ -19,7 +19,8 @@ from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
 from llmengine.kernels.gemm_config import LinearConfig, PackedConfig, fuses_gate
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
-from llmengine.kernels.packed_kernels import dequantize_kernel, instructions, packed_kernel
+from llmengine.kernels.packed_instructions import instructions
+from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
 
 _PART_BYTES = 64 << 20
@@ -189,11 +190,14 @@ def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
         values = layout.values_per_word
         for index in range(values):
             zero_group = index * layout.num_groups // values if layout.has_zeros else None
-            codes[index] = instructions(layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4)
+            codes[index] = instructions(
+                layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4, layout.table
+            )
     return {
         "K": layout.shape[1],
         "NUM_BLOCKS": layout.num_blocks,
         "KIND": layout.kind,
+        "TABLE": layout.table,
         "SLICE": layout.slice_columns,
         "GROUPS": layout.num_groups,
         "SCALES": _SCALES[layout.scale_dtype],

@@ -46,6 +46,7 @@ class PackedLayout:
         has_zeros: groups have zero points; otherwise it is 8 for "int4", and 0.
         scale_dtype: of the scales of groups.
         has_row_scales: each row has a scale, float32, beside those of its groups if there are any.
+        table: the numbers of the codes of "table".
     """
 
     kind: Kind
@@ -56,6 +57,7 @@ class PackedLayout:
     has_zeros: bool
     scale_dtype: torch.dtype
     has_row_scales: bool
+    table: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, weight_format: WeightFormat, shape: Shape, dtype: torch.dtype) -> PackedLayout | None:
@@ -76,6 +78,7 @@ class PackedLayout:
                     has_zeros=packing.has_zeros,
                     scale_dtype=packing.scale_dtype,
                     has_row_scales=packing.has_row_scales,
+                    table=packing.table,
                 )
         return None
 

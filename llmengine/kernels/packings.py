@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmengine.dtypes import torch_dtype
+from llmengine.quantization.bnb4 import TABLES, Bnb4Bit
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.fp8 import BLOCK, Fp8
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles, unpack_nibbles
@@ -21,14 +22,18 @@ from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.nvfp4 import BLOCK as NV_BLOCK
 from llmengine.quantization.nvfp4 import Nvfp4
 
-Kind = Literal["int4", "int8", "e4m3", "e2m1"]
-"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits."""
+Kind = Literal["int4", "int8", "e4m3", "e2m1", "table"]
+"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits, or the
+place of a number in a table of 16."""
 
-VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "int8": 2, "e4m3": 2}
+VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "table": 4, "int8": 2, "e4m3": 2}
 """Values in an int16."""
 
 
 _NONE = torch.empty(0)
+
+_FP4_UNITS = 12
+"""The numbers of bitsandbytes's FP4 are multiples of 1 / 192."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class Packing(ABC):
 
     Attributes:
         kind: what a value is.
+        table: the numbers of the codes of "table".
         group_size: columns that share a scale, -1: all of a row; 0: there are scales of rows alone.
         has_row_scales: rows have scales, float32.
         has_zeros: groups have zero points.
@@ -60,6 +66,7 @@ class Packing(ABC):
     """
 
     kind: Kind
+    table: tuple[float, ...] = ()
     group_size: int = -1
     has_row_scales: bool = False
     has_zeros: bool = False
@@ -204,6 +211,25 @@ class _Nvfp4Packing(Packing):
         }
 
 
+class _Bnb4BitPacking(Packing):
+    kind = "table"
+
+    def __init__(self, weight_format: Bnb4Bit) -> None:
+        self.group_size = weight_format.block_size
+        self.table = TABLES[weight_format.quant_type]
+        self.has_row_scales = weight_format.quant_type == "fp4"
+        if self.has_row_scales:
+            # Whole numbers and 1/16, which 16 bits hold exactly.
+            self.table = tuple(round(number * _FP4_UNITS * 16) / 16 for number in self.table)
+
+    def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
+        values, scales = unpack_nibbles(tensors["weight"]), tensors["weight_scale"]
+        return Codes(values, scales, scales.new_full((len(values),), 1 / _FP4_UNITS))
+
+    def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        return {"weight": pack_nibbles(codes.values), "weight_scale": codes.scales}
+
+
 def packing_of(weight_format: WeightFormat) -> Packing | None:
     """How a format is taken apart; None if it is not a format of weights alone, or has no product yet."""
     if isinstance(weight_format, Int4Groups):
@@ -214,6 +240,8 @@ def packing_of(weight_format: WeightFormat) -> Packing | None:
         return _Int8Packing()
     if isinstance(weight_format, Fp8) and weight_format.activations == "none":
         return _Fp8Packing(weight_format)
+    if isinstance(weight_format, Bnb4Bit):
+        return _Bnb4BitPacking(weight_format)
     if isinstance(weight_format, Nvfp4):
         return _Nvfp4Packing(weight_format)
     return _Mxfp4Packing() if isinstance(weight_format, Mxfp4) else None

@@ -11,6 +11,7 @@ from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.packed_linear import PackedProducts
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
@@ -38,6 +39,10 @@ FORMATS: list[WeightFormat] = [
     Mxfp4(),
     Nvfp4(),
     Nvfp4("channel"),
+    Bnb4Bit("nf4"),
+    Bnb4Bit("nf4", 32),
+    Bnb4Bit("fp4", 4096),
+    Bnb4Bit("fp4", 128),
 ]
 USUAL: list[WeightFormat] = [Int4Groups(32), Int4Groups(64, zero_points=False), INT8]
 """Formats that are multiplied in every way; the others in one."""

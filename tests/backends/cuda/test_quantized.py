@@ -20,6 +20,7 @@ from llmengine.checkpoints.quantized_source import quantized_source, rounded_wei
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
@@ -189,6 +190,8 @@ def test_quantized_activations_give_what_they_give_on_a_cpu(tmp_path: Path, devi
 STORED_ONLY: dict[str, WeightFormat] = {
     "nvfp4": Nvfp4(),
     "nvfp4 with a scale for each row": Nvfp4("channel"),
+    "nf4": Bnb4Bit("nf4", 64),
+    "fp4": Bnb4Bit("fp4", 32),
 }
 """Formats that weights are never rounded to while they load."""
 
