@@ -107,15 +107,17 @@ def append_record(arguments: Namespace, benchmark: str, results: Any, **more: An
     Args:
         more: further entries of the record.
     """
+    if arguments.json is None:
+        return
     record = {"benchmark": benchmark, "machine": machine(), "arguments": vars(arguments), **more, "results": results}
     append_json(arguments.json, record)
 
 
 def append_json(path: Path | None, record: Mapping[str, Any]) -> None:
-    """Append one JSON line; nan becomes null. Does nothing without a path."""
+    """Append one JSON line; nan becomes null, and what JSON has no type for its str. Does nothing without a path."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
+            file.write(json.dumps(_without_nan(record), allow_nan=False, default=str) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -125,7 +127,7 @@ def _without_nan(value: Any) -> Any:
         return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return value
 
 
 def positive_integers(text: str) -> list[int]:

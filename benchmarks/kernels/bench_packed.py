@@ -1,29 +1,33 @@
 """Times of products with quantized weights, cold, in a CUDA graph, beside bfloat16 on cuBLASLt; results checked.
 
-python -m benchmarks.kernels.bench_packed [8b] [--formats int4-128 int4-128z int8 ...] [--rows 1 8 16 64 256 2048]
+python -m benchmarks.kernels.bench_packed [8b] [--formats bf16 int4-128 fp8 ...] [--rows 1 8 16 64 256 2048]
     [--configs packed-m8n64w4s4x2 ...] [--budget 140] [--json FILE]
+python -m benchmarks.kernels.bench_packed --report FILE...
 
-For each product, format and number of rows, every candidate of `gemm_choice`, the fastest marked; then a layer's four
-products with the fastest of each. TB/s counts the packed weights, TFLOP/s the multiplications. A result is WRONG if it
-differs from the product with the dequantized weights, in float32, by more than rounding does; that of activations to 8
-bits counts as error too. Ends after `--budget` seconds, whatever is left.
+For each product, format and number of rows (M), every candidate of `gemm_choice`, the fastest marked; then tables of
+the fastest, and of a layer's four products together. TB/s counts the packed weights, TFLOP/s the multiplications. Norm
+and activation are part of a product. A result is WRONG if it differs from the product with the dequantized weights, in
+float32, by more than rounding does; that of activations to 8 bits counts as error too. Ends after `--budget` seconds,
+whatever is left; `--report` makes the tables from the records of earlier runs.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.kernels.bench_linear import COLD_BYTES, EPS, shape_of
-from benchmarks.report import add_json, append_json, new_parser, require_gpu
+from benchmarks.kernels.product_tables import BASELINE, LAYER, Result, fastest, tables, wrong_results
+from benchmarks.report import add_json, append_record, new_parser, read_records, require_gpu
 from benchmarks.shapes import SHAPES
 from llmengine.kernels.gemm_choice import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config
@@ -41,7 +45,7 @@ from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
 
 FORMATS: Mapping[str, WeightFormat] = {
-    "bf16": DENSE,
+    BASELINE: DENSE,
     "int4-128": Int4Groups(128, zero_points=False),
     "int4-128z": Int4Groups(128),
     "int8": INT8,
@@ -55,8 +59,8 @@ FORMATS: Mapping[str, WeightFormat] = {
     "fp8-weights": Fp8("channel", "none"),
     "int8-128z": Int8Groups(128),
 }
-USUAL = ("bf16", "int4-128", "fp8", "int4-128z", "int8", "w8a8")
-LAYER = ("qkv", "o", "gate_up", "down")
+USUAL = (BASELINE, "int4-128", "fp8", "int4-128z", "int8", "w8a8")
+BENCHMARK = "packed products"
 TOLERANCE = 0.02
 TOLERANCE_8_BITS = 0.06
 REPEATS = 3
@@ -123,7 +127,6 @@ def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig
 class Plan:
     """What is measured of a product in a format: for each number of rows the configurations, while kernels compile."""
 
-    name: str
     shapes: Sequence[tuple[GemmShape, list[LinearConfig]]]
     compiled: Sequence[Future[None]]
 
@@ -143,41 +146,68 @@ def plan(
         for config in configs
         if has_kernel(shape, config)
     }
-    return Plan(product, shapes, [threads.submit(compile_product, kernels, *job) for job in jobs.values()])
+    return Plan(shapes, [threads.submit(compile_product, kernels, *job) for job in jobs.values()])
 
 
-def measure_all(
+def measure_configs(
     bench: PackedBench,
-    name: str,
+    product: str,
+    format_name: str,
     shape: GemmShape,
     configs: Sequence[LinearConfig],
-    deadline: float,
-    json: Path | None,
-) -> dict[LinearConfig, float]:
-    """Microseconds with each configuration, infinite where the result is wrong; a line is printed for each."""
-    times: dict[LinearConfig, float] = {}
+    args: Namespace,
+) -> Iterator[Result]:
+    """Yield the result with each configuration that runs, until `args.deadline`; a line is printed for each."""
     most = TOLERANCE_8_BITS if shape.is_scaled else TOLERANCE
     for config in configs:
-        if time.monotonic() > deadline:
-            break
-        line = f"{name} {shape.n}x{shape.k} M={shape.num_rows:<5}{config!s:24}"
+        if time.monotonic() > args.deadline:
+            return
+        line = f"{format_name} {product} {shape.n}x{shape.k} M={shape.num_rows:<5}{config!s:24}"
         try:
             us, error = bench.measure(shape, config)
         except Exception as failure:  # one variant must not end the benchmark
             print(f"{line} {failure!r}"[:300], flush=True)
             continue
+        flops = 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
         is_right = error < most  # NaN is wrong as well
-        times[config] = us if is_right else float("inf")
-        rate, flops = bench.size_bytes / us / 1e6, 2.0 * shape.num_rows * shape.matrix_shape[0] * shape.k
-        speed = f"{us:9.2f} us {rate:5.2f} TB/s {flops / us / 1e6:6.1f} TFLOP/s"
-        print(f"{line}{speed} error {error:.1e}{'' if is_right else ' WRONG'}", flush=True)
-        record = {"product": name, "rows": shape.num_rows, "config": str(config), "us": us}
-        append_json(json, {**record, "tb_s": rate, "error": error})
-    return times
+        sizes = bench.size_bytes, flops
+        result = Result(args.model, format_name, product, shape.num_rows, str(config), us, *sizes, error, is_right)
+        us_text, rate, tflops = result.speed.cells
+        wrong = "" if is_right else " WRONG"
+        print(f"{line}{us_text:>9} us {rate} TB/s {tflops:>6} TFLOP/s error {error:.1e}{wrong}", flush=True)
+        yield result
 
 
-def main() -> None:
-    """Measure what the arguments name."""
+def measure_all(args: Namespace) -> list[Result]:
+    """Measure what the arguments name, and append a record of each result."""
+    kernels = LinearKernels("cuda", pdl=torch.cuda.get_device_capability() >= (9, 0))
+    results: list[Result] = []
+    threads = ThreadPoolExecutor(16)
+    wanted = [(product, format_name) for format_name in args.formats for product in LAYER]
+    plans = deque(plan(kernels, threads, *names, args) for names in wanted[:2])
+    for index, (product, format_name) in enumerate(wanted):
+        if time.monotonic() > args.deadline:
+            break
+        if index + 2 < len(wanted):  # compiled while these are measured
+            plans.append(plan(kernels, threads, *wanted[index + 2], args))
+        current = plans.popleft()
+        wait(current.compiled)
+        bench = PackedBench(kernels, current.shapes[0][0])
+        for shape, configs in current.shapes:
+            measured = list(measure_configs(bench, product, format_name, shape, configs, args))
+            for result in measured:
+                append_record(args, BENCHMARK, asdict(result))
+            for best in fastest(measured).values():
+                print(f"* {format_name} {product} M={best.rows}: {best.config} {best.us:.2f} us", flush=True)
+            results += measured
+        del bench
+        torch.cuda.empty_cache()
+    threads.shutdown(cancel_futures=True)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the arguments name, or read earlier results, and print the tables; return 1 if one is wrong."""
     began = time.monotonic()
     parser = new_parser("kernels.bench_packed", __doc__)
     parser.add_argument("model", nargs="?", choices=SHAPES, default="8b")
@@ -185,40 +215,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 256, 2048])
     parser.add_argument("--configs", type=parse_config, nargs="+", default=[])
     parser.add_argument("--budget", type=float, default=140.0, metavar="SECONDS")
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="measure nothing: tables of these results"
+    )
     add_json(parser)
-    arguments = parser.parse_args()
-    deadline = began + arguments.budget
-    require_gpu()
-    kernels = LinearKernels("cuda", pdl=torch.cuda.get_device_capability() >= (9, 0))
-    layers: dict[tuple[str, int], dict[str, float]] = {}
-    threads = ThreadPoolExecutor(16)
-    wanted = [(product, format_name) for format_name in arguments.formats for product in LAYER]
-    plans = deque(plan(kernels, threads, *names, arguments) for names in wanted[:2])
-    for index, (product, format_name) in enumerate(wanted):
-        if time.monotonic() > deadline:
-            break
-        if index + 2 < len(wanted):  # compiled while these are measured
-            plans.append(plan(kernels, threads, *wanted[index + 2], arguments))
-        current = plans.popleft()
-        wait(current.compiled)
-        bench = PackedBench(kernels, current.shapes[0][0])
-        for shape, configs in current.shapes:
-            times = measure_all(bench, f"{format_name} {product}", shape, configs, deadline, arguments.json)
-            if times:
-                best = min(times, key=times.__getitem__)
-                print(f"* {format_name} {product} M={shape.num_rows}: {best} {times[best]:.2f} us", flush=True)
-                layers.setdefault((format_name, shape.num_rows), {})[product] = times[best]
-        del bench
-        torch.cuda.empty_cache()
-    threads.shutdown(cancel_futures=True)
-    print(f"\nus of a {arguments.model} layer's four products, norm and activation included, fastest of each")
-    print(f"{'':12}" + "".join(f"{f'M={rows}':>10}" for rows in arguments.rows))
-    for format_name in arguments.formats:
-        cells = [layers.get((format_name, rows), {}) for rows in arguments.rows]
-        texts = [f"{sum(cell.values()):10.1f}" if len(cell) == len(LAYER) else f"{'-':>10}" for cell in cells]
-        print(f"{format_name:12}" + "".join(texts))
-    print(f"{time.monotonic() - began:.1f} s")
+    args = parser.parse_args(argv)
+    if args.report is not None:
+        results = [Result(**record["results"]) for record in read_records(args.report, BENCHMARK)]
+    else:
+        require_gpu()
+        args.deadline = began + args.budget
+        results = measure_all(args)
+        print(f"\n{time.monotonic() - began:.1f} s\n")
+    print(tables(results))
+    return 1 if wrong_results(results) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
