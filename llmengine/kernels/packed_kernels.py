@@ -174,15 +174,16 @@ def packed_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_tile", "N"])
+@triton.jit(do_not_specialize=["first_row", "num_rows"])
 def dequantize_kernel(
     words,
     scales,
     row_scales,
     zeros,
+    ids,
     out,
-    first_tile,
-    N,
+    first_row,
+    num_rows,
     K: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
@@ -198,23 +199,29 @@ def dequantize_kernel(
     CODE_1: tl.constexpr,
     CODE_2: tl.constexpr,
     CODE_3: tl.constexpr,
+    ROWS: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
-    """Write the weights of the rows from tile `first_tile` on to `out` [rows, K]; a program 64 rows of a block."""
+    """Write weights to `out` [num_rows, K]; a program ROWS rows of a block.
+
+    They are the rows from `first_row` on, in whole tiles, or with GATHER those that `ids` [num_rows] names.
+    """
     VALUES: tl.constexpr = 2 if KIND == "int8" or KIND == "e4m3" else 4
     PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
     block = tl.program_id(0)
-    tile = tl.program_id(1)
-    r = tl.arange(0, 64)
+    targets = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, SLICE)
-    place = (first_tile + tile).to(tl.int64) * NUM_BLOCKS + block
-    word = tl.load(words + place * (64 * SLICE) + r[:, None] * SLICE + e[None, :])
-    scale = _load_if(scales + place * 64 + r, GROUPS > 0)
-    zero = _load_if(zeros + place * 64 + r, ZEROS)
-    row_scale = tl.full((64,), 1.0, dtype=tl.float32)
+    in_rows = targets < num_rows
+    rows = first_row + targets
+    if GATHER:
+        rows = tl.load(ids + targets, mask=in_rows, other=0)
+    places = ((rows // 64).to(tl.int64) * NUM_BLOCKS + block) * 64 + rows % 64
+    word = tl.load(words + places[:, None] * SLICE + e[None, :])
+    scale = _load_if(scales + places, GROUPS > 0)
+    zero = _load_if(zeros + places, ZEROS)
+    row_scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if ROW_SCALES:
-        row_scale = tl.load(row_scales + (first_tile + tile) * 64 + r)
-    rows = tile * 64 + r
-    in_rows = ((first_tile + tile) * 64 + r < N)[:, None]
+        row_scale = tl.load(row_scales + rows)
     for i in tl.static_range(VALUES):
         number = _numbers(
             word, zero, i, i // PER, KIND, TABLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
@@ -225,8 +232,8 @@ def dequantize_kernel(
         if GROUPS > 0:
             factor *= _group_scale(scale, i // PER, SCALES)
         number = (number.to(tl.float32) * factor[:, None]).to(out.dtype.element_ty)
-        columns = (block * VALUES + i) * SLICE + e
-        tl.store(out + rows.to(tl.int64)[:, None] * K + columns[None, :], number, mask=in_rows & (columns[None, :] < K))
+        columns = ((block * VALUES + i) * SLICE + e)[None, :]
+        tl.store(out + targets.to(tl.int64)[:, None] * K + columns, number, mask=in_rows[:, None] & (columns < K))
 
 
 @triton.jit

@@ -27,6 +27,9 @@ _PART_BYTES = 64 << 20
 """Dequantized weights that exist at a time."""
 
 
+_GATHERED_ROWS = 16
+"""Rows of a program that looks rows up."""
+
 _SCALES = {
     torch.float32: "float32",
     torch.float16: "float16",
@@ -73,7 +76,8 @@ class PackedProducts:
     def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
         """Compile the kernel of a product of tensors like `x` and `out`, without running it."""
         if not isinstance(config, PackedConfig):
-            self._dequantize(0, x.new_empty(TILE_ROWS, x.shape[1]), compile_only=True)
+            part = x.new_empty(TILE_ROWS, x.shape[1])
+            dequantize_rows(self._matrix, 0, part, compile_for=self._kernels.counters.device)
             return
         is_fused = gated and fuses_gate(config, out.shape[1])
         if gated and not is_fused:
@@ -100,29 +104,10 @@ class PackedProducts:
         weight = x.new_empty(min(size, num_rows), columns)
         for begin in range(0, num_rows, size):
             part = weight[: min(size, num_rows - begin)]
-            self._dequantize(begin, part)
+            dequantize_rows(self._matrix, begin, part)
             end = begin + len(part)
             part_bias = None if bias is None else bias[begin:end]
             self._kernels.multiply(x, part, part_bias, out[:, begin:end], config, add)
-
-    def _dequantize(self, first_row: int, out: Tensor, compile_only: bool = False) -> None:
-        """Write the weights of the rows from `first_row` on, a multiple of 64, to `out` [rows, in_features].
-
-        Columns are in the order of the stored ones, without factors for activations.
-        """
-        tensors, layout = self._matrix.tensors, self._matrix.layout
-        grid = (layout.num_blocks, triton.cdiv(len(out), TILE_ROWS))
-        kernel = dequantize_kernel
-        launch: Callable[..., Any] = partial(kernel.warmup, grid=grid) if compile_only else kernel[grid]
-        launch(
-            tensors["words"],
-            *self._factors(),
-            out,
-            first_row // TILE_ROWS,
-            first_row + len(out),
-            **self._layout_constants(),
-            num_warps=4,
-        )
 
     def _launch(
         self,
@@ -151,7 +136,7 @@ class PackedProducts:
         launch(
             x,
             tensors["words"],
-            *self._factors(),
+            *_factors(self._matrix),
             x if bias is None else bias,
             out,
             partials,
@@ -168,19 +153,10 @@ class PackedProducts:
             BIAS=bias is not None,
             GATED=gated,
             ADD=add,
-            **self._layout_constants(),
+            **layout_constants(layout, on_gpu=self._kernels.counters.device.type == "cuda"),
             num_warps=config.num_warps,
             launch_pdl=self._kernels.pdl,
         )
-
-    def _factors(self) -> Iterator[Tensor]:
-        """The kernels' scales of groups, scales of rows and zero points; what there is none of is not read."""
-        tensors = self._matrix.tensors
-        return (tensors.get(name, tensors["words"]) for name in ("scales", "row_scales", "zeros"))
-
-    def _layout_constants(self) -> dict[str, Any]:
-        """The kernels' arguments that the layout decides."""
-        return layout_constants(self._matrix.layout, on_gpu=self._kernels.counters.device.type == "cuda")
 
 
 def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
@@ -207,3 +183,57 @@ def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
         "BF16_ZEROS": layout.zero_dtype == torch.bfloat16,
         **{f"CODE_{index}": code for index, code in enumerate(codes)},
     }
+
+
+def dequantize_rows(matrix: PackedMatrix, first_row: int, out: Tensor, compile_for: torch.device | None = None) -> None:
+    """Write the weights of the rows from `first_row` on, a multiple of 64, to `out` [rows, in_features].
+
+    Columns are in the order of the stored ones, without factors for activations.
+
+    Args:
+        compile_for: compile the kernel for this device, without running it.
+    """
+    _dequantize(matrix, None, first_row, out, compile_for)
+
+
+def gather_rows(matrix: PackedMatrix, ids: Tensor, out: Tensor) -> None:
+    """Write the weights of the rows that `ids` names, integers [num_rows], to `out` [num_rows, in_features].
+
+    A row is what `WeightFormat.dequantize` makes of it.
+    """
+    order, factors = (matrix.tensors.get(name) for name in ("input_order", "input_scale"))
+    if order is None:
+        _dequantize(matrix, ids, 0, out)
+    else:
+        stored = torch.empty_like(out)
+        _dequantize(matrix, ids, 0, stored)
+        out.index_copy_(1, order.long(), stored)
+    if factors is not None:
+        out.copy_(out * factors)
+
+
+def _dequantize(
+    matrix: PackedMatrix, ids: Tensor | None, first_row: int, out: Tensor, compile_for: torch.device | None = None
+) -> None:
+    layout = matrix.layout
+    rows = TILE_ROWS if ids is None else _GATHERED_ROWS
+    grid = (layout.num_blocks, triton.cdiv(len(out), rows))
+    kernel = dequantize_kernel
+    launch: Callable[..., Any] = kernel[grid] if compile_for is None else partial(kernel.warmup, grid=grid)
+    launch(
+        matrix.tensors["words"],
+        *_factors(matrix),
+        matrix.tensors["words"] if ids is None else ids,
+        out,
+        first_row,
+        len(out),
+        **layout_constants(layout, on_gpu=(compile_for or out.device).type == "cuda"),
+        ROWS=rows,
+        GATHER=ids is not None,
+        num_warps=4 if ids is None else 1,
+    )
+
+
+def _factors(matrix: PackedMatrix) -> Iterator[Tensor]:
+    """The kernels' scales of groups, scales of rows and zero points; what there is none of is not read."""
+    return (matrix.tensors.get(name, matrix.tensors["words"]) for name in ("scales", "row_scales", "zeros"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
-from llmengine.kernels.packed_linear import PackedProducts
+from llmengine.kernels.packed_linear import PackedProducts, gather_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -178,6 +178,22 @@ def test_large_products(device: str, weight_format: WeightFormat) -> None:
             for rows in (1, 8, 70, 300):
                 plain.check("linear_add", config, bias=True, out_dtype=torch.bfloat16, num_rows=rows)
                 gated.check("norm_linear_silu", config, bias=False, out_dtype=torch.bfloat16, num_rows=rows)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=names)
+def test_rows_are_looked_up(device: str, weight_format: WeightFormat) -> None:
+    shape, ids = (200, 336), torch.tensor([3, 199, 64, 3, *range(60, 75), 0, 128], dtype=torch.int32)
+    stored = random_tensors(weight_format, torch.randn(shape))
+    expected = weight_format.dequantize(stored)[ids.long()]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        layout = PackedLayout.of(weight_format, shape, dtype)
+        assert layout is not None
+        matrix = PackedMatrix(weight_format, layout, device)
+        matrix.fill({name: tensor.to(device) for name, tensor in stored.items()})
+        out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
+        gather_rows(matrix, ids.to(device), out)
+        # Numbers of tables are rounded before and after they are scaled.
+        torch.testing.assert_close(out.float().cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_the_others(device: str) -> None:
