@@ -162,6 +162,10 @@ def test_quantization_has_a_row_for_each_chosen_format(
     for name, *cells in rows[2:]:
         assert [bool(cell) for cell in cells] == [True] * 3 + [name != quantization.REFERENCE] * 3 + [True] * 2
     assert [r["format"] for r in read_lines(lines)] == ["bfloat16", "mxfp4"]
+    assert quantization.main(["--report", str(lines), "--compare", str(lines)]) == 0
+    reported = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("|")] == [line for line in reported if line.startswith("|")][:4]
+    assert [line.split("|")[4].strip() for line in reported if line.startswith("|")][6:] == ["+0.000%"] * 2
     with pytest.raises(SystemExit):
         quantization.main(["--formats", "int1"])
     assert "'int1' begins the name of no row: float32; bfloat16" in capsys.readouterr().err
