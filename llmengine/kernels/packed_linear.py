@@ -196,7 +196,7 @@ def dequantize_rows(matrix: PackedMatrix, first_row: int, out: Tensor, compile_f
     _dequantize(matrix, None, first_row, out, compile_for)
 
 
-def gather_rows(matrix: PackedMatrix, ids: Tensor, out: Tensor) -> None:
+def gather_packed_rows(matrix: PackedMatrix, ids: Tensor, out: Tensor) -> None:
     """Write the weights of the rows that `ids` names, integers [num_rows], to `out` [num_rows, in_features].
 
     A row is what `WeightFormat.dequantize` makes of it.

@@ -2,6 +2,7 @@
 
 `quantize_rows_kernel` rounds activations, after a norm where there is one, and `scaled_kernel` multiplies. It reads the
 weights once for each `BLOCK_M` rows of x, as the left operand of the tensor cores' products, like `packed_kernel`.
+`look_up_kernel` reads rows of an embedding.
 """
 
 from __future__ import annotations
@@ -192,3 +193,35 @@ def scaled_kernel(
     if ADD:
         result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def look_up_kernel(
+    ids,
+    weight,
+    scales,
+    factors,
+    out,
+    K: tl.constexpr,
+    MODE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the rows of weight [N, K] that `ids` names to `out`, times their scales and the factors of columns.
+
+    MODE: as W_MODE of `scaled_kernel`. Grid: (rows, blocks of BLOCK columns).
+    """
+    target = tl.program_id(0).to(tl.int64)
+    row = tl.load(ids + target).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < K
+    number = tl.load(weight + row * K + columns, mask=mask, other=0.0).to(tl.float32)
+    if MODE == "block":
+        number *= tl.load(scales + row // 128 * ((K + 127) // 128) + columns // 128, mask=mask, other=0.0)
+    elif MODE == "channel":
+        number *= tl.load(scales + row)
+    else:
+        number *= tl.load(scales)
+    if FACTORS:
+        number *= tl.load(factors + columns, mask=mask, other=0.0)
+    tl.store(out + target * K + columns, number.to(out.dtype.element_ty), mask=mask)

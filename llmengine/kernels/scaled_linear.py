@@ -17,7 +17,7 @@ from torch import Tensor
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
-from llmengine.kernels.scaled_kernels import quantize_rows_kernel, scaled_kernel
+from llmengine.kernels.scaled_kernels import look_up_kernel, quantize_rows_kernel, scaled_kernel
 from llmengine.kernels.scaled_weights import ScaledMatrix
 
 BLOCK_K = 128
@@ -203,3 +203,26 @@ class ScaledProducts:
             num_warps=config.num_warps,
             launch_pdl=self._kernels.pdl,
         )
+
+
+def gather_scaled_rows(matrix: ScaledMatrix, ids: Tensor, out: Tensor) -> None:
+    """Write the weights of the rows that `ids` names, integers [num_rows], to `out` [num_rows, in_features].
+
+    A row is what `WeightFormat.dequantize` makes of it.
+    """
+    columns = matrix.shape[1]
+    assert out.is_contiguous()
+    block = min(1024, triton.next_power_of_2(columns))
+    factors = matrix.tensors.get("input_scale")
+    look_up_kernel[len(out), triton.cdiv(columns, block)](
+        ids,
+        matrix.tensors["weight"],
+        matrix.tensors["weight_scale"],
+        matrix.tensors["weight_scale"] if factors is None else factors,
+        out,
+        K=columns,
+        MODE=matrix.weight_scales,
+        FACTORS=factors is not None,
+        BLOCK=block,
+        num_warps=4,
+    )

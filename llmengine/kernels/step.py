@@ -96,6 +96,7 @@ def _begin_step(
     hidden,
     num_programs,
     NUM_UPDATES: tl.constexpr,
+    EMBED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0)
@@ -103,14 +104,15 @@ def _begin_step(
     if token_id < 0:
         token_id = tl.load(last_token_ids + tl.load(token_slots + token))
         tl.store(token_ids + token, token_id)
-    row = embedding + token_id.to(tl.int64) * hidden
-    for begin in tl.range(0, hidden, BLOCK):
-        columns = begin + tl.arange(0, BLOCK)
-        tl.store(
-            out + token.to(tl.int64) * hidden + columns,
-            tl.load(row + columns, mask=columns < hidden),
-            mask=columns < hidden,
-        )
+    if EMBED:
+        row = embedding + token_id.to(tl.int64) * hidden
+        for begin in tl.range(0, hidden, BLOCK):
+            columns = begin + tl.arange(0, BLOCK)
+            tl.store(
+                out + token.to(tl.int64) * hidden + columns,
+                tl.load(row + columns, mask=columns < hidden),
+                mask=columns < hidden,
+            )
     num_updates = tl.load(counts + NUM_UPDATES)
     for chunk in tl.range(0, tl.cdiv(num_updates - token * BLOCK, num_programs * BLOCK)):
         entries = (token + chunk * num_programs) * BLOCK + tl.arange(0, BLOCK)
@@ -119,13 +121,13 @@ def _begin_step(
         tl.store(values + places, tl.load(updates + 2 * entries + 1, mask=used, other=0), mask=used)
 
 
-def begin_step(step: DeviceStep, state: SlotState, embedding: Tensor, out: Tensor) -> None:
+def begin_step(step: DeviceStep, state: SlotState, embedding: Tensor | None, out: Tensor) -> None:
     """Apply the step's updates to `state`, look up the tokens' ids where they come from a slot, and embed them.
 
     A slot whose last token is updated in a step must not be read by `FROM_SLOT` in the same step.
 
     Args:
-        embedding: [vocab, hidden].
+        embedding: [vocab, hidden]; None: tokens are not embedded, which is done by the ids afterwards.
         out: [num_tokens, hidden] of the same dtype; num_tokens is the bucket.
     """
     num_tokens, hidden = out.shape
@@ -136,11 +138,12 @@ def begin_step(step: DeviceStep, state: SlotState, embedding: Tensor, out: Tenso
         step.updates,
         state.values,
         state.last_token_ids,
-        embedding,
+        out if embedding is None else embedding,
         out,
         hidden,
         num_tokens,
         NUM_UPDATES=NUM_UPDATES,
+        EMBED=embedding is not None,
         BLOCK=min(1024, triton.next_power_of_2(hidden)),
         num_warps=4,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
-from llmengine.kernels.packed_linear import PackedProducts, gather_rows
+from llmengine.kernels.packed_linear import PackedProducts, gather_packed_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -191,7 +191,7 @@ def test_rows_are_looked_up(device: str, weight_format: WeightFormat) -> None:
         matrix = PackedMatrix(weight_format, layout, device)
         matrix.fill({name: tensor.to(device) for name, tensor in stored.items()})
         out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
-        gather_rows(matrix, ids.to(device), out)
+        gather_packed_rows(matrix, ids.to(device), out)
         # Numbers of tables are rounded before and after they are scaled.
         torch.testing.assert_close(out.float().cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 

@@ -11,7 +11,7 @@ from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.linear_ops import LinearOps
 from llmengine.kernels.norm import rms_norm_reference
-from llmengine.kernels.scaled_linear import ScaledProducts
+from llmengine.kernels.scaled_linear import ScaledProducts, gather_scaled_rows
 from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
@@ -183,3 +183,16 @@ def test_formats_without_rounded_activations_and_odd_columns_are_none_of_these()
     for weight_format in (DENSE, INT8, Int4Groups(), Fp8("channel", "none")):
         assert not has_scaled_products(weight_format, (64, 64))
     assert not has_scaled_products(Fp8(), (64, 40))
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+def test_rows_are_looked_up(device: str, weight_format: WeightFormat) -> None:
+    shape, ids = (300, 336), torch.tensor([3, 299, 128, 3, 0, 256], dtype=torch.int32)
+    tensors = stored(weight_format, torch.randn(shape))
+    matrix = ScaledMatrix(weight_format, shape, device)
+    matrix.fill({name: tensor.to(device) for name, tensor in tensors.items()})
+    expected = weight_format.dequantize(tensors)[ids.long()]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
+        gather_scaled_rows(matrix, ids.to(device), out)
+        torch.testing.assert_close(out.float().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)

@@ -125,7 +125,7 @@ class FusedSegments:
         deterministic: bool = False,
     ) -> None:
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
-        self._device, dtype = weights.embedding.device, weights.embedding.dtype
+        self._device, dtype = weights.device, weights.dtype
 
         def buffer(rows: int, columns: int) -> Tensor:
             return torch.zeros((rows, columns), dtype=dtype, device=self._device)

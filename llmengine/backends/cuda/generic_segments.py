@@ -88,7 +88,7 @@ def _shapes(context: SegmentsContext) -> Iterator[GemmShape]:
     for name, matrix in context.weights.matrices.items():
         is_head = name == "lm_head"
         most = scheduler.max_batch_size if is_head else scheduler.max_tokens_per_step
-        dtype = context.weights.embedding.dtype
+        dtype = context.weights.dtype
         for rows in ROW_BUCKETS if name != "embed_tokens" else ():
             if rows < 2 * most:
                 yield from product_shapes("norm_linear", rows, matrix, dtype, logits.dtype if is_head else dtype)

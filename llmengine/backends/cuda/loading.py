@@ -91,7 +91,7 @@ def load_cuda_parts(
     limit = context_limit(config, source.arch)
     with torch.inference_mode():
         model = _allocate_model(config, source, device, limit, segments_factory)
-        kv_dtype = _KV_DTYPES.get(config.quant_config.kv_cache, model.embedding.dtype)
+        kv_dtype = _KV_DTYPES.get(config.quant_config.kv_cache, model.dtype)
         layout = joint_kv_layout(source.arch, config.kv_cache_config.block_size, kv_dtype)
         pool = fit_kv_pool(layout, config, limit, _free_bytes(device), _DEFAULT_FRACTION)
         component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
@@ -132,7 +132,7 @@ def _info(
 ) -> BackendInfo:
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
     formats = [*dict.fromkeys(str(matrix.format) for matrix in model.weights.quantized.values())]
-    weights = f"{', '.join([*formats, dtype_name(model.embedding.dtype)])} weights"
+    weights = f"{', '.join([*formats, dtype_name(model.dtype)])} weights"
     if source.dequantized:
         weights += f", {source.dequantized}"
     return BackendInfo(

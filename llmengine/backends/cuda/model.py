@@ -18,8 +18,10 @@ from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.attention import AttentionConfig
 from llmengine.kernels.attention_decode import AttentionWorkspace, attention_workspace, decode_attention
 from llmengine.kernels.attention_prefill import prefill_attention, query_block_size, rope_and_write
+from llmengine.kernels.embedding import look_up
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
 from llmengine.kernels.kv_blocks import KvBlocks
+from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
@@ -60,10 +62,13 @@ class Activations:
 
     @staticmethod
     def allocate(
-        arch: ModelArch, scheduler: SchedulerConfig, attention: AttentionConfig, embedding: Tensor
+        arch: ModelArch,
+        scheduler: SchedulerConfig,
+        attention: AttentionConfig,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Activations:
-        """Allocate buffers for steps of a scheduler's limits, with the dtype and device of the embedding."""
-        dtype, device = embedding.dtype, embedding.device
+        """Allocate buffers for steps of a scheduler's limits."""
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
         return Activations(
             hidden=torch.zeros((max_tokens, arch.hidden_size), dtype=dtype, device=device),
@@ -83,10 +88,9 @@ def build_cuda_model(
 
     Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
     """
-    embedding = weights.embedding
-    device, dtype = embedding.device, embedding.dtype
+    device, dtype = weights.device, weights.dtype
     layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
-    activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, embedding)
+    activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, dtype, device)
     pdl = _has_pdl(device)
     segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl))
     attentions = [layer.config for layer in layers]
@@ -103,6 +107,8 @@ class CudaModel:
         has_decodes: rows of one token are attended to by the decode kernel; otherwise as chunks of one token.
 
     Attributes:
+        dtype: of the activations.
+        device: of everything.
         logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address.
         query_block: query tokens of a program of the prefill attention.
         tunable_segments: what computes between the attentions.
@@ -121,9 +127,9 @@ class CudaModel:
         has_decodes: bool,
     ) -> None:
         self.weights = weights
-        self.embedding = weights.embedding
+        self.dtype, self.device = weights.dtype, weights.device
         self.logits = activations.logits
-        self.query_block = query_block_size(layers[0].config, self.embedding.dtype)
+        self.query_block = query_block_size(layers[0].config, self.dtype)
         self.tunable_segments = tunable_segments
         self._segments = tunable_segments.segments
         self._arch = arch
@@ -145,7 +151,7 @@ class CudaModel:
             kv: the blocks of all layers.
         """
         x = self._activations.hidden[: bucket.num_tokens]
-        begin_step(step, state, self.embedding, x)
+        self._embed(step, state, x)
         if self._arch.embedding_scale != 1.0:
             x.mul_(self._arch.embedding_scale)
         num_rows = min(bucket.num_tokens, len(step.row_slots))
@@ -153,6 +159,15 @@ class CudaModel:
         if flashinfer is not None:
             flashinfer.begin(step, num_rows)
         return forward_to_last(self._segments, x, self._attend(step, kv, bucket, flashinfer))
+
+    def _embed(self, step: DeviceStep, state: SlotState, x: Tensor) -> None:
+        """Begin a step and write the embeddings of its tokens to x [num_tokens, hidden], not multiplied yet."""
+        embedding = self.weights.matrices["embed_tokens"]
+        if isinstance(embedding, QuantizedMatrix):
+            begin_step(step, state, None, x)
+            look_up(embedding, step.token_ids[: len(x)], x)
+        else:
+            begin_step(step, state, embedding.weight, x)
 
     def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """Compute fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
@@ -175,7 +190,7 @@ class CudaModel:
         kinds = {layer.config: index for index, layer in enumerate(self._layers)}
         for bucket, step in steps.items():
             x = self._activations.hidden[: bucket.num_tokens]
-            calls[begin_step] = partial(begin_step, step, state, self.embedding, x)
+            calls[begin_step] = partial(self._embed, step, state, x)
             qkv = x.new_zeros((bucket.num_tokens, self._qkv_width))
             for config, layer in kinds.items():
                 for launch in self._attention(layer, qkv, step, kv, bucket, None):
@@ -198,7 +213,7 @@ class CudaModel:
         def time_us(num_rows: int, flashinfer: FlashInferDecode | None) -> float:
             step = decode_step(num_rows, state.block_tables, kv.numbers.shape[1], self._layers[0].config.block_size)
             attend = self._attend(step, kv, Bucket(num_rows, num_rows, mixed=False), flashinfer)
-            qkv = torch.randn((num_rows, self._qkv_width), device=kv.device).to(self.embedding.dtype)
+            qkv = torch.randn((num_rows, self._qkv_width), device=kv.device).to(self.dtype)
 
             def run() -> None:
                 if flashinfer is not None:
@@ -247,7 +262,7 @@ class CudaModel:
 
 
 def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[LayerAttention]:
-    device = weights.embedding.device
+    device = weights.device
     on_host = layer_tables(arch, limit)
     tables = {id(table): table.to(device) for table in on_host}
     layers = []

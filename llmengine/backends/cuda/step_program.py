@@ -56,7 +56,7 @@ class StepProgram:
         Args:
             depth: steps whose arrays and results exist at once.
         """
-        device, vocab_size = model.embedding.device, model.logits.shape[1]
+        device, vocab_size = model.device, model.logits.shape[1]
         scheduler, num_slots = config.scheduler_config, config.scheduler_config.max_batch_size
         scales = pool.zeros("scales", device) if "scales" in pool.layout.tensors else None
         kv = KvBlocks(pool.zeros("kv", device), scales)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -16,17 +16,16 @@ from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.kernels.embedding import has_rows, look_up
 from llmengine.kernels.linear_ops import DeviceMatrix, quantized_matrix
 from llmengine.kernels.norm import MAX_HIDDEN
 from llmengine.kernels.quantized_matrix import ROW_UNIT, QuantizedMatrix
 from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.kernels.stacked_weights import StackedMatrix
 from llmengine.models.arch import ModelArch, canonical_shapes
-from llmengine.quantization.formats import DENSE, TensorSpec, WeightFormat
+from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
-
-_EMBEDDING = "embed_tokens.weight"
 
 _UPLOAD_WEIGHTS = 1 << 24
 """Weights that are packed at a time, which bounds the scratch memory on the device."""
@@ -41,15 +40,21 @@ class CudaWeights:
         by_name: norms, biases and dense matrices, as `ModelFormats.layout` names them.
         matrices: by canonical name less ".weight"; "lm_head" is among them also where it is
             the embedding, or a quantized copy of it.
+        dtype: of the activations.
     """
 
     arch: ModelArch
     by_name: Mapping[str, Tensor]
     matrices: Mapping[str, DeviceMatrix]
+    dtype: torch.dtype
 
     @classmethod
     def of(
-        cls, arch: ModelArch, by_name: Mapping[str, Tensor], quantized: Mapping[str, QuantizedMatrix] | None = None
+        cls,
+        arch: ModelArch,
+        by_name: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        quantized: Mapping[str, QuantizedMatrix] | None = None,
     ) -> Self:
         """The weights of a model whose tensors are `by_name`, but for the matrices that are `quantized`."""
         matrices: dict[str, DeviceMatrix] = dict(quantized or {})
@@ -58,12 +63,12 @@ class CudaWeights:
                 matrices[name] = Matrix.dense(by_name[f"{name}.weight"])
         if arch.tie_word_embeddings:
             matrices.setdefault("lm_head", matrices["embed_tokens"])
-        return cls(arch, by_name, matrices)
+        return cls(arch, by_name, matrices, dtype)
 
     @property
-    def embedding(self) -> Tensor:
-        """[vocab, hidden], in the dtype of the activations; of a quantized one, what its rows are looked up in."""
-        return self.by_name[_EMBEDDING]
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.by_name["final_norm.weight"].device
 
     def norm(self, name: str) -> Tensor | None:
         """The weight [size] of a norm by canonical name less ".weight", None if the model does not have it."""
@@ -107,8 +112,6 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     names = matrices("meta").keys()
     layout = source.formats.layout(source.arch, dtype)
     specs = {name: spec for name, spec in layout.items() if _is_kept(name, names)}
-    # Rows are looked up in a dense copy.
-    specs.setdefault(_EMBEDDING, TensorSpec(dtype, (source.arch.vocab_size, source.arch.hidden_size)))
     needed = sum(spec.size_bytes for spec in specs.values())
     needed += sum(matrix.size_bytes for matrix in matrices("meta").values())
     with memory_error_context(
@@ -117,7 +120,7 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
         by_name = {
             name: torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device) for name, spec in specs.items()
         }
-        return CudaWeights.of(source.arch, by_name, matrices(device))
+        return CudaWeights.of(source.arch, by_name, torch_dtype(dtype), matrices(device))
 
 
 def _quantized_matrices(
@@ -133,7 +136,7 @@ def _quantized_matrices(
         if weight_format == DENSE:
             continue
         matrix = quantized_matrix(weight_format, shape, dtype, device)
-        if matrix is not None:
+        if matrix is not None and (name != "embed_tokens" or has_rows(matrix)):
             _check_capability(weight_format, matrix, torch.device(device))
         else:
             raise ConfigError(
@@ -176,27 +179,25 @@ def load_weights(weights: CudaWeights, source: ModelSource) -> None:
     Quantized matrices are rearranged on the device, and rounded there where nothing but that is to be done. The last
     copies may still be under way, in the current stream.
     """
-    uploads = Uploads(weights.embedding.device)
+    uploads = Uploads(weights.device)
     quantized = weights.quantized
     arrived: dict[str, Tensor] = {}
-    for name, tensor in (source.unrounded or source).weights(weights.embedding.dtype):
+    for name, tensor in (source.unrounded or source).weights(weights.dtype):
         prefix, _, suffix = name.rpartition(".")
         if suffix == "bias" or prefix not in quantized:
             uploads.copy(weights.by_name[name], tensor)
             continue
         matrix = quantized[prefix]
         if source.unrounded is not None:
-            _fill_rounding(uploads, matrix, tensor)
+            _fill_rounding(uploads, matrix, partial(_rows, tensor))
             continue
         arrived[suffix] = tensor
         if arrived.keys() == matrix.format.tensors(matrix.shape, "float32").keys():
             _upload_quantized(uploads, matrix, arrived)
-            if prefix == "embed_tokens":
-                _upload_dequantized(uploads, weights.embedding, matrix.format, arrived)
             arrived = {}
     assert not arrived, sorted(arrived)
     if weights.arch.tie_word_embeddings and quantized.get("lm_head") is not quantized.get("embed_tokens"):
-        _fill_rounding(uploads, quantized["lm_head"], weights.embedding)
+        _fill_rounding(uploads, quantized["lm_head"], partial(_embedding_rows, weights))
 
 
 def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mapping[str, Tensor]) -> None:
@@ -215,21 +216,31 @@ def _upload_quantized(uploads: Uploads, matrix: QuantizedMatrix, tensors: Mappin
         matrix.fill(on_device, begin)
 
 
-def _upload_dequantized(
-    uploads: Uploads, target: Tensor, weight_format: WeightFormat, tensors: Mapping[str, Tensor]
-) -> None:
-    shape = (target.shape[0], target.shape[1])
-    for first, rows in weight_format.dequantized_rows(tensors, shape, _UPLOAD_WEIGHTS):
-        uploads.copy(target[first : first + len(rows)], rows)
+def _rows(dense: Tensor, begin: int, end: int) -> Tensor:
+    return dense[begin:end]
 
 
-def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, dense: Tensor) -> None:
-    """Fill `matrix` with a dense weight, on the host or the device, rounded to nearest on the device."""
+def _embedding_rows(weights: CudaWeights, begin: int, end: int) -> Tensor:
+    """Rows of the embedding, on the device."""
+    embedding = weights.matrices["embed_tokens"]
+    if isinstance(embedding, Matrix):
+        return embedding.weight[begin:end]
+    rows = torch.empty((end - begin, embedding.shape[1]), dtype=weights.dtype, device=weights.device)
+    look_up(embedding, torch.arange(begin, end, dtype=torch.int32, device=weights.device), rows)
+    return rows
+
+
+def _fill_rounding(uploads: Uploads, matrix: QuantizedMatrix, rows: Callable[[int, int], Tensor]) -> None:
+    """Fill `matrix` with a dense weight, rounded to nearest on the device.
+
+    Args:
+        rows: (begin, end) -> these rows of the weight, on the host or the device.
+    """
     for begin, end in _row_ranges(matrix, rounding=True):
-        part = dense[begin:end]
+        part = rows(begin, end)
         if part.device != matrix.device:
-            part = torch.empty_like(part, device=matrix.device)
-            uploads.copy(part, dense[begin:end])
+            on_host, part = part, torch.empty_like(part, device=matrix.device)
+            uploads.copy(part, on_host)
         matrix.fill(matrix.format.quantize(part), begin)
 
 

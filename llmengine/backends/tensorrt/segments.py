@@ -64,7 +64,7 @@ class SegmentBuffers:
     def allocate(cls, plans: Sequence[LoadedPlan], context: SegmentsContext) -> SegmentBuffers:
         """Allocate them on the device; raises `OutOfMemoryError` for scratch memory that does not fit."""
         arch, scheduler = context.arch, context.config.scheduler_config
-        device, dtype = context.logits.device, context.weights.embedding.dtype
+        device, dtype = context.logits.device, context.weights.dtype
 
         def buffer(columns: int) -> Tensor:
             return torch.zeros((scheduler.max_tokens_per_step, columns), dtype=dtype, device=device)

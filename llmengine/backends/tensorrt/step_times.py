@@ -36,7 +36,7 @@ def time_us(functions: Sequence[Callable[[], None]], device: torch.device) -> fl
 
 def dense_step_us(segments: Segments, context: SegmentsContext, num_tokens: int) -> float:
     """Microseconds on the device of all segments of a decode step, without attention; any weights will do."""
-    arch, device, dtype = context.arch, context.logits.device, context.weights.embedding.dtype
+    arch, device, dtype = context.arch, context.logits.device, context.weights.dtype
     x = torch.zeros((num_tokens, arch.hidden_size), dtype=dtype, device=device)
     attended = torch.zeros((num_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device)
 

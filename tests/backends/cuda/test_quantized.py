@@ -25,7 +25,7 @@ from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
 from llmengine.quantization.int4 import Int4Groups
-from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.model_formats import ModelFormats
 from llmengine.quantization.nvfp4 import Nvfp4
 from llmengine.quantization.stacked import Stacked
@@ -210,6 +210,47 @@ def test_formats_of_files_equal_transformers_with_the_same_weights(
     driver = BackendDriver(backend)
     assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
     backend.close()
+
+
+EMBEDDINGS: dict[str, WeightFormat] = {
+    "int4": Int4Groups(32),
+    "nvfp4": Nvfp4(),
+    "fp8": Fp8("block", "block"),
+    "w8a8": Int8W8A8(),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "of its own"])
+def test_quantized_embeddings_are_looked_up(tmp_path: Path, device: str, name: str, tied: bool) -> None:
+    """Beside a quantized output matrix, or as the same one, which is in memory once."""
+    weight_format = EMBEDDINGS[name]
+    model = save_tiny(tmp_path, **{**SMALL, "vocab_size": 128}, tie_word_embeddings=tied)
+    formats = ModelFormats(exceptions={"embed_tokens": weight_format, "lm_head": INT8 if not tied else weight_format})
+    source = stored_source(tmp_path, formats)
+    dequantize_fused(model, formats)
+    exact = weight_format.dequantize(weight_format.quantize(model.model.embed_tokens.weight.data))
+    model.model.embed_tokens.weight = torch.nn.Parameter(exact)
+    backend = load_cuda_backend(config_of(tmp_path, QuantConfig()), source, torch.device(device, 0))
+    assert_stored(backend, source)
+    stored_bytes = sum(tensor.nbytes for _, tensor in source.weights(torch.float32))
+    # No copy of the embedding, in however few bits.
+    assert backend.info.weight_bytes < stored_bytes + exact.numel() // 4
+    driver = BackendDriver(backend)
+    assert driver.generate([driver.add(0, PROMPT)], 2) == [reference_greedy(model, PROMPT, 2)]
+    backend.close()
+
+
+def test_an_output_matrix_is_rounded_from_a_quantized_embedding(tmp_path: Path, device: str) -> None:
+    model = save_tiny(tmp_path, **SMALL, tie_word_embeddings=True)
+    formats = ModelFormats(exceptions={"embed_tokens": Int4Groups(32), "lm_head": INT8})
+    source = stored_source(tmp_path, formats)
+    weights = allocate_weights(config_of(tmp_path, QuantConfig()), source, torch.device(device))
+    load_weights(weights, source)
+    embedding = Int4Groups(32).dequantize(Int4Groups(32).quantize(model.lm_head.weight.data))
+    expected, found = INT8.quantize(embedding), weights.quantized["lm_head"].stored().tensors
+    assert (found["weight"].cpu().int() - expected["weight"].int()).abs().max() <= 1
+    torch.testing.assert_close(found["weight_scale"].cpu(), expected["weight_scale"])
 
 
 def stored_source(directory: Path, formats: ModelFormats) -> ModelSource:

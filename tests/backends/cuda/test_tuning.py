@@ -47,7 +47,7 @@ def build_segments(
     if device == "cpu":  # the interpreter compiles nothing
         monkeypatch.setattr(FusedSegments, "_compile", lambda *_: None)
     logits = torch.zeros(4, arch.vocab_size, device=device)
-    return FusedSegments(arch, CudaWeights.of(arch, tensors), LIMITS, logits, pdl=False)
+    return FusedSegments(arch, CudaWeights.of(arch, tensors, torch.float16), LIMITS, logits, pdl=False)
 
 
 @pytest.mark.usefixtures("candidates")

@@ -87,7 +87,9 @@ def make_choice(
 def make_context(fake: FakeTensorRt, source: ModelSource) -> SegmentsContext:
     tensors = {name: tensor.to(fake.device) for name, tensor in source.weights(torch.float32)}
     logits = torch.zeros((MAX_ROWS, source.arch.vocab_size), device=fake.device)
-    return SegmentsContext(source.arch, CudaWeights.of(source.arch, tensors), make_config(source), logits, pdl=False)
+    return SegmentsContext(
+        source.arch, CudaWeights.of(source.arch, tensors, torch.float32), make_config(source), logits, pdl=False
+    )
 
 
 def take_times(monkeypatch: pytest.MonkeyPatch, ours: float, theirs: float) -> None:

@@ -55,7 +55,7 @@ def build_segments(
     fake: FakeTensorRt, context: SegmentsContext, mode: WeightMode = "inputs", max_tokens: int = MAX_TOKENS
 ) -> TensorRtSegments:
     """Return segments whose plans are the fake's."""
-    dtype: Any = dtype_name(context.weights.embedding.dtype)
+    dtype: Any = dtype_name(context.weights.dtype)
     segments = segments_of(context.arch, dtype, make_profiles(MAX_ROWS, max_tokens), mode)
     plan_set = fake_plan_set(segments, context.weights.by_name)
     return TensorRtSegments.allocate(segments, load_plans(PlanRuntime.start(fake_library(fake)), plan_set), context)
@@ -68,7 +68,7 @@ def on_fake(fake: FakeTensorRt) -> SegmentsFactory:
 def make_context(arch: ModelArch, dtype: torch.dtype, device: torch.device) -> SegmentsContext:
     tensors = {name: tensor.to(device) for name, tensor in random_weights(arch, dtype).items()}
     logits = torch.zeros((MAX_ROWS, arch.vocab_size), device=device)
-    return SegmentsContext(arch, CudaWeights.of(arch, tensors), make_config(Path("unused")), logits, pdl=False)
+    return SegmentsContext(arch, CudaWeights.of(arch, tensors, dtype), make_config(Path("unused")), logits, pdl=False)
 
 
 def make_prompt(length: int) -> list[int]:
