@@ -88,19 +88,20 @@ def product_table(best: Fastest, weight_format: str) -> str:
         for rows in counts:
             one, dense = best.get((weight_format, product, rows)), best.get((BASELINE, product, rows))
             if one is not None:
-                lines.append(_line(product, rows, one.config, one.speed, None if dense is None else dense.speed))
+                error, beside = f"{one.error:.1e}", None if dense is None else dense.speed
+                lines.append(_line(product, rows, one.config, error, one.speed, beside))
     for rows in counts:
         layer = layer_speed(best, weight_format, rows)
         if layer is not None:
-            lines.append(_line("layer", rows, "", layer, layer_speed(best, BASELINE, rows)))
-    header = [weight_format, "M", "configuration", "us", "TB/s", "TFLOP/s", f"{BASELINE} us", "speed-up"]
+            lines.append(_line("layer", rows, "", "", layer, layer_speed(best, BASELINE, rows)))
+    header = [weight_format, "M", "configuration", "error", "us", "TB/s", "TFLOP/s", f"{BASELINE} us", "speed-up"]
     num_columns = len(header) - 2 if weight_format == BASELINE else len(header)
     return format_table(header[:num_columns], [line[:num_columns] for line in lines])
 
 
-def _line(product: str, rows: int, config: str, speed: Speed, dense: Speed | None) -> list[str]:
+def _line(product: str, rows: int, config: str, error: str, speed: Speed, dense: Speed | None) -> list[str]:
     beside = ["", ""] if dense is None else [dense.cells[0], f"{dense.us / speed.us:.2f}"]
-    return [product, str(rows), config, *speed.cells, *beside]
+    return [product, str(rows), config, error, *speed.cells, *beside]
 
 
 def layer_table(best: Fastest, model: str) -> str:

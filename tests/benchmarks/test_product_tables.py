@@ -45,11 +45,11 @@ def test_tables_have_every_product_with_bf16_beside_it() -> None:
     results += [make_result("int4-128", product, 10.0, "packed-m8n64w4s4") for product in LAYER]
     results.append(make_result("int4-128", "o", 16.0, rows=64))
     rows = cells_of(tables(results))
-    assert rows[0] == ["bf16", "M", "configuration", "us", "TB/s", "TFLOP/s"]
-    assert rows[5] == ["layer", "1", "", "100.0", "2.00", "40.0"]
-    assert rows[7] == ["qkv", "1", "packed-m8n64w4s4", "10.0", "5.00", "100.0", "25.0", "2.50"]
-    assert rows[9] == ["o", "64", "cublas0m1", "16.0", "3.12", "4,000.0", "", ""]
-    assert rows[12] == ["layer", "1", "", "40.0", "5.00", "100.0", "100.0", "2.50"]
+    assert rows[0] == ["bf16", "M", "configuration", "error", "us", "TB/s", "TFLOP/s"]
+    assert rows[5] == ["layer", "1", "", "", "100.0", "2.00", "40.0"]
+    assert rows[7] == ["qkv", "1", "packed-m8n64w4s4", "1.0e-03", "10.0", "5.00", "100.0", "25.0", "2.50"]
+    assert rows[9] == ["o", "64", "cublas0m1", "1.0e-03", "16.0", "3.12", "4,000.0", "", ""]
+    assert rows[12] == ["layer", "1", "", "", "40.0", "5.00", "100.0", "100.0", "2.50"]
     assert rows[13:] == [
         ["8b layer: us / TB/s / TFLOP/s", "M=1", "M=64"],
         ["bf16", "100.0 / 2.00 / 40.0", ""],
