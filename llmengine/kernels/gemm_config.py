@@ -199,7 +199,8 @@ def _quantized_shared_bytes(shape: GemmShape, config: PackedConfig) -> int:
         return held * (config.block_m + config.block_n) * _SCALED_BLOCK_K
     num_weights = 2 if shape.operation == "norm_linear_silu" and fuses_gate(config, shape.n) else 1
     zeros = max(4, 2 * layout.num_groups) if layout.has_zeros else 0
-    words = num_weights * config.block_n * (layout.slice_columns * 2 + zeros)
+    num_planes = sum(bits > 0 for bits in layout.planes)
+    words = num_weights * config.block_n * (num_planes * layout.slice_columns * 2 + zeros)
     x = config.block_m * layout.block_columns * shape.dtype.itemsize
     return held * x + (config.num_stages - 1) * words
 

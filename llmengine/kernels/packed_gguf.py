@@ -13,6 +13,11 @@ from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.gguf_blocks import GgufBlocks
 from llmengine.quantization.gguf_codes import Factors, from_blocks, to_blocks
 
+_STEPS = torch.int8
+
+_IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+"""ggml's `kvalues_iq4nl`."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Type:
@@ -20,16 +25,31 @@ class _Type:
 
     Attributes:
         group_size: columns that share a scale.
+        scale_dtype: see `Packing`.
+        has_minima: scales have minima beside them.
     """
 
     kind: Kind
     group_size: int
     scale_dtype: torch.dtype = torch.float16
+    has_minima: bool = False
 
 
 _TYPES: Mapping[str, _Type] = {
     "Q4_0": _Type("int4", 32),
+    "Q4_1": _Type("int4", 32, has_minima=True),
+    "Q5_0": _Type("int5", 32),
+    "Q5_1": _Type("int5", 32, has_minima=True),
     "Q8_0": _Type("int8", 32),
+    "Q2_K": _Type("int2", 16, _STEPS, has_minima=True),
+    "Q3_K": _Type("int3", 16, _STEPS),
+    "Q4_K": _Type("int4", 32, _STEPS, has_minima=True),
+    "Q5_K": _Type("int5", 32, _STEPS, has_minima=True),
+    "Q6_K": _Type("int6", 16, _STEPS),
+    "IQ4_NL": _Type("table", 32),
+    "IQ4_XS": _Type("table", 32, _STEPS),
+    # Values from -1 on: the scale is the minimum too, negated.
+    "TQ2_0": _Type("int2", 256, has_minima=True),
     "MXFP4": _Type("e2m1", 32, torch.bfloat16),
 }
 
@@ -41,20 +61,38 @@ class GgufPacking(Packing):
         chosen = _TYPES[blocks.type_name]
         self._blocks = blocks
         self.kind = chosen.kind
+        self.table = _IQ4 if chosen.kind == "table" else ()
         self.group_size = chosen.group_size
+        self.has_minima = chosen.has_minima
         self.scale_dtype = chosen.scale_dtype
 
     def take_apart(self, tensors: Mapping[str, Tensor]) -> Codes:
         codes, factors = from_blocks(self._blocks.type_name, tensors["weight"], 0)
-        is_exponents = factors.scales.dtype == torch.uint8
-        scales = scales_of_exponents(factors.scales) if is_exponents else factors.scales
-        return Codes(codes.flatten(1), scales)
+        values, scales, minima = codes.flatten(1), factors.scales, factors.minima
+        if factors.steps is not None:
+            # Steps without minima are signed, with an offset of 128.
+            steps = factors.steps if self.has_minima else factors.steps ^ 128
+            units = torch.stack((scales,) if minima is None else (scales, minima), dim=2)
+            return Codes(values, steps[:, :, 0], minima=steps[:, :, 1] if self.has_minima else None, units=units)
+        if self.scale_dtype == torch.bfloat16:
+            scales = scales_of_exponents(scales)
+        if self._blocks.type_name == "TQ2_0":
+            minima = -scales
+        return Codes(values, scales, minima=minima)
 
     def put_together(self, codes: Codes) -> dict[str, Tensor]:
+        type_name = self._blocks.type_name
         values = codes.values.unflatten(1, (-1, self._blocks.block_size))
-        is_exponents = self.scale_dtype == torch.bfloat16
-        scales = exponents_of_scales(codes.scales) if is_exponents else codes.scales
-        return {"weight": to_blocks(self._blocks.type_name, values, Factors(scales), 0)}
+        return {"weight": to_blocks(type_name, values, self._factors(codes), 0)}
+
+    def _factors(self, codes: Codes) -> Factors:
+        """Undoes what `take_apart` did to factors."""
+        if codes.units is None:
+            is_exponents = self.scale_dtype == torch.bfloat16
+            return Factors(exponents_of_scales(codes.scales) if is_exponents else codes.scales, codes.minima)
+        if codes.minima is None:
+            return Factors(codes.units[:, :, 0], steps=codes.scales[:, :, None] ^ 128)
+        return Factors(codes.units[:, :, 0], codes.units[:, :, 1], torch.stack((codes.scales, codes.minima), dim=2))
 
 
 def why_not_packed(weight_format: WeightFormat) -> str | None:

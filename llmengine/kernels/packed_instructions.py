@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from llmengine.kernels.packings import Kind
+from llmengine.kernels.packings import PLANES, Kind
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 _MINUS_ZERO = 0x8000
@@ -20,15 +20,17 @@ def instructions(
     zero_group: int | None = None,
     is_wide: bool = False,
     table: tuple[float, ...] = (),
+    middle: int = 0,
 ) -> str:
     """PTX that makes value `index` of two words $1 two numbers $0 of `dtype`, bfloat16 or float16.
 
-    Needs compute capability 8.0.
+    High bits that are in words of their own are in $2. Needs compute capability 8.0.
 
     Args:
         zero_group: where the value's zero point is in the integer $2 of its block, see `PackedLayout`; None: nowhere.
         is_wide: that integer has 64 bits.
         table: the numbers of the codes of "table", which has no zero points.
+        middle: what is subtracted from unsigned integers without zero points.
     """
     if kind == "table":
         assert zero_group is None
@@ -36,8 +38,15 @@ def instructions(
             f"{{ .reg .b32 t, p, q, s, m, a, b, low, high; {' '.join(_look_up(table, index, dtype))} mov.b32 $0, t; }}"
         )
     suffix = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    lines = _unpack(kind, index, dtype, suffix, zero_group is not None)
+    if kind in PLANES:
+        lines = _unpack_unsigned(*PLANES[kind], index, dtype == torch.bfloat16)
+        if zero_group is None:
+            lines += [f"mov.b32 c, {_twice((0xC300 if dtype == torch.bfloat16 else 0xE400) + middle)};"]
+            lines += [f"fma.rn.{suffix} t, t, one, c;"]
+    else:
+        lines = _unpack(kind, index, dtype == torch.bfloat16, suffix)
     if zero_group is not None:
+        assert kind in ("int4", "int8"), kind
         # Both words are of one row, so the second one's integer, $3, is the same.
         source, halves = "high" if zero_group >= 2 else "low", "0x3232" if zero_group % 2 else "0x1010"
         lines = [
@@ -50,17 +59,23 @@ def instructions(
     return f"{{ .reg .b32 t, c, one, zero, low, high, point; {constants} {' '.join(lines)} mov.b32 $0, t; }}"
 
 
-def _unpack(kind: Kind, index: int, dtype: torch.dtype, suffix: str, has_zeros: bool) -> list[str]:
-    """Instructions that leave the numbers in t; zero points, which are to be subtracted, include what is too much."""
-    is_bf16 = dtype == torch.bfloat16
-    if kind == "int4":
-        # 128 + q or 1024 + q, less that and 8.
-        magic, middle = (0x4300, 0xC308) if is_bf16 else (0x6400, 0xE408)
-        return [
-            f"shr.u32 t, $1, {4 * index};",
-            f"lop3.b32 t, t, 0x000f000f, {_twice(magic)}, 0xea;",
-            *(() if has_zeros else (f"mov.b32 c, {_twice(middle)};", f"fma.rn.{suffix} t, t, one, c;")),
+def _unpack_unsigned(low_bits: int, high_bits: int, index: int, is_bf16: bool) -> list[str]:
+    """Instructions that leave 128 + q (bfloat16) or 1024 + q in t."""
+    lines = [
+        f"shr.u32 t, $1, {low_bits * index};",
+        f"lop3.b32 t, t, {_twice((1 << low_bits) - 1)}, {_twice(0x4300 if is_bf16 else 0x6400)}, 0xea;",
+    ]
+    if high_bits > 0:
+        shift = high_bits * index - low_bits
+        lines += [
+            f"shr.u32 c, $2, {shift};" if shift >= 0 else f"shl.b32 c, $2, {-shift};",
+            f"lop3.b32 t, c, {_twice((1 << high_bits) - 1 << low_bits)}, t, 0xea;",
         ]
+    return lines
+
+
+def _unpack(kind: Kind, index: int, is_bf16: bool, suffix: str) -> list[str]:
+    """Instructions that leave the numbers of a kind that is not unsigned in t."""
     if kind == "int8" and is_bf16:
         # 128 + the low seven bits, less 128, or 256 where the sign is set.
         return [

@@ -19,9 +19,11 @@ import triton.language as tl
 def packed_kernel(
     x,
     words,
+    high,
     scales,
     row_scales,
     zeros,
+    extras,
     bias,
     out,
     partials,
@@ -34,10 +36,14 @@ def packed_kernel(
     NUM_TILES: tl.constexpr,
     KIND: tl.constexpr,
     TABLE: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    MIDDLE: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
     SCALES: tl.constexpr,
     ROW_SCALES: tl.constexpr,
+    MINIMA: tl.constexpr,
     ZEROS: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     BF16_ZEROS: tl.constexpr,
@@ -62,6 +68,13 @@ def packed_kernel(
     COLUMNS: tl.constexpr = SLICE * VALUES
     SIZE: tl.constexpr = 64 * SLICE
     TURNS: tl.constexpr = (NUM_BLOCKS + SPLIT_K - 1) // SPLIT_K
+    WORD_TURNS: tl.constexpr = 2 if LOW_BITS == 2 else 1
+    WORD_BLOCKS: tl.constexpr = (NUM_BLOCKS + WORD_TURNS - 1) // WORD_TURNS
+    HIGH_TURNS: tl.constexpr = 4 // (HIGH_BITS if HIGH_BITS > 0 else 4)
+    HIGH_BLOCKS: tl.constexpr = (NUM_BLOCKS + HIGH_TURNS - 1) // HIGH_TURNS
+    EXTRAS: tl.constexpr = MINIMA or SCALES == "steps"
+    EXTRA_TURNS: tl.constexpr = 256 // COLUMNS if SCALES == "steps" else 1
+    EXTRA_BLOCKS: tl.constexpr = (NUM_BLOCKS + EXTRA_TURNS - 1) // EXTRA_TURNS
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     split = tl.program_id(1)
     tile = tl.program_id(2)
@@ -74,18 +87,26 @@ def packed_kernel(
     turns = tl.minimum(TURNS, NUM_BLOCKS - begin)
     first_tile = tile * (BLOCK_N // 64)
     first_place = tl.cast(first_tile, tl.int64) * NUM_BLOCKS + begin
+    first_word = tl.cast(first_tile, tl.int64) * WORD_BLOCKS
     up_offset = tl.cast(N // 64, tl.int64) * NUM_BLOCKS
+    up_words = tl.cast(N // 64, tl.int64) * (WORD_BLOCKS * SIZE)
+    up_high = tl.cast(N // 64, tl.int64) * (HIGH_BLOCKS * SIZE)
+    up_extras = tl.cast(N // 64, tl.int64) * (EXTRA_BLOCKS * 64)
     # Rows beyond the last tile read that one.
     tiles = tl.minimum(r // 64, NUM_TILES - 1 - first_tile)
     if PDL:
         for part in tl.static_range(BLOCK_N // 64):
-            skipped = tl.minimum(part, NUM_TILES - 1 - first_tile) * NUM_BLOCKS
-            _prefetch(words + (first_place + skipped) * SIZE, turns * SIZE)
+            skipped = tl.minimum(part, NUM_TILES - 1 - first_tile) * WORD_BLOCKS
+            prefetched = words + (first_word + skipped + begin // WORD_TURNS) * SIZE
+            _prefetch(prefetched, turns // WORD_TURNS * SIZE)
             if GATED:
-                _prefetch(words + (first_place + skipped + up_offset) * SIZE, turns * SIZE)
+                _prefetch(prefetched + up_words, turns // WORD_TURNS * SIZE)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    word_ptr = words + first_place * SIZE + (tiles * (NUM_BLOCKS * SIZE) + (r % 64) * SLICE)[:, None] + e[None, :]
+    in_tile = ((r % 64) * SLICE)[:, None] + e[None, :]
+    word_ptr = words + first_word * SIZE + (tiles * (WORD_BLOCKS * SIZE))[:, None] + in_tile
+    high_ptr = high + tl.cast(first_tile, tl.int64) * (HIGH_BLOCKS * SIZE)
+    high_ptr += (tiles * (HIGH_BLOCKS * SIZE))[:, None] + in_tile
     x_ptr = x + first_row * K + begin * COLUMNS + m[:, None] * K + e[None, :]
     row_mask = m[:, None] < num_rows
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -93,15 +114,29 @@ def packed_kernel(
     # Scales come two turns ahead, since a load that feeds no product does not go through shared memory.
     scale_ptr = scales + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
     zero_ptr = zeros + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
-    following = tl.minimum(1, turns - 1) * 64
+    extra_ptr = extras + tl.cast(first_tile, tl.int64) * (EXTRA_BLOCKS * 64) + tiles * (EXTRA_BLOCKS * 64) + r % 64
+    following = tl.minimum(1, turns - 1)
     scale = _load_if(scale_ptr, GROUPS > 0)
-    scale_next = _load_if(scale_ptr + following, GROUPS > 0)
+    scale_next = _load_if(scale_ptr + following * 64, GROUPS > 0)
     up_scale = _load_if(scale_ptr + up_offset * 64, GROUPS > 0 and GATED)
-    up_scale_next = _load_if(scale_ptr + up_offset * 64 + following, GROUPS > 0 and GATED)
+    up_scale_next = _load_if(scale_ptr + up_offset * 64 + following * 64, GROUPS > 0 and GATED)
+    extra_place = begin // EXTRA_TURNS * 64
+    following = (begin + following) // EXTRA_TURNS * 64
+    extra = _load_if(extra_ptr + extra_place, EXTRAS)
+    extra_next = _load_if(extra_ptr + following, EXTRAS)
+    up_extra = _load_if(extra_ptr + up_extras + extra_place, EXTRAS and GATED)
+    up_extra_next = _load_if(extra_ptr + up_extras + following, EXTRAS and GATED)
     for turn in tl.range(0, turns, num_stages=NUM_STAGES):
-        word = tl.load(word_ptr, eviction_policy="evict_first")
+        block = begin + turn
+        word = _load_plane(word_ptr, block, SIZE, WORD_TURNS)
+        top = word
+        if HIGH_BITS > 0:
+            top = _load_plane(high_ptr, block, SIZE, HIGH_TURNS)
         if GATED:
-            up_word = tl.load(word_ptr + up_offset * SIZE, eviction_policy="evict_first")
+            up_word = _load_plane(word_ptr + up_words, block, SIZE, WORD_TURNS)
+            up_top = up_word
+            if HIGH_BITS > 0:
+                up_top = _load_plane(high_ptr + up_high, block, SIZE, HIGH_TURNS)
         k = (begin + turn) * COLUMNS + e
         x0 = _load_slice(x_ptr, row_mask, k, K, NUM_BLOCKS * COLUMNS)
         x1 = _load_slice(x_ptr + SLICE, row_mask, k + SLICE, K, NUM_BLOCKS * COLUMNS)
@@ -110,29 +145,37 @@ def packed_kernel(
         if VALUES == 4:
             x2 = _load_slice(x_ptr + 2 * SLICE, row_mask, k + 2 * SLICE, K, NUM_BLOCKS * COLUMNS)
             x3 = _load_slice(x_ptr + 3 * SLICE, row_mask, k + 3 * SLICE, K, NUM_BLOCKS * COLUMNS)
-        ahead = tl.minimum(turn + 2, turns - 1) * 64
+        ahead = tl.minimum(turn + 2, turns - 1)
         scale_now = scale
         up_scale_now = up_scale
         if GROUPS > 0:
             scale = _move(scale_next, CODE_0)
-            scale_next = tl.load(scale_ptr + ahead)
+            scale_next = tl.load(scale_ptr + ahead * 64)
             if GATED:
                 up_scale = _move(up_scale_next, CODE_0)
-                up_scale_next = tl.load(scale_ptr + up_offset * 64 + ahead)
+                up_scale_next = tl.load(scale_ptr + up_offset * 64 + ahead * 64)
+        extra_now = extra
+        up_extra_now = up_extra
+        if EXTRAS:
+            ahead = (begin + ahead) // EXTRA_TURNS * 64
+            extra = _move(extra_next, CODE_0)
+            extra_next = tl.load(extra_ptr + ahead)
+            if GATED:
+                up_extra = _move(up_extra_next, CODE_0)
+                up_extra_next = tl.load(extra_ptr + up_extras + ahead)
         zero = _load_if(zero_ptr + turn * 64, ZEROS)
         up_zero = _load_if(zero_ptr + up_offset * 64 + turn * 64, ZEROS and GATED)
         acc = _add_block(
-            acc, word, x0, x1, x2, x3, scale_now, zero,
-            KIND, TABLE, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            acc, word, top, x0, x1, x2, x3, scale_now, zero, extra_now,
+            KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, GROUPS, SCALES, MINIMA, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             CODE_0, CODE_1, CODE_2, CODE_3,
         )  # fmt: skip
         if GATED:
             up_acc = _add_block(
-                up_acc, up_word, x0, x1, x2, x3, up_scale_now, up_zero,
-                KIND, TABLE, GROUPS, SCALES, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+                up_acc, up_word, up_top, x0, x1, x2, x3, up_scale_now, up_zero, up_extra_now,
+                KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, GROUPS, SCALES, MINIMA, ZEROS, ZERO_OFFSET, BF16_ZEROS,
                 CODE_0, CODE_1, CODE_2, CODE_3,
             )  # fmt: skip
-        word_ptr += SIZE
         x_ptr += COLUMNS
 
     if SPLIT_K > 1:
@@ -177,9 +220,11 @@ def packed_kernel(
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
 def dequantize_kernel(
     words,
+    high,
     scales,
     row_scales,
     zeros,
+    extras,
     ids,
     out,
     first_row,
@@ -188,10 +233,14 @@ def dequantize_kernel(
     NUM_BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
     TABLE: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    MIDDLE: tl.constexpr,
     SLICE: tl.constexpr,
     GROUPS: tl.constexpr,
     SCALES: tl.constexpr,
     ROW_SCALES: tl.constexpr,
+    MINIMA: tl.constexpr,
     ZEROS: tl.constexpr,
     ZERO_OFFSET: tl.constexpr,
     BF16_ZEROS: tl.constexpr,
@@ -215,23 +264,40 @@ def dequantize_kernel(
     rows = first_row + targets
     if GATHER:
         rows = tl.load(ids + targets, mask=in_rows, other=0)
-    places = ((rows // 64).to(tl.int64) * NUM_BLOCKS + block) * 64 + rows % 64
-    word = tl.load(words + places[:, None] * SLICE + e[None, :])
+    tiles = (rows // 64).to(tl.int64)
+    places = (tiles * NUM_BLOCKS + block) * 64 + rows % 64
+    SIZE: tl.constexpr = 64 * SLICE
+    WORD_TURNS: tl.constexpr = 2 if LOW_BITS == 2 else 1
+    WORD_BLOCKS: tl.constexpr = (NUM_BLOCKS + WORD_TURNS - 1) // WORD_TURNS
+    HIGH_TURNS: tl.constexpr = 4 // (HIGH_BITS if HIGH_BITS > 0 else 4)
+    HIGH_BLOCKS: tl.constexpr = (NUM_BLOCKS + HIGH_TURNS - 1) // HIGH_TURNS
+    EXTRA_TURNS: tl.constexpr = 256 // (SLICE * VALUES) if SCALES == "steps" else 1
+    EXTRA_BLOCKS: tl.constexpr = (NUM_BLOCKS + EXTRA_TURNS - 1) // EXTRA_TURNS
+    in_tile = (rows % 64)[:, None] * SLICE + e[None, :]
+    word = _load_plane(words + (tiles * (WORD_BLOCKS * SIZE))[:, None] + in_tile, block, SIZE, WORD_TURNS)
+    top = word
+    if HIGH_BITS > 0:
+        top = _load_plane(high + (tiles * (HIGH_BLOCKS * SIZE))[:, None] + in_tile, block, SIZE, HIGH_TURNS)
     scale = _load_if(scales + places, GROUPS > 0)
+    extra_places = (tiles * EXTRA_BLOCKS + block // EXTRA_TURNS) * 64 + rows % 64
+    extra = _load_if(extras + extra_places, MINIMA or SCALES == "steps")
     zero = _load_if(zeros + places, ZEROS)
     row_scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if ROW_SCALES:
         row_scale = tl.load(row_scales + rows)
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, zero, i, i // PER, KIND, TABLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            word, top, zero, i, i // PER, KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             out.dtype.element_ty,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
         factor = row_scale
         if GROUPS > 0:
-            factor *= _group_scale(scale, i // PER, SCALES)
-        number = (number.to(tl.float32) * factor[:, None]).to(out.dtype.element_ty)
+            factor *= _group_scale(scale, extra, i // PER, SCALES)
+        exact = number.to(tl.float32) * factor[:, None]
+        if MINIMA:
+            exact += _group_minimum(scale, extra, i // PER, GROUPS, SCALES)[:, None]
+        number = exact.to(out.dtype.element_ty)
         columns = ((block * VALUES + i) * SLICE + e)[None, :]
         tl.store(out + targets.to(tl.int64)[:, None] * K + columns, number, mask=in_rows[:, None] & (columns < K))
 
@@ -247,6 +313,16 @@ def _load_if(pointers, WANTED: tl.constexpr):
 
 
 @triton.jit
+def _load_plane(pointers, block, SIZE: tl.constexpr, TURNS: tl.constexpr):
+    """The words of a block; the lowest bits of those that TURNS blocks share."""
+    if TURNS == 1:
+        words = tl.load(pointers + block * SIZE, eviction_policy="evict_first")
+    else:
+        words = tl.load(pointers + block // TURNS * SIZE) >> (block % TURNS * (16 // TURNS)).to(tl.int16)
+    return words
+
+
+@triton.jit
 def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.constexpr):
     """Columns of x; beyond K there are zeros."""
     mask = row_mask
@@ -257,17 +333,23 @@ def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.const
 
 @triton.jit
 def _add_block(
-    acc, word, x0, x1, x2, x3, scale, zero,
-    KIND: tl.constexpr, TABLE: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr,
+    acc, word, top, x0, x1, x2, x3, scale, zero, extra,
+    KIND: tl.constexpr, TABLE: tl.constexpr,
+    LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, MIDDLE: tl.constexpr,
+    GROUPS: tl.constexpr, SCALES: tl.constexpr, MINIMA: tl.constexpr,
     ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
     CODE_0: tl.constexpr, CODE_1: tl.constexpr, CODE_2: tl.constexpr, CODE_3: tl.constexpr,
 ):  # fmt: skip
-    """Add the product of a block of weights and of x's slices; the sums of groups are multiplied by their scales."""
+    """Add the product of a block of weights and of x's slices; the sums of groups are multiplied by their scales.
+
+    Minima are multiplied by the sums of x: the product with ones, which are all that tensor cores add up exactly.
+    """
     VALUES: tl.constexpr = 2 if KIND == "int8" or KIND == "e4m3" else 4
     PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, zero, i, i // PER, KIND, TABLE, ZEROS, ZERO_OFFSET, BF16_ZEROS, x0.dtype,
+            word, top, zero, i, i // PER, KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            x0.dtype,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
         if i == 0:
@@ -285,20 +367,32 @@ def _add_block(
                 part = tl.dot(number, tl.trans(right), input_precision="ieee")
             else:
                 part = tl.dot(number, tl.trans(right), part, input_precision="ieee")
+            if MINIMA:
+                ones = tl.full(word.shape, 1.0, dtype=x0.dtype)
+                if i % PER == 0:
+                    sums = tl.dot(ones, tl.trans(right), input_precision="ieee")
+                else:
+                    sums = tl.dot(ones, tl.trans(right), sums, input_precision="ieee")
             if i % PER == PER - 1:
-                acc += part * _group_scale(scale, i // PER, SCALES)[:, None]
+                acc += part * _group_scale(scale, extra, i // PER, SCALES)[:, None]
+                if MINIMA:
+                    acc += sums * _group_minimum(scale, extra, i // PER, GROUPS, SCALES)[:, None]
     return acc
 
 
 @triton.jit
 def _numbers(
-    word, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, TABLE: tl.constexpr, ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
+    word, top, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, TABLE: tl.constexpr,
+    LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, MIDDLE: tl.constexpr,
+    ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
     DTYPE: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Value INDEX of each word, as a number of DTYPE, less its zero point."""
     if CODE != "":
-        if not ZEROS:
+        if HIGH_BITS > 0:
+            bits = tl.inline_asm_elementwise(CODE, "=r,r,r", [word, top], dtype=tl.int16, is_pure=True, pack=2)
+        elif not ZEROS:
             bits = tl.inline_asm_elementwise(CODE, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
         elif zero.dtype == tl.int64:
             bits = tl.inline_asm_elementwise(
@@ -310,9 +404,9 @@ def _numbers(
             )
         number = bits.to(DTYPE, bitcast=True)
     else:
-        exact = _plain_numbers(word, INDEX, KIND, TABLE)
-        if KIND == "int4" and not ZEROS:
-            exact -= 8.0
+        exact = _plain_numbers(word, top, INDEX, KIND, TABLE, LOW_BITS, HIGH_BITS)
+        if MIDDLE > 0:
+            exact -= MIDDLE
         if ZEROS:
             exact += ZERO_OFFSET + _half(zero >> (16 * GROUP), BF16_ZEROS)[:, None]
         number = exact.to(DTYPE)
@@ -320,11 +414,17 @@ def _numbers(
 
 
 @triton.jit
-def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr):
+def _plain_numbers(
+    word, top, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
+    LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
+):  # fmt: skip
     """Value INDEX of each word as float32, by plain arithmetic."""
     bits = word.to(tl.int32)
-    if KIND == "int4":
-        exact = ((bits >> (4 * INDEX)) & 15).to(tl.float32)
+    if LOW_BITS > 0:
+        code = (bits >> (LOW_BITS * INDEX)) & ((1 << LOW_BITS) - 1)
+        if HIGH_BITS > 0:
+            code |= ((top.to(tl.int32) >> (HIGH_BITS * INDEX)) & ((1 << HIGH_BITS) - 1)) << LOW_BITS
+        exact = code.to(tl.float32)
     elif KIND == "int8":
         exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
     elif KIND == "e4m3":
@@ -342,15 +442,33 @@ def _plain_numbers(word, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.cons
 
 
 @triton.jit
-def _group_scale(scale, GROUP: tl.constexpr, SCALES: tl.constexpr):
-    """The scale of a group, float32, out of the integer that has those of a block."""
-    if SCALES == "float32":
+def _group_scale(scale, extra, GROUP: tl.constexpr, SCALES: tl.constexpr):
+    """The scale of a group, float32, out of the integer that has those of a block; steps times what `extra` has."""
+    if SCALES == "steps":
+        value = _step(scale, GROUP) * _half(extra, False)
+    elif SCALES == "float32":
         value = (scale >> (32 * GROUP)).to(tl.int32).to(tl.float32, bitcast=True)
     elif SCALES == "e4m3":
         value = _e4m3((scale >> (8 * GROUP)).to(tl.int32))
     else:
         value = _half(scale >> (16 * GROUP), SCALES == "bfloat16")
     return value
+
+
+@triton.jit
+def _group_minimum(scale, extra, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr):
+    """The minimum of a group, float32: a step, which come behind those of scales, times what `extra` has, or there."""
+    if SCALES == "steps":
+        value = _step(scale, GROUPS + GROUP) * _half(extra >> 16, False)
+    else:
+        value = _half(extra >> (16 * GROUP), False)
+    return value
+
+
+@triton.jit
+def _step(steps, PLACE: tl.constexpr):
+    """A signed byte of an integer, as float32."""
+    return (((steps >> (8 * PLACE)).to(tl.int32) << 24) >> 24).to(tl.float32)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.kernels.packed_instructions import instructions
 from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
+from llmengine.kernels.packings import PLANES
 
 _PART_BYTES = 64 << 20
 """Dequantized weights that exist at a time."""
@@ -35,6 +36,7 @@ _SCALES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.float8_e4m3fn: "e4m3",
+    torch.int8: "steps",
 }
 """The kernels' names of the dtypes of scales."""
 
@@ -163,21 +165,26 @@ def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
     """The kernels' arguments that a layout decides."""
     codes = [""] * 4
     if on_gpu and layout.dtype != torch.float32:
-        values = layout.values_per_word
+        values = layout.num_values
         for index in range(values):
             zero_group = index * layout.num_groups // values if layout.has_zeros else None
             codes[index] = instructions(
-                layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4, layout.table
+                layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4, layout.table, layout.middle
             )
+    low_bits, high_bits = PLANES.get(layout.kind, (0, 0))
     return {
         "K": layout.shape[1],
         "NUM_BLOCKS": layout.num_blocks,
         "KIND": layout.kind,
         "TABLE": layout.table,
+        "LOW_BITS": low_bits,
+        "HIGH_BITS": high_bits,
+        "MIDDLE": layout.middle,
         "SLICE": layout.slice_columns,
         "GROUPS": layout.num_groups,
         "SCALES": _SCALES[layout.scale_dtype],
         "ROW_SCALES": layout.has_row_scales,
+        "MINIMA": layout.has_minima,
         "ZEROS": layout.has_zeros,
         "ZERO_OFFSET": layout.zero_offset,
         "BF16_ZEROS": layout.zero_dtype == torch.bfloat16,
@@ -235,5 +242,7 @@ def _dequantize(
 
 
 def _factors(matrix: PackedMatrix) -> Iterator[Tensor]:
-    """The kernels' scales of groups, scales of rows and zero points; what there is none of is not read."""
-    return (matrix.tensors.get(name, matrix.tensors["words"]) for name in ("scales", "row_scales", "zeros"))
+    """The kernels' high bits and factors; what there is none of is not read."""
+    extras = "units" if matrix.layout.has_steps else "minima"
+    names = ("high", "scales", "row_scales", "zeros", extras)
+    return (matrix.tensors.get(name, matrix.tensors["words"]) for name in names)

@@ -22,12 +22,21 @@ from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.nvfp4 import BLOCK as NV_BLOCK
 from llmengine.quantization.nvfp4 import Nvfp4
 
-Kind = Literal["int4", "int8", "e4m3", "e2m1", "table"]
-"""What a value is: an unsigned integer of 4 bits, a signed one of 8, a floating-point number of 8 or 4 bits, or the
-place of a number in a table of 16."""
+Kind = Literal["int2", "int3", "int4", "int5", "int6", "int8", "e4m3", "e2m1", "table"]
+"""What a value is: an unsigned integer of 2 to 6 bits, a signed one of 8, a floating-point number of 8 or 4 bits, or
+the place of a number in a table of 16."""
 
-VALUES: Mapping[Kind, int] = {"int4": 4, "e2m1": 4, "table": 4, "int8": 2, "e4m3": 2}
-"""Values in an int16."""
+PLANES: Mapping[Kind, tuple[int, int]] = {
+    "int2": (2, 0),
+    "int3": (2, 1),
+    "int4": (4, 0),
+    "int5": (4, 1),
+    "int6": (4, 2),
+}
+"""Of unsigned integers, the bits that are in words and, above them, those that are in words of their own."""
+
+VALUES: Mapping[Kind, int] = {**dict.fromkeys(PLANES, 4), "e2m1": 4, "table": 4, "int8": 2, "e4m3": 2}
+"""Values of a block at each place of its words."""
 
 
 _NONE = torch.empty(0)
@@ -42,15 +51,19 @@ class Codes:
 
     Attributes:
         values: uint8 [rows, columns], in the bits that `Kind` says.
-        scales: of groups, [rows, groups], uint8 if they are e4m3 numbers; empty if there are none.
+        scales: of groups, [rows, groups], uint8 if they are e4m3 numbers or steps; empty if there are none.
         row_scales: float32 [rows]; empty if there are none.
         zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
+        minima: [rows, groups], what is added to each value times its scale: float16, or steps; None if nothing is.
+        units: float16 [rows, columns / 256, 1 or 2], what the steps of scales and of minima are multiplied by.
     """
 
     values: Tensor
     scales: Tensor = _NONE
     row_scales: Tensor = _NONE
     zeros: Tensor | None = None
+    minima: Tensor | None = None
+    units: Tensor | None = None
 
 
 class Packing(ABC):
@@ -62,7 +75,8 @@ class Packing(ABC):
         group_size: columns that share a scale, -1: all of a row; 0: there are scales of rows alone.
         has_row_scales: rows have scales, float32.
         has_zeros: groups have zero points.
-        scale_dtype: of the scales of groups.
+        has_minima: groups have minima.
+        scale_dtype: of the scales of groups; int8 for steps, of which all in 256 columns have the same unit.
     """
 
     kind: Kind
@@ -70,16 +84,12 @@ class Packing(ABC):
     group_size: int = -1
     has_row_scales: bool = False
     has_zeros: bool = False
+    has_minima: bool = False
     scale_dtype: torch.dtype = torch.float32
-
-    @property
-    def values_per_word(self) -> int:
-        """Values in an int16."""
-        return VALUES[self.kind]
 
     def num_groups(self, slice_columns: int, columns: int) -> int | None:
         """Groups of a block of such slices; None if groups and blocks do not fit into each other."""
-        block = slice_columns * self.values_per_word
+        block = slice_columns * VALUES[self.kind]
         size = self.group_size
         if size == 0:
             return 0

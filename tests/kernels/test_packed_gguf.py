@@ -9,14 +9,17 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
-from llmengine.kernels.packed_linear import PackedProducts
+from llmengine.kernels.packed_linear import PackedProducts, gather_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
 from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
 from tests.quantization.random_blocks import random_blocks
 
-TYPES = ("Q4_0", "Q8_0", "MXFP4")
+TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "TQ2_0", "MXFP4"),
+)
 CONFIGS: list[LinearConfig] = [
     PackedConfig(8, 64, num_warps=4, num_stages=4, split_k=2),
     PackedConfig(16, 128, num_warps=8, num_stages=3),
@@ -52,14 +55,18 @@ def test_blocks_come_back(device: str, type_name: str) -> None:
 @pytest.mark.parametrize("type_name", TYPES)
 def test_memory_is_that_of_the_file(type_name: str) -> None:
     shape = (1024, 2048)
-    matrix_bytes = PackedLayout.of(GGUF_BLOCKS[type_name], shape, torch.float16)
-    assert matrix_bytes is not None
-    size = sum(tensor.nbytes for tensor in matrix_bytes.empty("meta").values())
-    assert size <= MORE_MEMORY.get(type_name, 1.0) * GGUF_BLOCKS[type_name].size_bytes(shape, "float32")
+    layout = PackedLayout.of(GGUF_BLOCKS[type_name], shape, torch.float16)
+    assert layout is not None
+    bits = 8 * sum(tensor.nbytes for tensor in layout.empty("meta").values()) / (shape[0] * shape[1])
+    in_file = 8 * GGUF_BLOCKS[type_name].size_bytes(shape, "float32") / (shape[0] * shape[1])
+    assert bits == in_file + MORE_BITS.get(type_name, 0.0)
 
 
-MORE_MEMORY = {"MXFP4": 4.5 / 4.25}
-"""Bits a weight beside those in the file."""
+MORE_BITS = {
+    **{"Q2_K": 0.5, "Q3_K": 0.125, "Q4_K": 0.125, "Q5_K": 0.125},
+    **{"IQ4_XS": 0.0625, "TQ2_0": 0.0625, "MXFP4": 0.25},
+}
+"""Bits of a weight in memory that are not in the file."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -78,6 +85,17 @@ def test_products(device: str, type_name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(out, expected, rtol=0.0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
         if isinstance(config, PackedConfig):  # whose weights are not rounded
             torch.testing.assert_close(out, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_rows_are_looked_up(device: str, type_name: str) -> None:
+    shape, ids = (200, 768), torch.tensor([3, 199, 64, 3, *range(60, 75), 0, 128], dtype=torch.int32)
+    stored = stored_blocks(type_name, shape)
+    expected = GGUF_BLOCKS[type_name].dequantize({"weight": stored})[ids.long()]
+    for dtype in (torch.float16, torch.float32):
+        out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
+        gather_rows(packed(type_name, shape, stored, dtype, device), ids.to(device), out)
+        torch.testing.assert_close(out.cpu(), expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
 @pytest.mark.parametrize("type_name", TYPES)

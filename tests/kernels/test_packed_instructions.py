@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.packed_instructions import instructions
-from llmengine.kernels.packings import VALUES, Kind
+from llmengine.kernels.packings import PLANES, VALUES, Kind
 from llmengine.quantization.bnb4 import TABLES
 from llmengine.quantization.mxfp4 import E2M1_NUMBERS
 from tests.kernels.ptx import assemble, halves, run_ptx
@@ -18,6 +18,7 @@ from tests.kernels.ptx import assemble, halves, run_ptx
 DTYPES = [torch.float16, torch.bfloat16]
 UNEVEN = tuple(float(number) for number in (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 CODES: dict[str, tuple[Kind, tuple[float, ...]]] = {
+    "int2": ("int2", ()),
     "int4": ("int4", ()),
     "int8": ("int8", ()),
     "e4m3": ("e4m3", ()),
@@ -34,14 +35,18 @@ def names(value: object) -> str:
 
 def numbers_of(kind: Kind, table: tuple[float, ...]) -> Tensor:
     """The number of every code of a kind, float32."""
-    if kind == "int4":
-        return torch.arange(16.0) - 8
+    if kind in PLANES:
+        return torch.arange(float(1 << sum(PLANES[kind]))) - middle_of(kind)
     if kind == "int8":
         return torch.arange(256, dtype=torch.uint8).view(torch.int8).float()
     if kind == "e4m3":
         numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         return torch.where(numbers.isnan(), torch.tensor([480.0, -480.0]).repeat_interleave(128), numbers)
     return torch.tensor(E2M1_NUMBERS if kind == "e2m1" else table)
+
+
+def middle_of(kind: Kind) -> int:
+    return 1 << sum(PLANES[kind]) >> 1 if kind in PLANES else 0
 
 
 def words() -> Tensor:
@@ -52,7 +57,7 @@ def words() -> Tensor:
 
 def codes_of(registers: Tensor, kind: Kind, index: int) -> Tensor:
     """Value `index` of both words, [..., 2]."""
-    width = 16 // VALUES[kind]
+    width = PLANES[kind][0] if kind in PLANES else 16 // VALUES[kind]
     return torch.stack((registers, registers >> 16), dim=-1) >> width * index & (1 << width) - 1
 
 
@@ -62,8 +67,26 @@ def test_every_word_becomes_its_numbers(name: str, dtype: torch.dtype) -> None:
     kind, table = CODES[name]
     registers, numbers = words(), numbers_of(kind, table)
     for index in range(VALUES[kind]):
-        found = halves(run_ptx(instructions(kind, index, dtype, table=table), _1=registers)).view(dtype)
+        found = halves(
+            run_ptx(instructions(kind, index, dtype, table=table, middle=middle_of(kind)), _1=registers)
+        ).view(dtype)
         assert torch.equal(found, numbers[codes_of(registers, kind, index)].to(dtype)), index
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("kind", ["int3", "int5", "int6"])
+@pytest.mark.parametrize("has_minima", [False, True])
+def test_high_bits_come_from_words_of_their_own(kind: Kind, has_minima: bool, dtype: torch.dtype) -> None:
+    low_bits, high_bits = PLANES[kind]
+    low, high = words(), words().flip(0)
+    middle = 0 if has_minima else middle_of(kind)
+    for index in range(VALUES[kind]):
+        code = instructions(kind, index, dtype, middle=middle)
+        found = halves(run_ptx(code, _1=low, _2=high)).view(dtype)
+        both = [torch.stack((plane, plane >> 16), dim=-1) for plane in (low, high)]
+        values = both[0] >> low_bits * index & (1 << low_bits) - 1
+        values |= (both[1] >> high_bits * index & (1 << high_bits) - 1) << low_bits
+        assert torch.equal(found, (values - middle).to(dtype)), index
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -95,6 +118,10 @@ def test_the_assembler_takes_every_block(tmp_path: Path, capability: str) -> Non
         for dtype in DTYPES:
             for index in range(VALUES[kind]):
                 assert assemble(instructions(kind, index, dtype, table=table), "r", capability, ptxas, tmp_path) == ""
+    for kind in ("int3", "int5", "int6"):
+        for index in range(VALUES[kind]):
+            code = instructions(kind, index, torch.float16, middle=middle_of(kind))
+            assert assemble(code, "rr", capability, ptxas, tmp_path) == ""
     for kind in ("int4", "int8"):
         for is_wide in (False, True):
             code = instructions(kind, 1, torch.bfloat16, 1, is_wide)
