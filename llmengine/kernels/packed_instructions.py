@@ -6,10 +6,28 @@ import functools
 
 import torch
 
+from llmengine.kernels.packed_weights import PackedLayout
 from llmengine.kernels.packings import PLANES, Kind
 
 _ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 _MINUS_ZERO = 0x8000
+
+
+def layout_instructions(layout: PackedLayout) -> list[str]:
+    """`instructions` for each value at a place of a layout's words; its activations have 16 bits."""
+    count = layout.num_values
+    return [
+        instructions(
+            layout.kind,
+            index,
+            layout.dtype,
+            index * layout.num_groups // count if layout.has_zeros else None,
+            layout.num_groups == 4,
+            layout.table,
+            layout.middle,
+        )
+        for index in range(count)
+    ]
 
 
 @functools.cache

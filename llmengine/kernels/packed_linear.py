@@ -19,7 +19,7 @@ from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
 from llmengine.kernels.gemm_config import LinearConfig, PackedConfig, fuses_gate
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
-from llmengine.kernels.packed_instructions import instructions
+from llmengine.kernels.packed_instructions import layout_instructions
 from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
 from llmengine.kernels.packings import PLANES
@@ -163,14 +163,7 @@ class PackedProducts:
 
 def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
     """The kernels' arguments that a layout decides."""
-    codes = [""] * 4
-    if on_gpu and layout.dtype != torch.float32:
-        values = layout.num_values
-        for index in range(values):
-            zero_group = index * layout.num_groups // values if layout.has_zeros else None
-            codes[index] = instructions(
-                layout.kind, index, layout.dtype, zero_group, layout.num_groups == 4, layout.table, layout.middle
-            )
+    codes = layout_instructions(layout) if on_gpu and layout.dtype != torch.float32 else []
     low_bits, high_bits = PLANES.get(layout.kind, (0, 0))
     return {
         "K": layout.shape[1],
@@ -188,7 +181,7 @@ def layout_constants(layout: PackedLayout, on_gpu: bool) -> dict[str, Any]:
         "ZEROS": layout.has_zeros,
         "ZERO_OFFSET": layout.zero_offset,
         "BF16_ZEROS": layout.zero_dtype == torch.bfloat16,
-        **{f"CODE_{index}": code for index, code in enumerate(codes)},
+        **{f"CODE_{index}": codes[index] if index < len(codes) else "" for index in range(4)},
     }
 
 
