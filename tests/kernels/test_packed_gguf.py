@@ -9,7 +9,7 @@ from torch import Tensor
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
-from llmengine.kernels.packed_linear import PackedProducts, gather_rows
+from llmengine.kernels.packed_linear import PackedProducts, gather_packed_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
@@ -94,7 +94,7 @@ def test_rows_are_looked_up(device: str, type_name: str) -> None:
     expected = GGUF_BLOCKS[type_name].dequantize({"weight": stored})[ids.long()]
     for dtype in (torch.float16, torch.float32):
         out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
-        gather_rows(packed(type_name, shape, stored, dtype, device), ids.to(device), out)
+        gather_packed_rows(packed(type_name, shape, stored, dtype, device), ids.to(device), out)
         torch.testing.assert_close(out.cpu(), expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
