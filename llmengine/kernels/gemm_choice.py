@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -22,14 +22,17 @@ import triton
 
 from llmengine.dtypes import dtype_name
 from llmengine.kernels.cublaslt import TILES, CublasConfig, TileConfig
+from llmengine.kernels.cuda_program import can_compile
 from llmengine.kernels.gemm_config import (
     GemmShape,
+    HopperConfig,
     LinearConfig,
     PackedConfig,
     fuses_gate,
     parse_config,
     shared_bytes,
 )
+from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.quantization.formats import Dense
@@ -38,9 +41,9 @@ from llmengine.user_cache import cache_dir, read_choices, write_choices
 
 _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
-ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FILE_VERSION = 5
+_FILE_VERSION = 6
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 _NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.05
@@ -100,6 +103,7 @@ stands for the library's first N proposals, tiles:N for N of its tiles that fill
 
 _PACKED: dict[int, str] = {
     1: "packed-m8n64w4s4 packed-m8n64w4s6",
+    8: "packed-m8n64w4s4 packed-m8n64w4s6",
     16: "packed-m16n64w4s4 packed-m16n64w4s3 packed-m16n128w8s4",
     32: "packed-m32n64w4s3 packed-m32n64w4s4 packed-m32n128w8s3",
     64: "packed-m64n64w4s3 packed-m64n128w8s3",
@@ -120,6 +124,12 @@ _SPLITS = (1, 2, 4, 8, 16)
 """Programs that share K, for quantized weights, of which those are tried that give one to three to a multiprocessor."""
 
 _USUAL_SMS = 132
+
+_SPLIT_US = {1: 3.0, 2: 4.5, 4: 12.0, 8: 15.0}
+"""Microseconds that a product by `hopper_packed` takes beside those of its parts, by the number of these."""
+
+_MOST_HOPPER, _MOST_OTHERS = 4, 2
+"""Candidates of `hopper_packed`, and those that are tried beside them where they are the likeliest."""
 
 _FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2 tiles:1"
 """Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
@@ -142,31 +152,41 @@ class GemmChoices:
 
     Args:
         max_shared: bytes of shared memory that a program can have.
-        num_sms: multiprocessors that cuBLASLt's tiles are chosen for; 0: only what it proposes is tried.
+        num_sms: multiprocessors of a Hopper GPU, which cuBLASLt's tiles are chosen for; 0: another GPU, and only what
+            cuBLASLt proposes is tried.
+        compiles_cuda: whether CUDA C++ can be compiled (`cuda_program.can_compile`).
         file: where measurements are kept between processes. A file that is unreadable or cannot be written is
             reported in the log, and otherwise as if it were not there.
         clock: seconds, for the budget.
     """
 
     def __init__(
-        self, file: Path, max_shared: int, num_sms: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        file: Path,
+        max_shared: int,
+        num_sms: int = 0,
+        compiles_cuda: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = file
         self._max_shared = max_shared
         self._num_sms = num_sms
+        self._compiles_cuda = compiles_cuda
         self._clock = clock
         self._chosen = _read(file)
 
     def choose(self, shape: GemmShape) -> LinearConfig:
         """The configuration for `shape`, any number of rows."""
-        if _bucket(shape.num_rows) is None:
+        if _bucket(shape) is None:
             return CublasConfig()
         chosen = self._chosen.get(_key(shape))
+        if isinstance(chosen, HopperConfig) and not self._compiles_cuda:
+            chosen = None  # measured while there was a compiler
         return self.candidates(shape)[0] if chosen is None else chosen
 
     def candidates(self, shape: GemmShape) -> list[LinearConfig]:
         """The configurations worth measuring for a shape, the likeliest first; one means that there is no choice."""
-        return candidates(shape, self._max_shared, self._num_sms)
+        return candidates(shape, self._max_shared, self._num_sms, self._compiles_cuda)
 
     def missing(self, shapes: Iterable[GemmShape]) -> list[GemmShape]:
         """The shapes that are not measured and have more than one candidate, bucketed, each once."""
@@ -228,7 +248,7 @@ def cuda_choices(kernels: LinearKernels, device: torch.device) -> GemmChoices:
     if kernels.pdl:
         name += "-pdl"
     file = cache_dir() / f"gemm-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}.json"
-    return GemmChoices(file, max_shared_bytes(device), tiled_sms(device))
+    return GemmChoices(file, max_shared_bytes(device), tiled_sms(device), can_compile())
 
 
 def unmeasured_config(shape: GemmShape, max_shared: int) -> LinearConfig:
@@ -236,16 +256,18 @@ def unmeasured_config(shape: GemmShape, max_shared: int) -> LinearConfig:
     return candidates(shape, max_shared)[0] if shape.is_quantized else CublasConfig()
 
 
-def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0) -> list[LinearConfig]:
+def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cuda: bool = False) -> list[LinearConfig]:
     """The configurations that were fast for a shape's bucket and fit in `max_shared` bytes, the likeliest first.
 
     Args:
-        num_sms: see `GemmChoices`.
+        num_sms: see `GemmChoices`, and for `compiles_cuda`.
     """
     bucketed = _bucketed(shape)
     if bucketed is not None and shape.is_quantized:
         quantized = _quantized_candidates(bucketed, num_sms or _USUAL_SMS)
-        return [config for config in quantized if shared_bytes(shape, config) <= max_shared]
+        fitting = [config for config in quantized if shared_bytes(shape, config) <= max_shared]
+        hopper = _hopper_candidates(bucketed, num_sms) if num_sms > 0 and compiles_cuda else []
+        return _merged(bucketed.num_rows, fitting, hopper)
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
@@ -283,6 +305,45 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
     return configs
 
 
+def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
+    """The ways to multiply by packed weights with `hopper_packed` that should take the least time, the best first."""
+    layout = shape.layout
+    if layout is None or shape.num_rows < 32 or not has_hopper_product(layout):
+        return []
+    boxes = layout.num_blocks * layout.block_columns // 64
+
+    def num_programs(config: HopperConfig) -> int:
+        return -(-_num_outputs(shape) // 128) * -(-shape.num_rows // config.block_m) * config.split_k
+
+    def microseconds(config: HopperConfig) -> float:
+        # Of four 8b products on an H200, within a fifth: a box of 64 columns takes 125 ns and 2.7 for each row of x.
+        waves = -(-num_programs(config) // (num_sms * config.programs)) * config.programs
+        each = -(-boxes // config.split_k) * (0.125 + 0.0027 * config.block_m)
+        return waves * (each + 1.0) * (0.9 if config.programs > 1 else 1.0) + _SPLIT_US[config.split_k]
+
+    def is_sensible(config: HopperConfig) -> bool:
+        at_once = num_sms * config.programs
+        fills = config.programs == 1 or num_programs(config) > num_sms
+        splits = config.split_k == 1 or (num_programs(config) <= at_once and 2 * config.split_k <= layout.num_blocks)
+        return config.block_m < 2 * shape.num_rows and fills and splits
+
+    configs = [
+        HopperConfig(rows, programs, split)
+        for rows, all_programs in PROGRAMS.items()
+        for programs in all_programs
+        for split in SPLITS
+    ]
+    configs = [config for config in configs if is_sensible(config)]
+    return sorted(configs, key=microseconds)[:_MOST_HOPPER]
+
+
+def _merged(num_rows: int, others: Sequence[LinearConfig], hopper: Sequence[LinearConfig]) -> list[LinearConfig]:
+    """All candidates, the likeliest first: for up to 32 rows, and for very many, those that are not for Hopper."""
+    if 32 < num_rows <= 512 and hopper:
+        return [*hopper, *others[:_MOST_OTHERS]]
+    return [*others, *hopper]
+
+
 def _tiles(shape: GemmShape, num_sms: int, number: int) -> list[TileConfig]:
     """The `number` tiles with which all waves of programs together take the least time, in their clusters."""
     if num_sms == 0:
@@ -313,14 +374,16 @@ def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
     return "wide" if shape.operation == "norm_linear" and shape.n >= 6 * shape.k else "large"
 
 
-def _bucket(num_rows: int) -> int | None:
-    """The rows of the bucket of `num_rows`, None if there are more rows than in any bucket."""
-    return next((rows for rows in ROW_BUCKETS if num_rows <= rows), None)
+def _bucket(shape: GemmShape) -> int | None:
+    """The rows of the shape's bucket, None if it has more rows than any."""
+    rows = next((rows for rows in ROW_BUCKETS if shape.num_rows <= rows), None)
+    # Eight rows are what a product with packed weights has at least; others are as fast with sixteen.
+    return 16 if rows == 8 and shape.layout is None else rows
 
 
 def _bucketed(shape: GemmShape) -> GemmShape | None:
     """The shape with its bucket's number of rows; None if it has more than any bucket."""
-    rows = _bucket(shape.num_rows)
+    rows = _bucket(shape)
     return None if rows is None else replace(shape, num_rows=rows)
 
 
@@ -329,7 +392,7 @@ def _key(shape: GemmShape) -> str:
     # The key of a dense product has no format, as it was before there were others: kept measurements stay valid.
     weights = "" if isinstance(shape.weight_format, Dense) else f" {shape.weight_format}"
     dtypes = f"{dtype_name(shape.dtype)}->{dtype_name(shape.out_dtype)}"
-    return f"{shape.operation} {_bucket(shape.num_rows)}x{shape.n}x{shape.k} {dtypes}{weights}"
+    return f"{shape.operation} {_bucket(shape)}x{shape.n}x{shape.k} {dtypes}{weights}"
 
 
 def _read(file: Path) -> dict[str, LinearConfig]:

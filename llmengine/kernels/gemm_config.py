@@ -76,9 +76,29 @@ class PackedConfig:
         return name + (f"x{self.split_k}" if self.split_k > 1 else "")
 
 
-LinearConfig = SkinnyConfig | PackedConfig | CublasConfig | TileConfig
-"""A dense matrix is multiplied by any but a `PackedConfig`; a quantized one by any but a `SkinnyConfig`. For cuBLASLt a
-packed one is dequantized first; with activations in FP8, torch's product is meant."""
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """How `hopper_packed` cuts up a product with packed weights.
+
+    Attributes:
+        block_m: rows of x that a program has, one of `hopper_packed.ROWS`.
+        programs: that share a multiprocessor, one of `hopper_packed.PROGRAMS[block_m]`.
+        split_k: programs that share the K of one tile, one of `hopper_packed.SPLITS`.
+    """
+
+    block_m: int
+    programs: int
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        """A short name: hopper-m64p2, then x2 for split_k."""
+        return f"hopper-m{self.block_m}p{self.programs}" + (f"x{self.split_k}" if self.split_k > 1 else "")
+
+
+LinearConfig = SkinnyConfig | PackedConfig | HopperConfig | CublasConfig | TileConfig
+"""A dense matrix is multiplied by any but a `PackedConfig` or a `HopperConfig`; a quantized one by any but a
+`SkinnyConfig`, and by a `HopperConfig` only if it is packed. For cuBLASLt a packed one is dequantized first; with
+activations in FP8, torch's product is meant."""
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -98,10 +118,14 @@ def parse_config(name: str) -> LinearConfig:
         *sizes, split_k = match.groups()
         block_m, block_n, num_warps, num_stages = map(int, sizes)
         return PackedConfig(block_m, block_n, num_warps, num_stages, int(split_k or 1))
+    match = re.fullmatch(r"hopper-m(\d+)p(\d+)(?:x(\d+))?", name)
+    if match is not None:
+        return HopperConfig(int(match[1]), int(match[2]), int(match[3] or 1))
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, cublas3m64 or tile96x128c2x1"
+            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, hopper-m64p2x2, cublas3m64 or "
+            "tile96x128c2x1"
         )
     *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
@@ -210,7 +234,8 @@ def fuses_gate(config: LinearConfig, num_outputs: int) -> bool:
 
     Both must begin with a tile, and many rows of both would take too many registers.
     """
-    return isinstance(config, PackedConfig) and config.block_m <= _MAX_GATED_ROWS and num_outputs % TILE_ROWS == 0
+    fits = isinstance(config, HopperConfig) or (isinstance(config, PackedConfig) and config.block_m <= _MAX_GATED_ROWS)
+    return fits and num_outputs % TILE_ROWS == 0
 
 
 def fixed_config(shape: GemmShape, max_shared: int) -> SkinnyConfig | PackedConfig:

@@ -15,9 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
+from llmengine.kernels import hopper_packed
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
-from llmengine.kernels.gemm_config import LinearConfig, PackedConfig, fuses_gate
+from llmengine.kernels.gemm_config import HopperConfig, LinearConfig, PackedConfig, fuses_gate
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.kernels.packed_instructions import layout_instructions
 from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
@@ -68,8 +69,7 @@ class PackedProducts:
         """See `LinearKernels.norm_linear_silu`."""
         x = self._prepared(x, norm_weight, eps)
         if fuses_gate(config, out.shape[1]):
-            assert isinstance(config, PackedConfig)
-            self._launch(x, bias, out, config, gated=True)
+            self._multiply(x, bias, out, config, gated=True)
             return
         gate_up = x.new_empty(len(x), self._matrix.shape[0])
         self._multiply(x, bias, gate_up, config)
@@ -77,6 +77,9 @@ class PackedProducts:
 
     def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
         """Compile the kernel of a product of tensors like `x` and `out`, without running it."""
+        if isinstance(config, HopperConfig):
+            hopper_packed.compile_product(self._matrix.layout, config.block_m, config.programs)
+            return
         if not isinstance(config, PackedConfig):
             part = x.new_empty(TILE_ROWS, x.shape[1])
             dequantize_rows(self._matrix, 0, part, compile_for=self._kernels.counters.device)
@@ -95,9 +98,21 @@ class PackedProducts:
             x = torch.mul(x, scale).to(x.dtype)
         return x if order is None else x.index_select(1, order)
 
-    def _multiply(self, x: Tensor, bias: Tensor | None, out: Tensor, config: LinearConfig, add: bool = False) -> None:
+    def _multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        config: LinearConfig,
+        gated: bool = False,
+        add: bool = False,
+    ) -> None:
         if isinstance(config, PackedConfig):
-            self._launch(x, bias, out, config, add=add)
+            self._launch(x, bias, out, config, gated, add)
+            return
+        if isinstance(config, HopperConfig):
+            cut = (config.block_m, config.programs, config.split_k)
+            hopper_packed.multiply(x, self._matrix, bias, out, *cut, gated, add, pdl=self._kernels.pdl)
             return
         assert isinstance(config, CublasConfig | TileConfig), config
         num_rows, columns = self._matrix.shape

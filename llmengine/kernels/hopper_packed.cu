@@ -1,0 +1,511 @@
+// The product of packed quantized weights and many rows of activations, on Hopper (compute capability 9.0).
+//
+// `packed_weights` describes the layout. A program computes 128 outputs, two tiles of 64, for ROWS rows of x. One warp
+// copies words, scales and x to shared memory; each of two warpgroups makes its tile's words numbers in registers, the
+// left operand of a tensor core's product, and multiplies them by x where the copy left it. So weights are unpacked once
+// for each ROWS rows, and pass through shared memory packed. Programs that share the inputs form a cluster and add their
+// sums up through each other's shared memory, always in the same order.
+//
+// The source is compiled for one format at a time, with these macros:
+//   ROWS          rows of x: 32, 64, 128 or 256
+//   PROGRAMS      programs that share a multiprocessor, 1 or 2
+//   SLICE         words of a row in a block: 64 or 32
+//   VALUES        numbers in a word: 4 or 2
+//   GROUPS        groups of a block with a scale each: 1, 2 or 4; 0: there are none
+//   SCALE         of a group: FLOAT32, BFLOAT16, FLOAT16 or E4M3
+//   ZERO_BYTES    of a block's zero points of one row; 0: there are none
+//   BF16          activations are bfloat16 rather than float16
+//   WORD_SLOTS, X_SLOTS   copies of words and of x that can be under way
+//   UNPACK_0 to UNPACK_3  PTX that makes two words two numbers: %0 of %1, with the zero points %2
+
+#define FLOAT32 0
+#define BFLOAT16 1
+#define FLOAT16 2
+#define E4M3 3
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+constexpr int BLOCK = SLICE * VALUES;         // columns
+constexpr int BOXES = BLOCK / 64;             // of x, 64 columns each
+constexpr int STEPS = SLICE / 16;             // of 16 words
+constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == E4M3 ? 1 : 2;
+constexpr int TILE_BYTES = 64 * SLICE * 2;
+constexpr int SCALES_BYTES = 64 * GROUPS * SCALE_BYTES;
+constexpr int ZEROS_BYTES = 64 * ZERO_BYTES;
+constexpr int WORDS_SLOT = 2 * TILE_BYTES;
+constexpr int SIDE_SLOT = 2 * (SCALES_BYTES + ZEROS_BYTES);
+constexpr int X_SLOT = ROWS * 128;
+constexpr int X_AT = 0;
+constexpr int WORDS_AT = X_AT + X_SLOTS * X_SLOT;
+constexpr int SIDE_AT = WORDS_AT + WORD_SLOTS * WORDS_SLOT;
+constexpr int BARRIERS_AT = SIDE_AT + WORD_SLOTS * SIDE_SLOT;
+constexpr int PER_GROUP = GROUPS > 0 ? VALUES / GROUPS : VALUES;
+constexpr int PITCH = 132;                    // floats from one row of sums to the next
+constexpr int NUM_SUMS = ROWS / 2;            // of a thread
+
+static __device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+static __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+static __device__ __forceinline__ u64 cache_policy_first() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+static __device__ __forceinline__ u64 cache_policy_last() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+static __device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+static __device__ __forceinline__ void copy_bytes(u32 target, const void* source, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+static __device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address));
+}
+
+static __device__ __forceinline__ u32 halves(float value) {
+  u32 pair;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
+#endif
+  return pair;
+}
+
+static __device__ __forceinline__ float widened(u16 bits, bool is_bf16) {
+  float value;
+  if (is_bf16)
+    value = __uint_as_float(static_cast<u32>(bits) << 16);
+  else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+// A group's scale, twice, in the activations' dtype.
+static __device__ __forceinline__ u32 scale_pair(const unsigned char* scales, int group) {
+#if SCALE == FLOAT32
+  return halves(reinterpret_cast<const float*>(scales)[group]);
+#elif SCALE == E4M3
+  u32 pair;
+  u16 bits = scales[group];
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(bits));
+  return BF16 ? halves(widened(static_cast<u16>(pair), false)) : (pair & 0xffff) * 0x10001u;
+#else
+  const bool is_bf16 = SCALE == BFLOAT16;
+  u16 bits = reinterpret_cast<const u16*>(scales)[group];
+  if (is_bf16 == BF16) return static_cast<u32>(bits) * 0x10001u;
+  return halves(widened(bits, is_bf16));
+#endif
+}
+
+static __device__ __forceinline__ u32 times(u32 numbers, u32 scale) {
+  u32 product;
+#if BF16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(numbers), "r"(scale));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(numbers), "r"(scale));
+#endif
+  return product;
+}
+
+#if ZERO_BYTES > 4
+typedef u64 Zero;
+#define ZERO_OPERAND "l"
+#else
+typedef u32 Zero;
+#define ZERO_OPERAND "r"
+#endif
+
+// Value INDEX of two words as two numbers.
+template <int INDEX>
+static __device__ __forceinline__ u32 unpacked(u32 words, Zero zero) {
+  u32 numbers;
+  if constexpr (INDEX == 0) asm(UNPACK_0 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
+  if constexpr (INDEX == 1) asm(UNPACK_1 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
+#if VALUES == 4
+  if constexpr (INDEX == 2) asm(UNPACK_2 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
+  if constexpr (INDEX == 3) asm(UNPACK_3 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
+#endif
+  return numbers;
+}
+
+WGMMA
+
+// Where the copy leaves 16 bytes of a row of words: the hardware permutes them so that eight rows meet no bank twice.
+static __device__ __forceinline__ u32 swizzled(int row, int chunk) {
+  if (SLICE == 64) return row * 128 + ((chunk ^ (row & 7)) << 4);
+  return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
+}
+
+// Of a box of x: K-major, swizzled over 128 bytes, eight rows 1,024 bytes apart.
+static __device__ __forceinline__ u64 box_descriptor(u32 address) {
+  return static_cast<u64>((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+struct Weights {
+  u32 words[STEPS][4];
+  u32 scales[2][GROUPS > 0 ? GROUPS : 1];  // of the thread's two rows
+  Zero zeros[2];
+};
+
+template <int BOX, int STEP>
+static __device__ __forceinline__ void make_numbers(u32 (&numbers)[4], const Weights& weights) {
+  constexpr int column = BOX * 64 + STEP * 16, index = column / SLICE, step = column % SLICE / 16;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    numbers[i] = unpacked<index>(weights.words[step][i], weights.zeros[i & 1]);
+    if (GROUPS > 0) numbers[i] = times(numbers[i], weights.scales[i & 1][GROUPS > 0 ? index / PER_GROUP : 0]);
+  }
+}
+
+struct Pipe {
+  u32 base;
+  __device__ u32 x_full(int slot) const { return base + BARRIERS_AT + 8 * slot; }
+  __device__ u32 x_empty(int slot) const { return base + BARRIERS_AT + 8 * (X_SLOTS + slot); }
+  __device__ u32 words_full(int slot) const { return base + BARRIERS_AT + 8 * (2 * X_SLOTS + slot); }
+  __device__ u32 words_empty(int slot) const { return base + BARRIERS_AT + 8 * (2 * X_SLOTS + WORD_SLOTS + slot); }
+};
+
+template <int SLOTS>
+struct Turn {
+  int slot = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == SLOTS) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int BOX>
+static __device__ __forceinline__ void multiply_box(float (&sums)[NUM_SUMS], const Weights& weights, u32 (&numbers)[2][4][4],
+                                    const Pipe& pipe, Turn<X_SLOTS>& x_turn, bool has_before, int lane) {
+  u32 (&now)[4][4] = numbers[BOX & 1];
+  make_numbers<BOX, 0>(now[0], weights);
+  make_numbers<BOX, 1>(now[1], weights);
+  make_numbers<BOX, 2>(now[2], weights);
+  make_numbers<BOX, 3>(now[3], weights);
+  barrier_wait(pipe.x_full(x_turn.slot), x_turn.parity);
+  u64 box = box_descriptor(pipe.base + X_AT + x_turn.slot * X_SLOT);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int step = 0; step < 4; ++step) multiply(sums, now[step], box + 2 * step);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  // The product before this one, perhaps of the block before, is done: its numbers and its box may be replaced.
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  if (lane == 0 && (BOX > 0 || has_before)) barrier_arrive(pipe.x_empty(x_turn.slot == 0 ? X_SLOTS - 1 : x_turn.slot - 1));
+  x_turn.next();
+}
+
+static __device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
+
+static __device__ __forceinline__ float number(const void* numbers, long long index) {
+  return widened(static_cast<const u16*>(numbers)[index], BF16);
+}
+
+// Four results of a row, `count` of which exist; together if `is_even`, where addresses allow it.
+static __device__ __forceinline__ void add_stored(float (&values)[4], const void* out, long long index, bool is_wide,
+                                                  bool is_even, int count) {
+  if (is_wide) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) values[i] += static_cast<const float*>(out)[index + i];
+  } else if (is_even) {
+    u64 four = *reinterpret_cast<const u64*>(static_cast<const u16*>(out) + index);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] += widened(static_cast<u16>(four >> (16 * i)), BF16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) values[i] += number(out, index + i);
+  }
+}
+
+static __device__ __forceinline__ void store(const float (&values)[4], void* out, long long index, bool is_wide,
+                                             bool is_even, int count) {
+  if (is_wide) {
+    if (is_even)
+      *reinterpret_cast<float4*>(static_cast<float*>(out) + index) =
+          make_float4(values[0], values[1], values[2], values[3]);
+    else
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) static_cast<float*>(out)[index + i] = values[i];
+  } else if (is_even) {
+    u64 four = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four |= static_cast<u64>(halves(values[i]) & 0xffff) << (16 * i);
+    *reinterpret_cast<u64*>(static_cast<u16*>(out) + index) = four;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) static_cast<u16*>(out)[index + i] = static_cast<u16>(halves(values[i]));
+  }
+}
+
+// Arguments beside the tensors' maps.
+struct Arguments {
+  const unsigned char* scales;   // of groups
+  const float* row_scales;       // or null
+  const unsigned char* zeros;
+  const void* bias;       // in the activations' dtype, or null
+  void* out;
+  long long out_stride;
+  int num_rows;           // of x
+  int num_outputs;        // of the product, or of each half of a gated one
+  int num_blocks;
+  int num_tiles;
+  int split_blocks;       // blocks of a program
+  int is_gated;           // silu of the first num_outputs times the rest is written
+  int adds;               // the product is added to what `out` holds
+  int is_wide;            // `out` is float32
+  int is_even;            // four results in a row can be written at once
+};
+
+// The copies of one thread, each into the next slot as soon as that is empty.
+struct Copies {
+  const Pipe& pipe;
+  const TensorMap& words_map;
+  const TensorMap& x_map;
+  const Arguments& arguments;
+  int tiles[2];
+  int first_row;
+  u64 once = cache_policy_first(), often = cache_policy_last();
+  Turn<WORD_SLOTS> words_turn;
+  Turn<X_SLOTS> x_turn;
+
+  __device__ __forceinline__ void words(int block) {
+    barrier_wait(pipe.words_empty(words_turn.slot), words_turn.parity ^ 1);
+    const u32 full = pipe.words_full(words_turn.slot), side = pipe.base + SIDE_AT + words_turn.slot * SIDE_SLOT;
+    barrier_expect(full, WORDS_SLOT + SIDE_SLOT);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const long long place = static_cast<long long>(tiles[i]) * arguments.num_blocks + block;
+      copy_box(pipe.base + WORDS_AT + words_turn.slot * WORDS_SLOT + i * TILE_BYTES, &words_map, 0,
+               static_cast<int>(place * 64), full, once);
+      if (SCALES_BYTES > 0)
+        copy_bytes(side + i * SCALES_BYTES, arguments.scales + place * SCALES_BYTES, SCALES_BYTES, full);
+      if (ZEROS_BYTES > 0)
+        copy_bytes(side + 2 * SCALES_BYTES + i * ZEROS_BYTES, arguments.zeros + place * ZEROS_BYTES, ZEROS_BYTES, full);
+    }
+    words_turn.next();
+  }
+
+  __device__ __forceinline__ void x(int box) {
+    barrier_wait(pipe.x_empty(x_turn.slot), x_turn.parity ^ 1);
+    const u32 full = pipe.x_full(x_turn.slot);
+    barrier_expect(full, X_SLOT);
+    copy_box(pipe.base + X_AT + x_turn.slot * X_SLOT, &x_map, box * 64, first_row, full, often);
+    x_turn.next();
+  }
+};
+
+// Grid: (programs that share the inputs, blocks of rows, 128 outputs each, 64 if gated); the first is a cluster.
+extern "C" __global__ void __launch_bounds__(384, PROGRAMS)
+hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant__ TensorMap x_map,
+              const __grid_constant__ Arguments arguments) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int split = blockIdx.x, num_splits = gridDim.x, first_row = blockIdx.y * ROWS;
+  const int first_block = split * arguments.split_blocks;
+  const int end_block = min(first_block + arguments.split_blocks, arguments.num_blocks);
+  const int outputs = arguments.is_gated ? 64 : 128;
+  const int first_output = blockIdx.z * outputs;
+  int tiles[2];
+  tiles[0] = arguments.is_gated ? blockIdx.z : 2 * blockIdx.z;
+  tiles[1] = min(arguments.is_gated ? tiles[0] + arguments.num_outputs / 64 : tiles[0] + 1, arguments.num_tiles - 1);
+  Pipe pipe{shared_address(shared)};
+
+  if (thread == 0) {
+    for (int slot = 0; slot < X_SLOTS; ++slot) {
+      barrier_init(pipe.x_full(slot), 1);
+      barrier_init(pipe.x_empty(slot), 8);
+    }
+    for (int slot = 0; slot < WORD_SLOTS; ++slot) {
+      barrier_init(pipe.words_full(slot), 1);
+      barrier_init(pipe.words_empty(slot), 8);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+
+  float sums[NUM_SUMS];
+  if (warp >= 8) {
+    if (PROGRAMS == 2)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    else
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (warp == 8 && lane == 0) {
+      Copies copies{pipe, words_map, x_map, arguments, {tiles[0], tiles[1]}, first_row};
+      const int ahead = min(WORD_SLOTS, end_block - first_block);
+      for (int i = 0; i < ahead; ++i) copies.words(first_block + i);
+      // What x holds comes from the kernels before; words and scales do not.
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      for (int block = first_block; block < end_block; ++block) {
+        for (int box = 0; box < BOXES; ++box) copies.x(block * BOXES + box);
+        const int next = block - 1 + WORD_SLOTS;
+        if (block > first_block && next < end_block) copies.words(next);
+      }
+    }
+  } else {
+    if (PROGRAMS == 2)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    else
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int group = warp / 4, row = warp % 4 * 16;
+    // Of a matrix that is copied: the row and the chunk of 16 bytes whose address the lane gives.
+    const int from_row = row + lane % 16, from_chunk = lane / 16, own_row = row + lane / 4;
+    Turn<WORD_SLOTS> word_turn;
+    Turn<X_SLOTS> x_turn;
+    u32 numbers[2][4][4];
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; ++i) sums[i] = 0.0f;
+    for (int block = first_block; block < end_block; ++block) {
+      barrier_wait(pipe.words_full(word_turn.slot), word_turn.parity);
+      Weights weights;
+      u32 words = pipe.base + WORDS_AT + word_turn.slot * WORDS_SLOT + group * TILE_BYTES;
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step)
+        load_matrices(weights.words[step], words + swizzled(from_row, 2 * step + from_chunk));
+      const unsigned char* side = shared + SIDE_AT + word_turn.slot * SIDE_SLOT;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int of_row = own_row + 8 * half;
+        if (GROUPS > 0)
+#pragma unroll
+          for (int i = 0; i < GROUPS; ++i)
+            weights.scales[half][i] =
+                scale_pair(side + group * SCALES_BYTES + of_row * (GROUPS * SCALE_BYTES), i);
+        if (ZERO_BYTES > 0)
+          weights.zeros[half] =
+              *reinterpret_cast<const Zero*>(side + 2 * SCALES_BYTES + group * ZEROS_BYTES + of_row * sizeof(Zero));
+        else
+          weights.zeros[half] = 0;
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(pipe.words_empty(word_turn.slot));
+      word_turn.next();
+      const bool has_before = block > first_block;
+      multiply_box<0>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+      if constexpr (BOXES > 1) multiply_box<1>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+      if constexpr (BOXES > 2) {
+        multiply_box<2>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+        multiply_box<3>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+      }
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+    // Sums lie in shared memory as [row of x][output], where x and the words have been.
+    float* target = reinterpret_cast<float*>(shared);
+    const int output = group * 64 + own_row;
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; ++i) {
+      const int of_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      target[of_row * PITCH + output + (i % 4 / 2) * 8] = sums[i];
+    }
+    if (num_splits == 1) asm volatile("bar.sync 1, 256;" ::: "memory");
+  }
+  __syncwarp();
+  if (num_splits > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
+  if (warp < 8) {
+    const int share = ROWS / num_splits, quads = outputs / 4;
+    if (arguments.adds) asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int place = thread; place < share * quads; place += 256) {
+      const int of_row = split * share + place / quads, column = first_output + place % quads * 4;
+      const int row = first_row + of_row, count = arguments.num_outputs - column;
+      if (row >= arguments.num_rows) break;
+      float results[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half > arguments.is_gated) break;
+        const u32 address = pipe.base + (of_row * PITCH + place % quads * 4 + 64 * half) * 4;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) results[half][i] = 0.0f;
+        for (int other = 0; other < num_splits; ++other) {
+          u32 there;
+          float part[4];
+          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
+          asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
+                       : "r"(there)
+                       : "memory");
+#pragma unroll
+          for (int i = 0; i < 4; ++i) results[half][i] += part[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i >= count) break;
+          const int output = column + i + half * arguments.num_outputs;
+          if (arguments.row_scales != nullptr) results[half][i] *= arguments.row_scales[output];
+          if (arguments.bias != nullptr) results[half][i] += number(arguments.bias, output);
+        }
+      }
+      if (arguments.is_gated) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) results[0][i] = silu(results[0][i]) * results[1][i];
+      }
+      const long long target = row * arguments.out_stride + column;
+      if (arguments.adds)
+        add_stored(results[0], arguments.out, target, arguments.is_wide, arguments.is_even, count);
+      if (count > 0) store(results[0], arguments.out, target, arguments.is_wide, arguments.is_even, count);
+    }
+  }
+  if (num_splits > 1) {
+    // Others may still read from here.
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
+}

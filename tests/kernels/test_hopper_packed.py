@@ -1,0 +1,183 @@
+"""The product of packed weights for Hopper: where its threads find the weights, and its results on such a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmengine.kernels import hopper_packed
+from llmengine.kernels.cuda_program import can_compile
+from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_config import GemmShape, HopperConfig, LinearConfig, PackedConfig, parse_config
+from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product, shared_bytes
+from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
+from llmengine.quantization.bnb4 import Bnb4Bit
+from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.int4 import Int4Groups, pack_nibbles
+from llmengine.quantization.int8 import INT8
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
+from tests.kernels.test_packed_linear import Case, names
+
+MAX_SHARED = 227 << 10
+FORMATS: list[WeightFormat] = [
+    *(Int4Groups(size, zero_points) for size in (32, 64, 128, -1) for zero_points in (False, True)),
+    Int4Groups(128, scale_dtype="bfloat16"),
+    Int4Groups(64, scale_dtype="float32"),
+    Int4Groups(64, input_order=True, input_scale=True),
+    INT8,
+    Int8Groups(64),
+    Int8Groups(128, zero_points=False),
+    Fp8("channel", "none"),
+    Fp8("block", "none"),
+    Mxfp4(),
+    Bnb4Bit("nf4"),
+]
+LAYOUTS = [
+    layout
+    for weight_format in FORMATS
+    for dtype in (torch.bfloat16, torch.float16)
+    if (layout := PackedLayout.of(weight_format, (4096, 4096), dtype)) is not None and has_hopper_product(layout)
+]
+CUTS = [(rows, programs) for rows, all_programs in PROGRAMS.items() for programs in all_programs]
+
+needs_hopper = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and can_compile()),
+    reason="needs a Hopper GPU and NVRTC",
+)
+
+
+def test_formats_and_shapes_that_the_kernel_reads() -> None:
+    def has(weight_format: WeightFormat, columns: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        layout = PackedLayout.of(weight_format, (512, columns), dtype)
+        assert layout is not None
+        return has_hopper_product(layout)
+
+    assert all(has(weight_format, 4096) for weight_format in FORMATS)
+    assert has(Int4Groups(32), 576 * 2)
+    assert not has(Nvfp4(), 4096), "groups of 16"
+    assert not has(INT8, 4096, torch.float32)
+    assert not has(Int4Groups(64, scale_dtype="float32"), 4096, torch.float16), "scales that fp16 may not hold"
+    assert not has(INT8, 4096 + 4), "rows of x that do not begin at 16 bytes"
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_programs_fit_on_a_multiprocessor(cut: tuple[int, int]) -> None:
+    rows, programs = cut
+    for layout in LAYOUTS:
+        assert shared_bytes(layout, rows, programs) <= MAX_SHARED
+        # 228 KiB, of which 1 KiB for each program is the system's.
+        assert programs * (shared_bytes(layout, rows, programs) + 1024) <= 228 << 10
+        # A copy of x is given back when the product after it has begun.
+        macros = dict(hopper_packed._macros(layout, rows, programs))
+        assert int(macros["X_SLOTS"]) >= 2
+        assert int(macros["WORD_SLOTS"]) >= 2
+
+
+@pytest.mark.parametrize(
+    "weight_format", [Int4Groups(128, zero_points=False), Int4Groups(32, zero_points=False), INT8], ids=names
+)
+def test_threads_hold_the_weights_that_the_tensor_cores_take_from_them(weight_format: WeightFormat) -> None:
+    """The kernel's addresses, by plain arithmetic: copy with a swizzle, `ldmatrix`, value of a word, operand's place.
+
+    The layouts of `ldmatrix` and of `wgmma`'s left operand are those of the PTX ISA.
+    """
+    layout = PackedLayout.of(weight_format, (64, 512), torch.bfloat16)
+    assert layout is not None
+    matrix = PackedMatrix(weight_format, layout, "cpu")
+    codes = torch.randint(0, 16, (64, 512), dtype=torch.uint8)
+    tensors = weight_format.quantize(torch.zeros(64, 512))
+    tensors["weight"] = codes.view(torch.int8) if weight_format == INT8 else pack_nibbles(codes)
+    matrix.fill(tensors)
+    slice_columns, chunks = layout.slice_columns, layout.slice_columns // 8
+    bits = 16 // layout.num_values
+    for block in range(layout.num_blocks):
+        # What a copy with the swizzle leaves: 16 bytes of row r at chunk c move to c ^ (address bits 7 to 9).
+        tile = matrix.tensors["words"][0, block].view(64, chunks, 8)
+        shared = torch.empty(64 * chunks, 8, dtype=torch.int16)
+        for row in range(64):
+            for chunk in range(chunks):
+                place = row * chunks + chunk
+                shared[place ^ (place * 16 >> 7) & (chunks - 1)] = tile[row, chunk]
+
+        def swizzled(row: int, chunk: int, shared: torch.Tensor = shared) -> torch.Tensor:
+            moved = chunk ^ (row & 7 if slice_columns == 64 else row >> 1 & 3)
+            return shared[row * chunks + moved]
+
+        for column in range(0, layout.block_columns, 16):
+            index, step = column // slice_columns, column % slice_columns // 16
+            for warp in range(4):
+                matrices = [
+                    torch.stack(
+                        [swizzled(warp * 16 + lane % 16, 2 * step + lane // 16) for lane in range(i * 8, i * 8 + 8)]
+                    )
+                    for i in range(4)
+                ]
+                for lane in range(32):
+                    for register in range(4):
+                        pair = matrices[register][lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]
+                        row = warp * 16 + lane // 4 + 8 * (register & 1)
+                        first = block * layout.block_columns + column + lane % 4 * 2 + 8 * (register >> 1)
+                        found = (pair.int() >> bits * index) & ((1 << bits) - 1)
+                        assert found.tolist() == codes[row, first : first + 2].tolist()
+
+
+def test_candidates_for_hopper_only_where_it_is_hopper() -> None:
+    shape = GemmShape("norm_linear", 64, 6144, 4096, torch.bfloat16, torch.bfloat16, Int4Groups(128))
+    tried = candidates(shape, MAX_SHARED, 132, compiles_cuda=True)
+    assert isinstance(tried[0], HopperConfig)
+    assert any(isinstance(config, PackedConfig) for config in tried)
+    for config in tried:
+        assert parse_config(str(config)) == config
+    for elsewhere in (candidates(shape, MAX_SHARED, 0, True), candidates(shape, MAX_SHARED, 132, False)):
+        assert elsewhere
+        assert not any(isinstance(config, HopperConfig) for config in elsewhere)
+
+
+@pytest.mark.parametrize("num_rows", [32, 64, 128, 256, 512, 2048])
+def test_split_programs_run_at_once(num_rows: int) -> None:
+    for operation, n, k in (("norm_linear_silu", 14336, 4096), ("linear_add", 4096, 14336), ("norm_linear", 576, 1536)):
+        shape = GemmShape(operation, num_rows, n, k, torch.bfloat16, torch.bfloat16, Int4Groups(128))  # type: ignore[arg-type]
+        for config in candidates(shape, MAX_SHARED, 132, compiles_cuda=True):
+            if isinstance(config, HopperConfig) and config.split_k > 1:
+                assert config.split_k in SPLITS
+                tiles = -(-n // 128) * -(-num_rows // config.block_m)
+                assert tiles * config.split_k <= 132 * config.programs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "layout", LAYOUTS[::8], ids=lambda layout: f"{layout.kind}-{layout.slice_columns}-{layout.dtype}"
+)
+def test_the_source_compiles_without_spilling_the_products(layout: PackedLayout, tmp_path: Path) -> None:
+    for rows, programs in CUTS:
+        file = tmp_path / "program.cu"
+        file.write_text(hopper_packed.source(dict(hopper_packed._macros(layout, rows, programs))))
+        command = ["nvcc", "-arch=sm_90a", "--cubin", "-Xptxas", "-v", "-o", str(file.with_suffix(".cubin")), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "C75" not in done.stderr, "products are serialized"
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
+@pytest.mark.parametrize("weight_format", FORMATS, ids=names)
+def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dtype: torch.dtype) -> None:
+    for n, k in ((576, 1536), (320, 1152), (1024, 4096)):
+        plain = Case(device, weight_format, 300, n, k, dtype, gated=False)
+        if not has_hopper_product(plain.matrix.layout):
+            continue
+        gated = Case(device, weight_format, 300, n, k, dtype, gated=True)
+        configs: list[LinearConfig] = [HopperConfig(*cut, split) for cut in CUTS for split in SPLITS]
+        for config in configs:
+            for num_rows in (5, 33, 128, 300):
+                plain.check("norm_linear", config, bias=True, out_dtype=torch.float32, num_rows=num_rows)
+                plain.check("linear_add", config, bias=False, out_dtype=dtype, num_rows=num_rows)
+                gated.check("norm_linear_silu", config, bias=True, out_dtype=dtype, num_rows=num_rows)
