@@ -249,7 +249,7 @@ def test_choices_are_kept_for_each_weight_format(file: Path) -> None:
     quantized = replace(SHAPE, weight_format=INT8)
     again = GemmChoices(file, MAX_SHARED)
     assert not again.missing([SHAPE])
-    assert again.missing([quantized]) == [replace(quantized, num_rows=16)]
+    assert again.missing([quantized]) == [replace(quantized, num_rows=8)]
 
 
 def test_a_shape_is_that_of_the_matrix() -> None:
