@@ -95,7 +95,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "generate_all": set(),
     "llm_quality": set(),
     "llm": {"anyio"},
-    "kernels": {"torch", "triton"},
+    "kernels": {"cuda", "torch", "triton"},
 }
 
 

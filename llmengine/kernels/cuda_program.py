@@ -86,7 +86,7 @@ class Launch:
 
 
 class CudaFunction:
-    """A kernel, loaded on the device that is current.
+    """A kernel, loaded on the device that is current for torch; on any thread.
 
     Args:
         cubin: machine code.
@@ -97,7 +97,8 @@ class CudaFunction:
     def __init__(self, cubin: bytes, name: str, shared_bytes: int) -> None:
         from cuda.bindings import driver
 
-        torch.cuda.current_stream()  # makes the device's context current
+        # A thread has no context until it runs something.
+        _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(torch.cuda.current_device()))))
         self._module = _checked(driver.cuModuleLoadData(cubin))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -180,7 +181,8 @@ def _launch_attributes(cluster: int, pdl: bool) -> list[Any]:
 def _nvrtc_version() -> tuple[int, int]:
     from cuda.bindings import nvrtc
 
-    major, minor = _checked(nvrtc.nvrtcVersion())
+    status, major, minor = nvrtc.nvrtcVersion()
+    _checked((status,))
     return int(major), int(minor)
 
 
@@ -207,4 +209,4 @@ def _checked(result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
         raise RuntimeError(f"{type(status).__name__}: {getattr(status, 'name', status)}")
-    return values[0] if len(values) == 1 else tuple(values)
+    return values[0] if values else None
