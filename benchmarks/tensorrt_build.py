@@ -22,7 +22,8 @@ from benchmarks.report import format_table, median, new_parser
 from benchmarks.shapes import shape_arch
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
 from llmengine.backends.tensorrt.constant_weights import spool_constants
-from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, segments_by_plan, segments_of
+from llmengine.backends.tensorrt.model_segments import segments_of
+from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, make_profiles, segments_by_plan
 from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model

@@ -79,7 +79,7 @@ def _add_build_command(commands: Any) -> None:
     build.add_argument(
         "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
     )
-    quantized = build.add_argument_group("quantization", "no plans are built, since TensorRT takes no such weights yet")
+    quantized = build.add_argument_group("quantization", "no plans are built; build from the result for these")
     add_quant_argument(quantized, "quantize the weights")
     quantized.add_argument(
         "--max-perplexity-increase",

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from llmengine.backends.cuda.backend import CudaBackend, CudaParts
 from llmengine.backends.cuda.fused_segments import SegmentsContext, TunableSegments
@@ -24,6 +25,7 @@ from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import Library, load_library
 from llmengine.backends.tensorrt.obtain import PlanRequest, obtain_plans, producer_for_device
 from llmengine.backends.tensorrt.plan_set import PlanSet
+from llmengine.backends.tensorrt.plan_weights import device_weights
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.step_times import dense_step_us, mean_speedup, timed_batch_sizes
@@ -56,11 +58,6 @@ def load_tensorrt_or_torch(config: ModelConfig, source: ModelSource, device: tor
 
 def prepare_plans(config: ModelConfig, source: ModelSource, device: torch.device) -> SegmentsChoice:
     """The plans of a model for a device, with the choice that remains; raises as `obtain_plans` does."""
-    if not source.formats.is_dense:
-        raise ConfigError(
-            f"plans of weights in format {str(source.formats)!r} are not in this version, but will be in a later one; "
-            "set quant_config.weights='none' with a checkpoint that is not quantized"
-        )
     library = load_library()
     limits = config.scheduler_config
     request = PlanRequest(
@@ -69,6 +66,7 @@ def prepare_plans(config: ModelConfig, source: ModelSource, device: torch.device
         max_batch_size=limits.max_batch_size,
         max_tokens_per_step=limits.max_tokens_per_step,
         producer=producer_for_device(library, device),
+        formats=source.formats,
         device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.index else None,
     )
     cache = PlanCache()
@@ -133,7 +131,8 @@ class SegmentsChoice:
     def build(self, context: SegmentsContext) -> TunableSegments:
         """The segments; raises `ConfigError` if TensorRT was asked for by name and fails.
 
-        Plans that contain weights are verified with these: the weights are then loaded here, once for the model.
+        Plans that contain weights are verified with these, and quantized weights are rearranged for plans that take
+        them as inputs: the weights are then loaded here, once for the model.
         """
         chosen = self._choose(context)
         return dataclasses.replace(chosen, has_loaded_weights=self._has_loaded_weights)
@@ -166,9 +165,12 @@ class SegmentsChoice:
         if verification.failures:
             worst = verification.failures[0]
             raise EngineError(f"plans of {self._library} disagree with torch on {verification.device}: {worst}")
+        weights = None
         if self.plan_set.has_constants:
             _logger.warning("the plans contain weights, which take device memory twice: save() needs the other copy")
-        segments = TensorRtSegments.allocate(self.plan_set.segments, plans, context)
+        elif not self._source.formats.is_dense:
+            weights = self._plan_weights(context)
+        segments = TensorRtSegments.allocate(self.plan_set.segments, plans, context, weights)
         tunable = TunableSegments(segments, f"{self._library} plans")
         return tunable if self._is_required else self._faster(tunable, verification, context)
 
@@ -177,15 +179,18 @@ class SegmentsChoice:
         known = None if self.plan_set.verification is None else Verification.from_dict(self.plan_set.verification)
         if known is not None and known.holds_for(str(self._library), device):
             return known
-        weights = None
-        if self.plan_set.has_constants:
-            load_weights(context.weights, self._source)
-            self._has_loaded_weights = True
-            weights = context.weights.by_name
+        weights = self._plan_weights(context) if self.plan_set.has_constants else None
         verification = verify_plans(self.plan_set.segments, plans, device, weights)
         _logger.info("plans compared with torch on %s: %s", device, "; ".join(map(str, verification.checks)))
         self._store_verification(verification)
         return verification
+
+    def _plan_weights(self, context: SegmentsContext) -> Mapping[str, Tensor]:
+        """What the plans read of the weights, which are loaded for it."""
+        if not self._has_loaded_weights:
+            load_weights(context.weights, self._source)
+            self._has_loaded_weights = True
+        return device_weights(self.plan_set.segments, context.weights)
 
     def _faster(
         self, tunable: TunableSegments, verification: Verification, context: SegmentsContext

@@ -25,7 +25,7 @@ from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import DTypeChoice, torch_dtype
-from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ def build_engine(
         formats=source.formats,
         tokenizer=tokenizer,
         plans=plans.to_saved(),
+        quality=source.quality if request.dtype == source.checkpoint_dtype else None,
     )
     return EngineBuild(plans, built - begin, time.perf_counter() - built, times)
 
@@ -107,10 +108,6 @@ def measure_layer(source: ModelSource, options: BuildOptions, cache: PlanCache |
 
 
 def _plan_request(source: ModelSource, options: BuildOptions) -> tuple[Library, PlanRequest]:
-    if not source.formats.is_dense:
-        raise UnsupportedModelError(
-            f"{source.path}: its weights are {source.formats}; plans are built from a checkpoint that is not quantized"
-        )
     library = _find_library(options.flavour)
     target, device_name = _target(library, options.compute_capabilities)
     request = PlanRequest(
@@ -120,6 +117,7 @@ def _plan_request(source: ModelSource, options: BuildOptions) -> tuple[Library, 
         max_tokens_per_step=options.max_tokens_per_step,
         producer=make_producer(library, target, device_name),
         weight_mode=None if options.weight_mode == "fastest" else options.weight_mode,
+        formats=source.formats,
     )
     return library, request
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmengine.backends.tensorrt.constant_weights import map_constants
+from llmengine.backends.tensorrt.graph import RawArray
 from llmengine.backends.tensorrt.library import (
     Library,
     load_library,
@@ -27,7 +28,7 @@ from llmengine.backends.tensorrt.library import (
     require_accepted,
     require_result,
 )
-from llmengine.backends.tensorrt.network import DefinedSegment, RawArray, define_segment
+from llmengine.backends.tensorrt.network import DefinedSegment, define_segment
 from llmengine.backends.tensorrt.spec import BuildTarget, ProfileSpec, SegmentSpec, spec_from_dict
 from llmengine.errors import ConfigError, LLMEngineError
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmengine.backends.tensorrt.network import RawArray
+from llmengine.backends.tensorrt.graph import RawArray
 from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, WeightSpec
 from llmengine.errors import EngineError
 from llmengine.quantization.formats import TensorSpec

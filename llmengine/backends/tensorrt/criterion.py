@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-VERSION = 2
+VERSION = 3
 """Version of the criterion, to be raised when limits or inputs change. Findings of other versions are forgotten,
 refusals too."""
 

@@ -10,6 +10,9 @@ with the derivatives as weights, so variances are carried through the formulas. 
 order: the partial sums of K products that are added one by one give K / 6 roundings of their root mean square. The
 model is that of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis", SIAM J. Sci.
 Comput. 41 (2019), with the errors' actual sizes in place of bounds.
+
+Formats that round activations are no exception: a rounded activation has an error of up to half the distance between
+two numbers of its format, and each dequantized weight one of half a unit of the plan's dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmengine.backends.tensorrt.plan_matrix import LARGEST, LEAST_SCALE, PlanMatrix
 from llmengine.backends.tensorrt.spec import SegmentKind, SegmentSpec
+from llmengine.quantization.fp8 import BLOCK
 
 V = TypeVar("V")
 
@@ -155,18 +160,56 @@ class _Rounding:
         return Rounded(stored.value, stored.variance, row_variance)
 
     def linear(self, x: Rounded, name: str) -> Rounded:
-        weight = self.tensors[f"{name}.weight"]
+        parts = [self._product(x, name, end, part) for end, part in self.spec.matrix_parts(name).items()]
+        value, variance = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+        bias = self.tensors.get(f"{name}.bias")
+        return self._stored(value + bias.double(), variance) if bias is not None else Rounded(value, variance)
+
+    def _product(self, x: Rounded, name: str, end: str, matrix: PlanMatrix) -> tuple[Tensor, Tensor]:
+        """The product with one part of a matrix, stored, and its variance."""
+        tensors = {suffix: self.tensors[f"{name}.{suffix}{end}"] for suffix in matrix.tensors()}
+        x = self._as_multiplied(x, matrix, tensors)
         sums = x.value.shape[-1] / 6 * torch.finfo(torch.float32).eps ** 2 / 12
-        spread = x.variance + sums * x.value.square().float()
+        squares = x.value.square().float()
+        spread = x.variance + sums * squares
+        is_dequantized = matrix.scale_dtype is not None and matrix.activations in ("none", "block")
         values, variances = [], []
-        for part in weight.split(_MATRIX_ROWS):
-            values.append(x.value @ part.double().T)
-            variances.append(spread @ part.float().square().T)
+        for first in range(0, matrix.shape[0], _MATRIX_ROWS):
+            weight = matrix.dequantized_rows(tensors, first, min(first + _MATRIX_ROWS, matrix.shape[0]))
+            values.append(x.value @ weight.T)
+            variances.append(spread @ weight.float().square().T)
+            if is_dequantized:  # the weights are rounded to the plan's dtype
+                variances[-1] += squares @ (_ulp(weight, self.dtype).square() / 12).T
         value, variance = torch.cat(values, dim=1), torch.cat(variances, dim=1)
         variance += (x.row_variance + 2 * sums) * value.square().float()
         product = self._stored(value, variance)
-        bias = self.tensors.get(f"{name}.bias")
-        return product if bias is None else self._stored(product.value + bias.double(), product.variance)
+        if matrix.has_zeros:
+            terms = tensors["zero_term"]
+            of_groups = x.variance.unflatten(1, (matrix.num_groups, -1)).sum(2)
+            value = product.value + x.value.unflatten(1, (matrix.num_groups, -1)).sum(2) @ terms.double().T
+            product = self._stored(value, product.variance + of_groups @ terms.square().T)
+        return product.value, product.variance
+
+    def _as_multiplied(self, x: Rounded, matrix: PlanMatrix, tensors: Mapping[str, Tensor]) -> Rounded:
+        """Activations as the product takes them: with the factors and in the order of columns, and rounded."""
+        if matrix.has_input_scale:
+            factors = tensors["input_scale"]
+            x = Rounded(x.value * factors.double(), x.variance * factors.square(), x.row_variance)
+            if matrix.activations == "none":
+                x = Rounded(x.value, self._stored(x.value, x.variance).variance, x.row_variance)
+        if matrix.has_input_order:
+            order = tensors["input_order"].long()
+            x = Rounded(x.value[:, order], x.variance[:, order], x.row_variance)
+        if matrix.activations == "none":
+            return x
+        scale = _activation_scale(x.value, matrix, tensors)
+        largest = scale * LARGEST[matrix.values]
+        value = torch.minimum(torch.maximum(x.value, -largest), largest)
+        step = scale.float() if matrix.values == "int8" else _ulp(value / scale, torch.float8_e4m3fn) * scale.float()
+        variance = x.variance + step.square() / 12
+        if matrix.activations == "block":
+            variance = self._stored(value, variance).variance
+        return Rounded(value, variance, x.row_variance)
 
     def gated(self, gate_up: Rounded) -> Rounded:
         (gate, up), (of_gate, of_up) = gate_up.value.chunk(2, -1), gate_up.total_variance.chunk(2, -1)
@@ -186,6 +229,15 @@ class _Rounding:
     def _stored(self, value: Tensor, variance: Tensor | float) -> Rounded:
         """A value that is rounded to the plan's dtype."""
         return Rounded(value, variance + _ulp(value, self.dtype).square() / 12)
+
+
+def _activation_scale(x: Tensor, matrix: PlanMatrix, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The scale with which each activation is rounded, float64, of a shape that broadcasts to x."""
+    if matrix.activations == "tensor":
+        return tensors["activation_scale"].double()
+    groups = x.abs().split(BLOCK if matrix.activations == "block" else x.shape[1], dim=1)
+    scales = [(part.amax(1, keepdim=True) / LARGEST[matrix.values]).clamp_min(LEAST_SCALE) for part in groups]
+    return torch.cat([scale.expand_as(part) for scale, part in zip(scales, groups, strict=True)], dim=1)
 
 
 def _ulp(value: Tensor, dtype: torch.dtype) -> Tensor:

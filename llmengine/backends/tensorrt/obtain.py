@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from llmengine.backends.tensorrt.build_progress import BuildProgress
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
 from llmengine.backends.tensorrt.cache import PlanCache, plan_key
 from llmengine.backends.tensorrt.constant_weights import spool_constants
-from llmengine.backends.tensorrt.library import Library
+from llmengine.backends.tensorrt.library import Flavour, Library
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer, SavedPlanSet
+from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.spec import (
     BuildTarget,
     PlacedSegment,
@@ -24,14 +26,17 @@ from llmengine.backends.tensorrt.spec import (
     WeightMode,
     make_profiles,
     segments_by_plan,
-    segments_of,
 )
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import ModelDType, torch_dtype
-from llmengine.errors import CorruptFileError, EngineError
+from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from llmengine.models.arch import ModelArch
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
 _logger = logging.getLogger("llmengine.tensorrt")
+
+_QUANTIZED_INPUTS: tuple[Flavour, ...] = ("tensorrt_rtx",)
+"""Libraries that dequantize weights that are inputs. NVIDIA documents only constants for `tensorrt`."""
 
 BuildPlans = Callable[[Iterable[PlanJob], int], Iterator[BuiltPlan]]
 """The signature of `build_plans`. Its iterator is closed when the build is given up."""
@@ -44,6 +49,7 @@ class PlanRequest:
     Attributes:
         producer: the library and the devices to build for. Saved plans for more compute capabilities fit too.
         weight_mode: None: that of the saved engine, else "inputs".
+        formats: of the model's matrices.
         device_uuid: the GPU to measure on, None for the first; see `PlanJob`.
     """
 
@@ -53,6 +59,7 @@ class PlanRequest:
     max_tokens_per_step: int
     producer: Producer
     weight_mode: WeightMode | None = None
+    formats: ModelFormats = DENSE_MODEL
     device_uuid: str | None = None
 
 
@@ -89,7 +96,7 @@ def obtain_plans(
         num_processes: plans that are built at the same time; see `default_num_processes`.
 
     Raises:
-        ConfigError: no library here builds for the target.
+        ConfigError: no library here builds for the target, or plans of these formats for it.
         EngineError: a build failed, because the disk is full or memory ran out.
         CorruptFileError: weights that plans contain are damaged.
     """
@@ -142,11 +149,44 @@ def _read_saved(source: ModelSource) -> tuple[SavedPlanSet | None, list[str]]:
 
 def _needed_segments(request: PlanRequest, saved: SavedPlanSet | None) -> tuple[PlacedSegment, ...]:
     """The segments of the model, with the profiles of saved plans where these accept every step."""
-    mode = request.weight_mode or (saved.weight_mode if saved is not None else "inputs")
+    mode = _weight_mode(request, saved)
     profiles = make_profiles(request.max_batch_size, request.max_tokens_per_step)
     if saved is not None and _cover(saved.profiles, profiles):
         profiles = saved.profiles
-    return tuple(segments_of(request.arch, request.dtype, profiles, mode))
+    segments = tuple(segments_of(request.arch, request.dtype, profiles, mode, request.formats))
+    _check_formats(segments, request.producer)
+    return segments
+
+
+def _weight_mode(request: PlanRequest, saved: SavedPlanSet | None) -> WeightMode:
+    """The weight mode asked for, else that of the saved engine, else what the library takes."""
+    takes_inputs = request.formats.is_dense or request.producer.flavour in _QUANTIZED_INPUTS
+    if request.weight_mode == "inputs" and not takes_inputs:
+        raise ConfigError(
+            f"{request.producer.flavour} dequantizes weights that a plan contains, not inputs; set weight_mode "
+            "(--weights) to 'constants'"
+        )
+    mode = request.weight_mode or (saved.weight_mode if saved is not None else "inputs")
+    return mode if takes_inputs else "constants"
+
+
+def _check_formats(segments: Sequence[PlacedSegment], producer: Producer) -> None:
+    """Raise `ConfigError` for a format whose product is not built for a part of the target."""
+    parts = (
+        part
+        for segment in segments_by_plan(segments).values()
+        for name, _ in segment.spec.quantization
+        for part in segment.spec.matrix_parts(name).values()
+    )
+    for part in parts:
+        needed, least = part.least_capability, min(producer.target.compute_capabilities)
+        if least < needed:
+            usable = "'int8' or 'int4'" if least >= 80 else "'int8'"
+            raise ConfigError(
+                f"TensorRT plans of weights in format {str(part.format)!r} need compute capability {needed // 10}."
+                f"{needed % 10}, and the target is {producer.target}; use quant_config.weights={usable}, or "
+                "backend='torch'"
+            )
 
 
 def _cover(offered: tuple[ProfileSpec, ...], needed: tuple[ProfileSpec, ...]) -> bool:
@@ -237,7 +277,8 @@ class _CachedBuild:
         if not _has_constants(left):
             yield from ((segment, None) for segment in left.values())
             return
-        weights = self.source.weights(torch_dtype(self.request.dtype))
+        dtype = torch_dtype(self.request.dtype)
+        weights = streamed_weights(self.source.weights(dtype), self.request.formats, self.request.arch, dtype)
         yield from spool_constants(list(left.values()), weights, directory)
 
     def _find(self, name: str, spec: SegmentSpec, constants_sha256: str | None) -> bool:

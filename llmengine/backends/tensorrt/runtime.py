@@ -308,7 +308,7 @@ def _set_shapes(context: TrtContext, spec: SegmentSpec, sizes: Sizes) -> None:
 
 def _check_interface(trt: Any, engine: TrtEngine, spec: SegmentSpec) -> None:
     """Raise `EngineError` unless inputs, outputs and profiles are those of `spec`, all in device memory."""
-    expected = {}
+    expected: dict[str, tuple[Any, str, tuple[int, ...]]] = {}
     for tensor in (*spec.inputs, *spec.outputs):
         mode = trt.TensorIOMode.INPUT if tensor in spec.inputs else trt.TensorIOMode.OUTPUT
         shape = tuple(dim if isinstance(dim, int) else -1 for dim in tensor.shape)
@@ -349,6 +349,9 @@ def _dtype_names(trt: Any) -> dict[Any, str]:
         trt.DataType.HALF: "float16",
         trt.DataType.BF16: "bfloat16",
         trt.DataType.INT32: "int32",
+        trt.DataType.INT8: "int8",
+        trt.DataType.INT4: "int4",
+        trt.DataType.FP8: "float8_e4m3fn",
     }
 
 

@@ -103,13 +103,18 @@ class TensorRtSegments:
 
     @classmethod
     def allocate(
-        cls, segments: Sequence[PlacedSegment], plans: Mapping[str, LoadedPlan], context: SegmentsContext
+        cls,
+        segments: Sequence[PlacedSegment],
+        plans: Mapping[str, LoadedPlan],
+        context: SegmentsContext,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> TensorRtSegments:
         """Allocate the buffers of the largest step and bind the model's weights.
 
         Args:
             segments: in the order in which they run.
             plans: by plan name. They share one block of scratch memory, because they run one after the other.
+            weights: what the plans read, by canonical name, where that is more than the model's dense weights.
 
         Raises `EngineError` for plans that cannot run the largest step, or whose weight inputs differ from the model's.
         """
@@ -117,8 +122,9 @@ class TensorRtSegments:
         for plan in plans.values():
             plan.profile_for(Sizes(scheduler.max_tokens_per_step, scheduler.max_batch_size))
         buffers = SegmentBuffers.allocate(list(plans.values()), context)
-        addresses = [_weight_addresses(segment, context.weights.by_name) for segment in segments]
-        return cls(segments, plans, context.weights.by_name, addresses, buffers)
+        weights = context.weights.by_name if weights is None else weights
+        addresses = [_weight_addresses(segment, weights) for segment in segments]
+        return cls(segments, plans, weights, addresses, buffers)
 
     @property
     def num_layers(self) -> int:

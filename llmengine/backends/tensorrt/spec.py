@@ -20,16 +20,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from llmengine.backends.tensorrt.plan_matrix import PlanDType, PlanMatrix, plan_parts, stored_spec
 from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
 from llmengine.dtypes import MODEL_DTYPES, DType, ModelDType
-from llmengine.errors import CorruptFileError
-from llmengine.models.arch import Activation, ModelArch
-from llmengine.quantization.formats import TensorSpec
-from llmengine.quantization.model_formats import DENSE_MODEL
+from llmengine.errors import CorruptFileError, UnsupportedModelError
+from llmengine.models.arch import Activation
+from llmengine.quantization.formats import DENSE, Shape, TensorSpec, WeightFormat
+from llmengine.quantization.known_formats import format_from_json
 
 SegmentKind = Literal["first", "mid", "last"]
 WeightMode = Literal["inputs", "constants"]
@@ -41,7 +43,12 @@ NETWORK_VERSION = 1
 """Part of every fingerprint; to be raised when the same spec gives another network than before."""
 
 _DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16", "int32")
-"""The dtypes of a plan's tensors."""
+"""The dtypes of a plan's activations."""
+
+_WEIGHT_DTYPES: tuple[PlanDType, ...] = (*_DTYPES, "int8", "float8_e4m3fn", "int4")
+
+_ROWS = (".weight", ".bias", ".input_scale", ".activation_scale")
+"""Ends of the names of vectors that are rows in a plan, and broadcast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +72,23 @@ class PlanTensor:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One stored tensor of the model (`ModelFormats.layout`) that a segment reads; a matrix is [out, in], row-major.
+    """One tensor of the model that a segment reads; a matrix is [out, in], row-major.
+
+    It is a stored tensor, or made from those of a quantized matrix (`plan_matrix`).
 
     Attributes:
         name: in the plan; the canonical name without its layer ("o.weight", "next.qkv.weight", "lm_head.weight").
         role: canonical name without "layers.{i}." ("qkv.weight"); the whole name of a weight outside the layers.
         layer_offset: the weight's layer minus the segment's; None for a weight outside the layers.
-        dtype: both on the device and in the plan.
-        shape: on the device; see `plan_shape`.
+        dtype: in the plan; see `stored`.
+        shape: in the dtype of the plan; see `plan_shape`.
         source: input of the network, or constant in the plan.
     """
 
     name: str
     role: str
     layer_offset: int | None
-    dtype: DType
+    dtype: PlanDType
     shape: tuple[int, ...]
     source: WeightSource
 
@@ -89,13 +98,13 @@ class WeightSpec:
 
     @property
     def plan_shape(self) -> tuple[int, ...]:
-        """The shape in the plan. A vector is [1, size] there, which saves a kernel; its bytes are the same."""
-        return self.shape if len(self.shape) == 2 else (1, *self.shape)
+        """The shape in the plan. Vectors that broadcast are [1, size], which saves a kernel."""
+        return (1, *self.shape) if len(self.shape) == 1 and self.role.endswith(_ROWS) else self.shape
 
     @property
     def stored(self) -> TensorSpec:
-        """The tensor on the device."""
-        return TensorSpec(self.dtype, self.shape)
+        """The tensor on the device: two columns of 4 bits are a byte there."""
+        return stored_spec(self.dtype, self.shape)
 
     @property
     def size_bytes(self) -> int:
@@ -167,7 +176,7 @@ class SegmentSpec:
         weight_mode: "inputs": every weight is an input. "constants": every weight is in the plan.
         inputs: activations only, in binding order; weights that are inputs follow them in the network.
         weights: in canonical order.
-        quantization: name of the `WeightFormat` of the matrices; only "none" so far.
+        quantization: matrix and format, of the matrices that are quantized, by their names in the plan less ".weight".
     """
 
     kind: SegmentKind
@@ -178,7 +187,17 @@ class SegmentSpec:
     outputs: tuple[PlanTensor, ...]
     weights: tuple[WeightSpec, ...]
     numerics: Numerics
-    quantization: Literal["none"] = "none"
+    quantization: tuple[tuple[str, WeightFormat], ...] = ()
+
+    def matrix_parts(self, name: str) -> dict[str, PlanMatrix]:
+        """The parts of a matrix by its name in the plan less ".weight"; see `plan_parts`."""
+        weight_format = dict(self.quantization).get(name, DENSE)
+        return plan_parts(weight_format, self.matrix_shape(name), self.dtype)
+
+    def matrix_shape(self, name: str) -> Shape:
+        """(out_features, in_features) of a matrix by its name in the plan less ".weight"."""
+        parts = [item.shape for item in self.weights if re.fullmatch(rf"{re.escape(name)}\.weight(_\d+)?", item.name)]
+        return sum(shape[0] for shape in parts), parts[0][1]
 
     @property
     def weight_inputs(self) -> tuple[WeightSpec, ...]:
@@ -192,7 +211,8 @@ class SegmentSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, from which `spec_from_dict` makes an equal spec."""
-        return dataclasses.asdict(self)
+        formats = {name: item.to_json() for name, item in self.quantization}
+        return {**dataclasses.asdict(self), "quantization": formats or "none"}
 
     def fingerprint(self) -> str:
         """The sha256 (hex) of the spec's canonical JSON; the same on every machine and Python."""
@@ -234,8 +254,18 @@ def _read_spec(fields: Fields) -> SegmentSpec:
             logit_scale=numerics.number("logit_scale"),
             logit_soft_cap=numerics.optional_number("logit_soft_cap"),
         ),
-        quantization=fields.choice("quantization", ("none",)),
+        quantization=_read_quantization(fields),
     )
+
+
+def _read_quantization(fields: Fields) -> tuple[tuple[str, WeightFormat], ...]:
+    if fields.values.get("quantization") == "none":
+        return ()
+    formats = fields.fields("quantization")
+    try:
+        return tuple((name, format_from_json(formats.fields(name).values, formats.where)) for name in formats.values)
+    except UnsupportedModelError as error:
+        raise CorruptFileError(str(error)) from error
 
 
 def _read_range(profile: Fields, key: str) -> Range:
@@ -256,7 +286,7 @@ def _read_weight(fields: Fields) -> WeightSpec:
         name=fields.string("name"),
         role=fields.string("role"),
         layer_offset=fields.optional_integer("layer_offset"),
-        dtype=fields.choice("dtype", _DTYPES),
+        dtype=fields.choice("dtype", _WEIGHT_DTYPES),
         shape=_read_shape(fields),
         source=fields.choice("source", get_args(WeightSource)),
     )
@@ -277,16 +307,26 @@ class PlacedSegment:
 
     Attributes:
         layer: the layer whose attention comes before the segment (`mid`, `last`); 0 for `first`.
+        first_layer: the first layer with such a segment.
     """
 
     spec: SegmentSpec
     layer: int
+    first_layer: int = 0
 
     @property
     def plan_name(self) -> str:
-        """Name of its plan, unique in a model: "first", "mid", "last"; "mid.7" if the plan contains weights."""
-        own_plan = self.spec.kind == "mid" and self.spec.weight_mode == "constants"
-        return f"mid.{self.layer}" if own_plan else self.spec.kind
+        """Name of its plan, unique in a model: "first", "mid", "last".
+
+        "mid.7" if the plan contains weights, or if layer 7 is the first with matrices in these formats.
+        """
+        if self.spec.kind == "mid" and self.spec.weight_mode == "constants":
+            return f"mid.{self.layer}"
+        return f"{self.spec.kind}.{self.first_layer}" if self.first_layer else self.spec.kind
+
+    def canonical_matrix(self, name: str) -> str:
+        """Canonical name less ".weight" of a matrix by its name in the plan less ".weight"."""
+        return self.weight_names()[f"{name}.weight"].removesuffix(".weight")
 
     def weight_names(self) -> dict[str, str]:
         """Name in the plan -> canonical name, of every weight."""
@@ -320,112 +360,9 @@ def make_profiles(max_batch_size: int, max_tokens_per_step: int) -> tuple[Profil
     )
 
 
-def segments_of(
-    arch: ModelArch,
-    dtype: ModelDType,
-    profiles: Sequence[ProfileSpec],
-    weight_mode: WeightMode = "inputs",
-) -> list[PlacedSegment]:
-    """The segments of a model in the order in which they run: first, mid 0 .. mid L-2, last."""
-    last = arch.num_layers - 1
-    specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, DENSE_MODEL.layout(arch, dtype))
-    mid = [PlacedSegment(specs.mid(), layer) for layer in range(last)]
-    return [PlacedSegment(specs.first(), 0), *mid, PlacedSegment(specs.last(), last)]
-
-
 def segments_by_plan(segments: Sequence[PlacedSegment]) -> dict[str, PlacedSegment]:
     """Plan name -> the first segment that the plan runs: everything that has to be built for a model."""
     plans: dict[str, PlacedSegment] = {}
     for segment in segments:
         plans.setdefault(segment.plan_name, segment)
     return plans
-
-
-@dataclass(frozen=True, slots=True)
-class _ModelSpecs:
-    """The specs of one model's segments.
-
-    Attributes:
-        layout: every stored tensor of the model by canonical name.
-    """
-
-    arch: ModelArch
-    dtype: ModelDType
-    profiles: tuple[ProfileSpec, ...]
-    weight_mode: WeightMode
-    layout: Mapping[str, TensorSpec]
-
-    def first(self) -> SegmentSpec:
-        return self._segment("first", (self._x(),), (self._qkv(),), self._qkv_weights(0, ""))
-
-    def mid(self) -> SegmentSpec:
-        inputs = (self._attended(), self._x())
-        weights = (*self._mlp_weights(), *self._qkv_weights(1, "next."))
-        return self._segment("mid", inputs, (self._x("x_out"), self._qkv()), weights)
-
-    def last(self) -> SegmentSpec:
-        inputs = (self._attended(), self._x(), PlanTensor("sample_tokens", "int32", ("S",)))
-        head = "embed_tokens.weight" if self.arch.tie_word_embeddings else "lm_head.weight"
-        weights = (
-            *self._mlp_weights(),
-            self._weight("final_norm.weight", "final_norm.weight", None, self.layout["final_norm.weight"]),
-            self._weight("lm_head.weight", head, None, self.layout[head]),
-        )
-        return self._segment("last", inputs, (PlanTensor("logits", "float32", ("S", self.arch.vocab_size)),), weights)
-
-    def _segment(
-        self,
-        kind: SegmentKind,
-        inputs: tuple[PlanTensor, ...],
-        outputs: tuple[PlanTensor, ...],
-        weights: tuple[WeightSpec, ...],
-    ) -> SegmentSpec:
-        return SegmentSpec(
-            kind=kind,
-            dtype=self.dtype,
-            weight_mode=self.weight_mode,
-            profiles=self.profiles,
-            inputs=inputs,
-            outputs=outputs,
-            weights=weights,
-            numerics=self._numerics(kind),
-        )
-
-    def _numerics(self, kind: SegmentKind) -> Numerics:
-        arch = self.arch
-        return Numerics(
-            rms_norm_eps=arch.rms_norm_eps,
-            activation="none" if kind == "first" else arch.hidden_act,
-            logit_scale=arch.logit_scale if kind == "last" else 1.0,
-            logit_soft_cap=arch.logit_soft_cap if kind == "last" else None,
-        )
-
-    def _x(self, name: str = "x") -> PlanTensor:
-        return PlanTensor(name, self.dtype, ("T", self.arch.hidden_size))
-
-    def _attended(self) -> PlanTensor:
-        return PlanTensor("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))
-
-    def _qkv(self) -> PlanTensor:
-        heads = self.arch.num_heads + 2 * self.arch.num_kv_heads
-        return PlanTensor("qkv", self.dtype, ("T", heads * self.arch.head_dim))
-
-    def _qkv_weights(self, offset: int, prefix: str) -> tuple[WeightSpec, ...]:
-        return self._layer_weights(offset, prefix, ("input_norm.", "qkv."))
-
-    def _mlp_weights(self) -> tuple[WeightSpec, ...]:
-        norms = ("attention_out_norm.", "post_attention_norm.", "mlp_out_norm.")
-        return self._layer_weights(0, "", ("o.", "gate_up.", "down.", *norms))
-
-    def _layer_weights(self, offset: int, prefix: str, parts: tuple[str, ...]) -> tuple[WeightSpec, ...]:
-        """The specs of one layer's stored tensors whose names begin with one of `parts`."""
-        roles = (name.removeprefix("layers.0.") for name in self.layout if name.startswith("layers.0."))
-        return tuple(
-            self._weight(prefix + role, role, offset, self.layout[f"layers.0.{role}"])
-            for role in roles
-            if role.startswith(parts)
-        )
-
-    def _weight(self, name: str, role: str, offset: int | None, stored: TensorSpec) -> WeightSpec:
-        source: WeightSource = "constant" if self.weight_mode == "constants" else "input"
-        return WeightSpec(name, role, offset, stored.dtype, stored.shape, source)

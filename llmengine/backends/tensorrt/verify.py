@@ -20,20 +20,18 @@ from torch import Tensor
 
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.expected_outputs import Rounded, expected_outputs
+from llmengine.backends.tensorrt.random_tensors import SENTINEL, empty_output, random_inputs, random_weights
 from llmengine.backends.tensorrt.runtime import LoadedPlan, Sizes, current_stream, scratch_memory
-from llmengine.backends.tensorrt.spec import PlacedSegment, PlanTensor, SegmentSpec, WeightSpec, segments_by_plan
+from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, segments_by_plan
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import CorruptFileError
 
-_SENTINEL = 7.0
+_LEAST_SIZE = 1e-150
+"""Expected size of the error of a value that must be 0: a row of zeros in a matrix gives nothing else."""
+
 _ERRORS = ("rms_error", "column_error", "max_error")
 _LIMITS = ("rms_limit", "column_limit", "max_limit")
-_OUTLIER_ROWS = 4
-"""Every so many rows the hidden state has an outlier, like the hidden states of real models."""
-_NORMS_OF_X = ("input_norm.weight", "post_attention_norm.weight")
-_OUTLIER = 1000.0
-"""Its square is beyond float16's range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,7 @@ def _check(plan: LoadedPlan, weights: Mapping[str, Tensor], sizes: Sizes, memory
     """Yield the check of each output of one execution."""
     spec = plan.spec
     tensors = {**weights, **random_inputs(spec, sizes, memory.device)}
-    outputs = {tensor.name: _empty_output(tensor, sizes, memory.device) for tensor in spec.outputs}
+    outputs = {tensor.name: empty_output(tensor, sizes, memory.device) for tensor in spec.outputs}
     bound = {weight.name for weight in spec.weight_inputs} | {tensor.name for tensor in spec.inputs}
     addresses = {
         name: tensor.data_ptr() for name, tensor in {**tensors, **outputs}.items() if name in {*bound, *outputs}
@@ -226,7 +224,7 @@ def _check(plan: LoadedPlan, weights: Mapping[str, Tensor], sizes: Sizes, memory
     plan.context(sizes, memory, stream).run(addresses, stream)
     expected = expected_outputs(spec, tensors, torch_dtype(spec.dtype))
     for name, errors in scaled_errors(expected, outputs).items():
-        intact = bool((outputs[name][-1] == _SENTINEL).all())
+        intact = bool((outputs[name][-1] == SENTINEL).all())
         yield check_errors(plan.name, name, sizes, errors, intact)
 
 
@@ -243,7 +241,8 @@ def scaled_errors(
     for rows, exact_values in expected:
         for name, exact in exact_values.items():
             error = outputs[name][rows].double() - exact.value
-            parts[name].append((error / exact.total_variance.double().sqrt()).float())
+            expected_size = exact.total_variance.double().sqrt().clamp_min(_LEAST_SIZE)
+            parts[name].append((error / expected_size).float())
     return {name: torch.cat(errors) for name, errors in parts.items()}
 
 
@@ -283,43 +282,4 @@ def _segment_weights(
     if given is not None:
         return {name: given[canonical] for name, canonical in segment.weight_names().items()}
     assert not segment.spec.constant_weights, "weights that a plan contains are not random"
-    return {weight.name: _random_weight(weight, device) for weight in segment.spec.weights}
-
-
-def random_tensors(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
-    """New tensors with random values for everything that an execution gets addresses of."""
-    tensors = {weight.name: _random_weight(weight, device) for weight in spec.weight_inputs}
-    tensors |= random_inputs(spec, sizes, device)
-    return tensors | {tensor.name: _empty_output(tensor, sizes, device) for tensor in spec.outputs}
-
-
-def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:
-    """Values that keep activations near 1."""
-    tensor = torch.empty(weight.shape, dtype=torch_dtype(weight.dtype), device=device)
-    if len(weight.shape) == 2:
-        return tensor.normal_(std=weight.shape[1] ** -0.5)
-    return tensor.uniform_(0.5, 1.5) if "norm" in weight.role else tensor.normal_(std=0.2)
-
-
-def random_inputs(spec: SegmentSpec, sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
-    """Activations near 1, with outliers where a norm reads them; no token is sampled twice if there are enough."""
-    values = {}
-    for tensor in spec.inputs:
-        shape = tensor.resolve(T=sizes.tokens, S=sizes.samples)
-        if tensor.dtype == "int32":
-            rows = torch.randperm(sizes.tokens, dtype=torch.int32, device=device)
-            values[tensor.name] = rows[torch.arange(*shape, device=device) % sizes.tokens]
-        else:
-            values[tensor.name] = torch.randn(shape, device=device).to(torch_dtype(tensor.dtype))
-    if any(weight.name in _NORMS_OF_X for weight in spec.weights):
-        x = values["x"]
-        x[_OUTLIER_ROWS - 1 :: _OUTLIER_ROWS, int(torch.randint(x.shape[1], ()))] = _OUTLIER
-    return values
-
-
-def _empty_output(tensor: PlanTensor, sizes: Sizes, device: torch.device) -> Tensor:
-    """An output of NaN, which the plan must overwrite, and one more row, which it must not touch."""
-    rows, columns = tensor.resolve(T=sizes.tokens, S=sizes.samples)
-    output = torch.full((rows + 1, columns), math.nan, dtype=torch_dtype(tensor.dtype), device=device)
-    output[-1] = _SENTINEL
-    return output
+    return random_weights(segment.spec, device)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 
 from llmengine.backends.tensorrt.library import Library, load_library
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.obtain import producer_for_device
 from llmengine.backends.tensorrt.plan_set import PlanSet, SavedPlanSet
+from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import load_plans
-from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan, segments_of
+from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan
 from llmengine.backends.tensorrt.verify import device_name, verify_plans
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import torch_dtype
-from llmengine.errors import CorruptFileError, EngineError
+from llmengine.errors import ConfigError, CorruptFileError, EngineError
 
 
 def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
@@ -26,7 +28,10 @@ def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
         saved = SavedPlanSet.read(source.plans, "plans")
     except CorruptFileError as error:
         return [str(error)], "not run on a GPU: the manifest does not describe them properly"
-    segments = _segments(saved, source)
+    try:
+        segments = _segments(saved, source)
+    except ConfigError as error:
+        return [str(error)], "not run on a GPU: they were built by another version of llmengine"
     problems = [
         f"plan {name!r} was built from another network than this version of llmengine defines; loading rebuilds it"
         for name, segment in segments_by_plan(segments).items()
@@ -45,7 +50,7 @@ def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
 
 def _segments(saved: SavedPlanSet, source: ModelSource) -> tuple[PlacedSegment, ...]:
     spec = next(iter(saved.specs.values()))
-    return tuple(segments_of(source.arch, spec.dtype, saved.profiles, spec.weight_mode))
+    return tuple(segments_of(source.arch, spec.dtype, saved.profiles, spec.weight_mode, source.formats))
 
 
 def _find_gpu(saved: SavedPlanSet) -> tuple[Library, torch.device]:
@@ -65,7 +70,8 @@ def verify_on_device(
     weights = None
     if plan_set.has_constants:
         dtype = torch_dtype(plan_set.segments[0].spec.dtype)
-        weights = {name: tensor.to(device) for name, tensor in source.weights(dtype)}
+        stream = streamed_weights(source.weights(dtype), source.formats, source.arch, dtype)
+        weights = {name: tensor.to(device) for name, tensor in stream}
     try:
         plans = load_plans(PlanRuntime.start(library, plan_set.library_cache), plan_set)
         verification = verify_plans(plan_set.segments, plans, device, weights)

@@ -20,6 +20,7 @@ from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.obtain import BuildPlans, PlanRequest, obtain_layer_plan
 from llmengine.backends.tensorrt.plan_set import PlanSet
+from llmengine.backends.tensorrt.random_tensors import random_tensors
 from llmengine.backends.tensorrt.runtime import (
     LoadedPlan,
     PlanContext,
@@ -30,7 +31,6 @@ from llmengine.backends.tensorrt.runtime import (
 )
 from llmengine.backends.tensorrt.spec import WeightMode
 from llmengine.backends.tensorrt.step_times import mean_speedup, time_us, timed_batch_sizes
-from llmengine.backends.tensorrt.verify import random_tensors
 from llmengine.checkpoints.source import ModelSource
 
 LEAST_GAIN = 1.05

@@ -30,10 +30,18 @@ from llmengine.backends.tensorrt.spec import (
 )
 from llmengine.checkpoints.saved_files import SavedFile
 from llmengine.errors import ConfigError
-from tests.backends.tensorrt.interpreter import Interpreter
+from tests.backends.tensorrt.interpreter import INT4, Interpreter, in_torch
 from tests.backends.tensorrt.torch_reference import reference
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int32": torch.int32}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
+    "int8": torch.int8,
+    "int4": INT4,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 ALIGNMENT = 256
 
 Execute = Callable[[SegmentSpec, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -79,7 +87,7 @@ class FakeTensorRt:
     """
 
     ILogger = Logger
-    DataType = _enum("DataType", "FLOAT", "HALF", "BF16", "INT32")
+    DataType = _enum("DataType", "FLOAT", "HALF", "BF16", "INT32", "INT8", "INT4", "FP8")
     TensorIOMode = _enum("TensorIOMode", "INPUT", "OUTPUT")
     TensorLocation = _enum("TensorLocation", "DEVICE", "HOST")
     ExecutionContextAllocationStrategy = _enum("ExecutionContextAllocationStrategy", "STATIC", "USER_MANAGED")
@@ -293,8 +301,7 @@ class FakeEngine(_Part):
     def get_tensor_dtype(self, name: str) -> Any:
         """Return its type."""
         types = self._fake.DataType
-        names = {"float32": types.FLOAT, "float16": types.HALF, "bfloat16": types.BF16, "int32": types.INT32}
-        return names[self._io[name][0]]
+        return dict(zip(DTYPES, types, strict=True))[self._io[name][0]]
 
     def get_tensor_shape(self, name: str) -> list[int]:
         """Return its shape, -1 for dynamic sizes."""
@@ -417,7 +424,7 @@ class FakeContext(_Part):
         if name not in self._addresses:
             raise Misuse(f"{name} has no address")
         dtype, _ = {**self._engine.inputs, **self._engine.outputs}[name]
-        shape = self._shape(name)
+        shape = in_torch(DTYPES[dtype], self._shape(name))
         return self._fake.memory.view(name, self._addresses[name], DTYPES[dtype], shape)
 
     def _check_overlaps(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:

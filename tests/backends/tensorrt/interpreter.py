@@ -17,8 +17,12 @@ from torch import Tensor
 
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.network import DefinedSegment
+from llmengine.quantization.int4 import unpack_nibbles
 
 Operation = Callable[..., Tensor]
+
+INT4 = torch.uint8
+"""Two columns in a byte stand for 4 bits, which torch has no type of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,21 @@ class _Step:
     dtype: torch.dtype
     shape: tuple[int, ...]
     operation: Operation
+
+
+def in_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in torch of a tensor of a network."""
+    return (*shape[:-1], shape[-1] // 2) if dtype == INT4 else shape
+
+
+def to_int8(x: Tensor) -> Tensor:
+    """Round as TensorRT does, to [-128, 127]."""
+    return x.round().clamp(-128, 127).to(torch.int8)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Round as TensorRT does, to [-448, 448]."""
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 class Interpreter:
@@ -48,6 +67,9 @@ class Interpreter:
             trt.bfloat16: torch.bfloat16,
             trt.int32: torch.int32,
             trt.int64: torch.int64,
+            trt.int8: torch.int8,
+            trt.fp8: torch.float8_e4m3fn,
+            trt.int4: INT4,
         }
         self._bytes = segment.constants
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
@@ -72,6 +94,7 @@ class Interpreter:
         return {name: values[name] for name in self._outputs}
 
     def _check(self, name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        shape = in_torch(dtype, shape)
         fits = len(shape) == value.dim() and all(a in (-1, b) for a, b in zip(shape, value.shape, strict=True))
         assert fits, f"{name}: shape {tuple(value.shape)} instead of {shape}"
         assert value.dtype == dtype, f"{name}: {value.dtype} instead of {dtype}"
@@ -124,7 +147,7 @@ class Interpreter:
             key = (name, torch.device("cpu") if dtype == torch.int64 else self._device)
             if key not in self._on_device:
                 host = torch.from_numpy(self._bytes[name].copy()).view(dtype)
-                self._on_device[key] = host.reshape(shape).to(key[1])
+                self._on_device[key] = host.reshape(in_torch(dtype, shape)).to(key[1])
             return self._on_device[key]
 
         return value
@@ -149,9 +172,51 @@ class Interpreter:
         return _ACTIVATIONS[layer.type.name]
 
     def _reduce(self, layer: Any) -> Operation:
-        assert layer.op.name == "AVG", layer.op
+        operation = _REDUCE[layer.op.name]
         axes = [axis for axis in range(8) if layer.axes >> axis & 1]
-        return lambda x: x.mean(axes, layer.keep_dims)
+        return lambda x: operation(x, axes, layer.keep_dims)
+
+    def _quantize(self, layer: Any) -> Operation:
+        dtype = self._dtypes[layer.get_output(0).dtype]
+
+        def apply(x: Tensor, scale: Tensor) -> Tensor:
+            assert x.dtype == scale.dtype, f"{layer.name}: {x.dtype} and {scale.dtype}"
+            assert scale.dim() == 0, f"{layer.name}: a scale of {list(scale.shape)}"
+            return to_int8(x / scale) if dtype == torch.int8 else to_e4m3(x / scale)
+
+        return apply
+
+    def _dequantize(self, layer: Any) -> Operation:
+        dtype = self._dtypes[layer.get_output(0).dtype]
+        source, rank = layer.get_input(0), len(layer.get_input(1).shape)
+        axis, is_int4 = layer.axis, self._dtypes[source.dtype] == INT4
+
+        def apply(numbers: Tensor, scale: Tensor) -> Tensor:
+            # TensorRT infers blocks from the shapes.
+            if is_int4:
+                assert scale.dtype == dtype, f"{layer.name}: 4 bits with {scale.dtype} become {dtype}"
+                numbers = unpack_nibbles(numbers ^ 0x88).to(torch.int8) - 8
+            factors = scale.float()
+            if rank == 1:
+                assert axis == 0, f"{layer.name}: axis {axis}"
+                factors = factors[:, None]
+            elif rank == 2:
+                rows, columns = (n // m for n, m in zip(numbers.shape, scale.shape, strict=True))
+                assert (rows * scale.shape[0], columns * scale.shape[1]) == tuple(numbers.shape), layer.name
+                factors = factors.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            return (numbers.float() * factors).to(dtype)
+
+        return apply
+
+    def _shuffle(self, layer: Any) -> Operation:
+        shape = list(layer.reshape_dims)
+        assert layer.zero_is_placeholder
+        assert list(layer.first_transpose) == list(range(len(list(layer.first_transpose)))), layer.name
+
+        def apply(x: Tensor) -> Tensor:
+            return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(shape)])
+
+        return apply
 
     def _matrix_multiply(self, layer: Any) -> Operation:
         transposed = [op == self._trt.MatrixOperation.TRANSPOSE for op in (layer.op0, layer.op1)]
@@ -164,7 +229,7 @@ class Interpreter:
 
     def _gather(self, layer: Any) -> Operation:
         assert layer.mode == self._trt.GatherMode.DEFAULT
-        return lambda x, rows: x.index_select(layer.axis, rows)
+        return lambda x, indices: x.index_select(layer.axis, indices)
 
     def _shape(self, layer: Any) -> Operation:
         return lambda x: torch.tensor(x.shape, dtype=torch.int64)
@@ -190,16 +255,25 @@ _CLASSES = {
     "CAST": "ICastLayer",
     "CONCATENATION": "IConcatenationLayer",
     "CONSTANT": "IConstantLayer",
+    "DEQUANTIZE": "IDequantizeLayer",
     "ELEMENTWISE": "IElementWiseLayer",
     "GATHER": "IGatherLayer",
     "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
+    "QUANTIZE": "IQuantizeLayer",
     "REDUCE": "IReduceLayer",
     "SHAPE": "IShapeLayer",
+    "SHUFFLE": "IShuffleLayer",
     "SLICE": "ISliceLayer",
     "UNARY": "IUnaryLayer",
 }
-_ELEMENTWISE: dict[str, Operation] = {"SUM": torch.add, "PROD": torch.mul}
-_UNARY: dict[str, Operation] = {"SQRT": torch.sqrt, "RECIP": torch.reciprocal}
+_ELEMENTWISE: dict[str, Operation] = {
+    "SUM": torch.add,
+    "PROD": torch.mul,
+    "DIV": torch.div,
+    "MAX": torch.maximum,
+}
+_UNARY: dict[str, Operation] = {"SQRT": torch.sqrt, "RECIP": torch.reciprocal, "ABS": torch.abs}
+_REDUCE: dict[str, Operation] = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax}
 _ACTIVATIONS: dict[str, Operation] = {
     "GELU_TANH": lambda x: F.gelu(x, approximate="tanh"),
     "SIGMOID": torch.sigmoid,

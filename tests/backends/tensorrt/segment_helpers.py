@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.backends.tensorrt.library import Library, load_library
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.network import RawArray, define_segment
-from llmengine.backends.tensorrt.spec import PlacedSegment, make_profiles, segments_of
+from llmengine.backends.tensorrt.spec import PlacedSegment, WeightSpec, make_profiles
 from llmengine.errors import ConfigError
 from llmengine.models.arch import ModelArch, RopeConfig, canonical_shapes
+from llmengine.quantization.formats import TensorSpec
 from tests.backends.tensorrt.interpreter import Interpreter
 
 PROFILES = make_profiles(max_batch_size=4, max_tokens_per_step=16)
@@ -104,7 +106,13 @@ def interpreted(library: Library, segment: PlacedSegment, weights: Mapping[str, 
 def weight_feeds(segment: PlacedSegment, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that are bound to a segment's weight inputs."""
     names = segment.weight_names()
-    return {weight.name: weights[names[weight.name]].view(weight.plan_shape) for weight in segment.spec.weight_inputs}
+    return {weight.name: as_in_plan(weight, weights[names[weight.name]]) for weight in segment.spec.weight_inputs}
+
+
+def as_in_plan(weight: WeightSpec, tensor: Tensor) -> Tensor:
+    """Return a tensor in the shape that it has in a plan; 4 bits stay two in a byte."""
+    assert TensorSpec.of(tensor) == weight.stored, weight.name
+    return tensor if weight.dtype == "int4" else tensor.view(weight.plan_shape)
 
 
 class ReferenceSegments:

@@ -29,11 +29,11 @@ from llmengine.backends.tensorrt.backend import (
 )
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import load_library
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.segments import TensorRtSegments
-from llmengine.backends.tensorrt.spec import make_profiles, segments_of
+from llmengine.backends.tensorrt.spec import make_profiles
 from llmengine.backends.tensorrt.verify import Verification
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
@@ -305,10 +305,6 @@ def test_a_device_that_the_library_does_not_run_on_is_refused_before_a_build(
         prepare_plans(make_config(source), source, torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"backend='tensorrt' cannot be used: .* does not support .*'torch'"):
         load_tensorrt_or_torch(make_config(source, backend="tensorrt"), source, torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    quantized = quantized_source(source, QuantConfig("int8").resolve())
-    with pytest.raises(ConfigError, match="plans of weights in format 'int8' are not in this version, but will be"):
-        prepare_plans(make_config(source), quantized, torch.device("cuda"))
 
 
 def test_saved_plans_that_cannot_be_built_again_are_named(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,14 +21,9 @@ from llmengine.backends.tensorrt.builder_process import serialize_segment
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.constant_weights import constant_offsets, map_constants, spool_constants
 from llmengine.backends.tensorrt.library import Library
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.obtain import obtain_plans
-from llmengine.backends.tensorrt.spec import (
-    BuildTarget,
-    PlacedSegment,
-    WeightMode,
-    segments_by_plan,
-    segments_of,
-)
+from llmengine.backends.tensorrt.spec import BuildTarget, PlacedSegment, WeightMode, segments_by_plan
 from llmengine.checkpoints.dummy_weights import stream_dummy
 from llmengine.errors import ConfigError, EngineError
 from llmengine.models.arch import ModelArch

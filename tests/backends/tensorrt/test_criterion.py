@@ -14,9 +14,11 @@ from torch import Tensor
 from llmengine.backends.tensorrt import criterion
 from llmengine.backends.tensorrt.criterion import largest_rms
 from llmengine.backends.tensorrt.expected_outputs import Rounded, expected_outputs
+from llmengine.backends.tensorrt.model_segments import segments_of
+from llmengine.backends.tensorrt.random_tensors import random_tensors
 from llmengine.backends.tensorrt.runtime import Sizes
-from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, segments_by_plan, segments_of
-from llmengine.backends.tensorrt.verify import SegmentCheck, check_errors, random_tensors, scaled_errors
+from llmengine.backends.tensorrt.spec import SegmentSpec, make_profiles, segments_by_plan
+from llmengine.backends.tensorrt.verify import SegmentCheck, check_errors, scaled_errors
 from llmengine.dtypes import ModelDType
 from tests.backends.tensorrt.segment_helpers import DTYPES, tiny_arch
 from tests.backends.tensorrt.simulated_plans import FP16_SUMS, SOUND, Ways, simulate

@@ -21,9 +21,10 @@ import torch
 from llmengine import LLM, ModelConfig, SamplingParams
 from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob
 from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.obtain import obtain_plans
 from llmengine.backends.tensorrt.plan_set import PlanSet
-from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, make_profiles, segments_of
+from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, make_profiles
 from llmengine.backends.tensorrt.verify import SegmentCheck, Verification
 from llmengine.backends.tensorrt.verify_engine import verify_on_device
 from llmengine.checkpoints.model_saving import save_model

@@ -10,15 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.network import define_segment
-from llmengine.backends.tensorrt.spec import (
-    SegmentSpec,
-    WeightMode,
-    make_profiles,
-    segments_by_plan,
-    segments_of,
-    spec_from_dict,
-)
+from llmengine.backends.tensorrt.spec import SegmentSpec, WeightMode, make_profiles, segments_by_plan, spec_from_dict
 from llmengine.dtypes import MODEL_DTYPES
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import RopeConfig, canonical_shapes

@@ -14,8 +14,9 @@ from llmengine import backends
 from llmengine.backends import load_backend
 from llmengine.backends.tensorrt.backend import SegmentsChoice, load_tensorrt_backend
 from llmengine.backends.tensorrt.cache import PlanCache
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.plan_set import SavedPlanSet
-from llmengine.backends.tensorrt.spec import make_profiles, segments_of
+from llmengine.backends.tensorrt.spec import make_profiles
 from llmengine.backends.tensorrt.weight_choice import LayerTimes
 from llmengine.batch import Backend
 from llmengine.checkpoints.source import ModelSource

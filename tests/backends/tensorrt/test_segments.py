@@ -16,9 +16,10 @@ from llmengine.backends import load_backend
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.cuda.weights import CudaWeights
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
-from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_of
+from llmengine.backends.tensorrt.spec import WeightMode, make_profiles
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.dtypes import dtype_name

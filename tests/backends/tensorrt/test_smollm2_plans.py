@@ -22,7 +22,8 @@ from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
-from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan, segments_of
+from llmengine.backends.tensorrt.model_segments import segments_of
+from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.runtime import PlanRuntime, Sizes
 from llmengine.backends.tensorrt.segments import load_plans
-from llmengine.backends.tensorrt.spec import ProfileSpec, Range, SegmentSpec, segments_of
+from llmengine.backends.tensorrt.spec import ProfileSpec, Range, SegmentSpec
 from llmengine.backends.tensorrt.verify import Verification, checked_sizes, verify_plans
 from llmengine.models.arch import ModelArch
 from tests.backends.tensorrt.fake_runtime import DTYPES, FakeTensorRt, fake_library, fake_plan_set
@@ -52,6 +53,26 @@ def test_plans_with_constants_are_compared_with_the_models_weights(device: str) 
     verification = verify(device, tiny_arch(), "float16", mode="constants")
     assert not verification.failures
     assert [check.plan for check in verification.checks] == ["first", "mid.0", "mid.0", "mid.1", "mid.1", "last"]
+
+
+def test_values_that_must_be_zero_have_no_rounding(device: str) -> None:
+    """The embedding of a padding token is a row of zeros, and tied to the output matrix."""
+    arch, place = tiny_arch(tie_word_embeddings=True), torch.device(device)
+    weights = {name: tensor.to(device) for name, tensor in random_weights(arch, torch.float32).items()}
+    weights["embed_tokens.weight"][3] = 0
+    segments = segments_of(arch, "float32", PROFILES, "constants")
+
+    def off(spec: SegmentSpec, feeds: Outputs) -> Outputs:
+        outputs = computed_in(spec, feeds, torch.float32)
+        if spec.kind == "last":
+            outputs["logits"][:, 3] = 1e-30
+        return outputs
+
+    for execute, failing in ((None, set()), (off, {"last"})):
+        fake = FakeTensorRt(place, execute)
+        plans = load_plans(PlanRuntime.start(fake_library(fake)), fake_plan_set(segments, weights))
+        found = verify_plans(segments, plans, place, weights).failures
+        assert {check.plan for check in found} == failing
 
 
 def computed_in(spec: SegmentSpec, feeds: Outputs, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from llmengine.backends.tensorrt import library, runtime
 from llmengine.backends.tensorrt.builder_process import serialize_segment
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.spec import BuildTarget
+from tests.backends.tensorrt.quantized_helpers import FORMATS, model_formats, quantized_arch, quantized_segment
 from tests.backends.tensorrt.segment_helpers import FAMILIES, placed, random_weights, raw, tiny_arch
 
 Calls = dict[str, set[int]]
@@ -36,7 +37,8 @@ PROTOCOLS = {
     runtime.TrtRuntimeConfig: "IRuntimeConfig",
     runtime.TrtRuntimeCache: "IRuntimeCache",
 }
-SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in ("builder_process", "library", "network", "runtime")]
+MODULES = ("builder_process", "graph", "library", "network", "products", "runtime")
+SOURCES = [Path(package.__path__[0]) / f"{name}.py" for name in MODULES]
 
 
 def used_calls(library: Library, directory: Path) -> Calls:
@@ -64,6 +66,9 @@ def recorded_calls(library: Library, directory: Path) -> Calls:
                 serialize_segment(recording, segment.spec, BuildTarget((89,)), constants, directory / "timings")
     silu = placed(tiny_arch(), "bfloat16", "inputs", "mid")
     serialize_segment(recording, silu.spec, BuildTarget((89,)), {})
+    for name in ("int4-128, act-order, AWQ", "w8a8, one scale", "fp8-block", "stacked"):
+        quantized = quantized_segment(quantized_arch(), "float16", "inputs", "mid", model_formats(FORMATS[name]))
+        serialize_segment(recording, quantized.spec, BuildTarget((89,)), {})
     return calls
 
 

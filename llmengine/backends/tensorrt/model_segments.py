@@ -1,0 +1,164 @@
+"""The segments of a model: what each of them reads, in the formats of its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmengine.backends.tensorrt.plan_matrix import plan_parts
+from llmengine.backends.tensorrt.spec import (
+    Numerics,
+    PlacedSegment,
+    PlanTensor,
+    ProfileSpec,
+    SegmentKind,
+    SegmentSpec,
+    WeightMode,
+    WeightSource,
+    WeightSpec,
+)
+from llmengine.dtypes import ModelDType
+from llmengine.models.arch import ModelArch
+from llmengine.quantization.formats import DENSE, TensorSpec, WeightFormat
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
+
+
+def segments_of(
+    arch: ModelArch,
+    dtype: ModelDType,
+    profiles: Sequence[ProfileSpec],
+    weight_mode: WeightMode = "inputs",
+    formats: ModelFormats = DENSE_MODEL,
+) -> list[PlacedSegment]:
+    """The segments of a model in the order in which they run: first, mid 0 .. mid L-2, last.
+
+    Raises `ConfigError` for formats that plans have no products with.
+    """
+    last = arch.num_layers - 1
+    specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, formats, DENSE_MODEL.layout(arch, dtype))
+    mid = [specs.mid(layer) for layer in range(last)]
+    first_layers = {spec: layer for layer, spec in reversed(list(enumerate(mid)))}
+    placed = [PlacedSegment(spec, layer, first_layers[spec]) for layer, spec in enumerate(mid)]
+    return [PlacedSegment(specs.first(), 0), *placed, PlacedSegment(specs.last(), last)]
+
+
+def head_format(arch: ModelArch, formats: ModelFormats) -> WeightFormat:
+    """The format of the matrix that computes logits: the embedding's, where that is tied and none is named."""
+    found = formats.of("lm_head")
+    return formats.of("embed_tokens") if arch.tie_word_embeddings and found == DENSE else found
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelSpecs:
+    """The specs of one model's segments.
+
+    Attributes:
+        layout: every weight of the model by canonical name, as if no matrix were quantized.
+    """
+
+    arch: ModelArch
+    dtype: ModelDType
+    profiles: tuple[ProfileSpec, ...]
+    weight_mode: WeightMode
+    formats: ModelFormats
+    layout: Mapping[str, TensorSpec]
+
+    def first(self) -> SegmentSpec:
+        return self._segment("first", (self._x(),), (self._qkv(),), self._qkv_weights(0, 0, ""))
+
+    def mid(self, layer: int) -> SegmentSpec:
+        inputs = (self._attended(), self._x())
+        weights = self._mlp_weights(layer) + self._qkv_weights(layer + 1, 1, "next.")
+        return self._segment("mid", inputs, (self._x("x_out"), self._qkv()), weights)
+
+    def last(self) -> SegmentSpec:
+        inputs = (self._attended(), self._x(), PlanTensor("sample_tokens", "int32", ("S",)))
+        weights = self._mlp_weights(self.arch.num_layers - 1)
+        weights += self._weights("final_norm.weight", "final_norm.weight", None, "final_norm.weight")
+        is_embedding = self.arch.tie_word_embeddings and head_format(self.arch, self.formats) == DENSE
+        head = "embed_tokens.weight" if is_embedding else "lm_head.weight"
+        weights += self._weights("lm_head.weight", head, None, "lm_head.weight")
+        return self._segment("last", inputs, (PlanTensor("logits", "float32", ("S", self.arch.vocab_size)),), weights)
+
+    def _segment(
+        self, kind: SegmentKind, inputs: tuple[PlanTensor, ...], outputs: tuple[PlanTensor, ...], weights: _Weights
+    ) -> SegmentSpec:
+        return SegmentSpec(
+            kind=kind,
+            dtype=self.dtype,
+            weight_mode=self.weight_mode,
+            profiles=self.profiles,
+            inputs=inputs,
+            outputs=outputs,
+            weights=weights.specs,
+            numerics=self._numerics(kind),
+            quantization=weights.formats,
+        )
+
+    def _numerics(self, kind: SegmentKind) -> Numerics:
+        arch = self.arch
+        return Numerics(
+            rms_norm_eps=arch.rms_norm_eps,
+            activation="none" if kind == "first" else arch.hidden_act,
+            logit_scale=arch.logit_scale if kind == "last" else 1.0,
+            logit_soft_cap=arch.logit_soft_cap if kind == "last" else None,
+        )
+
+    def _x(self, name: str = "x") -> PlanTensor:
+        return PlanTensor(name, self.dtype, ("T", self.arch.hidden_size))
+
+    def _attended(self) -> PlanTensor:
+        return PlanTensor("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))
+
+    def _qkv(self) -> PlanTensor:
+        heads = self.arch.num_heads + 2 * self.arch.num_kv_heads
+        return PlanTensor("qkv", self.dtype, ("T", heads * self.arch.head_dim))
+
+    def _qkv_weights(self, layer: int, offset: int, prefix: str) -> _Weights:
+        return self._layer_weights(layer, offset, prefix, ("input_norm.", "qkv."))
+
+    def _mlp_weights(self, layer: int) -> _Weights:
+        norms = ("attention_out_norm.", "post_attention_norm.", "mlp_out_norm.")
+        return self._layer_weights(layer, 0, "", ("o.", "gate_up.", "down.", *norms))
+
+    def _layer_weights(self, layer: int, offset: int, prefix: str, parts: tuple[str, ...]) -> _Weights:
+        """A layer's weights whose names begin with one of `parts`."""
+        found, place = _Weights(), f"layers.{layer}."
+        for name in self.layout:
+            role = name.removeprefix(place)
+            if name.startswith(place) and role.startswith(parts):
+                found += self._weights(prefix + role, role, offset, name)
+        return found
+
+    def _weights(self, name: str, role: str, offset: int | None, canonical: str) -> _Weights:
+        """What a plan reads of one weight: all tensors of a matrix."""
+        source: WeightSource = "constant" if self.weight_mode == "constants" else "input"
+        dense = self.layout.get(canonical, self.layout["embed_tokens.weight"])
+        if len(dense.shape) == 1:
+            return _Weights((WeightSpec(name, role, offset, dense.dtype, dense.shape, source),))
+        shape = (dense.shape[0], dense.shape[1])
+        model_matrix = canonical.removesuffix(".weight")
+        is_head = model_matrix == "lm_head"
+        weight_format = head_format(self.arch, self.formats) if is_head else self.formats.of(model_matrix)
+        tensors = {
+            suffix + end: tensor
+            for end, part in plan_parts(weight_format, shape, self.dtype).items()
+            for suffix, tensor in part.tensors().items()
+        }
+        matrix, in_model = name.removesuffix(".weight"), role.removesuffix(".weight")
+        specs = (
+            WeightSpec(f"{matrix}.{suffix}", f"{in_model}.{suffix}", offset, *tensor, source)
+            for suffix, tensor in tensors.items()
+        )
+        return _Weights(tuple(specs), () if weight_format == DENSE else ((matrix, weight_format),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Weights of a segment, and the formats of those matrices that are quantized."""
+
+    specs: tuple[WeightSpec, ...] = ()
+    formats: tuple[tuple[str, WeightFormat], ...] = ()
+
+    def __add__(self, other: _Weights) -> _Weights:
+        return _Weights(self.specs + other.specs, self.formats + other.formats)
