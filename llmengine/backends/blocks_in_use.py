@@ -1,11 +1,11 @@
-"""Which of GGUF's blocks a device computes with, and which are dequantized while they load."""
+"""Which stored formats a device computes with, and which are dequantized while they load."""
 
 from __future__ import annotations
 
 from llmengine.checkpoints.dequantized_source import dequantized_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
-from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.gguf_blocks import GgufBlocks
 
 
@@ -16,13 +16,16 @@ def source_in_use(config: ModelConfig, source: ModelSource) -> ModelSource:
     `dtype` names another type for the weights or `quant_config` another format. A saved engine stays as it was saved,
     unless `dtype` names a type; on CUDA, blocks that no kernel multiplies are dequantized in any case.
     `weights="stored"` keeps all. TensorRT has no products with blocks.
+
+    Other formats stay, but for those few that no kernel multiplies on CUDA.
     """
     if config.quant_config.weights == "stored":
         return source
     reasons: dict[WeightFormat, str] = {}
     for item in source.formats.kinds:
-        if isinstance(item, GgufBlocks) and (reason := _why_dequantized(config, source, item)) is not None:
-            reasons[item] = reason
+        why = _why_dequantized(config, source, item) if isinstance(item, GgufBlocks) else _why_not_kept(config, item)
+        if why is not None:
+            reasons[item] = why
     return dequantized_source(source, reasons) if reasons else source
 
 
@@ -44,3 +47,13 @@ def _why_dequantized(config: ModelConfig, source: ModelSource, blocks: GgufBlock
     from llmengine.backends.cpu.native import why_not_multiplied
 
     return why_not_multiplied(blocks)
+
+
+def _why_not_kept(config: ModelConfig, weight_format: WeightFormat) -> str | None:
+    if config.device == "cpu" or config.backend == "tensorrt" or weight_format == DENSE:
+        return None
+    from llmengine.kernels.packed_weights import is_packed
+    from llmengine.kernels.scaled_weights import has_scaled_products
+
+    has_products = has_scaled_products(weight_format, (64, 64)) or is_packed(weight_format)
+    return None if has_products else "no kernel multiplies by its groups"

@@ -173,6 +173,11 @@ class PackedLayout:
         return tensors
 
 
+def is_packed(weight_format: WeightFormat) -> bool:
+    """Whether a format has a packed layout, which depends on the sizes of its groups and on no matrix's shape."""
+    return PackedLayout.of(weight_format, (TILE_ROWS, _SLICES[0]), torch.float16) is not None
+
+
 class PackedMatrix(QuantizedMatrix):
     """A matrix whose weights alone are quantized.
 
