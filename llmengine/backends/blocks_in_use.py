@@ -55,5 +55,5 @@ def _why_not_kept(config: ModelConfig, weight_format: WeightFormat) -> str | Non
     from llmengine.kernels.packed_weights import is_packed
     from llmengine.kernels.scaled_weights import has_scaled_products
 
-    has_products = has_scaled_products(weight_format, (64, 64)) or is_packed(weight_format)
+    has_products = has_scaled_products(weight_format) or is_packed(weight_format)
     return None if has_products else "no kernel multiplies by its groups"

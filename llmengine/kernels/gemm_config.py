@@ -184,7 +184,7 @@ class GemmShape:
     @property
     def is_scaled(self) -> bool:
         """Whether activations are quantized too."""
-        return has_scaled_products(self.weight_format, self.matrix_shape)
+        return has_scaled_products(self.weight_format)
 
     @property
     def is_quantized(self) -> bool:

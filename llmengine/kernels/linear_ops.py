@@ -44,7 +44,7 @@ def quantized_matrix(
                 return None
             parts.append(quantized or Matrix.dense(torch.empty(part_shape, dtype=dtype, device=device)))
         return StackedMatrix(weight_format, parts)
-    if has_scaled_products(weight_format, shape):
+    if has_scaled_products(weight_format):
         return ScaledMatrix(weight_format, shape, device)
     layout = PackedLayout.of(weight_format, shape, dtype)
     return None if layout is None else PackedMatrix(weight_format, layout, device)

@@ -128,7 +128,8 @@ def scaled_kernel(
     # Rows beyond the last read that one.
     weight_rows = weight + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K
     if PDL:
-        prefetch_rows(weight_rows, begin * BLOCK_K, tl.minimum((begin + turns) * BLOCK_K, K), 2)
+        if K % 16 == 0:  # bytes, of which a prefetch takes whole ones
+            prefetch_rows(weight_rows, begin * BLOCK_K, tl.minimum((begin + turns) * BLOCK_K, K), 2)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     weight_ptr = weight_rows + begin * BLOCK_K + e[None, :]

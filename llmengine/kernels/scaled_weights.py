@@ -18,16 +18,12 @@ from llmengine.quantization.matrix import Matrix
 WeightScales = Literal["tensor", "channel", "block"]
 ActivationScales = Literal["tensor", "token", "block"]
 
-_ALIGNMENT = 16
-"""Columns of which rows must have a multiple: loads are of as many bytes."""
 
-
-def has_scaled_products(weight_format: WeightFormat, shape: Shape) -> bool:
+def has_scaled_products(weight_format: WeightFormat) -> bool:
     """Whether `ScaledMatrix` can hold a matrix."""
-    is_scaled = isinstance(weight_format, Int8W8A8) or (
+    return isinstance(weight_format, Int8W8A8) or (
         isinstance(weight_format, Fp8) and weight_format.activations != "none"
     )
-    return is_scaled and shape[1] % _ALIGNMENT == 0
 
 
 class ScaledMatrix(QuantizedMatrix):
