@@ -92,6 +92,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_host_bytes() -> float:
+    """The most memory that this process has had resident; nan where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((float(int(line.split()[1]) << 10) for line in lines if line.startswith("VmHWM:")), math.nan)
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -35,6 +35,7 @@ from benchmarks.report import (
     median_of_runs,
     new_parser,
     new_plot,
+    peak_host_bytes,
     percentile,
     positive_integers,
     save_plot,
@@ -135,10 +136,7 @@ def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
 
 
 def describe(llm: LLM, load_s: float) -> dict[str, Any]:
-    """What a record says of the engine: description, seconds to load, bytes of weights, tokens that the cache holds.
-
-    Loading includes quantizing the weights and measuring products.
-    """
+    """What a record says of an engine that has just been loaded; loading includes quantizing and measuring."""
     info = llm.info
     kv_tokens = (info.num_blocks - 1) * info.block_size
     return {
@@ -146,6 +144,7 @@ def describe(llm: LLM, load_s: float) -> dict[str, Any]:
         "load_s": load_s,
         "weight_bytes": info.weight_bytes,
         "kv_tokens": kv_tokens,
+        "peak_host_bytes": peak_host_bytes(),
     }
 
 
@@ -158,6 +157,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
         load_s = time.perf_counter() - began
     gc.freeze()  # see docs/streaming_and_cancellation.md: a full garbage collection would stop a run for 200 ms
     with llm:
+        engine = describe(llm, load_s)
         print(f"{llm.info.description}\nloaded in {load_s:.1f} s")
         time.sleep(arguments.quiet)
         for run, concurrency in itertools.product(range(-1, arguments.runs), arguments.concurrency):
@@ -173,7 +173,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[int, dict[str, float]]:
             if warm_up:
                 continue
             runs[concurrency].append(results)
-            append_record(arguments, "serving", results, engine=describe(llm, load_s), concurrency=concurrency, run=run)
+            append_record(arguments, "serving", results, engine=engine, concurrency=concurrency, run=run)
     return {concurrency: median_of_runs(results) for concurrency, results in runs.items()}
 
 

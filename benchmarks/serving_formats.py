@@ -8,8 +8,9 @@ Each format has a process of its own, so that it finds the GPU's memory free, an
 down. `--report` makes the tables from the records of earlier runs, of `benchmarks.serving` too: a comparison that takes
 longer than a machine can be had is run in parts. Formats are rounded: calibrated ones are as fast.
 
-    load      seconds until the engine is ready; weights are made or read, quantized, and products are measured
-    KV tokens that the cache has room for
+    load s     until the engine is ready: weights are made or read, and quantized, and products are measured
+    host GiB   the most memory of the process until then
+    KV tokens  that the cache has room for
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ FORMATS: Mapping[str, tuple[str | None, str]] = {
     "int4 g128, int8 KV": ("int4-rtn", "int8"),
 }
 """Rows: `--quant` and `--kv-cache` of `benchmarks.serving`."""
+
+ENGINE = ("weights GiB", "load s", "host GiB", "KV tokens")
+"""Columns of what `serving.describe` says of an engine."""
 
 Record = Mapping[str, Any]
 
@@ -132,20 +136,25 @@ def tables(records: Iterable[Record]) -> str:
         speeds, latencies = [], []
         for name, of in rows.items():
             figures = [medians[name].get(concurrency) for concurrency in concurrencies]
-            sizes = [
-                f"{of[0]['engine']['weight_bytes'] / 2**30:.2f}",
-                f"{median([record['engine']['load_s'] for record in of]):.1f}",
-                f"{of[0]['engine']['kv_tokens']:,}",
-            ]
-            speeds.append([name, *sizes, *("" if one is None else _speed(one) for one in figures)])
+            speeds.append([name, *_engine_cells(of), *("" if one is None else _speed(one) for one in figures)])
             latencies.append([name, *("" if one is None else _latency(one) for one in figures)])
         parts += [
             heading,
-            format_table(["output tokens/s", "weights GiB", "load s", "KV tokens", *counts], speeds),
+            format_table(["output tokens/s", *ENGINE, *counts], speeds),
             format_table(["TTFT p50 / TPOT p50, ms", *counts], latencies),
             *_slower(medians),
         ]
     return "\n\n".join(parts)
+
+
+def _engine_cells(records: Iterable[Record]) -> list[str]:
+    """Cells of `ENGINE`: medians over the records of one format."""
+    engines = [record["engine"] for record in records]
+    weights, load_s, host, tokens = (
+        median([math.nan if engine[name] is None else engine[name] for engine in engines])
+        for name in ("weight_bytes", "load_s", "peak_host_bytes", "kv_tokens")
+    )
+    return [f"{weights / 2**30:.2f}", f"{load_s:.1f}", f"{host / 2**30:.1f}", f"{tokens:,.0f}"]
 
 
 def _speed(figures: Mapping[str, float]) -> str:

@@ -22,7 +22,7 @@ def make_record(quant: str | None, concurrency: int, speed: float, kv_cache: str
         "benchmark": "serving",
         "machine": {"gpu": "some GPU", "cpu": "some CPU"},
         "arguments": arguments,
-        "engine": {"weight_bytes": 3 << 29, "load_s": 4.25, "kv_tokens": 12345},
+        "engine": {"weight_bytes": 3 << 29, "load_s": 4.25, "peak_host_bytes": 3 << 30, "kv_tokens": 12345},
         "concurrency": concurrency,
         "results": {"output_tokens_per_s": speed, "ttft_p50_ms": 7.0, "tpot_p50_ms": 2.5},
     }
@@ -37,8 +37,8 @@ def test_tables_have_medians_of_every_format() -> None:
     records += [make_record(None, 1, 200.0), make_record(None, 8, 1000.0), make_record("int4-awq", 8, 990.0, "fp8")]
     text = serving_formats.tables(records)
     speeds, latencies = rows_of(text)[:4], rows_of(text)[4:]
-    sizes = ["1.50", "4.2", "12,345"]
-    assert speeds[0] == ["output tokens/s", "weights GiB", "load s", "KV tokens", "N=1", "N=8"]
+    sizes = ["1.50", "4.2", "3.0", "12,345"]
+    assert speeds[0] == ["output tokens/s", "weights GiB", "load s", "host GiB", "KV tokens", "N=1", "N=8"]
     assert speeds[1:] == [
         ["unquantized", *sizes, "200", "1,000"],
         ["fp8", *sizes, "220", ""],
@@ -70,7 +70,7 @@ def test_formats_run_in_parts_and_one_report_has_all(tmp_path: Path, capsys: pyt
     assert serving_formats.main(["--report", str(first), str(second)]) == 0
     text = capsys.readouterr().out
     assert [row[0] for row in rows_of(text)[1:4]] == ["unquantized", "int4 g32", "fp8"]
-    assert [bool(cell) for cell in rows_of(text)[3]] == [True] * 5 + [False]
+    assert [bool(cell) for cell in rows_of(text)[3]] == [True] * 6 + [False]
     description = json.loads(first.read_text().splitlines()[-1])["engine"]["description"]
     assert "int4(group_size=32" in description
 
