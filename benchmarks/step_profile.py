@@ -31,10 +31,10 @@ _FIRST_KERNEL = "_begin_step"
 
 GROUPS: Mapping[str, str] = {
     "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
-    "products": "_skinny_kernel|packed_kernel|scaled_kernel|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
+    "products": "_skinny_kernel|packed|scaled_kernel|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
     "norms, activations, rounding": "_rms_norm_kernel|_silu_and_mul_kernel|quantize_rows_kernel",
     "sampling": "_argmax|_summarize|_choose|^_edit",
-    "begin and end of the step, copies": "_begin_step|_end_step|^Mem(cpy|set)",
+    "begin and end of the step, copies": "_begin_step|_end_step|look_up_kernel|^Mem(cpy|set)",
     "other": "",
 }
 """Groups of kernels, and what is found in their names; the first group that fits counts."""

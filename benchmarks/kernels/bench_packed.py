@@ -29,6 +29,7 @@ from benchmarks.kernels.bench_linear import COLD_BYTES, EPS, shape_of
 from benchmarks.kernels.product_tables import BASELINE, LAYER, Result, fastest, tables, wrong_results
 from benchmarks.report import add_json, append_record, new_parser, read_records, require_gpu
 from benchmarks.shapes import SHAPES
+from llmengine.kernels.cuda_program import can_compile
 from llmengine.kernels.gemm_choice import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
@@ -119,8 +120,8 @@ class PackedBench:
 def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig]:
     """Every candidate, and `extra` ones for quantized matrices."""
     device = torch.device("cuda", torch.cuda.current_device())
-    usual = candidates(shape, max_shared_bytes(device), tiled_sms(device))
-    return list(dict.fromkeys([*usual[:8], *(extra if shape.is_quantized else ())]))
+    usual = candidates(shape, max_shared_bytes(device), tiled_sms(device), can_compile())
+    return list(dict.fromkeys([*usual, *(extra if shape.is_quantized else ())]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,12 +74,16 @@ def test_a_profile_needs_a_whole_step() -> None:
 
 def test_every_kernel_of_ours_has_a_group() -> None:
     launched = set()
-    for path in Path(kernels.__path__[0]).glob("*.py"):
+    directory = Path(kernels.__path__[0])
+    for path in directory.glob("*.py"):
         source = path.read_text()
         if "@triton.jit" in source:
             launched |= set(re.findall(r"^def (\w*kernel)\(", source, re.MULTILINE))
             launched |= set(re.findall(r"^ +(_\w+)\[(?:grid|\()", source, re.MULTILINE))
-    assert {"_argmax", "_begin_step", "quantize_rows_kernel", "packed_kernel", "_decode_kernel"} <= launched
+    for path in directory.glob("*.cu"):
+        launched |= set(re.findall(r"__global__ .*\s(\w+)\(const", path.read_text()))
+    expected = {"_argmax", "_begin_step", "quantize_rows_kernel", "packed_kernel", "_decode_kernel", "hopper_packed"}
+    assert expected <= launched
     assert {name: group_of(name) for name in launched if group_of(name) == "other"} == {}
 
 
