@@ -291,6 +291,10 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
     for name in names[min(shape.num_rows, max(names))].split():
         config = parse_config(name)
         assert isinstance(config, PackedConfig), name
+        layout = shape.layout
+        if layout is not None and layout.slice_columns == 16:
+            # A thread would load a single number of eight rows of x, which is too little for asynchronous copies.
+            config = replace(config, block_m=max(config.block_m, 16))
         is_gated = not shape.is_scaled and fuses_gate(config, shape.n)
         num_outputs = shape.n if is_gated else _num_outputs(shape)
         tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)

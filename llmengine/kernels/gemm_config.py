@@ -225,6 +225,7 @@ def _quantized_shared_bytes(shape: GemmShape, config: PackedConfig) -> int:
     zeros = max(4, 2 * layout.num_groups) if layout.has_zeros else 0
     num_planes = sum(bits > 0 for bits in layout.planes)
     words = num_weights * config.block_n * (num_planes * layout.slice_columns * 2 + zeros)
+    words += config.block_n * 4 * layout.num_shared_planes
     x = config.block_m * layout.block_columns * shape.dtype.itemsize
     return held * x + (config.num_stages - 1) * words
 

@@ -46,6 +46,7 @@ def has_hopper_product(layout: PackedLayout) -> bool:
         and layout.block_columns % 64 == 0
         and layout.shape[1] % 8 == 0
         and is_exact
+        and not layout.has_steps
     )
 
 

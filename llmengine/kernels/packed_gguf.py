@@ -13,7 +13,7 @@ from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.gguf_blocks import GgufBlocks
 from llmengine.quantization.gguf_codes import Factors, from_blocks, to_blocks
 
-_STEPS = torch.int8
+_STEPS, _PAIRS = torch.int8, torch.uint8
 
 _IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
 """ggml's `kvalues_iq4nl`."""
@@ -41,7 +41,7 @@ _TYPES: Mapping[str, _Type] = {
     "Q5_0": _Type("int5", 32),
     "Q5_1": _Type("int5", 32, has_minima=True),
     "Q8_0": _Type("int8", 32),
-    "Q2_K": _Type("int2", 16, _STEPS, has_minima=True),
+    "Q2_K": _Type("int2", 16, _PAIRS, has_minima=True),
     "Q3_K": _Type("int3", 16, _STEPS),
     "Q4_K": _Type("int4", 32, _STEPS, has_minima=True),
     "Q5_K": _Type("int5", 32, _STEPS, has_minima=True),
@@ -70,10 +70,13 @@ class GgufPacking(Packing):
         codes, factors = from_blocks(self._blocks.type_name, tensors["weight"], 0)
         values, scales, minima = codes.flatten(1), factors.scales, factors.minima
         if factors.steps is not None:
-            # Steps without minima are signed, with an offset of 128.
-            steps = factors.steps if self.has_minima else factors.steps ^ 128
             units = torch.stack((scales,) if minima is None else (scales, minima), dim=2)
-            return Codes(values, steps[:, :, 0], minima=steps[:, :, 1] if self.has_minima else None, units=units)
+            steps, *steps_of_minima = factors.steps.unbind(2)
+            if not steps_of_minima:  # signed, with an offset of 128
+                return Codes(values, steps ^ 128, units=units)
+            if self.scale_dtype == _PAIRS:
+                return Codes(values, steps | steps_of_minima[0] << 4, units=units)
+            return Codes(values, steps, minima=steps_of_minima[0], units=units)
         if self.scale_dtype == torch.bfloat16:
             scales = scales_of_exponents(scales)
         if self._blocks.type_name == "TQ2_0":
@@ -90,9 +93,11 @@ class GgufPacking(Packing):
         if codes.units is None:
             is_exponents = self.scale_dtype == torch.bfloat16
             return Factors(exponents_of_scales(codes.scales) if is_exponents else codes.scales, codes.minima)
-        if codes.minima is None:
-            return Factors(codes.units[:, :, 0], steps=codes.scales[:, :, None] ^ 128)
-        return Factors(codes.units[:, :, 0], codes.units[:, :, 1], torch.stack((codes.scales, codes.minima), dim=2))
+        units, *units_of_minima = codes.units.unbind(2)
+        if not units_of_minima:
+            return Factors(units, steps=codes.scales[:, :, None] ^ 128)
+        steps = (codes.scales & 15, codes.scales >> 4) if codes.minima is None else (codes.scales, codes.minima)
+        return Factors(units, units_of_minima[0], torch.stack(steps, dim=2))
 
 
 def why_not_packed(weight_format: WeightFormat) -> str | None:

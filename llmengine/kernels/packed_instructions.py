@@ -42,7 +42,8 @@ def instructions(
 ) -> str:
     """PTX that makes value `index` of two words $1 two numbers $0 of `dtype`, bfloat16 or float16.
 
-    High bits that are in words of their own are in $2. Needs compute capability 8.0.
+    High bits are in $2, and in $3 is where those of the block begin there; in the last but one operand, where its bits
+    begin in $1, if blocks share words. Needs compute capability 8.0.
 
     Args:
         zero_group: where the value's zero point is in the integer $2 of its block, see `PackedLayout`; None: nowhere.
@@ -79,14 +80,17 @@ def instructions(
 
 def _unpack_unsigned(low_bits: int, high_bits: int, index: int, is_bf16: bool) -> list[str]:
     """Instructions that leave 128 + q (bfloat16) or 1024 + q in t."""
-    lines = [
-        f"shr.u32 t, $1, {low_bits * index};",
+    words = "$1" if low_bits == 4 else "low"
+    lines = [] if low_bits == 4 else [f"shr.u32 low, $1, {'$5' if high_bits else '$2'};"]
+    lines += [
+        f"shr.u32 t, {words}, {low_bits * index};",
         f"lop3.b32 t, t, {_twice((1 << low_bits) - 1)}, {_twice(0x4300 if is_bf16 else 0x6400)}, 0xea;",
     ]
     if high_bits > 0:
         shift = high_bits * index - low_bits
         lines += [
-            f"shr.u32 c, $2, {shift};" if shift >= 0 else f"shl.b32 c, $2, {-shift};",
+            "shr.u32 high, $2, $3;",
+            f"shr.u32 c, high, {shift};" if shift >= 0 else f"shl.b32 c, high, {-shift};",
             f"lop3.b32 t, c, {_twice((1 << high_bits) - 1 << low_bits)}, t, 0xea;",
         ]
     return lines

@@ -24,6 +24,7 @@ def packed_kernel(
     row_scales,
     zeros,
     extras,
+    shifts,
     bias,
     out,
     partials,
@@ -72,8 +73,9 @@ def packed_kernel(
     WORD_BLOCKS: tl.constexpr = (NUM_BLOCKS + WORD_TURNS - 1) // WORD_TURNS
     HIGH_TURNS: tl.constexpr = 4 // (HIGH_BITS if HIGH_BITS > 0 else 4)
     HIGH_BLOCKS: tl.constexpr = (NUM_BLOCKS + HIGH_TURNS - 1) // HIGH_TURNS
-    EXTRAS: tl.constexpr = MINIMA or SCALES == "steps"
-    EXTRA_TURNS: tl.constexpr = 256 // COLUMNS if SCALES == "steps" else 1
+    HAS_UNITS: tl.constexpr = SCALES == "steps" or SCALES == "pairs"
+    EXTRAS: tl.constexpr = MINIMA or HAS_UNITS
+    EXTRA_TURNS: tl.constexpr = 256 // COLUMNS if HAS_UNITS else 1
     EXTRA_BLOCKS: tl.constexpr = (NUM_BLOCKS + EXTRA_TURNS - 1) // EXTRA_TURNS
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     split = tl.program_id(1)
@@ -115,6 +117,7 @@ def packed_kernel(
     scale_ptr = scales + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
     zero_ptr = zeros + first_place * 64 + tiles * (NUM_BLOCKS * 64) + r % 64
     extra_ptr = extras + tl.cast(first_tile, tl.int64) * (EXTRA_BLOCKS * 64) + tiles * (EXTRA_BLOCKS * 64) + r % 64
+    shift_ptr = shifts + r * 0
     following = tl.minimum(1, turns - 1)
     scale = _load_if(scale_ptr, GROUPS > 0)
     scale_next = _load_if(scale_ptr + following * 64, GROUPS > 0)
@@ -129,6 +132,8 @@ def packed_kernel(
     for turn in tl.range(0, turns, num_stages=NUM_STAGES):
         block = begin + turn
         word = _load_plane(word_ptr, block, SIZE, WORD_TURNS)
+        shift = _load_shift(shift_ptr, block, WORD_TURNS)
+        top_shift = _load_shift(shift_ptr, block, HIGH_TURNS)
         top = word
         if HIGH_BITS > 0:
             top = _load_plane(high_ptr, block, SIZE, HIGH_TURNS)
@@ -166,13 +171,13 @@ def packed_kernel(
         zero = _load_if(zero_ptr + turn * 64, ZEROS)
         up_zero = _load_if(zero_ptr + up_offset * 64 + turn * 64, ZEROS and GATED)
         acc = _add_block(
-            acc, word, top, x0, x1, x2, x3, scale_now, zero, extra_now,
+            acc, word, top, shift, top_shift, x0, x1, x2, x3, scale_now, zero, extra_now,
             KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, GROUPS, SCALES, MINIMA, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             CODE_0, CODE_1, CODE_2, CODE_3,
         )  # fmt: skip
         if GATED:
             up_acc = _add_block(
-                up_acc, up_word, up_top, x0, x1, x2, x3, up_scale_now, up_zero, up_extra_now,
+                up_acc, up_word, up_top, shift, top_shift, x0, x1, x2, x3, up_scale_now, up_zero, up_extra_now,
                 KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, GROUPS, SCALES, MINIMA, ZEROS, ZERO_OFFSET, BF16_ZEROS,
                 CODE_0, CODE_1, CODE_2, CODE_3,
             )  # fmt: skip
@@ -225,6 +230,7 @@ def dequantize_kernel(
     row_scales,
     zeros,
     extras,
+    shifts,
     ids,
     out,
     first_row,
@@ -271,23 +277,27 @@ def dequantize_kernel(
     WORD_BLOCKS: tl.constexpr = (NUM_BLOCKS + WORD_TURNS - 1) // WORD_TURNS
     HIGH_TURNS: tl.constexpr = 4 // (HIGH_BITS if HIGH_BITS > 0 else 4)
     HIGH_BLOCKS: tl.constexpr = (NUM_BLOCKS + HIGH_TURNS - 1) // HIGH_TURNS
-    EXTRA_TURNS: tl.constexpr = 256 // (SLICE * VALUES) if SCALES == "steps" else 1
+    HAS_UNITS: tl.constexpr = SCALES == "steps" or SCALES == "pairs"
+    EXTRA_TURNS: tl.constexpr = 256 // (SLICE * VALUES) if HAS_UNITS else 1
     EXTRA_BLOCKS: tl.constexpr = (NUM_BLOCKS + EXTRA_TURNS - 1) // EXTRA_TURNS
     in_tile = (rows % 64)[:, None] * SLICE + e[None, :]
     word = _load_plane(words + (tiles * (WORD_BLOCKS * SIZE))[:, None] + in_tile, block, SIZE, WORD_TURNS)
+    shift = _load_shift(shifts + tl.zeros_like(rows), block, WORD_TURNS)
+    top_shift = _load_shift(shifts + tl.zeros_like(rows), block, HIGH_TURNS)
     top = word
     if HIGH_BITS > 0:
         top = _load_plane(high + (tiles * (HIGH_BLOCKS * SIZE))[:, None] + in_tile, block, SIZE, HIGH_TURNS)
     scale = _load_if(scales + places, GROUPS > 0)
     extra_places = (tiles * EXTRA_BLOCKS + block // EXTRA_TURNS) * 64 + rows % 64
-    extra = _load_if(extras + extra_places, MINIMA or SCALES == "steps")
+    extra = _load_if(extras + extra_places, MINIMA or HAS_UNITS)
     zero = _load_if(zeros + places, ZEROS)
     row_scale = tl.full((ROWS,), 1.0, dtype=tl.float32)
     if ROW_SCALES:
         row_scale = tl.load(row_scales + rows)
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, top, zero, i, i // PER, KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            word, top, shift, top_shift, zero, i, i // PER,
+            KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             out.dtype.element_ty,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
@@ -314,12 +324,25 @@ def _load_if(pointers, WANTED: tl.constexpr):
 
 @triton.jit
 def _load_plane(pointers, block, SIZE: tl.constexpr, TURNS: tl.constexpr):
-    """The words of a block; the lowest bits of those that TURNS blocks share."""
+    """The words of a block, which TURNS blocks share."""
     if TURNS == 1:
         words = tl.load(pointers + block * SIZE, eviction_policy="evict_first")
     else:
-        words = tl.load(pointers + block // TURNS * SIZE) >> (block % TURNS * (16 // TURNS)).to(tl.int16)
+        words = tl.load(pointers + block // TURNS * SIZE)
     return words
+
+
+@triton.jit
+def _load_shift(pointers, block, TURNS: tl.constexpr):
+    """Where a block's bits begin in words that TURNS blocks share: 0, 4, 8 or 12, which the pointers lead to.
+
+    Loops whose operands come from anything but loads are not pipelined.
+    """
+    if TURNS == 1:
+        shift = tl.zeros(pointers.shape, dtype=tl.int32)
+    else:
+        shift = tl.load(pointers + block % TURNS * (4 // TURNS))
+    return shift
 
 
 @triton.jit
@@ -333,7 +356,7 @@ def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.const
 
 @triton.jit
 def _add_block(
-    acc, word, top, x0, x1, x2, x3, scale, zero, extra,
+    acc, word, top, shift, top_shift, x0, x1, x2, x3, scale, zero, extra,
     KIND: tl.constexpr, TABLE: tl.constexpr,
     LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, MIDDLE: tl.constexpr,
     GROUPS: tl.constexpr, SCALES: tl.constexpr, MINIMA: tl.constexpr,
@@ -348,7 +371,8 @@ def _add_block(
     PER: tl.constexpr = VALUES // (GROUPS if GROUPS > 0 else 1)
     for i in tl.static_range(VALUES):
         number = _numbers(
-            word, top, zero, i, i // PER, KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
+            word, top, shift, top_shift, zero, i, i // PER,
+            KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE, ZEROS, ZERO_OFFSET, BF16_ZEROS,
             x0.dtype,
             CODE_0 if i == 0 else (CODE_1 if i == 1 else (CODE_2 if i == 2 else CODE_3)),
         )  # fmt: skip
@@ -382,7 +406,7 @@ def _add_block(
 
 @triton.jit
 def _numbers(
-    word, top, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
+    word, top, shift, top_shift, zero, INDEX: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, TABLE: tl.constexpr,
     LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, MIDDLE: tl.constexpr,
     ZEROS: tl.constexpr, ZERO_OFFSET: tl.constexpr, BF16_ZEROS: tl.constexpr,
@@ -390,8 +414,25 @@ def _numbers(
 ):  # fmt: skip
     """Value INDEX of each word, as a number of DTYPE, less its zero point."""
     if CODE != "":
-        if HIGH_BITS > 0:
-            bits = tl.inline_asm_elementwise(CODE, "=r,r,r", [word, top], dtype=tl.int16, is_pure=True, pack=2)
+        if LOW_BITS == 2 or HIGH_BITS > 0:
+            # Both words are shifted alike, so the second one's shift is the same.
+            if LOW_BITS != 2:
+                bits = tl.inline_asm_elementwise(
+                    CODE, "=r,r,r,r,r", [word, top, top_shift[:, None]], dtype=tl.int16, is_pure=True, pack=2
+                )
+            elif HIGH_BITS == 0:
+                bits = tl.inline_asm_elementwise(
+                    CODE, "=r,r,r,r", [word, shift[:, None]], dtype=tl.int16, is_pure=True, pack=2
+                )
+            else:
+                bits = tl.inline_asm_elementwise(
+                    CODE,
+                    "=r,r,r,r,r,r,r",
+                    [word, top, top_shift[:, None], shift[:, None]],
+                    dtype=tl.int16,
+                    is_pure=True,
+                    pack=2,
+                )
         elif not ZEROS:
             bits = tl.inline_asm_elementwise(CODE, "=r,r", [word], dtype=tl.int16, is_pure=True, pack=2)
         elif zero.dtype == tl.int64:
@@ -404,7 +445,7 @@ def _numbers(
             )
         number = bits.to(DTYPE, bitcast=True)
     else:
-        exact = _plain_numbers(word, top, INDEX, KIND, TABLE, LOW_BITS, HIGH_BITS)
+        exact = _plain_numbers(word, top, shift, top_shift, INDEX, KIND, TABLE, LOW_BITS, HIGH_BITS)
         if MIDDLE > 0:
             exact -= MIDDLE
         if ZEROS:
@@ -415,15 +456,16 @@ def _numbers(
 
 @triton.jit
 def _plain_numbers(
-    word, top, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
+    word, top, shift, top_shift, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
     LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
 ):  # fmt: skip
     """Value INDEX of each word as float32, by plain arithmetic."""
     bits = word.to(tl.int32)
     if LOW_BITS > 0:
-        code = (bits >> (LOW_BITS * INDEX)) & ((1 << LOW_BITS) - 1)
+        code = (bits >> (shift[:, None] + LOW_BITS * INDEX)) & ((1 << LOW_BITS) - 1)
         if HIGH_BITS > 0:
-            code |= ((top.to(tl.int32) >> (HIGH_BITS * INDEX)) & ((1 << HIGH_BITS) - 1)) << LOW_BITS
+            high = (top.to(tl.int32) >> (top_shift[:, None] + HIGH_BITS * INDEX)) & ((1 << HIGH_BITS) - 1)
+            code |= high << LOW_BITS
         exact = code.to(tl.float32)
     elif KIND == "int8":
         exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
@@ -446,6 +488,8 @@ def _group_scale(scale, extra, GROUP: tl.constexpr, SCALES: tl.constexpr):
     """The scale of a group, float32, out of the integer that has those of a block; steps times what `extra` has."""
     if SCALES == "steps":
         value = _step(scale, GROUP) * _half(extra, False)
+    elif SCALES == "pairs":
+        value = ((scale >> (8 * GROUP)).to(tl.int32) & 15).to(tl.float32) * _half(extra, False)
     elif SCALES == "float32":
         value = (scale >> (32 * GROUP)).to(tl.int32).to(tl.float32, bitcast=True)
     elif SCALES == "e4m3":
@@ -457,9 +501,11 @@ def _group_scale(scale, extra, GROUP: tl.constexpr, SCALES: tl.constexpr):
 
 @triton.jit
 def _group_minimum(scale, extra, GROUP: tl.constexpr, GROUPS: tl.constexpr, SCALES: tl.constexpr):
-    """The minimum of a group, float32: a step, which come behind those of scales, times what `extra` has, or there."""
+    """The minimum of a group, float32: in `extra`, or a step behind those of scales or above one, times its unit."""
     if SCALES == "steps":
         value = _step(scale, GROUPS + GROUP) * _half(extra >> 16, False)
+    elif SCALES == "pairs":
+        value = ((scale >> (8 * GROUP + 4)).to(tl.int32) & 15).to(tl.float32) * _half(extra >> 16, False)
     else:
         value = _half(extra >> (16 * GROUP), False)
     return value

@@ -38,6 +38,7 @@ _SCALES = {
     torch.bfloat16: "bfloat16",
     torch.float8_e4m3fn: "e4m3",
     torch.int8: "steps",
+    torch.uint8: "pairs",
 }
 """The kernels' names of the dtypes of scales."""
 
@@ -252,5 +253,5 @@ def _dequantize(
 def _factors(matrix: PackedMatrix) -> Iterator[Tensor]:
     """The kernels' high bits and factors; what there is none of is not read."""
     extras = "units" if matrix.layout.has_steps else "minima"
-    names = ("high", "scales", "row_scales", "zeros", extras)
+    names = ("high", "scales", "row_scales", "zeros", extras, "shifts")
     return (matrix.tensors.get(name, matrix.tensors["words"]) for name in names)

@@ -50,7 +50,7 @@ class PackedLayout:
         num_groups: groups of a block with a scale each: 1, 2 or 4; 0: there are none.
         has_zeros: groups have zero points; otherwise see `middle`.
         has_minima: groups have minima, in the dtype of the scales.
-        scale_dtype: of the scales of groups; int8 for steps.
+        scale_dtype: of the scales of groups; see `Packing` for steps.
         has_row_scales: each row has a scale, float32, beside those of its groups if there are any.
         table: the numbers of the codes of "table".
     """
@@ -101,6 +101,11 @@ class PackedLayout:
         return PLANES.get(self.kind, (16 // self.num_values, 0))
 
     @property
+    def num_shared_planes(self) -> int:
+        """How many of the planes have words that blocks share."""
+        return (self.planes[0] == 2) + (self.planes[1] > 0)
+
+    @property
     def middle(self) -> int:
         """What is subtracted from all values: of unsigned integers without zero points and minima, half their range."""
         return 0 if self.kind not in PLANES or self.has_zeros or self.has_minima else 1 << sum(self.planes) >> 1
@@ -128,7 +133,12 @@ class PackedLayout:
     @property
     def has_steps(self) -> bool:
         """Whether scales and minima are steps."""
-        return self.scale_dtype == torch.int8
+        return self.scale_dtype in (torch.int8, torch.uint8)
+
+    @property
+    def has_steps_behind(self) -> bool:
+        """Whether steps of minima are behind those of scales, in bytes of their own."""
+        return self.has_minima and self.scale_dtype == torch.int8
 
     @property
     def num_zero_copies(self) -> int:
@@ -148,18 +158,23 @@ class PackedLayout:
         return {torch.float16: 1024, torch.bfloat16: 128}.get(self.dtype, 0)
 
     def empty(self, device: torch.device | str) -> dict[str, Tensor]:
-        """New tensors: words, and those of high, scales, row_scales, zeros, minima and units that there are."""
+        """New tensors: words, and those of high, shifts, scales, row_scales, zeros, minima and units that there are.
+
+        All but shifts, which are 0, 4, 8 and 12, are to be filled.
+        """
         tiles, blocks = self.num_tiles, self.num_blocks
         tensors = {}
         for name, bits in zip(("words", "high"), self.planes, strict=True):
             if bits > 0:
                 plane = (tiles, _plane_blocks(self, bits), TILE_ROWS, self.slice_columns)
                 tensors[name] = torch.empty(plane, dtype=torch.int16, device=device)
+        if self.num_shared_planes > 0:
+            tensors["shifts"] = torch.arange(0, 16, 4, dtype=torch.int32, device=device)
         if self.has_row_scales:
             tensors["row_scales"] = torch.empty(tiles * TILE_ROWS, dtype=torch.float32, device=device)
         sizes = {}
         if self.num_groups > 0:
-            sizes["scales"] = self.num_groups * self.scale_dtype.itemsize * (1 + (self.has_steps and self.has_minima))
+            sizes["scales"] = self.num_groups * self.scale_dtype.itemsize * (1 + self.has_steps_behind)
         if self.has_minima and not self.has_steps:
             sizes["minima"] = self.num_groups * self.scale_dtype.itemsize
         if self.has_zeros:
@@ -214,7 +229,7 @@ class PackedMatrix(QuantizedMatrix):
         if layout.num_groups > 0:
             group_of = _group_of(layout, self._packing.group_size).to(codes.scales.device)
             entries = codes.scales[:, group_of]
-            if codes.minima is not None and layout.has_steps:
+            if codes.minima is not None and layout.has_steps_behind:
                 entries = _behind(entries, codes.minima[:, group_of], layout)
             elif codes.minima is not None:
                 self.tensors["minima"][place] = _to_group_words(codes.minima[:, group_of], layout.num_blocks)
@@ -249,10 +264,10 @@ class PackedMatrix(QuantizedMatrix):
             first = _first_of(layout, self._packing.group_size)
             scales = _from_group_words(self.tensors["scales"][place], layout.scale_bits)[:num_rows]
             minima = None
-            if layout.has_minima and layout.has_steps:
+            if layout.has_steps_behind:
                 scales, minima = scales.unflatten(1, (layout.num_blocks, 2, -1)).unbind(2)
                 scales, minima = scales.flatten(1), minima.flatten(1)[:, first]
-            elif layout.has_minima:
+            elif layout.has_minima and not layout.has_steps:
                 minima = _from_group_words(self.tensors["minima"][place], layout.scale_dtype)[:num_rows, first]
             codes = replace(codes, scales=scales[:, first].contiguous(), minima=minima)
         if layout.has_steps:

@@ -54,7 +54,8 @@ class Codes:
         scales: of groups, [rows, groups], uint8 if they are e4m3 numbers or steps; empty if there are none.
         row_scales: float32 [rows]; empty if there are none.
         zeros: [rows, groups], what is subtracted from each value; None if that is the same for all.
-        minima: [rows, groups], what is added to each value times its scale: float16, or steps; None if nothing is.
+        minima: [rows, groups], what is added to each value times its scale: float16, or steps; None if nothing is,
+            or if their steps are paired with those of the scales.
         units: float16 [rows, columns / 256, 1 or 2], what the steps of scales and of minima are multiplied by.
     """
 
@@ -76,7 +77,8 @@ class Packing(ABC):
         has_row_scales: rows have scales, float32.
         has_zeros: groups have zero points.
         has_minima: groups have minima.
-        scale_dtype: of the scales of groups; int8 for steps, of which all in 256 columns have the same unit.
+        scale_dtype: of the scales of groups; int8 for steps, of which all in 256 columns have the same unit, and uint8
+            for pairs of unsigned steps of 4 bits, those of minima in the high ones.
     """
 
     kind: Kind

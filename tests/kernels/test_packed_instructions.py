@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -67,10 +68,11 @@ def test_every_word_becomes_its_numbers(name: str, dtype: torch.dtype) -> None:
     kind, table = CODES[name]
     registers, numbers = words(), numbers_of(kind, table)
     for index in range(VALUES[kind]):
-        found = halves(
-            run_ptx(instructions(kind, index, dtype, table=table, middle=middle_of(kind)), _1=registers)
-        ).view(dtype)
-        assert torch.equal(found, numbers[codes_of(registers, kind, index)].to(dtype)), index
+        code = instructions(kind, index, dtype, table=table, middle=middle_of(kind))
+        for shift in (0, 8) if kind == "int2" else (0,):
+            found = halves(run_ptx(code, _1=registers, _2=torch.tensor(shift))).view(dtype)
+            codes = codes_of(registers >> shift, kind, index)
+            assert torch.equal(found, numbers[codes].to(dtype)), (index, shift)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -80,13 +82,16 @@ def test_high_bits_come_from_words_of_their_own(kind: Kind, has_minima: bool, dt
     low_bits, high_bits = PLANES[kind]
     low, high = words(), words().flip(0)
     middle = 0 if has_minima else middle_of(kind)
-    for index in range(VALUES[kind]):
+    shifts = [(0, 0), (0, 12)] if high_bits == 1 else [(0, 0), (0, 8)]
+    shifts += [(8, 4)] if low_bits == 2 else []
+    for index, (shift, high_shift) in itertools.product(range(VALUES[kind]), shifts):
         code = instructions(kind, index, dtype, middle=middle)
-        found = halves(run_ptx(code, _1=low, _2=high)).view(dtype)
+        amounts = {"_3": torch.tensor(high_shift), "_5": torch.tensor(shift)}
+        found = halves(run_ptx(code, _1=low, _2=high, **amounts)).view(dtype)
         both = [torch.stack((plane, plane >> 16), dim=-1) for plane in (low, high)]
-        values = both[0] >> low_bits * index & (1 << low_bits) - 1
-        values |= (both[1] >> high_bits * index & (1 << high_bits) - 1) << low_bits
-        assert torch.equal(found, (values - middle).to(dtype)), index
+        values = both[0] >> shift + low_bits * index & (1 << low_bits) - 1
+        values |= (both[1] >> high_shift + high_bits * index & (1 << high_bits) - 1) << low_bits
+        assert torch.equal(found, (values - middle).to(dtype)), (index, shift, high_shift)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
@@ -117,11 +122,11 @@ def test_the_assembler_takes_every_block(tmp_path: Path, capability: str) -> Non
     for kind, table in CODES.values():
         for dtype in DTYPES:
             for index in range(VALUES[kind]):
-                assert assemble(instructions(kind, index, dtype, table=table), "r", capability, ptxas, tmp_path) == ""
+                assert assemble(instructions(kind, index, dtype, table=table), "rr", capability, ptxas, tmp_path) == ""
     for kind in ("int3", "int5", "int6"):
         for index in range(VALUES[kind]):
             code = instructions(kind, index, torch.float16, middle=middle_of(kind))
-            assert assemble(code, "rr", capability, ptxas, tmp_path) == ""
+            assert assemble(code, "rrrrrr", capability, ptxas, tmp_path) == ""
     for kind in ("int4", "int8"):
         for is_wide in (False, True):
             code = instructions(kind, 1, torch.bfloat16, 1, is_wide)
