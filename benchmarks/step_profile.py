@@ -164,8 +164,6 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> list[Launc
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]):
-        pass  # the first profile takes long to begin; tokens would be generated meanwhile
     params = exact_length(_CONTEXT - arguments.prompt_tokens)
     prompts = [[2 + stream % 500] * arguments.prompt_tokens for stream in range(arguments.streams)]
     handles = [llm.generate_async(prompt, params, streaming=True) for prompt in prompts]
@@ -186,6 +184,17 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> list[Launc
     ]
 
 
+def start_profiler() -> None:
+    """Let the first profile of the process, which takes long to begin, be an empty one.
+
+    Before there is an engine: the end of a profile waits for the whole device, which fails while a step is captured.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]):
+        pass
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile and print the tables."""
     parser = new_parser("step_profile", __doc__)
@@ -199,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_json(parser)
     arguments = parser.parse_args(argv)
     require_gpu()
+    start_profiler()
     with (
         tempfile.TemporaryDirectory() as directory,
         load_chosen(

@@ -24,6 +24,9 @@ CAPTURE_BUDGET_BYTES = 1 << 30
 _SHARE_AHEAD = 0.5
 """Share of both budgets that captures ahead of need may take."""
 
+_MOST_FAILURES = 5
+"""Captures that may fail, as one does if another thread calls `torch.cuda.synchronize` meanwhile."""
+
 
 class GraphCache(Generic[KeyT]):
     """Runs functions on fixed device addresses: eagerly the first two times, as a graph from then on.
@@ -39,6 +42,7 @@ class GraphCache(Generic[KeyT]):
         self._graphs: dict[KeyT, Any] = {}
         self._seen: dict[KeyT, None] = {}
         self._may_capture = True
+        self._num_failures = 0
         self._spent_s = 0.0
         self._spent_bytes = 0
 
@@ -96,9 +100,11 @@ class GraphCache(Generic[KeyT]):
         began, free = time.perf_counter(), self._free_bytes()
         try:
             self._graphs[key] = self._stream.capture(function)
-        except RuntimeError as failure:  # torch.cuda.OutOfMemoryError among them
-            self._may_capture = False
-            _logger.warning("step %s runs eagerly from now on, as do new ones: capture failed: %s", key, failure)
+        except RuntimeError as failure:  # torch.OutOfMemoryError among them
+            self._num_failures += 1
+            self._may_capture = not isinstance(failure, torch.OutOfMemoryError) and self._num_failures < _MOST_FAILURES
+            then = "it will be tried again" if self._may_capture else "it runs eagerly from now on, as do new ones"
+            _logger.warning("step %s: capture failed, %s: %s", key, then, failure)
             return
         self._spent_s += time.perf_counter() - began
         self._spent_bytes += max(0, free - self._free_bytes())

@@ -20,16 +20,16 @@ CPU = torch.device("cpu")
 
 
 class Recorder(HostStream):
-    """Records what was captured and what was replayed; refuses to capture where it is told to."""
+    """Records what was captured and what was replayed; captures fail with the given errors first."""
 
-    def __init__(self, refuses: bool = False) -> None:
+    def __init__(self, *failures: Exception) -> None:
         self.log: list[str] = []
-        self._refuses = refuses
+        self._failures = list(failures)
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         self.log.append("capture")
-        if self._refuses:
-            raise RuntimeError("no")
+        if self._failures:
+            raise self._failures.pop(0)
         return lambda: self.log.append("replay")
 
     def step(self) -> None:
@@ -56,12 +56,32 @@ def test_a_quiet_moment_saves_later_steps_the_capture() -> None:
     assert stream.log == ["eager", "eager", "capture", "replay"]
 
 
-def test_what_cannot_be_captured_runs_eagerly_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
-    stream = Recorder(refuses=True)
+def test_a_full_device_runs_steps_eagerly_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Recorder(torch.OutOfMemoryError("full"))
     graphs: GraphCache[int] = GraphCache(CPU, stream)
     for key in (1, 1, 1, 2, 2, 2):
         graphs.run(key, stream.step)
     assert stream.log == ["eager", "eager", "capture", *["eager"] * 4]
+    assert not graphs.may_capture_ahead
+    assert "runs eagerly from now on" in caplog.text
+
+
+def test_a_capture_that_another_thread_disturbed_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Recorder(RuntimeError("operation not permitted when stream is capturing"))
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    for _ in range(4):
+        graphs.run(1, stream.step)
+    assert stream.log == ["eager", "eager", "capture", "eager", "capture", "replay"]
+    assert graphs.may_capture_ahead
+    assert "will be tried again" in caplog.text
+
+
+def test_captures_that_always_fail_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Recorder(*[RuntimeError("no")] * 20)
+    graphs: GraphCache[int] = GraphCache(CPU, stream)
+    for _ in range(20):
+        graphs.run(1, stream.step)
+    assert 2 <= stream.log.count("capture") < 10
     assert not graphs.may_capture_ahead
     assert "runs eagerly from now on" in caplog.text
 
