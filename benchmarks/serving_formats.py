@@ -21,6 +21,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -71,6 +72,7 @@ def measure(arguments: argparse.Namespace, name: str) -> bool:
             print(serving.table(pool.submit(serving.benchmark, chosen).result()), flush=True)
         except (Exception, SystemExit) as error:  # one format must not end the comparison
             what = "its process died" if isinstance(error, BrokenProcessPool) else f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
             print(f"{name} failed: {what}", flush=True)
             return False
     return True
@@ -101,7 +103,8 @@ def format_name(record: Record) -> str:
 def setting(record: Record) -> str:
     """What rows of one table have in common: model, dtype, lengths, size of steps, device."""
     arguments, machine = record["arguments"], record["machine"]
-    name, device = arguments["shape"] or arguments["model"], machine["gpu"] or machine["cpu"]
+    name = arguments["shape"] or arguments["model"]
+    device = machine["cpu"] if arguments["device"] == "cpu" else machine["gpu"] or machine["cpu"]
     lengths = f"{arguments['prompt_tokens']} -> {arguments['output_tokens']} tokens"
     steps = "" if arguments["tokens_per_step"] is None else f", steps of up to {arguments['tokens_per_step']} tokens"
     deterministic = ", deterministic" if arguments["deterministic"] else ""

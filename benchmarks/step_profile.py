@@ -20,7 +20,7 @@ from pathlib import Path
 
 import anyio
 
-from benchmarks.models import add_quantization, add_shape, add_tuning_budget, load_chosen
+from benchmarks.models import add_model_or_shape, add_quantization, add_tuning_budget, load_chosen
 from benchmarks.report import add_json, append_record, format_table, new_parser, require_gpu
 from benchmarks.workloads import exact_length
 from llmengine import LLM, SchedulerConfig
@@ -198,7 +198,7 @@ def start_profiler() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Profile and print the tables."""
     parser = new_parser("step_profile", __doc__)
-    add_shape(parser)
+    add_model_or_shape(parser)
     add_quantization(parser)
     parser.add_argument("--streams", type=int, default=64, metavar="N")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")

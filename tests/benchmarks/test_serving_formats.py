@@ -18,6 +18,7 @@ TINY = ["--shape", "tiny", "--prompt-tokens", "8", "--output-tokens", "4", "--ru
 def make_record(quant: str | None, concurrency: int, speed: float, kv_cache: str = "none") -> dict[str, Any]:
     arguments = {"shape": "8b", "model": None, "dtype": "bfloat16", "quant": quant, "kv_cache": kv_cache}
     arguments |= {"prompt_tokens": 128, "output_tokens": 128, "tokens_per_step": None, "deterministic": False}
+    arguments["device"] = "auto"
     return {
         "benchmark": "serving",
         "machine": {"gpu": "some GPU", "cpu": "some CPU"},
@@ -50,14 +51,17 @@ def test_tables_have_medians_of_every_format() -> None:
 
 def test_other_machines_and_lengths_have_tables_of_their_own() -> None:
     here, elsewhere = make_record("fp8", 1, 100.0), make_record("fp8", 1, 500.0)
-    longer = copy.deepcopy(here)
+    longer, on_cpu = copy.deepcopy(here), copy.deepcopy(here)
     elsewhere["machine"]["gpu"] = "another GPU"
     longer["arguments"]["prompt_tokens"] = 1024
-    headings = [part for part in serving_formats.tables([here, elsewhere, longer]).split("\n\n") if part[0] != "|"]
+    on_cpu["arguments"]["device"] = "cpu"
+    text = serving_formats.tables([here, elsewhere, longer, on_cpu])
+    headings = [part for part in text.split("\n\n") if part[0] != "|"]
     assert headings == [
         "8b, dtype bfloat16, 128 -> 128 tokens, some GPU",
         "8b, dtype bfloat16, 128 -> 128 tokens, another GPU",
         "8b, dtype bfloat16, 1024 -> 128 tokens, some GPU",
+        "8b, dtype bfloat16, 128 -> 128 tokens, some CPU",
     ]
 
 
