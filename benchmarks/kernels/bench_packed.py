@@ -37,6 +37,7 @@ from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.linear_ops import DeviceMatrix, LinearOps, compile_product, has_kernel, quantized_matrix
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.timing import time_graph
+from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups
@@ -44,6 +45,7 @@ from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
 
 FORMATS: Mapping[str, WeightFormat] = {
     BASELINE: DENSE,
@@ -53,6 +55,9 @@ FORMATS: Mapping[str, WeightFormat] = {
     "int4-64z": Int4Groups(64),
     "int4-32z": Int4Groups(32),
     "mxfp4": Mxfp4(),
+    "nvfp4": Nvfp4(),
+    "nf4": Bnb4Bit("nf4", 64),
+    "fp4": Bnb4Bit("fp4", 64),
     "fp8": Fp8("channel", "token"),
     "fp8-tensor": Fp8("tensor", "token"),
     "fp8-block": Fp8("block", "block"),
