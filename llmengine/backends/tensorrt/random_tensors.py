@@ -12,7 +12,7 @@ from llmengine.backends.tensorrt.plan_matrix import plan_tensors
 from llmengine.backends.tensorrt.runtime import Sizes
 from llmengine.backends.tensorrt.spec import PlanTensor, SegmentSpec, WeightSpec
 from llmengine.dtypes import ModelDType, torch_dtype
-from llmengine.quantization.formats import Shape, WeightFormat
+from llmengine.quantization.formats import Shape, TensorSpec, WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int8 import Int8W8A8
 from llmengine.quantization.stacked import Stacked, stacked_tensors
@@ -25,6 +25,9 @@ _OUTLIER_ROWS = 4
 _NORMS_OF_X = ("input_norm.weight", "post_attention_norm.weight")
 _OUTLIER = 1000.0
 """Its square is beyond float16's range."""
+_MATRIX_ROWS = 8192
+"""Rows of a matrix that are quantized at a time, a multiple of every block's."""
+
 _ACTIVATION_SCALE = 0.05
 """The scale of all activations where one is stored: those around 1 are rounded, and the outliers of norms saturate."""
 
@@ -53,15 +56,23 @@ def random_weights(spec: SegmentSpec, device: torch.device) -> dict[str, Tensor]
 def random_matrix(
     weight_format: WeightFormat, shape: Shape, dtype: ModelDType, device: torch.device
 ) -> dict[str, Tensor]:
-    """The stored tensors of a matrix of `random_weights`, in a model of `dtype`."""
+    """The stored tensors of a matrix of `random_weights`, in a model of `dtype`; some rows at a time are quantized."""
     if isinstance(weight_format, Stacked):
-        pieces = zip(weight_format.parts, weight_format.part_shapes(shape), strict=True)
-        return stacked_tensors(random_matrix(part.format, part_shape, dtype, device) for part, part_shape in pieces)
+        parts = zip(weight_format.parts, weight_format.part_shapes(shape), strict=True)
+        return stacked_tensors(random_matrix(part.format, part_shape, dtype, device) for part, part_shape in parts)
     quantized = weight_format
     if isinstance(weight_format, Fp8 | Int8W8A8) and weight_format.activations == "tensor":
         quantized = dataclasses.replace(weight_format, activations="token")  # what has no scale to be calibrated
-    dense = torch.empty(shape, device=device).normal_(std=shape[1] ** -0.5).to(torch_dtype(dtype))
-    tensors = dict(quantized.quantize(dense))
+    pieces = []
+    for begin in range(0, shape[0], _MATRIX_ROWS):
+        dense = torch.empty((min(_MATRIX_ROWS, shape[0] - begin), shape[1]), device=device)
+        pieces.append(quantized.quantize(dense.normal_(std=shape[1] ** -0.5).to(torch_dtype(dtype))))
+    specs = quantized.tensors(shape, dtype).items()
+    # Tensors that rows share, such as a scale for all, are those of the first rows: what is random may have any scale.
+    tensors = {
+        suffix: torch.cat([piece[suffix] for piece in pieces]) if _follows_rows(spec) else pieces[0][suffix]
+        for suffix, spec in specs
+    }
     for suffix, spec in weight_format.tensors(shape, dtype).items():
         if suffix == "activation_scale":
             tensors[suffix] = torch.full(spec.shape, _ACTIVATION_SCALE, device=device)
@@ -70,6 +81,12 @@ def random_matrix(
         elif suffix == "input_order":
             tensors[suffix] = torch.randperm(shape[1], dtype=torch.int32, device=device)
     return tensors
+
+
+def _follows_rows(spec: TensorSpec) -> bool:
+    """Whether the first dimension of a tensor has an entry for each of some rows of the matrix."""
+    first = spec.along[0] if spec.along else None
+    return first is not None and first.axis == "out"
 
 
 def _random_weight(weight: WeightSpec, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmengine.backends.tensorrt import random_tensors as random_tensors_module
 from llmengine.backends.tensorrt.builder_process import serialize_segment
 from llmengine.backends.tensorrt.expected_outputs import expected_outputs
 from llmengine.backends.tensorrt.library import Library
@@ -21,7 +22,7 @@ from llmengine.backends.tensorrt.runtime import Sizes
 from llmengine.backends.tensorrt.spec import BuildTarget, SegmentSpec, segments_by_plan, spec_from_dict
 from llmengine.backends.tensorrt.verify import SegmentCheck, check_errors, scaled_errors
 from llmengine.errors import ConfigError, CorruptFileError
-from llmengine.quantization.formats import DENSE
+from llmengine.quantization.formats import DENSE, TensorSpec
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.model_formats import ModelFormats
@@ -253,3 +254,14 @@ def test_verification_refuses_wrong_plans(name: str, changes: dict[str, Change])
     library = library_or_skip()
     spec = quantized_segment(quantized_arch(), "float16", "inputs", "mid", model_formats(FORMATS[name])).spec
     assert max(check.ratio for check in checks_of(library, spec, 16, **changes)) > 1
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_random_matrices_are_stored_as_their_format_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_tensors_module, "_MATRIX_ROWS", 128)
+    shape = (320, 64)
+    found = random_matrix(FORMATS[name], shape, "float16", torch.device("cpu"))
+    specs = {suffix: TensorSpec.of(tensor) for suffix, tensor in found.items()}
+    assert specs == FORMATS[name].tensors(shape, "float16")
+    values = FORMATS[name].dequantize(found)
+    assert 0.05 < values.std() < 0.3

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -23,13 +25,17 @@ from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.model_segments import segments_of
+from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan
 from llmengine.batch import BackendInfo, Batch, StepResult
 from llmengine.checkpoints.dequantized_source import without_blocks
 from llmengine.checkpoints.opening import open_model
-from llmengine.models.arch import ModelArch, fused_parts
+from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.config import QuantConfig
+from llmengine.models.arch import ModelArch, canonical_shapes, fused_parts
 from llmengine.models.decoder import forward
 from llmengine.models.rope import rope_table
+from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, matrix_shapes
 from llmengine.tokenizer.loading import load_tokenizer
 from tests.backends.tensorrt.interpreter import Interpreter
 from tests.backends.tensorrt.segment_helpers import DTYPES, interpreted, library_or_skip, weight_feeds
@@ -57,9 +63,16 @@ def model_path() -> Path:
 class InterpretedSegments:
     """`models.decoder.Segments` of three networks: `dtype` inside, and fp32 outside for the CPU's attention."""
 
-    def __init__(self, library: Library, arch: ModelArch, dtype: str, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        library: Library,
+        arch: ModelArch,
+        dtype: str,
+        weights: dict[str, Tensor],
+        formats: ModelFormats = DENSE_MODEL,
+    ) -> None:
         profiles = make_profiles(SCHEDULER.max_batch_size, SCHEDULER.max_tokens_per_step)
-        self._segments = segments_of(arch, dtype, profiles)  # type: ignore[arg-type]
+        self._segments = segments_of(arch, dtype, profiles, "inputs", formats)  # type: ignore[arg-type]
         plans = segments_by_plan(self._segments)
         self._networks = {name: interpreted(library, segment, weights) for name, segment in plans.items()}
         self._weights = [weight_feeds(segment, weights) for segment in self._segments]
@@ -160,7 +173,13 @@ class InterpretedBackend:
 def reference() -> LlamaForCausalLM:
     """transformers' Llama with our weights; the torch backend's tests check that these are the file's."""
     source = without_blocks(open_model(model_path()))
-    arch = source.arch
+    return transformers_model(source.arch, source.weights(torch.float32))
+
+
+def transformers_model(arch: ModelArch, weights: Iterable[tuple[str, Tensor]]) -> LlamaForCausalLM:
+    """Return transformers' Llama with canonical weights; an output matrix beside a tied embedding is one of its own."""
+    given = dict(weights)
+    head = given.pop("lm_head.weight", None)
     config = LlamaConfig(
         vocab_size=arch.vocab_size,
         hidden_size=arch.hidden_size,
@@ -171,15 +190,17 @@ def reference() -> LlamaForCausalLM:
         head_dim=arch.head_dim,
         rms_norm_eps=arch.rms_norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": arch.rope.theta},
-        tie_word_embeddings=arch.tie_word_embeddings,
+        tie_word_embeddings=head is None,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     state = {}
-    for name, tensor in source.weights(torch.float32):
+    for name, tensor in given.items():
         parts = fused_parts(arch)[name]
         pieces = tensor.split([shape[0] for _, shape in parts])
         state.update({hf_name(part): piece for (part, _), piece in zip(parts, pieces, strict=True)})
+    if head is not None:
+        state["lm_head.weight"] = head
     model.to_empty(device="cpu")
     model.load_state_dict(state, strict=False)
     model.tie_weights()
@@ -254,6 +275,36 @@ async def test_tokens_and_logits_equal_transformers(
         exact.append(teacher_forced(reference, prompt, tokens))
         rounded.append(teacher_forced(in_dtype, prompt, tokens))
     check(dtype, torch.cat(ours), torch.cat(exact), torch.cat(rounded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["int8", "int4-rtn"])
+async def test_logits_of_quantized_weights_equal_those_of_transformers_with_what_they_stand_for(
+    preset: Literal["int8", "int4-rtn"], prompts: list[list[int]]
+) -> None:
+    library = library_or_skip()
+    source = quantized_source(without_blocks(open_model(model_path())), QuantConfig.preset(preset).resolve())
+    arch, formats = source.arch, source.formats
+    stored = dict(source.weights(torch.float32))
+    embedding = stored["embed_tokens.weight"]
+    head = formats.of("lm_head")
+    dequantized = {"lm_head.weight": head.dequantize(head.quantize(embedding))}
+    for name in canonical_shapes(arch):
+        matrix = name.removesuffix(".weight")
+        if matrix in matrix_shapes(arch):
+            tensors = formats.of(matrix).tensors(matrix_shapes(arch)[matrix], "float32")
+            dequantized[name] = formats.of(matrix).dequantize({key: stored[f"{matrix}.{key}"] for key in tensors})
+        else:
+            dequantized[name] = stored[name]
+    weights = dict(streamed_weights(stored.items(), formats, arch, torch.float32))
+    backend = InterpretedBackend(arch, InterpretedSegments(library, arch, "float32", weights, formats), embedding)
+    generated = await generate(backend, prompts)
+    model = transformers_model(arch, dequantized.items())
+    for prompt, tokens in zip(prompts, generated, strict=True):
+        slot = next(slot for slot, ids in backend.prompts.items() if ids == prompt)
+        ours = torch.stack([backend.logits[slot, len(prompt) + i] for i in range(NUM_TOKENS)])
+        exact = teacher_forced(model, prompt, tokens)
+        check("float32", ours, exact, exact)
 
 
 def teacher_forced(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> Tensor:
