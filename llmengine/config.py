@@ -189,9 +189,10 @@ class ModelConfig(Settings):
     Attributes:
         model_dir: a Hugging Face directory, a `.gguf` file or a directory with one, or a directory that `LLM.save()`
             wrote; the kind is detected.
-        dtype: type of weights and activations; "auto": the checkpoint's on an accelerator. On a CPU, whose activations
-            are always float32, "auto" means the fastest form of the weights that keeps their values: bfloat16 if that
-            holds them exactly, a GGUF file's blocks as they are, else float32. A type dequantizes blocks.
+        dtype: type of weights and activations; "auto": the checkpoint's on an accelerator, and a GGUF file's blocks as
+            they are, with activations in float16. On a CPU, whose activations are always float32, "auto" means the
+            fastest form of the weights that keeps their values: bfloat16 if that holds them exactly, blocks as they
+            are, else float32. A type dequantizes blocks.
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "torch" or "tensorrt".
         attention_backend: attention kernels for decodes on CUDA. "auto": our Triton kernels. "flashinfer": FlashInfer's

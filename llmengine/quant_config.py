@@ -81,8 +81,8 @@ class QuantConfig(Settings):
 
     Attributes:
         weights: the number format of weights: "none" (they are not quantized), "int8", "int4", "fp8" (e4m3) or
-            "mxfp4". "stored": as "none", and all quantized matrices of a GGUF file stay as they are, on a CPU, also
-            those that are faster dequantized. The other formats quantize a GGUF file again.
+            "mxfp4". "stored": as "none", and all quantized matrices of a GGUF file stay as they are, whatever `dtype`
+            says, on a CPU also those that are faster dequantized. The other formats quantize a GGUF file again.
         group_size: weights of a row that share a scale, for scales="group": 16, 32, 64 or 128.
         max_perplexity_increase: most that quantizing may raise the perplexity of the package's evaluation text: 0.01 is
             1 %. It is measured when the model is quantized, against the unquantized model, which is loaded for that;
