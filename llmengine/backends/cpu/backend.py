@@ -12,19 +12,18 @@ from functools import partial
 
 import torch
 
-from llmengine.backends.cpu.attention import PagedAttention
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
+from llmengine.backends.cpu.forward_pass import ForwardPass
 from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder, NativeLibrary
 from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
 from llmengine.backends.cpu.sampler import Logits, Sampler, Samples
-from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs, in_step_order
+from llmengine.backends.cpu.step_inputs import BlockTables, HostSlotState, StepInputs, in_step_order
 from llmengine.backends.cpu.weights import CpuModel
 from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult, TokenLogprobs
-from llmengine.models.decoder import forward, forward_to_last
 
 _LEAST_SHARED_ELEMENTS = 4 << 20
 """Logits of a step, from which on torch's operators take all threads."""
@@ -35,6 +34,7 @@ class CpuParts:
     """The parts of a `CpuBackend`, ready for its first step.
 
     Attributes:
+        forward_pass: by torch's operators.
         native: the native decoder; None: torch's operators run all steps.
         native_library: closed with the backend; it may be there without the decoder, for its products.
         deterministic: cut steps so that no token depends on what is beside it.
@@ -42,11 +42,10 @@ class CpuParts:
 
     info: BackendInfo
     model: CpuModel
-    attention: PagedAttention
+    forward_pass: ForwardPass
     native: NativeDecoder | None
     native_library: NativeLibrary | None
-    num_slots: int
-    max_blocks_per_request: int
+    tables: BlockTables
     deterministic: bool
 
 
@@ -62,13 +61,13 @@ class CpuBackend:
         info = parts.info
         self._info = info
         self._model: CpuModel | None = parts.model
-        self._attention: PagedAttention | None = parts.attention
+        self._forward_pass: ForwardPass | None = parts.forward_pass
         self._native: NativeDecoder | None = parts.native
         self._native_library: NativeLibrary | None = parts.native_library
         self._deterministic = parts.deterministic
         self._torch_threads = TorchThreads()
-        self._slots = HostSlotState(parts.num_slots, parts.max_blocks_per_request)
-        self._sampler = Sampler(parts.num_slots, info.vocab_size)
+        self._slots = HostSlotState(parts.tables)
+        self._sampler = Sampler(len(parts.tables.array), info.vocab_size)
         self._prompt_logprobs = PromptLogprobs(info.vocab_size)
         self._result: StepResult | None = None
 
@@ -135,13 +134,8 @@ class CpuBackend:
             return self._forward_by_torch(inputs)
 
     def _forward_by_torch(self, inputs: StepInputs) -> Logits | None:
-        assert self._model is not None
-        assert self._attention is not None
-        self._attention.plan(inputs, self._slots.block_tables)
-        every = len(inputs.sample_tokens) == len(inputs.token_ids)
-        sample_tokens = None if every else torch.from_numpy(inputs.sample_tokens)
-        x = self._model.embed(torch.from_numpy(inputs.token_ids))
-        logits = forward(self._model.segments, x, self._attention.attend, sample_tokens)
+        assert self._forward_pass is not None
+        logits = self._forward_pass.run(inputs)
         return None if logits is None else Logits(logits)
 
     def _forward_with_prompt_logprobs(
@@ -152,13 +146,8 @@ class CpuBackend:
             # These tokens are computed again, which writes the same keys and values.
             logits = self._forward(inputs)
             return logits, compute_prompt_logprobs(wanted, partial(self._logits_after, inputs), self._info.vocab_size)
-        model, attention = self._model, self._attention
-        assert model is not None
-        assert attention is not None
-        attention.plan(inputs, self._slots.block_tables)
-        x = model.embed(torch.from_numpy(inputs.token_ids))
-        attended, x = forward_to_last(model.segments, x, attention.attend)
-        last = partial(model.segments.last, attended, x)
+        assert self._forward_pass is not None
+        last = self._forward_pass.begin(inputs)
         prompt_logprobs = compute_prompt_logprobs(wanted, last, self._info.vocab_size)
         samples = torch.from_numpy(inputs.sample_tokens)
         return Logits(last(samples)) if len(samples) else None, prompt_logprobs
@@ -201,7 +190,7 @@ class CpuBackend:
     def close(self) -> None:
         """Release weights and KV cache, back to the system; idempotent."""
         self._model = None
-        self._attention = None
+        self._forward_pass = None
         self._native = None
         self._result = None
         library, self._native_library = self._native_library, None

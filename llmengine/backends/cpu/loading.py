@@ -10,6 +10,7 @@ import torch
 
 from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.backend import CpuBackend, CpuParts, trim_heap
+from llmengine.backends.cpu.forward_pass import ForwardPass
 from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.native import (
     BYTE_KV_MULTIPLE,
@@ -22,6 +23,7 @@ from llmengine.backends.cpu.native import (
     looks_up,
     multiplies,
 )
+from llmengine.backends.cpu.step_inputs import BlockTables
 from llmengine.backends.cpu.weights import CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import KvLayout, KvPool, byte_kv_layout, context_limit, fit_kv_pool, split_kv_layout
 from llmengine.batch import BackendInfo
@@ -93,15 +95,9 @@ def _load_parts(
     trim_heap()
     info = _info(config, source, model, pool, native_text)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
+    tables = BlockTables(config.scheduler_config.max_batch_size, pool.max_blocks_per_request)
     return CpuParts(
-        info,
-        model,
-        attention,
-        native,
-        library,
-        num_slots=config.scheduler_config.max_batch_size,
-        max_blocks_per_request=pool.max_blocks_per_request,
-        deterministic=config.deterministic,
+        info, model, ForwardPass(model, attention, tables), native, library, tables, deterministic=config.deterministic
     )
 
 

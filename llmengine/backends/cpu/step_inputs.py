@@ -43,22 +43,46 @@ class StepInputs:
     sample_positions: IntArray
 
 
-class HostSlotState:
-    """Block table and latest sampled token of each slot, in host memory.
+class BlockTables:
+    """Block table of each slot, in host memory.
 
     Attributes:
-        block_tables: int32 [num_slots, max_blocks]; `NULL_BLOCK` beyond the blocks that a slot holds.
+        array: int32 [num_slots, max_blocks]; `NULL_BLOCK` beyond the blocks that a slot holds.
     """
 
     def __init__(self, num_slots: int, max_blocks: int) -> None:
-        self.block_tables: NDArray[np.int32] = np.full((num_slots, max_blocks), NULL_BLOCK, dtype=np.int32)
+        self.array: NDArray[np.int32] = np.full((num_slots, max_blocks), NULL_BLOCK, dtype=np.int32)
         self._num_blocks = [0] * num_slots
-        self._last_token_ids = [0] * num_slots
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot's table."""
+        self.array[slot] = NULL_BLOCK
+        self._num_blocks[slot] = 0
+
+    def append(self, slot: int, block_ids: Sequence[int]) -> None:
+        """Add blocks to a slot's table."""
+        begin = self._num_blocks[slot]
+        end = begin + len(block_ids)
+        assert end <= self.array.shape[1], "a request never outgrows max_model_len"
+        self.array[slot, begin:end] = block_ids
+        self._num_blocks[slot] = end
+
+
+class HostSlotState:
+    """Block table and latest sampled token of each slot, in host memory."""
+
+    def __init__(self, tables: BlockTables) -> None:
+        self._tables = tables
+        self._last_token_ids = [0] * len(tables.array)
+
+    @property
+    def block_tables(self) -> NDArray[np.int32]:
+        """See `BlockTables.array`."""
+        return self._tables.array
 
     def init_slot(self, init: SlotInit) -> None:
         """Empty the slot's block table and take over its latest token."""
-        self.block_tables[init.slot] = NULL_BLOCK
-        self._num_blocks[init.slot] = 0
+        self._tables.reset(init.slot)
         self._last_token_ids[init.slot] = init.token_ids[-1]
 
     def store_sampled(self, slots: IntArray, token_ids: list[int]) -> None:
@@ -72,7 +96,7 @@ class HostSlotState:
         token_ids: list[int] = []
         for row in rows:
             if row.new_block_ids:
-                self._append_blocks(row)
+                self._tables.append(row.slot, row.new_block_ids)
             token_ids.extend(row.token_ids)
             if len(row.token_ids) < row.num_tokens:
                 token_ids.append(self._last_token_ids[row.slot])
@@ -97,13 +121,6 @@ class HostSlotState:
             sample_slots=slots[samples],
             sample_positions=(starts + counts)[samples],
         )
-
-    def _append_blocks(self, row: BatchRow) -> None:
-        begin = self._num_blocks[row.slot]
-        end = begin + len(row.new_block_ids)
-        assert end <= self.block_tables.shape[1], "a request never outgrows max_model_len"
-        self.block_tables[row.slot, begin:end] = row.new_block_ids
-        self._num_blocks[row.slot] = end
 
 
 def in_step_order(rows: Sequence[BatchRow]) -> list[BatchRow]:

@@ -11,7 +11,7 @@ import torch
 from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.kv_store import AttentionShape
 from llmengine.backends.cpu.linear import DequantizedLinear, Layout, dense_layouts
-from llmengine.backends.cpu.step_inputs import HostSlotState
+from llmengine.backends.cpu.step_inputs import BlockTables, HostSlotState
 from llmengine.backends.kv_layout import KvLayout, KvPool, byte_kv_layout, split_kv_layout
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.models.arch import ModelArch
@@ -84,7 +84,7 @@ def test_equals_reference_whatever_the_blocks_held_before(
     pool = KvPool(kv_layout(arch, block_size, kv_cache), num_blocks=240 // block_size, max_model_len=64)
     unrotated = torch.cat((torch.ones(64, dim // 2), torch.zeros(64, dim // 2)), dim=1)
     attention = PagedAttention(shape, pool, [LayerAttention(unrotated, window)])
-    table = HostSlotState(6, 64 // block_size)
+    table = HostSlotState(BlockTables(6, 64 // block_size))
     free = np.random.default_rng(0).permutation(np.arange(1, pool.num_blocks)).tolist()
     lengths = [1, 5, 8, 30, 50]
     tokens = [torch.randn(n, (heads + 2 * kv_heads) * dim, generator=generator) for n in lengths]
