@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {*DATA, "models"},
     "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
     "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "kernels", "quantization"},
+    "backends.ranks": DATA,
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {

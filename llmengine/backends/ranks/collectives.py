@@ -1,0 +1,108 @@
+"""What ranks compute together: sums and gathers of tensors, over a process group of their own.
+
+No global process group is made: the caller may have one, and several engines may share a process.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+__all__ = ["Collectives", "GlooCollectives", "PeerLostError", "connect_store", "host_store", "join_gloo"]
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because another rank is gone or late: a consequence, whose cause is that rank's."""
+
+
+class Collectives(Protocol):
+    """Operations that every rank must call in the same order, with tensors of the same dtype.
+
+    An operation that cannot end because of another rank raises. Afterwards none can be used.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Replace the contiguous tensor, of one shape on all ranks, by its sum over them."""
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """The contiguous tensors, of one shape, of all ranks in their order; None on ranks other than 0."""
+
+    def close(self) -> None:
+        """Close the connections; idempotent."""
+
+
+class GlooCollectives:
+    """Collectives of tensors in host memory, by gloo over TCP.
+
+    Args:
+        group: this rank's `ProcessGroupGloo`, whose operations torch's stubs do not have.
+        when_failed: raises what the error of an operation means.
+    """
+
+    def __init__(self, group: Any, when_failed: Callable[[Exception], NoReturn]) -> None:
+        self._group = group
+        self._when_failed = when_failed
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        try:
+            self._open_group().allreduce([tensor]).wait()
+        except RuntimeError as error:
+            self._when_failed(error)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        outputs = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
+        try:
+            self._open_group().gather([] if outputs is None else [outputs], [tensor]).wait()
+        except RuntimeError as error:
+            self._when_failed(error)
+        return outputs
+
+    def close(self) -> None:
+        self._group = None
+
+    def _open_group(self) -> Any:
+        if self._group is None:
+            raise PeerLostError("the collectives are closed")
+        return self._group
+
+
+def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
+    """The store at which ranks meet, on a port that is bound already; takes the listening socket over."""
+    host, port = listener.getsockname()[:2]
+    timeout = timedelta(seconds=timeout_s)
+    fd = listener.detach()
+    return TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd)
+
+
+def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
+    """Connect to the store that rank 0 hosts."""
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def join_gloo(store: TCPStore, rank: int, size: int, host: str, timeout_s: float) -> Any:
+    """Connect to all other ranks, which call this too; blocks until all have.
+
+    Args:
+        host: an address of this host, at which the other ranks reach this one.
+        timeout_s: how long this may take, and every operation of the group.
+    """
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [gloo.create_device(hostname=host)]
+    return gloo(store, rank, size, options)

@@ -1,0 +1,249 @@
+"""Rank 0's side: the processes of the other ranks, from their start to their end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, host_store, join_gloo
+from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
+from llmengine.backends.ranks.process import write_start_file
+from llmengine.backends.ranks.ring import Ring, RingWriter, anonymous_file
+from llmengine.backends.ranks.watch import RankWatch, WatchedRank
+from llmengine.errors import EngineClosedError, EngineDeadError
+
+__all__ = ["RankGroup"]
+
+_START_TIMEOUT_S = 300.0
+# What ranks get to end by themselves.
+_GRACE_S = 2.0
+_KILL_S = 10.0
+_FULL_PAUSE_S = 200e-6
+# How long rank 0 looks for the cause of a collective that failed.
+_CAUSE_S = 3.0
+
+
+class RankGroup:
+    """Processes that run a target each, with collectives among them and rank 0, and messages from rank 0.
+
+    One thread at a time uses it, except `check` and `close`. When a rank raises, dies or hangs, all ranks are killed,
+    and every call, waiting or later, raises the `EngineDeadError` that names the rank.
+
+    Args:
+        size: ranks, including rank 0, which is the caller.
+        target: "module:function" of what ranks 1.. call with their `RankChannel` and the payload.
+        payload: what the target is given.
+        launcher: starts the processes.
+        timeout_s: a rank hangs that is late by this in a collective, or with reading messages when the ring is full.
+        start_timeout_s: what starting may take, imports included.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        target: str,
+        payload: bytes,
+        launcher: Launcher | None = None,
+        timeout_s: float = 60.0,
+        start_timeout_s: float = _START_TIMEOUT_S,
+    ) -> None:
+        self.size = size
+        self._target = target
+        self._payload = payload
+        self._launcher = launcher or LocalLauncher()
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._owner = os.getpid()
+        self._ranks: list[WatchedRank] = []
+        self._lifelines: list[int] = []
+        self._watch: RankWatch | None = None
+        self._writer: RingWriter | None = None
+        self._collectives: GlooCollectives | None = None
+        self._store: Any = None
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Launch the ranks and connect to them; returns when their targets begin.
+
+        Raises an `EngineDeadError`, or the error of ours that a rank raised. Whatever it raises, no rank is left.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def collectives(self) -> Collectives:
+        """Rank 0's end of the process group."""
+        if self._collectives is None:
+            raise EngineClosedError("the ranks are not started")
+        return self._collectives
+
+    def broadcast(self, message: bytes) -> None:
+        """Send a message to every rank, in order. Blocks while a rank is behind by the whole ring (4 MiB)."""
+        self.check()
+        assert self._writer is not None
+        self._writer.write(message)
+
+    def replies(self, timeout_s: float | None = None) -> list[bytes]:
+        """Wait for one reply from each rank; they come in the order of ranks, without rank 0.
+
+        Raises an `EngineDeadError`, after the timeout too, or the error of ours that a rank raised instead.
+        """
+        watch = self._running()
+        in_time = watch.wait(watch.all_replied, timeout_s)
+        if not in_time:
+            assert timeout_s is not None
+            watch.late("reply", timeout_s, watch.without_reply())
+        if watch.failure is not None:
+            raise watch.failure.raised()
+        return watch.take_replies()
+
+    def check(self) -> None:
+        """Raise the `EngineDeadError` of a rank that failed, if one has; costs next to nothing otherwise."""
+        failure = self._running().failure
+        if failure is not None:
+            raise failure.dead()
+
+    def close(self) -> None:
+        """End the ranks: those that do not end by themselves within 2 s are killed. Idempotent, from any thread."""
+        with self._closing:
+            if self._closed or os.getpid() != self._owner:  # a forked child has copies that are not its own
+                return
+            self._closed = True
+            try:
+                self._let_ranks_end()
+            finally:
+                self._end_ranks()
+
+    def _running(self) -> RankWatch:
+        if self._watch is None or self._closed:
+            raise EngineClosedError("the ranks are closed" if self._closed else "the ranks are not started")
+        return self._watch
+
+    def _start(self) -> None:
+        listener = socket.create_server((self._launcher.host, 0), backlog=self.size + 16)
+        port = listener.getsockname()[1]
+        self._store = host_store(listener, self._start_timeout_s)
+        ring = anonymous_file("ring")
+        start = anonymous_file("start")
+        try:
+            write_start_file(start, self._start_values(port), self._payload)
+            memory = Ring(ring, self.size - 1, create=True)
+            for rank in range(1, self.size):
+                self._launch(rank, ring, start)
+        finally:
+            os.close(ring)
+            os.close(start)
+        self._writer = RingWriter(memory, [rank.connection for rank in self._ranks], self._while_full)
+        self._watch = RankWatch(self._ranks, self.size)
+        self._watch.start()
+        self._await_ready()
+        self._collectives = GlooCollectives(self._join(), self._collective_failed)
+
+    def _start_values(self, port: int) -> dict[str, object]:
+        return {
+            "path": [str(Path(entry).absolute()) for entry in sys.path],
+            "target": self._target,
+            "host": self._launcher.host,
+            "port": port,
+            "start_timeout_s": self._start_timeout_s,
+        }
+
+    def _launch(self, rank: int, ring: int, start: int) -> None:
+        ours, theirs = socket.socketpair()
+        dumps = anonymous_file("dumps")
+        read_end, write_end = os.pipe()
+        self._lifelines.append(write_end)
+        wires = {"socket": theirs.fileno(), "lifeline": read_end, "ring": ring, "dumps": dumps, "start": start}
+        values = {"rank": rank, "size": self.size, "parent": os.getpid(), **wires}
+        try:
+            process = self._launcher.launch([f"--{name}={value}" for name, value in values.items()], [*wires.values()])
+            self._ranks.append(WatchedRank(rank, process, ours, dumps))
+        except BaseException:
+            ours.close()
+            os.close(dumps)
+            raise
+        finally:
+            theirs.close()
+            os.close(read_end)
+
+    def _await_ready(self) -> None:
+        watch = self._running()
+        if not watch.wait(watch.all_ready, self._start_timeout_s):
+            watch.late("start", self._start_timeout_s, watch.without_ready())
+        if watch.failure is not None:
+            raise watch.failure.raised()
+
+    def _join(self) -> Any:
+        """Meet the ranks, in a thread, so that a rank that fails meanwhile and Ctrl-C end the waiting."""
+        watch = self._running()
+        store = self._store
+        results: list[Any] = []
+
+        def join() -> None:
+            try:
+                results.append(join_gloo(store, 0, self.size, self._launcher.host, self._timeout_s))
+            except Exception as error:
+                results.append(error)
+            watch.wake()
+
+        threading.Thread(target=join, name="llmengine-rendezvous", daemon=True).start()
+        if not watch.wait(lambda: bool(results), self._start_timeout_s):
+            watch.late("meet rank 0", self._start_timeout_s)
+        if watch.failure is not None:
+            raise watch.failure.raised()
+        (result,) = results
+        if isinstance(result, Exception):
+            self._collective_failed(result)
+        return result
+
+    def _while_full(self, reader: int, waited_s: float) -> None:
+        self.check()
+        if waited_s > self._timeout_s:
+            self._running().late("read its messages", waited_s, [self._ranks[reader].rank])
+            self.check()
+        time.sleep(_FULL_PAUSE_S)
+
+    def _collective_failed(self, error: Exception) -> NoReturn:
+        """Raise the error that says why a collective failed; if no rank has failed, one is late."""
+        if self._closed:
+            raise EngineClosedError("the ranks were closed") from None
+        watch = self._running()
+        if not watch.wait(lambda: self._closed, 0 if "Timed out" in str(error) else _CAUSE_S):
+            watch.late(f"take part in a collective ({error})", self._timeout_s)
+        if watch.failure is None:
+            raise EngineDeadError(str(error))
+        raise watch.failure.dead()
+
+    def _let_ranks_end(self) -> None:
+        if self._watch is not None:
+            self._watch.expect_end()
+            if self._watch.failure is None and self._writer is not None:
+                self._writer.close()
+        if self._collectives is not None:
+            self._collectives.close()
+            until = time.monotonic() + _GRACE_S
+            for rank in self._ranks:
+                rank.process.wait(max(0.0, until - time.monotonic()))
+
+    def _end_ranks(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()
+        for lifeline in self._lifelines:
+            os.close(lifeline)
+        for rank in self._ranks:
+            rank.process.wait(_KILL_S)
+        if self._watch is not None:
+            self._watch.stop()
+        for rank in self._ranks:
+            rank.connection.close()
+            os.close(rank.dumps)
+        self._store = None

@@ -1,0 +1,144 @@
+"""The program of a rank: `python -I process.py ...`, started by a `Launcher` and by nobody else.
+
+The arguments are the rank, the number of ranks, the process of rank 0, and descriptors that it inherits: the socket for
+reports and wake-ups, the lifeline, the ring, the file for dumps, and the file with what is the same for all ranks.
+
+It must run before anything of llmengine can be imported, since the path of modules is part of what it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import importlib.util
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Rank 0 finds out what is late and kills the others. One that waited less than it would hide the cause.
+_OPERATION_TIMEOUT_S = 7 * 86400.0
+_WATCH_S = 0.5
+
+
+def main() -> None:
+    """Run a rank until its target ends, its group is closed, or the process of rank 0 is gone."""
+    wires = _arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 alone decides when a rank ends
+    _die_with(wires.lifeline, wires.parent)
+    os.dup2(2, 1)  # the caller's output may be read by a program
+    faulthandler.enable(wires.dumps)
+    faulthandler.register(signal.SIGUSR1, wires.dumps)
+    start, payload = read_start_file(wires.start)
+    _take_path(start["path"])
+    sys.exit(_run(wires, start, payload))
+
+
+def write_start_file(fd: int, start: dict[str, Any], payload: bytes) -> None:
+    """Write what is the same for all ranks: a line of JSON, and the target's payload."""
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(json.dumps(start).encode() + b"\n" + payload)
+
+
+def read_start_file(fd: int) -> tuple[dict[str, Any], bytes]:
+    """Inverse of `write_start_file`."""
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as file:
+        line = file.readline()
+        return json.loads(line), file.read()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "dumps", "start"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    return parser.parse_args()
+
+
+def _die_with(lifeline: int, parent: int) -> None:
+    """End this process, whatever it does, when the other end of the lifeline is closed or the parent has ended.
+
+    The kernel kills it when the pipe loses its last writer, even if it is stopped or never gives up the interpreter's
+    lock. A thread does so where the kernel cannot, and where a forked child of rank 0 holds the pipe open.
+
+    Rejected: PR_SET_PDEATHSIG, which kills when the *thread* that started the process ends.
+    """
+    import fcntl
+
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    threading.Thread(target=_watch, args=(lifeline, parent), name="lifeline", daemon=True).start()
+
+
+def _watch(lifeline: int, parent: int) -> None:
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    while not poll.poll(_WATCH_S * 1000) and os.getppid() == parent:
+        pass
+    leads_group = os.getpgrp() == os.getpid()
+    os.kill(0 if leads_group else os.getpid(), signal.SIGKILL)  # 0: with all that it started
+
+
+def _take_path(path: list[str]) -> None:
+    """Import modules from where rank 0 does, and llmengine from where this file is."""
+    sys.path[:] = path
+    root = Path(__file__).resolve().parents[3]
+    found = importlib.util.find_spec("llmengine")
+    if found is None or found.origin is None or Path(found.origin).resolve().parents[1] != root:
+        sys.path.insert(0, str(root))
+        importlib.invalidate_caches()
+
+
+def _run(wires: argparse.Namespace, start: dict[str, Any], payload: bytes) -> int:
+    """Run the target and report what it raises; the exit status."""
+    from llmengine.backends.ranks.channel import RankClosed
+    from llmengine.backends.ranks.reports import Raised, Report, ReportSender
+
+    connection = socket.socket(fileno=wires.socket)
+    sender = ReportSender(connection)
+    try:
+        _run_target(wires, start, payload, connection, sender)
+    except RankClosed:
+        return 0
+    except BaseException as error:
+        try:
+            sender.send(Report.RAISED, Raised.of(error).dump())
+        except OSError:
+            return 1  # the group is gone, and with it whoever could be told
+        return 1
+    return 0
+
+
+def _run_target(
+    wires: argparse.Namespace, start: dict[str, Any], payload: bytes, connection: socket.socket, sender: Any
+) -> None:
+    from llmengine.backends.ranks.channel import RankChannel
+    from llmengine.backends.ranks.collectives import GlooCollectives, PeerLostError, connect_store, join_gloo
+    from llmengine.backends.ranks.reports import Report
+    from llmengine.backends.ranks.ring import Ring, RingReader
+
+    module, _, function = start["target"].partition(":")
+    target = getattr(importlib.import_module(module), function)
+    reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
+    sender.send(Report.READY)
+    store = connect_store(start["host"], start["port"], start["start_timeout_s"])
+    group = join_gloo(store, wires.rank, wires.size, start["host"], _OPERATION_TIMEOUT_S)
+
+    def lost(error: Exception) -> NoReturn:
+        raise PeerLostError(str(error)) from None
+
+    collectives = GlooCollectives(group, lost)
+    target(RankChannel(wires.rank, collectives, reader, sender), payload)
+
+
+if __name__ == "__main__":
+    main()

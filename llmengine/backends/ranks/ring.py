@@ -1,0 +1,215 @@
+"""A stream of messages from one writer to several readers through shared memory, without a copy for each reader.
+
+::
+
+    [head, closed | tail 1, asleep 1 | tail 2, asleep 2 | ... ][ data, used as a ring ............................. ]
+      writer's      reader 1's         reader 2's
+
+`head` and the tails count bytes since the start and never wrap. The writer owns the bytes [head, least tail +
+capacity), a reader those in [its tail, head). A message is eight bytes of length, itself, and padding to eight. One
+that is larger than the ring passes through it in parts.
+
+While readers keep up, sending makes no system call, so the writer keeps the interpreter's lock. A reader that has
+nothing to read says so in `asleep` and blocks on its socket. The writer then sends that socket one byte.
+
+Rejected: a socket for each reader (as many copies as readers), `multiprocessing.shared_memory` (starts a process
+that tracks segments, and leaves a name behind when killed), semaphores (not in the standard library without names).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+__all__ = ["Ring", "RingReader", "RingWriter", "anonymous_file"]
+
+_LINE = 8  # words in a cache line: each side writes to lines of its own
+_HEAD, _CLOSED = 0, 1
+_TAIL, _ASLEEP = 0, 1
+_CAPACITY = 4 << 20
+_SPIN_S = 50e-6
+# A reader looks again after this time, whatever it was told.
+_NAP_S = 1.0
+
+
+def anonymous_file(name: str) -> int:
+    """Descriptor of a new file without a path, in memory where the system can; `name` is for people who look."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(f"llmengine-{name}")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class Ring:
+    """The memory that writer and readers share.
+
+    Args:
+        fd: descriptor from `anonymous_file`; stays the caller's.
+        num_readers: readers, numbered from 0.
+        create: give the file its size, as the first of those who map it must.
+    """
+
+    def __init__(self, fd: int, num_readers: int, create: bool = False, capacity: int = _CAPACITY) -> None:
+        header = 8 * _LINE * (1 + num_readers)
+        if create:
+            os.ftruncate(fd, header + capacity)
+        self._map = mmap.mmap(fd, 0)
+        view = memoryview(self._map)
+        self.words = view[:header].cast("Q")
+        self.data = view[header:]
+        self.capacity = len(self.data)
+        self.num_readers = num_readers
+        self._lock = threading.Lock()
+
+    def fence(self) -> None:
+        """Order every access to the memory before this call before every one after it."""
+        # Each pair of atomic operations is a half of it: what precedes a release stays before it, what follows an
+        # acquire stays after it, and the second acquire cannot overtake the first release.
+        for _ in range(2):
+            with self._lock:
+                pass
+
+    def copy_in(self, at: int, data: memoryview) -> None:
+        """Write to the bytes [at, at + len(data)) of the stream, of which at most `capacity` fit."""
+        start = at % self.capacity
+        first = min(len(data), self.capacity - start)
+        self.data[start : start + first] = data[:first]
+        self.data[: len(data) - first] = data[first:]
+
+    def copy_out(self, at: int, size: int) -> bytes:
+        """The bytes [at, at + size) of the stream."""
+        start = at % self.capacity
+        first = min(size, self.capacity - start)
+        if first == size:
+            return bytes(self.data[start : start + size])
+        return bytes(self.data[start:]) + bytes(self.data[: size - first])
+
+
+class RingWriter:
+    """The writing end; one thread at a time.
+
+    Args:
+        ring: the shared memory.
+        wakers: a socket for each reader, to wake it up with.
+        while_full: called again and again while there is no room, with the slowest reader and the seconds waited so
+            far; raises to give up.
+    """
+
+    def __init__(self, ring: Ring, wakers: Sequence[socket.socket], while_full: Callable[[int, float], None]) -> None:
+        self._ring = ring
+        self._wakers = wakers
+        self._while_full = while_full
+        self._head = 0
+
+    def write(self, message: bytes) -> None:
+        """Send a message to every reader; blocks while one of them is behind by the whole ring."""
+        framed = memoryview(len(message).to_bytes(8, "little") + message + bytes(-len(message) % 8))
+        while framed:
+            room = self._room()
+            self._ring.copy_in(self._head, framed[:room])
+            self._head += min(room, len(framed))
+            framed = framed[room:]
+            self._ring.fence()
+            self._ring.words[_HEAD] = self._head
+            self._wake()
+
+    def close(self) -> None:
+        """Tell readers that nothing follows what they have not read yet."""
+        self._ring.words[_CLOSED] = 1
+        self._wake()
+
+    def _room(self) -> int:
+        words, num_readers = self._ring.words, self._ring.num_readers
+        if not num_readers:
+            return self._ring.capacity
+        full_since = 0.0
+        while True:
+            tails = [words[(1 + reader) * _LINE + _TAIL] for reader in range(num_readers)]
+            last = min(tails)
+            if room := self._ring.capacity - (self._head - last):
+                return room
+            now = time.monotonic()
+            full_since = full_since or now
+            self._while_full(tails.index(last), now - full_since)
+
+    def _wake(self) -> None:
+        self._ring.fence()
+        words = self._ring.words
+        for reader, waker in enumerate(self._wakers):
+            asleep = (1 + reader) * _LINE + _ASLEEP
+            if words[asleep]:
+                words[asleep] = 0
+                try:
+                    waker.send(b"\0", socket.MSG_DONTWAIT)
+                except OSError:
+                    continue  # its process has ended, which others find out; or has many bytes to wake it already
+
+
+class RingReader:
+    """The reading end of one reader."""
+
+    def __init__(self, ring: Ring, reader: int, waker: socket.socket) -> None:
+        self._ring = ring
+        self._words = ring.words[(1 + reader) * _LINE : (2 + reader) * _LINE]
+        self._waker = waker
+        self._poll = select.poll()
+        self._poll.register(waker, select.POLLIN)
+        self._tail = 0
+
+    def read(self) -> bytes | None:
+        """The next message, waiting for it; None when the writer has closed."""
+        frame = self._take(8)
+        if frame is None:
+            return None
+        size = int.from_bytes(frame, "little")
+        message = self._take(size + -size % 8)
+        return None if message is None else message[:size]
+
+    def _take(self, size: int) -> bytes | None:
+        """The next bytes of the stream, or None where it ends before them."""
+        parts = []
+        while size:
+            if not (ready := min(self._ready(), size)):
+                return None
+            parts.append(self._ring.copy_out(self._tail, ready))
+            self._ring.fence()
+            self._tail += ready
+            self._words[_TAIL] = self._tail
+            size -= ready
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ready(self) -> int:
+        """How many bytes are there, at least one unless the writer has closed; waits."""
+        spin_until = time.perf_counter() + _SPIN_S
+        while True:
+            # Whether it is closed must be known before the last look at what is there.
+            closed = self._ring.words[_CLOSED]
+            self._ring.fence()
+            ready = int(self._ring.words[_HEAD]) - self._tail
+            if ready or closed:
+                self._ring.fence()
+                return ready
+            if time.perf_counter() < spin_until:
+                os.sched_yield()
+            else:
+                self._sleep()
+
+    def _sleep(self) -> None:
+        self._words[_ASLEEP] = 1
+        self._ring.fence()
+        if self._ring.words[_HEAD] == self._tail and not self._ring.words[_CLOSED]:
+            self._poll.poll(_NAP_S * 1000)
+            self._drain()
+        self._words[_ASLEEP] = 0
+
+    def _drain(self) -> None:
+        try:
+            self._waker.recv(4096, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return

@@ -1,0 +1,248 @@
+"""What rank 0 knows of the other ranks: a thread that reads their reports and finds out how they fail."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from llmengine.backends.ranks.launcher import RankProcess
+from llmengine.backends.ranks.reports import Raised, Report, ReportReader
+from llmengine.errors import EngineDeadError, LLMEngineError
+
+__all__ = ["RankFailure", "RankWatch", "WatchedRank"]
+
+_TICK_S = 0.5
+# Time for the cause to show up where what is known may be its consequence.
+_CAUSE_S = 1.0
+_DUMP_S = 0.3
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """Why a group can go on no longer.
+
+    Attributes:
+        summary: names the rank and what happened to it.
+        details: its traceback, or where its threads were; may be empty.
+        error: what it raised, if that is one of llmengine's errors.
+        consequence: it failed because another rank did.
+    """
+
+    summary: str
+    details: str = ""
+    error: LLMEngineError | None = None
+    consequence: bool = False
+
+    def dead(self) -> EngineDeadError:
+        """A new error that says so, with what the rank raised as its cause."""
+        text = f"{self.summary}\n\n{self.details}" if self.details else self.summary
+        dead = EngineDeadError(text)
+        dead.__cause__ = self.error
+        return dead
+
+    def raised(self) -> LLMEngineError:
+        """What the rank raised, with its rank and traceback as a note, if it is one of our errors; else `dead`."""
+        if self.error is None:
+            return self.dead()
+        self.error.add_note(f"{self.summary.partition(':')[0]}. {self.details}")
+        return self.error
+
+
+@dataclass(frozen=True)
+class WatchedRank:
+    """A rank's process, rank 0's end of its socket, and the file where it writes where its threads are."""
+
+    rank: int
+    process: RankProcess
+    connection: socket.socket
+    dumps: int
+
+    def dumped(self) -> str:
+        """What it has written to its file."""
+        size = os.fstat(self.dumps).st_size
+        return os.pread(self.dumps, size, 0).decode(errors="replace").rstrip()
+
+
+class RankWatch:
+    """Reads the reports of all ranks in a thread of its own. Any failure kills all ranks, which ends every wait."""
+
+    def __init__(self, ranks: Sequence[WatchedRank], size: int) -> None:
+        self._ranks = ranks
+        self._size = size
+        self._changed = threading.Condition()
+        self._replies: dict[int, deque[bytes]] = {rank.rank: deque() for rank in ranks}
+        self._ready: set[int] = set()
+        self._reported: dict[int, RankFailure] = {}
+        self._settle_at = float("inf")
+        self._stopped: set[int] = set()
+        self._closing = False
+        self._waker, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="llmengine-ranks", daemon=True)
+        self.failure: RankFailure | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def expect_end(self) -> None:
+        """From now on, ranks that end do not fail."""
+        self._closing = True
+
+    def stop(self) -> None:
+        """End the thread, after `expect_end`."""
+        self._waker.send(b"\0")
+        if self._thread is not threading.current_thread() and self._thread.ident is not None:
+            self._thread.join()
+        self._waker.close()
+        self._woken.close()
+
+    def all_ready(self) -> bool:
+        """Whether every rank has its target."""
+        return len(self._ready) == len(self._ranks)
+
+    def all_replied(self) -> bool:
+        """Whether there is a reply of every rank."""
+        return all(self._replies.values())
+
+    def without_ready(self) -> list[int]:
+        """The ranks that are not ready."""
+        return [rank.rank for rank in self._ranks if rank.rank not in self._ready]
+
+    def without_reply(self) -> list[int]:
+        """The ranks of which there is no reply."""
+        return [rank for rank, replies in self._replies.items() if not replies]
+
+    def take_replies(self) -> list[bytes]:
+        """The oldest reply of each rank, in their order."""
+        return [self._replies[rank.rank].popleft() for rank in self._ranks]
+
+    def wait(self, happened: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until something has happened or a rank failed; False if the time is over first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.failure is not None or happened(), timeout_s)
+
+    def wake(self) -> None:
+        """Let waiters look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def late(self, what: str, waited_s: float, ranks: Sequence[int] = ()) -> None:
+        """Fail because ranks are late with something, `ranks` or those that do not wait in a collective themselves."""
+        asked = [rank for rank in self._ranks if not ranks or rank.rank in ranks]
+        for rank in asked:
+            rank.process.interrupt()
+        time.sleep(_DUMP_S)
+        where = {rank.rank: rank.dumped() for rank in asked}
+        late = {
+            number: dump for number, dump in where.items() if "in all_reduce" not in dump and "in gather" not in dump
+        }
+        late = late or where
+        names = " and ".join(self._name(rank) for rank in asked if rank.rank in late)
+        dumps = [f"Threads of rank {number}:\n{dump}" for number, dump in late.items() if dump]
+        self._fail(RankFailure(f"{names} did not {what} within {waited_s:.3g} s", "\n\n".join(dumps)))
+
+    def _name(self, rank: WatchedRank) -> str:
+        return f"rank {rank.rank} of {self._size} (process {rank.process.pid})"
+
+    def _fail(self, failure: RankFailure) -> None:
+        with self._changed:
+            if self.failure is None and not self._closing:
+                self.failure = failure
+            self._changed.notify_all()
+        for rank in self._ranks:
+            rank.process.kill()
+
+    def _run(self) -> None:
+        readers = {rank.connection.fileno(): (rank, ReportReader(rank.connection)) for rank in self._ranks}
+        poll = select.poll()
+        for fd in (*readers, self._woken.fileno()):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll(_TICK_S * 1000):
+                if fd not in readers:
+                    return
+                rank, reader = readers[fd]
+                for kind, data in reader.read():
+                    self._take(rank, kind, data)
+                if reader.ended:
+                    poll.unregister(fd)
+                    self._ended(rank)
+            self._look_at_processes()
+            if self._reported and self.failure is None and not self._closing:
+                self._settle()
+
+    def _take(self, rank: WatchedRank, kind: Report, data: bytes) -> None:
+        if kind is Report.RAISED:
+            raised = Raised.load(data)
+            details = f"Traceback of rank {rank.rank}:\n{raised.traceback}"
+            summary = f"{self._name(rank)} raised {raised.summary}"
+            self._report(rank, RankFailure(summary, details, raised.error, raised.peer_lost))
+            return
+        with self._changed:
+            if kind is Report.READY:
+                self._ready.add(rank.rank)
+            else:
+                self._replies[rank.rank].append(data)
+            self._changed.notify_all()
+
+    def _ended(self, rank: WatchedRank) -> None:
+        """Report how a process ended that may have reported why."""
+        if self._closing:
+            return
+        status = rank.process.wait(_CAUSE_S)
+        self._report(rank, RankFailure(f"{self._name(rank)} {_ending(status)}", rank.dumped()))
+
+    def _look_at_processes(self) -> None:
+        stopped = set()
+        for rank in self._ranks:
+            if rank.process.poll() is not None:
+                if rank.rank not in self._reported:
+                    self._ended(rank)
+            elif _is_stopped(rank.process.pid):
+                stopped.add(rank.rank)
+                if rank.rank in self._stopped:
+                    self._report(rank, RankFailure(f"{self._name(rank)} was stopped (SIGSTOP) and does not run"))
+        self._stopped = stopped
+
+    def _report(self, rank: WatchedRank, failure: RankFailure) -> None:
+        """Keep the first that is known of a rank, and decide later which rank's it was."""
+        if not self._reported:
+            self._settle_at = time.monotonic() + _CAUSE_S
+        self._reported.setdefault(rank.rank, failure)
+
+    def _settle(self) -> None:
+        """Fail for the cause, as soon as one is known that is no consequence, or with what there is after a while."""
+        causes = [failure for failure in self._reported.values() if not failure.consequence]
+        if causes:
+            self._fail(causes[0])
+        elif time.monotonic() >= self._settle_at:
+            self._fail(next(iter(self._reported.values())))
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "closed its socket"
+    if status >= 0:
+        return f"ended by itself with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False

@@ -1,0 +1,92 @@
+"""What ranks of these tests run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from llmengine.backends.ranks.channel import RankChannel
+from llmengine.errors import ConfigError, OutOfMemoryError
+
+
+def obey(channel: RankChannel, payload: bytes) -> None:
+    """Do what messages say: the first word is the command, the rest its argument."""
+    while True:
+        command, _, rest = channel.receive().partition(b" ")
+        COMMANDS[command.decode()](channel, rest)
+
+
+def raise_at_once(channel: RankChannel, payload: bytes) -> None:
+    raise ValueError(f"boom on {channel.rank}")
+
+
+def raise_ours(channel: RankChannel, payload: bytes) -> None:
+    if channel.rank == channel.size - 1:
+        raise OutOfMemoryError(f"no memory on {channel.rank}")
+    channel.receive()
+
+
+def _echo(channel: RankChannel, rest: bytes) -> None:
+    channel.reply(b"%d %b" % (channel.rank, rest))
+
+
+def _sum(channel: RankChannel, rest: bytes) -> None:
+    channel.collectives.all_reduce(torch.full((int(rest),), float(channel.rank + 1)))
+
+
+def _gather(channel: RankChannel, rest: bytes) -> None:
+    channel.collectives.gather(torch.arange(int(rest), dtype=torch.float32) + 100 * channel.rank)
+
+
+def _raise(channel: RankChannel, rest: bytes) -> None:
+    if channel.rank == int(rest):
+        raise ConfigError(f"a mistake of {channel.rank}")
+    channel.collectives.all_reduce(torch.ones(1))
+
+
+def _leave(channel: RankChannel, rest: bytes) -> None:
+    if channel.rank == int(rest):
+        os._exit(3)
+
+
+def _kill(channel: RankChannel, rest: bytes) -> None:
+    rank, number = map(int, rest.split())
+    if channel.rank == rank:
+        os.kill(os.getpid(), number)
+
+
+def _sleep(channel: RankChannel, rest: bytes) -> None:
+    rank, seconds = rest.split()
+    if channel.rank == int(rank):
+        time.sleep(float(seconds))
+
+
+def _sleep_then_sum(channel: RankChannel, rest: bytes) -> None:
+    _sleep(channel, rest)
+    _sum(channel, b"4")
+
+
+def _told(channel: RankChannel, rest: bytes) -> None:
+    facts = {
+        "pid": str(os.getpid()),
+        "main": str(getattr(sys.modules["__main__"], "__file__", "")),
+        "sigint": str(signal.getsignal(signal.SIGINT) == signal.SIG_IGN),
+    }
+    channel.reply(facts[rest.decode()].encode())
+
+
+COMMANDS = {
+    "echo": _echo,
+    "sum": _sum,
+    "gather": _gather,
+    "raise": _raise,
+    "leave": _leave,
+    "kill": _kill,
+    "sleep": _sleep,
+    "sleep_then_sum": _sleep_then_sum,
+    "told": _told,
+}
