@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.kernels.bench_linear import COLD_BYTES, EPS, shape_of
 from benchmarks.kernels.product_tables import BASELINE, LAYER, Result, fastest, tables, wrong_results
@@ -38,8 +39,9 @@ from llmengine.kernels.linear_ops import DeviceMatrix, LinearOps, compile_produc
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.timing import time_graph
 from llmengine.quantization.bnb4 import Bnb4Bit
-from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS, SCALE_OFFSETS, GgufBlocks
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
 from llmengine.quantization.int8_groups import Int8Groups
@@ -64,6 +66,11 @@ FORMATS: Mapping[str, WeightFormat] = {
     "w8a8": Int8W8A8("channel", "token"),
     "fp8-weights": Fp8("channel", "none"),
     "int8-128z": Int8Groups(128),
+    **{name.lower(): GGUF_BLOCKS[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
+    **{
+        name.lower(): GGUF_BLOCKS[name]
+        for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ2_0")
+    },
 }
 USUAL = (BASELINE, "int4-128", "fp8", "int4-128z", "int8", "w8a8")
 BENCHMARK = "packed products"
@@ -91,7 +98,10 @@ class PackedBench:
         matrix = quantized_matrix(shape.weight_format, shape.matrix_shape, shape.dtype, "cuda")
         if matrix is None:
             return Matrix.dense(self.weight)
-        matrix.fill(shape.weight_format.quantize(self.weight))
+        if isinstance(shape.weight_format, GgufBlocks):  # ggml's own search quantizes to some of them
+            matrix.fill({"weight": random_blocks(shape.weight_format, shape.matrix_shape)})
+        else:
+            matrix.fill(shape.weight_format.quantize(self.weight))
         return matrix
 
     def _copy(self, first: DeviceMatrix) -> DeviceMatrix:
@@ -120,6 +130,18 @@ class PackedBench:
         linears[0](x, out)
         error = float((out.float() - expected).abs().max() / expected.abs().max())
         return time_graph([partial(linear, x, out) for linear in linears], REPEATS), error
+
+
+def random_blocks(blocks: GgufBlocks, shape: Shape) -> Tensor:
+    """Blocks of random bytes whose scales and minima are finite and small, on the GPU."""
+    rows, columns = shape
+    stored = torch.randint(
+        *(0, 256), (rows, columns // blocks.block_size, blocks.block_bytes), dtype=torch.uint8, device="cuda"
+    )
+    for offset in SCALE_OFFSETS[blocks.type_name]:
+        scales = torch.rand((*stored.shape[:2], 1), device="cuda").mul_(1e-3).half()
+        stored[:, :, offset : offset + 2] = scales.view(torch.uint8)
+    return stored
 
 
 def configs_of(shape: GemmShape, extra: list[LinearConfig]) -> list[LinearConfig]:

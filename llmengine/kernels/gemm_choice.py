@@ -111,6 +111,9 @@ _PACKED: dict[int, str] = {
 }
 """By bucket, for packed weights, without the number of programs that share K; the last also for more rows."""
 
+_SHORT_SLICES = "packed-m16n64w4s4"
+"""What is likeliest for up to eight rows and slices of 16 columns."""
+
 _SCALED: dict[int, str] = {
     1: "packed-m16n64w4s6 packed-m8n64w4s6",
     16: "packed-m16n64w4s6 packed-m16n128w8s5",
@@ -286,15 +289,15 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
 
 def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
     """Ways to multiply by a quantized matrix in a bucket; from 128 rows on also by a library."""
-    names = _SCALED if shape.is_scaled else _PACKED
+    by_rows, layout = _SCALED if shape.is_scaled else _PACKED, shape.layout
+    names = by_rows[min(shape.num_rows, max(by_rows))].split()
+    if layout is not None and layout.slice_columns == 16 and shape.num_rows <= 8:
+        # Of eight rows of x, a thread would load a single number, which is too little for asynchronous copies.
+        names = [_SHORT_SLICES, *names]
     configs: list[LinearConfig] = []
-    for name in names[min(shape.num_rows, max(names))].split():
+    for name in names:
         config = parse_config(name)
         assert isinstance(config, PackedConfig), name
-        layout = shape.layout
-        if layout is not None and layout.slice_columns == 16:
-            # A thread would load a single number of eight rows of x, which is too little for asynchronous copies.
-            config = replace(config, block_m=max(config.block_m, 16))
         is_gated = not shape.is_scaled and fuses_gate(config, shape.n)
         num_outputs = shape.n if is_gated else _num_outputs(shape)
         tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
