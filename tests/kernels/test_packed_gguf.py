@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +18,7 @@ from llmengine.kernels.packed_linear import PackedProducts, gather_packed_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from tests import ROOT
 from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
 from tests.quantization.random_blocks import random_blocks
 
@@ -129,3 +135,13 @@ def test_large_products(device: str, type_name: str) -> None:
                 products.norm_linear(x, None, 0.0, None, out, config)
                 atol = TOLERANCE[dtype] * float(expected.abs().max())
                 torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=atol)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """With minima, pairs of steps, steps, and words that blocks share."""
+    types = ["Q4_1", "Q2_K", "Q3_K"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.kernels.compile_packed", *types]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == types, done.stderr
