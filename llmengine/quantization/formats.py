@@ -15,7 +15,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from llmengine.dtypes import DType, ModelDType, dtype_name, item_bytes
@@ -171,35 +171,71 @@ class WeightFormat(ABC):
                 assert all(torch.equal(part, parts[0]) for part in parts), f"{suffix} differs between the pieces"
         return joined
 
-    def shard(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        axis: Axis,
-        rank: int,
-        num_ranks: int,
-        parts: Sequence[int] = (),
-    ) -> dict[str, Tensor]:
-        """What rank `rank` of `num_ranks` holds of a matrix, contiguous: an equal share of its rows or columns.
+    def finest(self) -> WeightFormat:
+        """The format with the same values in which a matrix can be cut in the most places; see `sharded`."""
+        return self
 
-        Args:
-            parts: sizes along `axis` of what is fused in the matrix (q, k and v; gate and up), of each of which a rank
-                gets a share; empty: the matrix is one part.
+    def step(self, axis: Axis) -> int:
+        """Rows or columns between the places where a matrix can be cut without another format."""
+        specs = self.tensors((0, 0), "float32").values()
+        return lcm(*(along.step for spec in specs for along in spec.along if along is not None and along.axis == axis))
 
-        Raises `ConfigError` if a part, or a group or block of weights that share an entry, cannot be divided so.
+    def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
+        """The format of what a rank holds of a matrix of `shape`: these rows or columns, one range behind the other.
+
+        It is this format wherever that can be. Raises `ConfigError` if a range cuts through weights that share an entry
+        and no other format has the same values.
         """
-        pieces, first = [], 0
-        whole = shape[_AXES.index(axis)]
-        for size in parts or (whole,):
-            if size % num_ranks:
-                raise ConfigError(
-                    f"parallel_config.tp_size={num_ranks} does not divide the {size} {_WORDS[axis]} of a matrix"
-                )
-            share = size // num_ranks
-            pieces.append(self.cut(tensors, shape, axis, first + rank * share, first + (rank + 1) * share))
-            first += size
-        shard = (whole // num_ranks, shape[1]) if axis == "out" else (shape[0], whole // num_ranks)
-        return {suffix: tensor.contiguous() for suffix, tensor in self.join(pieces, shard, axis).items()}
+        for spec in self.tensors(shape, "float32").values():
+            for along in spec.along:
+                if along is not None and along.axis == axis:
+                    for part in ranges:
+                        self._entries(along, shape, part.start, part.stop)
+        return self
+
+    def shard(self, suffix: str, tensor: Tensor, shape: Shape, axis: Axis, ranges: Sequence[range]) -> Tensor:
+        """What a rank holds of the tensor `suffix` of a matrix of `shape`: a new tensor in the format `sharded`.
+
+        A tensor that does not follow `axis` is returned as it is.
+        """
+        import torch
+
+        dim, steps = self._shard_steps(suffix, shape, axis, ranges)
+        if dim is None:
+            return tensor
+        if steps[0] == steps[1]:
+            entries = (tensor.narrow(dim, *_entries_of(part, steps[0])) for part in ranges)
+            return torch.cat(list(entries), dim)
+        return tensor.index_select(dim, _repeated_entries(ranges, *steps))
+
+    def unshard(
+        self, suffix: str, piece: Tensor, whole: Tensor, shape: Shape, axis: Axis, ranges: Sequence[range]
+    ) -> None:
+        """Undo `shard`: write what a rank holds to its place in the tensor `whole`."""
+        dim, steps = self._shard_steps(suffix, shape, axis, ranges)
+        if dim is None:
+            whole.copy_(piece)
+        elif steps[0] == steps[1]:
+            position = 0
+            for part in ranges:
+                first, count = _entries_of(part, steps[0])
+                whole.narrow(dim, first, count).copy_(piece.narrow(dim, position, count))
+                position += count
+        else:
+            whole.index_copy_(dim, _repeated_entries(ranges, *steps), piece)
+
+    def _shard_steps(
+        self, suffix: str, shape: Shape, axis: Axis, ranges: Sequence[range]
+    ) -> tuple[int | None, tuple[int, int]]:
+        """Dimension of a tensor that follows `axis`, None if none does, and its step here and in a rank's tensor."""
+        held = sum(map(len, ranges))
+        shard = (held, shape[1]) if axis == "out" else (shape[0], held)
+        specs = self.tensors(shape, "float32"), self.sharded(shape, axis, ranges).tensors(shard, "float32")
+        for dim, (along, in_shard) in enumerate(zip(specs[0][suffix].along, specs[1][suffix].along, strict=True)):
+            if along is not None and along.axis == axis:
+                assert in_shard is not None
+                return dim, (along.step, in_shard.step)
+        return None, (1, 1)
 
     def __str__(self) -> str:
         """Name and settings for people and for keys: "int8", or "int4(group_size=128, zero_points)"."""
@@ -217,9 +253,21 @@ class WeightFormat(ABC):
         if begin % step or (end % step and end != size):
             raise ConfigError(
                 f"a matrix of {shape[0]} x {shape[1]} weights in format {self.name!r} has an entry for every {step} "
-                f"{_WORDS[along.axis]}; it cannot be cut at {begin} and {end}: choose another parallel_config.tp_size"
+                f"{_WORDS[along.axis]}; it cannot be cut at {begin} and {end}"
             )
         return begin // step, -(-end // step)
+
+
+def _entries_of(part: range, step: int) -> tuple[int, int]:
+    """First entry and number of entries of a range of rows or columns that begins with an entry."""
+    return part.start // step, -(-len(part) // step)
+
+
+def _repeated_entries(ranges: Sequence[range], step: int, step_in_shard: int) -> Tensor:
+    """For each entry of a rank's tensor, the entry of the whole tensor that it repeats."""
+    import torch
+
+    return torch.cat([torch.arange(part.start, part.stop, step_in_shard) // step for part in ranges])
 
 
 _WORDS: dict[Axis, str] = {"out": "rows", "in": "columns"}

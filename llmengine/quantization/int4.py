@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
-from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, require_setting
+from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.grid import Grid, GridFormat, in_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from llmengine.quantization.int8_groups import Int8Groups
 
 GROUP_SIZES = (16, 32, 64, 128, -1)
 """Weights of a row that share a scale; -1: all of them."""
@@ -134,16 +137,48 @@ class Int4Groups(GridFormat):
         return weight * tensors["input_scale"] if self.input_scale else weight
 
     def cut(self, tensors: Mapping[str, Tensor], shape: Shape, axis: Axis, begin: int, end: int) -> dict[str, Tensor]:
-        if axis == "in" and self.input_order and (begin, end) != (0, shape[1]):
-            raise ConfigError(
-                f"a matrix of {shape[0]} x {shape[1]} weights in format {self.name!r} has its columns in the order of "
-                "GPTQ's act-order; it cannot be cut along them: set parallel_config.tp_size=1"
-            )
+        refuse_cut_of_order(self, shape, axis, [range(begin, end)])
         return super(Int4Groups, self).cut(tensors, shape, axis, begin, end)
+
+    def finest(self) -> WeightFormat:
+        return in_smaller_groups(self, GROUP_SIZES[0])
+
+    def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
+        refuse_cut_of_order(self, shape, axis, ranges)
+        smaller = in_smaller_groups(self, columns_together(shape, ranges)) if axis == "in" else self
+        return super(Int4Groups, smaller).sharded(shape, axis, ranges)
 
     def columns_of_group(self, columns: int) -> int:
         """Columns that share a scale, in a matrix of `columns`."""
         return columns if self.group_size == -1 else self.group_size
+
+
+GroupsT = TypeVar("GroupsT", "Int4Groups", "Int8Groups")
+
+
+def in_smaller_groups(format: GroupsT, columns: int) -> GroupsT:
+    """A format with the same values in which a matrix can be cut at multiples of `columns`, if there is one.
+
+    Weights of a group that is divided have the same scale and zero point as before. Else `format` itself.
+    """
+    size = gcd(format.group_size, columns)
+    if format.group_size == -1 or size not in GROUP_SIZES:
+        return format
+    return replace(format, group_size=size)
+
+
+def columns_together(shape: Shape, ranges: Sequence[range]) -> int:
+    """The largest number of columns of which all ends of `ranges` are multiples, the end of the matrix aside."""
+    return gcd(*(part.start for part in ranges), *(part.stop for part in ranges if part.stop != shape[1]))
+
+
+def refuse_cut_of_order(format: Int4Groups | Int8Groups, shape: Shape, axis: Axis, ranges: Sequence[range]) -> None:
+    """Raise `ConfigError` if columns that are stored in another order than they have would be cut."""
+    if axis == "in" and format.input_order and list(ranges) != [range(shape[1])]:
+        raise ConfigError(
+            f"a matrix of {shape[0]} x {shape[1]} weights in format {format.name!r} has its columns in the order of "
+            "GPTQ's act-order; it cannot be cut along them"
+        )
 
 
 def nibbles_of_matrix(format_name: str, shape: Shape) -> TensorSpec:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
-from llmengine.errors import ConfigError
 from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
-from llmengine.quantization.int4 import GROUP_SIZES
+from llmengine.quantization.int4 import GROUP_SIZES, columns_together, in_smaller_groups, refuse_cut_of_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,12 +102,16 @@ class Int8Groups(WeightFormat):
         return weight
 
     def cut(self, tensors: Mapping[str, Tensor], shape: Shape, axis: Axis, begin: int, end: int) -> dict[str, Tensor]:
-        if axis == "in" and self.input_order and (begin, end) != (0, shape[1]):
-            raise ConfigError(
-                f"a matrix of {shape[0]} x {shape[1]} weights in format {self.name!r} has its columns in the order of "
-                "GPTQ's act-order; it cannot be cut along them: set parallel_config.tp_size=1"
-            )
+        refuse_cut_of_order(self, shape, axis, [range(begin, end)])
         return super(Int8Groups, self).cut(tensors, shape, axis, begin, end)
+
+    def finest(self) -> WeightFormat:
+        return in_smaller_groups(self, GROUP_SIZES[0])
+
+    def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
+        refuse_cut_of_order(self, shape, axis, ranges)
+        smaller = in_smaller_groups(self, columns_together(shape, ranges)) if axis == "in" else self
+        return super(Int8Groups, smaller).sharded(shape, axis, ranges)
 
 
 def _per_column(entries: Tensor, size: int, columns: int) -> Tensor:

@@ -37,8 +37,8 @@ class Stacked(WeightFormat):
     """Parts stacked along the rows, each with the tensors of its own format.
 
     The tensors of the first part keep their names ("weight"); those of a later one end with its number ("weight_1").
-    Parts have proportions rather than numbers of rows: what each rank of several GPUs holds, an equal share of every
-    part, then has the same format as the whole.
+    Parts have proportions rather than numbers of rows: an equal share of every part, as a rank of several often holds,
+    then has the same format as the whole.
     """
 
     name: ClassVar[str] = "stacked"
@@ -68,11 +68,8 @@ class Stacked(WeightFormat):
         """The tensors of each part, under the names that its own format gives them."""
         split: list[dict[str, Tensor]] = [{} for _ in self.parts]
         for name, tensor in tensors.items():
-            suffix, _, number = name.rpartition("_")
-            if number.isdigit():
-                split[int(number)][suffix] = tensor
-            else:
-                split[0][name] = tensor
+            index, suffix = _part_of(name)
+            split[index][suffix] = tensor
         return split
 
     def matrices(self, tensors: Mapping[str, Tensor], shape: Shape) -> list[Matrix]:
@@ -129,19 +126,48 @@ class Stacked(WeightFormat):
             for index, part in enumerate(self.parts)
         )
 
-    def shard(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        axis: Axis,
-        rank: int,
-        num_ranks: int,
-        parts: Sequence[int] = (),
-    ) -> dict[str, Tensor]:
-        """See `WeightFormat.shard`. Along the rows, a rank gets a share of every part, which `parts` therefore are."""
-        matrices = self.matrices(tensors, shape)
-        assert axis == "in" or not parts or list(parts) == [part.shape[0] for part in matrices], (parts, matrices)
-        return stacked_tensors(part.format.shard(part.tensors, part.shape, axis, rank, num_ranks) for part in matrices)
+    def finest(self) -> WeightFormat:
+        return Stacked(tuple(StackedPart(part.share, part.format.finest()) for part in self.parts))
+
+    def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
+        """See `WeightFormat.sharded`; each range of rows lies within a part, of which every rank holds some."""
+        held = self._ranges_of_parts(shape, axis, ranges)
+        shapes = self.part_shapes(shape)
+        formats = [
+            part.format.sharded(part_shape, axis, own)
+            for part, part_shape, own in zip(self.parts, shapes, held, strict=True)
+        ]
+        rows = [sum(map(len, own)) if axis == "out" else size for own, (size, _) in zip(held, shapes, strict=True)]
+        return Stacked.of_rows(list(zip(rows, formats, strict=True)))
+
+    def shard(self, suffix: str, tensor: Tensor, shape: Shape, axis: Axis, ranges: Sequence[range]) -> Tensor:
+        index, own = _part_of(suffix)
+        held = self._ranges_of_parts(shape, axis, ranges)[index]
+        return self.parts[index].format.shard(own, tensor, self.part_shapes(shape)[index], axis, held)
+
+    def unshard(
+        self, suffix: str, piece: Tensor, whole: Tensor, shape: Shape, axis: Axis, ranges: Sequence[range]
+    ) -> None:
+        index, own = _part_of(suffix)
+        held = self._ranges_of_parts(shape, axis, ranges)[index]
+        self.parts[index].format.unshard(own, piece, whole, self.part_shapes(shape)[index], axis, held)
+
+    def _ranges_of_parts(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> list[Sequence[range]]:
+        """For each part the ranges of its own rows or columns that a rank holds."""
+        if axis == "in":
+            return [ranges] * len(self.parts)
+        held: list[Sequence[range]] = []
+        first = 0
+        for rows, _ in self.part_shapes(shape):
+            inside = [part for part in ranges if first <= part.start and part.stop <= first + rows]
+            held.append([range(part.start - first, part.stop - first) for part in inside])
+            first += rows
+        if not all(held) or sum(map(len, held)) != len(ranges):
+            raise ConfigError(
+                f"a matrix of {shape[0]} x {shape[1]} weights in format {self.name!r} has parts in different formats; "
+                f"it cannot be cut at {' and '.join(f'rows {part.start} to {part.stop}' for part in ranges)}"
+            )
+        return held
 
     def __str__(self) -> str:
         """For people: "stacked(gguf-q4_k, gguf-q4_k, gguf-q6_k)"."""
@@ -154,6 +180,12 @@ class Stacked(WeightFormat):
 
 def _numbered(suffix: str, index: int) -> str:
     return f"{suffix}_{index}" if index else suffix
+
+
+def _part_of(name: str) -> tuple[int, str]:
+    """Undoes `_numbered`: the part's index, and the suffix that its own format gives a tensor."""
+    suffix, _, number = name.rpartition("_")
+    return (int(number), suffix) if number.isdigit() else (0, name)
 
 
 def stacked_tensors(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import accumulate
 from math import prod
@@ -84,48 +85,102 @@ def test_the_tensors_are_those_that_the_format_lists(format: WeightFormat, rows:
     assert next(iter(made.tensors)) == "weight"
 
 
+def shard(whole: Matrix, axis: Axis, *ranges: range) -> Matrix:
+    """What a rank holds of a matrix."""
+    held = sum(map(len, ranges))
+    shape = (held, whole.shape[1]) if axis == "out" else (whole.shape[0], held)
+    tensors = {
+        suffix: whole.format.shard(suffix, tensor, whole.shape, axis, ranges)
+        for suffix, tensor in whole.tensors.items()
+    }
+    found = Matrix(whole.format.sharded(whole.shape, axis, ranges), shape, tensors)
+    specs = {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()}
+    assert specs == found.format.tensors(shape, dtype_name(whole.weight.dtype) if whole.format == DENSE else "float32")
+    return found
+
+
+def unsharded(whole: Matrix, axis: Axis, shards: list[tuple[Matrix, list[range]]]) -> dict[str, Tensor]:
+    """The tensors of `whole` from those of its shards and their ranges."""
+    found = {suffix: torch.empty_like(tensor) for suffix, tensor in whole.tensors.items()}
+    for piece, ranges in shards:
+        for suffix, tensor in piece.tensors.items():
+            whole.format.unshard(suffix, tensor, found[suffix], whole.shape, axis, ranges)
+    return found
+
+
 @by(SMALL)
 @by_axis
-@given(rows=sizes, groups=sizes, num_ranks=st.sampled_from([1, 2, 3]))
+@given(
+    rows=st.lists(sizes, min_size=1, max_size=3),
+    groups=st.lists(sizes, min_size=1, max_size=3),
+)
 def test_shards_of_all_ranks_are_the_whole(
-    format: WeightFormat, axis: Axis, rows: int, groups: int, num_ranks: int
+    format: WeightFormat, axis: Axis, rows: list[int], groups: list[int]
 ) -> None:
-    shape = (num_ranks * rows, num_ranks * 32 * groups)
-    whole = matrix(format, *shape)
-    shards = [format.shard(whole.tensors, shape, axis, rank, num_ranks) for rank in range(num_ranks)]
-    shard_shape = (rows, shape[1]) if axis == "out" else (shape[0], 32 * groups)
-    for shard in shards:
-        specs = {suffix: TensorSpec.of(tensor) for suffix, tensor in shard.items()}
-        assert specs == format.tensors(shard_shape, "float32")
-    assert_same(format.join(shards, shape, axis), whole)
-    dequantized = torch.cat([format.dequantize(shard) for shard in shards], 0 if axis == "out" else 1)
+    whole = matrix(format, sum(rows), 32 * sum(groups))
+    sizes = rows if axis == "out" else [32 * count for count in groups]
+    ranges = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    shards = [shard(whole, axis, part) for part in ranges]
+    assert {piece.format for piece in shards} == {format}
+    dequantized = torch.cat([piece.dequantized() for piece in shards], 0 if axis == "out" else 1)
     assert torch.equal(dequantized, whole.dequantized())
+    assert_same(unsharded(whole, axis, [(piece, [part]) for piece, part in zip(shards, ranges, strict=True)]), whole)
+    assert_same(format.join([piece.tensors for piece in shards], whole.shape, axis), whole)
 
 
 @by(SMALL)
 @given(parts=st.lists(sizes, min_size=1, max_size=3), num_ranks=st.sampled_from([1, 2, 4]))
 def test_a_rank_gets_its_share_of_each_fused_part(format: WeightFormat, parts: list[int], num_ranks: int) -> None:
-    parts = [size * num_ranks for size in parts]
-    whole = matrix(format, sum(parts), 16)
+    whole = matrix(format, num_ranks * sum(parts), 16)
+    firsts = [num_ranks * (end - size) for size, end in zip(parts, accumulate(parts), strict=True)]
+    shards = []
     for rank in range(num_ranks):
-        found = format.shard(whole.tensors, whole.shape, "out", rank, num_ranks, parts)
-        shares = [part.chunk(num_ranks)[rank] for part in whole.dequantized().split(parts)]
-        assert torch.equal(format.dequantize(found), torch.cat(shares))
+        own = [range(first + rank * size, first + (rank + 1) * size) for first, size in zip(firsts, parts, strict=True)]
+        shards.append((shard(whole, "out", *own), own))
+        rows = [index for part in own for index in part]
+        assert torch.equal(shards[-1][0].dequantized(), whole.dequantized()[rows])
+    assert_same(unsharded(whole, "out", shards), whole)
 
 
-@by(EVERY)
-@given(num_ranks=st.integers(2, 9))
-def test_what_does_not_divide_is_refused_by_name(format: WeightFormat, num_ranks: int) -> None:
-    whole = matrix(format, num_ranks + 1, 16)
-    with pytest.raises(ConfigError, match=rf"tp_size={num_ranks} does not divide the {num_ranks + 1} rows"):
-        format.shard(whole.tensors, whole.shape, "out", 0, num_ranks)
+def test_shards_are_in_memory_of_their_own() -> None:
+    whole = matrix(INT8, 4, 16)
+    for axis in ("out", "in"):
+        for tensor in shard(whole, axis, range(2)).tensors.values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes or axis == "in"
+
+
+@pytest.mark.parametrize("format", [Int4Groups(64), Int4Groups(128, False, input_scale=True), Int8Groups(64)], ids=str)
+def test_groups_that_are_cut_through_become_smaller_ones_of_the_same_values(format: WeightFormat) -> None:
+    whole = matrix(format, 5, 400)
+    ranges = [range(96), range(96, 288), range(288, 400)]
+    shards = [shard(whole, "in", part) for part in ranges]
+    assert [piece.format for piece in shards] == [dataclasses.replace(format, group_size=32)] * 3  # type: ignore[type-var]
+    assert torch.equal(torch.cat([piece.dequantized() for piece in shards], 1), whole.dequantized())
+    assert_same(unsharded(whole, "in", [(piece, [part]) for piece, part in zip(shards, ranges, strict=True)]), whole)
+    assert format.finest() == dataclasses.replace(format, group_size=16)  # type: ignore[type-var]
 
 
 def test_groups_are_not_cut_through() -> None:
     whole = matrix(GROUPED, 4, 48)
     with pytest.raises(ConfigError, match=r"4 x 48 .*'int4' has an entry for every 16 columns.* at 0 and 24"):
-        GROUPED.shard(whole.tensors, whole.shape, "in", 0, 2)
-    assert matrix(INT8, 4, 24).format.shard(matrix(INT8, 4, 24).tensors, (4, 24), "in", 0, 2)["weight"].shape == (4, 12)
+        GROUPED.sharded(whole.shape, "in", [range(24)])
+    assert shard(matrix(INT8, 4, 24), "in", range(12)).weight.shape == (4, 12)
+
+
+@pytest.mark.parametrize(
+    ("format", "steps"),
+    [
+        (DENSE, (1, 1)),
+        (INT8, (1, 1)),
+        (Fp8("block", "block"), (128, 128)),
+        (Int4Groups(64), (1, 64)),
+        (Int4Groups(-1), (1, 2)),
+        (Nvfp4(), (1, 16)),
+    ],
+    ids=str,
+)
+def test_steps(format: WeightFormat, steps: tuple[int, int]) -> None:
+    assert (format.step("out"), format.step("in")) == steps
 
 
 @given(rows=st.integers(1, 12), columns=st.integers(1, 40), scale=st.sampled_from([1e-20, 0.02, 1.0, 1e4]))
@@ -324,9 +379,10 @@ def test_the_nibbles_of_int4_and_the_order_of_its_columns() -> None:
     torch.testing.assert_close((x * tensors["input_scale"])[:, order] @ stored.double(), (x @ found.T.double())[:, 0])
     assert {suffix: TensorSpec.of(tensor) for suffix, tensor in tensors.items()} == format.tensors((1, 32), "float32")
     whole = matrix(format, 6, 32)
-    assert torch.equal(format.dequantize(format.shard(whole.tensors, (6, 32), "out", 1, 2)), whole.dequantized()[3:])
-    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut .*tp_size=1"):
-        format.shard(whole.tensors, (6, 32), "in", 0, 2)
+    assert torch.equal(shard(whole, "out", range(3, 6)).dequantized(), whole.dequantized()[3:])
+    assert format.sharded((6, 32), "in", [range(32)]) == format
+    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut along them$"):
+        format.sharded((6, 32), "in", [range(16)])
 
 
 def test_the_bytes_of_int8_groups_and_the_order_of_its_columns() -> None:
@@ -346,9 +402,8 @@ def test_the_bytes_of_int8_groups_and_the_order_of_its_columns() -> None:
     symmetric = Int8Groups(16, False)
     found = symmetric.dequantize({"weight": values[None], "weight_scale": torch.ones(1, 2)})
     assert torch.equal(found, (values.float() - 128)[None])
-    whole = matrix(format, 6, 32)
-    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut .*tp_size=1"):
-        format.shard(whole.tensors, (6, 32), "in", 0, 2)
+    with pytest.raises(ConfigError, match=r"6 x 32 weights .* act-order; it cannot be cut along them$"):
+        format.sharded((6, 32), "in", [range(16)])
 
 
 def test_the_values_of_mxfp4() -> None:

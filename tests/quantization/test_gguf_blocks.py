@@ -66,9 +66,15 @@ def test_shards_of_all_ranks_are_the_whole(
     type_name: str, axis: Axis, rows: int, num_blocks: int, num_ranks: int
 ) -> None:
     whole = random_matrix(type_name, num_ranks * rows, num_ranks * num_blocks)
-    shards = [whole.format.shard(whole.tensors, whole.shape, axis, rank, num_ranks) for rank in range(num_ranks)]
-    assert torch.equal(whole.format.join(shards, whole.shape, axis)["weight"], whole.weight)
-    dequantized = torch.cat([whole.format.dequantize(shard) for shard in shards], 0 if axis == "out" else 1)
+    step = rows if axis == "out" else num_blocks * whole.format.step("in")
+    ranges = [range(rank * step, (rank + 1) * step) for rank in range(num_ranks)]
+    shards = [whole.format.shard("weight", whole.weight, whole.shape, axis, [part]) for part in ranges]
+    assert all(whole.format.sharded(whole.shape, axis, [part]) == whole.format for part in ranges)
+    joined = torch.empty_like(whole.weight)
+    for shard, part in zip(shards, ranges, strict=True):
+        whole.format.unshard("weight", shard, joined, whole.shape, axis, [part])
+    assert torch.equal(joined, whole.weight)
+    dequantized = torch.cat([whole.format.dequantize({"weight": item}) for item in shards], 0 if axis == "out" else 1)
     assert torch.equal(dequantized, whole.dequantized())
 
 
@@ -78,7 +84,7 @@ def test_blocks_are_not_cut_through(type_name: str) -> None:
     columns = whole.shape[1]
     message = rf"'gguf-{type_name.lower()}' has an entry for every {columns // 3} columns.* at 0 and {columns // 2}"
     with pytest.raises(ConfigError, match=message):
-        whole.format.shard(whole.tensors, whole.shape, "in", 0, 2)
+        whole.format.sharded(whole.shape, "in", [range(columns // 2)])
 
 
 @by_type

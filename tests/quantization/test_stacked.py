@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from llmengine.errors import ConfigError, CorruptFileError, UnsupportedModelError
-from llmengine.quantization.formats import DENSE, TensorSpec
+from llmengine.quantization.formats import DENSE, Axis, TensorSpec
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.known_formats import format_from_json
 from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.stacked import Stacked, StackedPart
 
 FORMAT = Stacked.of_rows([(12, GGUF_BLOCKS["Q4_1"]), (4, INT8), (4, DENSE)])
-ROWS = [12, 4, 4]
 
 
 @pytest.fixture
@@ -51,25 +51,63 @@ def test_the_parts_are_the_whole(matrix: Matrix) -> None:
     assert torch.equal(torch.cat(list(rows.values())), whole)
 
 
-def test_ranks_get_a_share_of_every_part(matrix: Matrix) -> None:
-    shards = [FORMAT.shard(matrix.tensors, matrix.shape, "out", rank, 2, ROWS) for rank in range(2)]
-    for rank, shard in enumerate(shards):
-        assert {suffix: TensorSpec.of(tensor) for suffix, tensor in shard.items()} == FORMAT.tensors(
-            (10, 128), "float32"
-        )
-        shares = [part.chunk(2)[rank] for part in matrix.dequantized().split(ROWS)]
-        assert torch.equal(FORMAT.dequantize(shard), torch.cat(shares))
-    joined = FORMAT.join(shards, matrix.shape, "out")
-    assert all(torch.equal(joined[suffix], tensor) for suffix, tensor in matrix.tensors.items())
+def shard(matrix: Matrix, axis: Axis, *ranges: range) -> dict[str, torch.Tensor]:
+    return {
+        suffix: FORMAT.shard(suffix, tensor, matrix.shape, axis, ranges) for suffix, tensor in matrix.tensors.items()
+    }
+
+
+def unsharded(
+    matrix: Matrix, axis: Axis, shards: list[tuple[dict[str, torch.Tensor], list[range]]]
+) -> dict[str, torch.Tensor]:
+    found = {suffix: torch.empty_like(tensor) for suffix, tensor in matrix.tensors.items()}
+    for tensors, ranges in shards:
+        for suffix, tensor in tensors.items():
+            FORMAT.unshard(suffix, tensor, found[suffix], matrix.shape, axis, ranges)
+    return found
+
+
+def test_ranks_get_some_of_every_part(matrix: Matrix) -> None:
+    held = [[range(6), range(12, 14), range(16, 18)], [range(6, 12), range(14, 16), range(18, 20)]]
+    uneven = [[range(8), range(12, 13), range(16, 17)], [range(8, 12), range(13, 16), range(17, 20)]]
+    for ranks in (held, uneven):
+        shards = []
+        for own in ranks:
+            tensors = shard(matrix, "out", *own)
+            format = FORMAT.sharded(matrix.shape, "out", own)
+            size = sum(map(len, own))
+            assert {suffix: TensorSpec.of(item) for suffix, item in tensors.items()} == format.tensors(
+                (size, 128), "float32"
+            )
+            rows = [index for part in own for index in part]
+            assert torch.equal(format.dequantize(tensors), matrix.dequantized()[rows])
+            shards.append((tensors, own))
+        found = unsharded(matrix, "out", shards)
+        assert all(torch.equal(found[suffix], tensor) for suffix, tensor in matrix.tensors.items())
+    assert FORMAT.sharded(matrix.shape, "out", held[1]) == FORMAT
+    assert [part["share"] for part in FORMAT.sharded(matrix.shape, "out", uneven[0]).to_json()["parts"]] == [8, 1, 1]
 
 
 def test_columns_are_cut_in_every_part(matrix: Matrix) -> None:
-    shards = [FORMAT.shard(matrix.tensors, matrix.shape, "in", rank, 2) for rank in range(2)]
-    assert torch.equal(torch.cat([FORMAT.dequantize(shard) for shard in shards], 1), matrix.dequantized())
-    joined = FORMAT.join(shards, matrix.shape, "in")
-    assert all(torch.equal(joined[suffix], tensor) for suffix, tensor in matrix.tensors.items())
+    ranges = [range(96), range(96, 128)]
+    shards = [shard(matrix, "in", part) for part in ranges]
+    assert FORMAT.sharded(matrix.shape, "in", ranges[:1]) == FORMAT
+    assert torch.equal(torch.cat([FORMAT.dequantize(item) for item in shards], 1), matrix.dequantized())
+    for found in (
+        FORMAT.join(shards, matrix.shape, "in"),
+        unsharded(matrix, "in", [(item, [part]) for item, part in zip(shards, ranges, strict=True)]),
+    ):
+        assert all(torch.equal(found[suffix], tensor) for suffix, tensor in matrix.tensors.items())
     with pytest.raises(ConfigError, match="has an entry for every 32 columns"):
         FORMAT.cut(matrix.tensors, matrix.shape, "in", 0, 48)
+
+
+def test_parts_have_steps_of_their_own_and_are_divided_alone() -> None:
+    grouped = Stacked.of_rows([(4, Int4Groups(64)), (2, GGUF_BLOCKS["Q8_0"])])
+    assert (grouped.step("in"), grouped.step("out")) == (64, 1)
+    assert grouped.finest() == Stacked.of_rows([(4, Int4Groups(16)), (2, GGUF_BLOCKS["Q8_0"])])
+    halves = Stacked.of_rows([(4, Int4Groups(32)), (2, GGUF_BLOCKS["Q8_0"])])
+    assert grouped.sharded((6, 192), "in", [range(96)]) == halves
 
 
 def test_what_does_not_divide_is_refused(matrix: Matrix) -> None:
@@ -78,8 +116,9 @@ def test_what_does_not_divide_is_refused(matrix: Matrix) -> None:
     assert FORMAT.cut(matrix.tensors, matrix.shape, "out", 0, 20) == matrix.tensors
     with pytest.raises(UnsupportedModelError, match=r"21 x 128 .* in 5 equal shares"):
         FORMAT.tensors((21, 128), "float32")
-    with pytest.raises(ConfigError, match=r"tp_size=3 does not divide the 4 rows"):
-        FORMAT.shard(matrix.tensors, matrix.shape, "out", 0, 3, ROWS)
+    for ranges in ([range(6), range(12, 14)], [range(6), range(10, 14), range(16, 20)]):
+        with pytest.raises(ConfigError, match=r"20 x 128 .*different formats.*cannot be cut at rows 0 to 6 and rows"):
+            FORMAT.sharded(matrix.shape, "out", ranges)
 
 
 def test_manifests() -> None:

@@ -1,0 +1,235 @@
+"""Shards of checkpoints: in every family and format, ranks together compute and hold what one rank alone does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import rounded_weights
+from llmengine.checkpoints.sharded_source import ShardPlan, join_shards, shard_source
+from llmengine.checkpoints.source import ModelSource
+from llmengine.errors import ConfigError
+from llmengine.models.sharding import Shard
+from llmengine.quantization.bnb4 import Bnb4Bit
+from llmengine.quantization.formats import DENSE, WeightFormat
+from llmengine.quantization.fp8 import Fp8
+from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.int4 import Int4Groups
+from llmengine.quantization.int8 import INT8, Int8W8A8
+from llmengine.quantization.int8_groups import Int8Groups
+from llmengine.quantization.model_formats import ModelFormats
+from llmengine.quantization.mxfp4 import Mxfp4
+from llmengine.quantization.nvfp4 import Nvfp4
+from tests.checkpoints.helpers import make_model
+from tests.models.family_helpers import FAMILIES, make_family, write_family_gguf
+from tests.models.rank_threads import logits_of
+
+TOKENS = [3, 100, 17, 55, 8, 8, 91, 20, 42, 61, 99, 5]
+FORMATS: list[WeightFormat] = [
+    INT8,
+    Int4Groups(16),
+    Int4Groups(32, zero_points=False, scale_dtype="bfloat16"),
+    Int4Groups(128, input_scale=True),
+    Int4Groups(-1),
+    Int8Groups(32),
+    Int8Groups(-1, zero_points=False),
+    Int8W8A8(),
+    Int8W8A8("tensor", input_scale=True),
+    Fp8("tensor", "none"),
+    Fp8(),
+    Mxfp4(),
+    Nvfp4(),
+    Nvfp4("channel"),
+    Bnb4Bit("nf4", 16),
+    GGUF_BLOCKS["Q8_0"],
+    GGUF_BLOCKS["Q5_1"],
+]
+by_format = pytest.mark.parametrize("stored", FORMATS, ids=str)
+by_size = pytest.mark.parametrize("size", [2, 3, 4])
+
+
+def in_format(source: ModelSource, stored: WeightFormat, **exceptions: WeightFormat) -> ModelSource:
+    """A source whose matrices are rounded to nearest; the output matrix is int8, as a rule."""
+    formats = ModelFormats(stored, {"lm_head": INT8, **exceptions})
+    return dataclasses.replace(
+        source,
+        formats=formats,
+        stream=lambda dtype: rounded_weights(source.arch, formats, source.weights(dtype)),
+    )
+
+
+def saved(path: Path, model: Any) -> ModelSource:
+    model.save_pretrained(path)
+    return open_model(path)
+
+
+def transformers_logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([TOKENS])).logits[0].float()
+
+
+def assert_ranks_compute_the_same(source: ModelSource, size: int, expected: Tensor | None = None) -> None:
+    whole = logits_of(source, TOKENS, 1) if expected is None else expected
+    found = logits_of(source, TOKENS, size)
+    assert found.shape == whole.shape
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-5 * float(whole.abs().max()))
+
+
+def assert_shards_join(source: ModelSource, size: int, dtype: torch.dtype = torch.float32) -> None:
+    """Shards are what their formats say (`weights` checks that), and put together the whole, bit for bit."""
+    plan = ShardPlan(source.arch, source.formats, size)
+    shards = [dict(shard_source(source, Shard(rank, size)).weights(dtype)) for rank in range(size)]
+    for name, whole in source.weights(dtype):
+        pieces = [shard[name] for shard in shards]
+        joined = plan.join(name, pieces)
+        assert (joined.dtype, joined.shape) == (whole.dtype, whole.shape), name
+        assert torch.equal(joined.view(torch.uint8), whole.view(torch.uint8)), name
+        for piece in pieces:
+            assert piece.untyped_storage().nbytes() == piece.nbytes, f"{name} keeps more than its shard"
+
+
+@by_size
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "olmo2"])
+def test_families(tmp_path: Path, family: str, size: int) -> None:
+    model = make_family(family)
+    source = saved(tmp_path, model)
+    # transformers chooses the frequencies of a short text for this one, serving those of the longest context.
+    expected = None if family == "phi3_long" else transformers_logits(model)
+    assert_ranks_compute_the_same(source, size, expected)
+    assert_shards_join(source, size)
+
+
+def test_norms_over_all_heads_are_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path, make_family("olmo2"))
+    with pytest.raises(ConfigError, match=r"tp_size=2: Olmo2ForCausalLM takes norms .* sizes that work: 1$"):
+        shard_source(source, Shard(0, 2))
+
+
+@by_size
+def test_post_norms(tmp_path: Path, size: int) -> None:
+    """OLMo 2's placement of norms, without its norms over all heads."""
+    source = saved(tmp_path, make_family("olmo2"))
+    stream = source.stream
+    changed = dataclasses.replace(
+        source,
+        arch=dataclasses.replace(source.arch, qk_norm="none"),
+        stream=lambda dtype: (
+            item for item in stream(dtype) if not item[0].endswith(("q_norm.weight", "k_norm.weight"))
+        ),
+    )
+    assert_ranks_compute_the_same(changed, size)
+
+
+@by_size
+def test_uneven_heads_biases_and_rows(tmp_path: Path, size: int) -> None:
+    model = make_model(
+        hidden_size=72,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=101,
+        vocab_size=103,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    source = saved(tmp_path, model)
+    assert_ranks_compute_the_same(source, size, transformers_logits(model))
+    assert_shards_join(source, size, torch.bfloat16)
+    first, last = (shard_source(source, Shard(rank, size)) for rank in (0, size - 1))
+    assert first.arch.num_heads != last.arch.num_heads or size == 3
+    for name, tensor in last.weights(torch.float32):
+        assert name.endswith(("o.bias", "down.bias")) == (not tensor.any()), name
+
+
+@by_size
+@by_format
+def test_formats(tmp_path: Path, stored: WeightFormat, size: int) -> None:
+    """Groups of 32 and 128 columns are divided where a rank has 16 of `o`, except in formats that have no others."""
+    source = in_format(saved(tmp_path, make_family("qwen2", intermediate_size=256)), stored)
+    cannot = stored.finest().step("in") > 16 and size > 2
+    if cannot:
+        with pytest.raises(ConfigError, match=rf"tp_size={size}: 4 attention heads .* units of 32.*: 1, 2$"):
+            shard_source(source, Shard(0, size))
+        return
+    assert_ranks_compute_the_same(source, size)
+    assert_shards_join(source, size)
+
+
+def test_groups_are_divided_only_where_they_must(tmp_path: Path) -> None:
+    source = in_format(saved(tmp_path, make_family("qwen2", intermediate_size=256)), Int4Groups(32))
+    shard = shard_source(source, Shard(1, 4))
+    assert shard.formats.of("layers.0.o") == Int4Groups(16)
+    assert {shard.formats.of(f"layers.2.{name}") for name in ("qkv", "gate_up", "down")} == {Int4Groups(32)}
+    assert shard_source(source, Shard(1, 2)).formats == source.formats
+
+
+@by_size
+def test_blocks_of_rows_and_columns(tmp_path: Path, size: int) -> None:
+    model = make_model(
+        hidden_size=128, num_attention_heads=8, num_key_value_heads=4, head_dim=128, intermediate_size=640
+    )
+    source = in_format(saved(tmp_path, model), Fp8("block", "block"), lm_head=DENSE)
+    assert_ranks_compute_the_same(source, size)
+    assert_shards_join(source, size)
+    shares = [shard_source(source, Shard(rank, size)).arch.intermediate_size for rank in range(size)]
+    assert shares == {2: [384, 256], 3: [256, 256, 128], 4: [256, 128, 128, 128]}[size]
+
+
+def test_column_orders_are_refused(tmp_path: Path) -> None:
+    source = in_format(
+        saved(tmp_path, make_family("qwen2")), DENSE, **{"layers.1.down": Int4Groups(16, input_order=True)}
+    )
+    with pytest.raises(ConfigError, match=r"tp_size=2: .*64 x 48 weights .*'int4'.* act-order.*sizes that work: 1$"):
+        shard_source(source, Shard(0, 2))
+
+
+GGUF_TYPES: dict[str, Callable[[str, int], str]] = {
+    "stacked": lambda name, _: {"attn_v": "Q8_0", "ffn_up": "Q5_0", "token_embd": "Q8_0"}.get(_kind(name), "Q4_0"),
+    "k_quants": lambda name, _: {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_output": "Q5_K"}.get(_kind(name), "Q4_K"),
+    "dense_part": lambda name, _: {"attn_k": "F32", "ffn_gate": "F16"}.get(_kind(name), "IQ4_NL"),
+}
+
+
+def _kind(name: str) -> str:
+    return name.split(".")[-2]
+
+
+@by_size
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_gguf_files(tmp_path: Path, kind: str, size: int) -> None:
+    model = make_family("mistral", hidden_size=256, intermediate_size=1024, head_dim=128, num_attention_heads=8)
+    write_family_gguf(tmp_path / "model.gguf", model, GGUF_TYPES[kind])
+    source = open_model(tmp_path / "model.gguf")
+    assert source.formats.of("layers.0.qkv").name == "stacked"
+    assert_ranks_compute_the_same(source, size)
+    assert_shards_join(source, size)
+
+
+def test_gguf_tied_and_fused(tmp_path: Path) -> None:
+    model = make_family("phi3", hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
+    write_family_gguf(tmp_path / "model.gguf", model, "Q8_0")
+    source = open_model(tmp_path / "model.gguf")
+    assert source.arch.tie_word_embeddings
+    assert_ranks_compute_the_same(source, 2)
+    assert_shards_join(source, 2)
+    shard = shard_source(source, Shard(1, 2))
+    assert shard.formats.of("lm_head") == source.formats.of("lm_head") == GGUF_BLOCKS["Q8_0"]
+
+
+def test_one_tensor_is_joined(tmp_path: Path) -> None:
+    source = saved(tmp_path, make_family("qwen2"))
+    shards = [dict(shard_source(source, Shard(rank, 4)).weights(torch.float32)) for rank in range(4)]
+    name = "layers.1.qkv.bias"
+    joined = join_shards(name, source.arch, [shard[name] for shard in shards], 4)
+    assert torch.equal(joined, dict(source.weights(torch.float32))[name])
+
+
+def test_one_rank_has_the_source(tmp_path: Path) -> None:
+    source = saved(tmp_path, make_family("olmo2"))
+    assert shard_source(source, Shard(0, 1)) is source
