@@ -127,6 +127,24 @@ def test_blocks_that_the_library_multiplies_stay_on_a_cpu(tmp_path: Path) -> Non
         assert source.dequantized == f"gguf-q4_k, gguf-q6_k, gguf-q8_0 dequantized: {reason}"
 
 
+def test_blocks_that_kernels_multiply_stay_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_products_to_torch(monkeypatch)
+    path = tmp_path / "model.gguf"
+    write_family_gguf(
+        path, make_wide("qwen2"), lambda name, columns: "TQ1_0" if "attn_k" in name else like_q4_k_m(name, columns)
+    )
+    stored = open_model(path).formats
+    for settings in ({"quant_config": STORED}, {"quant_config": STORED, "dtype": "bfloat16"}):
+        assert in_use(path, device="cuda:0", **settings).formats == stored
+    for settings in ({}, {"quant_config": QuantConfig(kv_cache="fp8")}):
+        source = in_use(path, device="cuda:0", **settings)
+        assert source.formats.of("layers.1.qkv") == Stacked.of_rows([(256, Q4), (128, DENSE), (128, Q6)])
+        assert source.formats.of("embed_tokens") == source.formats.of("lm_head") == Q6
+        assert source.dequantized == "gguf-tq1_0 dequantized: no kernel multiplies by them"
+    source = in_use(path, device="cuda:0", quant_config=QuantConfig(weights="int8"))
+    assert source.formats == DENSE_MODEL
+
+
 def test_without_the_library_blocks_are_dequantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_products_to_torch(monkeypatch)
     path = tmp_path / "model.gguf"

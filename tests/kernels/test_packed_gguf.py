@@ -17,7 +17,7 @@ from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.packed_linear import PackedProducts, gather_packed_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
-from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.gguf_blocks import BLOCK_SIZES, GGUF_BLOCKS
 from tests import ROOT
 from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
 from tests.quantization.random_blocks import random_blocks
@@ -75,10 +75,23 @@ MORE_BITS = {
 """Bits of a weight in memory that are not in the file."""
 
 
+@pytest.mark.parametrize("type_name", [name for name in TYPES if BLOCK_SIZES[name][0] == 32])
+def test_rows_that_do_not_fill_words(device: str, type_name: str) -> None:
+    for columns in (32, 96, 288, 640):
+        stored = stored_blocks(type_name, (70, columns))
+        matrix = packed(type_name, (70, columns), stored, torch.float16, device)
+        assert torch.equal(matrix.stored().weight.cpu(), stored)
+        check_products(device, type_name, (70, columns), torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("type_name", TYPES)
 def test_products(device: str, type_name: str, dtype: torch.dtype) -> None:
-    n, k, num_rows = 70, 768, 5
+    check_products(device, type_name, (70, 768), dtype)
+
+
+def check_products(device: str, type_name: str, shape: Shape, dtype: torch.dtype) -> None:
+    (n, k), num_rows = shape, 5
     torch.manual_seed(n)
     stored = stored_blocks(type_name, (n, k))
     products = PackedProducts(LinearKernels(device), packed(type_name, (n, k), stored, dtype, device))
