@@ -36,8 +36,8 @@ class BuildOptions:
         compute_capabilities: 89 for SM 8.9; empty for the first GPU of this machine.
         flavour: "auto": the library that is installed.
         dtype: "auto": the checkpoint's.
-        weight_mode: None: as in the saved engine that is rebuilt, else "inputs". "fastest": a layer is timed both ways
-            on this machine's GPU, which must be the only target.
+        weight_mode: None: as in the saved engine that is rebuilt, else as `PlanRequest` says. "fastest": a layer is
+            timed both ways on this machine's GPU, which must be the only target.
         max_batch_size: most requests in one step.
         max_tokens_per_step: most tokens in one step.
     """

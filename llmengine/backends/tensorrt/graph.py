@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmengine.backends.tensorrt.library import Library, require_result
-from llmengine.backends.tensorrt.plan_matrix import Block, PlanDType
+from llmengine.backends.tensorrt.plan_matrix import PlanDType, PlanMatrix
 from llmengine.backends.tensorrt.spec import PlanTensor, SegmentSpec, WeightSpec
 
 RawArray = npt.NDArray[np.uint8]
@@ -109,13 +109,13 @@ class Graph:
         """The numbers of `quantize`, float32."""
         return self._layer("add_dequantize", x, self._one(), self._trt.float32).get_output(0)
 
-    def dequantize(self, weight: Any, scale: Any, block: Block, dtype: PlanDType) -> Any:
-        """A matrix [out, in] times its scales: one, one a row [out], or of blocks [out / rows, in / columns]."""
+    def dequantize(self, weight: Any, scale: Any, matrix: PlanMatrix, dtype: PlanDType) -> Any:
+        """The weight of a matrix times its scales, in the layout that it has in the plan."""
         layer = self._layer("add_dequantize", weight, scale, self._dtypes[dtype])
         if len(scale.shape) == 1:
-            layer.axis = 0
-        elif len(scale.shape) == 2 and block[0] > 1:
-            layer.block_shape = self._trt.Dims(block)
+            layer.axis = 1 if matrix.is_transposed else 0
+        elif len(scale.shape) == 2 and matrix.block[0] > 1:
+            layer.block_shape = self._trt.Dims(matrix.block)
         return layer.get_output(0)
 
     def row_mean(self, x: Any) -> Any:
@@ -135,6 +135,11 @@ class Graph:
         """x @ weight.T for a weight [out, in], which is read in its own layout."""
         operation = self._trt.MatrixOperation
         return self._layer("add_matrix_multiply", x, operation.NONE, weight, operation.TRANSPOSE).get_output(0)
+
+    def matmul(self, x: Any, weight: Any) -> Any:
+        """x @ weight for a weight [in, out]."""
+        operation = self._trt.MatrixOperation
+        return self._layer("add_matrix_multiply", x, operation.NONE, weight, operation.NONE).get_output(0)
 
     def gather(self, x: Any, rows: Any) -> Any:
         """x[rows] for indices [num_rows]."""

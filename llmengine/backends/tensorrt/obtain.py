@@ -31,6 +31,7 @@ from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from llmengine.models.arch import ModelArch
+from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
 _logger = logging.getLogger("llmengine.tensorrt")
@@ -48,7 +49,8 @@ class PlanRequest:
 
     Attributes:
         producer: the library and the devices to build for. Saved plans for more compute capabilities fit too.
-        weight_mode: None: that of the saved engine, else "inputs".
+        weight_mode: None: that of the saved engine, else "inputs", but "constants" for weights in int4 and for
+            libraries that dequantize nothing else.
         formats: of the model's matrices.
         device_uuid: the GPU to measure on, None for the first; see `PlanJob`.
     """
@@ -166,8 +168,12 @@ def _weight_mode(request: PlanRequest, saved: SavedPlanSet | None) -> WeightMode
             f"{request.producer.flavour} dequantizes weights that a plan contains, not inputs; set weight_mode "
             "(--weights) to 'constants'"
         )
-    mode = request.weight_mode or (saved.weight_mode if saved is not None else "inputs")
-    return mode if takes_inputs else "constants"
+    if not takes_inputs:
+        return "constants"
+    # Inputs of 4 bits are dequantized into a buffer in each execution, constants are multiplied as they are.
+    has_int4 = any(isinstance(kind, Int4Groups) for kind in request.formats.kinds)
+    usual: WeightMode = "constants" if has_int4 else "inputs"
+    return request.weight_mode or (saved.weight_mode if saved is not None else usual)
 
 
 def _check_formats(segments: Sequence[PlacedSegment], producer: Producer) -> None:

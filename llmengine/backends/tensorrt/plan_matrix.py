@@ -3,7 +3,8 @@
 TensorRT dequantizes by a layer of its own, which takes signed numbers and scales without zero points. A plan's tensors
 have the values of the stored ones::
 
-    weight            [out, in] in the model's dtype, int8, float8_e4m3fn or int4 (two columns in a byte)
+    weight            [out, in] in the model's dtype, int8, float8_e4m3fn or int4 (two columns in a byte); [in, out]
+                      where rows, or all weights, have one scale (`is_transposed`)
     weight_scale      float32 [] or [out]; or of blocks, [out / rows, in / columns]
     zero_term         float32 [out, groups]: what groups with zero points add to each weight
     input_order, input_scale, activation_scale    as they are stored
@@ -13,7 +14,7 @@ Blocks divide a matrix: groups of 128 that do not divide its columns become grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Literal
@@ -102,6 +103,11 @@ class PlanMatrix:
         return _LEAST_CAPABILITY.get(self.values, 0)
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is [in, out] in the plan."""
+        return _is_transposed(self.format)
+
+    @property
     def is_blocked(self) -> bool:
         """Whether scales have two dimensions; those of 4 bits always have."""
         return self.values == "int4" or self.block not in ((0, 0), (1, self.shape[1]), self.shape)
@@ -113,8 +119,9 @@ class PlanMatrix:
 
     def tensors(self) -> dict[str, tuple[PlanDType, tuple[int, ...]]]:
         """Suffix -> dtype and shape in the plan, "weight" first."""
-        found: dict[str, tuple[PlanDType, tuple[int, ...]]] = {"weight": (self.values, self.shape)}
         rows, columns = self.shape
+        shape = (columns, rows) if self.is_transposed else self.shape
+        found: dict[str, tuple[PlanDType, tuple[int, ...]]] = {"weight": (self.values, shape)}
         if self.scale_dtype is not None:
             scales: tuple[int, ...] = (rows // self.block[0], self.num_groups)
             if not self.is_blocked:
@@ -137,6 +144,8 @@ class PlanMatrix:
             made |= _signed(self.format, self, stored)
         elif isinstance(self.format, Fp8) and self.format.scales == "block":
             made["weight_scale"] = self._per_block(stored["weight_scale"], (BLOCK, BLOCK))
+        if self.is_transposed:
+            made["weight"] = made["weight"].T.contiguous()
         specs = self.tensors()
         return {suffix: made[suffix].view(stored_spec(*specs[suffix]).shape) for suffix in specs}
 
@@ -158,7 +167,7 @@ class PlanMatrix:
         """
         from llmengine.quantization.int4 import unpack_nibbles
 
-        weight = tensors["weight"][first:end]
+        weight = (tensors["weight"].T if self.is_transposed else tensors["weight"])[first:end]
         if self.scale_dtype is None:
             return weight.double()
         numbers = (unpack_nibbles(weight) ^ 8).double() - 8 if self.values == "int4" else weight.double()
@@ -192,6 +201,13 @@ def plan_parts(weight_format: WeightFormat, shape: Shape, dtype: ModelDType) -> 
     }
 
 
+def matrix_shape(weight_format: WeightFormat, weights: Sequence[tuple[int, ...]]) -> Shape:
+    """(out_features, in_features) of a matrix whose parts have weights of these shapes in the plan."""
+    formats = [part.format for part in weight_format.parts] if isinstance(weight_format, Stacked) else [weight_format]
+    shapes = [shape[::-1] if _is_transposed(item) else shape for item, shape in zip(formats, weights, strict=True)]
+    return sum(shape[0] for shape in shapes), shapes[0][1]
+
+
 def plan_tensors(
     weight_format: WeightFormat, shape: Shape, dtype: ModelDType, stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -203,6 +219,16 @@ def plan_tensors(
         for (end, part), piece in zip(parts.items(), pieces, strict=True)
         for suffix, tensor in part.converted(piece).items()
     }
+
+
+def _is_transposed(weight_format: WeightFormat) -> bool:
+    """Whether a plan reads the weight as [in, out]: as [out, in], TensorRT would copy all of it in each execution.
+
+    It dequantizes blocks into a buffer all the same, unless they are constants of 4 bits.
+    """
+    is_fp8 = isinstance(weight_format, Fp8) and weight_format.scales != "block"
+    is_rows = isinstance(weight_format, Int8Groups) and weight_format.group_size == -1
+    return is_fp8 or is_rows or isinstance(weight_format, Int8PerChannel | Int8W8A8)
 
 
 def _of_groups(weight_format: Int4Groups | Int8Groups, shape: Shape, dtype: ModelDType) -> PlanMatrix:

@@ -38,8 +38,8 @@ def _product(graph: Graph, x: Any, prefix: str, end: str, matrix: PlanMatrix) ->
     x = graph.cast(x, graph.spec.dtype)
     weight = tensor("weight")
     if matrix.scale_dtype is not None:
-        weight = graph.dequantize(weight, tensor("weight_scale"), matrix.block, graph.spec.dtype)
-    product = _half_product(graph, x, weight)
+        weight = graph.dequantize(weight, tensor("weight_scale"), matrix, graph.spec.dtype)
+    product = _half_product(graph, x, weight, matrix)
     if not matrix.has_zeros:
         return product
     sums = graph.group_sums(graph.cast(x, "float32"), matrix.block[1])
@@ -47,15 +47,19 @@ def _product(graph: Graph, x: Any, prefix: str, end: str, matrix: PlanMatrix) ->
     return graph.cast(graph.add(graph.cast(product, "float32"), correction), graph.spec.dtype)
 
 
-def _half_product(graph: Graph, x: Any, weight: Any) -> Any:
-    """x @ weight.T for operands in the segment's dtype.
+def _half_product(graph: Graph, x: Any, weight: Any, matrix: PlanMatrix) -> Any:
+    """The product of operands in the segment's dtype.
 
     Casts directly around the product tell TensorRT to accumulate in fp32: it turns casts and product into one
     half-precision product. Without them it may accumulate in fp16. Anything else between product and cast (a bias or
     residual in fp32, an fp32 result) would break the pattern, and the weight would be converted in every step.
     """
-    exact = graph.matmul_transposed(graph.cast(x, "float32"), graph.cast(weight, "float32"))
+    exact = _matmul(graph, graph.cast(x, "float32"), graph.cast(weight, "float32"), matrix)
     return graph.cast(exact, graph.spec.dtype)
+
+
+def _matmul(graph: Graph, x: Any, weight: Any, matrix: PlanMatrix) -> Any:
+    return graph.matmul(x, weight) if matrix.is_transposed else graph.matmul_transposed(x, weight)
 
 
 def _scaled_product(graph: Graph, x: Any, weight: Any, weight_scale: Any, scale: Any, matrix: PlanMatrix) -> Any:
@@ -71,7 +75,7 @@ def _scaled_product(graph: Graph, x: Any, weight: Any, weight_scale: Any, scale:
     if matrix.values == "int8":
         numbers = graph.at_least(numbers, graph.scalar(-LARGEST["int8"]))  # TensorRT itself rounds to -128 as well
     rounded = graph.unquantize(graph.quantize(numbers, matrix.values))
-    sums = graph.matmul_transposed(rounded, graph.dequantize(weight, weight_scale, matrix.block, "float32"))
+    sums = _matmul(graph, rounded, graph.dequantize(weight, weight_scale, matrix, "float32"), matrix)
     return graph.cast(graph.multiply(sums, scale), graph.spec.dtype)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from llmengine.backends.tensorrt.plan_matrix import PlanDType, PlanMatrix, plan_parts, stored_spec
+from llmengine.backends.tensorrt.plan_matrix import PlanDType, PlanMatrix, matrix_shape, plan_parts, stored_spec
 from llmengine.checkpoints.metadata_fields import MAX_SIZE, Fields
 from llmengine.dtypes import MODEL_DTYPES, DType, ModelDType
 from llmengine.errors import CorruptFileError, UnsupportedModelError
@@ -197,7 +197,7 @@ class SegmentSpec:
     def matrix_shape(self, name: str) -> Shape:
         """(out_features, in_features) of a matrix by its name in the plan less ".weight"."""
         parts = [item.shape for item in self.weights if re.fullmatch(rf"{re.escape(name)}\.weight(_\d+)?", item.name)]
-        return sum(shape[0] for shape in parts), parts[0][1]
+        return matrix_shape(dict(self.quantization).get(name, DENSE), parts)
 
     @property
     def weight_inputs(self) -> tuple[WeightSpec, ...]:

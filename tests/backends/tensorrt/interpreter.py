@@ -198,8 +198,7 @@ class Interpreter:
                 numbers = unpack_nibbles(numbers ^ 0x88).to(torch.int8) - 8
             factors = scale.float()
             if rank == 1:
-                assert axis == 0, f"{layer.name}: axis {axis}"
-                factors = factors[:, None]
+                factors = factors.unsqueeze(1 - axis)
             elif rank == 2:
                 rows, columns = (n // m for n, m in zip(numbers.shape, scale.shape, strict=True))
                 assert (rows * scale.shape[0], columns * scale.shape[1]) == tuple(numbers.shape), layer.name

@@ -45,8 +45,8 @@ FORMATS: dict[str, WeightFormat] = {
 }
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 256,
+    "vocab_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 192,
     "num_heads": 4,
     "head_dim": 32,

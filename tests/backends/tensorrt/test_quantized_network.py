@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,7 @@ from tests.backends.tensorrt.segment_helpers import (
     as_in_plan,
     interpreted,
     library_or_skip,
+    raw,
     weight_feeds,
 )
 from tests.backends.tensorrt.test_network import activations
@@ -93,6 +96,40 @@ def test_segments_with_quantized_matrices_build(name: str) -> None:
     library, arch = library_or_skip(), quantized_arch()
     for segment in segments_of(arch, "float16", PROFILES, "inputs", model_formats(FORMATS[name]))[1:2]:
         serialize_segment(library, segment.spec, BuildTarget((89,)), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "copies"),
+    [
+        ("int8", "inputs", False),
+        ("w8a8", "inputs", False),
+        ("fp8", "inputs", False),
+        ("fp8, weights", "inputs", False),
+        ("int4-64", "constants", False),
+        ("int4-64", "inputs", True),
+    ],
+)
+def test_an_execution_needs_no_room_for_weights(
+    name: str, mode: Any, copies: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A plan that copies or dequantizes whole matrices has scratch memory for them; the library's log says how much."""
+    library = library_or_skip()
+    caplog.set_level(logging.DEBUG, logger="llmengine.tensorrt")
+    arch = quantized_arch(intermediate_size=1536)
+
+    def scratch_bytes(formats: ModelFormats) -> int:
+        caplog.clear()
+        segment = quantized_segment(arch, "float16", mode, "mid", formats)
+        plan_weights, names = QuantizedWeights(arch, "float16", formats).of_plans(), segment.weight_names()
+        constants = {item.name: raw(plan_weights[names[item.name]]) for item in segment.spec.constant_weights}
+        serialize_segment(library, segment.spec, BuildTarget((89,)), constants)
+        found = [int(number) for number in re.findall(r"Max Scratch Memory: (\d+) bytes", caplog.text)]
+        if not found:
+            pytest.skip(f"{library} does not say")
+        return max(found)
+
+    more = scratch_bytes(model_formats(FORMATS[name])) - scratch_bytes(ModelFormats())
+    assert (more > 128 * 1536) == copies, f"{more} bytes more than for a dense plan"
 
 
 @pytest.mark.slow
