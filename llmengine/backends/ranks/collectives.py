@@ -11,7 +11,12 @@ from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    AllreduceOptions,
+    GatherOptions,
+    ProcessGroupGloo,
+    TCPStore,
+)
 
 __all__ = ["Collectives", "GlooCollectives", "PeerLostError", "connect_store", "host_store", "join_gloo"]
 
@@ -49,25 +54,30 @@ class GlooCollectives:
 
     Args:
         group: this rank's `ProcessGroupGloo`, whose operations torch's stubs do not have.
+        timeout_s: what an operation may wait for other ranks.
         when_failed: raises what the error of an operation means.
     """
 
-    def __init__(self, group: Any, when_failed: Callable[[Exception], NoReturn]) -> None:
+    def __init__(self, group: Any, timeout_s: float, when_failed: Callable[[Exception], NoReturn]) -> None:
         self._group = group
+        self._sum = AllreduceOptions()
+        self._sum.timeout = timedelta(seconds=timeout_s)
+        self._to_rank_0 = GatherOptions()
+        self._to_rank_0.timeout = timedelta(seconds=timeout_s)
         self._when_failed = when_failed
         self.rank: int = group.rank()
         self.size: int = group.size()
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         try:
-            self._open_group().allreduce([tensor]).wait()
+            self._open_group().allreduce([tensor], self._sum).wait()
         except RuntimeError as error:
             self._when_failed(error)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         outputs = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         try:
-            self._open_group().gather([] if outputs is None else [outputs], [tensor]).wait()
+            self._open_group().gather([] if outputs is None else [outputs], [tensor], self._to_rank_0).wait()
         except RuntimeError as error:
             self._when_failed(error)
         return outputs
@@ -99,7 +109,7 @@ def join_gloo(store: TCPStore, rank: int, size: int, host: str, timeout_s: float
 
     Args:
         host: an address of this host, at which the other ranks reach this one.
-        timeout_s: how long this may take, and every operation of the group.
+        timeout_s: how long this may take.
     """
     gloo: Any = ProcessGroupGloo
     options = gloo._Options()

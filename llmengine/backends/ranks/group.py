@@ -14,7 +14,7 @@ from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, h
 from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
 from llmengine.backends.ranks.process import write_start_file
 from llmengine.backends.ranks.ring import Ring, RingWriter, anonymous_file
-from llmengine.backends.ranks.watch import RankWatch, WatchedRank
+from llmengine.backends.ranks.watch import RankFailure, RankWatch, WatchedRank
 from llmengine.errors import EngineClosedError, EngineDeadError
 
 __all__ = ["RankGroup"]
@@ -89,8 +89,9 @@ class RankGroup:
     def broadcast(self, message: bytes) -> None:
         """Send a message to every rank, in order. Blocks while a rank is behind by the whole ring (4 MiB)."""
         self.check()
-        assert self._writer is not None
-        self._writer.write(message)
+        writer = self._writer
+        assert writer is not None
+        writer.write(message)
 
     def replies(self, timeout_s: float | None = None) -> list[bytes]:
         """Wait for one reply from each rank; they come in the order of ranks, without rank 0.
@@ -146,7 +147,7 @@ class RankGroup:
         self._watch = RankWatch(self._ranks, self.size)
         self._watch.start()
         self._await_ready()
-        self._collectives = GlooCollectives(self._join(), self._collective_failed)
+        self._collectives = GlooCollectives(self._join(), self._timeout_s, self._collective_failed)
 
     def _start_values(self, port: int) -> dict[str, object]:
         return {
@@ -190,7 +191,7 @@ class RankGroup:
 
         def join() -> None:
             try:
-                results.append(join_gloo(store, 0, self.size, self._launcher.host, self._timeout_s))
+                results.append(join_gloo(store, 0, self.size, self._launcher.host, self._start_timeout_s))
             except Exception as error:
                 results.append(error)
             watch.wake()
@@ -217,11 +218,14 @@ class RankGroup:
         if self._closed:
             raise EngineClosedError("the ranks were closed") from None
         watch = self._running()
-        if not watch.wait(lambda: self._closed, 0 if "Timed out" in str(error) else _CAUSE_S):
-            watch.late(f"take part in a collective ({error})", self._timeout_s)
-        if watch.failure is None:
-            raise EngineDeadError(str(error))
-        raise watch.failure.dead()
+        timed_out = "Timed out" in str(error)
+        if not watch.wait(lambda: self._closed, 0 if timed_out else _CAUSE_S):
+            if timed_out:
+                watch.late("take part in a collective", self._timeout_s)
+            else:
+                watch.fail(RankFailure(f"a collective failed: {error}"))
+        self.check()
+        raise EngineDeadError(str(error))
 
     def _let_ranks_end(self) -> None:
         if self._watch is not None:
@@ -247,3 +251,4 @@ class RankGroup:
             rank.connection.close()
             os.close(rank.dumps)
         self._store = None
+        self._writer = None  # a call that waits in it ends first, and then its memory is freed

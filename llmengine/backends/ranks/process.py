@@ -131,12 +131,12 @@ def _run_target(
     reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
     sender.send(Report.READY)
     store = connect_store(start["host"], start["port"], start["start_timeout_s"])
-    group = join_gloo(store, wires.rank, wires.size, start["host"], _OPERATION_TIMEOUT_S)
+    group = join_gloo(store, wires.rank, wires.size, start["host"], start["start_timeout_s"])
 
     def lost(error: Exception) -> NoReturn:
         raise PeerLostError(str(error)) from None
 
-    collectives = GlooCollectives(group, lost)
+    collectives = GlooCollectives(group, _OPERATION_TIMEOUT_S, lost)
     target(RankChannel(wires.rank, collectives, reader, sender), payload)
 
 

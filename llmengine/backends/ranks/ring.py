@@ -33,7 +33,10 @@ _LINE = 8  # words in a cache line: each side writes to lines of its own
 _HEAD, _CLOSED = 0, 1
 _TAIL, _ASLEEP = 0, 1
 _CAPACITY = 4 << 20
+# How long a reader looks before it blocks: waking it up costs the writer many microseconds, in which other threads of
+# its process may take the interpreter's lock. Steps that follow each other find readers awake where cores are free.
 _SPIN_S = 50e-6
+_LONG_SPIN_S = 5e-3
 # A reader looks again after this time, whatever it was told.
 _NAP_S = 1.0
 
@@ -161,6 +164,8 @@ class RingReader:
         self._poll = select.poll()
         self._poll.register(waker, select.POLLIN)
         self._tail = 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._spin_s = _LONG_SPIN_S if cores >= 2 * (ring.num_readers + 1) else _SPIN_S
 
     def read(self) -> bytes | None:
         """The next message, waiting for it; None when the writer has closed."""
@@ -186,7 +191,7 @@ class RingReader:
 
     def _ready(self) -> int:
         """How many bytes are there, at least one unless the writer has closed; waits."""
-        spin_until = time.perf_counter() + _SPIN_S
+        spin_until = time.perf_counter() + self._spin_s
         while True:
             # Whether it is closed must be known before the last look at what is there.
             closed = self._ring.words[_CLOSED]

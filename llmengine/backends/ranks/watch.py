@@ -50,11 +50,8 @@ class RankFailure:
         return dead
 
     def raised(self) -> LLMEngineError:
-        """What the rank raised, with its rank and traceback as a note, if it is one of our errors; else `dead`."""
-        if self.error is None:
-            return self.dead()
-        self.error.add_note(f"{self.summary.partition(':')[0]}. {self.details}")
-        return self.error
+        """What the rank raised if it is an error of ours, which has rank and traceback as a note; else `dead`."""
+        return self.error or self.dead()
 
 
 @dataclass(frozen=True)
@@ -148,12 +145,10 @@ class RankWatch:
         late = late or where
         names = " and ".join(self._name(rank) for rank in asked if rank.rank in late)
         dumps = [f"Threads of rank {number}:\n{dump}" for number, dump in late.items() if dump]
-        self._fail(RankFailure(f"{names} did not {what} within {waited_s:.3g} s", "\n\n".join(dumps)))
+        self.fail(RankFailure(f"{names} did not {what} within {waited_s:.3g} s", "\n\n".join(dumps)))
 
-    def _name(self, rank: WatchedRank) -> str:
-        return f"rank {rank.rank} of {self._size} (process {rank.process.pid})"
-
-    def _fail(self, failure: RankFailure) -> None:
+    def fail(self, failure: RankFailure) -> None:
+        """Fail for this reason, unless there was one before, and kill all ranks."""
         with self._changed:
             if self.failure is None and not self._closing:
                 self.failure = failure
@@ -161,7 +156,16 @@ class RankWatch:
         for rank in self._ranks:
             rank.process.kill()
 
+    def _name(self, rank: WatchedRank) -> str:
+        return f"rank {rank.rank} of {self._size} (process {rank.process.pid})"
+
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # nobody would ever be told of anything
+            self.fail(RankFailure(f"rank 0 cannot watch the others any more: {error!r}"))
+
+    def _watch(self) -> None:
         readers = {rank.connection.fileno(): (rank, ReportReader(rank.connection)) for rank in self._ranks}
         poll = select.poll()
         for fd in (*readers, self._woken.fileno()):
@@ -185,6 +189,8 @@ class RankWatch:
             raised = Raised.load(data)
             details = f"Traceback of rank {rank.rank}:\n{raised.traceback}"
             summary = f"{self._name(rank)} raised {raised.summary}"
+            if raised.error is not None:
+                raised.error.add_note(f"Raised by {self._name(rank)}. {details}")
             self._report(rank, RankFailure(summary, details, raised.error, raised.peer_lost))
             return
         with self._changed:
@@ -223,9 +229,9 @@ class RankWatch:
         """Fail for the cause, as soon as one is known that is no consequence, or with what there is after a while."""
         causes = [failure for failure in self._reported.values() if not failure.consequence]
         if causes:
-            self._fail(causes[0])
+            self.fail(causes[0])
         elif time.monotonic() >= self._settle_at:
-            self._fail(next(iter(self._reported.values())))
+            self.fail(next(iter(self._reported.values())))
 
 
 def _ending(status: int | None) -> str:

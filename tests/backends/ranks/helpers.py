@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
 from llmengine.backends.ranks import RankGroup
 
 OBEY = "tests.backends.ranks.targets:obey"
+
+
+@contextmanager
+def open_group(size: int, timeout_s: float = 60.0) -> Iterator[RankGroup]:
+    """A started group whose ranks do what messages say."""
+    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s)
+    group.start()
+    try:
+        yield group
+    finally:
+        group.close()
 
 
 def pids(group: RankGroup) -> list[int]:

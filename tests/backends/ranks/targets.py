@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import pickle
 import signal
 import sys
 import time
@@ -28,6 +30,14 @@ def raise_ours(channel: RankChannel, payload: bytes) -> None:
     if channel.rank == channel.size - 1:
         raise OutOfMemoryError(f"no memory on {channel.rank}")
     channel.receive()
+
+
+def unpickle(channel: RankChannel, payload: bytes) -> None:
+    pickle.loads(payload)
+
+
+def return_at_once(channel: RankChannel, payload: bytes) -> None:
+    return
 
 
 def _echo(channel: RankChannel, rest: bytes) -> None:
@@ -70,6 +80,18 @@ def _sleep_then_sum(channel: RankChannel, rest: bytes) -> None:
     _sum(channel, b"4")
 
 
+def _freeze(channel: RankChannel, rest: bytes) -> None:
+    """Sleep without giving up the interpreter's lock."""
+    rank, seconds = rest.split()
+    if channel.rank == int(rank):
+        ctypes.PyDLL(None).sleep(int(seconds))
+
+
+def _freeze_then_sum(channel: RankChannel, rest: bytes) -> None:
+    _freeze(channel, rest)
+    _sum(channel, b"4")
+
+
 def _told(channel: RankChannel, rest: bytes) -> None:
     facts = {
         "pid": str(os.getpid()),
@@ -88,5 +110,7 @@ COMMANDS = {
     "kill": _kill,
     "sleep": _sleep,
     "sleep_then_sum": _sleep_then_sum,
+    "freeze": _freeze,
+    "freeze_then_sum": _freeze_then_sum,
     "told": _told,
 }
