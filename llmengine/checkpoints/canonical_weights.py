@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from types import MappingProxyType
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from llmengine.checkpoints.source import WeightStream
 from llmengine.dtypes import model_dtype_name, torch_dtype
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch, fused_parts, head_order
+from llmengine.models.sharding import Cut
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
 if TYPE_CHECKING:
@@ -18,25 +20,46 @@ if TYPE_CHECKING:
 COPY_ELEMENTS = 1 << 22
 """Elements converted at a time, so that a temporary copy of a large embedding stays small."""
 
+NO_SLICES: Mapping[str, Cut] = MappingProxyType({})
+
+
+class ReadPart(Protocol):
+    """Fills tensors from a checkpoint's files."""
+
+    def __call__(self, part: str, out: torch.Tensor, first_row: int = 0, columns: range | None = None) -> None:
+        """Fill `out` with the rows of a part from `first_row` on, or with the blocks of these rows if it is uint8.
+
+        `columns` are those wanted of each row, None for all; blocks have all.
+        """
+
 
 def stream_fused(
     arch: ModelArch,
     dtype: torch.dtype,
-    read_part: Callable[[str, torch.Tensor], None],
+    read_part: ReadPart,
     formats: ModelFormats = DENSE_MODEL,
     read_matrix: Callable[[str], Mapping[str, torch.Tensor] | None] = lambda matrix: None,
+    slices: Mapping[str, Cut] = NO_SLICES,
 ) -> WeightStream:
     """Yield the canonical weights of `arch` in `formats`.
 
     `read_matrix(matrix)` gives the tensors of a matrix, by name less ".weight"; None if it has one tensor, or one for
-    each part, which are filled in place: `read_part(name, out)` fills each part's rows, in the order of `fused_parts`,
-    and heads of q and k are brought from the checkpoint's order of rows into `head_order`.
+    each part, which are filled in place, in the order of `fused_parts`. Heads of q and k are brought from the
+    checkpoint's order of rows into `head_order`. Of dense tensors only what `slices` say is read, if they are in there.
     """
     import torch
 
-    layout, order = formats.layout(arch, model_dtype_name(dtype)), head_order(arch)
+    layout = formats.layout(arch, model_dtype_name(dtype))
+
+    def read(part: str, out: torch.Tensor, first_row: int = 0, columns: range | None = None) -> None:
+        read_part(part, out, first_row, columns)
+        _order_heads(arch, part, out)
+
     for name, parts in fused_parts(arch).items():
         matrix = name.removesuffix(".weight")
+        if name in slices:
+            yield name, _read_slices(parts, slices[name], torch_dtype(layout[name].dtype), read)
+            continue
         if (given := read_matrix(matrix)) is not None:
             yield from ((f"{matrix}.{suffix}", tensor) for suffix, tensor in given.items())
             continue
@@ -44,11 +67,35 @@ def stream_fused(
         tensors = [torch.empty(layout[item].shape, dtype=torch_dtype(layout[item].dtype)) for item in names]
         places = tensors if len(names) > 1 else tensors[0].split([shape[0] for _, shape in parts])
         for (part, _), rows in zip(parts, places, strict=True):
-            read_part(part, rows)
-            if order is not None and part.split(".")[-2] in ("q", "k", "q_norm", "k_norm"):
-                for head in rows.split(arch.head_dim):
-                    head.copy_(head[list(order)])
+            read(part, rows)
         yield from zip(names, tensors, strict=True)
+
+
+def _read_slices(
+    parts: Sequence[tuple[str, tuple[int, ...]]], cut: Cut, dtype: torch.dtype, read: ReadPart
+) -> torch.Tensor:
+    """What `cut` says of a dense tensor: rows of each of its parts, or columns of its only one."""
+    import torch
+
+    lengths = [len(held) for held in cut.ranges]
+    if cut.axis == "in":
+        ((part, shape),) = parts
+        out = torch.empty((shape[0], *lengths), dtype=dtype)
+        read(part, out, 0, cut.ranges[0])
+        return out
+    out = torch.empty((sum(lengths), *parts[0][1][1:]), dtype=dtype)
+    first = 0
+    for (part, shape), held, rows in zip(parts, cut.ranges, out.split(lengths), strict=True):
+        read(part, rows, held.start - first)
+        first += shape[0]
+    return out
+
+
+def _order_heads(arch: ModelArch, part: str, rows: torch.Tensor) -> None:
+    order = head_order(arch)
+    if order is not None and part.split(".")[-2] in ("q", "k", "q_norm", "k_norm"):
+        for head in rows.split(arch.head_dim):
+            head.copy_(head[list(order)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ def dequantized_source(source: ModelSource, reasons: Mapping[WeightFormat, str])
         source,
         formats=formats,
         stream=lambda dtype: _stream(source, formats, dtype),
+        stream_slices=None,
         dequantized=_text(reasons),
     )
 

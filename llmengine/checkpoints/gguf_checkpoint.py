@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from llmengine.checkpoints.canonical_weights import (
     COPY_ELEMENTS,
+    NO_SLICES,
     StoredPart,
     check_tensors,
     read_exactly,
@@ -29,6 +30,7 @@ from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.errors import CorruptFileError, UnsupportedModelError
 from llmengine.models.arch import ModelArch, fused_parts
 from llmengine.models.families import family_of
+from llmengine.models.sharding import Cut
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.gguf_blocks import BLOCK_SIZES, DENSE_TYPES, GGUF_BLOCKS, SCALE_OFFSETS
 from llmengine.quantization.model_formats import ModelFormats
@@ -75,6 +77,7 @@ def open_gguf(path: Path) -> ModelSource:
     _check_tensors(gguf, stored_shapes(arch, stored_name))
     places = stored_parts(arch, stored_name)
     formats = _stored_formats(gguf, arch, places)
+    stream = partial(_stream, gguf, arch, places, formats)
     bos = metadata.token_ids("tokenizer.ggml.bos_token_id")
     return ModelSource(
         kind="gguf",
@@ -85,7 +88,8 @@ def open_gguf(path: Path) -> ModelSource:
         eos_token_ids=gguf_end_ids(metadata, arch.vocab_size),
         bos_token_id=bos[0] if bos else None,
         tokenizer_path=path,
-        stream=partial(_stream, gguf, arch, places, formats),
+        stream=stream,
+        stream_slices=stream,
         tokenizer_metadata=gguf.metadata,
         formats=formats,
     )
@@ -147,20 +151,25 @@ def _stored_formats(gguf: GgufFile, arch: ModelArch, places: Mapping[str, Stored
 
 
 def _stream(
-    gguf: GgufFile, arch: ModelArch, places: Mapping[str, StoredPart], formats: ModelFormats, dtype: torch.dtype
+    gguf: GgufFile,
+    arch: ModelArch,
+    places: Mapping[str, StoredPart],
+    formats: ModelFormats,
+    dtype: torch.dtype,
+    slices: Mapping[str, Cut] = NO_SLICES,
 ) -> WeightStream:
     interleaved = family_of(arch).gguf_interleaves_qk
     with ExitStack() as stack:
         paths = sorted({gguf.tensors[place.tensor].path for place in places.values()})
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
 
-        def read_part(part: str, out: torch.Tensor) -> None:
+        def read_part(part: str, out: torch.Tensor, first_row: int = 0, columns: range | None = None) -> None:
             is_rotated = interleaved and part.split(".")[-2] in ("q", "k")
             place = places[part]
-            tensor = gguf.tensors[place.tensor].rows(place.first_row, place.num_rows)
-            _read_tensor(files[tensor.path], tensor, out, arch.head_dim if is_rotated else 1)
+            tensor = gguf.tensors[place.tensor].rows(place.first_row + first_row, out.shape[0])
+            _read_tensor(files[tensor.path], tensor, out, arch.head_dim if is_rotated else 1, columns)
 
-        yield from stream_fused(arch, dtype, read_part, formats)
+        yield from stream_fused(arch, dtype, read_part, formats, slices=slices)
 
 
 def _check_scales(tensor: GgufTensor, data: NDArray[np.uint8]) -> None:
@@ -175,8 +184,12 @@ def _check_scales(tensor: GgufTensor, data: NDArray[np.uint8]) -> None:
             raise CorruptFileError(f"{tensor.place} has a scale that is not finite: damaged?")
 
 
-def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int) -> None:
+def _read_tensor(
+    file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim: int, columns: range | None = None
+) -> None:
     """Fill `out` (contiguous) with a tensor's weights, or with its blocks if `out` is uint8; some rows at a time.
+
+    With `columns`, `out` has only those of the weights.
 
     With head_dim > 1, the rows of each head are reordered from interleaved (0, d/2, 1, d/2 + 1, ...) to halves
     (0, 1, ..., d/2, ...). This is done on the raw bytes, of which there are fewer.
@@ -193,9 +206,10 @@ def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim
     if is_blocks := out.dtype == torch.uint8:
         rows = out.flatten(1)
     else:
-        rows = out.view(-1, num_columns) if head_dim == 1 or out.dim() > 1 else out.view(-1, 1)
+        rows = out if out.dim() > 1 else out.view(-1, num_columns if head_dim == 1 else 1)
     row_bytes = tensor.size_bytes // rows.shape[0]
-    step = max(1, COPY_ELEMENTS // (rows.shape[1] * head_dim)) * head_dim
+    width = rows.shape[1] if columns is None else num_columns
+    step = max(1, COPY_ELEMENTS // (width * head_dim)) * head_dim
     file.seek(tensor.offset)
     for piece in torch.split(rows, step):
         raw = torch.empty((piece.shape[0], row_bytes), dtype=torch.uint8)
@@ -207,7 +221,8 @@ def _read_tensor(file: BinaryIO, tensor: GgufTensor, out: torch.Tensor, head_dim
         if is_blocks:
             piece.numpy()[...] = data
             continue
-        converted = piece if piece.dtype == torch.float32 else torch.empty(piece.shape)
+        in_place = columns is None and piece.dtype == torch.float32
+        converted = piece if in_place else torch.empty(piece.shape[0], width)
         dequantize(data, tensor.type, converted.numpy())
-        if converted is not piece:
-            piece.copy_(converted)
+        if not in_place:
+            piece.copy_(converted if columns is None else converted[:, columns.start : columns.stop])

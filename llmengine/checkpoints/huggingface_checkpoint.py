@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
-from llmengine.checkpoints.canonical_weights import stored_parts, stream_fused
+from llmengine.checkpoints.canonical_weights import NO_SLICES, stored_parts, stream_fused
 from llmengine.checkpoints.end_token_ids import hf_end_ids
 from llmengine.checkpoints.huggingface_arch import arch_from_hf_config
 from llmengine.checkpoints.huggingface_descriptions import LayoutChoice, quantization_description
@@ -37,6 +37,7 @@ from llmengine.errors import CorruptFileError, InvalidRequestError, ModelLoadErr
 from llmengine.generation_config import generation_keys
 from llmengine.models.arch import ModelArch
 from llmengine.models.families import family_of
+from llmengine.models.sharding import Cut
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 from llmengine.sampling_params import SamplingParams
 
@@ -136,10 +137,10 @@ def open_hf(directory: Path) -> ModelSource:
         bin_weights = _bin_weights(directory, metadata, shards)
         formats, found = bin_weights.formats, bin_weights.dense_dtype
 
-    def stream(dtype: torch.dtype) -> WeightStream:
+    def stream(dtype: torch.dtype, slices: Mapping[str, Cut] = NO_SLICES) -> WeightStream:
         if "safetensors" in file_name:
-            return _stream_safetensors(arch, weights, dtype)
-        return _stream_bin(arch, _bin_weights(directory, metadata, shards), dtype)
+            return _stream_safetensors(arch, weights, dtype, slices)
+        return _stream_bin(arch, _bin_weights(directory, metadata, shards), dtype, slices)
 
     return ModelSource(
         kind="huggingface",
@@ -151,6 +152,7 @@ def open_hf(directory: Path) -> ModelSource:
         bos_token_id=metadata.bos_token_id,
         tokenizer_path=directory,
         stream=stream,
+        stream_slices=stream,
         formats=formats,
     )
 
@@ -242,7 +244,9 @@ class HfWeights(Generic[TensorT]):
         return self.named[EMBEDDING if EMBEDDING in self.named else NORM].dtype
 
 
-def _stream_safetensors(arch: ModelArch, weights: HfWeights[TensorEntry], dtype: torch.dtype) -> WeightStream:
+def _stream_safetensors(
+    arch: ModelArch, weights: HfWeights[TensorEntry], dtype: torch.dtype, slices: Mapping[str, Cut]
+) -> WeightStream:
     places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
     named = weights.named
     with ExitStack() as stack:
@@ -251,13 +255,14 @@ def _stream_safetensors(arch: ModelArch, weights: HfWeights[TensorEntry], dtype:
         num_rows = arch.vocab_size
         _check_tied(arch, named, lambda one, two: holds_same(files, one.rows(0, num_rows), two.rows(0, num_rows)))
 
-        def read_part(part: str, out: torch.Tensor) -> None:
+        def read_part(part: str, out: torch.Tensor, first_row: int = 0, columns: range | None = None) -> None:
             place = places[part]
-            entry = named[place.tensor].tensor.rows(place.first_row, place.num_rows)
-            read_tensor(files[entry.path], entry, out)
+            entry = named[place.tensor].tensor.rows(place.first_row + first_row, out.shape[0])
+            read_tensor(files[entry.path], entry, out, columns)
             read_norm(part, out)
 
-        yield from stream_fused(arch, dtype, read_part, weights.formats, weights.matrices.reader(dtype, read_part))
+        read_matrix = weights.matrices.reader(dtype, read_part)
+        yield from stream_fused(arch, dtype, read_part, weights.formats, read_matrix, slices)
 
 
 def _check_tied(
@@ -315,14 +320,19 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _stream_bin(arch: ModelArch, weights: HfWeights[torch.Tensor], dtype: torch.dtype) -> WeightStream:
+def _stream_bin(
+    arch: ModelArch, weights: HfWeights[torch.Tensor], dtype: torch.dtype, slices: Mapping[str, Cut]
+) -> WeightStream:
     named, num_rows = weights.named, arch.vocab_size
     _check_tied(arch, named, lambda one, other: one.dtype == other.dtype and one[:num_rows].equal(other[:num_rows]))
     places, read_norm = stored_parts(arch, stored_names(arch)), _norm_weights(arch)
 
-    def read_part(part: str, out: torch.Tensor) -> None:
+    def read_part(part: str, out: torch.Tensor, first_row: int = 0, columns: range | None = None) -> None:
         place = places[part]
-        out.copy_(named[place.tensor].tensor[place.first_row : place.first_row + place.num_rows])
+        first = place.first_row + first_row
+        rows = named[place.tensor].tensor[first : first + out.shape[0]]
+        out.copy_(rows if columns is None else rows[:, columns.start : columns.stop])
         read_norm(part, out)
 
-    yield from stream_fused(arch, dtype, read_part, weights.formats, weights.matrices.reader(dtype, read_part))
+    read_matrix = weights.matrices.reader(dtype, read_part)
+    yield from stream_fused(arch, dtype, read_part, weights.formats, read_matrix, slices)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmengine.checkpoints.canonical_weights import StoredPart, stored_parts, stored_shapes
+from llmengine.checkpoints.canonical_weights import ReadPart, StoredPart, stored_parts, stored_shapes
 from llmengine.checkpoints.huggingface_descriptions import LayoutChoice, Module
 from llmengine.checkpoints.huggingface_tensors import (
     StoredTensor,
@@ -141,9 +141,7 @@ class QuantizedMatrices:
     formats: ModelFormats
     places: Mapping[str, StoredPart]
 
-    def reader(
-        self, dtype: torch.dtype, read_part: Callable[[str, Tensor], None]
-    ) -> Callable[[str], dict[str, Tensor] | None]:
+    def reader(self, dtype: torch.dtype, read_part: ReadPart) -> Callable[[str], dict[str, Tensor] | None]:
         """`read_matrix` of `stream_fused`. Memory peaks at twice a matrix.
 
         Args:
@@ -174,9 +172,7 @@ class QuantizedMatrices:
     def _reorders(self, parts: Mapping[str, tuple[int, ...]]) -> bool:
         return head_order(self.arch) is not None and any(map(_is_rotated, parts))
 
-    def _part(
-        self, part: str, shape: tuple[int, ...], dtype: torch.dtype, read_part: Callable[[str, Tensor], None]
-    ) -> dict[str, Tensor]:
+    def _part(self, part: str, shape: tuple[int, ...], dtype: torch.dtype, read_part: ReadPart) -> dict[str, Tensor]:
         """The tensors of one part, its heads in canonical order."""
         import torch
 

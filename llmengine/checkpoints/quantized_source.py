@@ -53,7 +53,7 @@ def quantized_source(
         return calibrated_weights(config, source.arch, formats, model_dtype_name(dtype), dense, get_tokenizer, check)
 
     unrounded = source if config.method == "rtn" else None
-    return dataclasses.replace(source, formats=formats, stream=stream, unrounded=unrounded)
+    return dataclasses.replace(source, formats=formats, stream=stream, stream_slices=None, unrounded=unrounded)
 
 
 def rounded_weights(

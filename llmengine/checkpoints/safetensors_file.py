@@ -107,13 +107,22 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], start: int, fi
         raise CorruptFileError(f"{path}: the tensors end at byte {position}, but the file has {file_size} bytes")
 
 
-def read_tensor(file: BinaryIO, entry: TensorEntry, out: torch.Tensor) -> None:
-    """Fill `out` (contiguous, of `entry.shape`; a floating dtype is converted) from the open file."""
+def read_tensor(file: BinaryIO, entry: TensorEntry, out: torch.Tensor, columns: range | None = None) -> None:
+    """Fill `out` (contiguous, of `entry.shape`; a floating dtype is converted) from the open file.
+
+    With `columns`, `out` has only those of a matrix.
+    """
     import torch
 
     stored = torch_dtype(DTYPE_NAMES[entry.dtype])
     what = f"{entry.path}: tensor {entry.name!r}"
     file.seek(entry.offset)
+    if columns is not None:
+        for rows in torch.split(out, max(1, COPY_ELEMENTS // entry.shape[1])):
+            buffer = torch.empty((rows.shape[0], entry.shape[1]), dtype=stored)
+            read_exactly(file, buffer, what)
+            rows.copy_(buffer[:, columns.start : columns.stop])
+        return
     if out.dtype == stored:
         read_exactly(file, out, what)
         return

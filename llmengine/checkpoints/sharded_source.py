@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llmengine.checkpoints.source import ModelSource
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.sharding import Cut, Held, Shard, Units, arch_of, cuts, divided
-from llmengine.quantization.formats import WeightFormat
+from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats, matrix_shapes
 
 if TYPE_CHECKING:
@@ -25,22 +25,26 @@ def shard_source(source: ModelSource, shard: Shard) -> ModelSource:
     weights that share a scale, the shard has smaller groups with the same scale. A matrix that `source` quantizes as it
     streams is quantized whole before it is cut, so that the ranks together have what one rank alone would have.
 
-    Memory while streaming peaks at that of `source` plus the shard of one tensor. Raises `ConfigError` naming the sizes
-    that work if the model cannot be divided so.
+    Of a dense tensor a reader reads only what the rank has, where it can. Memory while streaming peaks at that of
+    `source` plus the shard of one tensor. Raises `ConfigError` naming the sizes that work if there is no such shard.
     """
     if shard.size == 1:
         return source
     plan = ShardPlan(source.arch, source.formats, shard.size)
 
+    slices = {} if source.stream_slices is None else plan.dense_slices(shard.rank)
+
     def stream(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in source.weights(dtype):
-            yield name, plan.shard(name, tensor, shard.rank)
+        weights = source.weights(dtype) if source.stream_slices is None else source.stream_slices(dtype, slices)
+        for name, tensor in weights:
+            yield name, tensor if name in slices else plan.shard(name, tensor, shard.rank)
 
     return dataclasses.replace(
         source,
         arch=plan.arch_of(shard.rank),
         formats=plan.formats_of(shard.rank),
         stream=stream,
+        stream_slices=None,
         unrounded=None,
         plans=None,
     )
@@ -78,6 +82,14 @@ class ShardPlan:
     def formats_of(self, rank: int) -> ModelFormats:
         """The formats of that model."""
         return _formats_of(self._arch, self._formats, self._ranks[rank])
+
+    def dense_slices(self, rank: int) -> dict[str, Cut]:
+        """What a rank has of the dense tensors of which it has a part."""
+        return {
+            name: cut
+            for name, cut in self._cuts[rank].items()
+            if cut.axis is not None and (len(self._shapes[name]) == 1 or self._place(name, rank)[1] == DENSE)
+        }
 
     def shard(self, name: str, tensor: Tensor, rank: int) -> Tensor:
         """What a rank has of the tensor `name`: a new contiguous tensor, or `tensor` itself if the rank has all of it.

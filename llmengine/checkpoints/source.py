@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmengine.checkpoints.saved_files import SavedPlans
+    from llmengine.models.sharding import Cut
     from llmengine.quantization.quality_report import QualityReport
 
 SourceKind = Literal["huggingface", "gguf", "engine", "dummy"]
@@ -34,6 +35,8 @@ class ModelSource:
         bos_token_id: id that begins a text, None if the files name none.
         tokenizer_path: directory with the tokenizer's files, or the GGUF file.
         stream: makes the unchecked weight stream; use `weights`.
+        stream_slices: makes a stream in which those of the dense tensors that are named come cut, as the rank that
+            loads them has them; None where the whole has to be read. Like `stream` it is unchecked.
         tokenizer_metadata: what the file at `tokenizer_path` says under its own keys, where the model's file has the
             tokenizer in it (GGUF); else empty.
         formats: how the matrices of `stream` are stored.
@@ -53,6 +56,7 @@ class ModelSource:
     bos_token_id: int | None
     tokenizer_path: Path
     stream: Callable[[torch.dtype], WeightStream]
+    stream_slices: Callable[[torch.dtype, Mapping[str, Cut]], WeightStream] | None = None
     tokenizer_metadata: Mapping[str, Any] = field(default_factory=dict)
     formats: ModelFormats = DENSE_MODEL
     dequantized: str = ""

@@ -61,6 +61,7 @@ def in_format(source: ModelSource, stored: WeightFormat, **exceptions: WeightFor
     return dataclasses.replace(
         source,
         formats=formats,
+        stream_slices=None,
         stream=lambda dtype: rounded_weights(source.arch, formats, source.weights(dtype)),
     )
 
@@ -120,6 +121,7 @@ def test_post_norms(tmp_path: Path, size: int) -> None:
     changed = dataclasses.replace(
         source,
         arch=dataclasses.replace(source.arch, qk_norm="none"),
+        stream_slices=None,
         stream=lambda dtype: (
             item for item in stream(dtype) if not item[0].endswith(("q_norm.weight", "k_norm.weight"))
         ),
@@ -196,6 +198,9 @@ GGUF_TYPES: dict[str, Callable[[str, int], str]] = {
 }
 
 
+QKV = ("attn_q", "attn_k", "attn_v", "attn_qkv")
+
+
 def _kind(name: str) -> str:
     return name.split(".")[-2]
 
@@ -220,6 +225,36 @@ def test_gguf_tied_and_fused(tmp_path: Path) -> None:
     assert_shards_join(source, 2)
     shard = shard_source(source, Shard(1, 2))
     assert shard.formats.of("lm_head") == source.formats.of("lm_head") == GGUF_BLOCKS["Q8_0"]
+
+
+@by_size
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "F16", "BF16", "F32", "Q4_0"])
+@pytest.mark.parametrize("family", ["mistral", "phi3_short", "gemma3"])
+def test_readers_read_what_a_rank_has_of_dense_tensors(tmp_path: Path, family: str, kind: str, size: int) -> None:
+    model = make_family(family).to(torch.bfloat16)
+    if kind in ("safetensors", "bin"):
+        source = saved(tmp_path, model)
+        if kind == "bin":
+            (tmp_path / "model.safetensors").unlink()
+            torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+            source = open_model(tmp_path)
+    else:
+        write_family_gguf(tmp_path / "model.gguf", model, lambda name, _: kind if _kind(name) in QKV else "F16")
+        source = open_model(tmp_path / "model.gguf")
+    plan = ShardPlan(source.arch, source.formats, size)
+    by_slices = dataclasses.replace(source, stream=_fails)
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = dict(source.weights(dtype))
+        for rank in range(size):
+            slices = plan.dense_slices(rank)
+            assert ("layers.1.qkv.weight" in slices) == (kind != "Q4_0")
+            assert {"layers.1.gate_up.weight", "layers.0.down.weight", "embed_tokens.weight"} <= slices.keys()
+            for name, tensor in shard_source(by_slices, Shard(rank, size)).weights(dtype):
+                assert torch.equal(tensor, plan.shard(name, whole[name], rank)), name
+
+
+def _fails(dtype: torch.dtype) -> Any:
+    raise AssertionError("the whole was read")
 
 
 def test_one_tensor_is_joined(tmp_path: Path) -> None:
