@@ -51,6 +51,8 @@ _TYPES: Mapping[str, _Type] = {
     # Values from -1 on: the scale is the minimum too, negated.
     "TQ2_0": _Type("int2", 256, has_minima=True),
     "MXFP4": _Type("e2m1", 32, torch.bfloat16),
+    # Scales are unsigned: no tool sets the sign, or writes 0x7F, which stands for 0 there.
+    "NVFP4": _Type("e2m1", 16, torch.float8_e4m3fn),
 }
 
 

@@ -211,6 +211,10 @@ _LOW_BIT_TYPES = {
         lambda blocks: (_runs(blocks[:, :, 1:], 16), Factors(blocks[:, :, 0])),
         lambda codes, factors: torch.cat((as_bytes(factors.scales), _from_runs(codes, 16)), 2),
     ),
+    "NVFP4": _BlockType(
+        lambda blocks: (_runs(blocks[:, :, 4:], 8), Factors(blocks[:, :, :4].reshape(blocks.shape[0], -1))),
+        lambda codes, factors: torch.cat((factors.scales.view(*codes.shape[:2], 4), _from_runs(codes, 8)), 2),
+    ),
     "TQ2_0": _BlockType(
         lambda blocks: (_pairs_of_bits(blocks[:, :, :64]), Factors(_halves(blocks, 64))),
         lambda codes, factors: torch.cat((_from_pairs_of_bits(codes), as_bytes(factors.scales)), 2),

@@ -24,7 +24,7 @@ from tests.quantization.random_blocks import random_blocks
 
 TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "TQ2_0", "MXFP4"),
+    *("IQ4_NL", "IQ4_XS", "TQ2_0", "MXFP4", "NVFP4"),
 )
 CONFIGS: list[LinearConfig] = [
     PackedConfig(8, 64, num_warps=4, num_stages=4, split_k=2),

@@ -29,6 +29,8 @@ def random_blocks(type_name: str, rows: int, columns: int) -> np.ndarray:
     block_size, block_bytes = BLOCK_SIZES[type_name]
     random = np.random.default_rng([*type_name.encode(), rows, columns])
     blocks = random.integers(0, 256, (rows, columns // block_size, block_bytes), dtype=np.uint8)
+    if type_name == "NVFP4":
+        blocks[:, :, :4] = random.integers(0, 24, (*blocks.shape[:2], 4))
     if type_name == "MXFP4":
         blocks[:, :, 0] = random.integers(110, 125, blocks.shape[:2])
     for offset in HALVES.get(type_name, ()):
