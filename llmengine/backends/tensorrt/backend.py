@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from llmengine.backends.cuda.backend import CudaBackend, CudaParts
 from llmengine.backends.cuda.fused_segments import SegmentsContext, TunableSegments
@@ -25,7 +25,7 @@ from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.library import Library, load_library
 from llmengine.backends.tensorrt.obtain import PlanRequest, obtain_plans, producer_for_device
 from llmengine.backends.tensorrt.plan_set import PlanSet
-from llmengine.backends.tensorrt.plan_weights import device_weights
+from llmengine.backends.tensorrt.plan_weights import device_weights, segment_weights
 from llmengine.backends.tensorrt.runtime import LoadedPlan, PlanRuntime
 from llmengine.backends.tensorrt.segments import TensorRtSegments, load_plans
 from llmengine.backends.tensorrt.step_times import dense_step_us, mean_speedup, timed_batch_sizes
@@ -169,7 +169,8 @@ class SegmentsChoice:
         if self.plan_set.has_constants:
             _logger.warning("the plans contain weights, which take device memory twice: save() needs the other copy")
         elif not self._source.formats.is_dense:
-            weights = self._plan_weights(context)
+            self._load_weights(context)
+            weights = device_weights(self.plan_set.segments, context.weights)
         segments = TensorRtSegments.allocate(self.plan_set.segments, plans, context, weights)
         tunable = TunableSegments(segments, f"{self._library} plans")
         return tunable if self._is_required else self._faster(tunable, verification, context)
@@ -179,18 +180,20 @@ class SegmentsChoice:
         known = None if self.plan_set.verification is None else Verification.from_dict(self.plan_set.verification)
         if known is not None and known.holds_for(str(self._library), device):
             return known
-        weights = self._plan_weights(context) if self.plan_set.has_constants else None
-        verification = verify_plans(self.plan_set.segments, plans, device, weights)
+        weights_of = None
+        if self.plan_set.has_constants:
+            self._load_weights(context)
+            weights_of = partial(segment_weights, weights=context.weights)
+        verification = verify_plans(self.plan_set.segments, plans, device, weights_of)
         _logger.info("plans compared with torch on %s: %s", device, "; ".join(map(str, verification.checks)))
         self._store_verification(verification)
         return verification
 
-    def _plan_weights(self, context: SegmentsContext) -> Mapping[str, Tensor]:
-        """What the plans read of the weights, which are loaded for it."""
+    def _load_weights(self, context: SegmentsContext) -> None:
+        """Load the weights into their places, if they are not there yet."""
         if not self._has_loaded_weights:
             load_weights(context.weights, self._source)
             self._has_loaded_weights = True
-        return device_weights(self.plan_set.segments, context.weights)
 
     def _faster(
         self, tunable: TunableSegments, verification: Verification, context: SegmentsContext

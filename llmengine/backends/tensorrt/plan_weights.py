@@ -24,28 +24,35 @@ _logger = logging.getLogger("llmengine.tensorrt")
 def device_weights(segments: Sequence[PlacedSegment], weights: CudaWeights) -> Mapping[str, Tensor]:
     """What plans read of a model's weights, by canonical name; those of quantized matrices have to be in their places.
 
-    Tensors that plans read as they are stored on the device are these; others are copies, one matrix after the other.
-    Raises `OutOfMemoryError` if these do not fit.
+    Quantized matrices are copied one after the other. Raises `OutOfMemoryError` if the copies do not fit.
     """
     found = dict(weights.by_name)
-    device = weights.device
-    num_copied = 0
     advice = "set backend='torch', which needs no copies"
-    with memory_error_context("quantized weights as TensorRT plans read them", device, advice):
+    with memory_error_context("quantized weights as TensorRT plans read them", weights.device, advice):
         for segment in segments:
-            for matrix, weight_format in segment.spec.quantization:
-                name = segment.canonical_matrix(matrix)
-                resident = {tensor.data_ptr() for tensor in weights.matrices[name].tensors.values()}
-                stored = weights.quantized[name].stored()
-                tensors = plan_tensors(weight_format, stored.shape, segment.spec.dtype, stored.tensors)
-                num_copied += sum(tensor.nbytes for tensor in tensors.values() if tensor.data_ptr() not in resident)
-                found |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    if num_copied:
+            names = segment.weight_names()
+            found |= {names[name]: tensor for name, tensor in segment_weights(segment, weights).items()}
+    num_bytes = sum(tensor.nbytes for name, tensor in found.items() if name not in weights.by_name)
+    if num_bytes:
         _logger.info(
             "TensorRT plans read quantized weights in a layout of their own: %.0f MiB beside those that save() needs",
-            num_copied / 2**20,
+            num_bytes / 2**20,
         )
     return found
+
+
+def segment_weights(segment: PlacedSegment, weights: CudaWeights) -> dict[str, Tensor]:
+    """What the plan of one segment reads, by name in the plan; see `device_weights`."""
+    tensors = {
+        name: weights.by_name[canonical]
+        for name, canonical in segment.weight_names().items()
+        if canonical in weights.by_name
+    }
+    for matrix, weight_format in segment.spec.quantization:
+        stored = weights.quantized[segment.canonical_matrix(matrix)].stored()
+        made = plan_tensors(weight_format, stored.shape, segment.spec.dtype, stored.tensors)
+        tensors |= {f"{matrix}.{suffix}": tensor for suffix, tensor in made.items()}
+    return tensors
 
 
 def streamed_weights(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ from llmengine.backends.tensorrt.spec import PlacedSegment, SegmentSpec, segment
 from llmengine.checkpoints.metadata_fields import Fields
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import CorruptFileError
+
+WeightsOf = Callable[[PlacedSegment], Mapping[str, Tensor]]
+"""A segment's weights on the device, by their names in the plan. They are not kept longer than the segment needs."""
 
 _LEAST_SIZE = 1e-150
 """Expected size of the error of a value that must be 0: a row of zeros in a matrix gives nothing else."""
@@ -148,7 +151,7 @@ def verify_plans(
     segments: Sequence[PlacedSegment],
     plans: Mapping[str, LoadedPlan],
     device: torch.device,
-    weights: Mapping[str, Tensor] | None = None,
+    weights_of: WeightsOf | None = None,
 ) -> Verification:
     """Run every plan at the edges of its profiles and compare it with torch.
 
@@ -156,14 +159,14 @@ def verify_plans(
     hundred rows of them in float64, and releases it.
 
     Args:
-        weights: canonical weights on the device, required for plans that contain weights. None: random weights.
+        weights_of: required for plans that contain weights. None: random weights.
 
     Raises `EngineError` if a plan cannot run. For a plan with wrong results see `Verification.failures`.
     """
     memory = scratch_memory(list(plans.values()), device)
     checks: list[SegmentCheck] = []
     for name, segment in segments_by_plan(segments).items():
-        values = _segment_weights(segment, weights, device)
+        values = _segment_weights(segment, weights_of, device)
         worst: dict[str, SegmentCheck] = {}
         for sizes in checked_sizes(segment.spec):
             for check in _check(plans[name], values, sizes, memory):
@@ -276,10 +279,10 @@ def check_errors(plan: str, output: str, sizes: Sizes, errors: Tensor, intact: b
 
 
 def _segment_weights(
-    segment: PlacedSegment, given: Mapping[str, Tensor] | None, device: torch.device
-) -> dict[str, Tensor]:
+    segment: PlacedSegment, weights_of: WeightsOf | None, device: torch.device
+) -> Mapping[str, Tensor]:
     """A segment's weights by their names in the plan."""
-    if given is not None:
-        return {name: given[canonical] for name, canonical in segment.weight_names().items()}
+    if weights_of is not None:
+        return weights_of(segment)
     assert not segment.spec.constant_weights, "weights that a plan contains are not random"
     return random_weights(segment.spec, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from llmengine.backends.tensorrt.library import Library, load_library
 from llmengine.backends.tensorrt.model_segments import segments_of
@@ -12,7 +13,7 @@ from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import load_plans
 from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan
-from llmengine.backends.tensorrt.verify import device_name, verify_plans
+from llmengine.backends.tensorrt.verify import WeightsOf, device_name, verify_plans
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
@@ -67,14 +68,18 @@ def verify_on_device(
     plan_set: PlanSet, source: ModelSource, library: Library, device: torch.device
 ) -> tuple[list[str], str]:
     """Run every plan on `device` and compare it with torch; the result is that of `verify_saved_plans`."""
-    weights = None
+    weights_of: WeightsOf | None = None
     if plan_set.has_constants:
         dtype = torch_dtype(plan_set.segments[0].spec.dtype)
         stream = streamed_weights(source.weights(dtype), source.formats, source.arch, dtype)
         weights = {name: tensor.to(device) for name, tensor in stream}
+
+        def weights_of(segment: PlacedSegment) -> dict[str, Tensor]:
+            return {name: weights[canonical] for name, canonical in segment.weight_names().items()}
+
     try:
         plans = load_plans(PlanRuntime.start(library, plan_set.library_cache), plan_set)
-        verification = verify_plans(plan_set.segments, plans, device, weights)
+        verification = verify_plans(plan_set.segments, plans, device, weights_of)
     except EngineError as error:
         return [str(error)], f"run on {device_name(device)}: failed"
     checked = f"run on {verification.device} with {verification.library}: {len(verification.checks)} outputs compared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from llmengine.backends.tensorrt.model_segments import segments_of
 from llmengine.backends.tensorrt.runtime import PlanRuntime, Sizes
 from llmengine.backends.tensorrt.segments import load_plans
-from llmengine.backends.tensorrt.spec import ProfileSpec, Range, SegmentSpec
+from llmengine.backends.tensorrt.spec import PlacedSegment, ProfileSpec, Range, SegmentSpec
 from llmengine.backends.tensorrt.verify import Verification, checked_sizes, verify_plans
 from llmengine.models.arch import ModelArch
 from tests.backends.tensorrt.fake_runtime import DTYPES, FakeTensorRt, fake_library, fake_plan_set
@@ -37,7 +38,11 @@ def verify(
     segments = segments_of(arch, dtype, PROFILES, mode)
     weights = {name: tensor.to(device) for name, tensor in random_weights(arch, DTYPES[dtype]).items()}
     plans = load_plans(PlanRuntime.start(fake_library(fake)), fake_plan_set(segments, weights))
-    return verify_plans(segments, plans, fake.device, None if mode == "inputs" else weights)
+    return verify_plans(segments, plans, fake.device, None if mode == "inputs" else partial(of_segment, weights))
+
+
+def of_segment(weights: Mapping[str, Tensor], segment: PlacedSegment) -> dict[str, Tensor]:
+    return {name: weights[canonical] for name, canonical in segment.weight_names().items()}
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES)[:3])
@@ -71,7 +76,7 @@ def test_values_that_must_be_zero_have_no_rounding(device: str) -> None:
     for execute, failing in ((None, set()), (off, {"last"})):
         fake = FakeTensorRt(place, execute)
         plans = load_plans(PlanRuntime.start(fake_library(fake)), fake_plan_set(segments, weights))
-        found = verify_plans(segments, plans, place, weights).failures
+        found = verify_plans(segments, plans, place, partial(of_segment, weights)).failures
         assert {check.plan for check in found} == failing
 
 
