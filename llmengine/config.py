@@ -21,17 +21,11 @@ BackendName = Literal["auto", "torch", "tensorrt"]
 AttentionBackendName = Literal["auto", "flashinfer", "measure"]
 
 
-_ONE_GPU = (
-    "set it to 1 and use a model that fits on one device, or run one process with an LLM for each GPU "
-    "(device='cuda:N') and divide the requests among them"
-)
-
-
 @dataclass(slots=True)
 class ParallelConfig(Settings):
-    """How many GPUs share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
+    """How many processes share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
 
-    Only 1 x 1 is supported so far; `LLM()` raises `ConfigError` for more.
+    On a CPU `tp_size` may be more than 1; `LLM()` raises `ConfigError` for more on GPUs, and for a `pp_size` above 1.
     """
 
     tp_size: int = 1
@@ -40,15 +34,10 @@ class ParallelConfig(Settings):
     def _check(self) -> None:
         require_int("parallel_config.tp_size", self.tp_size, 1)
         require_int("parallel_config.pp_size", self.pp_size, 1)
-        if self.tp_size > 1:
-            raise ConfigError(
-                f"parallel_config.tp_size={self.tp_size} is not supported: this version has no tensor parallelism, "
-                f"so it splits neither weights nor KV heads over GPUs; {_ONE_GPU}"
-            )
         if self.pp_size > 1:
             raise ConfigError(
                 f"parallel_config.pp_size={self.pp_size} is not supported: this version has no pipeline parallelism, "
-                f"so it does not spread layers over GPUs; {_ONE_GPU}"
+                "so it does not spread layers over devices; set it to 1, and tp_size to more on a CPU"
             )
 
 

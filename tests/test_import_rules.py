@@ -47,9 +47,14 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"dtypes", "quantization", "user_cache"},
     "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},
-    "backends.__init__": {*DATA, "backends.cpu", "backends.cuda", "backends.tensorrt", "checkpoints"},
+    "backends.__init__": {
+        *(*DATA, "backends.cpu", "backends.cuda", "backends.shared_cpu", "backends.tensorrt", "checkpoints"),
+    },
     "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "kernels", "quantization"},
     "backends.ranks": DATA,
+    "backends.shared_cpu": {
+        *(*DATA, "backends", "backends.blocks_in_use", "backends.cpu", "backends.ranks", "checkpoints", "models"),
+    },
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {

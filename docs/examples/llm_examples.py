@@ -78,10 +78,11 @@ def run_llm_with_quantization(
 def run_llm_on_tensor_parallel(
     prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, tp_size: int = 2
 ) -> None:
-    """Split the model over `tp_size` GPUs. This version runs on one GPU, and raises `ConfigError` for more."""
+    """Split each matrix over `tp_size` processes. On GPUs this version raises `ConfigError` for more than one."""
     config = ModelConfig(hf_model_dir)
     config.parallel_config.tp_size = tp_size
     with LLM(config) as llm:
+        print(llm.info.description)
         for output in llm.generate(prompts, params):
             show(output)
 
@@ -131,7 +132,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=16, help="for each prompt (%(default)s)")
     parser.add_argument("--streaming", action="store_true", help="print tokens as they come")
     parser.add_argument("--quant_type", choices=("int8", "int4"), default="int8", help="(%(default)s)")
-    parser.add_argument("--tp_size", type=int, default=2, help="GPUs that share the model (%(default)s)")
+    parser.add_argument("--tp_size", type=int, default=2, help="processes that share the model (%(default)s)")
     given = parser.parse_args(argv)
     given.prompt = given.prompt or list(PROMPTS)
     for name in given.task:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from llmengine.quant_config import PRESETS, KvQuantization, QuantConfig
+
+if TYPE_CHECKING:
+    from llmengine.config import ModelConfig
 
 
 def positive_int(text: str) -> int:
@@ -30,8 +33,17 @@ def add_kv_cache_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def chosen_quantization(arguments: argparse.Namespace) -> QuantConfig:
-    """What `--quant` and `--kv-cache` ask for."""
-    if arguments.quant is None:
-        return QuantConfig(kv_cache=arguments.kv_cache)
-    return QuantConfig.preset(arguments.quant, kv_cache=arguments.kv_cache)
+def add_tp_argument(parser: argparse._ActionsContainer) -> None:
+    """Add `--tp`, the number of processes that share a model."""
+    parser.add_argument(
+        "--tp", type=positive_int, default=1, metavar="N", help="processes that share each matrix (default: 1)"
+    )
+
+
+def chosen_config(arguments: argparse.Namespace) -> ModelConfig:
+    """`arguments.model` as `--quant`, `--kv-cache` and `--tp` ask for it."""
+    from llmengine.config import ModelConfig, ParallelConfig
+
+    quant = QuantConfig() if arguments.quant is None else QuantConfig.preset(arguments.quant)
+    quant.kv_cache = arguments.kv_cache
+    return ModelConfig(arguments.model, quant_config=quant, parallel_config=ParallelConfig(tp_size=arguments.tp))

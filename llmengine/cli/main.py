@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmengine.cli.announcement import announce
-from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
+from llmengine.cli.arguments import (
+    add_kv_cache_argument,
+    add_quant_argument,
+    add_tp_argument,
+    chosen_config,
+    positive_int,
+)
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
@@ -108,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_quant_argument(generate, "quantize the weights")
     add_kv_cache_argument(generate)
+    add_tp_argument(generate)
     generate.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message and apply the chat template"
     )
@@ -139,7 +146,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     import anyio
 
-    from llmengine.config import ModelConfig
     from llmengine.llm import LLM
 
     changes = {
@@ -150,7 +156,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if "stop" in changes:
         changes["stop"] = tuple(changes["stop"])
     _check_sampling(changes)
-    with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
+    with LLM(chosen_config(arguments)) as llm:
         announce(llm)
         anyio.run(_print_outputs, llm, arguments, changes)
     return 0

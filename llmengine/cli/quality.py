@@ -12,8 +12,13 @@ from typing import Any
 
 from llmengine.checkpoints.saved_files import size_text
 from llmengine.cli.announcement import announce
-from llmengine.cli.arguments import add_kv_cache_argument, add_quant_argument, chosen_quantization, positive_int
-from llmengine.config import ModelConfig
+from llmengine.cli.arguments import (
+    add_kv_cache_argument,
+    add_quant_argument,
+    add_tp_argument,
+    chosen_config,
+    positive_int,
+)
 from llmengine.errors import ConfigError
 from llmengine.quantization.quality_report import ModelFigures, QualityReport
 
@@ -34,6 +39,7 @@ def add_eval_command(commands: Any) -> None:
     )
     add_quant_argument(evaluate, "quantize the model's weights first")
     add_kv_cache_argument(evaluate)
+    add_tp_argument(evaluate)
     evaluate.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to score (default: the text that comes with the package)"
     )
@@ -81,7 +87,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise ConfigError(f"{arguments.json}: cannot be written: {os.strerror(errno.ENOENT)}")
     text = None if arguments.text is None else _read_text(arguments.text)
-    with LLM(ModelConfig(arguments.model, quant_config=chosen_quantization(arguments))) as llm:
+    with LLM(chosen_config(arguments)) as llm:
         announce(llm)
         report = llm.evaluate(
             arguments.against,

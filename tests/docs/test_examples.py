@@ -64,17 +64,15 @@ def test_async_streams_and_int8(examples: ModuleType, model: str, capsys: pytest
     assert ANSWER in quantized
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--task", "run_llm_on_tensor_parallel", "--tp_size", "4"), "parallel_config.tp_size=4"),
-    ],
-)
-def test_what_is_missing_is_named(
-    examples: ModuleType, model: str, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(examples, *arguments, "--hf_model_dir", model) == examples.EXIT_NOT_AVAILABLE
-    assert f"{arguments[1]}: {message}" in capsys.readouterr().err
+def test_tensor_parallel(examples: ModuleType, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    task = ("--task", "run_llm_on_tensor_parallel", "--hf_model_dir", model)
+    assert run(examples, *task, "--tp_size", "2") == 0
+    shown = capsys.readouterr().out
+    assert "2 processes share each matrix" in shown
+    assert ANSWER in shown
+    assert run(examples, *task, "--tp_size", "10") == examples.EXIT_NOT_AVAILABLE
+    message = "run_llm_on_tensor_parallel: parallel_config.tp_size=10: "
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

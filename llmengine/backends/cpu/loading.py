@@ -75,8 +75,7 @@ def _load_parts(
         model = load_cpu_model(config, source, library, row_major=row_major)
         layout = cpu_kv_layout(config, arch)
         pool = fit_kv_pool(layout, config, limit, psutil.virtual_memory().available, _DEFAULT_FRACTION)
-        layers = _attention_layers(arch, model, pool.max_model_len)
-        attention = PagedAttention(_attention_shape(arch), pool, layers)
+        attention = paged_attention(arch, model, pool)
         native = None
         if library is not None and why_not_native is None:
             native = NativeDecoder(
@@ -93,7 +92,7 @@ def _load_parts(
         else:
             native_text = f"no native decoder: {why_not_native}"
     trim_heap()
-    info = _info(config, source, model, pool, native_text)
+    info = cpu_info(config, source, model, pool, native_text)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     tables = BlockTables(config.scheduler_config.max_batch_size, pool.max_blocks_per_request)
     return CpuParts(
@@ -101,12 +100,13 @@ def _load_parts(
     )
 
 
-def _info(config: ModelConfig, source: ModelSource, model: CpuModel, pool: KvPool, native_text: str) -> BackendInfo:
+def cpu_info(config: ModelConfig, source: ModelSource, model: CpuModel, pool: KvPool, steps: str) -> BackendInfo:
+    """Facts about a loaded model; `steps` says what runs its steps."""
     layout = pool.layout
     return BackendInfo(
         description=f"torch {torch.__version__}, cpu with {torch.get_num_threads()} threads, {model.description}"
         + (f" ({source.dequantized})" if source.dequantized else "")
-        + f", {native_text}"
+        + f", {steps}"
         + f", KV cache in {layout.kv_dtype}"
         + (", deterministic" if config.deterministic else ""),
         vocab_size=source.arch.vocab_size,
@@ -121,12 +121,14 @@ def _info(config: ModelConfig, source: ModelSource, model: CpuModel, pool: KvPoo
     )
 
 
-def _attention_layers(arch: ModelArch, model: CpuModel, max_model_len: int) -> list[LayerAttention]:
-    tables = layer_tables(arch, max_model_len)
-    return [
+def paged_attention(arch: ModelArch, model: CpuModel, pool: KvPool) -> PagedAttention:
+    """Attention over a new KV cache of the pool's size."""
+    tables = layer_tables(arch, pool.max_model_len)
+    layers = [
         LayerAttention(tables[index], arch.layer(index).sliding_window, *model.qk_norms[index])
         for index in range(arch.num_layers)
     ]
+    return PagedAttention(_attention_shape(arch), pool, layers)
 
 
 def cpu_kv_layout(config: ModelConfig, arch: ModelArch) -> KvLayout:

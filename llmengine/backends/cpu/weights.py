@@ -72,18 +72,19 @@ class CpuNorm:
 class CpuEmbedding:
     """Rows of the embedding times `scale`, as float32.
 
-    Args:
+    Attributes:
         source: the embedding as it is stored, or packed for the native library.
+        scale: what rows are multiplied by.
     """
 
     def __init__(self, source: Matrix | NativeLinear, scale: float) -> None:
         self.source = source
-        self._scale = scale
+        self.scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """A new float32 tensor [num_tokens, hidden]."""
         rows = self.source.rows(token_ids)
-        return rows if self._scale == 1.0 else rows.mul_(self._scale)
+        return rows if self.scale == 1.0 else rows.mul_(self.scale)
 
     @property
     def size_bytes(self) -> int:
