@@ -1,4 +1,4 @@
-"""What ranks compute together: sums and gathers of tensors, over a process group of their own.
+"""What ranks compute together: sums and gathers of tensors. Here over a process group of torch.distributed.
 
 No global process group is made: the caller may have one, and several engines may share a process.
 """
@@ -43,14 +43,14 @@ class Collectives(Protocol):
         """Replace the contiguous tensor, of one shape on all ranks, by its sum over them."""
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        """The contiguous tensors, of one shape, of all ranks in their order; None on ranks other than 0."""
+        """The tensors of all ranks in their order; None on ranks other than 0."""
 
     def close(self) -> None:
         """Close the connections; idempotent."""
 
 
 class GlooCollectives:
-    """Collectives of tensors in host memory, by gloo over TCP.
+    """Collectives of tensors in host memory, by gloo over TCP; `gather` wants tensors of one shape.
 
     Args:
         group: this rank's `ProcessGroupGloo`, whose operations torch's stubs do not have.
@@ -75,6 +75,7 @@ class GlooCollectives:
             self._when_failed(error)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        tensor = tensor.contiguous()
         outputs = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         try:
             self._open_group().gather([] if outputs is None else [outputs], [tensor], self._to_rank_0).wait()

@@ -7,13 +7,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, host_store, join_gloo
 from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
+from llmengine.backends.ranks.memory import anonymous_file
 from llmengine.backends.ranks.process import write_start_file
-from llmengine.backends.ranks.ring import Ring, RingWriter, anonymous_file
+from llmengine.backends.ranks.ring import Ring, RingWriter, ring_size
+from llmengine.backends.ranks.shared_collectives import SharedCollectives, shared_size
 from llmengine.backends.ranks.watch import RankFailure, RankWatch, WatchedRank
 from llmengine.errors import EngineClosedError, EngineDeadError
 
@@ -41,6 +44,8 @@ class RankGroup:
         launcher: starts the processes.
         timeout_s: a rank hangs that is late by this in a collective, or with reading messages when the ring is full.
         start_timeout_s: what starting may take, imports included.
+        collectives: through memory that the ranks share, or by gloo over TCP, in whose sums the order of ranks depends
+            on an element's place in its tensor.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class RankGroup:
         launcher: Launcher | None = None,
         timeout_s: float = 60.0,
         start_timeout_s: float = _START_TIMEOUT_S,
+        collectives: Literal["memory", "gloo"] = "memory",
     ) -> None:
         self.size = size
         self._target = target
@@ -63,7 +69,8 @@ class RankGroup:
         self._lifelines: list[int] = []
         self._watch: RankWatch | None = None
         self._writer: RingWriter | None = None
-        self._collectives: GlooCollectives | None = None
+        self._kind = collectives
+        self._collectives: Collectives | None = None
         self._store: Any = None
         self._closing = threading.Lock()
         self._closed = False
@@ -130,24 +137,31 @@ class RankGroup:
         return self._watch
 
     def _start(self) -> None:
-        listener = socket.create_server((self._launcher.host, 0), backlog=self.size + 16)
-        port = listener.getsockname()[1]
-        self._store = host_store(listener, self._start_timeout_s)
-        ring = anonymous_file("ring")
+        port = self._host_store() if self._kind == "gloo" else 0
+        ring = anonymous_file("ring", ring_size(self.size - 1))
+        sums = anonymous_file("sums", shared_size(self.size))
         start = anonymous_file("start")
         try:
             write_start_file(start, self._start_values(port), self._payload)
-            memory = Ring(ring, self.size - 1, create=True)
+            memory = Ring(ring, self.size - 1)
+            shared = SharedCollectives(sums, 0, self.size, self._while_waiting)
             for rank in range(1, self.size):
-                self._launch(rank, ring, start)
+                self._launch(rank, {"ring": ring, "sums": sums, "start": start})
         finally:
-            os.close(ring)
-            os.close(start)
+            for fd in (ring, sums, start):
+                os.close(fd)
         self._writer = RingWriter(memory, [rank.connection for rank in self._ranks], self._while_full)
         self._watch = RankWatch(self._ranks, self.size)
         self._watch.start()
         self._await_ready()
-        self._collectives = GlooCollectives(self._join(), self._timeout_s, self._collective_failed)
+        self._collectives = self._join_gloo() if self._kind == "gloo" else shared
+
+    def _host_store(self) -> int:
+        """Bind a port before anybody is told of it; the port."""
+        listener = socket.create_server((self._launcher.host, 0), backlog=self.size + 16)
+        port: int = listener.getsockname()[1]
+        self._store = host_store(listener, self._start_timeout_s)
+        return port
 
     def _start_values(self, port: int) -> dict[str, object]:
         return {
@@ -155,15 +169,16 @@ class RankGroup:
             "target": self._target,
             "host": self._launcher.host,
             "port": port,
+            "collectives": self._kind,
             "start_timeout_s": self._start_timeout_s,
         }
 
-    def _launch(self, rank: int, ring: int, start: int) -> None:
+    def _launch(self, rank: int, shared: dict[str, int]) -> None:
         ours, theirs = socket.socketpair()
         dumps = anonymous_file("dumps")
         read_end, write_end = os.pipe()
         self._lifelines.append(write_end)
-        wires = {"socket": theirs.fileno(), "lifeline": read_end, "ring": ring, "dumps": dumps, "start": start}
+        wires = {"socket": theirs.fileno(), "lifeline": read_end, "dumps": dumps, **shared}
         values = {"rank": rank, "size": self.size, "parent": os.getpid(), **wires}
         try:
             process = self._launcher.launch([f"--{name}={value}" for name, value in values.items()], [*wires.values()])
@@ -183,7 +198,7 @@ class RankGroup:
         if watch.failure is not None:
             raise watch.failure.raised()
 
-    def _join(self) -> Any:
+    def _join_gloo(self) -> Collectives:
         """Meet the ranks, in a thread, so that a rank that fails meanwhile and Ctrl-C end the waiting."""
         watch = self._running()
         store = self._store
@@ -204,14 +219,21 @@ class RankGroup:
         (result,) = results
         if isinstance(result, Exception):
             self._collective_failed(result)
-        return result
+        return GlooCollectives(result, self._timeout_s, self._collective_failed)
 
     def _while_full(self, reader: int, waited_s: float) -> None:
+        self._await([self._ranks[reader].rank], "read its messages", waited_s)
+        time.sleep(_FULL_PAUSE_S)
+
+    def _while_waiting(self, late: Sequence[int], waited_s: float) -> None:
+        self._await(late, "take part in a collective", waited_s)
+
+    def _await(self, late: Sequence[int], what: str, waited_s: float) -> None:
+        """Raise if a rank has failed, or if ranks have been late for too long."""
         self.check()
         if waited_s > self._timeout_s:
-            self._running().late("read its messages", waited_s, [self._ranks[reader].rank])
+            self._running().late(what, self._timeout_s, late)
             self.check()
-        time.sleep(_FULL_PAUSE_S)
 
     def _collective_failed(self, error: Exception) -> NoReturn:
         """Raise the error that says why a collective failed; if no rank has failed, one is late."""

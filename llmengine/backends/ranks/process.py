@@ -1,7 +1,8 @@
 """The program of a rank: `python -I process.py ...`, started by a `Launcher` and by nobody else.
 
 The arguments are the rank, the number of ranks, the process of rank 0, and descriptors that it inherits: the socket for
-reports and wake-ups, the lifeline, the ring, the file for dumps, and the file with what is the same for all ranks.
+reports and wake-ups, the lifeline, the file for dumps, the memory of messages and of collectives, and the file with
+what is the same for all ranks.
 
 It must run before anything of llmengine can be imported, since the path of modules is part of what it reads.
 """
@@ -20,8 +21,13 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from llmengine.backends.ranks.collectives import Collectives
+    from llmengine.backends.ranks.ring import RingReader
 
 # Rank 0 finds out what is late and kills the others. One that waited less than it would hide the cause.
 _OPERATION_TIMEOUT_S = 7 * 86400.0
@@ -57,7 +63,7 @@ def read_start_file(fd: int) -> tuple[dict[str, Any], bytes]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "dumps", "start"):
+    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "sums", "dumps", "start"):
         parser.add_argument(f"--{name}", type=int, required=True)
     return parser.parse_args()
 
@@ -122,7 +128,6 @@ def _run_target(
     wires: argparse.Namespace, start: dict[str, Any], payload: bytes, connection: socket.socket, sender: Any
 ) -> None:
     from llmengine.backends.ranks.channel import RankChannel
-    from llmengine.backends.ranks.collectives import GlooCollectives, PeerLostError, connect_store, join_gloo
     from llmengine.backends.ranks.reports import Report
     from llmengine.backends.ranks.ring import Ring, RingReader
 
@@ -130,14 +135,30 @@ def _run_target(
     target = getattr(importlib.import_module(module), function)
     reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
     sender.send(Report.READY)
-    store = connect_store(start["host"], start["port"], start["start_timeout_s"])
-    group = join_gloo(store, wires.rank, wires.size, start["host"], start["start_timeout_s"])
+    collectives = _gloo(wires, start) if start["collectives"] == "gloo" else _shared(wires, reader)
+    target(RankChannel(wires.rank, collectives, reader, sender), payload)
+
+
+def _shared(wires: argparse.Namespace, reader: RingReader) -> Collectives:
+    from llmengine.backends.ranks.channel import RankClosed
+    from llmengine.backends.ranks.shared_collectives import SharedCollectives
+
+    def while_waiting(late: Sequence[int], waited_s: float) -> None:
+        if reader.closed:
+            raise RankClosed
+
+    return SharedCollectives(wires.sums, wires.rank, wires.size, while_waiting)
+
+
+def _gloo(wires: argparse.Namespace, start: dict[str, Any]) -> Collectives:
+    from llmengine.backends.ranks.collectives import GlooCollectives, PeerLostError, connect_store, join_gloo
 
     def lost(error: Exception) -> NoReturn:
         raise PeerLostError(str(error)) from None
 
-    collectives = GlooCollectives(group, _OPERATION_TIMEOUT_S, lost)
-    target(RankChannel(wires.rank, collectives, reader, sender), payload)
+    store = connect_store(start["host"], start["port"], start["start_timeout_s"])
+    group = join_gloo(store, wires.rank, wires.size, start["host"], start["start_timeout_s"])
+    return GlooCollectives(group, _OPERATION_TIMEOUT_S, lost)
 
 
 if __name__ == "__main__":

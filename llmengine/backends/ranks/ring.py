@@ -18,18 +18,16 @@ that tracks segments, and leaves a name behind when killed), semaphores (not in 
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import socket
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 
-__all__ = ["Ring", "RingReader", "RingWriter", "anonymous_file"]
+from llmengine.backends.ranks.memory import LINE_WORDS, SharedMemory
 
-_LINE = 8  # words in a cache line: each side writes to lines of its own
+__all__ = ["Ring", "RingReader", "RingWriter", "ring_size"]
+
 _HEAD, _CLOSED = 0, 1
 _TAIL, _ASLEEP = 0, 1
 _CAPACITY = 4 << 20
@@ -41,42 +39,23 @@ _LONG_SPIN_S = 5e-3
 _NAP_S = 1.0
 
 
-def anonymous_file(name: str) -> int:
-    """Descriptor of a new file without a path, in memory where the system can; `name` is for people who look."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(f"llmengine-{name}")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+def ring_size(num_readers: int) -> int:
+    """Bytes of the file for a ring with so many readers."""
+    return SharedMemory.header_size(1 + num_readers) + _CAPACITY
 
 
-class Ring:
+class Ring(SharedMemory):
     """The memory that writer and readers share.
 
     Args:
-        fd: descriptor from `anonymous_file`; stays the caller's.
+        fd: descriptor of a file of `ring_size` zeros; stays the caller's.
         num_readers: readers, numbered from 0.
-        create: give the file its size, as the first of those who map it must.
     """
 
-    def __init__(self, fd: int, num_readers: int, create: bool = False, capacity: int = _CAPACITY) -> None:
-        header = 8 * _LINE * (1 + num_readers)
-        if create:
-            os.ftruncate(fd, header + capacity)
-        self._map = mmap.mmap(fd, 0)
-        view = memoryview(self._map)
-        self.words = view[:header].cast("Q")
-        self.data = view[header:]
+    def __init__(self, fd: int, num_readers: int) -> None:
+        super().__init__(fd, 1 + num_readers)
         self.capacity = len(self.data)
         self.num_readers = num_readers
-        self._lock = threading.Lock()
-
-    def fence(self) -> None:
-        """Order every access to the memory before this call before every one after it."""
-        # Each pair of atomic operations is a half of it: what precedes a release stays before it, what follows an
-        # acquire stays after it, and the second acquire cannot overtake the first release.
-        for _ in range(2):
-            with self._lock:
-                pass
 
     def copy_in(self, at: int, data: memoryview) -> None:
         """Write to the bytes [at, at + len(data)) of the stream, of which at most `capacity` fit."""
@@ -133,7 +112,7 @@ class RingWriter:
             return self._ring.capacity
         full_since = 0.0
         while True:
-            tails = [words[(1 + reader) * _LINE + _TAIL] for reader in range(num_readers)]
+            tails = [words[(1 + reader) * LINE_WORDS + _TAIL] for reader in range(num_readers)]
             last = min(tails)
             if room := self._ring.capacity - (self._head - last):
                 return room
@@ -145,7 +124,7 @@ class RingWriter:
         self._ring.fence()
         words = self._ring.words
         for reader, waker in enumerate(self._wakers):
-            asleep = (1 + reader) * _LINE + _ASLEEP
+            asleep = (1 + reader) * LINE_WORDS + _ASLEEP
             if words[asleep]:
                 words[asleep] = 0
                 try:
@@ -159,13 +138,18 @@ class RingReader:
 
     def __init__(self, ring: Ring, reader: int, waker: socket.socket) -> None:
         self._ring = ring
-        self._words = ring.words[(1 + reader) * _LINE : (2 + reader) * _LINE]
+        self._words = ring.words[(1 + reader) * LINE_WORDS : (2 + reader) * LINE_WORDS]
         self._waker = waker
         self._poll = select.poll()
         self._poll.register(waker, select.POLLIN)
         self._tail = 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._spin_s = _LONG_SPIN_S if cores >= 2 * (ring.num_readers + 1) else _SPIN_S
+
+    @property
+    def closed(self) -> bool:
+        """Whether the writer has closed, though there may be messages to read."""
+        return bool(self._ring.words[_CLOSED])
 
     def read(self) -> bytes | None:
         """The next message, waiting for it; None when the writer has closed."""

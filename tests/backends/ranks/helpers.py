@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import psutil
 
@@ -14,9 +15,11 @@ OBEY = "tests.backends.ranks.targets:obey"
 
 
 @contextmanager
-def open_group(size: int, timeout_s: float = 60.0) -> Iterator[RankGroup]:
+def open_group(
+    size: int, timeout_s: float = 60.0, collectives: Literal["memory", "gloo"] = "memory"
+) -> Iterator[RankGroup]:
     """A started group whose ranks do what messages say."""
-    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s)
+    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s, collectives=collectives)
     group.start()
     try:
         yield group

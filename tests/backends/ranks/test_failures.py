@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -71,8 +72,9 @@ def test_our_own_errors_keep_their_type() -> None:
     assert any("rank 2 of 3" in note and "in raise_ours" in note for note in caught.value.__notes__)
 
 
-def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it() -> None:
-    with open_group(3) as group:
+@pytest.mark.parametrize("collectives", ["memory", "gloo"])
+def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(collectives: Literal["memory", "gloo"]) -> None:
+    with open_group(3, collectives=collectives) as group:
         ranks = pids(group)
         group.broadcast(b"raise 2")
         with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*a mistake of 2") as caught:
@@ -111,9 +113,12 @@ def test_a_crash_says_where() -> None:
             group.replies()
 
 
+@pytest.mark.parametrize("collectives", ["memory", "gloo"])
 @pytest.mark.parametrize("command", [b"sleep_then_sum 1 600", b"freeze_then_sum 1 600"])
-def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(command: bytes) -> None:
-    with open_group(3, timeout_s=1.5) as group:
+def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
+    command: bytes, collectives: Literal["memory", "gloo"]
+) -> None:
+    with open_group(3, 1.5, collectives) as group:
         ranks = pids(group)
         group.broadcast(command)
         with pytest.raises(

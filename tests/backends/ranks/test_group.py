@@ -9,15 +9,18 @@ import torch
 
 from llmengine.backends.ranks import RankGroup
 from llmengine.errors import EngineClosedError
-from tests.backends.ranks.helpers import OBEY, is_gone, pids
+from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module",
+    params=[(2, "memory"), (3, "memory"), (2, "gloo"), (3, "gloo")],
+    ids=lambda param: f"{param[1]} {param[0]}",
+)
 def group(request: pytest.FixtureRequest) -> Iterator[RankGroup]:
-    group = RankGroup(request.param, OBEY, b"", timeout_s=30)
-    group.start()
-    yield group
-    group.close()
+    size, collectives = request.param
+    with open_group(size, collectives=collectives) as group:
+        yield group
 
 
 def test_messages_arrive_in_order_at_every_rank(group: RankGroup) -> None:
@@ -47,7 +50,7 @@ def test_a_slow_rank_holds_the_writer_and_loses_nothing(group: RankGroup) -> Non
         assert {len(reply) for reply in group.replies()} == {len(message) - 3}
 
 
-@pytest.mark.parametrize("size", [1, 576, 100_000])
+@pytest.mark.parametrize("size", [1, 576, 100_000, 1_000_000])
 def test_all_reduce_sums(group: RankGroup, size: int) -> None:
     group.broadcast(b"sum %d" % size)
     tensor = torch.ones(size)
