@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError
-from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
+from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.grid import in_groups
-from llmengine.quantization.int4 import nibbles_of_matrix, numbers_of_nibbles, pack_nibbles
+from llmengine.quantization.int4 import columns_together, nibbles_of_matrix, numbers_of_nibbles, pack_nibbles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ TABLES: Mapping[BnbTable, tuple[float, ...]] = {
 of two bits of exponent and one of mantissa, divided by the largest."""
 
 _TINY = 1e-30
+_LEAST_BLOCK = 16
+"""Columns of the smallest blocks into which larger ones are divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,18 @@ class Bnb4Bit(WeightFormat):
             "weight": nibbles_of_matrix(self.name, shape),
             "weight_scale": TensorSpec.of_matrix("float32", shape, Along("out"), Along("in", self.block_size)),
         }
+
+    def finest(self) -> WeightFormat:
+        return self._in_smaller_blocks(_LEAST_BLOCK)
+
+    def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
+        smaller = self._in_smaller_blocks(columns_together(shape, ranges)) if axis == "in" else self
+        return super(Bnb4Bit, smaller).sharded(shape, axis, ranges)
+
+    def _in_smaller_blocks(self, columns: int) -> Bnb4Bit:
+        """A format with the same values that can be cut at multiples of `columns`; else this one."""
+        size = gcd(self.block_size, columns)
+        return self if size < _LEAST_BLOCK else Bnb4Bit(self.quant_type, size)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Round to the nearest number of the table."""

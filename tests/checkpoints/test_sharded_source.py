@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import rounded_weights
 from llmengine.checkpoints.sharded_source import ShardPlan, join_shards, shard_source
@@ -28,6 +29,8 @@ from llmengine.quantization.model_formats import ModelFormats
 from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.nvfp4 import Nvfp4
 from tests.checkpoints.helpers import make_model
+from tests.checkpoints.quantized_files import write_quantized
+from tests.checkpoints.quantized_layouts import LAYOUTS, make
 from tests.models.family_helpers import FAMILIES, make_family, write_family_gguf
 from tests.models.rank_threads import logits_of
 
@@ -91,7 +94,7 @@ def assert_shards_join(source: ModelSource, size: int, dtype: torch.dtype = torc
         pieces = [shard[name] for shard in shards]
         joined = plan.join(name, pieces)
         assert (joined.dtype, joined.shape) == (whole.dtype, whole.shape), name
-        assert torch.equal(joined.view(torch.uint8), whole.view(torch.uint8)), name
+        assert torch.equal(joined.flatten().view(torch.uint8), whole.flatten().view(torch.uint8)), name
         for piece in pieces:
             assert piece.untyped_storage().nbytes() == piece.nbytes, f"{name} keeps more than its shard"
 
@@ -189,6 +192,27 @@ def test_column_orders_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"tp_size=2: .*64 x 48 weights .*'int4'.* act-order.*sizes that work: 1$"):
         shard_source(source, Shard(0, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantized_checkpoints(tmp_path: Path, layout: str) -> None:
+    """Tools' own layouts, some of whose matrices are stacked or have scales for their inputs."""
+    model = make("qwen2", num_hidden_layers=1, num_key_value_heads=2)
+    write_quantized(tmp_path, model, LAYOUTS[layout][0])
+    source = open_model(tmp_path)
+    if any(getattr(item, "input_order", False) for item in source.formats.kinds):
+        with pytest.raises(ConfigError, match=r"tp_size=2: .* act-order; it cannot be cut along them; .* work: 1$"):
+            shard_source(source, Shard(0, 2))
+        return
+    assert_ranks_compute_the_same(source, 2)
+    assert_shards_join(source, 2, torch.bfloat16)
+
+
+def test_saved_engines(tmp_path: Path) -> None:
+    source = in_format(saved(tmp_path / "model", make_family("gemma3")), Int4Groups(16))
+    weights = source.weights(torch.bfloat16)
+    save_model(tmp_path / "engine", source, weights, dtype="bfloat16", formats=source.formats, tokenizer=None)
+    assert_shards_join(open_model(tmp_path / "engine"), 3, torch.bfloat16)
 
 
 GGUF_TYPES: dict[str, Callable[[str, int], str]] = {

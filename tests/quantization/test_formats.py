@@ -160,6 +160,17 @@ def test_groups_that_are_cut_through_become_smaller_ones_of_the_same_values(form
     assert format.finest() == dataclasses.replace(format, group_size=16)  # type: ignore[type-var]
 
 
+def test_blocks_of_bitsandbytes_are_divided_likewise() -> None:
+    whole = matrix(Bnb4Bit("fp4", 128), 5, 400)
+    ranges = [range(96), range(96, 400)]
+    shards = [shard(whole, "in", part) for part in ranges]
+    assert [piece.format for piece in shards] == [Bnb4Bit("fp4", 32)] * 2
+    assert torch.equal(torch.cat([piece.dequantized() for piece in shards], 1), whole.dequantized())
+    assert_same(unsharded(whole, "in", [(piece, [part]) for piece, part in zip(shards, ranges, strict=True)]), whole)
+    assert whole.format.finest() == Bnb4Bit("fp4", 16)
+    assert Bnb4Bit("nf4", 8).finest() == Bnb4Bit("nf4", 8)
+
+
 def test_groups_are_not_cut_through() -> None:
     whole = matrix(GROUPED, 4, 48)
     with pytest.raises(ConfigError, match=r"4 x 48 .*'int4' has an entry for every 16 columns.* at 0 and 24"):
