@@ -45,27 +45,37 @@ def quantized_source(
     formats = loaded_formats(source, config)
     if formats == source.formats:
         return source
+    unrounded = _checked(source, check) if config.method == "rtn" else None
 
     def stream(dtype: torch.dtype) -> WeightStream:
-        dense = partial(source.weights, dtype)
-        if config.method == "rtn":
-            return rounded_weights(source.arch, formats, dense(), check)
-        return calibrated_weights(config, source.arch, formats, model_dtype_name(dtype), dense, get_tokenizer, check)
+        if unrounded is not None:
+            return rounded_weights(source.arch, formats, unrounded.weights(dtype))
+        dense, name = partial(source.weights, dtype), model_dtype_name(dtype)
+        return calibrated_weights(config, source.arch, formats, name, dense, get_tokenizer, check)
 
-    unrounded = source if config.method == "rtn" else None
     return dataclasses.replace(source, formats=formats, stream=stream, stream_slices=None, unrounded=unrounded)
 
 
-def rounded_weights(
-    arch: ModelArch, formats: ModelFormats, dense: WeightStream, check: Callable[[], None] = lambda: None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield canonical weights in `formats`, each matrix rounded to nearest as it comes from `dense`.
+def _checked(source: ModelSource, check: Callable[[], None]) -> ModelSource:
+    """`source`, whose streams end with what `check`, called for each tensor, raises."""
 
-    `check` is called for each tensor; what it raises ends the stream.
-    """
+    def checked(weights: WeightStream) -> WeightStream:
+        for item in weights:
+            check()
+            yield item
+
+    slices = source.stream_slices
+    return dataclasses.replace(
+        source,
+        stream=lambda dtype: checked(source.stream(dtype)),
+        stream_slices=None if slices is None else lambda dtype, cuts: checked(slices(dtype, cuts)),
+    )
+
+
+def rounded_weights(arch: ModelArch, formats: ModelFormats, dense: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield canonical weights in `formats`, each matrix rounded to nearest as it comes from `dense`."""
     matrices = matrix_shapes(arch).keys()
     for name, tensor in dense:
-        check()
         prefix, _, suffix = name.rpartition(".")
         if suffix == "weight" and prefix in matrices:
             yield from Matrix.dense(tensor).quantized(formats.of(prefix)).named_tensors(prefix)

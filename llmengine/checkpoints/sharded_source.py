@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import lcm
 from typing import TYPE_CHECKING
 
+from llmengine.checkpoints.quantized_source import rounded_weights
 from llmengine.checkpoints.source import ModelSource
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.sharding import Cut, Held, Shard, Units, arch_of, cuts, divided
@@ -22,8 +23,8 @@ def shard_source(source: ModelSource, shard: Shard) -> ModelSource:
     """`source` as one rank has it: its `arch` is the shard's, and its stream yields the shard's tensors only.
 
     The values are those of `source`, and so are the formats wherever that can be: where a cut goes through a group of
-    weights that share a scale, the shard has smaller groups with the same scale. A matrix that `source` quantizes as it
-    streams is quantized whole before it is cut, so that the ranks together have what one rank alone would have.
+    weights that share a scale, the shard has smaller groups with the same scale. A matrix that `source` rounds as it
+    streams is rounded whole before it is cut, unless cutting first gives the same bits.
 
     Of a dense tensor a reader reads only what the rank has, where it can. Memory while streaming peaks at that of
     `source` plus the shard of one tensor. Raises `ConfigError` naming the sizes that work if there is no such shard.
@@ -31,13 +32,16 @@ def shard_source(source: ModelSource, shard: Shard) -> ModelSource:
     if shard.size == 1:
         return source
     plan = ShardPlan(source.arch, source.formats, shard.size)
-
-    slices = {} if source.stream_slices is None else plan.dense_slices(shard.rank)
+    stored = source if source.unrounded is None else source.unrounded
+    slices = plan.slices(shard.rank, is_rounding=source.unrounded is not None)
 
     def stream(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        weights = source.weights(dtype) if source.stream_slices is None else source.stream_slices(dtype, slices)
-        for name, tensor in weights:
-            yield name, tensor if name in slices else plan.shard(name, tensor, shard.rank)
+        for name, tensor in _sliced(stored, dtype, slices):
+            pieces = iter([(name, tensor)])
+            if source.unrounded is not None:
+                pieces = rounded_weights(source.arch, source.formats, pieces)
+            for item, piece in pieces:
+                yield item, piece if name in slices else plan.shard(item, piece, shard.rank)
 
     return dataclasses.replace(
         source,
@@ -83,13 +87,20 @@ class ShardPlan:
         """The formats of that model."""
         return _formats_of(self._arch, self._formats, self._ranks[rank])
 
-    def dense_slices(self, rank: int) -> dict[str, Cut]:
-        """What a rank has of the dense tensors of which it has a part."""
-        return {
-            name: cut
-            for name, cut in self._cuts[rank].items()
-            if cut.axis is not None and (len(self._shapes[name]) == 1 or self._place(name, rank)[1] == DENSE)
-        }
+    def slices(self, rank: int, *, is_rounding: bool = False) -> dict[str, Cut]:
+        """What a rank has of the dense tensors that can be cut as they are read.
+
+        With `is_rounding` the matrices that are to be quantized are among them, where cutting first gives the same.
+        """
+
+        def is_early(name: str, cut: Cut) -> bool:
+            _, stored, _ = self._place(name, rank)
+            if cut.axis is None or stored in (None, DENSE):
+                return cut.axis is not None
+            is_same = stored.sharded(self._shape(name), cut.axis, cut.ranges) == stored
+            return is_rounding and is_same and stored.rounds_alone(cut.axis)
+
+        return {name: cut for name, cut in self._cuts[rank].items() if is_early(name, cut)}
 
     def shard(self, name: str, tensor: Tensor, rank: int) -> Tensor:
         """What a rank has of the tensor `name`: a new contiguous tensor, or `tensor` itself if the rank has all of it.
@@ -104,7 +115,7 @@ class ShardPlan:
         if cut.axis is None:
             return tensor
         if stored is None:
-            return torch.cat([tensor[part.start : part.stop] for part in cut.ranges])
+            return _slice(tensor, cut)
         return stored.shard(suffix, tensor, self._shape(name), cut.axis, cut.ranges)
 
     def join(self, name: str, shards: Sequence[Tensor]) -> Tensor:
@@ -154,6 +165,22 @@ def format_units(arch: ModelArch, formats: ModelFormats) -> Units:
     rows = {kind: lcm(*(item.step("out") for item in by_kind[kind])) for kind in ("qkv", "gate_up")}
     inner = tuple(lcm(unit, rows["gate_up"]) for unit in columns["down"])
     return Units(columns["o"], rows["qkv"], inner)
+
+
+def _sliced(source: ModelSource, dtype: torch.dtype, slices: Mapping[str, Cut]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a source, its dense tensors in `slices` cut: by the reader, if it can do that."""
+    if source.stream_slices is not None:
+        yield from source.stream_slices(dtype, slices)
+        return
+    for name, tensor in source.weights(dtype):
+        yield name, _slice(tensor, slices[name]) if name in slices else tensor
+
+
+def _slice(tensor: Tensor, cut: Cut) -> Tensor:
+    import torch
+
+    dim = 0 if cut.axis == "out" else 1
+    return torch.cat([tensor.narrow(dim, part.start, len(part)) for part in cut.ranges], dim)
 
 
 def _finest(formats: set[WeightFormat]) -> set[WeightFormat]:

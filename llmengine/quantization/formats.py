@@ -180,6 +180,11 @@ class WeightFormat(ABC):
         specs = self.tensors((0, 0), "float32").values()
         return lcm(*(along.step for spec in specs for along in spec.along if along is not None and along.axis == axis))
 
+    def rounds_alone(self, axis: Axis) -> bool:
+        """Whether `quantize` gives rows ("out") or columns ("in") alone what they have in the whole matrix."""
+        specs = self.tensors((0, 0), "float32").values()
+        return all(any(along is not None and along.axis == axis for along in spec.along) for spec in specs)
+
     def sharded(self, shape: Shape, axis: Axis, ranges: Sequence[range]) -> WeightFormat:
         """The format of what a rank holds of a matrix of `shape`: these rows or columns, one range behind the other.
 

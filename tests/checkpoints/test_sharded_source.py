@@ -13,11 +13,12 @@ from torch import Tensor
 
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import rounded_weights
+from llmengine.checkpoints.quantized_source import quantized_source, rounded_weights
 from llmengine.checkpoints.sharded_source import ShardPlan, join_shards, shard_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.errors import ConfigError
 from llmengine.models.sharding import Shard
+from llmengine.quant_config import QuantConfig
 from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import DENSE, WeightFormat
 from llmengine.quantization.fp8 import Fp8
@@ -208,6 +209,49 @@ def test_quantized_checkpoints(tmp_path: Path, layout: str) -> None:
     assert_shards_join(source, 2, torch.bfloat16)
 
 
+ROUNDED: dict[str, tuple[QuantConfig, set[str]]] = {
+    "int8": (QuantConfig(weights="int8"), {"qkv", "gate_up", "lm_head"}),
+    "int4": (QuantConfig.preset("int4-rtn", group_size=16), {"qkv", "gate_up", "o", "down", "lm_head"}),
+    "int4-64": (QuantConfig.preset("int4-rtn", group_size=64), {"qkv", "gate_up", "o", "down", "lm_head"}),
+    "fp8": (QuantConfig(weights="fp8"), {"qkv", "gate_up", "lm_head"}),
+    "w8a8-tensor": (
+        QuantConfig(weights="int8", activations="token", scales="tensor", method="rtn"),
+        {"lm_head"},
+    ),
+    "mxfp4": (QuantConfig(weights="mxfp4", method="rtn"), {"qkv", "gate_up", "o", "down", "lm_head"}),
+    "skipped": (QuantConfig(weights="int8", skip_layers=["*.down"]), {"qkv", "gate_up", "lm_head", "down"}),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_what_is_rounded_as_it_loads_is_cut_first_where_that_changes_nothing(tmp_path: Path, kind: str) -> None:
+    config, cut_first = ROUNDED[kind]
+    model = make_family("qwen3", hidden_size=128, intermediate_size=256, num_attention_heads=4)
+    source = quantized_source(saved(tmp_path, model), config.resolve())
+    assert source.unrounded is not None
+    slices = ShardPlan(source.arch, source.formats, 2).slices(1, is_rounding=True)
+    assert {name.split(".")[-2] for name in slices} == {*cut_first, "embed_tokens"}
+    for size in (2, 4):
+        assert_shards_join(source, size)
+    by_slices = dataclasses.replace(source, unrounded=dataclasses.replace(source.unrounded, stream=_fails))
+    assert [name for name, _ in shard_source(by_slices, Shard(1, 2)).weights(torch.float32)]
+
+
+def test_loading_a_shard_ends_where_it_is_asked_to(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def check() -> None:
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    source = quantized_source(saved(tmp_path, make_family("qwen3")), QuantConfig(weights="int8").resolve(), check=check)
+    weights = shard_source(source, Shard(0, 2)).weights(torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        list(weights)
+    assert len(calls) == 5
+
+
 def test_saved_engines(tmp_path: Path) -> None:
     source = in_format(saved(tmp_path / "model", make_family("gemma3")), Int4Groups(16))
     weights = source.weights(torch.bfloat16)
@@ -270,7 +314,7 @@ def test_readers_read_what_a_rank_has_of_dense_tensors(tmp_path: Path, family: s
     for dtype in (torch.bfloat16, torch.float32):
         whole = dict(source.weights(dtype))
         for rank in range(size):
-            slices = plan.dense_slices(rank)
+            slices = plan.slices(rank)
             assert ("layers.1.qkv.weight" in slices) == (kind != "Q4_0")
             assert {"layers.1.gate_up.weight", "layers.0.down.weight", "embed_tokens.weight"} <= slices.keys()
             for name, tensor in shard_source(by_slices, Shard(rank, size)).weights(dtype):
