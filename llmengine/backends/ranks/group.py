@@ -273,4 +273,4 @@ class RankGroup:
             rank.connection.close()
             os.close(rank.dumps)
         self._store = None
-        self._writer = None  # a call that waits in it ends first, and then its memory is freed
+        self._writer = self._collectives = None  # their memory is freed when no call uses it any more
