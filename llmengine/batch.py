@@ -15,7 +15,7 @@ ids, and the tokens after them are void.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -187,6 +187,17 @@ class PreparingBackend(Backend, Protocol):
 
     def prepare(self) -> bool:
         """Do one piece of that work, in a fraction of a second, while no step is in flight; False if none was left."""
+
+
+@runtime_checkable
+class WatchedBackend(Backend, Protocol):
+    """A backend that can fail while no step is in flight, since it has processes of its own."""
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Call `on_failure` once, on any thread, when the backend has failed; at once if it has already."""
+
+    def check(self) -> None:
+        """Raise what the backend failed of, if it has."""
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 import anyio
 
-from llmengine.batch import Backend, BackendInfo, PreparingBackend
+from llmengine.batch import Backend, BackendInfo, PreparingBackend, WatchedBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission
 from llmengine.engine.commands import CommandQueue
@@ -315,6 +315,8 @@ class Engine:
             self._description = info.description
             self._run_ahead = RunAhead(info.max_steps_in_flight)
             self._can_prepare = self._may_prepare = isinstance(self._backend, PreparingBackend)
+            if isinstance(self._backend, WatchedBackend):
+                self._backend.watch(partial(self._commands.send, self._backend.check, _ignore))
             self._step_ended_at = time.monotonic()
             if self.scheduler_config.step_timeout_s is not None:
                 self._watchdog = Watchdog(self.scheduler_config.step_timeout_s, self._give_up)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +135,20 @@ def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
         asyncio.run(main())
     assert "SIGKILL" in str(llm.health().failure)
     llm.close()
+    assert set(children()) == before
+
+
+def test_a_rank_that_dies_ends_an_idle_engine_too(directory: Path) -> None:
+    before = set(children())
+    with load(directory, 2) as llm:
+        (rank,) = set(children()) - before
+        rank.kill()
+        deadline = time.monotonic() + 30
+        while llm.health().state != "dead" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "rank 1 of 2" in str(llm.health().failure)
+        with pytest.raises(EngineDeadError, match="rank 1 of 2"):
+            llm.generate([[5, 6]], GREEDY)
     assert set(children()) == before
 
 

@@ -10,7 +10,7 @@ from llmengine.batch import BackendInfo, Batch, SavableBackend, ScoringBackend, 
 
 
 class RanksBackend:
-    """Implements `batch.Backend` with that of rank 0, whose forward passes the other ranks follow.
+    """Implements `batch.WatchedBackend` with that of rank 0, whose forward passes the other ranks follow.
 
     Args:
         own: of rank 0; it tells the others what to compute.
@@ -55,6 +55,14 @@ class RanksBackend:
     def weights(self) -> Iterator[tuple[str, Any]]:
         """See `batch.SavableBackend.weights`."""
         return self._weights()
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """See `batch.WatchedBackend`."""
+        self._group.watch(on_failure)
+
+    def check(self) -> None:
+        """See `batch.WatchedBackend`."""
+        self._group.check()
 
     def close(self) -> None:
         """End all ranks. Idempotent."""

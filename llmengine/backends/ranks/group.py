@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -119,6 +119,10 @@ class RankGroup:
         failure = self._running().failure
         if failure is not None:
             raise failure.dead()
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Call `on_failure` once, on any thread, when a rank has failed; `check` raises the cause."""
+        self._running().tell(on_failure)
 
     def close(self) -> None:
         """End the ranks: those that do not end by themselves within 2 s are killed. Idempotent, from any thread."""

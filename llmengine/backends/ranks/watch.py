@@ -84,6 +84,7 @@ class RankWatch:
         self._closing = False
         self._waker, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="llmengine-ranks", daemon=True)
+        self._on_failure: Callable[[], None] | None = None
         self.failure: RankFailure | None = None
 
     def start(self) -> None:
@@ -155,6 +156,20 @@ class RankWatch:
             self._changed.notify_all()
         for rank in self._ranks:
             rank.process.kill()
+        self._tell()
+
+    def tell(self, on_failure: Callable[[], None]) -> None:
+        """Call this, on any thread, when there is a failure."""
+        self._on_failure = on_failure
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            on_failure = self._on_failure if self.failure is not None else None
+            if on_failure is not None:
+                self._on_failure = None
+        if on_failure is not None:
+            on_failure()
 
     def _name(self, rank: WatchedRank) -> str:
         return f"rank {rank.rank} of {self._size} (process {rank.process.pid})"
