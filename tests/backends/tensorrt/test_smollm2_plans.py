@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmengine import LLM, KvCacheConfig, SamplingParams, SchedulerConfig
 from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.kv_store import AttentionShape
-from llmengine.backends.cpu.step_inputs import HostSlotState, StepInputs
+from llmengine.backends.cpu.step_inputs import BlockTables, HostSlotState, StepInputs
 from llmengine.backends.kv_layout import KvPool, split_kv_layout
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.model_segments import segments_of
@@ -126,7 +126,7 @@ class InterpretedBackend:
         layer = LayerAttention(rope_table(arch.rope, arch.head_dim, MAX_MODEL_LEN))
         pool = KvPool(split_kv_layout(arch, KV_CACHE.block_size), NUM_BLOCKS, MAX_MODEL_LEN)
         self._attention = PagedAttention(shape, pool, [layer] * arch.num_layers)
-        self._slots = HostSlotState(SCHEDULER.resolve().max_batch_size, pool.max_blocks_per_request)
+        self._slots = HostSlotState(BlockTables(SCHEDULER.resolve().max_batch_size, pool.max_blocks_per_request))
         self._result: StepResult | None = None
         self.info = BackendInfo(
             description="interpreted networks",
