@@ -10,6 +10,8 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Protocol
 
+from llmengine.errors import ConfigError
+
 __all__ = ["Launcher", "LocalLauncher", "RankProcess"]
 
 _PROGRAM = Path(__file__).with_name("process.py")
@@ -65,7 +67,12 @@ class LocalLauncher:
 
     def launch(self, arguments: Sequence[str], descriptors: Sequence[int]) -> RankProcess:
         # -I: neither PYTHONPATH nor the current directory counts; the rank gets this process's sys.path instead.
-        command = [os.fsdecode(spawn.get_executable()), "-I", str(_PROGRAM), *arguments]
+        executable = spawn.get_executable()
+        if not executable:
+            raise ConfigError(
+                "Python does not know its executable here; name it by multiprocessing.set_executable(path)"
+            )
+        command = [os.fsdecode(executable), "-I", str(_PROGRAM), *arguments]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, pass_fds=descriptors, close_fds=True, start_new_session=True
         )

@@ -59,7 +59,8 @@ class SharedCollectives:
         self.size = size
         self._while_waiting = while_waiting
         self._memory = SharedMemory(fd, _LINES * size)
-        self._bytes = torch.frombuffer(self._memory.data, dtype=torch.uint8).view(2, size, _SLOT)
+        with torch.inference_mode(False):  # otherwise it could be written to in that mode only
+            self._bytes = torch.frombuffer(self._memory.data, dtype=torch.uint8).view(2, size, _SLOT)
         self._slots: dict[torch.dtype, list[tuple[torch.Tensor, ...]]] = {}
         self._arrivals = [LINE_WORDS * _LINES * rank for rank in range(size)]
         self._round = 0

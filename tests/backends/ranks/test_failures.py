@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import signal
 import time
@@ -170,6 +171,12 @@ def test_a_start_that_is_interrupted_leaves_no_rank(error: BaseException) -> Non
         group.start()
     assert launcher.launched[0].poll() == -signal.SIGKILL
     group.close()
+
+
+def test_a_program_that_embeds_python_must_name_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", None)
+    with pytest.raises(ConfigError, match="set_executable"):
+        RankGroup(2, OBEY, b"").start()
 
 
 def test_a_slow_start_is_late() -> None:

@@ -121,3 +121,12 @@ def test_a_wait_tells_for_whom() -> None:
         first.all_reduce(torch.ones(1))
     with pytest.raises(ValueError, match="8 dimensions; 7 can"):
         first.gather(torch.ones([1] * 8))
+
+
+def test_a_rank_that_begins_in_inference_mode_may_leave_it() -> None:
+    fd = anonymous_file("sums", shared_size(1))
+    with torch.inference_mode():
+        rank = SharedCollectives(fd, 0, 1, give_up)
+        rank.all_reduce(torch.ones(3))
+    os.close(fd)
+    rank.all_reduce(torch.ones(3))
