@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source, rounded_weights
 from llmengine.checkpoints.sharded_source import ShardPlan, join_shards, shard_source
-from llmengine.checkpoints.source import ModelSource
-from llmengine.errors import ConfigError
+from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.errors import ConfigError, UnsupportedModelError
+from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.sharding import Shard
 from llmengine.quant_config import QuantConfig
 from llmengine.quantization.bnb4 import Bnb4Bit
@@ -32,6 +35,7 @@ from llmengine.quantization.nvfp4 import Nvfp4
 from tests.checkpoints.helpers import make_model
 from tests.checkpoints.quantized_files import write_quantized
 from tests.checkpoints.quantized_layouts import LAYOUTS, make
+from tests.models.arch_helpers import SMALL_ARCH
 from tests.models.family_helpers import FAMILIES, make_family, write_family_gguf
 from tests.models.rank_threads import logits_of
 
@@ -234,7 +238,9 @@ def test_what_is_rounded_as_it_loads_is_cut_first_where_that_changes_nothing(tmp
     for size in (2, 4):
         assert_shards_join(source, size)
     by_slices = dataclasses.replace(source, unrounded=dataclasses.replace(source.unrounded, stream=_fails))
-    assert [name for name, _ in shard_source(by_slices, Shard(1, 2)).weights(torch.float32)]
+    assert len(dict(shard_source(by_slices, Shard(1, 2)).weights(torch.float32))) == len(
+        dict(source.weights(torch.float32))
+    )
 
 
 def test_loading_a_shard_ends_where_it_is_asked_to(tmp_path: Path) -> None:
@@ -323,6 +329,66 @@ def test_readers_read_what_a_rank_has_of_dense_tensors(tmp_path: Path, family: s
 
 def _fails(dtype: torch.dtype) -> Any:
     raise AssertionError("the whole was read")
+
+
+@settings(max_examples=150)
+@given(
+    stored=st.sampled_from(
+        [DENSE, *FORMATS, Int4Groups(64), Int8Groups(128), Bnb4Bit("fp4", 128), Fp8("block", "block")]
+    ),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 32, 48, 128]),
+    intermediate=st.integers(2, 40),
+    vocab=st.integers(5, 300),
+    size=st.integers(2, 5),
+    tied=st.booleans(),
+)
+def test_any_shape_has_shards_that_join_or_is_refused_with_sizes(
+    stored: WeightFormat,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    intermediate: int,
+    vocab: int,
+    size: int,
+    tied: bool,
+) -> None:
+    arch = dataclasses.replace(
+        SMALL_ARCH,
+        num_layers=1,
+        hidden_size=64,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=16 * intermediate,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        mlp_bias=True,
+    )
+    source = random_source(arch, stored)
+    try:
+        assert_shards_join(source, size)
+    except ConfigError as error:
+        works = [int(item) for item in str(error).partition("sizes that work: ")[2].split(", ")]
+        assert 1 in works
+        assert size not in works
+        for other in works[1:]:
+            assert_shards_join(source, other)
+    except UnsupportedModelError:  # the whole matrix cannot have this format either
+        with pytest.raises(UnsupportedModelError):
+            source.formats.layout(arch, "float32")
+
+
+def random_source(arch: ModelArch, stored: WeightFormat) -> ModelSource:
+    def stream(dtype: torch.dtype) -> WeightStream:
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in canonical_shapes(arch).items():
+            yield name, torch.randn(shape, generator=generator).to(dtype)
+
+    nowhere = Path("nowhere")
+    dense = ModelSource("dummy", nowhere, arch, "float32", {}, (), None, nowhere, stream)
+    return in_format(dense, stored)
 
 
 def test_one_tensor_is_joined(tmp_path: Path) -> None:
