@@ -4,8 +4,9 @@
     python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 1 --quant int4-rtn
 
 N requests stream during the profile, so the steps are those of a running engine, with its graphs. A step lasts from the
-kernel that begins it to the one that begins the next. Its kernels' times, less their overlap where one starts before
-its predecessor ends, and the gaps in which none runs add up to that.
+kernel that begins it to the one that begins the next. Many kernels start before their predecessors end, and wait. So a
+kernel's time here is what it adds: from the end of all kernels that began before it, or its own begin if that is later,
+to its end. These times and the gaps in which no kernel runs add up to the step.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import anyio
 
 from benchmarks.models import add_model_or_shape, add_quantization, add_tuning_budget, load_chosen
-from benchmarks.report import add_json, append_record, format_table, new_parser, require_gpu
+from benchmarks.report import add_json, append_record, format_table, median, new_parser, require_gpu
 from benchmarks.workloads import exact_length
 from llmengine import LLM, SchedulerConfig
 
 _CONTEXT = 4096
 _MAX_NAME = 70
 _FIRST_KERNEL = "_begin_step"
+_ATTENTION = "_decode_kernel"
 
 GROUPS: Mapping[str, str] = {
     "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
@@ -56,31 +59,41 @@ class KernelTimes:
     Attributes:
         group: one of `GROUPS`.
         launches: per step.
-        each_us: mean of a launch.
-        step_us: in a step.
+        each_us: mean of what a launch adds.
+        lasts_us: mean from its begin to its end, waiting included.
+        step_us: what the launches add to a step.
     """
 
     name: str
     group: str
     launches: float
     each_us: float
+    lasts_us: float
     step_us: float
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """One kernel of a layer: the median of what it adds, over layers and steps."""
+
+    name: str
+    added_us: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Mean of some steps: sum of `kernels` - overlap_us + gaps_us = step_us.
+    """Mean of some steps: sum of `kernels` + gaps_us = step_us.
 
     Attributes:
-        kernels: the one that takes longest first.
-        overlap_us: by how much the sum exceeds the time in which any kernel runs.
+        kernels: the one that adds most first.
+        layer: from one attention to before the next, in the order of launches; empty if layers are not alike.
         gaps_us: time in which none runs.
     """
 
     num_steps: int
     step_us: float
     kernels: Sequence[KernelTimes]
-    overlap_us: float
+    layer: Sequence[Place]
     gaps_us: float
 
 
@@ -100,32 +113,52 @@ def profile_of(launches: Iterable[Launch]) -> StepProfile:
         raise SystemExit("no whole step ran during the profile; use more --seconds")
     num_steps, until_us = len(begins) - 1, ordered[begins[-1]].begin_us
     launched = ordered[begins[0] : begins[-1]]
-    sum_us = sum(launch.end_us - launch.begin_us for launch in launched)
-    busy_us = _busy_us(launched, until_us)
+    added = list(_added_us(launched, until_us))
     step_us = (until_us - launched[0].begin_us) / num_steps
-    overlap_us, gaps_us = (sum_us - busy_us) / num_steps, step_us - busy_us / num_steps
-    return StepProfile(num_steps, step_us, kernel_times(launched, num_steps), overlap_us, gaps_us)
+    return StepProfile(
+        num_steps,
+        step_us,
+        kernel_times(launched, added, num_steps),
+        _layer(launched, added),
+        gaps_us=step_us - sum(added) / num_steps,
+    )
 
 
-def _busy_us(ordered: Iterable[Launch], until_us: float) -> float:
-    """Microseconds before `until_us` in which at least one of the launches runs."""
-    busy, covered = 0.0, float("-inf")
+def _added_us(ordered: Iterable[Launch], until_us: float) -> Iterator[float]:
+    """For each launch, the microseconds before `until_us` in which none that began before it runs any more."""
+    covered = float("-inf")
     for launch in ordered:
         end = min(launch.end_us, until_us)
-        busy += max(0.0, end - max(launch.begin_us, covered))
+        yield max(0.0, end - max(launch.begin_us, covered))
         covered = max(covered, end)
-    return busy
 
 
-def kernel_times(launches: Iterable[Launch], num_steps: int) -> list[KernelTimes]:
-    """The times of each kernel, the longest in a step first."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for launch in launches:
-        found[launch.name].append(launch.end_us - launch.begin_us)
-    kernels = [
-        KernelTimes(name, group_of(name), len(times) / num_steps, sum(times) / len(times), sum(times) / num_steps)
-        for name, times in found.items()
-    ]
+def _layer(ordered: Sequence[Launch], added: Sequence[float]) -> list[Place]:
+    """The kernels from one attention to the next, where most are the same kernels."""
+    attentions = [index for index, launch in enumerate(ordered) if _ATTENTION in launch.name]
+    spans = [range(*pair) for pair in pairwise(attentions)]
+    names = Counter(tuple(ordered[index].name for index in span) for span in spans)
+    if not names:
+        return []
+    usual, count = names.most_common(1)[0]
+    if 2 * count < len(spans):
+        return []
+    alike = [span for span in spans if tuple(ordered[index].name for index in span) == usual]
+    return [Place(name, median([added[span[place]] for span in alike])) for place, name in enumerate(usual)]
+
+
+def kernel_times(launches: Sequence[Launch], added: Sequence[float], num_steps: int) -> list[KernelTimes]:
+    """The times of each kernel, the one that adds most to a step first."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for launch, us in zip(launches, added, strict=True):
+        found[launch.name].append((us, launch.end_us - launch.begin_us))
+    kernels = []
+    for name, times in found.items():
+        total, lasts = (sum(column) for column in zip(*times, strict=True))
+        count = len(times)
+        kernels.append(
+            KernelTimes(name, group_of(name), count / num_steps, total / count, lasts / count, total / num_steps)
+        )
     return sorted(kernels, key=lambda kernel: -kernel.step_us)
 
 
@@ -137,7 +170,7 @@ def group_table(profile: StepProfile) -> str:
         if kernels:
             launches = f"{sum(kernel.launches for kernel in kernels):.1f}"
             rows.append((group, launches, sum(kernel.step_us for kernel in kernels)))
-    rows += [("overlap", "", -profile.overlap_us), ("gaps", "", profile.gaps_us), ("step", "", profile.step_us)]
+    rows += [("gaps", "", profile.gaps_us), ("step", "", profile.step_us)]
     return format_table(
         ["of a step", "launches", "us", "share"],
         [[name, launches, f"{us:,.1f}", f"{us / profile.step_us:.1%}"] for name, launches, us in rows],
@@ -151,12 +184,20 @@ def kernel_table(profile: StepProfile, most: int) -> str:
             one.name[:_MAX_NAME],
             one.group.partition(",")[0],
             f"{one.launches:.1f}",
+            f"{one.lasts_us:.2f}",
             f"{one.each_us:.2f}",
             f"{one.step_us:.1f}",
         ]
         for one in profile.kernels[:most]
     ]
-    return format_table(["kernel", "group", "launches/step", "us/launch", "us/step"], rows)
+    return format_table(["kernel", "group", "launches/step", "lasts us", "adds us", "us/step"], rows)
+
+
+def layer_table(profile: StepProfile) -> str:
+    """A row for each kernel of a layer, in order, and one for the layer."""
+    rows = [[place.name[:_MAX_NAME], f"{place.added_us:.2f}"] for place in profile.layer]
+    rows.append(["a layer", f"{sum(place.added_us for place in profile.layer):.1f}"])
+    return format_table(["kernel", "adds us"], rows)
 
 
 async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> list[Launch]:
@@ -222,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         profile = profile_of(anyio.run(profile_decodes, llm, arguments))
         description = llm.info.description
     print(f"{description}\n{profile.num_steps} steps of {arguments.streams} decodes, {profile.step_us:.0f} us each\n")
-    print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}")
+    print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}\n\n{layer_table(profile)}")
     append_record(arguments, "step profile", asdict(profile), engine={"description": description})
 
 

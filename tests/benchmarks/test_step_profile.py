@@ -1,4 +1,4 @@
-"""The profile of a step: its kernels in groups, their overlap and the gaps between them."""
+"""The profile of a step: what its kernels add to it, in groups and in a layer, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -29,40 +29,50 @@ TWO_STEPS = make_launches(
 )
 
 
-def test_a_step_is_its_kernels_less_overlap_and_its_gaps() -> None:
+def test_a_step_is_what_its_kernels_add_and_its_gaps() -> None:
     profile = profile_of(reversed(TWO_STEPS))
-    assert (profile.num_steps, profile.step_us) == (2, 10.0)
-    assert (profile.overlap_us, profile.gaps_us) == (0.5, 2.0)
-    times = {kernel.name: (kernel.launches, kernel.each_us, kernel.step_us) for kernel in profile.kernels}
+    assert (profile.num_steps, profile.step_us, profile.gaps_us) == (2, 10.0, 2.0)
+    times = {one.name: (one.launches, one.each_us, one.lasts_us, one.step_us) for one in profile.kernels}
     assert times == {
-        "packed_kernel": (1.0, 6.0, 6.0),
-        "_decode_kernel": (0.5, 3.0, 1.5),
-        "_begin_step": (1.0, 1.0, 1.0),
+        "packed_kernel": (1.0, 6.0, 6.0, 6.0),
+        "_decode_kernel": (0.5, 2.0, 3.0, 1.0),
+        "_begin_step": (1.0, 1.0, 1.0, 1.0),
     }
-    assert [kernel.name for kernel in profile.kernels] == ["packed_kernel", "_decode_kernel", "_begin_step"]
-    total = sum(kernel.step_us for kernel in profile.kernels)
-    assert total - profile.overlap_us + profile.gaps_us == profile.step_us
+    assert [kernel.name for kernel in profile.kernels] == ["packed_kernel", "_begin_step", "_decode_kernel"]
+    assert sum(kernel.step_us for kernel in profile.kernels) + profile.gaps_us == profile.step_us
 
 
 def test_a_kernel_that_outlasts_the_step_leaves_no_gap() -> None:
     profile = profile_of(make_launches(("_begin_step", 0.0, 12.0), ("_begin_step", 10.0, 11.0)))
-    assert (profile.step_us, profile.gaps_us, profile.overlap_us) == (10.0, 0.0, 2.0)
+    assert (profile.step_us, profile.gaps_us, profile.kernels[0].step_us) == (10.0, 0.0, 10.0)
+
+
+def test_a_layer_is_what_comes_from_one_attention_to_the_next() -> None:
+    layer = [("_decode_kernel", 0.0, 2.0), ("packed_kernel", 0.5, 5.0), ("packed_kernel", 4.0, 9.0)]
+    spans = [("_begin_step", 0.0, 1.0)]
+    for start in (1.0, 11.0, 21.0):
+        spans += [(name, start + begin, start + end) for name, begin, end in layer]
+    profile = profile_of(make_launches(*spans, ("_begin_step", 40.0, 41.0)))
+    assert [(place.name, place.added_us) for place in profile.layer] == [
+        *(("_decode_kernel", 2.0), ("packed_kernel", 3.0), ("packed_kernel", 4.0))
+    ]
+    assert step_profile.layer_table(profile).splitlines()[-1].split() == ["|", "a", "layer", "|", "9.0", "|"]
+    assert profile_of(TWO_STEPS).layer == []
 
 
 def test_the_tables_name_groups_and_kernels() -> None:
     profile = profile_of(TWO_STEPS)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in step_profile.group_table(profile).splitlines()]
     assert rows[2:] == [
-        ["attention, rotation, KV write", "0.5", "1.5", "15.0%"],
+        ["attention, rotation, KV write", "0.5", "1.0", "10.0%"],
         ["products", "1.0", "6.0", "60.0%"],
         ["begin and end of the step, copies", "1.0", "1.0", "10.0%"],
-        ["overlap", "", "-0.5", "-5.0%"],
         ["gaps", "", "2.0", "20.0%"],
         ["step", "", "10.0", "100.0%"],
     ]
     kernel_rows = step_profile.kernel_table(profile, most=1).splitlines()
     assert [cell.strip() for cell in kernel_rows[2].split("|")[1:-1]] == [
-        *("packed_kernel", "products", "1.0", "6.00", "6.0")
+        *("packed_kernel", "products", "1.0", "6.00", "6.00", "6.0")
     ]
     assert len(kernel_rows) == 3
 
