@@ -59,8 +59,6 @@ class SharedCollectives:
         self.size = size
         self._while_waiting = while_waiting
         self._memory = SharedMemory(fd, _LINES * size)
-        with torch.inference_mode(False):  # otherwise it could be written to in that mode only
-            self._bytes = torch.frombuffer(self._memory.data, dtype=torch.uint8).view(2, size, _SLOT)
         self._slots: dict[torch.dtype, list[tuple[torch.Tensor, ...]]] = {}
         self._arrivals = [LINE_WORDS * _LINES * rank for rank in range(size)]
         self._round = 0
@@ -105,7 +103,9 @@ class SharedCollectives:
     def _typed(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         """The slots of even and of odd rounds, by rank, as elements of a dtype."""
         if dtype not in self._slots:
-            self._slots[dtype] = [self._bytes[parity].view(dtype).unbind() for parity in (0, 1)]
+            with torch.inference_mode(False):  # otherwise they could be written to in that mode only
+                slots = torch.frombuffer(self._memory.data, dtype=dtype).view(2, self.size, -1)
+            self._slots[dtype] = [slots[parity].unbind() for parity in (0, 1)]
         return self._slots[dtype]
 
     def _await(self, number: int) -> None:
