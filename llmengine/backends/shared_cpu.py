@@ -8,6 +8,7 @@ attention's and the MLP's results. Only rank 0 gets all logits, and samples.
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -171,7 +172,7 @@ def _follow(channel: RankChannel, model: CpuModel, forward_pass: ForwardPass, ta
             if message.restarts:
                 weights = model.canonical()
             _, tensor = next(weights)
-            channel.reply(pickle.dumps(tensor))
+            channel.reply(_tensor_bytes(tensor))
         else:
             raise AssertionError(message)
 
@@ -300,7 +301,21 @@ def _joined_weights(plan: ShardPlan, model: CpuModel, group: RankGroup) -> Itera
     """The canonical weights, each put together from the ranks' parts."""
     for index, (name, tensor) in enumerate(model.canonical()):
         group.broadcast(pickle.dumps(_NextWeight(restarts=index == 0)))
-        yield name, plan.join(name, [tensor, *(pickle.loads(reply) for reply in group.replies())])
+        yield name, plan.join(name, [tensor, *map(_tensor_of, group.replies())])
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor of any dtype; torch pickles numbers of 8 bits wrongly, but saves them right."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
+
+
+def _tensor_of(message: bytes) -> Tensor:
+    """Undoes `_tensor_bytes`."""
+    tensor = torch.load(io.BytesIO(message), weights_only=True)
+    assert isinstance(tensor, Tensor), tensor
+    return tensor
 
 
 def _check(config: ModelConfig) -> None:

@@ -118,7 +118,7 @@ class Stacked(WeightFormat):
         return stacked_tensors(part.format.cut(part.tensors, part.shape, axis, begin, end) for part in parts)
 
     def join(self, pieces: Sequence[Mapping[str, Tensor]], shape: Shape, axis: Axis) -> dict[str, Tensor]:
-        """Undoes `cut` along the columns and `shard` along the rows."""
+        """Undoes `cut` along the columns. Along the rows, each part gets those of the same part of all pieces."""
         split = [self.split(piece) for piece in pieces]
         shapes = self.part_shapes(shape)
         return stacked_tensors(

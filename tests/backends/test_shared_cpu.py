@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llmengine import LLM, ConfigError, EngineDeadError, ModelConfig, ParallelConfig, QuantConfig, SamplingParams
+from llmengine.checkpoints.engine_dir import WEIGHTS_NAME
 from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 from llmengine.config import KvCacheConfig, SchedulerConfig
@@ -119,6 +120,17 @@ def test_what_is_saved_is_the_whole_model(directory: Path, together: LLM, alone:
 def test_options(directory: Path, options: dict[str, object]) -> None:
     with load(directory, 1, **options) as alone, load(directory, 2, **options) as together:
         assert tokens(together, GREEDY.replace(max_new_tokens=4)) == tokens(alone, GREEDY.replace(max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "quant", [QuantConfig(weights="fp8"), QuantConfig.preset("int4-rtn", group_size=32)], ids=["fp8", "int4"]
+)
+def test_quantized_weights_are_saved_as_one_process_does(directory: Path, tmp_path: Path, quant: QuantConfig) -> None:
+    for size in (1, 2):
+        with load(directory, size, quant_config=quant) as llm:
+            llm.save(tmp_path / str(size))
+    saved = [(tmp_path / str(size) / WEIGHTS_NAME).read_bytes() for size in (1, 2)]
+    assert saved[0] == saved[1]
 
 
 def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
