@@ -82,6 +82,7 @@ class RankWatch:
         self._settle_at = float("inf")
         self._stopped: set[int] = set()
         self._closing = False
+        self._asking = False
         self._waker, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="llmengine-ranks", daemon=True)
         self._on_failure: Callable[[], None] | None = None
@@ -136,6 +137,7 @@ class RankWatch:
     def late(self, what: str, waited_s: float, ranks: Sequence[int] = ()) -> None:
         """Fail because ranks are late with something, `ranks` or those that do not wait in a collective themselves."""
         asked = [rank for rank in self._ranks if not ranks or rank.rank in ranks]
+        self._asking = True  # the signal ends a rank that is not prepared for it yet, which is no cause
         for rank in asked:
             rank.process.interrupt()
         time.sleep(_DUMP_S)
@@ -196,7 +198,7 @@ class RankWatch:
                     poll.unregister(fd)
                     self._ended(rank)
             self._look_at_processes()
-            if self._reported and self.failure is None and not self._closing:
+            if self._reported and self.failure is None and not self._closing and not self._asking:
                 self._settle()
 
     def _take(self, rank: WatchedRank, kind: Report, data: bytes) -> None:

@@ -81,7 +81,7 @@ def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(collective
         with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*a mistake of 2") as caught:
             add_up(group)
         assert isinstance(caught.value.__cause__, ConfigError)
-        assert all(is_gone(pid, 5) for pid in ranks), "a group fails as a whole"
+        assert all(is_gone(pid, 20) for pid in ranks), "a group fails as a whole"
         for use in (RankGroup.check, RankGroup.replies, add_up, lambda group: group.broadcast(b"echo")):
             with pytest.raises((EngineDeadError, ConfigError), match="a mistake of 2"):
                 use(group)
@@ -119,11 +119,11 @@ def test_a_crash_says_where() -> None:
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
     command: bytes, collectives: Literal["memory", "gloo"]
 ) -> None:
-    with open_group(3, 1.5, collectives) as group:
+    with open_group(3, 3.0, collectives) as group:
         ranks = pids(group)
         group.broadcast(command)
         with pytest.raises(
-            EngineDeadError, match=r"rank 1 of 3 .*did not take part in a collective within 1.5 s"
+            EngineDeadError, match=r"rank 1 of 3 .*did not take part in a collective within 3 s"
         ) as caught:
             add_up(group)
     text = str(caught.value)
@@ -179,9 +179,10 @@ def test_a_program_that_embeds_python_must_name_an_interpreter(monkeypatch: pyte
         RankGroup(2, OBEY, b"").start()
 
 
-def test_a_slow_start_is_late() -> None:
-    group = RankGroup(2, "tests.backends.ranks.slow_to_import:run", b"", start_timeout_s=4.0)
-    with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .*did not start within 4 s(.|\n)*slow_to_import"):
+@pytest.mark.parametrize("after_s", [0.01, 3.0])
+def test_a_slow_start_is_late(after_s: float) -> None:
+    group = RankGroup(2, "tests.backends.ranks.slow_to_import:run", b"", start_timeout_s=after_s)
+    with pytest.raises(EngineDeadError, match=rf"rank 1 of 2 .*did not start within {after_s:.3g} s"):
         group.start()
 
 
