@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import lcm
 from typing import TYPE_CHECKING
 
 from llmengine.checkpoints.quantized_source import rounded_weights
-from llmengine.checkpoints.source import ModelSource
+from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.models.arch import ModelArch, canonical_shapes
 from llmengine.models.sharding import Cut, Held, Shard, Units, arch_of, cuts, divided
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -24,7 +25,8 @@ def shard_source(source: ModelSource, shard: Shard) -> ModelSource:
 
     The values are those of `source`, and so are the formats wherever that can be: where a cut goes through a group of
     weights that share a scale, the shard has smaller groups with the same scale. A matrix that `source` rounds as it
-    streams is rounded whole before it is cut, unless cutting first gives the same bits.
+    streams is rounded whole before it is cut, unless cutting first gives the same bits; if that is so for all of them,
+    the shard has an `unrounded` source as well.
 
     Of a dense tensor a reader reads only what the rank has, where it can. Memory while streaming peaks at that of
     `source` plus the shard of one tensor. Raises `ConfigError` naming the sizes that work if there is no such shard.
@@ -32,26 +34,45 @@ def shard_source(source: ModelSource, shard: Shard) -> ModelSource:
     if shard.size == 1:
         return source
     plan = ShardPlan(source.arch, source.formats, shard.size)
-    stored = source if source.unrounded is None else source.unrounded
-    slices = plan.slices(shard.rank, is_rounding=source.unrounded is not None)
-
-    def stream(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _sliced(stored, dtype, slices):
-            pieces = iter([(name, tensor)])
-            if source.unrounded is not None:
-                pieces = rounded_weights(source.arch, source.formats, pieces)
-            for item, piece in pieces:
-                yield item, piece if name in slices else plan.shard(item, piece, shard.rank)
-
-    return dataclasses.replace(
+    own = dataclasses.replace(
         source,
         arch=plan.arch_of(shard.rank),
         formats=plan.formats_of(shard.rank),
-        stream=stream,
         stream_slices=None,
         unrounded=None,
         plans=None,
     )
+    if (dense := source.unrounded) is None:
+        slices = plan.slices(shard.rank)
+        return dataclasses.replace(own, stream=partial(_shard_stream, source, plan, shard.rank, slices))
+    slices = plan.slices(shard.rank, is_rounding=True)
+    if all(f"{name}.weight" in slices for name in matrix_shapes(source.arch)):
+        stream = partial(_shard_stream, dense, plan, shard.rank, slices)
+        unrounded = dataclasses.replace(dense, arch=own.arch, stream=stream, stream_slices=None)
+        own = dataclasses.replace(own, unrounded=unrounded)
+    return dataclasses.replace(own, stream=partial(_rounded_stream, source, dense, plan, shard.rank, slices))
+
+
+def _shard_stream(
+    source: ModelSource, plan: ShardPlan, rank: int, slices: Mapping[str, Cut], dtype: torch.dtype
+) -> WeightStream:
+    """The weights of a source as a rank has them; `slices` of its dense tensors are cut as they are read."""
+    for name, tensor in _sliced(source, dtype, slices):
+        yield name, tensor if name in slices else plan.shard(name, tensor, rank)
+
+
+def _rounded_stream(
+    source: ModelSource,
+    dense: ModelSource,
+    plan: ShardPlan,
+    rank: int,
+    slices: Mapping[str, Cut],
+    dtype: torch.dtype,
+) -> WeightStream:
+    """Likewise, with matrices of `dense` rounded to the formats of `source`; those in `slices` are cut first."""
+    for name, tensor in _sliced(dense, dtype, slices):
+        for item, piece in rounded_weights(source.arch, source.formats, iter([(name, tensor)])):
+            yield item, piece if name in slices else plan.shard(item, piece, rank)
 
 
 def join_shards(
