@@ -36,7 +36,8 @@ def test_float32(reference: LLM) -> None:
     assert report.model.perplexity == pytest.approx(PERPLEXITY, rel=1e-4)
     assert report.perplexity_increase == pytest.approx(0.0, abs=1e-3)
     assert report.mean_kl is not None
-    assert report.mean_kl < 3e-4
+    # 0.00006, and 0.0006 where bfloat16 prompts run on AMX, which rounds activations as well.
+    assert report.mean_kl < 1e-3
     assert report.model.file_bytes == 2 * report.reference.file_bytes  # type: ignore[operator, union-attr]
 
 
