@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -112,7 +113,9 @@ with LLM(config, enable_tokenizer=False) as llm:
 def growth(name: str) -> tuple[int, int]:
     """What loading SmolLM2 adds to a process, and the weights' part of it by the backend's own account."""
     arguments = [sys.executable, "-c", GROWTH, str(model_path()), name]
-    ended = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
+    # Otherwise glibc decides by what was freed before whether a large block goes back to the system at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     added, weights = map(int, ended.stdout.split())
     return added, weights
 
