@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,11 +23,11 @@ from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.backend import CpuBackend, CpuParts, trim_heap
 from llmengine.backends.cpu.forward_pass import ForwardPass
 from llmengine.backends.cpu.linear import CpuLinear
-from llmengine.backends.cpu.loading import cpu_info, cpu_kv_layout, paged_attention
+from llmengine.backends.cpu.loading import cpu_info, cpu_kv_layout, cpu_kv_pool, paged_attention
 from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLibrary, NativeUnavailableError, load_native_library
 from llmengine.backends.cpu.step_inputs import BlockTables, StepInputs
 from llmengine.backends.cpu.weights import CpuEmbedding, CpuModel, load_cpu_model
-from llmengine.backends.kv_layout import KvPool, context_limit, fit_kv_pool
+from llmengine.backends.kv_layout import KvPool, context_limit
 from llmengine.backends.ranks.backend import RanksBackend
 from llmengine.backends.ranks.channel import RankChannel
 from llmengine.backends.ranks.collectives import Collectives
@@ -41,8 +40,6 @@ from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
 from llmengine.models.decoder import Linear
 from llmengine.models.sharding import Shard, vocabulary_range
-
-_DEFAULT_FRACTION = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +106,7 @@ def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBa
             model, library = _load_shard(config, source, Shard(0, size), group.collectives)
             weight_bytes = model.size_bytes + sum(_loaded(reply).weight_bytes for reply in group.replies())
             all_heads = replace(source.arch, num_kv_heads=sum(arch.num_kv_heads for arch in arches))
-            whole = fit_kv_pool(
-                cpu_kv_layout(config, all_heads),
-                config,
-                context_limit(config, source.arch),
-                psutil.virtual_memory().available,
-                _DEFAULT_FRACTION,
-            )
+            whole = cpu_kv_pool(config, all_heads, context_limit(config, source.arch))
             group.broadcast(pickle.dumps(_Start(whole.num_blocks, whole.max_model_len)))
             tables = _RecordedTables(config.scheduler_config.max_batch_size, whole.max_blocks_per_request)
             pool = replace(whole, layout=cpu_kv_layout(config, arches[0]))

@@ -323,7 +323,7 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
         return -(-_num_outputs(shape) // 128) * -(-shape.num_rows // config.block_m) * config.split_k
 
     def microseconds(config: HopperConfig) -> float:
-        # Of four 8b products on an H200, within a fifth: a box of 64 columns takes 125 ns and 2.7 for each row of x.
+        # Fitted to four 8b products on an H200: a box of 64 columns takes 125 ns, and 2.7 for each row of x.
         waves = -(-num_programs(config) // (num_sms * config.programs)) * config.programs
         each = -(-boxes // config.split_k) * (0.125 + 0.0027 * config.block_m)
         return waves * (each + 1.0) * (0.9 if config.programs > 1 else 1.0) + _SPLIT_US[config.split_k]

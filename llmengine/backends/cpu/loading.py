@@ -73,8 +73,7 @@ def _load_parts(
         # The fastest format is measured, so it need not be the same the next time.
         row_major = why_not_native is None or config.deterministic
         model = load_cpu_model(config, source, library, row_major=row_major)
-        layout = cpu_kv_layout(config, arch)
-        pool = fit_kv_pool(layout, config, limit, psutil.virtual_memory().available, _DEFAULT_FRACTION)
+        pool = cpu_kv_pool(config, arch, limit)
         attention = paged_attention(arch, model, pool)
         native = None
         if library is not None and why_not_native is None:
@@ -137,6 +136,12 @@ def cpu_kv_layout(config: ModelConfig, arch: ModelArch) -> KvLayout:
     if number_format == "none":
         return split_kv_layout(arch, block_size)
     return byte_kv_layout(arch, block_size, number_format)
+
+
+def cpu_kv_pool(config: ModelConfig, arch: ModelArch, limit: int) -> KvPool:
+    """The KV cache that the memory holds now; arguments and errors are those of `fit_kv_pool`."""
+    free_bytes = psutil.virtual_memory().available
+    return fit_kv_pool(cpu_kv_layout(config, arch), config, limit, free_bytes, _DEFAULT_FRACTION)
 
 
 def _why_not_native(config: ModelConfig, arch: ModelArch, limit: int, formats: ModelFormats) -> str | None:

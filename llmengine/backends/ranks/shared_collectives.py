@@ -5,9 +5,9 @@
     [arrived 0 | shape 0, even | shape 0, odd | arrived 1 | ... ][ rank 0: even, odd | rank 1: even, odd | ... ]
 
 A tensor passes in rounds, parts that fit into a slot. In round *n* each rank writes its part to its slot of *n*'s
-parity, sets `arrived` to *n*, and reads the others' slots when they have arrived as well. Who arrives in round *n* has
-read all of round *n - 1*. So a rank may write for round *n* when all have arrived in *n - 1*: two slots suffice, and
-one wait for each round.
+parity, sets `arrived` to *n*, and reads the others' slots when they have arrived as well. A rank that arrives in round
+*n* has read all of round *n - 1*. So a rank may write for round *n* when all have arrived in *n - 1*: two slots
+suffice, and one wait for each round.
 
 Sums are in the order of ranks, in float32 for shorter floats. They are the same on all ranks and in every run.
 
