@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.backends.helpers import save_tiny
+from tests.memory import output_in_steady_heap
 from tests.terminal import interrupt
 
 INTERRUPTED = """
@@ -72,8 +72,7 @@ def test_memory_is_that_of_two_layers_and_the_second_moments(tmp_path: Path, pre
     save_tiny(tmp_path / "small")
     shape = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 4}
     save_tiny(tmp_path / "wide", num_attention_heads=8, num_key_value_heads=2, head_dim=64, **shape)
-    command = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "wide"), preset]
-    found = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=600).stdout)
+    found = int(output_in_steady_heap(MEMORY, str(tmp_path / "small"), str(tmp_path / "wide"), preset))
     layer, moments = 4 * hidden * (768 + hidden + 3 * wide), 4 * (3 * hidden**2 + wide**2)
     mapped = (tmp_path / "wide" / "model.safetensors").stat().st_size
     print(f"{preset}: {found >> 20} MiB, {mapped >> 20} of the file, {layer >> 20} a layer, {moments >> 20} moments")

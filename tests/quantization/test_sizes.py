@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from llmengine.quantization.gguf_blocks import BLOCK_SIZES, GGUF_BLOCKS
 from llmengine.quantization.model_formats import matrix_shapes
 from tests import ROOT
 from tests.backends.helpers import save_tiny
+from tests.memory import output_in_steady_heap
 from tests.models.family_helpers import make_family, write_family_gguf
 from tests.test_smollm2 import model_path
 
@@ -112,11 +110,7 @@ with LLM(config, enable_tokenizer=False) as llm:
 
 def growth(name: str) -> tuple[int, int]:
     """What loading SmolLM2 adds to a process, and the weights' part of it by the backend's own account."""
-    arguments = [sys.executable, "-c", GROWTH, str(model_path()), name]
-    # Otherwise glibc decides by what was freed before whether a large block goes back to the system at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    ended = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    added, weights = map(int, ended.stdout.split())
+    added, weights = map(int, output_in_steady_heap(GROWTH, str(model_path()), name).split())
     return added, weights
 
 
