@@ -36,11 +36,16 @@ def read_choices(file: Path, version: int) -> dict[str, str]:
 
 def write_choices(file: Path, version: int, choices: Mapping[str, str]) -> None:
     """Keep measured choices in place of those in the file; a failure is logged."""
+    text = json.dumps({"version": version, "choices": dict(choices)}, indent=1)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that another process never reads half a file.
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, delete=False) as temporary:
-            json.dump({"version": version, "choices": dict(choices)}, temporary, indent=1)
-        os.replace(temporary.name, file)
+        replace_file(file, text.encode())
     except OSError as error:
         _logger.warning("measured choices could not be kept in %s: %r", file, error)
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file, with its directory, so that no other process ever reads half of it. Raises `OSError`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as temporary:
+        temporary.write(content)
+    os.replace(temporary.name, file)

@@ -24,7 +24,12 @@ from llmengine.backends.cpu.backend import CpuBackend, CpuParts, trim_heap
 from llmengine.backends.cpu.forward_pass import ForwardPass
 from llmengine.backends.cpu.linear import CpuLinear
 from llmengine.backends.cpu.loading import cpu_info, cpu_kv_layout, cpu_kv_pool, paged_attention
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeLibrary, NativeUnavailableError, load_native_library
+from llmengine.backends.cpu.native_library import (
+    NATIVE_DIRECTORY,
+    NativeLibrary,
+    NativeUnavailableError,
+    load_native_library,
+)
 from llmengine.backends.cpu.step_inputs import BlockTables, StepInputs
 from llmengine.backends.cpu.weights import CpuEmbedding, CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import KvPool, context_limit

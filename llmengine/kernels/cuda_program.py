@@ -10,8 +10,6 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmengine.user_cache import cache_dir
+from llmengine.user_cache import cache_dir, replace_file
 
 _logger = logging.getLogger("llmengine.kernels.cuda_program")
 
@@ -56,11 +54,7 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
         pass
     cubin = _compile(source, options)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that another process never reads half a file.
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(cubin)
-        os.replace(temporary.name, file)
+        replace_file(file, cubin)
     except OSError as error:
         _logger.warning("compiled code could not be kept in %s: %r", file, error)
     return cubin

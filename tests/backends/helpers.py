@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.loading import load_cpu_backend
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY, NativeUnavailableError
 from llmengine.batch import Backend, Batch, BatchRow, SlotInit, StepResult
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
@@ -85,7 +85,8 @@ def leave_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*_: object) -> None:
         raise NativeUnavailableError("the test has none")
 
-    monkeypatch.setattr("llmengine.backends.cpu.native.find_native_library", find)
+    for module in ("native", "native_library"):
+        monkeypatch.setattr(f"llmengine.backends.cpu.{module}.find_native_library", find)
 
 
 @dataclass

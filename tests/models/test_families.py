@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY
 from llmengine.checkpoints.arch_json import arch_to_dict
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model

@@ -14,7 +14,8 @@ import torch
 
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
 from llmengine.backends.cpu.forward_pass import ForwardPass
-from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder, NativeLibrary
+from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder
+from llmengine.backends.cpu.native_library import NativeLibrary
 from llmengine.backends.cpu.openmp import TorchThreads
 from llmengine.backends.cpu.prompt_logprobs import compute_prompt_logprobs
 from llmengine.backends.cpu.sampler import Logits, Sampler, Samples

@@ -12,16 +12,12 @@ from llmengine.backends.cpu.attention import LayerAttention, PagedAttention
 from llmengine.backends.cpu.backend import CpuBackend, CpuParts, trim_heap
 from llmengine.backends.cpu.forward_pass import ForwardPass
 from llmengine.backends.cpu.kv_store import AttentionShape
-from llmengine.backends.cpu.native import (
-    BYTE_KV_MULTIPLE,
-    MAX_BYTE_HEAD_DIM,
+from llmengine.backends.cpu.native import BYTE_KV_MULTIPLE, MAX_BYTE_HEAD_DIM, NativeDecoder, looks_up, multiplies
+from llmengine.backends.cpu.native_library import (
     NATIVE_DIRECTORY,
-    NativeDecoder,
     NativeLibrary,
     NativeUnavailableError,
     load_native_library,
-    looks_up,
-    multiplies,
 )
 from llmengine.backends.cpu.step_inputs import BlockTables
 from llmengine.backends.cpu.weights import CpuModel, load_cpu_model

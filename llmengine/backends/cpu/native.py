@@ -4,18 +4,14 @@ Steps that it does not run go through torch's operators. Of these it computes th
 the formats that it has (`native_packing.packing_of`).
 
 The library computes on the same weights and KV blocks as the torch path, on threads of its own, which give their cores
-up when they have to wait. `native.cpp` is its source; the structures here mirror those there.
+up when they have to wait. `native.cpp` is its source; `native_library` loads it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import sysconfig
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmengine.backends.cpu.attention import PagedAttention
-from llmengine.backends.cpu.huge_pages import HugePages
 from llmengine.backends.cpu.linear import CpuLinear, StackedLinear
+from llmengine.backends.cpu.native_library import (
+    MAX_PARTS,
+    InputsStruct,
+    LayerStruct,
+    LinearStruct,
+    MatrixStruct,
+    ModelStruct,
+    NativeLibrary,
+    NativeUnavailableError,
+    ProductStruct,
+    StepStruct,
+    find_native_library,
+)
 from llmengine.backends.cpu.native_packing import PANEL_ROWS, PackedMatrix, pack_matrix, packing_of
 from llmengine.backends.cpu.openmp import torch_function
 from llmengine.backends.cpu.sampler import Logits
@@ -40,191 +48,13 @@ from llmengine.quantization.stacked import Stacked
 MAX_FEW_TOKENS = 128
 """In steps of more tokens, attention takes tiles of tokens, and products with row-major weights need MKL."""
 
-NATIVE_DIRECTORY = Path(__file__).parent
-"""Where the installation puts the library."""
-
-_logger = logging.getLogger("llmengine.backends.cpu.native")
-
-_VERSION = 9
-_VARIANTS = {"AVX512": "avx512", "AVX2": "avx2"}
-"""What torch calls the processor's vector units -> variant of the library; any other processor: generic."""
-
 _DENSE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MAX_PARTS = 3
-"""Matrices above each other that one product may have."""
-
-_Pointer = ctypes.c_void_p
-_Int = ctypes.c_int64
-
 
 BYTE_KV_MULTIPLE = 32
 """Blocks and heads of an int8 KV cache have a multiple of so many tokens and dimensions in the native decoder."""
 
 MAX_BYTE_HEAD_DIM = 256
 """Most dimensions of a head with an int8 KV cache."""
-
-
-class NativeUnavailableError(Exception):
-    """The native decoder cannot be used here; the message says why, for the backend's description."""
-
-
-class _InputsStruct(ctypes.Structure):
-    _fields_ = (
-        ("kind", _Int),
-        ("factors", _Pointer),
-        ("order", _Pointer),
-        ("scale", _Pointer),
-        ("scale_columns", _Int),
-    )
-
-
-class _MatrixStruct(ctypes.Structure):
-    _fields_ = (
-        ("format", _Int),
-        ("weight", _Pointer),
-        ("scale", _Pointer),
-        ("bias", _Pointer),
-        ("rows", _Int),
-        ("columns", _Int),
-        ("group_shift", _Int),
-        ("first_row", _Int),
-        ("out_rows", _Int),
-        ("inputs", _InputsStruct),
-    )
-
-
-class _LinearStruct(ctypes.Structure):
-    _fields_ = (("num_parts", _Int), ("parts", _MatrixStruct * _MAX_PARTS))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        ("input_norm", _Pointer),
-        ("post_attention_norm", _Pointer),
-        ("qkv", _LinearStruct),
-        ("o", _LinearStruct),
-        ("gate_up", _LinearStruct),
-        ("down", _LinearStruct),
-        ("keys", _Pointer),
-        ("values", _Pointer),
-        ("key_scales", _Pointer),
-        ("value_scales", _Pointer),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        ("pool", _Pointer),
-        ("sgemm", _Pointer),
-        ("set_thread_limit", _Pointer),
-        ("num_layers", _Int),
-        ("num_heads", _Int),
-        ("num_kv_heads", _Int),
-        ("head_dim", _Int),
-        ("block_size", _Int),
-        ("max_context", _Int),
-        ("layers", _Pointer),
-        ("embedding", _MatrixStruct),
-        ("lm_head", _LinearStruct),
-        ("final_norm", _Pointer),
-        ("norm_eps", ctypes.c_float),
-        ("rope", _Pointer),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("num_tokens", _Int),
-        ("num_logits", _Int),
-        ("table_stride", _Int),
-        ("token_ids", _Pointer),
-        ("positions", _Pointer),
-        ("token_slots", _Pointer),
-        ("logit_tokens", _Pointer),
-        ("block_tables", _Pointer),
-        ("workspace", _Pointer),
-        ("logits", _Pointer),
-        ("likeliest", _Pointer),
-    )
-
-
-class _Product(ctypes.Structure):
-    _fields_ = (
-        ("linear", _LinearStruct),
-        ("num_tokens", _Int),
-        ("accumulate", _Int),
-        ("x", _Pointer),
-        ("out", _Pointer),
-        ("workspace", _Pointer),
-    )
-
-
-class NativeLibrary:
-    """The loaded library and the threads that it runs on, the caller among them; for one caller at a time.
-
-    Attributes:
-        weight_memory: for matrices that it multiplies.
-
-    Args:
-        variant: of the library.
-        library: it.
-        num_threads: how many.
-        borrowed: whether they are torch's OpenMP threads, if it has these: for products between torch's operators.
-            Otherwise they are the library's own, which end with `close()`.
-    """
-
-    def __init__(self, variant: str, library: ctypes.CDLL, num_threads: int, borrowed: bool) -> None:
-        self.variant = variant
-        self.library = library
-        self.weight_memory = HugePages()
-        library.llmengine_start_pool.restype = _Pointer
-        library.llmengine_start_pool.argtypes = (_Int, _Pointer)
-        library.llmengine_pool_size.restype = library.llmengine_workspace_size.restype = _Int
-        library.llmengine_workspace_size.argtypes = (_Pointer, _Int)
-        library.llmengine_forward.argtypes = (_Pointer, _Pointer)
-        library.llmengine_multiply.argtypes = (_Pointer, _Pointer)
-        library.llmengine_dequantize_rows.argtypes = (_Pointer, _Int, _Pointer, _Pointer)
-        library.llmengine_product_workspace_size.restype = _Int
-        library.llmengine_product_workspace_size.argtypes = (_Pointer, _Pointer, _Int)
-        library.llmengine_forward.restype = library.llmengine_multiply.restype = None
-        library.llmengine_dequantize_rows.restype = None
-        library.llmengine_stop_pool.restype = None
-        library.llmengine_pool_size.argtypes = library.llmengine_stop_pool.argtypes = (_Pointer,)
-        parallel = torch_function("GOMP_parallel") if borrowed else None
-        self.pool = library.llmengine_start_pool(num_threads, parallel)
-        self.close = weakref.finalize(self, library.llmengine_stop_pool, self.pool)
-        # At the interpreter's exit the engine that runs on the threads closes its backend, not this.
-        self.close.atexit = False
-        started = int(library.llmengine_pool_size(self.pool))
-        if started < num_threads:
-            _logger.warning("the system started only %d of %d threads", started, num_threads)
-
-
-def load_native_library(directory: Path, *, borrowed_threads: bool = False) -> NativeLibrary:
-    """Load the variant for this processor from `directory`, with as many threads as torch uses.
-
-    `borrowed_threads`: see `NativeLibrary`. Raises `NativeUnavailableError`.
-    """
-    variant, library = find_native_library(directory)
-    return NativeLibrary(variant, library, torch.get_num_threads(), borrowed_threads)
-
-
-def find_native_library(directory: Path = NATIVE_DIRECTORY) -> tuple[str, ctypes.CDLL]:
-    """The variant for this processor, and the library; starts no threads. Raises `NativeUnavailableError`."""
-    variant = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "generic")
-    if variant == "avx512" and torch.cpu._is_vnni_supported():
-        variant = "avx512vnni"
-    path = directory / f"_native_{variant}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.exists():
-        raise NativeUnavailableError("it was not built when this package was installed")
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.llmengine_native_version()
-    except (OSError, AttributeError) as error:
-        raise NativeUnavailableError(f"{path.name} cannot be loaded: {error}") from error
-    if version != _VERSION:
-        raise NativeUnavailableError(f"{path.name} is from another version: reinstall this package")
-    return variant, library
 
 
 class NativeLinear:
@@ -245,7 +75,7 @@ class NativeLinear:
         self.bias = bias
         self._bias = None if bias is None else padded_bias(bias)
         self.struct = _matrix_struct(self._packed, self._bias)
-        self._linear = _LinearStruct(1, (_MatrixStruct * _MAX_PARTS)(self.struct))
+        self._linear = LinearStruct(1, (MatrixStruct * MAX_PARTS)(self.struct))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """float32 x @ weight.T + bias + residual, which overwrites `residual`."""
@@ -254,7 +84,7 @@ class NativeLinear:
         out = x.new_empty(num_tokens, self.struct.rows) if residual is None else residual.contiguous()
         size = functions.llmengine_product_workspace_size(self._library.pool, ctypes.byref(self._linear), num_tokens)
         workspace = torch.empty(size)
-        product = _Product(
+        product = ProductStruct(
             linear=self._linear,
             num_tokens=num_tokens,
             accumulate=residual is not None,
@@ -299,9 +129,9 @@ def padded_bias(bias: Tensor) -> Tensor:
     return F.pad(bias.float(), (0, -len(bias) % PANEL_ROWS))
 
 
-def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> _MatrixStruct:
+def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> MatrixStruct:
     rows, columns = packed.shape
-    return _MatrixStruct(
+    return MatrixStruct(
         format=packed.packing.number,
         weight=packed.codes.data_ptr(),
         scale=packed.scales.data_ptr(),
@@ -315,7 +145,7 @@ def _matrix_struct(packed: PackedMatrix, bias: Tensor | None) -> _MatrixStruct:
     )
 
 
-def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
+def _inputs_struct(packed: PackedMatrix) -> InputsStruct:
     def address(suffix: str, dtype: torch.dtype) -> int | None:
         tensor = packed.kept.get(suffix)
         if tensor is None:
@@ -324,7 +154,7 @@ def _inputs_struct(packed: PackedMatrix) -> _InputsStruct:
         assert tensor.is_contiguous(), suffix
         return tensor.data_ptr()
 
-    return _InputsStruct(
+    return InputsStruct(
         kind=packed.packing.input_kind,
         factors=address("input_scale", torch.float32),
         order=address("input_order", torch.int32),
@@ -337,7 +167,7 @@ def multiplies(weight_format: WeightFormat) -> bool:
     """Whether the native decoder multiplies by matrices in a format."""
     if isinstance(weight_format, Stacked):
         parts = weight_format.parts
-        return len(parts) <= _MAX_PARTS and all(multiplies(part.format) for part in parts)
+        return len(parts) <= MAX_PARTS and all(multiplies(part.format) for part in parts)
     return weight_format == DENSE or packing_of(weight_format) is not None
 
 
@@ -361,7 +191,7 @@ def looks_up(weight_format: WeightFormat) -> bool:
     return packing_of(weight_format) is not None
 
 
-def _matrices(layer: _Layer) -> Iterator[_MatrixStruct]:
+def _matrices(layer: LayerStruct) -> Iterator[MatrixStruct]:
     for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
         yield from linear.parts[: linear.num_parts]
 
@@ -405,11 +235,11 @@ class NativeDecoder:
         self._vocab_size = arch.vocab_size
         sgemm, set_thread_limit = (torch_function(name) for name in ("sgemm_", "MKL_Set_Num_Threads_Local"))
         self._library = library.library
-        layers = (_Layer * arch.num_layers)(
+        layers = (LayerStruct * arch.num_layers)(
             *(self._layer(norms, linears, attention, index) for index in range(arch.num_layers))
         )
         block_size = attention.block_size
-        self._model = _Model(
+        self._model = ModelStruct(
             pool=library.pool,
             sgemm=sgemm,
             set_thread_limit=set_thread_limit,
@@ -440,7 +270,7 @@ class NativeDecoder:
         logits = torch.empty(num_logits, self._vocab_size)
         likeliest = np.empty(num_logits, dtype=np.int64)
         workspace = self._workspace if num_tokens <= MAX_FEW_TOKENS else self._new_workspace(num_tokens)
-        step = _Step(
+        step = StepStruct(
             num_tokens=num_tokens,
             num_logits=num_logits,
             table_stride=block_tables.shape[1],
@@ -461,9 +291,9 @@ class NativeDecoder:
 
     def _layer(
         self, norms: Mapping[str, Tensor], linears: Mapping[str, CpuLinear], attention: PagedAttention, index: int
-    ) -> _Layer:
+    ) -> LayerStruct:
         prefix = f"layers.{index}."
-        return _Layer(
+        return LayerStruct(
             input_norm=self._vector(norms[prefix + "input_norm"]),
             post_attention_norm=self._vector(norms[prefix + "post_attention_norm"]),
             qkv=self._linear(linears[prefix + "qkv"]),
@@ -473,7 +303,7 @@ class NativeDecoder:
             **attention.store.addresses(index),
         )
 
-    def _linear(self, linear: CpuLinear) -> _LinearStruct:
+    def _linear(self, linear: CpuLinear) -> LinearStruct:
         """Parts of the linear, one above the other."""
         parts = linear.parts if isinstance(linear, StackedLinear) else [linear]
         structs = [self._part(part if isinstance(part, NativeLinear) else part.matrix) for part in parts]
@@ -483,13 +313,13 @@ class NativeDecoder:
             if linear.bias is not None:
                 struct.bias = self._vector(padded_bias(linear.bias[first : first + struct.rows]))
             first += struct.rows
-        return _LinearStruct(len(structs), (_MatrixStruct * _MAX_PARTS)(*structs))
+        return LinearStruct(len(structs), (MatrixStruct * MAX_PARTS)(*structs))
 
-    def _part(self, part: Matrix | NativeLinear) -> _MatrixStruct:
+    def _part(self, part: Matrix | NativeLinear) -> MatrixStruct:
         """A matrix without its bias."""
         if isinstance(part, NativeLinear):
             self._kept.append(part)
-            struct = _MatrixStruct.from_buffer_copy(part.struct)
+            struct = MatrixStruct.from_buffer_copy(part.struct)
             struct.bias = None
             return struct
         assert part.format == DENSE, part.format
@@ -497,7 +327,7 @@ class NativeDecoder:
         assert weight.is_contiguous()
         self._kept.append(weight)
         rows, columns = weight.shape
-        return _MatrixStruct(
+        return MatrixStruct(
             format=_DENSE_FORMATS[weight.dtype], weight=weight.data_ptr(), rows=rows, columns=columns, out_rows=rows
         )
 

@@ -25,7 +25,8 @@ from llmengine.backends.cpu.linear import (
     dense_layouts,
     fastest_layout,
 )
-from llmengine.backends.cpu.native import NativeLibrary, NativeLinear, looks_up
+from llmengine.backends.cpu.native import NativeLinear, looks_up
+from llmengine.backends.cpu.native_library import NativeLibrary
 from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.checkpoints.canonical_weights import COPY_ELEMENTS
 from llmengine.checkpoints.source import ModelSource

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from llmengine.backends.tensorrt.library import (
 from llmengine.backends.tensorrt.network import DefinedSegment, define_segment
 from llmengine.backends.tensorrt.spec import BuildTarget, ProfileSpec, SegmentSpec, spec_from_dict
 from llmengine.errors import ConfigError, LLMEngineError
+from llmengine.user_cache import replace_file
 
 _logger = logging.getLogger("llmengine.tensorrt")
 
@@ -155,10 +155,7 @@ def _write_timing_cache(library: Library, config: Any, path: Path) -> None:
     if messages:
         _logger.warning("the timings of this build could not be kept: %s", quote_messages(messages))
         return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(name, path)
+    replace_file(path, content)
 
 
 def _reset_peak() -> None:

@@ -13,7 +13,7 @@ import torch
 from llmengine import LLM, llm_parts
 from llmengine.backends import load_backend
 from llmengine.backends.cpu.linear import dense_layouts, padded_tokens
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY
 from llmengine.checkpoints.engine_dir import save_engine
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source

@@ -22,7 +22,7 @@ from llmengine import (
 from llmengine.backends import load_backend
 from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cpu.loading import cpu_kv_layout, load_cpu_backend
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY
 from llmengine.backends.cpu.sampler import log_sum_exp
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from llmengine.backends.cpu.backend import CpuBackend
-from llmengine.backends.cpu.native import (
-    MAX_FEW_TOKENS,
+from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeLinear
+from llmengine.backends.cpu.native_library import (
     NATIVE_DIRECTORY,
     NativeLibrary,
-    NativeLinear,
     NativeUnavailableError,
     load_native_library,
 )

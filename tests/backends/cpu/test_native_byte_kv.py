@@ -15,7 +15,7 @@ import torch
 from llmengine import KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
 from llmengine.backends.cpu.backend import CpuBackend
 from llmengine.backends.cpu.loading import load_cpu_backend
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY, NativeUnavailableError, load_native_library
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY, NativeUnavailableError, load_native_library
 from llmengine.checkpoints.opening import open_model
 from llmengine.quant_config import KvQuantization
 from tests.backends.helpers import NO_NATIVE, BackendDriver, save_tiny

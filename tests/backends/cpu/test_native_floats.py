@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.backends.cpu.native import NativeLibrary, NativeLinear, load_native_library
+from llmengine.backends.cpu.native import NativeLinear
+from llmengine.backends.cpu.native_library import NativeLibrary, load_native_library
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.matrix import Matrix
 from tests.backends.cpu.test_native import lesser_library, native_directory

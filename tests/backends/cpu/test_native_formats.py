@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.backends.cpu.linear import W8A8Linear
-from llmengine.backends.cpu.native import (
-    NATIVE_DIRECTORY,
-    NativeLibrary,
-    NativeLinear,
-    load_native_library,
-    looks_up,
-    multiplies,
-)
+from llmengine.backends.cpu.native import NativeLinear, looks_up, multiplies
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY, NativeLibrary, load_native_library
 from llmengine.backends.cpu.native_packing import packing_of
 from llmengine.config import QuantConfig
 from llmengine.quantization.formats import WeightFormat

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.backends.cpu.native import (
+from llmengine.backends.cpu.native import NativeLinear
+from llmengine.backends.cpu.native_library import (
     NATIVE_DIRECTORY,
     NativeLibrary,
-    NativeLinear,
     NativeUnavailableError,
     load_native_library,
 )

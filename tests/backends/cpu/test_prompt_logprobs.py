@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from llmengine import InvalidRequestError, TokenLogprobs
 from llmengine.backends.cpu import prompt_logprobs
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY
 from llmengine.batch import BackendInfo
 from llmengine.testing import FakeBackend, mixing_model
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_logprobs, save_tiny

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmengine.backends.cpu.native import NATIVE_DIRECTORY
+from llmengine.backends.cpu.native_library import NATIVE_DIRECTORY
 from tests.backends.helpers import NO_NATIVE, BackendDriver, load_tiny, reference_greedy, reference_logprobs, save_tiny
 
 
