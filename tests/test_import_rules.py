@@ -76,7 +76,8 @@ ALLOWED: dict[str, set[str]] = {
         *(*DATA, "beam_search", "chat", "engine", "generate_all", "llm_parts", "llm_quality", "model_quality"),
         *("quantization", "tokenizer.protocol"),
     },
-    "cli": {*DATA, "__init__", "checkpoints", "llm", "quantization", "saved_engines", "tokenizer.protocol"},
+    "server": {*DATA, "__init__", "chat", "engine", "llm"},
+    "cli": {*DATA, "__init__", "checkpoints", "llm", "quantization", "saved_engines", "server", "tokenizer.protocol"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }
@@ -101,6 +102,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "generate_all": set(),
     "llm_quality": set(),
     "llm": {"anyio"},
+    "server": {"fastapi", "pydantic", "starlette", "uvicorn"},
     "kernels": {"cuda", "torch", "triton"},
 }
 

@@ -1,5 +1,5 @@
-"""The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, `build`, `inspect` and
-`verify` work on saved engines, and `eval` measures how good a model is.
+"""The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, `serve` answers over HTTP,
+`build`, `inspect` and `verify` work on saved engines, and `eval` measures how good a model is.
 
 Exit codes: 0 success; 1 a fault of the engine, its files or the demo's model; 2 a fault of the request or the
 configuration; 130 interrupted; 141 the reader of the output closed it.
@@ -26,6 +26,7 @@ from llmengine.cli.arguments import (
 )
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
+from llmengine.cli.serve import add_serve_command
 from llmengine.errors import ConfigError, LLMEngineError, RequestError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     generate.set_defaults(run=_generate)
+    add_serve_command(commands)
     add_engine_commands(commands)
     add_eval_command(commands)
     return parser

@@ -1,0 +1,75 @@
+"""create_app: the ASGI application around an `LLM`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+import llmengine
+from llmengine.errors import LLMEngineError
+from llmengine.llm import LLM
+from llmengine.server import health
+from llmengine.server.config import ServerConfig
+from llmengine.server.errors import HttpError, error_response
+from llmengine.server.middleware import Gate
+from llmengine.server.openai import chat, models
+from llmengine.server.service import Service
+
+
+def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | None = None) -> FastAPI:
+    """An ASGI application that serves a model. It works alone, and mounted in another application.
+
+    Args:
+        llm: a loaded model, which stays the caller's to close; or an async function that loads one, which the
+            application's lifespan calls when it starts. It closes that model when it ends, after up to `drain_s`
+            seconds for requests in progress. Applications that mount this one do not run its lifespan, so they pass a
+            loaded model.
+        config: None: `ServerConfig()`, which lets everybody in.
+
+    Raises `ConfigError` for a setting out of range, and `UnsupportedModelError` for a model whose generation defaults
+    ask for something that is not supported. No signal handlers are installed and no logging is set up.
+    """
+    settings = (config or ServerConfig()).resolve()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if isinstance(llm, LLM):
+            yield
+            return
+        loaded = await llm()
+        try:
+            app.state.service = Service(loaded, settings)
+            yield
+        finally:
+            app.state.service = None
+            await loaded.aclose(drain=settings.drain_s)
+
+    app = FastAPI(
+        title="llmengine",
+        version=llmengine.__version__,
+        openapi_url="/openapi.json" if settings.openapi else None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = Service(llm, settings) if isinstance(llm, LLM) else None
+    for module in (chat, models, health):
+        app.include_router(module.router)
+    for kind in (LLMEngineError, HttpError, RequestValidationError, HTTPException, Exception):
+        app.exception_handler(kind)(_answer_error)
+    app.add_middleware(Gate, config=settings, public_paths=frozenset({health.HEALTH_PATH}))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(request.scope, error)

@@ -1,0 +1,1 @@
+"""OpenAI's API: schemas of requests, and endpoints."""
