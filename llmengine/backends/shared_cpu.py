@@ -40,11 +40,14 @@ from llmengine.backends.ranks.group import RankGroup
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import loaded_formats, quantized_source
 from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
-from llmengine.checkpoints.source import ModelSource
+from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
 from llmengine.models.decoder import Linear
 from llmengine.models.sharding import Shard, vocabulary_range
+
+_STUCK_AFTER_S = 4.0
+"""So that requests fail within 5 s, in which where its threads are is asked as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class _NextWeight:
 
 
 _Message = _Start | _Forward | _Last | _NextWeight
+_Peers = RankGroup | RankChannel
 
 
 def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBackend:
@@ -103,12 +107,12 @@ def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBa
     plan = ShardPlan(source.arch, source.formats, size)  # raises before any process is started
     arches = [plan.arch_of(rank) for rank in range(size)]
     _check(config)
-    group = RankGroup(size, f"{__name__}:serve", pickle.dumps(config))
+    group = RankGroup(size, f"{__name__}:serve", pickle.dumps(config), stuck_after_s=_STUCK_AFTER_S)
     library: NativeLibrary | None = None
     try:
         group.start()
         with torch.inference_mode():
-            model, library = _load_shard(config, source, Shard(0, size), group.collectives)
+            model, library = _load_shard(config, source, Shard(0, size), group)
             weight_bytes = model.size_bytes + sum(_loaded(reply).weight_bytes for reply in group.replies())
             all_heads = replace(source.arch, num_kv_heads=sum(arch.num_kv_heads for arch in arches))
             whole = cpu_kv_pool(config, all_heads, context_limit(config, source.arch))
@@ -135,7 +139,7 @@ def serve(channel: RankChannel, payload: bytes) -> None:
     source = quantized_source(source_in_use(config, source), config.quant_config)
     shard = Shard(channel.rank, channel.size)
     with torch.inference_mode():
-        model, _ = _load_shard(config, source, shard, channel.collectives)
+        model, _ = _load_shard(config, source, shard, channel)
         trim_heap()
         channel.reply(pickle.dumps(_Loaded(model.size_bytes)))
         start = pickle.loads(channel.receive())
@@ -223,14 +227,16 @@ class _LeadingPass(ForwardPass):
 class _SummedLinear:
     """A linear whose inputs are shared out among the ranks: the sum of all ranks' results."""
 
-    def __init__(self, own: Linear, shard: Shard, collectives: Collectives) -> None:
+    def __init__(self, own: Linear, name: str, peers: _Peers) -> None:
         self._own = own
-        self._is_first = shard.rank == 0
-        self._collectives = collectives
+        self._name = name.encode()
+        self._peers = peers
+        self._is_first = peers.collectives.rank == 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._peers.progress.mark(self._name)
         result = self._own(x, residual if self._is_first else None)
-        self._collectives.all_reduce(result)
+        self._peers.collectives.all_reduce(result)
         return result
 
 
@@ -269,7 +275,7 @@ class _SharedHead:
 
 
 def _load_shard(
-    config: ModelConfig, source: ModelSource, shard: Shard, collectives: Collectives
+    config: ModelConfig, source: ModelSource, shard: Shard, peers: _Peers
 ) -> tuple[CpuModel, NativeLibrary | None]:
     """A rank's part of the model, whose products meet those of the other ranks."""
     num_threads = config.num_threads or torch.get_num_threads()
@@ -278,19 +284,34 @@ def _load_shard(
         library = load_native_library(NATIVE_DIRECTORY, borrowed_threads=True)
     except NativeUnavailableError:
         library = None
-    own = load_cpu_model(config, shard_source(source, shard), library, row_major=config.deterministic)
+    own = load_cpu_model(config, _marked(shard_source(source, shard), peers), library, row_major=config.deterministic)
     rows = [vocabulary_range(source.arch, Shard(rank, shard.size)) for rank in range(shard.size)]
     layers = [
-        replace(layer, o=_SummedLinear(layer.o, shard, collectives), down=_SummedLinear(layer.down, shard, collectives))
-        for layer in own.segments.layers
+        replace(
+            layer,
+            o=_SummedLinear(layer.o, f"layers.{index}.o", peers),
+            down=_SummedLinear(layer.down, f"layers.{index}.down", peers),
+        )
+        for index, layer in enumerate(own.segments.layers)
     ]
-    head = _SharedHead(own.lm_head, [len(some) for some in rows], collectives)
+    head = _SharedHead(own.lm_head, [len(some) for some in rows], peers.collectives)
     model = dataclasses.replace(
         own,
-        embed=_SharedEmbedding(own.embed, rows[shard.rank], collectives),
+        embed=_SharedEmbedding(own.embed, rows[shard.rank], peers.collectives),
         segments=replace(own.segments, layers=layers, lm_head=head),
     )
     return model, library
+
+
+def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
+    """`source`, whose streams mark the rank's progress with each tensor."""
+
+    def stream(dtype: torch.dtype) -> WeightStream:
+        for name, tensor in source.stream(dtype):
+            peers.progress.mark(f"loading {name}".encode())
+            yield name, tensor
+
+    return replace(source, stream=stream, stream_slices=None)
 
 
 def _joined_weights(plan: ShardPlan, model: CpuModel, group: RankGroup) -> Iterator[tuple[str, Tensor]]:

@@ -133,7 +133,8 @@ def test_quantized_weights_are_saved_as_one_process_does(directory: Path, tmp_pa
     assert saved[0] == saved[1]
 
 
-def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stops_ends_the_engine(directory: Path, number: signal.Signals) -> None:
     before = set(children())
     llm = load(directory, 3)
     (first, _) = sorted(set(children()) - before, key=lambda one: one.pid)
@@ -141,11 +142,11 @@ def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
     async def main() -> None:
         async for output in llm.generate_async([5, 6], GREEDY.replace(max_new_tokens=200), streaming=True):
             if output.num_tokens == 3:
-                os.kill(first.pid, signal.SIGKILL)
+                os.kill(first.pid, number)
 
-    with pytest.raises(EngineDeadError, match=r"rank \d of 3 .*SIGKILL"):
+    with pytest.raises(EngineDeadError, match=rf"rank \d of 3 .*{number.name}"):
         asyncio.run(main())
-    assert "SIGKILL" in str(llm.health().failure)
+    assert number.name in str(llm.health().failure)
     llm.close()
     assert set(children()) == before
 

@@ -42,6 +42,8 @@ class RanksBackend:
         except Exception:
             self._group.check()  # if a rank has failed, that is the cause
             raise
+        finally:
+            self._group.rest()
         self._group.check()
 
     def collect(self) -> StepResult:

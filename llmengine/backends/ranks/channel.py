@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmengine.backends.ranks.collectives import Collectives
+from llmengine.backends.ranks.progress import Progress
 from llmengine.backends.ranks.reports import Report, ReportSender
 from llmengine.backends.ranks.ring import RingReader
 
@@ -20,22 +21,30 @@ class RankChannel:
         rank: this rank, from 1.
         size: how many ranks there are, rank 0 included.
         collectives: this rank's end of the process group.
+        progress: where this rank says how far it is, beyond what it receives and the collectives that it joins.
     """
 
-    def __init__(self, rank: int, collectives: Collectives, reader: RingReader, sender: ReportSender) -> None:
+    def __init__(
+        self, rank: int, collectives: Collectives, progress: Progress, reader: RingReader, sender: ReportSender
+    ) -> None:
         self.rank = rank
         self.size = collectives.size
         self.collectives = collectives
+        self.progress = progress
         self._reader = reader
         self._sender = sender
 
     def receive(self) -> bytes:
         """The next message of rank 0; waits for it. Raises `RankClosed` when there will be none."""
+        self.progress.rest()
         message = self._reader.read()
         if message is None:
             raise RankClosed
+        self.progress.mark(b"a message")
         return message
 
     def reply(self, message: bytes) -> None:
         """Send rank 0 a message, which its `RankGroup.replies` waits for."""
+        self.progress.rest()
         self._sender.send(Report.REPLY, message)
+        self.progress.mark()

@@ -15,6 +15,7 @@ from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, h
 from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
 from llmengine.backends.ranks.memory import anonymous_file
 from llmengine.backends.ranks.process import write_start_file
+from llmengine.backends.ranks.progress import Progress, progress_size
 from llmengine.backends.ranks.ring import Ring, RingWriter, ring_size
 from llmengine.backends.ranks.shared_collectives import SharedCollectives, shared_size
 from llmengine.backends.ranks.watch import RankFailure, RankWatch, WatchedRank
@@ -44,6 +45,9 @@ class RankGroup:
         launcher: starts the processes.
         timeout_s: a rank hangs that is late by this in a collective, or with reading messages when the ring is full.
         start_timeout_s: what starting may take, imports included.
+        stuck_after_s: a rank hangs that works this long without a mark of progress, asleep; while it does anything, a
+            multiple of the longest time that rank 0 lately took between two marks is added. Before the first message
+            it is `timeout_s`. None: ranks need not mark their progress.
         collectives: through memory that the ranks share, or by gloo over TCP, in whose sums the order of ranks depends
             on an element's place in its tensor.
     """
@@ -56,6 +60,7 @@ class RankGroup:
         launcher: Launcher | None = None,
         timeout_s: float = 60.0,
         start_timeout_s: float = _START_TIMEOUT_S,
+        stuck_after_s: float | None = None,
         collectives: Literal["memory", "gloo"] = "memory",
     ) -> None:
         self.size = size
@@ -64,6 +69,7 @@ class RankGroup:
         self._launcher = launcher or LocalLauncher()
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self._stuck_after_s = stuck_after_s
         self._owner = os.getpid()
         self._ranks: list[WatchedRank] = []
         self._lifelines: list[int] = []
@@ -71,6 +77,7 @@ class RankGroup:
         self._writer: RingWriter | None = None
         self._kind = collectives
         self._collectives: Collectives | None = None
+        self._progress: Progress | None = None
         self._store: Any = None
         self._closing = threading.Lock()
         self._closed = False
@@ -93,12 +100,30 @@ class RankGroup:
             raise EngineClosedError("the ranks are not started")
         return self._collectives
 
+    @property
+    def progress(self) -> Progress:
+        """Where rank 0 says how far it is; `broadcast` and the collectives do so as well."""
+        self._running()
+        assert self._progress is not None
+        return self._progress
+
+    def rest(self) -> None:
+        """Rank 0 works on nothing until the next message, so its time tells nothing of how long ranks may take."""
+        if self._progress is not None:
+            self._progress.rest()
+
     def broadcast(self, message: bytes) -> None:
         """Send a message to every rank, in order. Blocks while a rank is behind by the whole ring (4 MiB)."""
         self.check()
-        writer = self._writer
+        watch, writer, progress = self._watch, self._writer, self._progress
+        assert watch is not None
         assert writer is not None
+        assert progress is not None
+        if self._stuck_after_s is not None:
+            watch.stuck_after_s = self._stuck_after_s
+        progress.rest()
         writer.write(message)
+        progress.mark(b"a message")
 
     def replies(self, timeout_s: float | None = None) -> list[bytes]:
         """Wait for one reply from each rank; they come in the order of ranks, without rank 0.
@@ -106,12 +131,14 @@ class RankGroup:
         Raises an `EngineDeadError`, after the timeout too, or the error of ours that a rank raised instead.
         """
         watch = self._running()
+        self.progress.rest()
         in_time = watch.wait(watch.all_replied, timeout_s)
         if not in_time:
             assert timeout_s is not None
             watch.late("reply", timeout_s, watch.without_reply())
         if watch.failure is not None:
             raise watch.failure.raised()
+        self.progress.mark()
         return watch.take_replies()
 
     def check(self) -> None:
@@ -144,18 +171,22 @@ class RankGroup:
         port = self._host_store() if self._kind == "gloo" else 0
         ring = anonymous_file("ring", ring_size(self.size - 1))
         sums = anonymous_file("sums", shared_size(self.size))
+        moved = anonymous_file("progress", progress_size(self.size))
         start = anonymous_file("start")
         try:
             write_start_file(start, self._start_values(port), self._payload)
             memory = Ring(ring, self.size - 1)
-            shared = SharedCollectives(sums, 0, self.size, self._while_waiting)
+            self._progress = Progress(moved, 0, self.size)
+            shared = SharedCollectives(sums, 0, self.size, self._while_waiting, self._progress)
             for rank in range(1, self.size):
-                self._launch(rank, {"ring": ring, "sums": sums, "start": start})
+                self._launch(rank, {"ring": ring, "sums": sums, "progress": moved, "start": start})
         finally:
-            for fd in (ring, sums, start):
+            for fd in (ring, sums, moved, start):
                 os.close(fd)
         self._writer = RingWriter(memory, [rank.connection for rank in self._ranks], self._while_full)
-        self._watch = RankWatch(self._ranks, self.size)
+        self._watch = RankWatch(self._ranks, self.size, self._progress)
+        if self._stuck_after_s is not None:
+            self._watch.stuck_after_s = self._timeout_s
         self._watch.start()
         self._await_ready()
         self._collectives = self._join_gloo() if self._kind == "gloo" else shared
@@ -235,8 +266,11 @@ class RankGroup:
     def _await(self, late: Sequence[int], what: str, waited_s: float) -> None:
         """Raise if a rank has failed, or if ranks have been late for too long."""
         self.check()
-        if waited_s > self._timeout_s:
-            self._running().late(what, self._timeout_s, late)
+        limit_s = self._timeout_s
+        if self._stuck_after_s is not None and not self.progress.others_work():
+            limit_s = self._stuck_after_s  # they wait for messages or for each other
+        if waited_s > limit_s:
+            self._running().late(what, limit_s, late)
             self.check()
 
     def _collective_failed(self, error: Exception) -> NoReturn:
@@ -277,4 +311,4 @@ class RankGroup:
             rank.connection.close()
             os.close(rank.dumps)
         self._store = None
-        self._writer = self._collectives = None  # their memory is freed when no call uses it any more
+        self._writer = self._collectives = self._progress = None  # their memory is freed when no call uses it any more

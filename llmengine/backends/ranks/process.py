@@ -1,8 +1,8 @@
 """The program of a rank: `python -I process.py ...`, started by a `Launcher` and by nobody else.
 
 The arguments are the rank, the number of ranks, the process of rank 0, and descriptors that it inherits: the socket for
-reports and wake-ups, the lifeline, the file for dumps, the memory of messages and of collectives, and the file with
-what is the same for all ranks.
+reports and wake-ups, the lifeline, the file for dumps, the memory of messages, of collectives and of progress, and the
+file with what is the same for all ranks.
 
 It must run before anything of llmengine can be imported, since the path of modules is part of what it reads.
 """
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from llmengine.backends.ranks.collectives import Collectives
+    from llmengine.backends.ranks.progress import Progress
     from llmengine.backends.ranks.ring import RingReader
 
 # Rank 0 finds out what is late and kills the others. One that waited less than it would hide the cause.
@@ -45,7 +46,9 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, wires.dumps)
     start, payload = read_start_file(wires.start)
     _take_path(start["path"])
-    sys.exit(_run(wires, start, payload))
+    status = _run(wires, start, payload)
+    sys.stderr.flush()
+    os._exit(status)  # at once: there is nothing to tidy up that the kernel does not
 
 
 def write_start_file(fd: int, start: dict[str, Any], payload: bytes) -> None:
@@ -63,7 +66,7 @@ def read_start_file(fd: int) -> tuple[dict[str, Any], bytes]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "sums", "dumps", "start"):
+    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "sums", "progress", "dumps", "start"):
         parser.add_argument(f"--{name}", type=int, required=True)
     return parser.parse_args()
 
@@ -128,18 +131,21 @@ def _run_target(
     wires: argparse.Namespace, start: dict[str, Any], payload: bytes, connection: socket.socket, sender: Any
 ) -> None:
     from llmengine.backends.ranks.channel import RankChannel
+    from llmengine.backends.ranks.progress import Progress
     from llmengine.backends.ranks.reports import Report
     from llmengine.backends.ranks.ring import Ring, RingReader
 
     module, _, function = start["target"].partition(":")
     target = getattr(importlib.import_module(module), function)
     reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
+    progress = Progress(wires.progress, wires.rank, wires.size)
     sender.send(Report.READY)
-    collectives = _gloo(wires, start) if start["collectives"] == "gloo" else _shared(wires, reader)
-    target(RankChannel(wires.rank, collectives, reader, sender), payload)
+    collectives = _gloo(wires, start) if start["collectives"] == "gloo" else _shared(wires, reader, progress)
+    progress.mark(b"the start")
+    target(RankChannel(wires.rank, collectives, progress, reader, sender), payload)
 
 
-def _shared(wires: argparse.Namespace, reader: RingReader) -> Collectives:
+def _shared(wires: argparse.Namespace, reader: RingReader, progress: Progress) -> Collectives:
     from llmengine.backends.ranks.channel import RankClosed
     from llmengine.backends.ranks.shared_collectives import SharedCollectives
 
@@ -147,7 +153,7 @@ def _shared(wires: argparse.Namespace, reader: RingReader) -> Collectives:
         if reader.closed:
             raise RankClosed
 
-    return SharedCollectives(wires.sums, wires.rank, wires.size, while_waiting)
+    return SharedCollectives(wires.sums, wires.rank, wires.size, while_waiting, progress)
 
 
 def _gloo(wires: argparse.Namespace, start: dict[str, Any]) -> Collectives:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from llmengine.backends.ranks.memory import LINE_WORDS, SharedMemory
+from llmengine.backends.ranks.progress import Progress
 
 __all__ = ["SharedCollectives", "shared_size"]
 
@@ -36,6 +37,8 @@ _SPIN_S = 50e-6
 # A pause is this part of the time waited so far, and so a wait is longer by little more.
 _PAUSE = 1 / 16
 _MAX_PAUSE_S = 0.05
+# More time than this between two looks means that this process was stopped, and counts as this much.
+_LONGEST_LOOK_S = 1.0
 
 
 def shared_size(size: int) -> int:
@@ -52,12 +55,21 @@ class SharedCollectives:
         size: how many ranks there are.
         while_waiting: called again and again while other ranks are awaited, with those and the seconds waited so far;
             raises to give up.
+        progress: where this rank marks each round.
     """
 
-    def __init__(self, fd: int, rank: int, size: int, while_waiting: Callable[[Sequence[int], float], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        rank: int,
+        size: int,
+        while_waiting: Callable[[Sequence[int], float], None],
+        progress: Progress,
+    ) -> None:
         self.rank = rank
         self.size = size
         self._while_waiting = while_waiting
+        self._progress = progress
         self._memory = SharedMemory(fd, _LINES * size)
         self._slots: dict[torch.dtype, list[tuple[torch.Tensor, ...]]] = {}
         self._arrivals = [LINE_WORDS * _LINES * rank for rank in range(size)]
@@ -98,6 +110,7 @@ class SharedCollectives:
         self._memory.fence()
         self._memory.words[self._arrivals[self.rank]] = self._round
         self._await(self._round)
+        self._progress.mark()
         return slots
 
     def _typed(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
@@ -112,12 +125,14 @@ class SharedCollectives:
         """Wait until all ranks have arrived in a round."""
         if not self._late(number):
             return
-        started = time.perf_counter()
+        waited, now = 0.0, time.perf_counter()
         while late := self._late(number):
-            waited = time.perf_counter() - started
+            before, now = now, time.perf_counter()
+            waited += min(now - before, _LONGEST_LOOK_S)
             if waited < _SPIN_S:
                 os.sched_yield()
             else:
+                self._progress.rest()
                 self._while_waiting(late, waited)
                 time.sleep(min(waited * _PAUSE, _MAX_PAUSE_S))
 

@@ -9,12 +9,12 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from llmengine.backends.ranks.launcher import RankProcess
+from llmengine.backends.ranks.process_state import Activity, is_stopped
+from llmengine.backends.ranks.progress import Progress, Stuck, StuckJudge
 from llmengine.backends.ranks.reports import Raised, Report, ReportReader
 from llmengine.errors import EngineDeadError, LLMEngineError
 
@@ -70,11 +70,21 @@ class WatchedRank:
 
 
 class RankWatch:
-    """Reads the reports of all ranks in a thread of its own. Any failure kills all ranks, which ends every wait."""
+    """Reads the reports of all ranks in a thread of its own. Any failure kills all ranks, which ends every wait.
 
-    def __init__(self, ranks: Sequence[WatchedRank], size: int) -> None:
+    Attributes:
+        stuck_after_s: how long a rank may work without a mark of progress, see `StuckJudge`; None: for ever.
+        failure: the first failure.
+    """
+
+    def __init__(self, ranks: Sequence[WatchedRank], size: int, progress: Progress) -> None:
         self._ranks = ranks
         self._size = size
+        self._progress = progress
+        self._activities = {rank.rank: Activity(rank.process.pid) for rank in ranks}
+        self._judge = StuckJudge(size, lambda rank: self._activities[rank].sleeps())
+        self._looked_at = time.monotonic()
+        self.stuck_after_s: float | None = None
         self._changed = threading.Condition()
         self._replies: dict[int, deque[bytes]] = {rank.rank: deque() for rank in ranks}
         self._ready: set[int] = set()
@@ -137,18 +147,29 @@ class RankWatch:
     def late(self, what: str, waited_s: float, ranks: Sequence[int] = ()) -> None:
         """Fail because ranks are late with something, `ranks` or those that do not wait in a collective themselves."""
         asked = [rank for rank in self._ranks if not ranks or rank.rank in ranks]
-        self._asking = True  # the signal ends a rank that is not prepared for it yet, which is no cause
-        for rank in asked:
-            rank.process.interrupt()
-        time.sleep(_DUMP_S)
-        where = {rank.rank: rank.dumped() for rank in asked}
+        where = self._ask(asked)
         late = {
             number: dump for number, dump in where.items() if "in all_reduce" not in dump and "in gather" not in dump
         }
         late = late or where
         names = " and ".join(self._name(rank) for rank in asked if rank.rank in late)
-        dumps = [f"Threads of rank {number}:\n{dump}" for number, dump in late.items() if dump]
-        self.fail(RankFailure(f"{names} did not {what} within {waited_s:.3g} s", "\n\n".join(dumps)))
+        self.fail(RankFailure(f"{names} did not {what} within {waited_s:.3g} s", _threads(late)))
+
+    def _stuck(self, stuck: Stuck) -> None:
+        """Fail because a rank is stuck."""
+        rank = next(rank for rank in self._ranks if rank.rank == stuck.rank)
+        how = "it sleeps" if stuck.sleeps else "it runs, but gets nowhere"
+        what = f" at {stuck.what}" if stuck.what else ""
+        summary = f"{self._name(rank)} has been stuck{what} for {stuck.for_s:.3g} s: {how}"
+        self.fail(RankFailure(summary, _threads(self._ask([rank]))))
+
+    def _ask(self, ranks: Sequence[WatchedRank]) -> dict[int, str]:
+        """Where the threads of each rank are, as far as they can say."""
+        self._asking = True  # the signal ends a rank that is not prepared for it yet, which is no cause
+        for rank in ranks:
+            rank.process.interrupt()
+        time.sleep(_DUMP_S)
+        return {rank.rank: rank.dumped() for rank in ranks}
 
     def fail(self, failure: RankFailure) -> None:
         """Fail for this reason, unless there was one before, and kill all ranks."""
@@ -198,6 +219,7 @@ class RankWatch:
                     poll.unregister(fd)
                     self._ended(rank)
             self._look_at_processes()
+            self._look_at_progress()
             if self._reported and self.failure is None and not self._closing and not self._asking:
                 self._settle()
 
@@ -230,11 +252,24 @@ class RankWatch:
             if rank.process.poll() is not None:
                 if rank.rank not in self._reported:
                     self._ended(rank)
-            elif _is_stopped(rank.process.pid):
+            elif is_stopped(rank.process.pid):
                 stopped.add(rank.rank)
                 if rank.rank in self._stopped:
                     self._report(rank, RankFailure(f"{self._name(rank)} was stopped (SIGSTOP) and does not run"))
         self._stopped = stopped
+
+    def _look_at_progress(self) -> None:
+        now = time.monotonic()
+        since_s = now - self._looked_at
+        if self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
+            return
+        self._looked_at = now
+        stuck = self._judge.look(self._progress.look(), since_s, self.stuck_after_s)
+        if stuck is not None:
+            self._stuck(stuck)
+
+    def _is_over(self) -> bool:
+        return bool(self._reported) or self.failure is not None or self._closing or self._asking
 
     def _report(self, rank: WatchedRank, failure: RankFailure) -> None:
         """Keep the first that is known of a rank, and decide later which rank's it was."""
@@ -264,8 +299,5 @@ def _ending(status: int | None) -> str:
     return f"was killed by {name}{hint}"
 
 
-def _is_stopped(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:
-        return False
+def _threads(dumps: Mapping[int, str]) -> str:
+    return "\n\n".join(f"Threads of rank {rank}:\n{dump}" for rank, dump in dumps.items() if dump)

@@ -16,10 +16,13 @@ OBEY = "tests.backends.ranks.targets:obey"
 
 @contextmanager
 def open_group(
-    size: int, timeout_s: float = 60.0, collectives: Literal["memory", "gloo"] = "memory"
+    size: int,
+    timeout_s: float = 60.0,
+    collectives: Literal["memory", "gloo"] = "memory",
+    stuck_after_s: float | None = None,
 ) -> Iterator[RankGroup]:
     """A started group whose ranks do what messages say."""
-    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s, collectives=collectives)
+    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s, stuck_after_s=stuck_after_s, collectives=collectives)
     group.start()
     try:
         yield group

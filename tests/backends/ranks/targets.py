@@ -6,7 +6,9 @@ import ctypes
 import os
 import pickle
 import signal
+import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -92,6 +94,34 @@ def _freeze_then_sum(channel: RankChannel, rest: bytes) -> None:
     _sum(channel, b"4")
 
 
+def _loop(channel: RankChannel, rest: bytes) -> None:
+    """Run on and on, without an end or with one after so many seconds."""
+    rank, seconds = rest.split()
+    until = time.monotonic() + float(seconds)
+    while channel.rank == int(rank) and time.monotonic() < until:
+        pass
+
+
+def _loop_then_sum(channel: RankChannel, rest: bytes) -> None:
+    channel.progress.mark(b"layer 7")
+    _loop(channel, rest)
+    _sum(channel, b"4")
+
+
+def _deadlock(channel: RankChannel, rest: bytes) -> None:
+    if channel.rank == int(rest):
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+
+
+def _wait_for_child(channel: RankChannel, rest: bytes) -> None:
+    """A rank waits for a process, as for a compiler."""
+    rank, seconds = rest.split()
+    if channel.rank == int(rank):
+        subprocess.run([sys.executable, "-c", f"import time; time.sleep({float(seconds)})"], check=True)
+
+
 def _told(channel: RankChannel, rest: bytes) -> None:
     facts = {
         "pid": str(os.getpid()),
@@ -111,6 +141,10 @@ COMMANDS = {
     "sleep": _sleep,
     "sleep_then_sum": _sleep_then_sum,
     "freeze": _freeze,
+    "loop": _loop,
+    "loop_then_sum": _loop_then_sum,
+    "deadlock": _deadlock,
+    "wait_for_child": _wait_for_child,
     "freeze_then_sum": _freeze_then_sum,
     "told": _told,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llmengine.backends.ranks.memory import anonymous_file
+from llmengine.backends.ranks.progress import Progress, progress_size
 from llmengine.backends.ranks.shared_collectives import SharedCollectives, shared_size
 
 T = TypeVar("T")
@@ -23,11 +24,21 @@ def give_up(late: Sequence[int], waited_s: float) -> None:
         raise TimeoutError(f"{late} are late")
 
 
+def open_ranks(size: int, while_waiting: Callable[[Sequence[int], float], None] = give_up) -> list[SharedCollectives]:
+    """The ends of all ranks."""
+    sums, progress = anonymous_file("sums", shared_size(size)), anonymous_file("progress", progress_size(size))
+    try:
+        return [
+            SharedCollectives(sums, rank, size, while_waiting, Progress(progress, rank, size)) for rank in range(size)
+        ]
+    finally:
+        os.close(sums)
+        os.close(progress)
+
+
 @pytest.fixture(params=[1, 2, 3])
-def ranks(request: pytest.FixtureRequest) -> Iterator[list[SharedCollectives]]:
-    fd = anonymous_file("sums", shared_size(request.param))
-    yield [SharedCollectives(fd, rank, request.param, give_up) for rank in range(request.param)]
-    os.close(fd)
+def ranks(request: pytest.FixtureRequest) -> list[SharedCollectives]:
+    return open_ranks(request.param)
 
 
 def on_all(ranks: list[SharedCollectives], do: Callable[[SharedCollectives], T]) -> list[T]:
@@ -64,9 +75,7 @@ def test_sums(ranks: list[SharedCollectives], dtype: torch.dtype, shape: tuple[i
 def test_sums_are_in_the_order_of_ranks_and_in_float32(
     dtype: torch.dtype, values: tuple[float, ...], total: float
 ) -> None:
-    fd = anonymous_file("sums", shared_size(3))
-    ranks = [SharedCollectives(fd, rank, 3, give_up) for rank in range(3)]
-    os.close(fd)
+    ranks = open_ranks(3)
 
     def add_up(rank: SharedCollectives) -> float:
         result = torch.tensor([values[rank.rank]], dtype=dtype)
@@ -114,9 +123,7 @@ def test_a_wait_tells_for_whom() -> None:
     def stop(late: Sequence[int], waited_s: float) -> None:
         raise TimeoutError(f"{late}")
 
-    fd = anonymous_file("sums", shared_size(3))
-    first = SharedCollectives(fd, 0, 3, stop)
-    os.close(fd)
+    first = open_ranks(3, stop)[0]
     with pytest.raises(TimeoutError, match=r"\[1, 2\]"):
         first.all_reduce(torch.ones(1))
     with pytest.raises(ValueError, match="8 dimensions; 7 can"):
@@ -124,9 +131,7 @@ def test_a_wait_tells_for_whom() -> None:
 
 
 def test_a_rank_that_begins_in_inference_mode_may_leave_it() -> None:
-    fd = anonymous_file("sums", shared_size(1))
+    (rank,) = open_ranks(1)
     with torch.inference_mode():
-        rank = SharedCollectives(fd, 0, 1, give_up)
         rank.all_reduce(torch.ones(3))
-    os.close(fd)
     rank.all_reduce(torch.ones(3))
