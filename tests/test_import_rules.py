@@ -53,8 +53,10 @@ ALLOWED: dict[str, set[str]] = {
     "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "kernels", "quantization"},
     "backends.ranks": DATA,
     "backends.shared_cpu": {
-        *(*DATA, "backends", "backends.blocks_in_use", "backends.cpu", "backends.ranks", "checkpoints", "models"),
+        *(*DATA, "backends", "backends.blocks_in_use", "backends.cpu", "backends.ranks", "backends.shared_weights"),
+        *("checkpoints", "models"),
     },
+    "backends.shared_weights": {*DATA, "backends.ranks", "checkpoints"},
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {

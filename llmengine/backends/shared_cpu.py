@@ -37,12 +37,12 @@ from llmengine.backends.ranks.backend import RanksBackend
 from llmengine.backends.ranks.channel import RankChannel
 from llmengine.backends.ranks.collectives import Collectives
 from llmengine.backends.ranks.group import RankGroup
+from llmengine.backends.shared_weights import heard_source, is_calibrated, told_source
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import loaded_formats, quantized_source
+from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
 from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError
 from llmengine.models.decoder import Linear
 from llmengine.models.sharding import Shard, vocabulary_range
 
@@ -106,11 +106,12 @@ def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBa
     size = config.parallel_config.tp_size
     plan = ShardPlan(source.arch, source.formats, size)  # raises before any process is started
     arches = [plan.arch_of(rank) for rank in range(size)]
-    _check(config)
     group = RankGroup(size, f"{__name__}:serve", pickle.dumps(config), stuck_after_s=_STUCK_AFTER_S)
     library: NativeLibrary | None = None
     try:
         group.start()
+        if _is_calibrated(config):
+            source = told_source(source, group)
         with torch.inference_mode():
             model, library = _load_shard(config, source, Shard(0, size), group)
             weight_bytes = model.size_bytes + sum(_loaded(reply).weight_bytes for reply in group.replies())
@@ -136,7 +137,11 @@ def serve(channel: RankChannel, payload: bytes) -> None:
     """Be a rank: load a shard, and follow rank 0 until it ends."""
     config: ModelConfig = pickle.loads(payload)
     source = open_model(config.model_dir, config.load_format)
-    source = quantized_source(source_in_use(config, source), config.quant_config)
+    source = source_in_use(config, source)
+    if is_calibrated(source, config.quant_config):
+        source = heard_source(source, config.quant_config, channel)
+    else:
+        source = quantized_source(source, config.quant_config)
     shard = Shard(channel.rank, channel.size)
     with torch.inference_mode():
         model, _ = _load_shard(config, source, shard, channel)
@@ -335,15 +340,10 @@ def _tensor_of(message: bytes) -> Tensor:
     return tensor
 
 
-def _check(config: ModelConfig) -> None:
-    """Raise `ConfigError` if loading would calibrate: each rank would do so by itself."""
+def _is_calibrated(config: ModelConfig) -> bool:
+    """Whether the weights that rank 0 loads are quantized on data."""
     source = source_in_use(config, open_model(config.model_dir, config.load_format))
-    quant = config.quant_config
-    if quant.method not in (None, "rtn") and loaded_formats(source, quant) != source.formats:
-        raise ConfigError(
-            f"quant_config.method={quant.method!r} calibrates in one process: quantize the model first (llmengine "
-            f"build), then load what that saves with parallel_config.tp_size={config.parallel_config.tp_size}"
-        )
+    return is_calibrated(source, config.quant_config)
 
 
 def _loaded(reply: bytes) -> _Loaded:

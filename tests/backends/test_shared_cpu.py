@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from llmengine.config import KvCacheConfig, SchedulerConfig
 from tests.backends.helpers import save_tiny
 
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [300]]
+CALIBRATION: dict[str, Any] = {"calibration_prompts": PROMPTS, "num_calibration_samples": 3}
 GREEDY = SamplingParams(max_new_tokens=20, temperature=0.0, ignore_eos=True)
 
 
@@ -123,7 +125,15 @@ def test_options(directory: Path, options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "quant", [QuantConfig(weights="fp8"), QuantConfig.preset("int4-rtn", group_size=32)], ids=["fp8", "int4"]
+    "quant",
+    [
+        QuantConfig(weights="fp8"),
+        QuantConfig.preset("int4-rtn", group_size=32),
+        QuantConfig.preset("int4-awq", group_size=16, **CALIBRATION),
+        QuantConfig.preset("int4-gptq", group_size=16, **CALIBRATION),
+        QuantConfig.preset("w8a8", **CALIBRATION),
+    ],
+    ids=["fp8", "int4", "awq", "gptq", "smoothquant"],
 )
 def test_quantized_weights_are_saved_as_one_process_does(directory: Path, tmp_path: Path, quant: QuantConfig) -> None:
     for size in (1, 2):
@@ -169,8 +179,6 @@ def test_what_cannot_be_divided_names_what_can(directory: Path) -> None:
     before = children()
     with pytest.raises(ConfigError, match=r"tp_size=5: .*4 attention heads.*sizes that work: 1, 2"):
         load(directory, 5)
-    with pytest.raises(ConfigError, match=r"calibrates in one process.*llmengine build"):
-        load(directory, 2, quant_config=QuantConfig.preset("int4-gptq"))
     assert children() == before
 
 
