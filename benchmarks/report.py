@@ -1,4 +1,4 @@
-"""Reports of the benchmarks: statistics, a description of the machine, JSON lines, tables, and the style of plots."""
+"""Reports of the benchmarks: a description of the machine, JSON lines, and the statistics of `llmengine.load_test`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from llmengine.load_test.statistics import median as median
+from llmengine.load_test.statistics import median_of_runs as median_of_runs
+from llmengine.load_test.statistics import percentile as percentile
+from llmengine.load_test.tables import format_table as format_table
+from llmengine.load_test.tables import new_plot as new_plot
+from llmengine.load_test.tables import save_plot as save_plot
+from llmengine.load_test.tables import without_nan
 
 
 def new_parser(name: str, doc: str | None) -> ArgumentParser:
@@ -47,29 +55,6 @@ def require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("a GPU is needed: this benchmark measures kernels of the CUDA backend")
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile, interpolated between the two nearest values (numpy's default); nan without values."""
-    if not 0 <= percent <= 100:
-        raise ValueError(f"percent must be in [0, 100], not {percent}")
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
-
-
-def median(values: Sequence[float]) -> float:
-    """The 50th percentile; nan without values."""
-    return percentile(values, 50)
-
-
-def median_of_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median of each figure over runs that all have the same figures."""
-    return {name: median([run[name] for run in runs]) for name in runs[0]}
 
 
 def machine() -> dict[str, Any]:
@@ -124,17 +109,7 @@ def append_json(path: Path | None, record: Mapping[str, Any]) -> None:
     """Append one JSON line; nan becomes null, and what JSON has no type for its str. Does nothing without a path."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_without_nan(record), allow_nan=False, default=str) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
+            file.write(json.dumps(without_nan(record), allow_nan=False, default=str) + "\n")
 
 
 def positive_integers(text: str) -> list[int]:
@@ -159,18 +134,6 @@ def chosen_rows(text: str, rows: Collection[str]) -> list[str]:
     return [row for row in rows if row in chosen]
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first one to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
-
-    ruler = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
-    return "\n".join([line(header), ruler, *map(line, rows)])
-
-
 def print_cells(cells: Sequence[object], width: int, first: int | None = None) -> None:
     """Print one row of a table that grows while it is measured.
 
@@ -180,28 +143,3 @@ def print_cells(cells: Sequence[object], width: int, first: int | None = None) -
     """
     label = f"{cells[0]!s:>{width}}" if first is None else f"{cells[0]!s:<{first}}"
     print(label, *(f"{cell!s:>{width}}" for cell in cells[1:]), flush=True)
-
-
-def new_plot(num_panels: int, title: str) -> tuple[Any, Sequence[Any]]:
-    """A matplotlib figure without a window, and its panels side by side."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        1, num_panels, figsize=(4.6 * num_panels, 3.6), squeeze=False, layout="constrained"
-    )
-    figure.suptitle(title, fontsize=11)
-    for panel in panels[0]:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels[0])
-
-
-def save_plot(figure: Any, path: Path) -> None:
-    """Write the figure to a file and close it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -79,7 +79,11 @@ ALLOWED: dict[str, set[str]] = {
         *("quantization", "tokenizer.protocol"),
     },
     "server": {*DATA, "__init__", "chat", "engine", "llm"},
-    "cli": {*DATA, "__init__", "checkpoints", "llm", "quantization", "saved_engines", "server", "tokenizer.protocol"},
+    "load_test": {*DATA, "engine", "llm"},
+    "cli": {
+        *(*DATA, "__init__", "checkpoints", "llm", "load_test", "quantization", "saved_engines", "server"),
+        "tokenizer.protocol",
+    },
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }
@@ -105,6 +109,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "llm_quality": set(),
     "llm": {"anyio"},
     "server": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "load_test": {"anyio", "httptools", "matplotlib"},
     "kernels": {"cuda", "torch", "triton"},
 }
 

@@ -1,5 +1,6 @@
 """The `llmengine` command: `demo` shows the engine at work, `generate` continues prompts, `serve` answers over HTTP,
-`build`, `inspect` and `verify` work on saved engines, and `eval` measures how good a model is.
+`build`, `inspect` and `verify` work on saved engines, `eval` measures how good a model is, and `bench` how it bears
+load.
 
 Exit codes: 0 success; 1 a fault of the engine, its files or the demo's model; 2 a fault of the request or the
 configuration; 130 interrupted; 141 the reader of the output closed it.
@@ -24,6 +25,7 @@ from llmengine.cli.arguments import (
     chosen_config,
     positive_int,
 )
+from llmengine.cli.bench import add_bench_command
 from llmengine.cli.engines import add_engine_commands
 from llmengine.cli.quality import add_eval_command
 from llmengine.cli.serve import add_serve_command
@@ -124,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add_serve_command(commands)
     add_engine_commands(commands)
     add_eval_command(commands)
+    add_bench_command(commands)
     return parser
 
 
