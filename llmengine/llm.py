@@ -13,6 +13,7 @@ import anyio.to_thread
 from llmengine import beam_search
 from llmengine.batch import Backend, BackendInfo
 from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
+from llmengine.chat.answers.formats import AnswerFormat
 from llmengine.chat.messages import Messages, is_conversation, is_conversation_list
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.engine.handle import RequestHandle
@@ -272,6 +273,18 @@ class LLM:
                 raise unknown_keyword(LLM.count_tokens, name)
             return self._intake.count(cast(Prompt, prompt))
         return self._intake.count(self._intake.chats.prompt(LLM.count_tokens, prompt, options))
+
+    def answer_format(self, chat_template: str | None = None, *, has_tools: bool = True) -> AnswerFormat:
+        """How the model marks reasoning and tool calls in its answers, as its chat template shows.
+
+        Outputs of chats are divided accordingly (`GenerationOutput.answer`). Raises `InvalidRequestError` without a
+        tokenizer for chats.
+
+        Args:
+            chat_template: the name of another template of the model, or the text of a template.
+            has_tools: the conversation has tools, for which some models have a template of their own.
+        """
+        return self._intake.chats.answer_format(chat_template, has_tools=has_tools)
 
     @takes_options(wait_for_admission=True)
     def beam_search(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
+from llmengine.chat.answers.answer_log import AnswerLog
+from llmengine.chat.answers.events import Answer, AnswerEvent, TextDelta, ToolCall
 from llmengine.errors import LLMEngineError
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
@@ -79,6 +81,7 @@ class OutputLog:
         read_token: (position counted from the prompt's first token, token id) -> text of the token there.
         num_cached_tokens: prompt tokens whose KV blocks were in the prefix cache.
         matched_stop: the stop string or token id that ended the request.
+        answer: divides the text of an answer to a conversation; None for other prompts.
     """
 
     request_id: int
@@ -104,6 +107,7 @@ class OutputLog:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
     error: LLMEngineError | None = None
+    answer: AnswerLog | None = None
 
     @property
     def public_id(self) -> int | str:
@@ -218,6 +222,44 @@ class GenerationOutput:
         return "".join(self._log.pieces[self._begin : self._end_piece])
 
     @property
+    def answer(self) -> Answer:
+        """The text so far, divided into reasoning, content and tool calls by the form of the chat template.
+
+        Without a conversation, all of it is content.
+        """
+        return Answer.of(self._events(0))
+
+    @property
+    def answer_delta(self) -> list[AnswerEvent]:
+        """What came to `answer` since the previous output, as events; see `llmengine.chat.answers`.
+
+        Those of a stream add up to the final `answer`. The list is empty while text may still turn out to be a marker.
+        """
+        return self._events(self._begin)
+
+    @property
+    def reasoning(self) -> str | None:
+        """The reasoning in `answer`; None if there is none."""
+        return self.answer.reasoning
+
+    @property
+    def content(self) -> str | None:
+        """The text for the user in `answer`; None if there is none."""
+        return self.answer.content
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools in `answer`."""
+        return self.answer.tool_calls
+
+    def _events(self, begin: int) -> list[AnswerEvent]:
+        log = self._log
+        if log.answer is not None:
+            return log.answer.events(log.pieces, begin, self._end_piece, self._end)
+        text = "".join(log.pieces[begin : self._end_piece])
+        return [TextDelta(text, range(begin, self._end))] if text else []
+
+    @property
     def token_ids(self) -> list[int]:
         """Generated token ids so far, including one that ended the request."""
         return self._log.token_ids[: self._end]
@@ -299,6 +341,7 @@ class GenerationOutput:
             finish_reason=self.finish_reason,
             matched_stop=self.matched_stop,
             error=self.error,
+            answer=None if log.answer is None else log.answer.copy(log.pieces, self._end_piece, self._end),
         )
         return type(self), (kept, self._begin, self._end, self.finish_reason, self._outputs)
 

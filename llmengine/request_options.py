@@ -134,6 +134,8 @@ class TemplateKeywords(TypedDict, total=False):
     Attributes:
         tools: functions as JSON Schema, in OpenAI's form or without its wrapper. Like the other keywords, refused if
             the chat template does not use it.
+        tool_format: the form of tool calls, a name in `llmengine.chat.answers.TOOL_FORMATS`, instead of the one that
+            the chat template shows. If the template does not use tools, messages describe them in this form.
         documents: sources for the answer; mappings with "title" and "text" for most templates.
         add_generation_prompt: end the prompt with the header of an answer. The default is True, unless the final
             message is continued.
@@ -144,6 +146,7 @@ class TemplateKeywords(TypedDict, total=False):
     """
 
     tools: Sequence[Any] | None
+    tool_format: str | None
     documents: Sequence[Mapping[str, Any]] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | str | None
@@ -151,11 +154,26 @@ class TemplateKeywords(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
 
 
-class ChatKeywords(RequestKeywords, TemplateKeywords, total=False):
-    """The keywords of chats: those of requests and those of the chat template."""
+class AnswerKeywords(TypedDict, total=False):
+    """The keywords of what the answer to a conversation may be.
+
+    Attributes:
+        tool_choice: "auto": call tools or not, the default if there are tools; "none": the tools are described, but not
+            called; "required": call at least one; ``{"type": "function", "function": {"name": ...}}``: call this one.
+            Calls that must be made fit the schemas of the functions.
+        parallel_tool_calls: if False, the answer has at most one call. The default is True.
+    """
+
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+
+
+class ChatKeywords(RequestKeywords, TemplateKeywords, AnswerKeywords, total=False):
+    """The keywords of chats: those of requests, of the chat template, and of the answer."""
 
 
 TEMPLATE_NAMES = frozenset(TemplateKeywords.__annotations__)
+ANSWER_NAMES = frozenset(AnswerKeywords.__annotations__)
 
 
 def split_options(keywords: Mapping[str, Any], **defaults: Any) -> tuple[RequestOptions, dict[str, Any]]:
@@ -224,6 +242,8 @@ def takes_options(keywords: type = RequestKeywords, **defaults: Any) -> Callable
         sources: list[type] = [] if keywords is TemplateKeywords else [RequestOptions]
         if keywords is not RequestKeywords:
             sources.append(TemplateKeywords)
+        if keywords is ChatKeywords:
+            sources.append(AnswerKeywords)
         if function.__doc__:
             listed = "".join(_attributes(source.__doc__ or "") for source in sources)
             function.__doc__ = f"{function.__doc__.rstrip()}\n\n        Options:\n{listed}"

@@ -97,6 +97,8 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt except the first; not on every backend. Such a prompt is
             computed without reading the prefix cache.
         skip_special_tokens: leave special tokens (BOS, EOS, chat markers) out of the text.
+        keep_special_tokens: texts of special tokens that are not left out, such as the markers of tool calls. Texts
+            that are not special tokens of the tokenizer have no effect.
         structured: the form that the text must have. Stop tokens can be chosen only where the form may end, and the
             request ends with "stop" where nothing can follow; other limits and stop strings may cut the text off. Needs
             a tokenizer and the package llguidance.
@@ -124,6 +126,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    keep_special_tokens: tuple[str, ...] = ()
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +142,10 @@ class SamplingParams:
         if self.structured is not None:
             require_kind("structured", self.structured, StructuredOutput)
         require_bool("skip_special_tokens", self.skip_special_tokens)
+        kept = _as_tuple("keep_special_tokens", self.keep_special_tokens, str, "a string or a sequence of strings")
+        for index, text in enumerate(kept):
+            require_text(f"keep_special_tokens[{index}]", text)
+        object.__setattr__(self, "keep_special_tokens", kept)
 
     def _check_counts(self) -> None:
         require_int("n", self.n, 1, MAX_OUTPUTS)

@@ -64,6 +64,10 @@ class ChatByteTokenizer(ByteTokenizer):
         """Names of the variables that the template reads."""
         return self._templates.choose(chat_template, has_tools=has_tools).variables
 
+    def chat_template_source(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
+        """The text of the template."""
+        return self._templates.source(chat_template, has_tools=has_tools)
+
 
 class FakeBackend:
     """Implements `llmengine.batch.Backend` in plain Python.

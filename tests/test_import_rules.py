@@ -26,6 +26,7 @@ DATA = {
         "batch",
     ),
     *("dtypes", "generation_config", "tokenizer.end_tokens"),
+    *("chat.answers.events", "chat.answers.answer_log"),
 }
 
 # Layer -> the layers it may import beside itself. A layer is a folder or a module; the longest name that fits counts.

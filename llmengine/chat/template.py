@@ -125,8 +125,9 @@ class ChatTemplate:
                 raise InvalidRequestError(unknown_variable(name, own))
         for name, value in ours.items():
             if value is not None and name not in self.variables and self._reads_messages:
+                hint = ', describe them in the messages with tool_format="hermes"' if name == "tools" else ""
                 raise InvalidRequestError(
-                    f"the chat template does not use {name}, so they would be lost; omit them, or choose another "
+                    f"the chat template does not use {name}, so they would be lost; omit them{hint}, or choose another "
                     "template with chat_template="
                 )
 
@@ -298,6 +299,12 @@ class ChatTemplates:
             return ChatTemplate(chat_template, self._special_tokens, "chat_template")
         except ModelLoadError as error:
             raise InvalidRequestError(str(error)) from error
+
+    def source(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
+        """The text of the template that `choose` chooses. Raises `InvalidRequestError` if there is none."""
+        if chat_template is None:
+            return self.sources[self._default_name(has_tools)]
+        return self.sources.get(chat_template, chat_template)
 
     def _default_name(self, has_tools: bool) -> str:
         if has_tools and "tool_use" in self.sources:

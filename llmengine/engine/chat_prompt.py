@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llmengine.chat.messages import plain_messages, plain_value
+from llmengine.chat.answers.described_tools import describe_tools
+from llmengine.chat.answers.formats import PHI, TOOL_FORMATS, AnswerFormat, find_answer_format
+from llmengine.chat.answers.tool_choice import TEXT_PLAN, AnswerPlan, as_tool_choice, function_of
+from llmengine.chat.messages import plain_messages, plain_tools, plain_value
+from llmengine.checks import require_choice
 from llmengine.errors import InvalidRequestError
-from llmengine.request_options import TEMPLATE_NAMES, is_sampling_parameter, unknown_keyword
+from llmengine.request_options import ANSWER_NAMES, TEMPLATE_NAMES, is_sampling_parameter, unknown_keyword
 from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer
 
 _PROBE = "llmengine_no_such_variable"
+_TOOLS_OF_MESSAGE = re.compile(r"""message(\.tools\b|\[(['"])tools\2\])""")
+"""Matches where a template reads tools from a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A copy of the caller's conversation, and the keywords of `apply_chat_template`."""
+    """A copy of the caller's conversation, the keywords of `apply_chat_template`, and the plan of the answer."""
 
     messages: list[dict[str, Any]]
     keywords: dict[str, Any]
+    plan: AnswerPlan = TEXT_PLAN
 
 
 class ChatRenderer:
@@ -50,13 +59,14 @@ class ChatRenderer:
         if twice := sorted(direct.keys() & variables.keys()):
             raise InvalidRequestError(f"{twice[0]!r} is given twice: as a keyword and in chat_template_kwargs")
         merged = {**variables, **direct}
+        wanted = {name: merged.pop(name, None) for name in (*ANSWER_NAMES, "tool_format")}
         known = None
-        for name in direct.keys() - TEMPLATE_NAMES:
+        for name in direct.keys() - TEMPLATE_NAMES - ANSWER_NAMES:
             if is_sampling_parameter(name):
                 raise unknown_keyword(function, name)
             known = known or self._known(tokenizer, merged)
             if known is not None and name not in known:
-                raise unknown_keyword(function, name, {*known, *TEMPLATE_NAMES})
+                raise unknown_keyword(function, name, {*known, *TEMPLATE_NAMES, *ANSWER_NAMES})
         arguments = {name: plain_value(value, name) for name, value in merged.items() if value is not None}
         for name in ("tools", "documents"):
             if arguments.get(name) == []:
@@ -65,8 +75,52 @@ class ChatRenderer:
             if arguments.get("add_generation_prompt"):
                 raise InvalidRequestError("continue_final_message and add_generation_prompt contradict each other")
             arguments["add_generation_prompt"] = False
+        copies = plain_messages(messages)
+        plan = self._plan(arguments, wanted)
+        copies = self._place_tools(copies, arguments, wanted["tool_format"], plan)
         _check_call(tokenizer.apply_chat_template, arguments)
-        return ChatPrompt(plain_messages(messages), arguments)
+        return ChatPrompt(copies, arguments, plan)
+
+    def answer_format(self, chat_template: str | None = None, *, has_tools: bool = True) -> AnswerFormat:
+        """The form of answers that the template for such a conversation shows."""
+        return find_answer_format(self._source({"chat_template": chat_template, "tools": has_tools}))
+
+    def _plan(self, keywords: Mapping[str, Any], wanted: Mapping[str, Any]) -> AnswerPlan:
+        form, name = find_answer_format(self._source(keywords)), wanted["tool_format"]
+        if name is not None:
+            require_choice("tool_format", name, tuple(TOOL_FORMATS))
+            form = replace(form, tools=TOOL_FORMATS[name])
+        tools = tuple(plain_tools(keywords.get("tools")) or ())
+        parallel = wanted["parallel_tool_calls"]
+        choice = as_tool_choice(wanted["tool_choice"], tools)
+        return AnswerPlan(form, tools, choice, True if parallel is None else parallel)
+
+    def _source(self, keywords: Mapping[str, Any]) -> str:
+        """The text of the template that such a call uses; "" if it is not known."""
+        method = getattr(self._chat_tokenizer(), "chat_template_source", None)
+        if method is None:
+            return ""
+        try:
+            source: str | None = method(keywords.get("chat_template"), has_tools=bool(keywords.get("tools")))
+        except InvalidRequestError:
+            return ""  # rendering will raise it
+        return source or ""
+
+    def _place_tools(
+        self, messages: list[dict[str, Any]], keywords: dict[str, Any], tool_format: str | None, plan: AnswerPlan
+    ) -> list[dict[str, Any]]:
+        """Put tools where the template finds them, if it has no variable for them."""
+        variables = self._variables(self._chat_tokenizer(), keywords)
+        if variables is None or "tools" in variables:
+            return messages
+        source = self._source(keywords)
+        if plan.tools and plan.form.tools is PHI and _TOOLS_OF_MESSAGE.search(source):
+            del keywords["tools"]
+            return _with_tools_in_system_message(messages, plan)
+        if tool_format is not None and plan.form.tools is not None:
+            keywords.pop("tools", None)
+            return describe_tools(messages, plan.tools, plan.form.tools)
+        return messages
 
     def render(self, prompt: ChatPrompt) -> str:
         """The text of a conversation. Raises `InvalidRequestError` if the template rejects it."""
@@ -116,6 +170,14 @@ class ChatRenderer:
         if not isinstance(self._tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         return self._tokenizer
+
+
+def _with_tools_in_system_message(messages: list[dict[str, Any]], plan: AnswerPlan) -> list[dict[str, Any]]:
+    """The conversation for a template that reads tools, as JSON, from the system message."""
+    functions = json.dumps([function_of(tool) for tool in plan.tools], ensure_ascii=False)
+    if messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    return [{**messages[0], "tools": functions}, *messages[1:]]
 
 
 def _check_call(apply: Callable[..., Any], keywords: Mapping[str, Any]) -> None:

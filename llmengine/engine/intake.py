@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from llmengine.batch import BackendInfo
+from llmengine.chat.answers.answer_log import AnswerLog
 from llmengine.checks import require_kind
 from llmengine.engine.admission import AdmissionTicket
 from llmengine.engine.bad_words import WordIds, bad_word_ids
@@ -105,6 +106,7 @@ class Intake:
         self.eos_token_ids = frozenset(eos_token_ids)
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._special_ids: frozenset[int] = frozenset(getattr(tokenizer, "special_ids", ()))
+        self._special_texts: dict[str, int] | None = None
         # Cached, since callers tend to send the same words with each request.
         self._bad_words = lru_cache(_NUM_CACHED_BAD_WORDS)(partial(bad_word_ids, tokenizer))
         self._threads = threads
@@ -124,7 +126,11 @@ class Intake:
         Raises what `LLM.generate_async` raises.
         """
         if isinstance(prompt, str | ChatPrompt):
-            return self._submit_later(partial(self._prompts.encode, prompt), _num_chars(prompt), spec, owner)
+            encode = partial(self._prompts.encode, prompt)
+            if isinstance(prompt, ChatPrompt) and prompt.plan.has_grammar:
+                self._grammars.check()
+                return self._submit_later(encode, _num_chars(prompt), spec, owner, has_grammar=True)
+            return self._submit_later(encode, _num_chars(prompt), spec, owner)
         encoded = self._prompts.encode(prompt)
         params = spec.params
         if spec.options.wait_for_admission or params.structured is not None or _has_long_words(params):
@@ -170,9 +176,18 @@ class Intake:
         return handle
 
     def _submit_later(
-        self, encode: Callable[[], EncodedPrompt], num_chars: int, spec: RequestSpec, owner: object
+        self,
+        encode: Callable[[], EncodedPrompt],
+        num_chars: int,
+        spec: RequestSpec,
+        owner: object,
+        *,
+        has_grammar: bool = False,
     ) -> RequestHandle:
-        """Submit a request that a thread prepares; its text has about `num_chars` characters."""
+        """Submit a request that a thread prepares; its text has about `num_chars` characters.
+
+        `has_grammar`: it will have a grammar that the parameters do not show yet.
+        """
         self._check_params(spec.params)
         self._engine.check_open()
         ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
@@ -180,7 +195,7 @@ class Intake:
         handle = self._new_handle(stream, spec, owner)
         deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
         deadline = min(deadlines, default=None)
-        threads = self._threads_for(spec, num_chars)
+        threads = self._threads.grammars if has_grammar else self._threads_for(spec, num_chars)
         waiting_room = self._engine.waiting_room
 
         def work(ticket: AdmissionTicket) -> Callable[[], None]:
@@ -320,13 +335,26 @@ class Intake:
         with tokenizer_faults("decode"):
             return self._texts.text(prompt_token_ids, token_ids)
 
+    def _special_tokens(self) -> dict[str, int]:
+        """Ids of the special tokens by their texts."""
+        if self._special_texts is None:  # at worst, two threads make it twice
+            assert self.tokenizer is not None
+            with tokenizer_faults("decode its special tokens"):
+                texts = {self.tokenizer.decode([token_id]): token_id for token_id in sorted(self._special_ids)}
+            texts.pop("", None)
+            self._special_texts = texts
+        return self._special_texts
+
     def _make_request(
         self, stream: Stream, encoded: EncodedPrompt, spec: RequestSpec, ticket: AdmissionTicket
     ) -> Request:
         """The request; with several outputs that of the first, whose relatives are those of the others."""
         self._prompts.check_length(encoded, spec.params.max_total_tokens)
         ticket.add_tokens(len(encoded.token_ids))
-        params = self._with_bad_word_ids(spec.params).for_prompt(len(encoded.token_ids))
+        params = spec.params
+        if encoded.plan is not None and encoded.text is not None:
+            params = encoded.plan.params(params, encoded.text, self._special_tokens())
+        params = self._with_bad_word_ids(params).for_prompt(len(encoded.token_ids))
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         if isinstance(stream, OutputStream):
             return self._make_member(stream, encoded, params, seed, spec, ticket)
@@ -358,12 +386,17 @@ class Intake:
         num_tokens, limit = len(encoded.token_ids), self._info.max_model_len
         stream.log.prompt = encoded.text
         stream.log.prompt_token_ids = tuple(encoded.token_ids)
+        if encoded.plan is not None and encoded.text is not None:
+            stream.log.answer = AnswerLog(partial(encoded.plan.parser, encoded.text))
         stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_token_ids |= self.eos_token_ids
         detokenizer = None
         if self._texts is not None:
             skip = self._special_ids if params.skip_special_tokens else frozenset()
+            if skip and params.keep_special_tokens:
+                kept = self._special_tokens()
+                skip = skip.difference(kept[text] for text in params.keep_special_tokens if text in kept)
             structured = params.structured is not None
             with tokenizer_faults("decode the prompt's end"):
                 detokenizer = IncrementalDetokenizer(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llmengine.chat.answers.tool_choice import AnswerPlan
 from llmengine.engine.chat_prompt import ChatPrompt, ChatRenderer
 from llmengine.errors import InvalidRequestError, LLMEngineError, PromptTooLongError, RequestFailedError
 from llmengine.tokenizer.protocol import ChatTokenizer, Tokenizer, check_text, without_second_bos
@@ -18,10 +19,11 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt's token ids; `text` is None where the caller gave token ids."""
+    """A prompt's token ids; `text` is None where the caller gave token ids, and `plan` where it is no conversation."""
 
     text: str | None
     token_ids: list[int]
+    plan: AnswerPlan | None = None
 
 
 class PromptEncoder:
@@ -81,7 +83,7 @@ class PromptEncoder:
         assert isinstance(self.tokenizer, ChatTokenizer), "a chat was rendered without one"
         with tokenizer_faults("encode the chat", text):
             token_ids = self._token_ids(text, has_limit, add_special_tokens=False)
-        return EncodedPrompt(text, self._in_vocabulary(token_ids))
+        return EncodedPrompt(text, self._in_vocabulary(token_ids), prompt.plan)
 
     def _token_ids(self, text: str, has_limit: bool, **options: Any) -> list[int]:
         assert self.tokenizer is not None

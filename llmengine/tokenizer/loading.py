@@ -143,6 +143,10 @@ class LoadedTokenizer:
         """Names of the variables that the template for such a conversation reads."""
         return self._templates.choose(chat_template, has_tools=has_tools).variables
 
+    def chat_template_source(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
+        """The text of the template for such a conversation."""
+        return self._templates.source(chat_template, has_tools=has_tools)
+
     def check_ends(self, vocab_size: int) -> None:
         """Raise `CorruptFileError` if the files name an end of text that a model with this vocabulary does not have."""
         for token_id in sorted(self.end_token_ids):

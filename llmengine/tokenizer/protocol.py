@@ -49,7 +49,8 @@ class ChatTokenizer(Tokenizer, Protocol):
 
     Optional: `chat_template_variables(chat_template, *, has_tools)`, the names of the variables that the template
     reads. Without it, keywords of a chat that `apply_chat_template` does not name are passed on only if it raises for
-    unknown ones.
+    unknown ones. `chat_template_source(chat_template, *, has_tools)`, the text of the template, shows how the model
+    marks reasoning and tool calls. Without it, answers are text only, unless a chat names a `tool_format`.
     """
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -223,6 +224,11 @@ class TransformersTokenizer:
         """Names of the variables that its template reads; None if they are not known."""
         templates = self._templates()
         return None if templates is None else templates.choose(chat_template, has_tools=has_tools).variables
+
+    def chat_template_source(self, chat_template: str | None = None, *, has_tools: bool = False) -> str | None:
+        """The text of its template; None if it is not known."""
+        templates = self._templates()
+        return None if templates is None else templates.source(chat_template, has_tools=has_tools)
 
     def _templates(self) -> ChatTemplates | None:
         """The templates that the tokenizer has now; None if it does not use them in the usual way."""

@@ -7,6 +7,7 @@ found from strings in the template, never from the model's name.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 Body = Literal["json", "named", "xml"]
@@ -79,10 +80,24 @@ class AnswerFormat:
             found += ["[ARGS]", "[CALL_ID]"] if self.tools.body == "named" else []
         return tuple(marker for marker in found if marker)
 
+    def begins_reasoning(self, prompt: str) -> bool:
+        """True if the answer to `prompt` begins within reasoning, without a marker."""
+        reasoning = self.reasoning
+        if reasoning is None or prompt.rstrip().endswith(reasoning.end):
+            return False
+        return reasoning.always or prompt.rstrip().endswith(reasoning.begin)
+
+    def ends_reasoning(self, prompt: str) -> bool:
+        """True if the end of `prompt` says that the answer has no reasoning."""
+        return self.reasoning is not None and prompt.rstrip().endswith(self.reasoning.end)
+
     def without_tools(self) -> AnswerFormat:
         """The same without tool calls, which then stay in the text."""
         return replace(self, tools=None)
 
+
+TEXT_ONLY = AnswerFormat()
+"""Answers that are text only."""
 
 HERMES = ToolFormat("hermes", ("<tool_call>",), "</tool_call>")
 """Hermes, Qwen 2.5, Qwen 3, SmolLM3, Granite 4, and models without a format of their own."""
@@ -123,6 +138,7 @@ _REASONING_FORMATS = (
 _RESPONSE = ("<response>", "</response>")
 
 
+@lru_cache(maxsize=16)
 def find_answer_format(template: str) -> AnswerFormat:
     """The format of the answers to conversations that `template`, the source of a chat template, writes."""
     tools = next((form for signs, form in _TOOL_SIGNATURES if all(sign in template for sign in signs)), None)

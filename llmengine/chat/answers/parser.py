@@ -63,9 +63,9 @@ class AnswerParser:
         self._marker = ""
         self._literal = 0
         self._trims = False
-        self._may_reason = form.reasoning is not None
+        self._may_reason = form.reasoning is not None and not form.ends_reasoning(prompt)
         self._mode: Callable[[bool], bool] = self._read_start
-        if form.reasoning is not None and prompt.rstrip().endswith(form.reasoning.begin):
+        if form.begins_reasoning(prompt):
             self._begin_reasoning()
 
     def feed(self, piece: str, *, is_token: bool = True) -> list[AnswerEvent]:
@@ -108,9 +108,6 @@ class AnswerParser:
                 return True
             if begin.startswith(rest) and not final:
                 return False
-            if form.reasoning.always:
-                self._begin_reasoning()
-                return True
         self._mode = self._read_text
         if rest[:1] == "{" and form.tools is not None and form.tools.bare:
             self._begin_calls("", spaces)
