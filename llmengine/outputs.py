@@ -222,44 +222,6 @@ class GenerationOutput:
         return "".join(self._log.pieces[self._begin : self._end_piece])
 
     @property
-    def answer(self) -> Answer:
-        """The text so far, divided into reasoning, content and tool calls by the form of the chat template.
-
-        Without a conversation, all of it is content.
-        """
-        return Answer.of(self._events(0))
-
-    @property
-    def answer_delta(self) -> list[AnswerEvent]:
-        """What came to `answer` since the previous output, as events; see `llmengine.chat.answers`.
-
-        Those of a stream add up to the final `answer`. The list is empty while text may still turn out to be a marker.
-        """
-        return self._events(self._begin)
-
-    @property
-    def reasoning(self) -> str | None:
-        """The reasoning in `answer`; None if there is none."""
-        return self.answer.reasoning
-
-    @property
-    def content(self) -> str | None:
-        """The text for the user in `answer`; None if there is none."""
-        return self.answer.content
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls of tools in `answer`."""
-        return self.answer.tool_calls
-
-    def _events(self, begin: int) -> list[AnswerEvent]:
-        log = self._log
-        if log.answer is not None:
-            return log.answer.events(log.pieces, begin, self._end_piece, self._end)
-        text = "".join(log.pieces[begin : self._end_piece])
-        return [TextDelta(text, range(begin, self._end))] if text else []
-
-    @property
     def token_ids(self) -> list[int]:
         """Generated token ids so far, including one that ended the request."""
         return self._log.token_ids[: self._end]
@@ -325,6 +287,44 @@ class GenerationOutput:
             return None
         self._log.error.request_id = self.request_id
         return self._log.error
+
+    @property
+    def answer(self) -> Answer:
+        """The text so far, divided into reasoning, content and tool calls by the form of the chat template.
+
+        Without a conversation, all of it is content.
+        """
+        return Answer.of(self._events(0))
+
+    @property
+    def answer_delta(self) -> list[AnswerEvent]:
+        """What came to `answer` since the previous output, as events; see `llmengine.chat.answers`.
+
+        Those of a stream add up to the final `answer`. The list is empty while text may still turn out to be a marker.
+        """
+        return self._events(self._begin)
+
+    @property
+    def reasoning(self) -> str | None:
+        """The reasoning in `answer`; None if there is none."""
+        return self.answer.reasoning
+
+    @property
+    def content(self) -> str | None:
+        """The text for the user in `answer`; None if there is none."""
+        return self.answer.content
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools in `answer`."""
+        return self.answer.tool_calls
+
+    def _events(self, begin: int) -> list[AnswerEvent]:
+        log = self._log
+        if log.answer is not None:
+            return log.answer.events(log.pieces, begin, self._end_piece, self._end)
+        text = "".join(log.pieces[begin : self._end_piece])
+        return [TextDelta(text, range(begin, self._end))] if text else []
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle (and copy) the output as it is, without the tokenizer and without later tokens."""
