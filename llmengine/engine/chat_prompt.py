@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,7 @@ class ChatRenderer:
                 raise InvalidRequestError("continue_final_message and add_generation_prompt contradict each other")
             arguments["add_generation_prompt"] = False
         copies = plain_messages(messages)
-        plan = self._plan(arguments, wanted)
+        plan = self._plan(copies, arguments, wanted)
         copies = self._place_tools(copies, arguments, wanted["tool_format"], plan)
         _check_call(tokenizer.apply_chat_template, arguments)
         return ChatPrompt(copies, arguments, plan)
@@ -85,8 +85,12 @@ class ChatRenderer:
         """The form of answers that the template for such a conversation shows."""
         return find_answer_format(self._source({"chat_template": chat_template, "tools": has_tools}))
 
-    def _plan(self, keywords: Mapping[str, Any], wanted: Mapping[str, Any]) -> AnswerPlan:
+    def _plan(
+        self, messages: Sequence[Mapping[str, Any]], keywords: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> AnswerPlan:
         form, name = find_answer_format(self._source(keywords)), wanted["tool_format"]
+        if field := keywords.get("continue_final_message"):
+            form = _continued(form, messages[-1], field if isinstance(field, str) else "content")
         if name is not None:
             require_choice("tool_format", name, tuple(TOOL_FORMATS))
             form = replace(form, tools=TOOL_FORMATS[name])
@@ -170,6 +174,16 @@ class ChatRenderer:
         if not isinstance(self._tokenizer, ChatTokenizer):
             raise InvalidRequestError("the tokenizer has no apply_chat_template(); render the prompt yourself")
         return self._tokenizer
+
+
+def _continued(form: AnswerFormat, message: Mapping[str, Any], field: str) -> AnswerFormat:
+    """The form of what continues a field of a message: reasoning goes on, and does not begin within content."""
+    if form.reasoning is None:
+        return form
+    text = str(message.get(field))
+    if field == "content" and (form.reasoning.begin not in text or form.reasoning.end in text):
+        return replace(form, reasoning=None)
+    return replace(form, reasoning=replace(form.reasoning, always=True))
 
 
 def _with_tools_in_system_message(messages: list[dict[str, Any]], plan: AnswerPlan) -> list[dict[str, Any]]:

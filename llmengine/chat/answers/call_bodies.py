@@ -182,7 +182,7 @@ class _CallObject:
         return (yield from _value(char, _ignore, 0))
 
     def _set_name(self, name: str) -> None:
-        if self._name is not None or not name or (self._names is not None and name not in self._names):
+        if self._name is not None or not _is_name(name) or (self._names is not None and name not in self._names):
             raise MalformedCallError
         self._name = name
         self._finish_held()
@@ -209,6 +209,7 @@ def _arguments(char: str, emit: _Emit) -> Reader:
     elif char == '"':
         text = yield from _text(char)
         try:
+            text.encode()  # an escape may have been half of a character
             is_object = isinstance(json.loads(text), dict)
         except (ValueError, RecursionError):
             is_object = False
@@ -317,6 +318,10 @@ def _escape() -> _Lookahead:
     return "\\\\" + json.dumps(char, ensure_ascii=False)[1:-1]  # as in a regex: the backslash itself was meant
 
 
+def _is_name(text: str) -> bool:
+    return text != "" and text.isprintable()
+
+
 def _text(char: str) -> _Lookahead:
     """The text of the string that begins with `char`."""
     if char != '"':
@@ -353,7 +358,7 @@ def _xml_call(marker: str, tools: Mapping[str, Any], sink: CallSink) -> Reader:
     if marker != "<function=":
         yield from _literal("<function=", skip=True)
     name = (yield from _until(">")).strip()
-    if not name or "<" in name:
+    if not _is_name(name) or "<" in name:
         raise MalformedCallError
     sink.begin(name)
     properties = _properties(tools.get(name))

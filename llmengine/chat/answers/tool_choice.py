@@ -82,7 +82,12 @@ class AnswerPlan:
 
     def __post_init__(self) -> None:
         require_bool("parallel_tool_calls", self.parallel)
-        if self.form.tools is None and self.has_grammar:
+        if not self.has_grammar:
+            return
+        for index, tool in enumerate(self.tools):
+            if not isinstance(function_of(tool).get("name"), str):
+                raise InvalidRequestError(f'tools[{index}] must have a function with a string "name"')
+        if self.form.tools is None:
             raise InvalidRequestError(
                 "tool calls can be enforced only in a form that is known, and the chat template shows none; "
                 'pass tool_format=, such as "hermes"'

@@ -167,6 +167,7 @@ def test_choice_none_reads_no_calls_and_rules_the_marker_out() -> None:
         ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice must be one of 'none', 'auto', 'required', or"),
         ({"tools": [WEATHER], "tool_choice": {"name": "time"}}, "not among the tools: 'weather'"),
+        ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\] must have a function with a string"),
         ({"tools": [WEATHER], "tool_format": "hermit"}, "tool_format must be one of 'hermes'"),
         ({"tools": [WEATHER], "parallel_tool_calls": "no"}, "parallel_tool_calls must be True or False"),
     ],
@@ -174,6 +175,27 @@ def test_choice_none_reads_no_calls_and_rules_the_marker_out() -> None:
 def test_wrong_choices_are_refused(keywords: dict[str, Any], message: str) -> None:
     with model_saying("Hi") as llm, pytest.raises(InvalidRequestError, match=message):
         llm.chat(ASK, PARAMS, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "reasoning", "content"),
+    [
+        ({"content": "<think>I thi"}, True, "nk.", "Yes."),
+        ({"content": "", "reasoning_content": "I thi"}, "reasoning_content", "nk.", "Yes."),
+        ({"content": "I thi"}, "content", None, "nk.</think>Yes."),
+    ],
+)
+def test_a_continued_message_says_whether_it_is_reasoning(
+    message: dict[str, Any], field: str | bool, reasoning: str | None, content: str
+) -> None:
+    template = HERMES.partition("<assistant>")[0].replace(
+        "message.content", "(message.reasoning_content or message.content)"
+    )
+    template = template.replace("\n{% endfor %}", "{% endfor %}{# <think></think> #}")
+    history = [*ASK, {"role": "assistant", **message}]
+    with model_saying("nk.</think>Yes.", template, prompt_end="I thi") as llm:
+        output = llm.chat(history, PARAMS, continue_final_message=field)
+    assert (output.reasoning, output.content) == (reasoning, content)
 
 
 def test_calls_of_an_unknown_form_cannot_be_enforced() -> None:

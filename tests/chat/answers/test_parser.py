@@ -220,6 +220,8 @@ def test_text_is_held_back_only_where_a_marker_may_begin() -> None:
         (HERMES, '<tool_call>{"name": 1}</tool_call>'),
         (HERMES, '<tool_call>{"name": "f", "arguments": [1]}</tool_call>'),
         (HERMES, '<tool_call>{"name": "f", "arguments": "[1]"}</tool_call>'),
+        (HERMES, r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>'),
+        (HERMES, r'<tool_call>{"name": "f", "arguments": "{\"a\": \"\ud800\"}"}</tool_call>'),
         (HERMES, 'a\n <tool_call>\n{"name": "f", "argum'),
         (HERMES, "a </tool_call> b"),
         (HERMES, " \n "),
