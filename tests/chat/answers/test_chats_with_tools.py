@@ -167,7 +167,7 @@ def test_choice_none_reads_no_calls_and_rules_the_marker_out() -> None:
         ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [WEATHER], "tool_choice": "any"}, "tool_choice must be one of 'none', 'auto', 'required', or"),
         ({"tools": [WEATHER], "tool_choice": {"name": "time"}}, "not among the tools: 'weather'"),
-        ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\] must have a function with a string"),
+        ({"tools": [{"function": {}}], "tool_choice": "required"}, r"tools\[0\] must have a function with a string"),
         ({"tools": [WEATHER], "tool_format": "hermit"}, "tool_format must be one of 'hermes'"),
         ({"tools": [WEATHER], "parallel_tool_calls": "no"}, "parallel_tool_calls must be True or False"),
     ],
