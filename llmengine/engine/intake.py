@@ -11,7 +11,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -57,11 +57,15 @@ class _TenantSalt:
 
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
-    """What to generate and how to run it. Raises `InvalidRequestError` if these contradict each other."""
+    """What to generate and how to run it. Raises `InvalidRequestError` if these contradict each other.
+
+    `has_grammar`: the prompt brings a grammar that the parameters do not show.
+    """
 
     params: SamplingParams
     options: RequestOptions
     streaming: bool = False
+    has_grammar: bool = False
 
     def __post_init__(self) -> None:
         require_kind("sampling_params", self.params, SamplingParams)
@@ -125,12 +129,11 @@ class Intake:
 
         Raises what `LLM.generate_async` raises.
         """
+        if isinstance(prompt, ChatPrompt) and prompt.plan.has_grammar:
+            self._grammars.check()
+            spec = replace(spec, has_grammar=True)
         if isinstance(prompt, str | ChatPrompt):
-            encode = partial(self._prompts.encode, prompt)
-            if isinstance(prompt, ChatPrompt) and prompt.plan.has_grammar:
-                self._grammars.check()
-                return self._submit_later(encode, _num_chars(prompt), spec, owner, has_grammar=True)
-            return self._submit_later(encode, _num_chars(prompt), spec, owner)
+            return self._submit_later(partial(self._prompts.encode, prompt), _num_chars(prompt), spec, owner)
         encoded = self._prompts.encode(prompt)
         params = spec.params
         if spec.options.wait_for_admission or params.structured is not None or _has_long_words(params):
@@ -176,18 +179,9 @@ class Intake:
         return handle
 
     def _submit_later(
-        self,
-        encode: Callable[[], EncodedPrompt],
-        num_chars: int,
-        spec: RequestSpec,
-        owner: object,
-        *,
-        has_grammar: bool = False,
+        self, encode: Callable[[], EncodedPrompt], num_chars: int, spec: RequestSpec, owner: object
     ) -> RequestHandle:
-        """Submit a request that a thread prepares; its text has about `num_chars` characters.
-
-        `has_grammar`: it will have a grammar that the parameters do not show yet.
-        """
+        """Submit a request that a thread prepares; its text has about `num_chars` characters."""
         self._check_params(spec.params)
         self._engine.check_open()
         ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
@@ -195,7 +189,7 @@ class Intake:
         handle = self._new_handle(stream, spec, owner)
         deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
         deadline = min(deadlines, default=None)
-        threads = self._threads.grammars if has_grammar else self._threads_for(spec, num_chars)
+        threads = self._threads_for(spec, num_chars)
         waiting_room = self._engine.waiting_room
 
         def work(ticket: AdmissionTicket) -> Callable[[], None]:
@@ -222,7 +216,7 @@ class Intake:
 
     def _threads_for(self, spec: RequestSpec, num_chars: int) -> WorkerThreads:
         form = spec.params.structured
-        if form is not None and not self._grammars.has(form):
+        if spec.has_grammar or (form is not None and not self._grammars.has(form)):
             return self._threads.grammars
         is_long = num_chars > _MANY_CHARS or _has_long_words(spec.params)
         return self._threads.long_texts if is_long else self._threads.texts
