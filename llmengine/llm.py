@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -268,11 +268,15 @@ class LLM:
         The number may exceed the context length. The options are those of a conversation. Raises `InvalidRequestError`,
         and `TypeError` for a keyword that the template does not have.
         """
-        if isinstance(prompt, str) or not is_conversation(prompt):
-            for name in options:
-                raise unknown_keyword(LLM.count_tokens, name)
-            return self._intake.count(cast(Prompt, prompt))
-        return self._intake.count(self._intake.chats.prompt(LLM.count_tokens, prompt, options))
+        return len(self._token_ids(LLM.count_tokens, prompt, options))
+
+    @takes_options(TemplateKeywords)
+    def tokenize(self, prompt: Prompt | Messages, **options: Unpack[TemplateKeywords]) -> list[int]:
+        """Token ids of a prompt for `generate`, or of a conversation for `chat`, as the model reads them. Blocks.
+
+        There may be more than the context has room for. Options and errors are those of `count_tokens`.
+        """
+        return self._token_ids(LLM.tokenize, prompt, options)
 
     def answer_format(self, chat_template: str | None = None, *, has_tools: bool = True) -> AnswerFormat:
         """How the model marks reasoning and tool calls in its answers, as its chat template shows.
@@ -451,6 +455,13 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def _token_ids(self, function: Callable[..., Any], prompt: Any, options: Mapping[str, Any]) -> list[int]:
+        if isinstance(prompt, str) or not is_conversation(prompt):
+            for name in options:
+                raise unknown_keyword(function, name)
+            return self._intake.token_ids(prompt)
+        return self._intake.token_ids(self._intake.chats.prompt(function, prompt, options))
 
     def _params_or_default(self, sampling_params: SamplingParams | None) -> SamplingParams:
         return self.get_default_sampling_params() if sampling_params is None else sampling_params

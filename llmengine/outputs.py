@@ -222,6 +222,15 @@ class GenerationOutput:
         return "".join(self._log.pieces[self._begin : self._end_piece])
 
     @property
+    def text_pieces_delta(self) -> list[str]:
+        """`text_delta`, divided by the tokens that released it.
+
+        There is one piece for each of `token_ids_delta`, "" while text is held back. The final output may lack the
+        piece of the token that ended the request, or have one more, of what was held back until then.
+        """
+        return self._log.pieces[self._begin : self._end_piece]
+
+    @property
     def token_ids(self) -> list[int]:
         """Generated token ids so far, including one that ended the request."""
         return self._log.token_ids[: self._end]
@@ -255,6 +264,16 @@ class GenerationOutput:
             return None
         positions = itertools.count(self.num_prompt_tokens)
         return [self._decoded(*item) for item in zip(positions, self.token_ids, logprobs, strict=False)]
+
+    @property
+    def decoded_logprobs_delta(self) -> list[dict[int, Logprob]] | None:
+        """The part of `decoded_logprobs` for the tokens since the previous output."""
+        logprobs = self._log.logprobs
+        if logprobs is None:
+            return None
+        positions = itertools.count(self.num_prompt_tokens + self._begin)
+        entries = logprobs[self._begin : self._end]
+        return [self._decoded(*item) for item in zip(positions, self.token_ids_delta, entries, strict=False)]
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:

@@ -318,9 +318,9 @@ class Intake:
         self._prompts.check_length(encoded)
         return encoded
 
-    def count(self, prompt: Prompt | ChatPrompt) -> int:
-        """Number of the prompt's tokens, which may be more than fit; blocks while text is tokenized."""
-        return len(self._prompts.encode(prompt, has_limit=False).token_ids)
+    def token_ids(self, prompt: Prompt | ChatPrompt) -> list[int]:
+        """The prompt's tokens, which may be more than fit; blocks while text is tokenized."""
+        return self._prompts.encode(prompt, has_limit=False).token_ids
 
     def text(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """Text of ids generated after a prompt, without special tokens; "" without a tokenizer."""

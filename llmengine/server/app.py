@@ -18,7 +18,7 @@ from llmengine.server import health
 from llmengine.server.config import ServerConfig
 from llmengine.server.errors import HttpError, error_response
 from llmengine.server.middleware import Gate
-from llmengine.server.openai import chat, models
+from llmengine.server.openai import chat, completions, models, tokens
 from llmengine.server.service import Service
 
 
@@ -59,7 +59,7 @@ def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | N
         lifespan=lifespan,
     )
     app.state.service = Service(llm, settings) if isinstance(llm, LLM) else None
-    for module in (chat, models, health):
+    for module in (chat, completions, models, tokens, health):
         app.include_router(module.router)
     for kind in (LLMEngineError, HttpError, RequestValidationError, HTTPException, Exception):
         app.exception_handler(kind)(_answer_error)

@@ -11,12 +11,13 @@ from starlette.types import ASGIApp
 from llmengine.llm import LLM
 from llmengine.server.app import create_app
 from llmengine.server.config import ServerConfig
+from llmengine.server.protocol import LimitedProtocol
 
 
 def uvicorn_config(app: ASGIApp, **settings: Any) -> uvicorn.Config:
     """How uvicorn serves the application best; `settings` are uvicorn's, and replace those chosen here."""
     return uvicorn.Config(
-        app, **{"http": "httptools", "ws": "none", "access_log": False, "server_header": False, **settings}
+        app, **{"http": LimitedProtocol, "ws": "none", "access_log": False, "server_header": False, **settings}
     )
 
 

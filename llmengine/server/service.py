@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.types import Receive, Scope
 
+from llmengine.chat.answers import AnswerEvent, AnswerFormat, AnswerParser, TextDelta
+from llmengine.chat.answers.events import merged
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import EngineClosedError, InvalidRequestError
 from llmengine.llm import LLM
@@ -21,16 +23,6 @@ from llmengine.server.middleware import TENANT
 from llmengine.server.sse import aborted_on_disconnect
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """More of the answer's text."""
-
-    text: str
-
-
-AnswerEvent = TextDelta
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatCall:
     """A checked request for the answer to a conversation.
@@ -38,13 +30,15 @@ class ChatCall:
     Attributes:
         messages: the conversation, in the form that `LLM.chat` takes.
         params: how to sample the answer.
-        template: keywords of the chat template, see `TemplateKeywords`.
+        template: further keywords of the chat template, see `TemplateKeywords`.
+        tools: the tools that the model may call, in OpenAI's form.
         priority: see `RequestOptions`.
     """
 
     messages: Sequence[Mapping[str, Any]]
     params: SamplingParams
     template: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
     priority: int = 0
 
 
@@ -56,23 +50,60 @@ class AnswerPiece:
     events: Sequence[AnswerEvent]
 
 
+class OutputParser:
+    """Says what the outputs of one request mean.
+
+    `form` is how the model marks what is not text for the user. With None, text is not looked at, and events do not say
+    which tokens they are made of.
+    """
+
+    def __init__(self, form: AnswerFormat | None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._form = form
+        self._tools = tools
+        self._parsers: dict[int, AnswerParser] = {}
+
+    def events(self, output: GenerationOutput) -> Sequence[AnswerEvent]:
+        """The events that the next output completes."""
+        if self._form is None:
+            text = output.text_delta
+            return (TextDelta(text),) if text else ()
+        parser = self._parsers.get(output.index)
+        if parser is None:
+            parser = self._parsers[output.index] = AnswerParser(self._form, output.prompt or "", self._tools)
+        num_tokens = len(output.token_ids_delta)
+        events: list[AnswerEvent] = []
+        for place, piece in enumerate(output.text_pieces_delta):
+            events += parser.feed(piece, is_token=place < num_tokens)
+        if output.finished:
+            events += parser.finish()
+        return merged(events)
+
+
 class ChatAnswer:
     """The answer to a conversation, in progress. Iterating gives its pieces as they come, those of all outputs mixed.
 
     The last piece of each output is `finished`. Raises what reading its `handle` raises, and the error of an output
-    that failed.
+    that failed. `form` is how the model marks what is not text for the user; None if everything is.
     """
 
-    def __init__(self, handle: RequestHandle, call: ChatCall) -> None:
+    def __init__(self, handle: RequestHandle, call: ChatCall, form: AnswerFormat | None) -> None:
         self.handle = handle
         self.call = call
+        self._parser = OutputParser(form, call.tools)
 
     async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
         async for output in self.handle:
             if output.finished:
                 require_success(output)
-            text = output.text_delta
-            yield AnswerPiece(output, (TextDelta(text),) if text else ())
+            yield AnswerPiece(output, self._parser.events(output))
+
+    async def whole(self, receive: Receive) -> list[AnswerPiece]:
+        """All outputs, each as one piece, of an answer that does not stream; a client that leaves aborts it."""
+        with aborted_on_disconnect(receive, [self.handle]):
+            outputs = (await self.handle).outputs
+        for output in outputs:
+            require_success(output)
+        return [AnswerPiece(output, self._parser.events(output)) for output in outputs]
 
 
 @dataclass(slots=True)
@@ -117,7 +148,8 @@ class Service:
             )
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
-        return ChatAnswer(handle, call)
+        # Parsing tells which tokens the text is made of, which log-probabilities need.
+        return ChatAnswer(handle, call, None if call.params.logprobs is None else AnswerFormat())
 
     def start(
         self,

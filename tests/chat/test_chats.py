@@ -225,11 +225,15 @@ def test_counting_tokens() -> None:
         for keywords in ({}, {"tools": [TOOL]}, {"enable_thinking": False}, {"add_generation_prompt": False}):
             assert llm.count_tokens(HI, **keywords) == llm.chat(HI, ONE, **keywords).num_prompt_tokens
         assert llm.count_tokens("hé") == 3
+        assert llm.tokenize("hé") == list("hé".encode())
+        assert llm.tokenize(HI, enable_thinking=False) == llm.chat(HI, ONE, enable_thinking=False).prompt_token_ids
         assert llm.count_tokens([1, 2]) == 2
         assert llm.count_tokens("") == 0
         assert llm.count_tokens("x" * 10_000) == 10_000
         with pytest.raises(TypeError, match="tools"):
             llm.count_tokens("hi", tools=[TOOL])
+        with pytest.raises(TypeError, match=r"tokenize\(\).*tools"):
+            llm.tokenize("hi", tools=[TOOL])
         with pytest.raises(TypeError, match="tennant"):
             llm.count_tokens(HI, tennant="a")  # type: ignore[call-arg]
         with pytest.raises(InvalidRequestError, match="outside"):

@@ -347,6 +347,26 @@ async def test_part_of_a_character_waits_for_the_rest() -> None:
     assert all("\ufffd" not in output.text_delta for output in outputs)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_pieces_and_logprobs_of_the_deltas_make_up_the_whole(is_late: bool) -> None:
+    gate = StepGate()
+    gate.open()
+    with make_llm(next_token=counting_model, on_step=gate) as llm:
+        async with timeout():
+            handle = llm.generate_async("a", tokens(9, stop="fgx", logprobs=1), streaming=True)
+            if is_late:
+                await handle.subscribe(streaming=False)
+            outputs = [output async for output in handle]
+    final = outputs[-1]
+    assert "".join(piece for output in outputs for piece in output.text_pieces_delta) == final.text == "bcdefghij"
+    for output in outputs:
+        assert "".join(output.text_pieces_delta) == output.text_delta
+        assert len(output.decoded_logprobs_delta or ()) == len(output.token_ids_delta)
+    assert [entry for output in outputs for entry in output.decoded_logprobs_delta or ()] == final.decoded_logprobs
+    pieces = [piece for output in outputs for piece in output.text_pieces_delta]
+    assert pieces[:9] == ["b", "c", "d", "e", "", "", "fgh", "i", "j"], "one for each token, also while text is held"
+
+
 def test_eos_ends_unless_ignored_and_stop_ids_still_apply() -> None:
     with make_llm(next_token=counting_model, eos_token_ids=[ord("d")]) as llm:
         plain, ignoring, own = bounded(

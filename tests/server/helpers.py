@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+import openai
 import uvicorn
 from fastapi import FastAPI
 
@@ -55,15 +59,24 @@ def fake_llm(
 
 @dataclass(frozen=True)
 class RunningServer:
-    """An application that uvicorn serves on a thread of its own."""
+    """An application that uvicorn serves on a thread of its own; `stop` does what SIGTERM does."""
 
     app: FastAPI
     port: int
+    stop: Callable[[], None]
 
     @property
     def url(self) -> str:
         """The address, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **settings: Any) -> openai.OpenAI:
+        """OpenAI's own client of this server, which does not try again."""
+        return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **settings})
+
+    def post(self, path: str, body: Any, **settings: Any) -> httpx.Response:
+        """The answer to a POST with a JSON body."""
+        return httpx.post(self.url + path, json=body, timeout=WAIT_S, **settings)
 
     def connect(self) -> socket.socket:
         """A new connection, with a bound on every wait."""
@@ -96,11 +109,34 @@ def serving(app: FastAPI, **settings: Any) -> Iterator[RunningServer]:
         try:
             assert server.ready.wait(WAIT_S)
             assert server.started
-            yield RunningServer(app, listener.getsockname()[1])
+            yield RunningServer(app, listener.getsockname()[1], lambda: setattr(server, "should_exit", True))
         finally:
             server.should_exit = True
             thread.join(WAIT_S)
             assert not thread.is_alive(), "the server did not stop"
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Return once something is so that other threads bring about; fails if it never is."""
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until, "it never came about"
+        time.sleep(0.001)
+
+
+def request_bytes(path: str, body: Any, *, method: str = "POST", headers: str = "") -> bytes:
+    """An HTTP request as it is on the wire."""
+    content = json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n{headers}"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the server closes the connection."""
+    received = b""
+    while data := connection.recv(65536):
+        received += data
+    return received
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from llmengine.server.sse import event
 DONE = b"data: [DONE]\n\n"
 """The event after the last chunk."""
 
-as_json_text = encode_basestring_ascii
-"""A string as JSON."""
+json_string = encode_basestring_ascii
+"""A string as JSON text."""
 
 
 class Chunks:
@@ -50,10 +50,10 @@ class UsageCount:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._num_tokens = 0
 
-    def add(self, output: GenerationOutput, prompt: int = 0) -> None:
+    def add(self, output: GenerationOutput, prompt: int = 0, *, prompt_only: bool = False) -> None:
         """Count a finished output of a prompt, which is given by its number."""
         self._prompts.setdefault(prompt, (output.num_prompt_tokens, output.num_cached_tokens))
-        self._num_tokens += output.num_tokens
+        self._num_tokens += 0 if prompt_only else output.num_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """The usage as OpenAI's API shows it."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from llmengine.errors import InvalidRequestError
 from llmengine.sampling_params import SamplingParams
 from llmengine.server.errors import HttpError
-from llmengine.server.openai.schemas import ChatRequest, ResponseFormat, Sampling
+from llmengine.server.openai.schemas import ChatRequest, CompletionRequest, ResponseFormat, Sampling
 from llmengine.server.service import Service
 from llmengine.structured_output import StructuredOutput
+
+_COMPLETION_TOKENS = 16
+"""What OpenAI's reference gives a completion that asks for no other number."""
 
 _SAME = (
     *("n", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop"),
@@ -32,7 +35,38 @@ def chat_params(service: Service, body: ChatRequest) -> SamplingParams:
     return replaced(service.default_params, changes)
 
 
-def common_changes(service: Service, body: Sampling, num_prompts: int) -> dict[str, Any]:
+def completion_prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a request, each text or token ids."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise HttpError(400, "prompt must not be an empty list", param="prompt", code="invalid_value")
+    if isinstance(given[0], int):
+        return [given]
+    return cast(list[str | list[int]], given)
+
+
+def completion_params(service: Service, body: CompletionRequest, num_prompts: int) -> SamplingParams:
+    """The parameters of a completion, which has 16 tokens unless the request says otherwise."""
+    if body.suffix:
+        message = "suffix is not supported: the model continues text, and does not fill gaps"
+        raise HttpError(400, message, param="suffix", code="unsupported_field")
+    if body.stream and body.best_of is not None and body.best_of != (body.n or 1):
+        message = f"best_of={body.best_of} cannot be streamed: the best outputs are known only when all are finished"
+        raise HttpError(400, message, param="best_of", code="invalid_value")
+    changes = common_changes(service, body, num_prompts, body.best_of)
+    if body.max_tokens == 0 and not body.echo:
+        raise HttpError(400, "max_tokens=0 needs echo: true", param="max_tokens", code="invalid_value")
+    changes["max_new_tokens"] = _COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    if body.logprobs is not None:
+        changes["logprobs"] = body.logprobs
+        if body.echo:
+            changes["prompt_logprobs"] = body.logprobs
+    return replaced(service.default_params, changes)
+
+
+def common_changes(service: Service, body: Sampling, num_prompts: int, best_of: int | None = None) -> dict[str, Any]:
     """The fields of `SamplingParams` that a request sets; raises `HttpError` for what the server does not allow."""
     if body.stream_options is not None and not body.stream:
         raise HttpError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
@@ -44,11 +78,15 @@ def common_changes(service: Service, body: Sampling, num_prompts: int) -> dict[s
         changes["min_new_tokens"] = body.min_tokens
     if body.logit_bias is not None:
         changes["logit_bias"] = _bias(body.logit_bias)
-    limit, wanted = service.config.max_outputs, num_prompts * (body.n or 1)
+    num_outputs = max(body.n or 1, best_of or 1)
+    if best_of is not None:
+        changes["best_of"] = best_of
+    limit, wanted = service.config.max_outputs, num_prompts * num_outputs
     if wanted > limit:
-        what = f"n={body.n or 1}" if num_prompts == 1 else f"{num_prompts} prompts with n={body.n or 1}"
-        message = f"{what} asks for {wanted} outputs; the limit is {limit} (max_outputs)"
-        raise HttpError(400, message, param="n", code="invalid_value")
+        what = "" if num_prompts == 1 else f"{num_prompts} prompts with "
+        name = "n" if best_of is None else "best_of"
+        message = f"{what}{name}={num_outputs} asks for {wanted} outputs; the limit is {limit} (max_outputs)"
+        raise HttpError(400, message, param=name, code="invalid_value")
     return changes
 
 
