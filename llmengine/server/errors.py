@@ -73,7 +73,7 @@ def _validation_fault(error: RequestValidationError) -> HttpError:
     if not path:
         return HttpError(400, "the body must be a JSON object, sent with content-type: application/json")
     if first["type"] == "extra_forbidden":
-        return HttpError(400, f"unknown field {path!r:.200}", param=path[:200], code="unknown_field")
+        return HttpError(400, f"unknown or unsupported field {path!r:.200}", param=path[:200], code="unknown_field")
     if first["type"] == "missing":
         return HttpError(400, f"{path!r:.200} is missing", param=path[:200], code="missing_field")
     shown = repr(first.get("input"))

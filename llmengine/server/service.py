@@ -9,8 +9,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope
 
-from llmengine.chat.answers import AnswerEvent, AnswerFormat, AnswerParser, TextDelta
-from llmengine.chat.answers.events import merged
+from llmengine.chat.answers.events import AnswerEvent
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import EngineClosedError, InvalidRequestError
 from llmengine.llm import LLM
@@ -31,7 +30,7 @@ class ChatCall:
         messages: the conversation, in the form that `LLM.chat` takes.
         params: how to sample the answer.
         template: further keywords of the chat template, see `TemplateKeywords`.
-        tools: the tools that the model may call, in OpenAI's form.
+        tools, tool_choice, parallel_tool_calls: see `AnswerKeywords`.
         priority: see `RequestOptions`.
     """
 
@@ -39,6 +38,8 @@ class ChatCall:
     params: SamplingParams
     template: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     priority: int = 0
 
 
@@ -50,60 +51,22 @@ class AnswerPiece:
     events: Sequence[AnswerEvent]
 
 
-class OutputParser:
-    """Says what the outputs of one request mean.
-
-    `form` is how the model marks what is not text for the user. With None, text is not looked at, and events do not say
-    which tokens they are made of.
-    """
-
-    def __init__(self, form: AnswerFormat | None, tools: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._form = form
-        self._tools = tools
-        self._parsers: dict[int, AnswerParser] = {}
-
-    def events(self, output: GenerationOutput) -> Sequence[AnswerEvent]:
-        """The events that the next output completes."""
-        if self._form is None:
-            text = output.text_delta
-            return (TextDelta(text),) if text else ()
-        parser = self._parsers.get(output.index)
-        if parser is None:
-            parser = self._parsers[output.index] = AnswerParser(self._form, output.prompt or "", self._tools)
-        num_tokens = len(output.token_ids_delta)
-        events: list[AnswerEvent] = []
-        for place, piece in enumerate(output.text_pieces_delta):
-            events += parser.feed(piece, is_token=place < num_tokens)
-        if output.finished:
-            events += parser.finish()
-        return merged(events)
-
-
 class ChatAnswer:
     """The answer to a conversation, in progress. Iterating gives its pieces as they come, those of all outputs mixed.
 
     The last piece of each output is `finished`. Raises what reading its `handle` raises, and the error of an output
-    that failed. `form` is how the model marks what is not text for the user; None if everything is.
+    that failed.
     """
 
-    def __init__(self, handle: RequestHandle, call: ChatCall, form: AnswerFormat | None) -> None:
+    def __init__(self, handle: RequestHandle, call: ChatCall) -> None:
         self.handle = handle
         self.call = call
-        self._parser = OutputParser(form, call.tools)
 
     async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
         async for output in self.handle:
             if output.finished:
                 require_success(output)
-            yield AnswerPiece(output, self._parser.events(output))
-
-    async def whole(self, receive: Receive) -> list[AnswerPiece]:
-        """All outputs, each as one piece, of an answer that does not stream; a client that leaves aborts it."""
-        with aborted_on_disconnect(receive, [self.handle]):
-            outputs = (await self.handle).outputs
-        for output in outputs:
-            require_success(output)
-        return [AnswerPiece(output, self._parser.events(output)) for output in outputs]
+            yield AnswerPiece(output, output.answer_delta)
 
 
 @dataclass(slots=True)
@@ -145,11 +108,11 @@ class Service:
                 streaming,
                 **self._options(scope, call.priority, request_id),
                 **call.template,
+                **_tool_keywords(call),
             )
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
-        # Parsing tells which tokens the text is made of, which log-probabilities need.
-        return ChatAnswer(handle, call, None if call.params.logprobs is None else AnswerFormat())
+        return ChatAnswer(handle, call)
 
     def start(
         self,
@@ -188,6 +151,17 @@ class Service:
             "deadline_s": self.config.request_timeout_s,
             "request_id": request_id,
         }
+
+
+def _tool_keywords(call: ChatCall) -> dict[str, Any]:
+    """The keywords of `LLM.chat_async` for a chat's tools; none if it has none and needs none."""
+    if not call.tools and call.tool_choice in ("auto", "none"):
+        return {}
+    return {
+        "tools": call.tools,
+        "tool_choice": call.tool_choice,
+        "parallel_tool_calls": call.parallel_tool_calls,
+    }
 
 
 def require_success(output: GenerationOutput) -> None:

@@ -80,7 +80,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_unknown_fields_are_named(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="unknown field 'wisdom'") as caught:
+    with pytest.raises(openai.BadRequestError, match="unknown or unsupported field 'wisdom'") as caught:
         client.chat.completions.create(model="fake", messages=MESSAGES, extra_body={"wisdom": 11})
     assert (caught.value.param, caught.value.code) == ("wisdom", "unknown_field")
 
@@ -172,12 +172,12 @@ def test_content_in_parts_and_other_roles(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"temperature": 1000}, "temperature", r"temperature must be a number in \[0, 100\], not 1000"),
+        ({"temperature": 1000}, "temperature", "less than or equal to 100, not 1000"),
         ({"temperature": "0.5"}, "temperature", "valid"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": 129}, "n", "n=129 asks for 129 outputs; the limit is 128"),
         ({"stop": [""]}, "stop", "non-empty"),
-        ({"seed": -1}, "seed", "seed must be"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logit_bias": {"word": 1}}, "logit_bias", "must be a token id"),

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,7 +25,7 @@ from llmengine.server.openai.chunks import Chunks, UsageCount, encode_error, jso
 from llmengine.server.openai.logprobs import chat_logprobs
 from llmengine.server.openai.params import chat_params
 from llmengine.server.openai.schemas import ChatRequest
-from llmengine.server.service import AnswerPiece, ChatAnswer, ChatCall, Service, service_of
+from llmengine.server.service import ChatAnswer, ChatCall, Service, service_of
 from llmengine.server.sse import EventStream, EventStreamResponse
 
 router = APIRouter(tags=["OpenAI"])
@@ -40,14 +40,17 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         messages=body.messages,
         params=chat_params(service, body),
         template=_template(body),
+        tools=body.tools or (),
+        tool_choice=body.tool_choice or "auto",
+        parallel_tool_calls=body.parallel_tool_calls is not False,
         priority=body.priority or 0,
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     answer = service.start_chat(request.scope, call, answer_id, streaming=bool(body.stream))
     headers = {"x-request-id": answer_id}
     if not body.stream:
-        pieces = await answer.whole(request.receive)
-        return JSONResponse(_completion(service, answer_id, pieces, body.top_logprobs or 0), headers=headers)
+        output = (await service.results(request.receive, [answer.handle]))[0]
+        return JSONResponse(_completion(service, answer_id, output, body.top_logprobs or 0), headers=headers)
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     model = service.config.model_name
     chunks = Chunks(answer_id, "chat.completion.chunk", int(time.time()), model, include_usage=include_usage)
@@ -57,21 +60,29 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 def _template(body: ChatRequest) -> dict[str, Any]:
     names = ("chat_template_kwargs", "continue_final_message", "add_generation_prompt")
-    return {name: value for name in names if (value := getattr(body, name)) is not None}
+    template = {name: value for name in names if (value := getattr(body, name)) is not None}
+    if body.reasoning_effort is not None:
+        # A variable of templates that know it; others refuse it.
+        template["chat_template_kwargs"] = {
+            "reasoning_effort": body.reasoning_effort,
+            **(body.chat_template_kwargs or {}),
+        }
+    return template
 
 
-def _completion(service: Service, answer_id: str, pieces: list[AnswerPiece], num_top: int) -> dict[str, Any]:
+def _completion(service: Service, answer_id: str, output: GenerationOutput, num_top: int) -> dict[str, Any]:
     usage = UsageCount()
     choices = []
-    for index, piece in enumerate(pieces):
-        usage.add(piece.output)
-        answer = Answer.of(piece.events)
+    for index, one in enumerate(output.outputs):
+        usage.add(one)
+        events = one.answer_delta  # of a final output, everything
+        answer = Answer.of(events)
         choices.append(
             {
                 "index": index,
                 "message": _message(answer),
-                "logprobs": _whole_logprobs(piece, num_top),
-                "finish_reason": _finish_reason(piece.output, bool(answer.tool_calls)),
+                "logprobs": _whole_logprobs(one, events, num_top),
+                "finish_reason": _finish_reason(one, bool(answer.tool_calls)),
             }
         )
     return {
@@ -97,11 +108,11 @@ def _message(answer: Answer) -> dict[str, Any]:
     return message
 
 
-def _whole_logprobs(piece: AnswerPiece, num_top: int) -> dict[str, Any] | None:
-    entries = piece.output.decoded_logprobs
+def _whole_logprobs(output: GenerationOutput, events: Sequence[AnswerEvent], num_top: int) -> dict[str, Any] | None:
+    entries = output.decoded_logprobs
     if entries is None:
         return None
-    positions = [at for event in piece.events if isinstance(event, TextDelta) for at in event.tokens]
+    positions = [at for event in events if isinstance(event, TextDelta) for at in event.tokens]
     return chat_logprobs([entries[at] for at in positions], num_top)
 
 

@@ -14,7 +14,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from llmengine.chat.answers import AnswerFormat
+from llmengine.chat.answers import AnswerFormat, AnswerParser, TextDelta
 from llmengine.engine.handle import RequestHandle
 from llmengine.outputs import GenerationOutput
 from llmengine.sampling_params import SamplingParams
@@ -22,7 +22,7 @@ from llmengine.server.openai.chunks import Chunks, UsageCount, encode_error, jso
 from llmengine.server.openai.logprobs import CompletionLogprobs
 from llmengine.server.openai.params import completion_params, completion_prompts
 from llmengine.server.openai.schemas import CompletionRequest
-from llmengine.server.service import OutputParser, Service, require_success, service_of
+from llmengine.server.service import Service, require_success, service_of
 from llmengine.server.sse import EventStream, EventStreamResponse, gather_events
 
 router = APIRouter(tags=["OpenAI"])
@@ -113,8 +113,8 @@ class _ChoiceWriter:
     def __init__(self, form: _Form, prompt: int) -> None:
         self._form = form
         self._prompt = prompt
-        has_logprobs = form.num_top is not None and not form.prompt_only
-        self._parser = OutputParser(AnswerFormat() if has_logprobs else None)
+        self._parser = AnswerParser(AnswerFormat())
+        """Finds the tokens that the text is made of: neither the end token, nor those that a stop string cut off."""
         self._logprobs = None if form.num_top is None else CompletionLogprobs(form.num_top)
         self._entries: list[Any] = []
         self._has_echoed = not form.echo
@@ -129,13 +129,23 @@ class _ChoiceWriter:
             if logprobs is not None:
                 self._echo(logprobs, output)
         if not self._form.prompt_only:
-            self._entries += output.decoded_logprobs_delta or ()
-            for event in self._parser.events(output):
-                texts.append(event.text)  # type: ignore[union-attr]
-                if logprobs is not None:
-                    logprobs.add(self._entries[event.tokens.start : event.tokens.stop])
+            texts.append(output.text_delta)
+            if logprobs is not None:
+                self._add_logprobs(logprobs, output)
         text = "".join(texts)
         return text, logprobs.take() if logprobs is not None and text else None
+
+    def _add_logprobs(self, logprobs: CompletionLogprobs, output: GenerationOutput) -> None:
+        self._entries += output.decoded_logprobs_delta or ()
+        num_tokens = len(output.token_ids_delta)
+        events = []
+        for place, piece in enumerate(output.text_pieces_delta):
+            events += self._parser.feed(piece, is_token=place < num_tokens)
+        if output.finished:
+            events += self._parser.finish()
+        for event in events:
+            assert isinstance(event, TextDelta), "all of a completion is text"
+            logprobs.add(self._entries[event.tokens.start : event.tokens.stop])
 
     def _echo(self, logprobs: CompletionLogprobs, output: GenerationOutput) -> None:
         first, *others = output.decoded_prompt_logprobs or [None]
