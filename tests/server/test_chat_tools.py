@@ -12,7 +12,7 @@ import pytest
 
 from llmengine.server import ServerConfig
 from llmengine.testing import ChatByteTokenizer
-from tests.server.helpers import RunningServer, fake_llm, scripted, serving_llm
+from tests.server.helpers import fake_llm, scripted, serving_llm
 
 TEMPLATE = """{% if tools %}<tools>{{ tools | tojson }}</tools> Write <tool_call>{"name": ...}</tool_call>
 {% endif %}{% for message in messages %}<{{ message.role }}>{{ message.content }}{% for call in message.tool_calls %}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -39,7 +39,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     inputs = prompts
     if body.stream and len(prompts) > 1:
         # What is wrong with one of several prompts must be known before the others begin to stream.
-        inputs = await anyio.to_thread.run_sync(_tokenized, service, prompts)
+        inputs = await asyncio.to_thread(_tokenized, service, prompts)
     handles = _start(service, request, inputs, params, body, answer_id)
     form = _Form(service, prompts, params.n, bool(body.echo), body.max_tokens == 0, body.logprobs)
     headers = {"x-request-id": answer_id}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import APIRouter, Request
 from pydantic import Field
 
@@ -53,7 +53,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
 
-    token_ids = await anyio.to_thread.run_sync(encode)
+    token_ids = await asyncio.to_thread(encode)
     return {"count": len(token_ids), "max_model_len": service.llm.info.max_model_len, "tokens": token_ids}
 
 
@@ -69,4 +69,4 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
     if wrong is not None:
         message = f"tokens holds token id {wrong}, outside the vocabulary [0, {vocab_size})"
         raise HttpError(400, message, param="tokens", code="invalid_value")
-    return {"prompt": await anyio.to_thread.run_sync(tokenizer.decode, body.tokens)}
+    return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
