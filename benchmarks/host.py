@@ -148,12 +148,17 @@ async def serve(llm: LLM, load: StreamingLoad) -> tuple[int, float, float]:
 
 
 def run_once(
-    load: StreamingLoad, device: Device, profiles: Sequence[cProfile.Profile | None] = (None, None)
+    load: StreamingLoad,
+    device: Device,
+    profiles: Sequence[cProfile.Profile | None] = (None, None),
+    *,
+    has_metrics: bool = False,
 ) -> dict[str, float]:
     """Serve the load once on a new engine and return its figures.
 
     Args:
         profiles: of the engine thread and of the consumers' loop.
+        has_metrics: count for Prometheus.
     """
     backends: list[NullBackend] = []
 
@@ -171,6 +176,10 @@ def run_once(
     with LLM.from_backend(
         make_backend, scheduler_config=scheduler, kv_cache_config=KvCacheConfig(enable_prefix_caching=False)
     ) as llm:
+        if has_metrics:
+            from llmengine.observability import EngineMetrics
+
+            EngineMetrics(llm)
         (backend,) = backends
         engine_began = backend.cpu_s
         if profiles[1] is not None:
@@ -194,10 +203,19 @@ def run_once(
     }
 
 
-def measure(load: StreamingLoad, device: Device, runs: int) -> dict[str, float]:
-    """Figures of the run that took the least CPU time, since it was disturbed least; one more run warms up."""
+def measure(
+    load: StreamingLoad, device: Device, runs: int, variants: Sequence[bool] = (False,)
+) -> dict[bool, dict[str, float]]:
+    """Figures of the run that took the least CPU time, since it was disturbed least; one more run warms up.
+
+    For an engine without metrics (False), with them (True), or both, which take turns.
+    """
     run_once(load, device)
-    return min((run_once(load, device) for _ in range(runs)), key=lambda run: run["us_per_token"])
+    taken = [(variant, run_once(load, device, has_metrics=variant)) for _ in range(runs) for variant in variants]
+    return {
+        variant: min((run for other, run in taken if other == variant), key=lambda run: run["us_per_token"])
+        for variant in variants
+    }
 
 
 def print_profile(load: StreamingLoad, device: Device, num_functions: int = 25) -> None:
@@ -210,21 +228,21 @@ def print_profile(load: StreamingLoad, device: Device, num_functions: int = 25) 
         pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(num_functions)
 
 
-def table(figures: dict[int, dict[str, float]]) -> str:
+def table(figures: dict[str, dict[str, float]]) -> str:
     """One row for each concurrency."""
     header = ["consumers", "tok/s", "steps/s", "idle", "engine us/tok", "loop us/tok", "us/tok", "us/step"]
     rows = [
         [
-            str(concurrency),
+            name,
             f"{run['tokens_per_s']:.0f}",
             f"{run['steps_per_s']:.0f}",
             f"{run['idle']:.1%}",
-            *(f"{run[f'{name}us_per_token']:.2f}" for name in ("engine_", "loop_", "")),
+            *(f"{run[f'{thread}us_per_token']:.2f}" for thread in ("engine_", "loop_", "")),
             f"{run['us_per_step']:.0f}",
             f"{run['batch']:.1f}",
             f"{run['outputs_per_token']:.2f}",
         ]
-        for concurrency, run in figures.items()
+        for name, run in figures.items()
     ]
     return format_table([*header, "batch", "outputs"], rows)
 
@@ -239,6 +257,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps-in-flight", type=int, default=2, metavar="N")
     parser.add_argument("--busy-ms", type=float, default=0.0, metavar="MS", help="keep the consumers' loop half busy")
     parser.add_argument("--switch-ms", type=float, metavar="MS", help="sys.setswitchinterval; default: Python's")
+    parser.add_argument("--metrics", action="store_true", help="run with metrics for Prometheus as well, by turns")
     parser.add_argument("--profile", action="store_true", help="print where each thread's CPU time goes")
     return parser.parse_args(argv)
 
@@ -254,7 +273,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         StreamingLoad(concurrency, concurrency, *lengths, busy_s=arguments.busy_ms / 1e3)
         for concurrency in arguments.concurrency
     ]
-    print(table({load.concurrency: measure(load, device, arguments.runs) for load in loads}))
+    variants = [False, True] if arguments.metrics else [False]
+    figures = {load.concurrency: measure(load, device, arguments.runs, variants) for load in loads}
+    print(
+        table(
+            {
+                f"{concurrency} with metrics" if has_metrics else str(concurrency): run
+                for concurrency, runs in figures.items()
+                for has_metrics, run in runs.items()
+            }
+        )
+    )
     if arguments.profile:
         for load in loads:
             print_profile(load, device)

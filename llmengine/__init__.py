@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from llmengine.llm import LLM
+    from llmengine.observer import EngineObserver, RequestEnd, StepRecord, SubmittedRequest
     from llmengine.outputs import FinishReason, GenerationOutput, Logprob, RequestTimeline
     from llmengine.quantization.quality_report import QualityReport
     from llmengine.request_options import ChatKeywords, RequestKeywords, RequestOptions
@@ -62,6 +63,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "llmengine.llm": ("LLM",),
+    "llmengine.observer": ("EngineObserver", "RequestEnd", "StepRecord", "SubmittedRequest"),
     "llmengine.outputs": ("FinishReason", "GenerationOutput", "Logprob", "RequestTimeline"),
     "llmengine.quantization.quality_report": ("QualityReport",),
     "llmengine.request_options": ("ChatKeywords", "RequestKeywords", "RequestOptions"),
@@ -83,6 +85,7 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "EngineHealth",
+    "EngineObserver",
     "EngineStats",
     "FinishReason",
     "GenerationOutput",
@@ -99,6 +102,7 @@ __all__ = [
     "QualityReport",
     "QuantConfig",
     "QueueFullError",
+    "RequestEnd",
     "RequestError",
     "RequestFailedError",
     "RequestHandle",
@@ -108,7 +112,9 @@ __all__ = [
     "RequestTimeline",
     "SamplingParams",
     "SchedulerConfig",
+    "StepRecord",
     "StructuredOutput",
+    "SubmittedRequest",
     "TokenLogprobs",
     "UnsupportedModelError",
 ]

@@ -24,6 +24,7 @@ from llmengine.errors import ConfigError
 from llmengine.generate_all import generate_all
 from llmengine.llm_parts import LLMParts, parts_from_backend
 from llmengine.llm_quality import evaluate_parts, load_checked_parts
+from llmengine.observer import EngineObserver
 from llmengine.outputs import GenerationOutput
 from llmengine.request_options import (
     ChatKeywords,
@@ -420,6 +421,14 @@ class LLM:
     def health(self) -> EngineHealth:
         """Whether the engine accepts requests, and if not, why."""
         return self._engine.health()
+
+    def add_observer(self, observer: EngineObserver) -> None:
+        """Tell an observer of requests submitted from now on, of steps, and of the engine's end. Idempotent."""
+        self._engine.observers.add(observer)
+
+    def remove_observer(self, observer: EngineObserver) -> None:
+        """Tell an observer nothing more, except for a call that is under way. Idempotent."""
+        self._engine.observers.remove(observer)
 
     def close(self) -> None:
         """Abort all requests, stop the engine thread and free the memory. Blocks for about one step. Idempotent."""

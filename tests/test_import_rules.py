@@ -23,6 +23,7 @@ DATA = {
         "request_options",
         "structured_output",
         "outputs",
+        "observer",
         "batch",
     ),
     *("dtypes", "generation_config", "tokenizer.end_tokens"),
@@ -79,7 +80,8 @@ ALLOWED: dict[str, set[str]] = {
         *(*DATA, "beam_search", "chat", "engine", "generate_all", "llm_parts", "llm_quality", "model_quality"),
         *("quantization", "tokenizer.protocol"),
     },
-    "server": {*DATA, "__init__", "chat", "engine", "llm"},
+    "observability": {*DATA, "__init__", "engine", "llm"},
+    "server": {*DATA, "__init__", "chat", "engine", "llm", "observability"},
     "load_test": {*DATA, "engine", "llm"},
     "cli": {
         *(*DATA, "__init__", "checkpoints", "llm", "load_test", "quantization", "saved_engines", "server"),
@@ -109,7 +111,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "generate_all": set(),
     "llm_quality": set(),
     "llm": {"anyio"},
-    "server": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "observability": {"opentelemetry", "prometheus_client"},
+    "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},
     "load_test": {"anyio", "httptools", "matplotlib"},
     "kernels": {"cuda", "torch", "triton"},
 }

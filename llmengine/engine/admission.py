@@ -37,6 +37,8 @@ class Admission:
         self._num_applications = 0
         self.num_requests = 0
         self.num_tokens = 0
+        self.num_refused = 0
+        """Times that `QueueFullError` was raised."""
         self._closed = False
 
     @property
@@ -48,11 +50,13 @@ class Admission:
         """A ticket for one request. Raises `QueueFullError` if the queue is full."""
         with self._lock:
             if self.num_requests >= self._config.max_queued_requests:
+                self.num_refused += 1
                 raise QueueFullError(
                     f"{self.num_requests} requests are waiting "
                     f"(scheduler_config.max_queued_requests={self._config.max_queued_requests})"
                 )
             if self._applicants:
+                self.num_refused += 1
                 raise QueueFullError(
                     f"{len(self._applicants)} requests are waiting for room behind {self.num_tokens} prompt tokens "
                     f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"
@@ -133,6 +137,7 @@ class Admission:
             if not ticket.is_held:
                 return
             if ticket.bounded and self.num_tokens and self.num_tokens + num_tokens > self._config.max_queued_tokens:
+                self.num_refused += 1
                 raise QueueFullError(
                     f"{self.num_tokens} prompt tokens are waiting, and {num_tokens} more do not fit "
                     f"(scheduler_config.max_queued_tokens={self._config.max_queued_tokens})"

@@ -8,7 +8,6 @@ two steps, so scheduler state needs no locks.
 from __future__ import annotations
 
 import asyncio
-import copy
 import importlib.util
 import itertools
 import logging
@@ -29,11 +28,13 @@ from llmengine.engine.admission import Admission
 from llmengine.engine.commands import CommandQueue
 from llmengine.engine.deadlines import Deadlines
 from llmengine.engine.kv_cache import KVCacheManager
+from llmengine.engine.observers import Observers
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.run_ahead import RunAhead
 from llmengine.engine.scheduler import Scheduler
 from llmengine.engine.scoring import score_tokens
 from llmengine.engine.slow_consumers import SlowConsumers
+from llmengine.engine.snapshot import take_stats
 from llmengine.engine.stats import EngineCounters, EngineHealth, EngineState, EngineStats
 from llmengine.engine.stream import Stream, abort_orphans, publish, wake
 from llmengine.engine.waiting_room import WaitingRoom
@@ -70,6 +71,7 @@ class Engine:
         self, backend_factory: Callable[[], Backend], scheduler_config: SchedulerConfig, kv_cache_config: KvCacheConfig
     ) -> None:
         self.admission = Admission(scheduler_config)
+        self.observers = Observers()
         self.state: EngineState = "loading"
         self.failure: BaseException | None = None
         self._backend_factory = backend_factory
@@ -195,22 +197,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Current counts. The engine runs on meanwhile: each count is right, but they are not all of one moment."""
-        scheduler = self._scheduler
-        kv_cache = scheduler.kv_cache
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting,
-            num_paused=scheduler.num_paused,
-            num_queued=self.admission.num_requests,
-            num_used_blocks=kv_cache.num_used_blocks,
-            num_cached_blocks=kv_cache.num_cached_blocks,
-            num_free_blocks=kv_cache.num_available_blocks - kv_cache.num_cached_blocks,
-            block_size=kv_cache.block_size,
-            num_queried_tokens=kv_cache.num_queried_tokens,
-            num_hit_tokens=kv_cache.num_hit_tokens,
-            last_step_s=self._latest_step_s,
-            counters=copy.copy(self._counters),
-        )
+        is_over = self.state in ("closed", "dead")
+        return take_stats(self._scheduler, self.admission, self._counters, self._latest_step_s, is_over=is_over)
 
     def health(self) -> EngineHealth:
         """The state, and what killed a dead engine. Never raises."""
@@ -268,6 +256,7 @@ class Engine:
             self._ended = True
             self.waiting_room.close()
         self._commands.close()
+        self.observers.engine_ended(failure)
         if failure is not None and self._ready.done():
             # This comes last, since the program's log handlers may take long or raise.
             listed = ", ".join(map(repr, itertools.islice(failed, _MAX_LOGGED_IDS)))
@@ -364,7 +353,7 @@ class Engine:
             two in flight    host    schedule N+1, launch | update N, wake | (late) schedule N+2, launch | ...
                              device  ... step N           | step N+1                                     | ...
         """
-        began = time.perf_counter()
+        began = time.monotonic()
         scheduler, backend = self._scheduler, self._backend
         if ended := scheduler.take_grammars():
             self._publish(ended)
@@ -386,8 +375,12 @@ class Engine:
         self._step_ended_at = time.monotonic()
         self._run_ahead.observe(result, self._step_ended_at)
         self._may_prepare = self._can_prepare
-        self._publish(scheduler.update(result))
-        self._latest_step_s = time.perf_counter() - began
+        step, changed = scheduler.oldest_step, scheduler.update(result)
+        if self.observers.active:
+            ended_at, forward_s = self._step_ended_at, result.forward_s
+            self.observers.step_ended(step, changed, began=began, ended=ended_at, forward_s=forward_s)
+        self._publish(changed)
+        self._latest_step_s = time.monotonic() - began
         self._counters.step_s += self._latest_step_s
         self._counters.forward_s += result.forward_s
         return True
@@ -407,6 +400,7 @@ class Engine:
 
     async def _sleep(self) -> None:
         """Wait for a command, the next deadline, or the end of draining; prepare the backend if the wait is long."""
+        self.observers.sleeps(has_requests=bool(self._requests))
         quiet_at = self._step_ended_at + _QUIET_S if self._may_prepare else None
         moments = (self._deadlines.next, self._stop_at, quiet_at)
         await self._commands.wait(min((moment for moment in moments if moment is not None), default=None))

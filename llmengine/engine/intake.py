@@ -34,6 +34,7 @@ from llmengine.errors import (
     LLMEngineError,
     RequestFailedError,
 )
+from llmengine.observer import SubmittedRequest
 from llmengine.outputs import OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
@@ -133,13 +134,13 @@ class Intake:
             self._grammars.check()
             spec = replace(spec, has_grammar=True)
         if isinstance(prompt, str | ChatPrompt):
-            return self._submit_later(partial(self._prompts.encode, prompt), _num_chars(prompt), spec, owner)
+            return self._submit_later(partial(self._prompts.encode, prompt), prompt, spec, owner)
         encoded = self._prompts.encode(prompt)
         params = spec.params
         if spec.options.wait_for_admission or params.structured is not None or _has_long_words(params):
             self._prompts.check_length(encoded)
-            return self._submit_later(lambda: encoded, 0, spec, owner)
-        return self._submit_now(encoded, spec, owner, self._engine.admission.acquire_nowait)
+            return self._submit_later(lambda: encoded, prompt, spec, owner)
+        return self._submit_now(encoded, prompt, spec, owner, self._engine.admission.acquire_nowait)
 
     def submit_blocking(self, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object) -> RequestHandle:
         """Submit a request that is tokenized on this thread, which also waits for room if the options say so.
@@ -152,6 +153,7 @@ class Intake:
         acquire = partial(admission.acquire_blocking, options.tenant, options.priority)
         return self._submit_now(
             self._prompts.encode(prompt),
+            prompt,
             spec,
             owner,
             acquire if options.wait_for_admission else admission.acquire_nowait,
@@ -160,6 +162,7 @@ class Intake:
     def _submit_now(
         self,
         encoded: EncodedPrompt,
+        prompt: Prompt | ChatPrompt,
         spec: RequestSpec,
         owner: object,
         acquire: Callable[[], AdmissionTicket],
@@ -170,8 +173,12 @@ class Intake:
         try:
             self._engine.check_open()  # it may have closed while `acquire` was waiting
             stream = self._new_stream(spec)
-            handle = self._new_handle(stream, spec, owner)
-            self._engine.submit(self._make_request(stream, encoded, spec, ticket))
+            handle = self._new_handle(stream, prompt, spec, owner)
+            try:
+                self._engine.submit(self._make_request(stream, encoded, spec, ticket))
+            except BaseException as fault:
+                stream.fail(_as_failure(fault))
+                raise
         except BaseException:
             ticket.release()
             self._engine.nudge()  # it may be draining and wait for this request
@@ -179,17 +186,21 @@ class Intake:
         return handle
 
     def _submit_later(
-        self, encode: Callable[[], EncodedPrompt], num_chars: int, spec: RequestSpec, owner: object
+        self,
+        encode: Callable[[], EncodedPrompt],
+        prompt: Prompt | ChatPrompt,
+        spec: RequestSpec,
+        owner: object,
     ) -> RequestHandle:
-        """Submit a request that a thread prepares; its text has about `num_chars` characters."""
+        """Submit a request that a thread prepares."""
         self._check_params(spec.params)
         self._engine.check_open()
         ticket = None if spec.options.wait_for_admission else self._engine.admission.acquire_nowait()
         stream = self._new_stream(spec)
-        handle = self._new_handle(stream, spec, owner)
+        handle = self._new_handle(stream, prompt, spec, owner)
         deadlines = [moment for moment in _deadlines(stream.log, spec) if moment is not None]
         deadline = min(deadlines, default=None)
-        threads = self._threads_for(spec, num_chars)
+        threads = self._threads_for(spec, prompt)
         waiting_room = self._engine.waiting_room
 
         def work(ticket: AdmissionTicket) -> Callable[[], None]:
@@ -207,17 +218,19 @@ class Intake:
             return handle
         try:
             waiting_room.prepare(stream, lambda ticket: threads.submit(work(ticket)), ticket, deadline=deadline)
-        except BaseException:
+        except BaseException as fault:
             ticket.release()
+            stream.fail(_as_failure(fault))
             self._engine.nudge()  # it may be draining and wait for this request
             self._engine.check_open()  # the threads may have ended with it
             raise
         return handle
 
-    def _threads_for(self, spec: RequestSpec, num_chars: int) -> WorkerThreads:
+    def _threads_for(self, spec: RequestSpec, prompt: Prompt | ChatPrompt) -> WorkerThreads:
         form = spec.params.structured
         if spec.has_grammar or (form is not None and not self._grammars.has(form)):
             return self._threads.grammars
+        num_chars = _num_chars(prompt) if isinstance(prompt, str | ChatPrompt) else 0
         is_long = num_chars > _MANY_CHARS or _has_long_words(spec.params)
         return self._threads.long_texts if is_long else self._threads.texts
 
@@ -235,8 +248,16 @@ class Intake:
         except BaseException as fault:  # a tokenizer may panic in Rust, which is not an `Exception`
             self._engine.waiting_room.reject(stream, _as_failure(fault))
 
-    def _new_handle(self, stream: Stream, spec: RequestSpec, owner: object) -> RequestHandle:
+    def _new_handle(
+        self, stream: Stream, prompt: Prompt | ChatPrompt, spec: RequestSpec, owner: object
+    ) -> RequestHandle:
         self._streams[stream.log.request_id] = stream
+        if (observers := self._engine.observers).active:
+            is_chat = isinstance(prompt, ChatPrompt)
+            observers.submitted(
+                stream,
+                SubmittedRequest(stream.log.request_id, spec.params, spec.options, is_chat, spec.streaming),
+            )
         return RequestHandle(stream, self._engine.abort, streaming=spec.streaming, owner=owner)
 
     def _new_stream(self, spec: RequestSpec) -> Stream:

@@ -44,3 +44,4 @@ def _shut_down(engine: Engine, threads: PreparationThreads) -> None:
     threads.stop()
     if not is_worker():  # a worker may hold a lock that the engine needs
         engine.join(_EXIT_TIMEOUT_S)
+    engine.observers.close()

@@ -110,6 +110,11 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
+    def oldest_step(self) -> LaunchedStep:
+        """The step in flight that is updated next."""
+        return self._in_flight[0]
+
+    @property
     def has_requests(self) -> bool:
         """True while any request is unfinished."""
         return bool(self.running or self._waiting or self._paused)
@@ -146,11 +151,14 @@ class Scheduler:
         num_prompt_tokens = budget - plan.budget
         self.counters.num_steps += 1
         self.counters.num_rows += len(plan.rows)
-        self.counters.num_computed_tokens += num_decodes + num_prompt_tokens
+        num_tokens = num_decodes + num_prompt_tokens
+        self.counters.num_computed_tokens += num_tokens
         batch = Batch(self.counters.num_steps, plan.rows, plan.slot_inits, plan.masks)
         preemptions = [request.num_preemptions for request in plan.requests]
         scheduled = 0.0 if self._pace is None else self._clock()
-        self._in_flight.append(LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, scheduled))
+        self._in_flight.append(
+            LaunchedStep(batch, plan.requests, preemptions, num_prompt_tokens, num_tokens, scheduled)
+        )
         return batch
 
     def update(self, result: StepResult) -> list[Request]:

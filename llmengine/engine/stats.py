@@ -54,6 +54,7 @@ class EngineStats:
         block_size: tokens a block.
         num_queried_tokens: prompt tokens looked up in the prefix cache.
         num_hit_tokens: prompt tokens found there.
+        num_refused: requests that were refused with `QueueFullError`.
         last_step_s: wall-clock seconds of the latest step.
         counters: totals since the start.
     """
@@ -68,6 +69,7 @@ class EngineStats:
     block_size: int
     num_queried_tokens: int
     num_hit_tokens: int
+    num_refused: int
     last_step_s: float
     counters: EngineCounters
 

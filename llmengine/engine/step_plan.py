@@ -47,6 +47,7 @@ class LaunchedStep:
         requests: `requests[i]` has row i of `batch`.
         num_preemptions: of each request when the step was scheduled.
         num_prompt_tokens: prompt tokens in the step.
+        num_tokens: all tokens in the step.
         scheduled: moment of scheduling, where the pace of prompts is measured.
     """
 
@@ -54,6 +55,7 @@ class LaunchedStep:
     requests: list[Request]
     num_preemptions: list[int]
     num_prompt_tokens: int
+    num_tokens: int
     scheduled: float
 
 

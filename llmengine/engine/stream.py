@@ -31,7 +31,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import Context
 from operator import length_hint
-from typing import Any
+from typing import Any, Protocol
 
 from llmengine.engine.reader import FamilyReader, OutputReader
 from llmengine.engine.stats import RequestState, RequestStats
@@ -170,6 +170,13 @@ def abort_orphans() -> None:
                 waiter.abort(waiter.stream, True)
 
 
+class Observation(Protocol):
+    """Wants to know when the streams of a request end."""
+
+    def ended(self, stream: OutputStream) -> None:
+        """The stream's output is final, and no consumer knows yet. Never raises."""
+
+
 class OutputStream:
     """One request's output on its way to its consumers.
 
@@ -186,6 +193,7 @@ class OutputStream:
         failure: the error that reading a failed stream raises once nothing new is left.
         waiters: weak references to the waiters to wake for each token; replaced, never changed.
         abort_requested: set before the engine is told, so that a request that is not submitted yet never starts.
+        observation: is told when the stream ends; None if nobody observes the engine.
         readers: the readers that the request runs for, each with a weak reference to its handle, whose callback removes
             the reader when the handle is collected. The last reader to leave aborts the request.
     """
@@ -202,6 +210,7 @@ class OutputStream:
         "max_unread",
         "num_published",
         "num_read",
+        "observation",
         "readers",
         "resume",
         "slow_consumer",
@@ -219,6 +228,7 @@ class OutputStream:
         self.failure: LLMEngineError | None = None
         self.waiters: tuple[weakref.ref[Waiter], ...] = ()
         self.abort_requested = False
+        self.observation: Observation | None = None
         self.readers: dict[object, weakref.ref[Any]] = {}
         self._final_waiters: tuple[weakref.ref[Waiter], ...] = ()
         self._lock = threading.Lock()
@@ -291,6 +301,8 @@ class OutputStream:
 
     def _end(self) -> list[Waiter]:
         """Forget all waiters; return those for which no call is on its way yet."""
+        if self.observation is not None:
+            self.observation.ended(self)  # first, so that an observer never knows less than a reader
         self.ended = True
         self.resume = None
         waiters = [waiter for reference in (*self.waiters, *self._final_waiters) if (waiter := reference()) is not None]

@@ -63,7 +63,7 @@ def test_format_table_aligns() -> None:
 
 def make_stats(num_steps: int, num_rows: int, step_s: float, forward_s: float) -> EngineStats:
     counters = EngineCounters(num_steps=num_steps, num_rows=num_rows, step_s=step_s, forward_s=forward_s)
-    return EngineStats(0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0.0, counters)
+    return EngineStats(0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0.0, counters)
 
 
 def test_serving_figures_of_known_arrivals() -> None:

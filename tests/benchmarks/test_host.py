@@ -54,3 +54,8 @@ def test_prints_a_row_for_each_concurrency_and_profiles_both_threads(capsys: pyt
         assert f"engine thread, {concurrency} consumers" in printed
         assert f"consumers' loop, {concurrency} consumers" in printed
     assert printed.count(" function calls ") == 4
+
+
+def test_metrics_have_a_row_beside_the_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    host.main(["--concurrency", "2", "--output-tokens", "4", "--runs", "1", "--metrics"])
+    assert re.findall(r"^\| (\S.*?) +\|", capsys.readouterr().out, re.MULTILINE) == ["consumers", "2", "2 with metrics"]
