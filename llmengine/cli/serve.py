@@ -53,6 +53,12 @@ def add_serve_command(commands: Any) -> None:
     )
     serve.add_argument("--max-body-bytes", type=positive_int, metavar="N", help="most bytes of a request's body")
     serve.add_argument("--request-timeout", type=float, metavar="SECONDS", help="end requests after this time")
+    serve.add_argument(
+        "--metric-names",
+        choices=("llmengine", "vllm", "both"),
+        default="llmengine",
+        help="names of the metrics at /metrics (default: %(default)s)",
+    )
     serve.add_argument("--log-level", choices=("critical", "error", "warning", "info", "debug"), default="info")
     add_quant_argument(serve, "quantize the weights")
     add_kv_cache_argument(serve)
@@ -79,6 +85,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         model_name=arguments.served_model_name or arguments.model.resolve().stem,
         api_keys=_keys(arguments),
         cors_origins=arguments.cors_origin,
+        metric_names=arguments.metric_names,
         **{name: value for name, value in limits.items() if value is not None},
     ).resolve()
     # Loaded before the server starts, so that a fault is reported as those of other commands are.

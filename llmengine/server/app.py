@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -14,7 +15,8 @@ from starlette.responses import Response
 import llmengine
 from llmengine.errors import LLMEngineError
 from llmengine.llm import LLM
-from llmengine.server import health
+from llmengine.observability.http_metrics import http_metrics_of
+from llmengine.server import health, metrics
 from llmengine.server.config import ServerConfig
 from llmengine.server.errors import HttpError, error_response
 from llmengine.server.middleware import Gate
@@ -22,7 +24,12 @@ from llmengine.server.openai import chat, completions, models, tokens
 from llmengine.server.service import Service
 
 
-def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | None = None) -> FastAPI:
+def create_app(
+    llm: LLM | Callable[[], Awaitable[LLM]],
+    config: ServerConfig | None = None,
+    *,
+    registry: CollectorRegistry | None = None,
+) -> FastAPI:
     """An ASGI application that serves a model. It works alone, and mounted in another application.
 
     Args:
@@ -31,11 +38,14 @@ def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | N
             seconds for requests in progress. Applications that mount this one do not run its lifespan, so they pass a
             loaded model.
         config: None: `ServerConfig()`, which lets everybody in.
+        registry: where metrics are registered and `/metrics` reads them; None: one of the application's own. Several
+            applications may share one.
 
     Raises `ConfigError` for a setting out of range, and `UnsupportedModelError` for a model whose generation defaults
     ask for something that is not supported. No signal handlers are installed and no logging is set up.
     """
     settings = (config or ServerConfig()).resolve()
+    shown = CollectorRegistry() if registry is None else registry
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,6 +54,7 @@ def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | N
             return
         loaded = await llm()
         try:
+            metrics.observe(loaded, settings, shown)
             app.state.service = Service(loaded, settings)
             yield
         finally:
@@ -58,16 +69,26 @@ def create_app(llm: LLM | Callable[[], Awaitable[LLM]], config: ServerConfig | N
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.service = Service(llm, settings) if isinstance(llm, LLM) else None
+    app.state.registry = shown
+    app.state.service = None
+    if isinstance(llm, LLM):
+        metrics.observe(llm, settings, shown)
+        app.state.service = Service(llm, settings)
     for module in (chat, completions, models, tokens, health):
         app.include_router(module.router)
     for kind in (LLMEngineError, HttpError, RequestValidationError, HTTPException, Exception):
         app.exception_handler(kind)(_answer_error)
-    app.add_middleware(Gate, config=settings, public_paths=frozenset({health.HEALTH_PATH}))
+    if settings.metrics:
+        app.include_router(metrics.router)
+    public_paths = frozenset({health.HEALTH_PATH, metrics.METRICS_PATH})
+    app.add_middleware(Gate, config=settings, public_paths=public_paths)
+    app.add_middleware(metrics.CallersTrace)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    if settings.metrics:
+        app.add_middleware(metrics.Meter, http=http_metrics_of(shown))
     return app
 
 

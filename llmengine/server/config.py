@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from llmengine.checks import require_text, requirement
+from llmengine.checks import require_choice, require_text, requirement
 from llmengine.errors import ConfigError
+from llmengine.observability.metric_list import MetricNames
 from llmengine.settings import Settings, require_bool, require_int, require_number
 
 _MOST_S = 1e6
@@ -32,6 +33,8 @@ class ServerConfig(Settings):
         max_total_tokens: most tokens of a prompt and its output together; None: as many as the engine has room for.
         request_timeout_s: seconds after which a request ends with 504, or with an error event in a stream; None: never.
         drain_s: seconds that running requests have left when the application loaded the model and shuts down.
+        metrics: count for Prometheus, and serve the counts at `/metrics`, which needs no key.
+        metric_names: "llmengine" for `llmengine_*`, "vllm" for vLLM's names where it has the metric, "both" for all.
         openapi: serve the schema at `/openapi.json`. FastAPI's own pages about it load scripts from elsewhere, and are
             not served.
     """
@@ -47,6 +50,8 @@ class ServerConfig(Settings):
     max_total_tokens: int | None = None
     request_timeout_s: float | None = None
     drain_s: float = 20.0
+    metrics: bool = True
+    metric_names: MetricNames = "llmengine"
     openapi: bool = True
 
     @property
@@ -76,6 +81,8 @@ class ServerConfig(Settings):
             require_number("request_timeout_s", self.request_timeout_s, 0.0, _MOST_S, low_open=True)
         require_number("body_timeout_s", self.body_timeout_s, 0.0, _MOST_S, low_open=True)
         require_number("drain_s", self.drain_s, 0.0, _MOST_S)
+        require_bool("metrics", self.metrics)
+        require_choice("metric_names", self.metric_names, get_args(MetricNames), error=ConfigError)
         require_bool("openapi", self.openapi)
 
 
