@@ -145,6 +145,7 @@ class BackendInfo:
         max_samples: most tokens that a step samples for one row, >= 1.
         has_prompt_logprobs: the backend computes `SamplingParams.prompt_logprobs`.
         kv_dtype: dtype of the keys and values in the blocks, as torch spells it.
+        computes_in_collect: `collect` computes a part of the step, so waiting before it holds the device up.
     """
 
     description: str
@@ -158,6 +159,7 @@ class BackendInfo:
     max_samples: int = 1
     has_prompt_logprobs: bool = False
     kv_dtype: str = "float32"
+    computes_in_collect: bool = False
 
 
 class Backend(Protocol):

@@ -25,7 +25,8 @@ AttentionBackendName = Literal["auto", "flashinfer", "measure"]
 class ParallelConfig(Settings):
     """How many processes share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
 
-    On a CPU `tp_size` may be more than 1; `LLM()` raises `ConfigError` for more on GPUs, and for a `pp_size` above 1.
+    A model is cut into `pp_size` stages of layers, each of which `tp_size` processes have. On a CPU both may be more
+    than 1; `LLM()` raises `ConfigError` for more on GPUs.
     """
 
     tp_size: int = 1
@@ -34,11 +35,6 @@ class ParallelConfig(Settings):
     def _check(self) -> None:
         require_int("parallel_config.tp_size", self.tp_size, 1)
         require_int("parallel_config.pp_size", self.pp_size, 1)
-        if self.pp_size > 1:
-            raise ConfigError(
-                f"parallel_config.pp_size={self.pp_size} is not supported: this version has no pipeline parallelism, "
-                "so it does not spread layers over devices; set it to 1, and tp_size to more on a CPU"
-            )
 
 
 @dataclass(slots=True)

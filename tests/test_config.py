@@ -29,7 +29,7 @@ GOOD: list[tuple[Any, dict[str, Any]]] = [
 ]
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     (ParallelConfig, {"tp_size": 0}, "tp_size must be .*, not 0"),
-    (ParallelConfig, {"pp_size": 2}, r"pp_size=2 is not supported: .* no pipeline parallelism"),
+    (ParallelConfig, {"pp_size": 0}, "pp_size must be .*, not 0"),
     (ParallelConfig, {"pp_size": True}, "pp_size must be .*, not True"),
     (QuantConfig, {"weights": "fp3"}, "weights must be .*, not 'fp3'"),
     (QuantConfig, {"weights": None}, "weights must be .*, not None"),

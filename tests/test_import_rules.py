@@ -56,8 +56,9 @@ ALLOWED: dict[str, set[str]] = {
     "backends.ranks": DATA,
     "backends.shared_cpu": {
         *(*DATA, "backends", "backends.blocks_in_use", "backends.cpu", "backends.ranks", "backends.shared_weights"),
-        *("checkpoints", "models"),
+        *("backends.shared_cpu_passes", "checkpoints", "models"),
     },
+    "backends.shared_cpu_passes": {*DATA, "backends.cpu", "backends.ranks", "models"},
     "backends.shared_weights": {*DATA, "backends.ranks", "checkpoints"},
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},

@@ -56,13 +56,18 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
         if config.attention_backend == "flashinfer":
             raise ConfigError("attention_backend='flashinfer' needs a CUDA device, but device is 'cpu'; use 'auto'")
-        if config.parallel_config.tp_size > 1:
+        if max(config.parallel_config.tp_size, config.parallel_config.pp_size) > 1:
             from llmengine.backends.shared_cpu import load_shared_cpu_backend
 
             return load_shared_cpu_backend(config, source)
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
+    if config.parallel_config.pp_size > 1:
+        raise ConfigError(
+            f"parallel_config.pp_size={config.parallel_config.pp_size} needs device='cpu': this version does not cut a "
+            "model into stages on GPUs; set it to 1"
+        )
     if config.parallel_config.tp_size > 1:
         raise ConfigError(
             f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu': this version does not share "

@@ -1,20 +1,18 @@
-"""Tensor parallelism on CPUs: each rank holds a shard of every matrix, and all compute each forward pass together.
+"""A model shared by ranks on CPUs, by stages of layers (pipeline parallelism) and by matrices (tensor parallelism).
 
-Rank 0 is the engine's process. It tells the other ranks what it is about to compute: changes of block tables, a step's
-inputs, and the tokens whose logits it wants. They do the same with their shards, and the ranks meet in the sums of
-attention's and the MLP's results. Only rank 0 gets all logits, and samples.
+Rank 0 is the engine's process. It tells the other ranks what to compute: changes of block tables, a step's inputs, and
+the tokens whose logits it wants. They do the same with their shards. The ranks of a stage meet in the sums of
+attention's and the MLP's results, and pass the hidden states on to the next stage. Rank 0 is of the last stage: only it
+gets all logits, and samples.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,18 +31,32 @@ from llmengine.backends.cpu.native_library import (
 from llmengine.backends.cpu.step_inputs import BlockTables, StepInputs
 from llmengine.backends.cpu.weights import CpuEmbedding, CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import KvPool, context_limit
+from llmengine.backends.pipelined import PipelinedBackend
 from llmengine.backends.ranks.backend import RanksBackend
 from llmengine.backends.ranks.channel import RankChannel
 from llmengine.backends.ranks.collectives import Collectives
 from llmengine.backends.ranks.group import RankGroup
+from llmengine.backends.ranks.pipe import Pipe
+from llmengine.backends.shared_cpu_passes import (
+    Follower,
+    LeadingPass,
+    NextWeight,
+    RecordedTables,
+    StagesAhead,
+    tensor_of,
+)
 from llmengine.backends.shared_weights import heard_source, is_calibrated, told_source
+from llmengine.batch import BackendInfo, SavableBackend
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
 from llmengine.checkpoints.source import ModelSource, WeightStream
+from llmengine.checkpoints.stage_source import plan_stages, stage_source
 from llmengine.config import ModelConfig
+from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Linear
 from llmengine.models.sharding import Shard, vocabulary_range
+from llmengine.models.stages import Stage
 
 _STUCK_AFTER_S = 4.0
 """So that requests fail within 5 s, in which where its threads are is asked as well."""
@@ -65,67 +77,79 @@ class _Start:
     max_model_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """A forward pass.
-
-    Attributes:
-        tables: changes of block tables before it: (slot, blocks to append; None empties the table).
-        ends: whether the logits of `inputs.sample_tokens` are wanted at once; else `_Last` asks for some.
-    """
-
-    tables: Sequence[tuple[int, Sequence[int] | None]]
-    inputs: StepInputs
-    ends: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Last:
-    """The logits of these tokens, int64 [n], of the forward pass that has begun."""
-
-    tokens: np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _NextWeight:
-    """Each rank answers with its tensor of the next canonical weight, or of the first if `restarts`."""
-
-    restarts: bool
-
-
-_Message = _Start | _Forward | _Last | _NextWeight
 _Peers = RankGroup | RankChannel
 
 
-def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBackend:
-    """Load a model over `config.parallel_config.tp_size` processes, of which this one is rank 0.
+class _Places:
+    """Where everything is: which stage each rank has, and which part of it."""
 
-    Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut into so many shards, and
-    `EngineDeadError` for a rank that ends.
+    def __init__(self, config: ModelConfig, source: ModelSource) -> None:
+        """Raises `ConfigError` for a model that cannot be divided so."""
+        self.tp_size, self.pp_size = config.parallel_config.tp_size, config.parallel_config.pp_size
+        self.size = self.tp_size * self.pp_size
+        self.source = source
+        self.stages = plan_stages(source, self.pp_size)
+        sources = [stage_source(source, stage) for stage in self.stages]
+        self.plans = [ShardPlan(own.arch, own.formats, self.tp_size) for own in sources]
+        self.names = [list(own.formats.layout(own.arch, own.checkpoint_dtype)) for own in sources]
+
+    def stage_of(self, rank: int) -> Stage:
+        """The stage of a rank: the last for rank 0's group, and for the others, in their order, from the first on."""
+        return self.stages[rank // self.tp_size - 1]
+
+    def shard_of(self, rank: int) -> Shard:
+        """The part that a rank has of each matrix of its stage."""
+        return Shard(rank % self.tp_size, self.tp_size)
+
+    def arch_of(self, rank: int) -> ModelArch:
+        """The model that a rank runs."""
+        return self.plans[self.stage_of(rank).index].arch_of(rank % self.tp_size)
+
+    def source_of(self, rank: int) -> ModelSource:
+        """The weights of that model."""
+        return shard_source(stage_source(self.source, self.stage_of(rank)), self.shard_of(rank))
+
+    @property
+    def whole_kv_arch(self) -> ModelArch:
+        """The model whose KV blocks are as large as those of all ranks together."""
+        num_kv_heads = sum(self.arch_of(rank).num_kv_heads for rank in range(self.tp_size))
+        return replace(self.source.arch, num_kv_heads=num_kv_heads)
+
+    @property
+    def description(self) -> str:
+        """For people."""
+        each = f"{self.tp_size} processes share each matrix"
+        if self.pp_size == 1:
+            return each
+        *most, last = [str(len(stage.layers)) for stage in self.stages]
+        stages = f"{self.pp_size} stages of {', '.join(most)} and {last} layers"
+        return stages if self.tp_size == 1 else f"{stages}, in each of which {each}"
+
+
+def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBackend:
+    """Load a model over the processes that `config.parallel_config` asks for, of which this one is rank 0.
+
+    Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut so, and `EngineDeadError`
+    for a rank that ends.
     """
-    size = config.parallel_config.tp_size
-    plan = ShardPlan(source.arch, source.formats, size)  # raises before any process is started
-    arches = [plan.arch_of(rank) for rank in range(size)]
-    group = RankGroup(size, f"{__name__}:serve", pickle.dumps(config), stuck_after_s=_STUCK_AFTER_S)
+    places = _Places(config, source)  # raises before any process is started
+    group = RankGroup(
+        places.size, f"{__name__}:serve", pickle.dumps(config), stuck_after_s=_STUCK_AFTER_S, stage_size=places.tp_size
+    )
     library: NativeLibrary | None = None
     try:
         group.start()
         if _is_calibrated(config):
-            source = told_source(source, group)
+            places = _Places(config, told_source(source, group))
         with torch.inference_mode():
-            model, library = _load_shard(config, source, Shard(0, size), group)
+            model, library = _load_part(config, places, 0, group)
             weight_bytes = model.size_bytes + sum(_loaded(reply).weight_bytes for reply in group.replies())
-            all_heads = replace(source.arch, num_kv_heads=sum(arch.num_kv_heads for arch in arches))
-            whole = cpu_kv_pool(config, all_heads, context_limit(config, source.arch))
+            whole = cpu_kv_pool(config, places.whole_kv_arch, context_limit(config, source.arch))
             group.broadcast(pickle.dumps(_Start(whole.num_blocks, whole.max_model_len)))
-            tables = _RecordedTables(config.scheduler_config.max_batch_size, whole.max_blocks_per_request)
-            pool = replace(whole, layout=cpu_kv_layout(config, arches[0]))
-            forward_pass = _LeadingPass(model, paged_attention(arches[0], model, pool), tables, group)
+            info = _info(config, places, model, whole, weight_bytes)
+            own: SavableBackend = _own_backend(config, places, model, library, whole, info, group)
         trim_heap()
-        text = f"{size} processes share each matrix"
-        info = replace(cpu_info(config, source, model, whole, text), weight_bytes=weight_bytes)
-        own = CpuBackend(CpuParts(info, model, forward_pass, None, library, tables, deterministic=config.deterministic))
-        return RanksBackend(own, group, info, lambda: _joined_weights(plan, model, group))
+        return RanksBackend(own, group, own.info, lambda: _joined_weights(places, model, own, group))
     except BaseException:
         if library is not None:
             library.close()
@@ -134,7 +158,7 @@ def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBa
 
 
 def serve(channel: RankChannel, payload: bytes) -> None:
-    """Be a rank: load a shard, and follow rank 0 until it ends."""
+    """Be a rank: load a part of the model, and follow rank 0 until it ends."""
     config: ModelConfig = pickle.loads(payload)
     source = open_model(config.model_dir, config.load_format)
     source = source_in_use(config, source)
@@ -142,95 +166,61 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         source = heard_source(source, config.quant_config, channel)
     else:
         source = quantized_source(source, config.quant_config)
-    shard = Shard(channel.rank, channel.size)
+    places = _Places(config, source)
     with torch.inference_mode():
-        model, _ = _load_shard(config, source, shard, channel)
+        model, _ = _load_part(config, places, channel.rank, channel)
         trim_heap()
         channel.reply(pickle.dumps(_Loaded(model.size_bytes)))
         start = pickle.loads(channel.receive())
         assert isinstance(start, _Start), start
-        arch = ShardPlan(source.arch, source.formats, shard.size).arch_of(shard.rank)
-        pool = KvPool(cpu_kv_layout(config, arch), start.num_blocks, start.max_model_len)
+        pool = KvPool(cpu_kv_layout(config, source.arch), start.num_blocks, start.max_model_len)
         tables = BlockTables(config.scheduler_config.max_batch_size, pool.max_blocks_per_request)
-        _follow(channel, model, ForwardPass(model, paged_attention(arch, model, pool), tables), tables)
+        own = _own_pass(config, places, channel.rank, model, pool, tables, channel.pipe)
+        Follower(channel, places.stage_of(channel.rank), model, own, tables).run()
 
 
-def _follow(channel: RankChannel, model: CpuModel, forward_pass: ForwardPass, tables: BlockTables) -> None:
-    last: Callable[[Tensor], Tensor] | None = None
-    weights = model.canonical()
-    while True:
-        message: _Message = pickle.loads(channel.receive())
-        if isinstance(message, _Forward):
-            for slot, block_ids in message.tables:
-                if block_ids is None:
-                    tables.reset(slot)
-                else:
-                    tables.append(slot, block_ids)
-            if message.ends:
-                forward_pass.run(message.inputs)
-            else:
-                last = forward_pass.begin(message.inputs)
-        elif isinstance(message, _Last):
-            assert last is not None
-            last(torch.from_numpy(message.tokens))
-        elif isinstance(message, _NextWeight):
-            if message.restarts:
-                weights = model.canonical()
-            _, tensor = next(weights)
-            channel.reply(_tensor_bytes(tensor))
-        else:
-            raise AssertionError(message)
+def _info(config: ModelConfig, places: _Places, model: CpuModel, whole: KvPool, weight_bytes: int) -> BackendInfo:
+    info = replace(cpu_info(config, places.source, model, whole, places.description), weight_bytes=weight_bytes)
+    return info if places.pp_size == 1 else replace(info, max_steps_in_flight=2, computes_in_collect=True)
 
 
-class _RecordedTables(BlockTables):
-    """Block tables that remember their changes until another rank is told."""
+def _own_backend(
+    config: ModelConfig,
+    places: _Places,
+    model: CpuModel,
+    library: NativeLibrary | None,
+    whole: KvPool,
+    info: BackendInfo,
+    group: RankGroup,
+) -> CpuBackend | PipelinedBackend:
+    """What rank 0 steps: its part of each forward pass, and the sampler; over the stages before, if there are any."""
+    sizes = (config.scheduler_config.max_batch_size, whole.max_blocks_per_request)
+    recorded = RecordedTables(*sizes)
+    tables = recorded if places.pp_size == 1 else BlockTables(*sizes)
+    leading = LeadingPass(_own_pass(config, places, 0, model, whole, tables, group.pipe), recorded, group)
+    own = CpuBackend(CpuParts(info, model, leading, None, library, tables, deterministic=config.deterministic))
+    if places.pp_size == 1:
+        return own
+    ahead = StagesAhead(recorded, leading, group, deterministic=config.deterministic)
+    return PipelinedBackend(own, ahead, places.pp_size)
 
-    def __init__(self, num_slots: int, max_blocks: int) -> None:
-        super().__init__(num_slots, max_blocks)
-        self._changes: list[tuple[int, Sequence[int] | None]] = []
 
-    def reset(self, slot: int) -> None:
-        super().reset(slot)
-        self._changes.append((slot, None))
+def _own_pass(
+    config: ModelConfig, places: _Places, rank: int, model: CpuModel, whole: KvPool, tables: BlockTables, pipe: Pipe
+) -> ForwardPass:
+    """The forward passes of a rank, over a KV cache with as many blocks as all ranks have."""
+    arch = places.arch_of(rank)
+    pool = replace(whole, layout=cpu_kv_layout(config, arch))
 
-    def append(self, slot: int, block_ids: Sequence[int]) -> None:
-        super().append(slot, block_ids)
-        self._changes.append((slot, block_ids))
+    def received(inputs: StepInputs) -> Tensor:
+        return pipe.receive((len(inputs.token_ids), arch.hidden_size), torch.float32)
 
-    def take_changes(self) -> list[tuple[int, Sequence[int] | None]]:
-        """The changes since the last call."""
-        changes, self._changes = self._changes, []
-        return changes
-
-
-class _LeadingPass(ForwardPass):
-    """Forward passes of rank 0, which the other ranks are told of first."""
-
-    def __init__(self, model: CpuModel, attention: Any, tables: _RecordedTables, group: RankGroup) -> None:
-        super().__init__(model, attention, tables)
-        self._recorded = tables
-        self._group = group
-
-    def run(self, inputs: StepInputs) -> Tensor | None:
-        self._tell(_Forward(self._recorded.take_changes(), inputs, ends=True))
-        return super().run(inputs)
-
-    def begin(self, inputs: StepInputs) -> Callable[[Tensor], Tensor]:
-        self._tell(_Forward(self._recorded.take_changes(), inputs, ends=False))
-        own = super().begin(inputs)
-
-        def last(tokens: Tensor) -> Tensor:
-            self._tell(_Last(tokens.numpy()))
-            return own(tokens)
-
-        return last
-
-    def _tell(self, message: _Message) -> None:
-        self._group.broadcast(pickle.dumps(message))
+    begin_with = None if places.stage_of(rank).is_first else received
+    return ForwardPass(model, paged_attention(arch, model, pool), tables, begin_with)
 
 
 class _SummedLinear:
-    """A linear whose inputs are shared out among the ranks: the sum of all ranks' results."""
+    """A linear whose inputs are shared out among the ranks of a stage: the sum of all their results."""
 
     def __init__(self, own: Linear, name: str, peers: _Peers) -> None:
         self._own = own
@@ -241,7 +231,8 @@ class _SummedLinear:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._peers.progress.mark(self._name)
         result = self._own(x, residual if self._is_first else None)
-        self._peers.collectives.all_reduce(result)
+        if self._peers.collectives.size > 1:
+            self._peers.collectives.all_reduce(result)
         return result
 
 
@@ -279,33 +270,40 @@ class _SharedHead:
         return torch.cat([part[:, :size] for part, size in zip(gathered, self._sizes, strict=True)], dim=1)
 
 
-def _load_shard(
-    config: ModelConfig, source: ModelSource, shard: Shard, peers: _Peers
-) -> tuple[CpuModel, NativeLibrary | None]:
-    """A rank's part of the model, whose products meet those of the other ranks."""
+def _load_part(config: ModelConfig, places: _Places, rank: int, peers: _Peers) -> tuple[CpuModel, NativeLibrary | None]:
+    """A rank's part of the model, whose products meet those of the other ranks of its stage."""
     num_threads = config.num_threads or torch.get_num_threads()
-    torch.set_num_threads(max(1, num_threads // shard.size))
+    torch.set_num_threads(max(1, num_threads // places.size))
     try:
         library = load_native_library(NATIVE_DIRECTORY, borrowed_threads=True)
     except NativeUnavailableError:
         library = None
-    own = load_cpu_model(config, _marked(shard_source(source, shard), peers), library, row_major=config.deterministic)
-    rows = [vocabulary_range(source.arch, Shard(rank, shard.size)) for rank in range(shard.size)]
+    own = load_cpu_model(config, _marked(places.source_of(rank), peers), library, row_major=config.deterministic)
+    return _meeting(own, places, rank, peers), library
+
+
+def _meeting(own: CpuModel, places: _Places, rank: int, peers: _Peers) -> CpuModel:
+    """A rank's part of its stage, with marks of progress, and the sums and gathers over the ranks of the stage."""
+    first = places.stage_of(rank).layers.start
     layers = [
         replace(
             layer,
             o=_SummedLinear(layer.o, f"layers.{index}.o", peers),
             down=_SummedLinear(layer.down, f"layers.{index}.down", peers),
         )
-        for index, layer in enumerate(own.segments.layers)
+        for index, layer in enumerate(own.segments.layers, first)
     ]
-    head = _SharedHead(own.lm_head, [len(some) for some in rows], peers.collectives)
-    model = dataclasses.replace(
-        own,
-        embed=_SharedEmbedding(own.embed, rows[shard.rank], peers.collectives),
-        segments=replace(own.segments, layers=layers, lm_head=head),
-    )
-    return model, library
+    own = replace(own, segments=replace(own.segments, layers=layers))
+    if places.tp_size == 1:
+        return own
+    rows = [vocabulary_range(places.source.arch, Shard(each, places.tp_size)) for each in range(places.tp_size)]
+    embed, segments = own.embed, own.segments
+    if own.lm_head is not None:
+        head = _SharedHead(own.lm_head, [len(some) for some in rows], peers.collectives)
+        segments = replace(segments, lm_head=head)
+    if embed is not None:
+        embed = _SharedEmbedding(embed, rows[rank % places.tp_size], peers.collectives)
+    return replace(own, embed=embed, segments=segments)
 
 
 def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
@@ -319,25 +317,20 @@ def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
     return replace(source, stream=stream, stream_slices=None)
 
 
-def _joined_weights(plan: ShardPlan, model: CpuModel, group: RankGroup) -> Iterator[tuple[str, Tensor]]:
+def _joined_weights(
+    places: _Places, model: CpuModel, backend: SavableBackend, group: RankGroup
+) -> Iterator[tuple[str, Tensor]]:
     """The canonical weights, each put together from the ranks' parts."""
-    for index, (name, tensor) in enumerate(model.canonical()):
-        group.broadcast(pickle.dumps(_NextWeight(restarts=index == 0)))
-        yield name, plan.join(name, [tensor, *map(_tensor_of, group.replies())])
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor of any dtype; torch pickles numbers of 8 bits wrongly, but saves them right."""
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    return buffer.getvalue()
-
-
-def _tensor_of(message: bytes) -> Tensor:
-    """Undoes `_tensor_bytes`."""
-    tensor = torch.load(io.BytesIO(message), weights_only=True)
-    assert isinstance(tensor, Tensor), tensor
-    return tensor
+    if isinstance(backend, PipelinedBackend):
+        backend.settle()
+    for stage in places.stages:
+        own = model.canonical() if stage.is_last else iter(())
+        for index, name in enumerate(places.names[stage.index]):
+            group.broadcast(pickle.dumps(NextWeight(stage.index, restarts=index == 0)))
+            parts = [tensor for _, tensor in islice(own, 1)]
+            parts += [tensor_of(reply) for reply in group.replies() if reply]
+            if stage.is_first or not name.startswith("embed_tokens."):
+                yield stage.whole_name(name), places.plans[stage.index].join(name, parts)
 
 
 def _is_calibrated(config: ModelConfig) -> bool:

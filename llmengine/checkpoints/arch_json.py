@@ -21,11 +21,13 @@ from llmengine.models.arch import (
 from llmengine.models.families import FAMILIES, unsupported_architecture
 
 _MAX_LAYERS = 10_000
+SAVED_FIELDS = frozenset(item.name for item in dataclasses.fields(ModelArch)) - {"has_embedding", "has_head"}
+"""The fields that files have: models are saved whole, and not a stage alone."""
 
 
 def arch_to_dict(arch: ModelArch) -> dict[str, Any]:
     """JSON-ready form of `arch`, from which `arch_from_dict` restores an equal one."""
-    return dataclasses.asdict(arch)
+    return {name: value for name, value in dataclasses.asdict(arch).items() if name in SAVED_FIELDS}
 
 
 def arch_from_dict(values: Mapping[str, Any], where: str) -> ModelArch:
@@ -35,7 +37,7 @@ def arch_from_dict(values: Mapping[str, Any], where: str) -> ModelArch:
     `UnsupportedModelError` for an architecture that this version does not know.
     """
     fields = Fields(values, where)
-    fields.require_only({item.name for item in dataclasses.fields(ModelArch)})
+    fields.require_only(set(SAVED_FIELDS))
     architecture = fields.string("architecture")
     if architecture not in [family.architecture for family in FAMILIES]:
         raise unsupported_architecture(where, architecture)

@@ -11,7 +11,7 @@ from llmengine.checkpoints.source import WeightStream
 from llmengine.dtypes import model_dtype_name, torch_dtype
 from llmengine.errors import CorruptFileError
 from llmengine.models.arch import ModelArch, fused_parts, head_order
-from llmengine.models.sharding import Cut
+from llmengine.models.sharding import NOTHING, Cut
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def stream_fused(
 
     `read_matrix(matrix)` gives the tensors of a matrix, by name less ".weight"; None if it has one tensor, or one for
     each part, which are filled in place, in the order of `fused_parts`. Heads of q and k are brought from the
-    checkpoint's order of rows into `head_order`. Of dense tensors only what `slices` say is read, if they are in there.
+    checkpoint's order of rows into `head_order`. Of dense tensors only what `slices` say is read, if they are in there;
+    tensors and matrices of which they say `NOTHING` are left out.
     """
     import torch
 
@@ -57,6 +58,8 @@ def stream_fused(
 
     for name, parts in fused_parts(arch).items():
         matrix = name.removesuffix(".weight")
+        if slices.get(name) == NOTHING:
+            continue
         if name in slices:
             yield name, _read_slices(parts, slices[name], torch_dtype(layout[name].dtype), read)
             continue

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from llmengine.checkpoints.arch_json import arch_from_dict, arch_to_dict
+from llmengine.checkpoints.arch_json import SAVED_FIELDS, arch_from_dict, arch_to_dict
 from llmengine.checkpoints.atomic_directory import atomic_directory, files_below, sync_file
 from llmengine.checkpoints.canonical_weights import check_tensors
 from llmengine.checkpoints.end_token_ids import ids_in_vocabulary
@@ -409,7 +409,8 @@ def _arch_values(manifest: Fields) -> dict[str, Any]:
     if manifest.integer("format_version") > 1:
         return values
     rope = {**_defaults(RopeConfig), **manifest.fields("arch").fields("rope").values}
-    return {**_defaults(ModelArch), **values, "rope": rope}
+    defaults = {name: value for name, value in _defaults(ModelArch).items() if name in SAVED_FIELDS}
+    return {**defaults, **values, "rope": rope}
 
 
 def _defaults(kind: type[ModelArch] | type[RopeConfig]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _formats_of(arch: ModelArch, formats: ModelFormats, held: Held) -> ModelForm
     shapes, found, known = matrix_shapes(arch), cuts(arch, held), dict[tuple[object, ...], WeightFormat]()
     exceptions = dict(formats.exceptions)
     names = {name: name for name in shapes}
-    if arch.tie_word_embeddings:
+    if arch.tie_word_embeddings and arch.has_head:
         names["lm_head"] = "embed_tokens"
     for name, stored_name in names.items():
         stored, shape, cut = formats.of(name), shapes[stored_name], found[f"{stored_name}.weight"]

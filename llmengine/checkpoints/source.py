@@ -36,7 +36,8 @@ class ModelSource:
         tokenizer_path: directory with the tokenizer's files, or the GGUF file.
         stream: makes the unchecked weight stream; use `weights`.
         stream_slices: makes a stream in which those of the dense tensors that are named come cut, as the rank that
-            loads them has them; None where the whole has to be read. Like `stream` it is unchecked.
+            loads them has them, and without the tensors and matrices of which it has `NOTHING`; None where the whole
+            has to be read. Like `stream` it is unchecked.
         tokenizer_metadata: what the file at `tokenizer_path` says under its own keys, where the model's file has the
             tokenizer in it (GGUF); else empty.
         formats: how the matrices of `stream` are stored.

@@ -34,16 +34,20 @@ def add_kv_cache_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def add_tp_argument(parser: argparse._ActionsContainer) -> None:
-    """Add `--tp`, the number of processes that share a model."""
+    """Add `--tp` and `--pp`, the numbers of processes that share a model."""
     parser.add_argument(
         "--tp", type=positive_int, default=1, metavar="N", help="processes that share each matrix (default: 1)"
+    )
+    parser.add_argument(
+        "--pp", type=positive_int, default=1, metavar="N", help="stages into which the layers are cut (default: 1)"
     )
 
 
 def chosen_config(arguments: argparse.Namespace) -> ModelConfig:
-    """`arguments.model` as `--quant`, `--kv-cache` and `--tp` ask for it."""
+    """`arguments.model` as `--quant`, `--kv-cache`, `--tp` and `--pp` ask for it."""
     from llmengine.config import ModelConfig, ParallelConfig
 
     quant = QuantConfig() if arguments.quant is None else QuantConfig.preset(arguments.quant)
     quant.kv_cache = arguments.kv_cache
-    return ModelConfig(arguments.model, quant_config=quant, parallel_config=ParallelConfig(tp_size=arguments.tp))
+    parallel = ParallelConfig(tp_size=arguments.tp, pp_size=arguments.pp)
+    return ModelConfig(arguments.model, quant_config=quant, parallel_config=parallel)

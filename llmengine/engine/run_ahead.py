@@ -37,10 +37,15 @@ class RunAhead:
     A thread that computes in Python holds the interpreter for milliseconds at a time, and the device may run out of
     steps meanwhile. Each step in flight beyond the second bridges the time of one more step. It also makes a new
     request wait for one more step, so it is given up again when it is not needed.
+
+    Args:
+        limit: most steps in flight.
+        may_wait: the second step may be launched late.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, may_wait: bool = True) -> None:
         self._limit = limit
+        self._may_wait = may_wait
         self._min_depth = min(_MIN_DEPTH, limit)
         self.depth = self._min_depth
         self._num_calm = 0
@@ -51,7 +56,7 @@ class RunAhead:
 
     def spare_s(self, now: float) -> float:
         """Seconds from `now` (monotonic clock) for which the next launch may wait for requests."""
-        if self._num_early > 0 or len(self._in_flight) != 1 or self._limit < _MIN_DEPTH:
+        if not self._may_wait or self._num_early > 0 or len(self._in_flight) != 1 or self._limit < _MIN_DEPTH:
             return 0.0
         kind, _ = self._in_flight[0]
         expected_s = min(self._seconds.get(kind, (0.0, 0.0)))

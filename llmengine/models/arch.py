@@ -95,6 +95,9 @@ class ModelArch:
         logit_soft_cap: cap of the logits, which become cap * tanh(logit / cap) after scaling; None for no cap.
         float32_norms: whether the weights of norms stay float32 regardless of the other weights' dtype; weights of the
             form 1 + w would lose too much precision.
+        has_embedding: whether the model begins with token ids; else it is a later stage of one (`models/stages.py`),
+            and begins with hidden states.
+        has_head: whether the model ends with logits; else it is an earlier stage, and ends with hidden states.
     """
 
     architecture: str
@@ -123,6 +126,8 @@ class ModelArch:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     float32_norms: bool = False
+    has_embedding: bool = True
+    has_head: bool = True
 
     def layer(self, index: int) -> LayerArch:
         """Options of layer `index`."""
@@ -166,14 +171,16 @@ def fused_parts(arch: ModelArch) -> dict[str, tuple[tuple[str, tuple[int, ...]],
     A weight that is not fused has one part, which has its name.
     """
     embedding = (arch.vocab_size, arch.hidden_size)
-    result = _unfused("embed_tokens.weight", embedding)
+    is_output = arch.has_head and arch.tie_word_embeddings
+    result = _unfused("embed_tokens.weight", embedding) if arch.has_embedding or is_output else {}
     layer = {**_attention_parts(arch), **_mlp_parts(arch)}
     for index in range(arch.num_layers):
         prefix = f"layers.{index}."
         for name, parts in layer.items():
             result[prefix + name] = tuple((prefix + part, shape) for part, shape in parts)
-    result |= _unfused("final_norm.weight", (arch.hidden_size,))
-    if not arch.tie_word_embeddings:
+    if arch.has_head:
+        result |= _unfused("final_norm.weight", (arch.hidden_size,))
+    if arch.has_head and not arch.tie_word_embeddings:
         result |= _unfused("lm_head.weight", embedding)
     return result
 
@@ -244,6 +251,9 @@ def canonical_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
         layers.{i}.mlp_out_norm.weight         [hidden], unless norm_placement is "pre"
         final_norm.weight                      [hidden]
         lm_head.weight                         [vocab, hidden], only without tie_word_embeddings
+
+    The stages of a model have those of their layers only, counted from 0; the last one has `embed_tokens.weight` too
+    where that is the output matrix.
 
     Within each head of q and k (weights, biases and norms), dimension j rotates together with j + head_dim / 2. If only
     `rotary_dim` of them rotate, readers bring the rows into `head_order`.

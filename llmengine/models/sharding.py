@@ -76,13 +76,17 @@ class Cut:
 
     Attributes:
         axis: "out" for rows, "in" for columns; None: all of the tensor.
-        ranges: of rows or columns of the whole; in the shard one comes behind the other.
+        ranges: of rows or columns of the whole; in the shard one comes behind the other. `NOTHING` has none.
         is_term: whether the tensor is added to a sum over the ranks, so that rank 0 has it and the others have zeros.
     """
 
     axis: Literal["out", "in"] | None = None
     ranges: tuple[range, ...] = ()
     is_term: bool = False
+
+
+NOTHING = Cut("out")
+"""A tensor, or all tensors of a matrix, of which a rank has nothing: readers leave it out."""
 
 
 def held_by(arch: ModelArch, shard: Shard, units: Units = NO_UNITS) -> Held:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from llmengine.backends.cpu.deterministic import native_pieces, sampling_all, token_pieces
-from llmengine.backends.cpu.forward_pass import ForwardPass
+from llmengine.backends.cpu.forward_pass import StepPass
 from llmengine.backends.cpu.native import MAX_FEW_TOKENS, NativeDecoder
 from llmengine.backends.cpu.native_library import NativeLibrary
 from llmengine.backends.cpu.openmp import TorchThreads
@@ -43,7 +43,7 @@ class CpuParts:
 
     info: BackendInfo
     model: CpuModel
-    forward_pass: ForwardPass
+    forward_pass: StepPass
     native: NativeDecoder | None
     native_library: NativeLibrary | None
     tables: BlockTables
@@ -62,7 +62,7 @@ class CpuBackend:
         info = parts.info
         self._info = info
         self._model: CpuModel | None = parts.model
-        self._forward_pass: ForwardPass | None = parts.forward_pass
+        self._forward_pass: StepPass | None = parts.forward_pass
         self._native: NativeDecoder | None = parts.native
         self._native_library: NativeLibrary | None = parts.native_library
         self._deterministic = parts.deterministic

@@ -73,6 +73,8 @@ def _load_parts(
         attention = paged_attention(arch, model, pool)
         native = None
         if library is not None and why_not_native is None:
+            assert model.embed is not None
+            assert model.lm_head is not None
             native = NativeDecoder(
                 library,
                 arch,

@@ -103,15 +103,18 @@ class CpuModel:
     """A decoder and its parts by canonical name less ".weight".
 
     Attributes:
+        embed: None for a stage of a model that begins with hidden states, and does not end with logits by this matrix.
+        segments: of a stage that does not end with logits, `last` gives hidden states.
+        lm_head: None for such a stage.
         norms: of layers, q and k, and the last one.
         linears: those that are stored; with tied embeddings `lm_head` is not among them.
         qk_norms: each layer's norms of q and k, of [num_tokens, heads, head_dim], for its attention.
         order: names of all parts in canonical order.
     """
 
-    embed: CpuEmbedding
+    embed: CpuEmbedding | None
     segments: TorchSegments
-    lm_head: CpuLinear
+    lm_head: CpuLinear | None
     norms: Mapping[str, CpuNorm]
     linears: Mapping[str, CpuLinear]
     qk_norms: Sequence[tuple[Norm | None, Norm | None]]
@@ -126,7 +129,9 @@ class CpuModel:
             if name in self.norms:
                 yield f"{name}.weight", self.norms[name].weight
                 continue
-            yield from (linear or self.embed).matrix.named_tensors(name)
+            matrix = linear or self.embed
+            assert matrix is not None, name
+            yield from matrix.matrix.named_tensors(name)
             if linear is not None and linear.bias is not None:
                 yield f"{name}.bias", linear.bias
 
@@ -202,7 +207,10 @@ class _LinearPacker:
 
     def _is_packed_for_output(self, embedding: Matrix) -> bool:
         """Whether a dense embedding is the output matrix as well, and packed as that."""
-        if embedding.format != DENSE or not self.arch.tie_word_embeddings or self.formats.of("lm_head") != DENSE:
+        arch = self.arch
+        if not (arch.has_head and arch.tie_word_embeddings):
+            return False
+        if embedding.format != DENSE or self.formats.of("lm_head") != DENSE:
             return False
         return self._choice(embedding).layout.name == NATIVE
 
@@ -294,24 +302,18 @@ class _Loader:
     def finish(self) -> CpuModel:
         """Bind everything into a decoder."""
         assert not self._arrived, f"incomplete: {sorted(self._arrived)}"
-        arch, embedding = self._arch, self._embeddings["embed_tokens"]
-        size_bytes = embedding.size_bytes + sum(norm.size_bytes for norm in self._norms.values())
+        arch, embedding = self._arch, self._embeddings.get("embed_tokens")
+        size_bytes = sum(part.size_bytes for part in self._embeddings.values())
+        size_bytes += sum(norm.size_bytes for norm in self._norms.values())
         size_bytes += sum(linear.size_bytes for linear in self._linears.values())
-        if arch.tie_word_embeddings:
-            lm_head = self._packer.pack_tied(embedding.source)
-            shares_embedding = lm_head is embedding.source or (
-                isinstance(lm_head, TorchLinear | DequantizedLinear) and lm_head.matrix is embedding.source
-            )
-            size_bytes += 0 if shares_embedding else lm_head.size_bytes
-        else:
-            lm_head = self._linears["lm_head"]
+        lm_head, copied_bytes = self._head(embedding) if arch.has_head else (None, 0)
         segments = TorchSegments(
             layers=[self._layer(f"layers.{index}.") for index in range(arch.num_layers)],
-            final_norm=self._norms["final_norm"],
-            lm_head=lm_head,
+            final_norm=_unchanged if lm_head is None else self._norms["final_norm"],
+            lm_head=_unchanged if lm_head is None else lm_head,
             act_and_mul=ACT_AND_MUL[arch.hidden_act],
-            logit_scale=arch.logit_scale,
-            logit_soft_cap=arch.logit_soft_cap,
+            logit_scale=1.0 if lm_head is None else arch.logit_scale,
+            logit_soft_cap=None if lm_head is None else arch.logit_soft_cap,
         )
         qk_norms = [
             (self._head_norm(f"layers.{index}.q_norm"), self._head_norm(f"layers.{index}.k_norm"))
@@ -326,9 +328,20 @@ class _Loader:
             linears=self._linears,
             qk_norms=qk_norms,
             order=order,
-            size_bytes=size_bytes,
+            size_bytes=size_bytes + copied_bytes,
             description=self._packer.description,
         )
+
+    def _head(self, embedding: CpuEmbedding | None) -> tuple[CpuLinear, int]:
+        """The output matrix, and its bytes if it is a copy of the embedding."""
+        if not self._arch.tie_word_embeddings:
+            return self._linears["lm_head"], 0
+        assert embedding is not None
+        lm_head = self._packer.pack_tied(embedding.source)
+        shares_embedding = lm_head is embedding.source or (
+            isinstance(lm_head, TorchLinear | DequantizedLinear) and lm_head.matrix is embedding.source
+        )
+        return lm_head, 0 if shares_embedding else lm_head.size_bytes
 
     def _head_norm(self, name: str) -> Norm | None:
         """The norm of [num_tokens, heads, head_dim], None if there is none."""
@@ -348,3 +361,9 @@ class _Loader:
             post_attention_norm=self._norms.get(prefix + "post_attention_norm"),
             mlp_out_norm=self._norms.get(prefix + "mlp_out_norm"),
         )
+
+
+def _unchanged(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """What stands for the last norm and the output matrix where hidden states are the result."""
+    assert residual is None
+    return x

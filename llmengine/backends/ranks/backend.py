@@ -47,7 +47,14 @@ class RanksBackend:
         self._group.check()
 
     def collect(self) -> StepResult:
-        return self._own.collect()
+        """See `batch.Backend.collect`; raises as `launch` does."""
+        try:
+            return self._own.collect()
+        except Exception:
+            self._group.check()
+            raise
+        finally:
+            self._group.rest()
 
     def score(self, batch: Batch) -> Iterator[Any]:
         """See `batch.ScoringBackend.score`."""

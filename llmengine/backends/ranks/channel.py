@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmengine.backends.ranks.collectives import Collectives
+from llmengine.backends.ranks.pipe import Pipe
 from llmengine.backends.ranks.progress import Progress
 from llmengine.backends.ranks.reports import Report, ReportSender
 from llmengine.backends.ranks.ring import RingReader
@@ -20,16 +21,25 @@ class RankChannel:
     Attributes:
         rank: this rank, from 1.
         size: how many ranks there are, rank 0 included.
-        collectives: this rank's end of the process group.
+        collectives: this rank's end of those of its stage, in which ranks are counted from the stage's first.
+        pipe: this rank's connections to the stages before and after its own.
         progress: where this rank says how far it is, beyond what it receives and the collectives that it joins.
     """
 
     def __init__(
-        self, rank: int, collectives: Collectives, progress: Progress, reader: RingReader, sender: ReportSender
+        self,
+        rank: int,
+        size: int,
+        collectives: Collectives,
+        pipe: Pipe,
+        progress: Progress,
+        reader: RingReader,
+        sender: ReportSender,
     ) -> None:
         self.rank = rank
-        self.size = collectives.size
+        self.size = size
         self.collectives = collectives
+        self.pipe = pipe
         self.progress = progress
         self._reader = reader
         self._sender = sender

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, host_store, join_gloo
 from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
 from llmengine.backends.ranks.memory import anonymous_file
+from llmengine.backends.ranks.pipe import Pipe, PipeLinks, SharedPipe
 from llmengine.backends.ranks.process import write_start_file
 from llmengine.backends.ranks.progress import Progress, progress_size
 from llmengine.backends.ranks.ring import Ring, RingWriter, ring_size
@@ -50,6 +51,8 @@ class RankGroup:
             it is `timeout_s`. None: ranks need not mark their progress.
         collectives: through memory that the ranks share, or by gloo over TCP, in whose sums the order of ranks depends
             on an element's place in its tensor.
+        stage_size: ranks of each stage of a pipeline, a divisor of `size`; collectives are among these. None: all are
+            one stage. Several stages need `collectives="memory"`.
     """
 
     def __init__(
@@ -62,8 +65,12 @@ class RankGroup:
         start_timeout_s: float = _START_TIMEOUT_S,
         stuck_after_s: float | None = None,
         collectives: Literal["memory", "gloo"] = "memory",
+        stage_size: int | None = None,
     ) -> None:
         self.size = size
+        self._stage_size = stage_size or size
+        assert not size % self._stage_size, (size, stage_size)
+        assert self._stage_size == size or collectives == "memory", collectives
         self._target = target
         self._payload = payload
         self._launcher = launcher or LocalLauncher()
@@ -78,6 +85,8 @@ class RankGroup:
         self._kind = collectives
         self._collectives: Collectives | None = None
         self._progress: Progress | None = None
+        self._pipe: Pipe | None = None
+        self._worked_at = 0.0
         self._store: Any = None
         self._closing = threading.Lock()
         self._closed = False
@@ -95,10 +104,17 @@ class RankGroup:
 
     @property
     def collectives(self) -> Collectives:
-        """Rank 0's end of the process group."""
+        """Rank 0's end of those of its stage."""
         if self._collectives is None:
             raise EngineClosedError("the ranks are not started")
         return self._collectives
+
+    @property
+    def pipe(self) -> Pipe:
+        """Rank 0's end of the pipeline, at which it only receives."""
+        if self._pipe is None:
+            raise EngineClosedError("the ranks are not started")
+        return self._pipe
 
     @property
     def progress(self) -> Progress:
@@ -170,18 +186,22 @@ class RankGroup:
     def _start(self) -> None:
         port = self._host_store() if self._kind == "gloo" else 0
         ring = anonymous_file("ring", ring_size(self.size - 1))
-        sums = anonymous_file("sums", shared_size(self.size))
+        sums = [anonymous_file("sums", shared_size(self._stage_size)) for _ in range(self.size // self._stage_size)]
         moved = anonymous_file("progress", progress_size(self.size))
         start = anonymous_file("start")
+        links = PipeLinks(self.size, self._stage_size)
         try:
             write_start_file(start, self._start_values(port), self._payload)
             memory = Ring(ring, self.size - 1)
             self._progress = Progress(moved, 0, self.size)
-            shared = SharedCollectives(sums, 0, self.size, self._while_waiting, self._progress)
+            shared = SharedCollectives(sums[0], 0, self._stage_size, self._while_waiting, self._progress)
+            self._pipe = SharedPipe(links.inbox_of_rank_0(self._while_piping), None, self._progress)
             for rank in range(1, self.size):
-                self._launch(rank, {"ring": ring, "sums": sums, "progress": moved, "start": start})
+                files = {"ring": ring, "sums": sums[rank // self._stage_size], "progress": moved, "start": start}
+                self._launch(rank, {**files, **links.ends_of(rank)})
         finally:
-            for fd in (ring, sums, moved, start):
+            links.close()
+            for fd in (ring, *sums, moved, start):
                 os.close(fd)
         self._writer = RingWriter(memory, [rank.connection for rank in self._ranks], self._while_full)
         self._watch = RankWatch(self._ranks, self.size, self._progress)
@@ -214,9 +234,11 @@ class RankGroup:
         read_end, write_end = os.pipe()
         self._lifelines.append(write_end)
         wires = {"socket": theirs.fileno(), "lifeline": read_end, "dumps": dumps, **shared}
-        values = {"rank": rank, "size": self.size, "parent": os.getpid(), **wires}
+        sizes = {"size": self.size, "stage_size": self._stage_size}
+        values = {"rank": rank, **sizes, "parent": os.getpid(), **wires}
+        inherited = [fd for fd in wires.values() if fd >= 0]
         try:
-            process = self._launcher.launch([f"--{name}={value}" for name, value in values.items()], [*wires.values()])
+            process = self._launcher.launch([f"--{name}={value}" for name, value in values.items()], inherited)
             self._ranks.append(WatchedRank(rank, process, ours, dumps))
         except BaseException:
             ours.close()
@@ -262,6 +284,13 @@ class RankGroup:
 
     def _while_waiting(self, late: Sequence[int], waited_s: float) -> None:
         self._await(late, "take part in a collective", waited_s)
+
+    def _while_piping(self, waited_s: float) -> None:
+        """Wait for the stages before: as long as one of them works, where their progress is watched."""
+        now = time.monotonic()
+        if self._stuck_after_s is not None and self.progress.others_work():
+            self._worked_at = now
+        self._await([], "send hidden states", min(waited_s, now - self._worked_at))
 
     def _await(self, late: Sequence[int], what: str, waited_s: float) -> None:
         """Raise if a rank has failed, or if ranks have been late for too long."""
@@ -310,5 +339,8 @@ class RankGroup:
         for rank in self._ranks:
             rank.connection.close()
             os.close(rank.dumps)
+        if self._pipe is not None:
+            self._pipe.close()
         self._store = None
-        self._writer = self._collectives = self._progress = None  # their memory is freed when no call uses it any more
+        # Their memory is freed when no call uses it any more.
+        self._writer = self._collectives = self._pipe = self._progress = None

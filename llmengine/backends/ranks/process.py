@@ -1,8 +1,9 @@
 """The program of a rank: `python -I process.py ...`, started by a `Launcher` and by nobody else.
 
 The arguments are the rank, the number of ranks, the process of rank 0, and descriptors that it inherits: the socket for
-reports and wake-ups, the lifeline, the file for dumps, the memory of messages, of collectives and of progress, and the
-file with what is the same for all ranks.
+reports and wake-ups, the lifeline, the file for dumps, the memory of messages, of collectives and of progress, both
+ends of a pipe's rings and the sockets that wake their readers up (-1: there is none), and the file with what is the
+same for all ranks.
 
 It must run before anything of llmengine can be imported, since the path of modules is part of what it reads.
 """
@@ -21,18 +22,21 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from llmengine.backends.ranks.collectives import Collectives
+    from llmengine.backends.ranks.pipe import SharedPipe
     from llmengine.backends.ranks.progress import Progress
     from llmengine.backends.ranks.ring import RingReader
 
 # Rank 0 finds out what is late and kills the others. One that waited less than it would hide the cause.
 _OPERATION_TIMEOUT_S = 7 * 86400.0
 _WATCH_S = 0.5
+_FULL_PAUSE_S = 200e-6
 
 
 def main() -> None:
@@ -66,7 +70,8 @@ def read_start_file(fd: int) -> tuple[dict[str, Any], bytes]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    for name in ("rank", "size", "parent", "socket", "lifeline", "ring", "sums", "progress", "dumps", "start"):
+    names = ("rank", "size", "stage_size", "parent", "socket", "lifeline", "ring", "sums", "progress", "dumps", "start")
+    for name in (*names, "inbox", "inbox_waker", "outbox", "outbox_waker"):
         parser.add_argument(f"--{name}", type=int, required=True)
     return parser.parse_args()
 
@@ -110,13 +115,14 @@ def _take_path(path: list[str]) -> None:
 def _run(wires: argparse.Namespace, start: dict[str, Any], payload: bytes) -> int:
     """Run the target and report what it raises; the exit status."""
     from llmengine.backends.ranks.channel import RankClosed
+    from llmengine.backends.ranks.pipe import PipeEnded
     from llmengine.backends.ranks.reports import Raised, Report, ReportSender
 
     connection = socket.socket(fileno=wires.socket)
     sender = ReportSender(connection)
     try:
         _run_target(wires, start, payload, connection, sender)
-    except RankClosed:
+    except (RankClosed, PipeEnded):  # if the rank before failed, it is the one that says why
         return 0
     except BaseException as error:
         try:
@@ -139,10 +145,35 @@ def _run_target(
     target = getattr(importlib.import_module(module), function)
     reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
     progress = Progress(wires.progress, wires.rank, wires.size)
+    pipe = _pipe(wires, reader, progress)
     sender.send(Report.READY)
     collectives = _gloo(wires, start) if start["collectives"] == "gloo" else _shared(wires, reader, progress)
     progress.mark(b"the start")
-    target(RankChannel(wires.rank, collectives, progress, reader, sender), payload)
+    try:
+        target(RankChannel(wires.rank, wires.size, collectives, pipe, progress, reader, sender), payload)
+    finally:
+        pipe.close()
+
+
+def _pipe(wires: argparse.Namespace, messages: RingReader, progress: Progress) -> SharedPipe:
+    from llmengine.backends.ranks.channel import RankClosed
+    from llmengine.backends.ranks.pipe import SharedPipe
+    from llmengine.backends.ranks.ring import Ring, RingReader, RingWriter
+
+    def while_waiting(waited_s: float) -> None:
+        if messages.closed:
+            raise RankClosed
+
+    def while_full(reader: int, waited_s: float) -> None:
+        while_waiting(waited_s)
+        time.sleep(_FULL_PAUSE_S)
+
+    inbox = outbox = None
+    if wires.inbox >= 0:
+        inbox = RingReader(Ring(wires.inbox, 1), 0, socket.socket(fileno=wires.inbox_waker), while_waiting)
+    if wires.outbox >= 0:
+        outbox = RingWriter(Ring(wires.outbox, 1), [socket.socket(fileno=wires.outbox_waker)], while_full)
+    return SharedPipe(inbox, outbox, progress)
 
 
 def _shared(wires: argparse.Namespace, reader: RingReader, progress: Progress) -> Collectives:
@@ -153,7 +184,8 @@ def _shared(wires: argparse.Namespace, reader: RingReader, progress: Progress) -
         if reader.closed:
             raise RankClosed
 
-    return SharedCollectives(wires.sums, wires.rank, wires.size, while_waiting, progress)
+    rank, size = wires.rank % wires.stage_size, wires.stage_size
+    return SharedCollectives(wires.sums, rank, size, while_waiting, progress)
 
 
 def _gloo(wires: argparse.Namespace, start: dict[str, Any]) -> Collectives:

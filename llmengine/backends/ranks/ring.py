@@ -37,6 +37,8 @@ _SPIN_S = 50e-6
 _LONG_SPIN_S = 5e-3
 # A reader looks again after this time, whatever it was told.
 _NAP_S = 1.0
+# And after this time where more than the writer can end the wait.
+_SHORT_NAP_S = 0.05
 
 
 def ring_size(num_readers: int) -> int:
@@ -64,6 +66,13 @@ class Ring(SharedMemory):
         self.data[start : start + first] = data[:first]
         self.data[: len(data) - first] = data[first:]
 
+    def copy_into(self, at: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of the stream from `at` on."""
+        start = at % self.capacity
+        first = min(len(target), self.capacity - start)
+        target[:first] = self.data[start : start + first]
+        target[first:] = self.data[: len(target) - first]
+
     def copy_out(self, at: int, size: int) -> bytes:
         """The bytes [at, at + size) of the stream."""
         start = at % self.capacity
@@ -89,9 +98,10 @@ class RingWriter:
         self._while_full = while_full
         self._head = 0
 
-    def write(self, message: bytes) -> None:
+    def write(self, message: bytes | memoryview) -> None:
         """Send a message to every reader; blocks while one of them is behind by the whole ring."""
-        framed = memoryview(len(message).to_bytes(8, "little") + message + bytes(-len(message) % 8))
+        size = len(message)
+        framed = memoryview(b"".join((size.to_bytes(8, "little"), message, bytes(-size % 8))))
         while framed:
             room = self._room()
             self._ring.copy_in(self._head, framed[:room])
@@ -134,9 +144,25 @@ class RingWriter:
 
 
 class RingReader:
-    """The reading end of one reader."""
+    """The reading end of one reader.
 
-    def __init__(self, ring: Ring, reader: int, waker: socket.socket) -> None:
+    Args:
+        ring: the shared memory.
+        reader: its number.
+        waker: where the writer wakes it up.
+        while_waiting: called again and again while there is nothing to read, with the seconds waited so far; raises to
+            give up.
+        spin_s: how long to look before blocking; None: depends on how many cores there are.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        reader: int,
+        waker: socket.socket,
+        while_waiting: Callable[[float], None] | None = None,
+        spin_s: float | None = None,
+    ) -> None:
         self._ring = ring
         self._words = ring.words[(1 + reader) * LINE_WORDS : (2 + reader) * LINE_WORDS]
         self._waker = waker
@@ -144,7 +170,9 @@ class RingReader:
         self._poll.register(waker, select.POLLIN)
         self._tail = 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._spin_s = _LONG_SPIN_S if cores >= 2 * (ring.num_readers + 1) else _SPIN_S
+        by_cores_s = _LONG_SPIN_S if cores >= 2 * (ring.num_readers + 1) else _SPIN_S
+        self._spin_s = by_cores_s if spin_s is None else spin_s
+        self._while_waiting = while_waiting
 
     @property
     def closed(self) -> bool:
@@ -160,6 +188,25 @@ class RingReader:
         message = self._take(size + -size % 8)
         return None if message is None else message[:size]
 
+    def read_into(self, target: memoryview) -> bool:
+        """Fill `target` with the next message, which must be as long; False when the writer has closed."""
+        frame = self._take(8)
+        if frame is None:
+            return False
+        size = int.from_bytes(frame, "little")
+        assert size == len(target), (size, len(target))
+        while target:
+            if not (ready := min(self._ready(), len(target))):
+                return False
+            self._ring.copy_into(self._tail, target[:ready])
+            self._advance(ready)
+            target = target[ready:]
+        return self._take(-size % 8) is not None
+
+    def close(self) -> None:
+        """Close the socket; the writer goes on."""
+        self._waker.close()
+
     def _take(self, size: int) -> bytes | None:
         """The next bytes of the stream, or None where it ends before them."""
         parts = []
@@ -167,15 +214,18 @@ class RingReader:
             if not (ready := min(self._ready(), size)):
                 return None
             parts.append(self._ring.copy_out(self._tail, ready))
-            self._ring.fence()
-            self._tail += ready
-            self._words[_TAIL] = self._tail
+            self._advance(ready)
             size -= ready
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def _advance(self, size: int) -> None:
+        self._ring.fence()
+        self._tail += size
+        self._words[_TAIL] = self._tail
+
     def _ready(self) -> int:
         """How many bytes are there, at least one unless the writer has closed; waits."""
-        spin_until = time.perf_counter() + self._spin_s
+        began = time.perf_counter()
         while True:
             # Whether it is closed must be known before the last look at what is there.
             closed = self._ring.words[_CLOSED]
@@ -184,21 +234,24 @@ class RingReader:
             if ready or closed:
                 self._ring.fence()
                 return ready
-            if time.perf_counter() < spin_until:
+            waited = time.perf_counter() - began
+            if waited < self._spin_s:
                 os.sched_yield()
-            else:
-                self._sleep()
+                continue
+            if self._while_waiting is not None:
+                self._while_waiting(waited)
+            self._sleep()
 
     def _sleep(self) -> None:
         self._words[_ASLEEP] = 1
         self._ring.fence()
         if self._ring.words[_HEAD] == self._tail and not self._ring.words[_CLOSED]:
-            self._poll.poll(_NAP_S * 1000)
+            self._poll.poll(1000 * (_NAP_S if self._while_waiting is None else _SHORT_NAP_S))
             self._drain()
         self._words[_ASLEEP] = 0
 
     def _drain(self) -> None:
         try:
             self._waker.recv(4096, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except OSError:  # nothing is there, or this end was closed by another thread
             return

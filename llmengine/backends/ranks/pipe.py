@@ -1,0 +1,140 @@
+"""What passes between the stages of a pipeline: each rank sends tensors to one rank, and receives from one.
+
+The ranks are divided into stages of `stage_size` consecutive ones. Rank 0's is the last stage: the others come in their
+order, and behind the last of them rank 0's::
+
+    ranks with stage_size 2:    2, 3  ->  4, 5  ->  6, 7  ->  0, 1
+
+So what a pipeline ends with is where the caller is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from llmengine.backends.ranks.memory import anonymous_file
+from llmengine.backends.ranks.progress import Progress
+from llmengine.backends.ranks.ring import Ring, RingReader, RingWriter, ring_size
+
+__all__ = ["Pipe", "PipeEnded", "PipeLinks", "SharedPipe", "receiver_of", "sender_to"]
+
+# Looking for longer would keep the interpreter's lock from the caller's threads.
+_SPIN_S = 50e-6
+
+
+class PipeEnded(Exception):
+    """The rank before has ended, and nothing comes any more."""
+
+
+class Pipe(Protocol):
+    """A rank's connections to the stage before its own, and to the stage after. Tensors arrive in their order."""
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The next tensor that the stage before sends, in new memory; waits for it.
+
+        Args:
+            shape: as it was sent.
+        """
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send a tensor to the stage after. May return before it is received, and the tensor may be changed then."""
+
+    def close(self) -> None:
+        """Tell the stage after that nothing follows, and give up this end; idempotent."""
+
+
+def receiver_of(rank: int, stage_size: int, size: int) -> int | None:
+    """The rank to which a rank sends; None in the last stage."""
+    return None if rank < stage_size else (rank + stage_size) % size
+
+
+def sender_to(rank: int, stage_size: int, size: int) -> int | None:
+    """The rank from which a rank receives; None in the first stage."""
+    sender = (rank - stage_size) % size
+    return sender if receiver_of(sender, stage_size, size) == rank else None
+
+
+class SharedPipe:
+    """A pipe of tensors in host memory, through rings in memory that two ranks share.
+
+    Args:
+        inbox: what the stage before writes; None in the first stage.
+        outbox: what the stage after reads; None in the last stage.
+        progress: where this rank marks what passes, and rests while it waits.
+    """
+
+    def __init__(self, inbox: RingReader | None, outbox: RingWriter | None, progress: Progress) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self._progress = progress
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        assert self._inbox is not None, "the first stage receives nothing"
+        tensor = torch.empty(*shape, dtype=dtype)
+        self._progress.rest()
+        if not self._inbox.read_into(_bytes_of(tensor)):
+            raise PipeEnded
+        self._progress.mark(b"hidden states")
+        return tensor
+
+    def send(self, tensor: torch.Tensor) -> None:
+        assert self._outbox is not None, "the last stage sends nothing"
+        self._progress.rest()
+        self._outbox.write(_bytes_of(tensor.contiguous()))
+        self._progress.mark()
+
+    def close(self) -> None:
+        if self._outbox is not None:
+            self._outbox.close()
+        if self._inbox is not None:
+            self._inbox.close()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return view
+
+
+class PipeLinks:
+    """The rings of a pipeline, and the sockets that wake up their readers, until the ranks have them."""
+
+    def __init__(self, size: int, stage_size: int) -> None:
+        self._size, self._stage_size = size, stage_size
+        senders = range(stage_size, size)
+        self._rings = {rank: anonymous_file("pipe", ring_size(1)) for rank in senders}
+        self._sockets = {rank: socket.socketpair() for rank in senders}
+
+    def ends_of(self, rank: int) -> dict[str, int]:
+        """Descriptors of what a rank receives from and sends to; -1 where there is none."""
+        sender, receiver = self._neighbours(rank)
+        inbox, outbox = (-1, -1), (-1, -1)
+        if sender is not None:
+            inbox = (self._rings[sender], self._sockets[sender][1].fileno())
+        if receiver is not None:
+            outbox = (self._rings[rank], self._sockets[rank][0].fileno())
+        names = ("inbox", "inbox_waker", "outbox", "outbox_waker")
+        return dict(zip(names, (*inbox, *outbox), strict=True))
+
+    def inbox_of_rank_0(self, while_waiting: Callable[[float], None]) -> RingReader | None:
+        """What rank 0 receives from."""
+        sender, _ = self._neighbours(0)
+        if sender is None:
+            return None
+        return RingReader(Ring(self._rings[sender], 1), 0, self._sockets[sender][1].dup(), while_waiting, _SPIN_S)
+
+    def close(self) -> None:
+        """Close this process's descriptors, but for rank 0's end."""
+        for fd in self._rings.values():
+            os.close(fd)
+        for pair in self._sockets.values():
+            for one in pair:
+                one.close()
+
+    def _neighbours(self, rank: int) -> tuple[int | None, int | None]:
+        sizes = (self._stage_size, self._size)
+        return sender_to(rank, *sizes), receiver_of(rank, *sizes)
