@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llmengine.backends.micro_batches import MicroBatcher
-from llmengine.batch import BackendInfo, Batch, SavableBackend, ScoringBackend, StepResult
+from llmengine.batch import Backend, BackendInfo, Batch, ScoringBackend, StepResult
 
 _MOST_AHEAD_BYTES = 2 << 20
 """Messages about micro-batches that are not finished may be this long together, half the ring that they pass through.
@@ -44,7 +44,7 @@ class EarlierStages(Protocol):
 
 
 class PipelinedBackend:
-    """Implements `batch.SavableBackend` and `batch.ScoringBackend` over a backend of the last stage.
+    """Implements `batch.ScoringBackend` over a backend of the last stage.
 
     `launch` cuts a step into micro-batches and lets the earlier stages begin with them. `collect` computes the last
     stage, and samples. So while it does, the others are busy with the next micro-batches, also of the next step.
@@ -53,7 +53,7 @@ class PipelinedBackend:
     alone, after what was launched before.
     """
 
-    def __init__(self, own: SavableBackend, stages: EarlierStages, num_stages: int) -> None:
+    def __init__(self, own: Backend, stages: EarlierStages, num_stages: int) -> None:
         self._own = own
         self._stages = stages
         self._batcher = MicroBatcher(num_stages)
@@ -103,10 +103,6 @@ class PipelinedBackend:
         self.settle()
         self._stages.follow(batch)
         yield from self._own.score(batch)
-
-    def weights(self) -> Iterator[tuple[str, Any]]:
-        """Those of the last stage."""
-        return self._own.weights()
 
     def close(self) -> None:
         """See `batch.Backend.close`."""

@@ -46,7 +46,7 @@ from llmengine.backends.shared_cpu_passes import (
     tensor_of,
 )
 from llmengine.backends.shared_weights import heard_source, is_calibrated, told_source
-from llmengine.batch import BackendInfo, SavableBackend
+from llmengine.batch import BackendInfo
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
@@ -147,7 +147,7 @@ def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBa
             whole = cpu_kv_pool(config, places.whole_kv_arch, context_limit(config, source.arch))
             group.broadcast(pickle.dumps(_Start(whole.num_blocks, whole.max_model_len)))
             info = _info(config, places, model, whole, weight_bytes)
-            own: SavableBackend = _own_backend(config, places, model, library, whole, info, group)
+            own = _own_backend(config, places, model, library, whole, info, group)
         trim_heap()
         return RanksBackend(own, group, own.info, lambda: _joined_weights(places, model, own, group))
     except BaseException:
@@ -318,7 +318,7 @@ def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
 
 
 def _joined_weights(
-    places: _Places, model: CpuModel, backend: SavableBackend, group: RankGroup
+    places: _Places, model: CpuModel, backend: CpuBackend | PipelinedBackend, group: RankGroup
 ) -> Iterator[tuple[str, Tensor]]:
     """The canonical weights, each put together from the ranks' parts."""
     if isinstance(backend, PipelinedBackend):

@@ -136,7 +136,6 @@ def test_all_stages_are_busy_where_there_are_enough_rows(num_stages: int) -> Non
         params = [GREEDY.replace(max_new_tokens=chance.randrange(20, 80)) for _ in prompts]
         llm.generate(prompts, params)
     share = [busy_s / stages.now for busy_s in stages.busy_s]
-    print(num_stages, [round(each, 3) for each in share])
     assert min(share) >= 0.85
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmengine.backends.ranks.group import RankGroup
-from llmengine.batch import BackendInfo, Batch, SavableBackend, ScoringBackend, StepResult
+from llmengine.batch import Backend, BackendInfo, Batch, ScoringBackend, StepResult
 
 
 class RanksBackend:
@@ -21,7 +21,7 @@ class RanksBackend:
 
     def __init__(
         self,
-        own: SavableBackend,
+        own: Backend,
         group: RankGroup,
         info: BackendInfo,
         weights: Callable[[], Iterator[tuple[str, Any]]],

@@ -131,6 +131,25 @@ def _told(channel: RankChannel, rest: bytes) -> None:
     channel.reply(facts[rest.decode()].encode())
 
 
+def _pass_on(channel: RankChannel, rest: bytes) -> None:
+    """Send on what the stage before sent, and this rank; the first stage begins with 100 times the rank."""
+    size, numbers = channel.collectives.size, int(rest)
+    if size <= channel.rank < 2 * size:
+        tensor = torch.full((numbers,), 100.0 * channel.rank)
+    else:
+        tensor = channel.pipe.receive((numbers,), torch.float32)
+    channel.collectives.all_reduce(tensor)
+    if channel.rank >= size:
+        channel.pipe.send(tensor + channel.rank)
+
+
+def _pass_on_late(channel: RankChannel, rest: bytes) -> None:
+    rank, seconds, numbers = rest.split()
+    if channel.rank == int(rank):
+        time.sleep(float(seconds))
+    _pass_on(channel, numbers)
+
+
 COMMANDS = {
     "echo": _echo,
     "sum": _sum,
@@ -147,4 +166,6 @@ COMMANDS = {
     "wait_for_child": _wait_for_child,
     "freeze_then_sum": _freeze_then_sum,
     "told": _told,
+    "pass_on": _pass_on,
+    "pass_on_late": _pass_on_late,
 }
