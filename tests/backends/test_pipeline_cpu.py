@@ -7,18 +7,20 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig
+from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig, QuantConfig, SamplingParams
 from llmengine.checkpoints.opening import open_model
+from llmengine.cli.demo import find_demo_model
 from llmengine.config import ModelConfig
 from tests.backends.helpers import save_tiny
-from tests.backends.test_shared_cpu import GREEDY, children, tiny_config, tokens
+from tests.backends.test_shared_cpu import CALIBRATION, GREEDY, children, tiny_config, tokens
 
 
-def load(directory: Path, pp_size: int, tp_size: int = 1, **options: object) -> LLM:
+def load(directory: Path, pp_size: int, tp_size: int = 1, **options: Any) -> LLM:
     config: ModelConfig = tiny_config(directory, 1, **options)
     config.parallel_config = ParallelConfig(tp_size=tp_size, pp_size=pp_size)
     return LLM(config, enable_tokenizer=False)
@@ -90,6 +92,28 @@ def test_what_is_saved_is_the_whole_model(directory: Path, together: LLM, tmp_pa
     assert not given
 
 
+def test_scores(alone: LLM, together: LLM) -> None:
+    text = [number * 7 % 300 for number in range(400)]
+    reports = [llm.evaluate(text=text, window_tokens=64, measure_speed=False) for llm in (together, alone)]
+    mine, expected = (report.model.perplexity for report in reports)
+    assert mine == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deterministic": True},
+        {"quant_config": QuantConfig(weights="int8", kv_cache="int8")},
+        {"quant_config": QuantConfig.preset("int4-awq", group_size=16, **CALIBRATION)},
+    ],
+    ids=["deterministic", "int8", "awq"],
+)
+def test_options(directory: Path, options: dict[str, Any]) -> None:
+    params = GREEDY.replace(max_new_tokens=6, prompt_logprobs=0)
+    with load(directory, 1, **options) as alone, load(directory, 2, **options) as together:
+        assert tokens(together, params) == tokens(alone, params)
+
+
 def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
     before = set(children())
     llm = load(directory, 3)
@@ -113,3 +137,25 @@ def test_too_many_stages_are_refused_before_a_process_starts(directory: Path) ->
     with pytest.raises(ConfigError, match=r"tp_size=5: .*4 attention heads.*sizes that work: 1, 2"):
         load(directory, 2, 5)
     assert children() == before
+
+
+PROMPTS = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
+
+
+def said(parallel: ParallelConfig) -> list[str]:
+    """What SmolLM2 says in this many processes."""
+    config = ModelConfig(find_demo_model(), device="cpu", dtype="float32", parallel_config=parallel)
+    with LLM(config) as llm:
+        params = SamplingParams(max_new_tokens=32, temperature=0.0)
+        return [output.text for output in llm.generate(PROMPTS, params)]
+
+
+@pytest.fixture(scope="module")
+def said_alone() -> list[str]:
+    return said(ParallelConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pp_size", "tp_size"), [(2, 1), (3, 1), (2, 2)])
+def test_smollm2_says_the_same(said_alone: list[str], pp_size: int, tp_size: int) -> None:
+    assert said(ParallelConfig(pp_size=pp_size, tp_size=tp_size)) == said_alone
