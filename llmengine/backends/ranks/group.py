@@ -195,7 +195,8 @@ class RankGroup:
             memory = Ring(ring, self.size - 1)
             self._progress = Progress(moved, 0, self.size)
             shared = SharedCollectives(sums[0], 0, self._stage_size, self._while_waiting, self._progress)
-            self._pipe = SharedPipe(links.inbox_of_rank_0(self._while_piping), None, self._progress)
+            inbox = links.inbox_of_rank_0(self._while_piping)
+            self._pipe = SharedPipe(inbox, None, self._progress, self._collective_failed)
             for rank in range(1, self.size):
                 files = {"ring": ring, "sums": sums[rank // self._stage_size], "progress": moved, "start": start}
                 self._launch(rank, {**files, **links.ends_of(rank)})
@@ -312,7 +313,7 @@ class RankGroup:
             if timed_out:
                 watch.late("take part in a collective", self._timeout_s)
             else:
-                watch.fail(RankFailure(f"a collective failed: {error}"))
+                watch.fail(RankFailure(f"ranks cannot reach each other: {error}"))
         self.check()
         raise EngineDeadError(str(error))
 

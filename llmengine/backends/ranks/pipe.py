@@ -13,22 +13,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 
+from llmengine.backends.ranks.collectives import PeerLostError
 from llmengine.backends.ranks.memory import anonymous_file
 from llmengine.backends.ranks.progress import Progress
 from llmengine.backends.ranks.ring import Ring, RingReader, RingWriter, ring_size
 
-__all__ = ["Pipe", "PipeEnded", "PipeLinks", "SharedPipe", "receiver_of", "sender_to"]
+__all__ = ["Pipe", "PipeLinks", "SharedPipe", "receiver_of", "sender_to"]
 
 # Looking for longer would keep the interpreter's lock from the caller's threads.
 _SPIN_S = 50e-6
-
-
-class PipeEnded(Exception):
-    """The rank before has ended, and nothing comes any more."""
 
 
 class Pipe(Protocol):
@@ -66,19 +63,27 @@ class SharedPipe:
         inbox: what the stage before writes; None in the first stage.
         outbox: what the stage after reads; None in the last stage.
         progress: where this rank marks what passes, and rests while it waits.
+        when_ended: raises what it means that the rank before has ended.
     """
 
-    def __init__(self, inbox: RingReader | None, outbox: RingWriter | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        inbox: RingReader | None,
+        outbox: RingWriter | None,
+        progress: Progress,
+        when_ended: Callable[[Exception], NoReturn],
+    ) -> None:
         self._inbox = inbox
         self._outbox = outbox
         self._progress = progress
+        self._when_ended = when_ended
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         assert self._inbox is not None, "the first stage receives nothing"
         tensor = torch.empty(*shape, dtype=dtype)
         self._progress.rest()
         if not self._inbox.read_into(_bytes_of(tensor)):
-            raise PipeEnded
+            self._when_ended(PeerLostError("the stage before has ended"))
         self._progress.mark(b"hidden states")
         return tensor
 

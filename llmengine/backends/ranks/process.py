@@ -115,14 +115,13 @@ def _take_path(path: list[str]) -> None:
 def _run(wires: argparse.Namespace, start: dict[str, Any], payload: bytes) -> int:
     """Run the target and report what it raises; the exit status."""
     from llmengine.backends.ranks.channel import RankClosed
-    from llmengine.backends.ranks.pipe import PipeEnded
     from llmengine.backends.ranks.reports import Raised, Report, ReportSender
 
     connection = socket.socket(fileno=wires.socket)
     sender = ReportSender(connection)
     try:
         _run_target(wires, start, payload, connection, sender)
-    except (RankClosed, PipeEnded):  # if the rank before failed, it is the one that says why
+    except RankClosed:
         return 0
     except BaseException as error:
         try:
@@ -168,12 +167,15 @@ def _pipe(wires: argparse.Namespace, messages: RingReader, progress: Progress) -
         while_waiting(waited_s)
         time.sleep(_FULL_PAUSE_S)
 
+    def when_ended(error: Exception) -> NoReturn:
+        raise error
+
     inbox = outbox = None
     if wires.inbox >= 0:
         inbox = RingReader(Ring(wires.inbox, 1), 0, socket.socket(fileno=wires.inbox_waker), while_waiting)
     if wires.outbox >= 0:
         outbox = RingWriter(Ring(wires.outbox, 1), [socket.socket(fileno=wires.outbox_waker)], while_full)
-    return SharedPipe(inbox, outbox, progress)
+    return SharedPipe(inbox, outbox, progress, when_ended)
 
 
 def _shared(wires: argparse.Namespace, reader: RingReader, progress: Progress) -> Collectives:

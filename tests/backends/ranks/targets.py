@@ -143,6 +143,13 @@ def _pass_on(channel: RankChannel, rest: bytes) -> None:
         channel.pipe.send(tensor + channel.rank)
 
 
+def _pass_on_unless(channel: RankChannel, rest: bytes) -> None:
+    rank, numbers = rest.split()
+    if channel.rank == int(rank):
+        raise ConfigError(f"a mistake of {channel.rank}")
+    _pass_on(channel, numbers)
+
+
 def _pass_on_late(channel: RankChannel, rest: bytes) -> None:
     rank, seconds, numbers = rest.split()
     if channel.rank == int(rank):
@@ -168,4 +175,5 @@ COMMANDS = {
     "told": _told,
     "pass_on": _pass_on,
     "pass_on_late": _pass_on_late,
+    "pass_on_unless": _pass_on_unless,
 }

@@ -11,7 +11,7 @@ import torch
 
 from llmengine.backends.ranks import RankGroup
 from llmengine.backends.ranks.pipe import receiver_of, sender_to
-from llmengine.errors import EngineDeadError
+from llmengine.errors import ConfigError, EngineDeadError
 from tests.backends.ranks.helpers import OBEY, is_gone, pids
 
 
@@ -61,6 +61,15 @@ def test_a_rank_that_is_killed_ends_the_wait_for_it() -> None:
         group.pipe.receive((4,), torch.float32)
     group.close()
     assert all(map(is_gone, ranks))
+
+
+def test_a_rank_that_raises_is_named_and_not_those_behind_it() -> None:
+    group = open_stages(4, 1)
+    group.broadcast(b"pass_on_unless 1 4")
+    with pytest.raises(EngineDeadError, match=r"rank 1 of 4 .*a mistake of 1") as caught:
+        group.pipe.receive((4,), torch.float32)
+    assert isinstance(caught.value.__cause__, ConfigError)
+    group.close()
 
 
 def test_a_stage_that_hangs_is_named_and_not_those_that_wait_for_it() -> None:
