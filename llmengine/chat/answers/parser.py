@@ -65,6 +65,8 @@ class AnswerParser:
         self._trims = False
         self._may_reason = form.reasoning is not None and not form.ends_reasoning(prompt)
         self._mode: Callable[[bool], bool] = self._read_start
+        # What becomes of a piece in which no marker can begin, and the markers; None if that is not so simple.
+        self._plain: tuple[type[ReasoningDelta | TextDelta], _Markers] | None = None
         if form.begins_reasoning(prompt):
             self._begin_reasoning()
 
@@ -75,6 +77,10 @@ class AnswerParser:
             piece: the text that a token added; it may be "".
             is_token: False for text that belongs to no further token.
         """
+        if self._plain is not None and is_token:
+            kind, markers = self._plain
+            if markers.are_absent(piece):
+                return [kind(piece, self._source.pass_by(len(piece)))]
         self._source.append(piece, is_token)
         return self._run(final=False)
 
@@ -88,6 +94,12 @@ class AnswerParser:
         events = merged(self._events)
         self._events.clear()
         self._source.compact()
+        self._plain = None
+        if self._source.is_empty and not self._trims:
+            if self._mode == self._read_text:
+                self._plain = TextDelta, self._markers
+            elif self._mode == self._read_reasoning:
+                self._plain = ReasoningDelta, self._reasoning_end
         return events
 
     # Each mode reads what it can, and returns True if there is more to do, in another mode perhaps.
@@ -229,6 +241,18 @@ class _Source:
         self._starts: deque[int] = deque()  # where tokens that were not taken begin in the answer
         self._num_taken = 0
 
+    @property
+    def is_empty(self) -> bool:
+        return self._begin == len(self._text)
+
+    def pass_by(self, num_chars: int) -> range:
+        """Count a token whose text is taken at once, of an empty source; returns what `take` would."""
+        first = self._num_taken
+        self._num_taken += len(self._starts) + 1
+        self._starts.clear()
+        self._offset += num_chars
+        return range(first, self._num_taken)
+
     def append(self, piece: str, is_token: bool) -> None:
         if is_token:
             self._starts.append(self._offset + len(self._text) - self._begin)
@@ -363,6 +387,12 @@ class _Markers:
         self._firsts = {marker[0] for marker in markers}
         self._longest = max(map(len, markers), default=0)
         self._pattern = re.compile("|".join(map(re.escape, markers)))
+
+    def are_absent(self, text: str) -> bool:
+        """True if it is certain, at little cost, that `text` is not empty and that no marker begins in it."""
+        if not text or (self._markers and text[-1].isspace()):
+            return False
+        return self._firsts.isdisjoint(text)
 
     def find(self, text: str, final: bool) -> tuple[int, str]:
         """Number of characters before the first marker and the whitespace before it, and that marker.

@@ -12,16 +12,20 @@ import pytest
 
 from llmengine import LLM, GenerationOutput, InvalidRequestError, SamplingParams
 from llmengine.chat.answers import (
+    TOOL_FORMATS,
     Answer,
     AnswerEvent,
+    AnswerFormat,
     ReasoningDelta,
     TextDelta,
     ToolArgumentsDelta,
     ToolCallBegin,
     ToolCallEnd,
 )
-from llmengine.testing import CHAT_TEMPLATE
+from llmengine.testing import CHAT_TEMPLATE, FakeBackend
+from llmengine.tokenizer.protocol import TransformersTokenizer
 from tests.chat.answers.tokens import MarkerTokenizer, saying
+from tests.chat.helpers import reference_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -98,6 +102,14 @@ def test_no_thinking_and_the_form_that_the_template_shows() -> None:
     assert output.prompt is not None
     assert output.prompt.endswith("</think>\n\n")
     assert output.content == "<think> is a tag."
+
+
+def test_the_form_is_found_through_a_tokenizer_of_transformers() -> None:
+    tokenizer = TransformersTokenizer(reference_tokenizer({"default": "{{ messages }}", "tool_use": HERMES}))
+    with LLM.from_backend(FakeBackend, tokenizer=tokenizer) as llm:
+        assert llm.answer_format(has_tools=False) == AnswerFormat()
+        assert llm.answer_format().tools == TOOL_FORMATS["hermes"]
+        assert llm.answer_format("[TOOL_CALLS]{{ messages }}").tools == TOOL_FORMATS["mistral"]
 
 
 @pytest.mark.parametrize(
