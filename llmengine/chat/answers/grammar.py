@@ -1,7 +1,7 @@
 """Grammars for answers: reasoning, then calls of tools with arguments of their schemas, or text, or structured output.
 
 They are written in llguidance's dialect of Lark: `<[7]>` is the token with id 7, `%json` a JSON Schema, `[suffix=...]`
-text up to a suffix, and `[lazy]` a lexeme that ends as soon as it can.
+text up to a suffix, `[lazy]` a lexeme that ends as soon as it can, and `%lark` a grammar of its own.
 """
 
 from __future__ import annotations
@@ -186,7 +186,12 @@ def _content(content: StructuredOutput | None, text: str) -> str:
         return f"({' | '.join(map(_quoted, content.choice))})"
     if content.regex is not None:
         return "/" + content.regex.replace("/", "\\/") + "/"
-    raise InvalidRequestError("a grammar as structured output cannot be combined with tools or reasoning")
+    assert content.grammar is not None
+    if "::=" in content.grammar:
+        raise InvalidRequestError(
+            "a GBNF grammar cannot be combined with tools or reasoning; write it in Lark's syntax"
+        )
+    return f"%lark {{\n{content.grammar}\n}}"
 
 
 def _quoted(text: str) -> str:

@@ -141,6 +141,29 @@ def test_structured_output_goes_with_tools_and_with_reasoning_that_the_prompt_be
     assert [call.name for call in called.tool_calls] == ["stop"]
 
 
+@pytest.mark.parametrize(
+    ("content", "allowed"),
+    [
+        (StructuredOutput(regex="[a-c/]+"), "abc/"),
+        (StructuredOutput(choice=["yes", "no"]), "yes"),
+        (StructuredOutput(grammar='start: ITEM ("," ITEM)*\nITEM: /[a-z]+/ | "{}"'), "ab,{}"),
+        (StructuredOutput(json_schema=True), '{"a": [1]}'),
+    ],
+)
+def test_every_kind_of_structured_output_comes_after_reasoning(content: StructuredOutput, allowed: str) -> None:
+    tokenizer = MarkerTokenizer(THINKING)
+    with LLM.from_backend(lambda: saying(f"Hm.</think>{allowed}", tokenizer, "<think>\n"), tokenizer=tokenizer) as llm:
+        output = llm.chat(ASK, PARAMS.replace(structured=content), thinking=True)
+        assert (output.reasoning, output.content) == ("Hm.", allowed)
+    with LLM.from_backend(lambda: saying("Hm.</think>??", tokenizer, "<think>\n"), tokenizer=tokenizer) as llm:
+        other = llm.chat(ASK, PARAMS.replace(structured=content, max_new_tokens=14), thinking=True)
+        assert other.content is not None
+        assert not other.content.startswith("?")
+        gbnf = PARAMS.replace(structured=StructuredOutput(grammar='root ::= "a"'))
+        with pytest.raises(InvalidRequestError, match="Lark"):
+            llm.chat(ASK, gbnf, thinking=True)
+
+
 def test_a_strict_schema_that_cannot_be_enforced_is_refused() -> None:
     tokenizer = MarkerTokenizer(TEMPLATE)
     schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
