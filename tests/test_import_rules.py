@@ -113,7 +113,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "llm_quality": set(),
     "llm": {"anyio"},
     "observability": {"opentelemetry", "prometheus_client"},
-    "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "starlette", "uvicorn"},
+    "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "load_test": {"anyio", "httptools", "matplotlib"},
     "kernels": {"cuda", "torch", "triton"},
 }

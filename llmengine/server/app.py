@@ -17,10 +17,11 @@ from llmengine.errors import LLMEngineError
 from llmengine.llm import LLM
 from llmengine.observability.http_metrics import http_metrics_of
 from llmengine.server import health, metrics
+from llmengine.server.anthropic import messages
 from llmengine.server.config import ServerConfig
 from llmengine.server.errors import HttpError, error_response
 from llmengine.server.middleware import Gate
-from llmengine.server.openai import chat, completions, models, tokens
+from llmengine.server.openai import chat, completions, models, responses, tokens
 from llmengine.server.service import Service
 
 
@@ -74,7 +75,8 @@ def create_app(
     if isinstance(llm, LLM):
         metrics.observe(llm, settings, shown)
         app.state.service = Service(llm, settings)
-    for module in (chat, completions, models, tokens, health):
+    app.state.responses = responses.StoredResponses(settings.max_stored_bytes)
+    for module in (chat, completions, models, tokens, responses, messages, health):
         app.include_router(module.router)
     for kind in (LLMEngineError, HttpError, RequestValidationError, HTTPException, Exception):
         app.exception_handler(kind)(_answer_error)

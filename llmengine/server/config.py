@@ -31,6 +31,8 @@ class ServerConfig(Settings):
             answered with 429. The engine's own queue has limits as well, see `SchedulerConfig`.
         max_outputs: most outputs of one request: its prompts times `n`.
         max_total_tokens: most tokens of a prompt and its output together; None: as many as the engine has room for.
+        max_stored_bytes: bytes of memory for responses that `/v1/responses` stores, by default each one; the least
+            recently used make room. 0: none is stored.
         request_timeout_s: seconds after which a request ends with 504, or with an error event in a stream; None: never.
         drain_s: seconds that running requests have left when the application loaded the model and shuts down.
         metrics: count for Prometheus, and serve the counts at `/metrics`, which needs no key.
@@ -48,6 +50,7 @@ class ServerConfig(Settings):
     max_concurrent_requests: int = 1024
     max_outputs: int = 128
     max_total_tokens: int | None = None
+    max_stored_bytes: int = 64 * 2**20
     request_timeout_s: float | None = None
     drain_s: float = 20.0
     metrics: bool = True
@@ -77,6 +80,7 @@ class ServerConfig(Settings):
             require_int(name, getattr(self, name), 1)
         if self.max_total_tokens is not None:
             require_int("max_total_tokens", self.max_total_tokens, 2)
+        require_int("max_stored_bytes", self.max_stored_bytes, 0)
         if self.request_timeout_s is not None:
             require_number("request_timeout_s", self.request_timeout_s, 0.0, _MOST_S, low_open=True)
         require_number("body_timeout_s", self.body_timeout_s, 0.0, _MOST_S, low_open=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,12 +94,29 @@ def openai_error(fault: HttpError) -> dict[str, Any]:
     return {"error": {"message": fault.message, "type": kind, "param": fault.param, "code": fault.code}}
 
 
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_PATH = re.compile(r"/v1/messages(/|$)")
+
+
+def anthropic_error(fault: HttpError) -> dict[str, Any]:
+    """The body of an error in Anthropic's API, and the data of its event in a stream."""
+    kind = _ANTHROPIC_KINDS.get(fault.status, "api_error" if fault.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": fault.message}}
+
+
 ErrorShape = Callable[[HttpError], dict[str, Any]]
 
 
 def error_shape(scope: Scope) -> ErrorShape:
     """How errors look in the API that a request's path belongs to."""
-    return openai_error
+    return anthropic_error if _ANTHROPIC_PATH.search(scope["path"]) else openai_error
 
 
 def error_response(scope: Scope, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,21 @@ class Service:
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
         return ChatAnswer(handle, call)
+
+    async def count_tokens(self, call: ChatCall) -> int:
+        """Number of tokens of a chat's prompt. Raises what `start_chat` raises."""
+        try:
+            return await asyncio.to_thread(
+                self.llm.count_tokens, call.messages, tools=call.tools or None, **call.template
+            )
+        except TypeError as error:
+            raise InvalidRequestError(f"the chat template does not take that: {error}") from error
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        limits = (self.config.max_total_tokens, self.llm.info.max_model_len)
+        return min(limit for limit in limits if limit is not None)
 
     def start(
         self,

@@ -1,0 +1,1 @@
+"""Anthropic's API: schemas of requests, and endpoints."""
