@@ -129,7 +129,7 @@ def test_form_of_a_schema(client: anthropic.Anthropic) -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "kind", "message"),
     [
-        ({"nonsense": 1}, 400, "invalid_request_error", "unknown field 'nonsense'"),
+        ({"nonsense": 1}, 400, "invalid_request_error", "field 'nonsense'"),
         ({"model": "claude"}, 404, "not_found_error", "the model 'claude' does not exist"),
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
         ({"messages": []}, 400, "invalid_request_error", "messages"),

@@ -222,7 +222,7 @@ def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "message", "param"),
     [
-        ({"nonsense": 1}, "unknown field 'nonsense'", "nonsense"),
+        ({"nonsense": 1}, "field 'nonsense'", "nonsense"),
         ({"conversation": "c"}, "conversation", "conversation"),
         ({"input": []}, "input must be a non-empty string or list", "input"),
         (
