@@ -14,6 +14,7 @@ from llmengine.chat.answers.events import (
     TextDelta,
     ToolArgumentsDelta,
     ToolCallBegin,
+    ToolCallEnd,
 )
 
 
@@ -32,9 +33,12 @@ class AnswerEncoder(Protocol):
     def arguments(self, delta: str) -> list[dict[str, Any]]:
         """More arguments of the call that began last."""
 
+    def end_call(self, complete: bool) -> list[dict[str, Any]]:
+        """The end of that call's arguments, which are JSON text of an object if they are `complete`."""
+
 
 def encode(encoder: AnswerEncoder, event: AnswerEvent) -> list[dict[str, Any]]:
-    """The events for a part of an answer. The end of a call needs none: another part begins, or the answer ends."""
+    """The events for a part of an answer."""
     match event:
         case ReasoningDelta():
             return encoder.reasoning(event.text)
@@ -44,7 +48,8 @@ def encode(encoder: AnswerEncoder, event: AnswerEvent) -> list[dict[str, Any]]:
             return encoder.call(event.id, event.name)
         case ToolArgumentsDelta():
             return encoder.arguments(event.text)
-    return []
+        case ToolCallEnd():
+            return encoder.end_call(event.complete)
 
 
 def num_reasoning_tokens(events: Sequence[AnswerEvent]) -> int:

@@ -63,6 +63,10 @@ class MessageEvents:
         assert self._block["type"] == "tool_use"
         return [self._delta("input_json_delta", "partial_json", delta)]
 
+    def end_call(self, complete: bool) -> list[Event]:
+        """The arguments of the present call are over."""
+        return self._close()
+
     def end(self, usage: Mapping[str, Any], stop_reason: str, stop_sequence: str | None = None) -> list[Event]:
         """The answer is complete."""
         events = self._close()

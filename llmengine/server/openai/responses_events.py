@@ -84,6 +84,10 @@ class ResponseEvents:
         assert self._item["type"] == "function_call"
         return [self._delta("response.function_call_arguments.delta", delta)]
 
+    def end_call(self, complete: bool) -> list[Event]:
+        """The arguments of the present call are over."""
+        return self._close("completed" if complete else "incomplete")
+
     def end(self, usage: Mapping[str, Any], incomplete_reason: str | None = None) -> list[Event]:
         """The answer is complete, or `incomplete_reason` says why it is not."""
         status: Status = "completed" if incomplete_reason is None else "incomplete"

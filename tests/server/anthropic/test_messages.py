@@ -9,6 +9,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
@@ -117,6 +118,18 @@ def test_answer_goes_on_from_its_beginning(server: RunningServer) -> None:
         count = client.messages.count_tokens(model="fake", messages=messages)
     assert text_of(message) == " wörld!"
     assert count.input_tokens == len("<user>Hi\n<assistant>Hello,")
+
+
+class Person(BaseModel):
+    """A form for answers."""
+
+    name: str
+
+
+def test_answer_is_parsed_into_a_model() -> None:
+    with serving_llm(fake_llm(scripted('{"name": "Ada"}')), CONFIG) as server, client_of(server) as client:
+        message = client.messages.parse(model="fake", max_tokens=50, messages=USER, output_format=Person)
+    assert message.parsed_output == Person(name="Ada")
 
 
 def test_form_of_a_schema(client: anthropic.Anthropic) -> None:

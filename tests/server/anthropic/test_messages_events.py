@@ -36,6 +36,8 @@ def play(answer: MessageEvents, parts: Sequence[Part], cut: int = 0) -> list[Eve
         size = cut or max(len(content), 1)
         for at in range(0, len(content), size):
             events += say(content[at : at + size])
+        if kind.startswith("call "):
+            events += answer.end_call(True)
     return events + answer.end(USAGE, "end_turn")
 
 

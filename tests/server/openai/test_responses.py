@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
@@ -347,6 +348,18 @@ def test_oldest_turns_are_left_out_where_that_is_allowed(client: openai.OpenAI) 
 def test_tokens_of_the_input_are_counted(client: openai.OpenAI) -> None:
     count = client.responses.input_tokens.count(model="fake", input="Hi", instructions="Be brief")
     assert count.input_tokens == len("<system>Be brief\n<user>Hi\n<assistant>")
+
+
+class Person(BaseModel):
+    """A form for answers."""
+
+    name: str
+
+
+def test_answer_is_parsed_into_a_model() -> None:
+    with serving_llm(fake_llm(scripted('{"name": "Ada"}')), CONFIG) as server, client_of(server) as client:
+        response = client.responses.parse(model="fake", input="Who?", text_format=Person)
+    assert response.output_parsed == Person(name="Ada")
 
 
 def test_answer_has_the_form_of_a_schema() -> None:

@@ -40,6 +40,8 @@ def play(answer: ResponseEvents, parts: Sequence[Part], cut: int = 0) -> list[Ev
         size = cut or max(len(content), 1)
         for at in range(0, len(content), size):
             events += say(content[at : at + size])
+        if kind.startswith("call "):
+            events += answer.end_call(True)
     return events + answer.end(USAGE)
 
 
@@ -111,6 +113,17 @@ def test_answer_that_was_cut_off_is_incomplete() -> None:
     assert event["type"] == "response.incomplete"
     assert event["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
     assert [item["status"] for item in event["response"]["output"]] == ["completed", "incomplete"]
+
+
+def test_call_is_done_when_its_arguments_are_and_not_when_something_follows() -> None:
+    answer = ResponseEvents(HEAD)
+    answer.call("call_1", "f")
+    answer.arguments('{"a": ')
+    done = [event["type"] for event in answer.end_call(False)]
+    assert done == ["response.function_call_arguments.done", "response.output_item.done"]
+    assert answer.text("and then")[0]["type"] == "response.output_item.added"
+    answer.end(USAGE)
+    assert [item["status"] for item in answer.response["output"]] == ["incomplete", "completed"]
 
 
 @pytest.mark.parametrize("started", [False, True])

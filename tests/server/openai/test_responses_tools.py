@@ -94,6 +94,7 @@ def test_stop_string_cuts_reasoning_and_arguments() -> None:
         reasoning = client.responses.create(**options, extra_body={"stop": ", well"})
         arguments = client.responses.create(**options, extra_body={"stop": "rich"})
     assert summary(reasoning.output) == [("reasoning", "Hm")]
+    assert arguments.output[-1].status == "incomplete"
     assert summary(arguments.output) == [("reasoning", "Hm, well."), ("weather", '{"city": "Zü')]
 
 
