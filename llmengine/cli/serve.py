@@ -52,6 +52,9 @@ def add_serve_command(commands: Any) -> None:
         "--max-concurrent-requests", type=positive_int, metavar="N", help="more are answered with 429 (default: 1024)"
     )
     serve.add_argument("--max-body-bytes", type=positive_int, metavar="N", help="most bytes of a request's body")
+    serve.add_argument(
+        "--max-stored-bytes", type=int, metavar="N", help="memory for responses that /v1/responses stores; 0: none"
+    )
     serve.add_argument("--request-timeout", type=float, metavar="SECONDS", help="end requests after this time")
     serve.add_argument(
         "--metric-names",
@@ -79,6 +82,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     limits = {
         "max_concurrent_requests": arguments.max_concurrent_requests,
         "max_body_bytes": arguments.max_body_bytes,
+        "max_stored_bytes": arguments.max_stored_bytes,
         "request_timeout_s": arguments.request_timeout,
     }
     config = ServerConfig(

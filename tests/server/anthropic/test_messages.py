@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
-from tests.server.helpers import WAIT_S, RunningServer, fake_llm, scripted, serving_llm
+from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving_llm
 
 ANSWER = "Hello, wörld!"
 CONFIG = ServerConfig(model_name="fake", api_keys=["key"])
@@ -260,6 +260,5 @@ def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post("/v1/messages", json=body, timeout=0.2)
-        llm = server.app.state.service.llm
-        while (stats := llm.stats()).num_running or stats.num_used_blocks:
-            pass
+        stats = server.app.state.service.llm.stats
+        eventually(lambda: stats().num_running == stats().num_used_blocks == 0)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
-from tests.server.helpers import WAIT_S, RunningServer, fake_llm, scripted, serving_llm
+from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving_llm
 
 ANSWER = "Hello, wörld!"
 CONFIG = ServerConfig(model_name="fake", api_keys={"a": "tenant-a", "b": "tenant-b"})
@@ -177,9 +177,8 @@ def test_background_response_is_polled() -> None:
         with pytest.raises(openai.BadRequestError, match="still in progress"):
             client.responses.create(model="fake", input="Hi", previous_response_id=response.id)
         go.set()
-        while (response := client.responses.retrieve(response.id)).status != "completed":
-            assert response.status in ("queued", "in_progress")
-        assert response.output_text == "abc"
+        eventually(lambda: client.responses.retrieve(response.id).status == "completed")
+        assert client.responses.retrieve(response.id).output_text == "abc"
         assert client.responses.cancel(response.id).status == "completed"
 
 
@@ -200,9 +199,8 @@ def test_background_response_is_cancelled_or_deleted() -> None:
 
 def wait_until_idle(server: RunningServer) -> None:
     """Return when the engine has no request and uses no block."""
-    llm = server.app.state.service.llm
-    while (stats := llm.stats()).num_running or stats.num_used_blocks:
-        pass
+    stats = server.app.state.service.llm.stats
+    eventually(lambda: stats().num_running == stats().num_used_blocks == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
