@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llmengine import LLM, GenerationOutput, InvalidRequestError, SamplingParams
+from llmengine.batch import SlotInit
 from llmengine.chat.answers import (
     TOOL_FORMATS,
     Answer,
@@ -159,18 +160,10 @@ def test_choice_none_reads_no_calls_and_rules_the_marker_out() -> None:
     assert output.tool_calls == ()
     assert output.prompt is not None
     assert "<tools>" in output.prompt
-    tokenizer = MarkerTokenizer(MISTRAL)
-    masked: list[Any] = []
-    backend = saying("[TOOL_CALLS]x", tokenizer)
-
-    def watched() -> Any:
-        launch = backend.launch
-        backend.launch = lambda batch: (masked.extend(batch.slot_inits), launch(batch))[1]  # type: ignore[method-assign]
-        return backend
-
-    with LLM.from_backend(watched, tokenizer=tokenizer) as llm:
+    inits: list[SlotInit] = []
+    with model_saying("x", MISTRAL, on_step=lambda batch: inits.extend(batch.slot_inits)) as llm:
         llm.chat(ASK, PARAMS, tools=[WEATHER], tool_choice="none")
-    assert masked[0].sampling_params.bad_words == ((258,),)
+    assert inits[0].sampling_params.bad_words == ((258,),)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from llmengine.batch import Batch
 from llmengine.testing import ChatByteTokenizer, FakeBackend
 
 SPECIAL = ("<bos>", "<eos>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|tool_call|>", "<|/tool_call|>", "<extra>")
@@ -36,7 +37,12 @@ class MarkerTokenizer(ChatByteTokenizer):
         return [*(bytes((value,)) for value in range(256)), *(token.encode() for token in SPECIAL)]
 
 
-def saying(text: str, tokenizer: MarkerTokenizer, prompt_end: str = "<assistant>") -> FakeBackend:
+def saying(
+    text: str,
+    tokenizer: MarkerTokenizer,
+    prompt_end: str = "<assistant>",
+    on_step: Callable[[Batch], None] | None = None,
+) -> FakeBackend:
     """A backend that answers every prompt that ends with `prompt_end` with `text`."""
     answer = [*tokenizer.encode(text), EOS]
     end = tokenizer.encode(prompt_end)
@@ -46,7 +52,7 @@ def saying(text: str, tokenizer: MarkerTokenizer, prompt_end: str = "<assistant>
         begin = next(at for at in range(len(ids), 0, -1) if ids[at - len(end) : at] == end)
         return answer[min(len(ids) - begin, len(answer) - 1)]
 
-    return FakeBackend(next_token, vocab_size=VOCAB_SIZE, num_blocks=500, max_model_len=1900)
+    return FakeBackend(next_token, vocab_size=VOCAB_SIZE, num_blocks=500, max_model_len=1900, on_step=on_step)
 
 
 def babbling(seed: int) -> FakeBackend:
