@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,14 +27,43 @@ class ParallelConfig(Settings):
 
     A model is cut into `pp_size` stages of layers, each of which `tp_size` processes have. On a CPU both may be more
     than 1; `LLM()` raises `ConfigError` for more on GPUs.
+
+    Attributes:
+        devices: the device of each process, "cpu" for all or a "cuda:N" for each: `["cuda:0", "cuda:2"]`. It takes the
+            place of `ModelConfig.device`. None: those that follow `ModelConfig.device`.
     """
 
     tp_size: int = 1
     pp_size: int = 1
+    devices: Sequence[str] | None = None
+
+    def resolve(self) -> Self:
+        """See `Settings.resolve`; `devices` becomes a tuple."""
+        devices = self.devices
+        if isinstance(devices, Sequence) and not isinstance(devices, str):
+            devices = tuple(devices)
+        return Settings.resolve(dataclasses.replace(self, devices=devices))
 
     def _check(self) -> None:
         require_int("parallel_config.tp_size", self.tp_size, 1)
         require_int("parallel_config.pp_size", self.pp_size, 1)
+        if self.devices is not None:
+            _check_devices(self.devices, self.tp_size * self.pp_size)
+
+
+def _check_devices(devices: Sequence[str], num_ranks: int) -> None:
+    name = "parallel_config.devices"
+    if not isinstance(devices, tuple):
+        raise requirement(ConfigError, name, "a list of devices", devices)
+    for index, device in enumerate(devices):
+        if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda:[0-9]+", device):
+            raise requirement(ConfigError, f"{name}[{index}]", "'cpu' or 'cuda:N'", device)
+        if device != "cpu" and device in devices[:index]:
+            raise ConfigError(f"{name}[{index}]={device!r} is there twice; each process needs a GPU of its own")
+    if len(devices) != num_ranks:
+        raise ConfigError(f"{name} has {len(devices)} devices; tp_size * pp_size is {num_ranks}")
+    if "cpu" in devices and len(set(devices)) > 1:
+        raise ConfigError(f"{name} must be all 'cpu' or all GPUs, not {list(devices)}")
 
 
 @dataclass(slots=True)
@@ -178,7 +207,7 @@ class ModelConfig(Settings):
             they are, with activations in float16. On a CPU, whose activations are always float32, "auto" means the
             fastest form of the weights that keeps their values: bfloat16 if that holds them exactly, blocks as they
             are, else float32. A type dequantizes blocks.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda" or "cuda:N"; `parallel_config.devices` overrides it.
         backend: "auto", "torch" or "tensorrt".
         attention_backend: attention kernels for decodes on CUDA. "auto": our Triton kernels. "flashinfer": FlashInfer's
             (`pip install llmengine[flashinfer]`), which take half a minute to compile when a machine first needs them.
@@ -223,10 +252,14 @@ class ModelConfig(Settings):
 
     def resolve(self, accelerator: bool = False) -> Self:
         """A checked, frozen copy; `accelerator` selects the limits that are left to the device."""
-        scheduler = self.scheduler_config
+        scheduler, parallel, device = self.scheduler_config, self.parallel_config, self.device
         if isinstance(scheduler, SchedulerConfig):
             scheduler = scheduler.resolve(accelerator)
-        return Settings.resolve(dataclasses.replace(self, scheduler_config=scheduler))
+        if isinstance(parallel, ParallelConfig):
+            parallel = parallel.resolve()
+            device = parallel.devices[0] if parallel.devices else device
+        copy = dataclasses.replace(self, scheduler_config=scheduler, parallel_config=parallel, device=device)
+        return Settings.resolve(copy)
 
     def _check(self) -> None:
         if not isinstance(self.model_dir, (str, Path)) or not str(self.model_dir):

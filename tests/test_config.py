@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,21 @@ GOOD: list[tuple[Any, dict[str, Any]]] = [
     (SchedulerConfig, {"max_batch_size": 256}),
     (SchedulerConfig, {"max_tokens_per_mixed_step": 512}),
     (SchedulerConfig, {"max_tokens_per_mixed_step": 64}),
+    (ParallelConfig, {"tp_size": 2, "devices": ("cuda:0", "cuda:2")}),
+    (ParallelConfig, {"tp_size": 2, "devices": ("cpu", "cpu")}),
     (QuantConfig, {"weights": "int4", "group_size": 16}),
     (ModelConfig, {"model_dir": Path("dir"), "device": "cuda:3", "max_model_len": 2, "num_threads": 1}),
 ]
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     (ParallelConfig, {"tp_size": 0}, "tp_size must be .*, not 0"),
     (ParallelConfig, {"pp_size": 0}, "pp_size must be .*, not 0"),
+    (ParallelConfig, {"tp_size": 2, "devices": "cuda:0"}, "devices must be a list of devices, not 'cuda:0'"),
+    (ParallelConfig, {"devices": {"cuda:0"}}, "devices must be a list of devices, not {'cuda:0'}"),
+    (ParallelConfig, {"devices": ["cuda"]}, r"devices\[0\] must be 'cpu' or 'cuda:N', not 'cuda'"),
+    (ParallelConfig, {"tp_size": 2, "devices": ["cpu", 1]}, r"devices\[1\] must be 'cpu' or 'cuda:N', not 1"),
+    (ParallelConfig, {"devices": ["cuda:0", "cuda:2"]}, r"devices has 2 devices; tp_size \* pp_size is 1"),
+    (ParallelConfig, {"tp_size": 3, "devices": ["cuda:1"] * 3}, r"devices\[1\]='cuda:1' is there twice"),
+    (ParallelConfig, {"tp_size": 2, "devices": ["cpu", "cuda:1"]}, "devices must be all 'cpu' or all GPUs, not"),
     (ParallelConfig, {"pp_size": True}, "pp_size must be .*, not True"),
     (QuantConfig, {"weights": "fp3"}, "weights must be .*, not 'fp3'"),
     (QuantConfig, {"weights": None}, "weights must be .*, not None"),
@@ -290,3 +300,13 @@ def test_calibration_prompts_are_copied() -> None:
     prompts[0].append(4)
     assert resolved.calibration_prompts == ((1, 2), (3,))
     assert resolved.skip_layers == ("*.o",)
+
+
+def test_devices_of_ranks_win_over_the_device() -> None:
+    parallel = ParallelConfig(tp_size=2, devices=["cuda:1", "cuda:3"])
+    config = ModelConfig("d", device="cpu", parallel_config=parallel).resolve()
+    assert config.device == "cuda:1"
+    assert config.parallel_config.devices == ("cuda:1", "cuda:3")
+    assert pickle.loads(pickle.dumps(config)).parallel_config.devices == ("cuda:1", "cuda:3")
+    assert parallel.devices == ["cuda:1", "cuda:3"]
+    assert config.resolve().device == "cuda:1"
