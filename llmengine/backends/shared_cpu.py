@@ -28,6 +28,7 @@ from llmengine.backends.cpu.native_library import (
     NativeUnavailableError,
     load_native_library,
 )
+from llmengine.backends.cpu.shared_norm import SharedNorm
 from llmengine.backends.cpu.step_inputs import BlockTables, StepInputs
 from llmengine.backends.cpu.weights import CpuEmbedding, CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import KvPool, context_limit
@@ -54,7 +55,7 @@ from llmengine.checkpoints.source import ModelSource, WeightStream
 from llmengine.checkpoints.stage_source import plan_stages, stage_source
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
-from llmengine.models.decoder import Linear
+from llmengine.models.decoder import Linear, Norm
 from llmengine.models.sharding import Shard, vocabulary_range
 from llmengine.models.stages import Stage
 
@@ -303,7 +304,25 @@ def _meeting(own: CpuModel, places: _Places, rank: int, peers: _Peers) -> CpuMod
         segments = replace(segments, lm_head=head)
     if embed is not None:
         embed = _SharedEmbedding(embed, rows[rank % places.tp_size], peers.collectives)
-    return replace(own, embed=embed, segments=segments)
+    qk_norms = own.qk_norms
+    if places.source.arch.qk_norm == "projection":
+        plan = places.plans[places.stage_of(rank).index]
+        qk_norms = _shared_norms(places.source.arch, own, plan.counts_keys(rank % places.tp_size), peers)
+    return replace(own, embed=embed, segments=segments, qk_norms=qk_norms)
+
+
+def _shared_norms(
+    arch: ModelArch, own: CpuModel, counts_keys: bool, peers: _Peers
+) -> Sequence[tuple[Norm | None, Norm | None]]:
+    """The norms of q and k over all heads, for each layer of the rank's part `own` of the model `arch`."""
+    counts = {"q": True, "k": counts_keys}
+    columns = {"q": arch.num_heads * arch.head_dim, "k": arch.num_kv_heads * arch.head_dim}
+
+    def norm(index: int, name: str) -> Norm:
+        weight = own.norms[f"layers.{index}.{name}_norm"].weight
+        return SharedNorm(weight, arch.rms_norm_eps, columns[name], counts[name], peers.collectives.all_reduce)
+
+    return [(norm(index, "q"), norm(index, "k")) for index in range(len(own.qk_norms))]
 
 
 def _marked(source: ModelSource, peers: _Peers) -> ModelSource:

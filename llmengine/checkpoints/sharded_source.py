@@ -108,6 +108,10 @@ class ShardPlan:
         """The formats of that model."""
         return _formats_of(self._arch, self._formats, self._ranks[rank])
 
+    def counts_keys(self, rank: int) -> bool:
+        """Whether a rank is the first that has its heads of keys and values, so that each head is counted once."""
+        return not rank or self._ranks[rank].kv_heads != self._ranks[rank - 1].kv_heads
+
     def slices(self, rank: int, *, is_rounding: bool = False) -> dict[str, Cut]:
         """What a rank has of the dense tensors that can be cut as they are read.
 

@@ -2,7 +2,8 @@
 
 Every rank runs the one decoder over a smaller model. Attention is divided by heads and the MLP by its intermediate
 columns, so that a rank's results of `o` and `down` are terms of sums over all ranks (Megatron-LM, arXiv 1909.08053).
-The embedding and the output matrix are divided by rows of the vocabulary. Norms are the same everywhere.
+The embedding and the output matrix are divided by rows of the vocabulary. Norms are the same everywhere, but for those
+of q and k over all heads (`qk_norm="projection"`): ranks add up the squares of their heads.
 """
 
 from __future__ import annotations
@@ -163,11 +164,14 @@ def cuts(arch: ModelArch, held: Held) -> dict[str, Cut]:
         gate_up.weight, gate_up.bias          rows of the intermediate columns, in each of gate and up
         down.weight                           columns
         o.bias, down.bias                     rank 0 has them, the others zeros
-        norms                                 all of them
+        q_norm.weight, k_norm.weight          columns of the heads, where the norms are over all of them
+        other norms                           all of them
     """
     queries, keys = (_scaled(heads, arch.head_dim) for heads in (held.heads, held.kv_heads))
     rows = dict.fromkeys(("embed_tokens", "lm_head"), held.vocabulary)
     rows |= {"q": queries, "k": keys, "v": keys, "gate": held.intermediate, "up": held.intermediate}
+    if arch.qk_norm == "projection":
+        rows |= {"q_norm": queries, "k_norm": keys}
     columns = {"o.weight": queries, "down.weight": held.intermediate}
     result = {}
     for name, parts in fused_parts(arch).items():
@@ -191,8 +195,6 @@ def _divided(arch: ModelArch, size: int, units: Units) -> list[Held]:
     if size == 1:
         whole = (arch.num_heads, arch.num_kv_heads, arch.intermediate_size, arch.vocab_size)
         return [Held(*map(range, whole))]
-    if arch.qk_norm == "projection":
-        raise ConfigError(f"{arch.architecture} takes norms of q and k over all heads, of which a rank has only some")
     heads = _first(units.attention, lambda unit: _heads(arch, size, unit, units.qkv))
     intermediate = _first(units.intermediate, lambda unit: _aligned_spread(arch.intermediate_size, size, unit))
     vocabulary = _aligned_spread(arch.vocab_size, size, 1)

@@ -20,6 +20,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.cli.demo import find_demo_model
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from tests.backends.helpers import save_tiny
+from tests.models.family_helpers import make_family
 
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [300]]
 CALIBRATION: dict[str, Any] = {"calibration_prompts": PROMPTS, "num_calibration_samples": 3}
@@ -141,6 +142,17 @@ def test_quantized_weights_are_saved_as_one_process_does(directory: Path, tmp_pa
             llm.save(tmp_path / str(size))
     saved = [(tmp_path / str(size) / WEIGHTS_NAME).read_bytes() for size in (1, 2)]
     assert saved[0] == saved[1]
+
+
+def test_norms_of_q_and_k_over_all_heads(tmp_path: Path) -> None:
+    """OLMo 2; of three ranks two have the same head of keys."""
+    make_family("olmo2").save_pretrained(tmp_path)
+    prompts = [[token % 101 for token in prompt] for prompt in PROMPTS]
+    said = []
+    for size in (1, 3):
+        with load(tmp_path, size) as llm:
+            said.append([output.token_ids for output in llm.generate(prompts, GREEDY)])
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -105,7 +105,7 @@ def assert_shards_join(source: ModelSource, size: int, dtype: torch.dtype = torc
 
 
 @by_size
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "olmo2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path: Path, family: str, size: int) -> None:
     model = make_family(family)
     source = saved(tmp_path, model)
@@ -113,28 +113,6 @@ def test_families(tmp_path: Path, family: str, size: int) -> None:
     expected = None if family == "phi3_long" else transformers_logits(model)
     assert_ranks_compute_the_same(source, size, expected)
     assert_shards_join(source, size)
-
-
-def test_norms_over_all_heads_are_refused(tmp_path: Path) -> None:
-    source = saved(tmp_path, make_family("olmo2"))
-    with pytest.raises(ConfigError, match=r"tp_size=2: Olmo2ForCausalLM takes norms .* sizes that work: 1$"):
-        shard_source(source, Shard(0, 2))
-
-
-@by_size
-def test_post_norms(tmp_path: Path, size: int) -> None:
-    """OLMo 2's placement of norms, without its norms over all heads."""
-    source = saved(tmp_path, make_family("olmo2"))
-    stream = source.stream
-    changed = dataclasses.replace(
-        source,
-        arch=dataclasses.replace(source.arch, qk_norm="none"),
-        stream_slices=None,
-        stream=lambda dtype: (
-            item for item in stream(dtype) if not item[0].endswith(("q_norm.weight", "k_norm.weight"))
-        ),
-    )
-    assert_ranks_compute_the_same(changed, size)
 
 
 @by_size

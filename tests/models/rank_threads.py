@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmengine.checkpoints.sharded_source import shard_source
+from llmengine.checkpoints.sharded_source import format_units, shard_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.models.arch import ModelArch
 from llmengine.models.causal_attention import CausalAttention
 from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Linear, Norm, TorchSegments, forward
 from llmengine.models.rope import layer_tables
-from llmengine.models.sharding import Shard, vocabulary_range
+from llmengine.models.sharding import Shard, divided, vocabulary_range
 from llmengine.quantization.model_formats import matrix_shapes
 
 Sum = Callable[[Tensor], Tensor]
@@ -88,14 +88,24 @@ def layers_of(arch: ModelArch, weights: dict[str, Tensor], total: Sum | None) ->
     ]
 
 
-def attentions_of(arch: ModelArch, weights: dict[str, Tensor]) -> list[CausalAttention]:
+def attentions_of(
+    arch: ModelArch, weights: dict[str, Tensor], gather: Callable[[Tensor], list[Tensor]], ids: Sequence[range]
+) -> list[CausalAttention]:
+    """`ids` are the heads of keys that each rank has."""
+
     def head_norm(name: str) -> Norm | None:
         weight = weights.get(name)
         if weight is None:
             return None
-        return lambda heads: F.rms_norm(
-            heads if arch.qk_norm == "head" else heads.flatten(1), weight.shape, weight, arch.rms_norm_eps
-        ).view(heads.shape)
+        if arch.qk_norm == "projection":
+            return lambda heads: norm_over_ranks(heads, weight, "k_norm" in name)
+        return lambda heads: F.rms_norm(heads, weight.shape, weight, arch.rms_norm_eps)
+
+    def norm_over_ranks(heads: Tensor, weight: Tensor, is_k: bool) -> Tensor:
+        found = {(rank, head): part for rank, part in enumerate(gather(heads)) for head in range(part.shape[1])}
+        every = {ids[rank][head] if is_k else (rank, head): part[:, head] for (rank, head), part in found.items()}
+        mean_square = torch.cat(list(every.values()), dim=1).square().mean(dim=1)
+        return heads * (mean_square + arch.rms_norm_eps).rsqrt()[:, None, None] * weight.view(heads.shape[1:])
 
     tables = layer_tables(arch, arch.max_position_embeddings)
     return [
@@ -110,8 +120,17 @@ def attentions_of(arch: ModelArch, weights: dict[str, Tensor]) -> list[CausalAtt
     ]
 
 
-def rank_logits(source: ModelSource, ids: range, tokens: Tensor, gather: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """One rank's logits, float32 [num_tokens, its vocabulary]; `source` is its shard, `ids` are its tokens."""
+def rank_logits(
+    source: ModelSource,
+    ids: range,
+    tokens: Tensor,
+    gather: Callable[[Tensor], list[Tensor]],
+    kv_heads: Sequence[range],
+) -> Tensor:
+    """One rank's logits, float32 [num_tokens, its vocabulary]; `source` is its shard, `ids` are its tokens.
+
+    `kv_heads` are the heads of keys and values that each rank has.
+    """
     arch, weights = source.arch, dequantized(source)
 
     def total(tensor: Tensor) -> Tensor:
@@ -129,7 +148,7 @@ def rank_logits(source: ModelSource, ids: range, tokens: Tensor, gather: Callabl
         arch.logit_scale,
         arch.logit_soft_cap,
     )
-    attentions = attentions_of(arch, weights)
+    attentions = attentions_of(arch, weights, gather, kv_heads)
     logits = forward(segments, x, lambda layer, qkv: attentions[layer](qkv), None)
     assert logits is not None
     return logits
@@ -138,13 +157,18 @@ def rank_logits(source: ModelSource, ids: range, tokens: Tensor, gather: Callabl
 def logits_of(source: ModelSource, tokens: Sequence[int], size: int) -> Tensor:
     """Logits of a model that `size` ranks share, float32 [num_tokens, vocab]."""
     meeting = Meeting(size)
+    kv_heads = [held.kv_heads for held in divided(source.arch, size, format_units(source.arch, source.formats))]
 
     def run(rank: int) -> Tensor:
         shard = Shard(rank, size)
         ids = vocabulary_range(source.arch, shard)
         with torch.inference_mode():
             return rank_logits(
-                shard_source(source, shard), ids, torch.tensor(tokens), lambda tensor: meeting.gather(rank, tensor)
+                shard_source(source, shard),
+                ids,
+                torch.tensor(tokens),
+                lambda tensor: meeting.gather(rank, tensor),
+                kv_heads,
             )
 
     with ThreadPoolExecutor(size) as pool:

@@ -138,7 +138,6 @@ def test_units_move_cuts_and_the_first_that_works_counts() -> None:
         (arch_with(intermediate_size=3), 4, Units(), "the intermediate size of 3 .* sizes that work: 1, 2, 3$"),
         (arch_with(intermediate_size=512), 3, Units(intermediate=(256,)), "size of 512 .* units of 256.*: 1, 2$"),
         (arch_with(vocab_size=3), 4, Units(), "the vocabulary of 3 tokens .* sizes that work: 1, 2, 3$"),
-        (arch_with(qk_norm="projection"), 2, Units(), "tp_size=2: Llama.* norms of q and k .* sizes that work: 1$"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_with_the_sizes_that_work(
