@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmengine.checkpoints.dequantized_source import without_blocks
-from llmengine.checkpoints.engine_dir import MANIFEST_NAME, described_engine, open_engine, read_files, read_manifest
+from llmengine.checkpoints.engine_dir import (
+    MANIFEST_NAME,
+    described_engine,
+    open_engine,
+    read_files,
+    read_manifest,
+    require_replaceable,
+)
 from llmengine.checkpoints.metadata_fields import Fields
+from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.sharded_source import ShardPlan
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig, SchedulerConfig
-from llmengine.dtypes import DTypeChoice
+from llmengine.dtypes import DTypeChoice, torch_dtype
 from llmengine.errors import LLMEngineError, ModelLoadError
 
 if TYPE_CHECKING:
@@ -59,6 +68,32 @@ def build(
     from llmengine.tokenizer.loading import tokenizer_to_save
 
     return build_engine(source, directory, options, tokenizer_to_save(source), BuildProgress(write))
+
+
+def build_for_ranks(
+    model: Path,
+    directory: Path,
+    tp_size: int,
+    dtype: DTypeChoice = "auto",
+    load_format: Literal["auto", "dummy"] = "auto",
+) -> None:
+    """Write a model's weights as an engine directory, without plans, provided that `tp_size` processes can share it.
+
+    The directory is the same for every `tp_size`: a process reads its part of it while loading. With a `dtype`, blocks
+    of GGUF files are dequantized. Raises `ConfigError` that names the sizes that work, and what `save_model` raises.
+    """
+    require_replaceable(directory)
+    source = open_model(model, load_format)
+    if dtype == "auto":
+        dtype = source.checkpoint_dtype
+    else:
+        source = without_blocks(source, f"dtype={dtype!r}")
+    ShardPlan(source.arch, source.formats, tp_size)
+    from llmengine.tokenizer.loading import tokenizer_to_save
+
+    weights = source.weights(torch_dtype(dtype))
+    tokenizer = tokenizer_to_save(source)
+    save_model(directory, source, weights, dtype=dtype, formats=source.formats, tokenizer=tokenizer)
 
 
 def measure_layer(model: Path, scheduler_config: SchedulerConfig | None = None) -> LayerTimes | None:

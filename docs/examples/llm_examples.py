@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from llmengine import LLM, ConfigError, GenerationOutput, ModelConfig, SamplingParams
 
 EXIT_NOT_AVAILABLE = 3
@@ -76,11 +78,21 @@ def run_llm_with_quantization(
 
 
 def run_llm_on_tensor_parallel(
-    prompts: Sequence[str], hf_model_dir: Path, params: SamplingParams, tp_size: int = 2
+    prompts: Sequence[str],
+    hf_model_dir: Path,
+    params: SamplingParams,
+    tp_size: int = 2,
+    devices: Sequence[str] | None = None,
 ) -> None:
-    """Split each matrix over `tp_size` processes. On GPUs this version raises `ConfigError` for more than one."""
+    """Split each matrix over `tp_size` processes, on GPUs where there are as many, else on the CPU.
+
+    `devices` names one for each process: `["cuda:0", "cuda:2"]`.
+    """
     config = ModelConfig(hf_model_dir)
     config.parallel_config.tp_size = tp_size
+    if devices is None and torch.cuda.device_count() < tp_size:
+        devices = ["cpu"] * tp_size
+    config.parallel_config.devices = devices
     with LLM(config) as llm:
         print(llm.info.description)
         for output in llm.generate(prompts, params):
@@ -104,7 +116,7 @@ TASKS: dict[str, Callable[[argparse.Namespace, SamplingParams], None]] = {
         given.prompt, given.hf_model_dir, params, given.quant_type
     ),
     "run_llm_on_tensor_parallel": lambda given, params: run_llm_on_tensor_parallel(
-        given.prompt, given.hf_model_dir, params, given.tp_size
+        given.prompt, given.hf_model_dir, params, given.tp_size, given.devices
     ),
 }
 
@@ -133,6 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="print tokens as they come")
     parser.add_argument("--quant_type", choices=("int8", "int4"), default="int8", help="(%(default)s)")
     parser.add_argument("--tp_size", type=int, default=2, help="processes that share the model (%(default)s)")
+    parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="one for each process: cuda:0 cuda:2")
     given = parser.parse_args(argv)
     given.prompt = given.prompt or list(PROMPTS)
     for name in given.task:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmengine.checkpoints.engine_dir import require_replaceable
 from llmengine.checkpoints.saved_files import size_text
@@ -77,6 +77,14 @@ def _add_build_command(commands: Any) -> None:
         "--max-tokens-per-step", type=positive_int, default=BY_DEVICE, metavar="N", help="most tokens in a step"
     )
     build.add_argument(
+        "--tp",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="make sure that N processes can share each matrix, and save the weights without plans, which run on one "
+        "GPU; with --quant: quantize with N processes. Load the result with --tp N, or any other number",
+    )
+    build.add_argument(
         "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
     )
     quantized = build.add_argument_group("quantization", "no plans are built; build from the result for these")
@@ -112,6 +120,8 @@ def _build(arguments: argparse.Namespace) -> int:
     for name, default in {**evaluating, "skip_evaluation": False, "skip_speed": False}.items():
         if getattr(arguments, name) != default:
             raise ConfigError(f"--{name.replace('_', '-')} needs --quant: nothing is quantized without it")
+    if arguments.tp > 1:
+        return _build_for_ranks(arguments)
     from llmengine import saved_engines
 
     built = saved_engines.build(
@@ -139,12 +149,32 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _build_quantized(arguments: argparse.Namespace) -> int:
-    """Quantize a model, compare it with itself as it was, and save it if it is good enough."""
-    unset = {"sm": (), "flavour": "auto", "weights": None, "dummy": False}
+def _build_for_ranks(arguments: argparse.Namespace) -> int:
+    """Save a model for several processes."""
+    _refuse_plan_options(arguments, "--tp")
+    from llmengine import saved_engines
+
+    load_format: Literal["auto", "dummy"] = "dummy" if arguments.dummy else "auto"
+    saved_engines.build_for_ranks(arguments.model, arguments.output, arguments.tp, arguments.dtype, load_format)
+    size = size_text(saved_engines.inspect(arguments.output)["size_bytes"])
+    print(
+        f"{arguments.output}: {size}, without plans; load it with --tp {arguments.tp}, or any other number that works"
+    )
+    return 0
+
+
+def _refuse_plan_options(arguments: argparse.Namespace, because_of: str) -> None:
+    unset = {"sm": (), "flavour": "auto", "weights": None}
     for name, default in {**unset, "max_batch_size": BY_DEVICE, "max_tokens_per_step": BY_DEVICE}.items():
         if getattr(arguments, name) != default:
-            raise ConfigError(f"--quant excludes --{name.replace('_', '-')}, which is about TensorRT plans")
+            raise ConfigError(f"{because_of} excludes --{name.replace('_', '-')}, which is about TensorRT plans")
+
+
+def _build_quantized(arguments: argparse.Namespace) -> int:
+    """Quantize a model, compare it with itself as it was, and save it if it is good enough."""
+    _refuse_plan_options(arguments, "--quant")
+    if arguments.dummy:
+        raise ConfigError("--quant excludes --dummy: random weights have no quality to measure")
     limit = arguments.max_perplexity_increase
     if arguments.skip_evaluation and limit is not None:
         raise ConfigError("--skip-evaluation excludes --max-perplexity-increase, which needs the evaluation")
@@ -154,6 +184,7 @@ def _build_quantized(arguments: argparse.Namespace) -> int:
     from llmengine.llm import LLM
 
     config = ModelConfig(arguments.model, dtype=arguments.dtype, quant=arguments.quant)
+    config.parallel_config.tp_size = arguments.tp
     quality: QualityReport | None = None
     with LLM(config) as llm:
         announce(llm)

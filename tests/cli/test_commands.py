@@ -17,7 +17,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from llmengine import LLM
+from llmengine import LLM, saved_engines
+from llmengine.checkpoints.engine_dir import WEIGHTS_NAME
 from llmengine.cli import demo
 from llmengine.cli.main import main
 from llmengine.testing import FakeBackend
@@ -170,6 +171,29 @@ def test_generate_quantizes_by_a_preset(model: Path, caplog: pytest.LogCaptureFi
     assert any("int4(group_size=128, zero_points" in record.getMessage() for record in caplog.records)
     with pytest.raises(SystemExit):
         main([*arguments, "int3"])
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"], ["--dummy"]])
+def test_build_for_several_processes(
+    model: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engine"
+    assert main(["build", str(model), "-o", str(engine), "--tp", "2", *options]) == 0
+    assert "load it with --tp 2, or any other number" in capsys.readouterr().out
+    assert main(["build", str(model), "-o", str(engine), "--tp", "5", *options]) == 2
+    assert "parallel_config.tp_size=5: 4 attention heads" in capsys.readouterr().err
+    assert main(["generate", str(engine), "Hi", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    assert saved_engines.verify(engine).sound
+
+
+def test_build_quantizes_with_several_processes(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "llmengine")
+    arguments = ["build", str(model), "--quant", "int8", "--skip-evaluation", "-o"]
+    assert main([*arguments, str(tmp_path / "1")]) == 0
+    assert main([*arguments, str(tmp_path / "2"), "--tp", "2"]) == 0
+    assert "2 processes share each matrix" in caplog.text
+    weights = [(tmp_path / name / WEIGHTS_NAME).read_bytes() for name in ("1", "2")]
+    assert weights[0] == weights[1]
 
 
 def test_generate_prints_several_prompts_in_order(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

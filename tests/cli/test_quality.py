@@ -117,6 +117,8 @@ def test_an_engine_without_a_report_has_no_key_for_it(
     [
         (["--quant", "int8", "--sm", "89"], "--quant excludes --sm, which is about TensorRT plans"),
         (["--quant", "int8", "--max-batch-size", "4"], "--quant excludes --max-batch-size"),
+        (["--quant", "int8", "--dummy"], "--quant excludes --dummy"),
+        (["--tp", "2", "--weights", "inputs"], "--tp excludes --weights, which is about TensorRT plans"),
         (["--max-perplexity-increase", "0.1"], "--max-perplexity-increase needs --quant"),
         (["--windows", "3"], "--windows needs --quant"),
         (["--skip-evaluation"], "--skip-evaluation needs --quant"),

@@ -70,6 +70,8 @@ def test_tensor_parallel(examples: ModuleType, model: str, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "2 processes share each matrix" in shown
     assert ANSWER in shown
+    assert run(examples, *task, "--devices", "cpu") == examples.EXIT_NOT_AVAILABLE
+    assert "parallel_config.devices has 1 devices; tp_size * pp_size is 2" in capsys.readouterr().err
     assert run(examples, *task, "--tp_size", "10") == examples.EXIT_NOT_AVAILABLE
     message = "run_llm_on_tensor_parallel: parallel_config.tp_size=10: "
     assert message in capsys.readouterr().err
