@@ -33,7 +33,7 @@ def add_kv_cache_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_tp_argument(parser: argparse._ActionsContainer) -> None:
+def add_parallel_arguments(parser: argparse._ActionsContainer) -> None:
     """Add `--tp` and `--pp`, the numbers of processes that share a model."""
     parser.add_argument(
         "--tp", type=positive_int, default=1, metavar="N", help="processes that share each matrix (default: 1)"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmengine.cli.arguments import (
     add_kv_cache_argument,
+    add_parallel_arguments,
     add_quant_argument,
-    add_tp_argument,
     chosen_config,
     positive_int,
 )
@@ -57,7 +57,7 @@ def _add_target_arguments(bench: argparse.ArgumentParser) -> None:
     target.add_argument("--library", type=Path, metavar="MODEL", help="load this model here, and use no endpoint")
     add_quant_argument(target, "with --library: quantize the weights")
     add_kv_cache_argument(target)
-    add_tp_argument(target)
+    add_parallel_arguments(target)
 
 
 def _add_load_arguments(bench: argparse.ArgumentParser) -> None:

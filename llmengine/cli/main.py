@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import (
     add_kv_cache_argument,
+    add_parallel_arguments,
     add_quant_argument,
-    add_tp_argument,
     chosen_config,
     positive_int,
 )
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_quant_argument(generate, "quantize the weights")
     add_kv_cache_argument(generate)
-    add_tp_argument(generate)
+    add_parallel_arguments(generate)
     generate.add_argument(
         "--chat", action="store_true", help="treat each prompt as a user's message and apply the chat template"
     )

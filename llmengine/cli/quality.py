@@ -14,8 +14,8 @@ from llmengine.checkpoints.saved_files import size_text
 from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import (
     add_kv_cache_argument,
+    add_parallel_arguments,
     add_quant_argument,
-    add_tp_argument,
     chosen_config,
     positive_int,
 )
@@ -39,7 +39,7 @@ def add_eval_command(commands: Any) -> None:
     )
     add_quant_argument(evaluate, "quantize the model's weights first")
     add_kv_cache_argument(evaluate)
-    add_tp_argument(evaluate)
+    add_parallel_arguments(evaluate)
     evaluate.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to score (default: the text that comes with the package)"
     )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from llmengine.cli.announcement import announce
 from llmengine.cli.arguments import (
     add_kv_cache_argument,
+    add_parallel_arguments,
     add_quant_argument,
-    add_tp_argument,
     chosen_config,
     positive_int,
 )
@@ -65,7 +65,7 @@ def add_serve_command(commands: Any) -> None:
     serve.add_argument("--log-level", choices=("critical", "error", "warning", "info", "debug"), default="info")
     add_quant_argument(serve, "quantize the weights")
     add_kv_cache_argument(serve)
-    add_tp_argument(serve)
+    add_parallel_arguments(serve)
     serve.set_defaults(run=_serve)
 
 

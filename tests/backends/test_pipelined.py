@@ -42,14 +42,12 @@ class SimulatedStages:
         self._sampling: set[int] = set()
         self.busy_s = [0.0] * num_stages
         self.now = 0.0
-        self.largest_message = 0
 
     def prepare(self, batch: Batch) -> bytes:
         return pickle.dumps(batch)
 
     def begin(self, message: bytes) -> None:
         batch: Batch = pickle.loads(message)
-        self.largest_message = max(self.largest_message, len(message))
         self._arrivals.append((batch, self.now))
 
     def finish(self, result: StepResult) -> None:
@@ -137,6 +135,45 @@ def test_all_stages_are_busy_where_there_are_enough_rows(num_stages: int) -> Non
         llm.generate(prompts, params)
     share = [busy_s / stages.now for busy_s in stages.busy_s]
     assert min(share) >= 0.85
+
+
+class LargeMessages(SimulatedStages):
+    """Stages whose messages are as long as is asked for.
+
+    Attributes:
+        most_ahead: bytes of messages about micro-batches that were not finished, at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(2, decode_steps)
+        self._size = size
+        self._ahead = 0
+        self.most_ahead = 0
+
+    def prepare(self, batch: Batch) -> bytes:
+        message = super().prepare(batch)
+        return message + bytes(self._size - len(message))
+
+    def begin(self, message: bytes) -> None:
+        self._ahead += len(message)
+        self.most_ahead = max(self.most_ahead, self._ahead)
+        super().begin(message)
+
+    def finish(self, result: StepResult) -> None:
+        self._ahead -= self._size
+        super().finish(result)
+
+
+@pytest.mark.parametrize(("kib", "most"), [(100, 4), (600, 3), (1500, 1), (3000, 1)])
+def test_no_more_is_ahead_than_fits_into_the_ring_of_messages(kib: int, most: int) -> None:
+    """Else rank 0 would wait for a rank to read that waits for rank 0's stage."""
+    stages = LargeMessages(kib << 10)
+    own = FakeBackend(max_steps_in_flight=2)
+    with LLM.from_backend(lambda: PipelinedBackend(own, stages, 2)) as llm:
+        with LLM.from_backend(FakeBackend) as alone:
+            expected = [output.token_ids for output in alone.generate([[1], [2], [3]], GREEDY)]
+        assert [output.token_ids for output in llm.generate([[1], [2], [3]], GREEDY)] == expected
+    assert stages.most_ahead == most * kib << 10
 
 
 ROWS = st.lists(st.sampled_from([1, 1, 1, 2, 40, 64, 130, 300]), min_size=1, max_size=40)

@@ -47,6 +47,12 @@ def test_starts_with_two_steps_where_the_backend_takes_them(limit: int, least: i
     assert run_second(run_ahead, BUSY) == (limit > 1)
 
 
+def test_a_backend_that_computes_in_collect_is_not_kept_waiting() -> None:
+    run_ahead = RunAhead(2, may_wait=False)
+    assert {run(run_ahead, BUSY) for _ in range(100)} == {2}
+    assert not run_second(run_ahead, BUSY)
+
+
 def test_grows_while_the_device_runs_dry_up_to_the_backends_limit() -> None:
     run_ahead = RunAhead(4)
     assert [run(run_ahead, result) for result in (IDLE, BUSY, IDLE, IDLE, IDLE)] == [3, 3, 4, 4, 4]
