@@ -62,6 +62,7 @@ def add_serve_command(commands: Any) -> None:
         default="llmengine",
         help="names of the metrics at /metrics (default: %(default)s)",
     )
+    serve.add_argument("--no-playground", action="store_true", help="leave out the page at /")
     serve.add_argument("--log-level", choices=("critical", "error", "warning", "info", "debug"), default="info")
     add_quant_argument(serve, "quantize the weights")
     add_kv_cache_argument(serve)
@@ -90,6 +91,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         api_keys=_keys(arguments),
         cors_origins=arguments.cors_origin,
         metric_names=arguments.metric_names,
+        playground=not arguments.no_playground,
         **{name: value for name, value in limits.items() if value is not None},
     ).resolve()
     # Loaded before the server starts, so that a fault is reported as those of other commands are.

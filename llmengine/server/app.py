@@ -22,6 +22,7 @@ from llmengine.server.config import ServerConfig
 from llmengine.server.errors import HttpError, error_response
 from llmengine.server.middleware import Gate
 from llmengine.server.openai import chat, completions, models, responses, tokens
+from llmengine.server.playground import pages
 from llmengine.server.service import Service
 
 
@@ -78,13 +79,15 @@ def create_app(
     app.state.responses = responses.StoredResponses(settings.max_stored_bytes)
     for module in (chat, completions, models, tokens, responses, messages, health):
         app.include_router(module.router)
+    public_paths = {health.HEALTH_PATH, metrics.METRICS_PATH}
+    if settings.playground:
+        app.include_router(pages.router)
+        public_paths |= pages.PUBLIC_PATHS
     for kind in (LLMEngineError, HttpError, RequestValidationError, HTTPException, Exception):
         app.exception_handler(kind)(_answer_error)
     if settings.metrics:
         app.include_router(metrics.router)
-    public_paths = frozenset({health.HEALTH_PATH, metrics.METRICS_PATH})
-    app.add_middleware(Gate, config=settings, public_paths=public_paths)
-    app.add_middleware(metrics.CallersTrace)
+    app.add_middleware(Gate, config=settings, public_paths=frozenset(public_paths))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]

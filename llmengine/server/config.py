@@ -39,6 +39,7 @@ class ServerConfig(Settings):
         metric_names: "llmengine" for `llmengine_*`, "vllm" for vLLM's names where it has the metric, "both" for all.
         openapi: serve the schema at `/openapi.json`. FastAPI's own pages about it load scripts from elsewhere, and are
             not served.
+        playground: serve a page for trying the model at `/`.
     """
 
     model_name: str = "default"
@@ -56,6 +57,7 @@ class ServerConfig(Settings):
     metrics: bool = True
     metric_names: MetricNames = "llmengine"
     openapi: bool = True
+    playground: bool = True
 
     @property
     def tenants(self) -> Mapping[str, str | None]:
@@ -88,6 +90,7 @@ class ServerConfig(Settings):
         require_bool("metrics", self.metrics)
         require_choice("metric_names", self.metric_names, get_args(MetricNames), error=ConfigError)
         require_bool("openapi", self.openapi)
+        require_bool("playground", self.playground)
 
 
 def _require_optional_text(name: str, value: Any) -> None:
