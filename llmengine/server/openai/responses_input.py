@@ -39,7 +39,7 @@ def chat_messages(items: Sequence[Item], instructions: str | None = None, first:
     for index, item in enumerate(items, first):
         messages.add_item(item, f"input[{index}]")
     messages.end_turn()
-    return messages.messages
+    return messages.messages if instructions is None else _with_one_system_message(messages.messages)
 
 
 def chat_tools(tools: Sequence[Item]) -> list[dict[str, Any]]:
@@ -123,6 +123,20 @@ class _Messages:
             self._turn = {"role": "assistant"}
             self.messages.append(self._turn)
         return self._turn
+
+
+def _with_one_system_message(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with its instructions and the system messages after them in one: many templates take one."""
+    end = next(
+        (at for at, message in enumerate(messages) if message["role"] not in ("system", "developer")), len(messages)
+    )
+    if end < 2:
+        return messages
+    parts: list[dict[str, Any]] = []
+    for message in messages[:end]:
+        content = message["content"]
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{"role": "system", "content": parts}, *messages[end:]]
 
 
 def _content(given: Any, where: str) -> str | list[dict[str, Any]]:

@@ -23,6 +23,19 @@ def test_string_is_a_message_of_the_user() -> None:
     ]
 
 
+def test_instructions_and_the_system_messages_after_them_are_one_message() -> None:
+    items = [
+        {"role": "developer", "content": "b"},
+        {"role": "user", "content": "q"},
+        {"role": "system", "content": "c"},
+    ]
+    parts = [{"type": "text", "text": text} for text in "ab"]
+    rest = [{"role": "user", "content": "q"}, {"role": "system", "content": "c"}]
+    assert chat_messages(as_items(items), "a") == [{"role": "system", "content": parts}, *rest]
+    assert chat_messages(as_items(items))[0] == {"role": "developer", "content": "b"}
+    Conversation(chat_messages(as_items(items), "a"))
+
+
 def test_turn_of_the_model_is_one_message() -> None:
     items: list[dict[str, Any]] = [
         {"role": "user", "content": "q"},
