@@ -81,14 +81,14 @@ function showRows(found) {
 
 function row(request, maxLength) {
   const own = ownIds.has(request.id);
-  const cached = element("i", { className: "cached" });
-  const used = element("i", { className: "used" });
+  const prompt = element("i", { className: "cached" });
+  const generated = element("i", { className: "used" });
   // Short contexts would not show on a scale of the whole context.
   const total = request.num_prompt_tokens + request.num_tokens;
   const scale = Math.min(maxLength, Math.max(256, 2 ** Math.ceil(Math.log2(total + 1))));
-  cached.style.width = `${(100 * request.num_prompt_tokens) / scale}%`;
-  used.style.width = `${(100 * request.num_tokens) / scale}%`;
-  const bar = element("span", { className: "stack" }, cached, used);
+  prompt.style.width = `${(100 * request.num_prompt_tokens) / scale}%`;
+  generated.style.width = `${(100 * request.num_tokens) / scale}%`;
+  const bar = element("span", { className: "stack" }, prompt, generated);
   const name = element("span", { className: "name", textContent: own ? "yours" : request.state });
   const numbers = element("span", { textContent: `${request.num_prompt_tokens} + ${request.num_tokens}` });
   const item = element("li", { className: own ? "own" : "" }, name, bar, numbers);
