@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope
 
-from llmengine.chat.answers.events import AnswerEvent
+from llmengine.chat.answers.events import AnswerEvent, TextDelta
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import EngineClosedError, InvalidRequestError
 from llmengine.llm import LLM
@@ -56,18 +56,23 @@ class ChatAnswer:
     """The answer to a conversation, in progress. Iterating gives its pieces as they come, those of all outputs mixed.
 
     The last piece of each output is `finished`. Raises what reading its `handle` raises, and the error of an output
-    that failed.
+    that failed. With `is_plain`, nothing in the text has a meaning of its own, and nobody asks which tokens it has.
     """
 
-    def __init__(self, handle: RequestHandle, call: ChatCall) -> None:
+    def __init__(self, handle: RequestHandle, call: ChatCall, *, is_plain: bool = False) -> None:
         self.handle = handle
         self.call = call
+        self._is_plain = is_plain
 
     async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
         async for output in self.handle:
             if output.finished:
                 require_success(output)
-            yield AnswerPiece(output, output.answer_delta)
+            if self._is_plain:  # saves half of what the event loop does for a token
+                text = output.text_delta
+                yield AnswerPiece(output, (TextDelta(text),) if text else ())
+            else:
+                yield AnswerPiece(output, output.answer_delta)
 
 
 @dataclass(slots=True)
@@ -113,7 +118,7 @@ class Service:
             )
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
-        return ChatAnswer(handle, call)
+        return ChatAnswer(handle, call, is_plain=self._is_plain(call))
 
     async def count_tokens(self, call: ChatCall) -> int:
         """Number of tokens of a chat's prompt. Raises what `start_chat` raises."""
@@ -155,6 +160,12 @@ class Service:
             for one in output.outputs:
                 require_success(one)
         return outputs
+
+    def _is_plain(self, call: ChatCall) -> bool:
+        if call.tools or call.template or call.params.logprobs is not None:
+            return False
+        form = self.llm.answer_format(has_tools=False)
+        return form.reasoning is None and not form.ignored
 
     def _limited(self, params: SamplingParams) -> SamplingParams:
         limit = self.config.max_total_tokens
