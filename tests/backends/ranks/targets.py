@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -122,6 +123,13 @@ def _wait_for_child(channel: RankChannel, rest: bytes) -> None:
         subprocess.run([sys.executable, "-c", f"import time; time.sleep({float(seconds)})"], check=True)
 
 
+def _allocate(channel: RankChannel, rest: bytes) -> None:
+    """Take more memory than the process may have."""
+    if channel.rank == int(rest):
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        torch.zeros(1 << 32)
+
+
 def _told(channel: RankChannel, rest: bytes) -> None:
     facts = {
         "pid": str(os.getpid()),
@@ -168,6 +176,7 @@ COMMANDS = {
     "sleep_then_sum": _sleep_then_sum,
     "freeze": _freeze,
     "loop": _loop,
+    "allocate": _allocate,
     "loop_then_sum": _loop_then_sum,
     "deadlock": _deadlock,
     "wait_for_child": _wait_for_child,

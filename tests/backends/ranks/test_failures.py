@@ -107,6 +107,15 @@ def test_a_rank_that_dies_or_stops_is_named(command: bytes, says: str, wait: Cal
     assert all(map(is_gone, ranks))
 
 
+def test_a_rank_that_runs_out_of_memory_is_named() -> None:
+    with open_group(3) as group:
+        ranks = pids(group)
+        group.broadcast(b"allocate 2")
+        with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*memory(.|\n)*in _allocate"):
+            group.replies()
+    assert all(map(is_gone, ranks))
+
+
 def test_a_crash_says_where() -> None:
     with open_group(2) as group:
         group.broadcast(b"kill 1 11")
