@@ -167,7 +167,9 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
     except BaseException:
         threads.stop()
         raise
-    engine = Engine(partial(load_backend, resolved, weights), resolved.scheduler_config, resolved.kv_cache_config)
+    engine = Engine(
+        partial(load_backend, resolved, weights, check), resolved.scheduler_config, resolved.kv_cache_config
+    )
     try:
         parts = _start(
             engine,

@@ -10,6 +10,8 @@ from llmengine.checkpoints.quantized_source import loaded_formats
 from llmengine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmengine.batch import SavableBackend
     from llmengine.checkpoints.source import ModelSource
     from llmengine.config import ModelConfig
@@ -42,10 +44,13 @@ def choose_device(name: str) -> str:
     return f"cuda:{index}"
 
 
-def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
+def load_backend(
+    config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None] = lambda: None
+) -> SavableBackend:
     """Load the weights of `source` into a backend that is ready for its first step.
 
     `config` is resolved; what its `quant_config` asks of weights, `quantized_source` has done to `source` already.
+    While ranks are awaited, `check_wanted` is called again and again, and what that raises ends loading.
     Raises `ConfigError` for a device, backend or weight format that is not available, `OutOfMemoryError` if weights or
     KV cache do not fit, and `CorruptFileError` for damaged weights.
     """
@@ -59,7 +64,7 @@ def load_backend(config: ModelConfig, source: ModelSource) -> SavableBackend:
         if max(config.parallel_config.tp_size, config.parallel_config.pp_size) > 1:
             from llmengine.backends.shared_cpu import load_shared_cpu_backend
 
-            return load_shared_cpu_backend(config, source)
+            return load_shared_cpu_backend(config, source, check_wanted)
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)

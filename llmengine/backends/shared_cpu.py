@@ -9,7 +9,7 @@ gets all logits, and samples.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -127,15 +127,24 @@ class _Places:
         return stages if self.tp_size == 1 else f"{stages}, in each of which {each}"
 
 
-def load_shared_cpu_backend(config: ModelConfig, source: ModelSource) -> RanksBackend:
+def load_shared_cpu_backend(
+    config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None] = lambda: None
+) -> RanksBackend:
     """Load a model over the processes that `config.parallel_config` asks for, of which this one is rank 0.
+
+    `check_wanted` is as for `backends.load_backend`.
 
     Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut so, and `EngineDeadError`
     for a rank that ends.
     """
     places = _Places(config, source)  # raises before any process is started
     group = RankGroup(
-        places.size, f"{__name__}:serve", pickle.dumps(config), stuck_after_s=_STUCK_AFTER_S, stage_size=places.tp_size
+        places.size,
+        f"{__name__}:serve",
+        pickle.dumps(config),
+        stuck_after_s=_STUCK_AFTER_S,
+        stage_size=places.tp_size,
+        check_wanted=check_wanted,
     )
     library: NativeLibrary | None = None
     try:
@@ -330,6 +339,8 @@ def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
 
     def stream(dtype: torch.dtype) -> WeightStream:
         for name, tensor in source.stream(dtype):
+            if isinstance(peers, RankGroup):
+                peers.check()
             peers.progress.mark(f"loading {name}".encode())
             yield name, tensor
 

@@ -28,6 +28,7 @@ _START_TIMEOUT_S = 300.0
 # What ranks get to end by themselves.
 _GRACE_S = 2.0
 _KILL_S = 10.0
+_WANTED_S = 0.2
 _FULL_PAUSE_S = 200e-6
 # How long rank 0 looks for the cause of a collective that failed.
 _CAUSE_S = 3.0
@@ -53,6 +54,8 @@ class RankGroup:
             on an element's place in its tensor.
         stage_size: ranks of each stage of a pipeline, a divisor of `size`; collectives are among these. None: all are
             one stage. Several stages need `collectives="memory"`.
+        check_wanted: called again and again while ranks are started, awaited or told something; what it raises ends
+            that.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class RankGroup:
         stuck_after_s: float | None = None,
         collectives: Literal["memory", "gloo"] = "memory",
         stage_size: int | None = None,
+        check_wanted: Callable[[], None] = lambda: None,
     ) -> None:
         self.size = size
         self._stage_size = stage_size or size
@@ -77,6 +81,7 @@ class RankGroup:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._stuck_after_s = stuck_after_s
+        self._check_wanted = check_wanted
         self._owner = os.getpid()
         self._ranks: list[WatchedRank] = []
         self._lifelines: list[int] = []
@@ -148,7 +153,7 @@ class RankGroup:
         """
         watch = self._running()
         self.progress.rest()
-        in_time = watch.wait(watch.all_replied, timeout_s)
+        in_time = self._wait(watch.all_replied, timeout_s)
         if not in_time:
             assert timeout_s is not None
             watch.late("reply", timeout_s, watch.without_reply())
@@ -159,6 +164,7 @@ class RankGroup:
 
     def check(self) -> None:
         """Raise the `EngineDeadError` of a rank that failed, if one has; costs next to nothing otherwise."""
+        self._check_wanted()
         failure = self._running().failure
         if failure is not None:
             raise failure.dead()
@@ -249,9 +255,18 @@ class RankGroup:
             theirs.close()
             os.close(read_end)
 
+    def _wait(self, happened: Callable[[], bool], timeout_s: float | None) -> bool:
+        """`RankWatch.wait` that ends when the group is not wanted any more."""
+        watch, until = self._running(), float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not watch.wait(happened, min(_WANTED_S, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return False
+            self._check_wanted()
+        return True
+
     def _await_ready(self) -> None:
         watch = self._running()
-        if not watch.wait(watch.all_ready, self._start_timeout_s):
+        if not self._wait(watch.all_ready, self._start_timeout_s):
             watch.late("start", self._start_timeout_s, watch.without_ready())
         if watch.failure is not None:
             raise watch.failure.raised()
