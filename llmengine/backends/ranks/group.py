@@ -214,6 +214,8 @@ class RankGroup:
         self._watch = RankWatch(self._ranks, self.size, self._progress)
         if self._stuck_after_s is not None:
             self._watch.stuck_after_s = self._timeout_s
+        if self._stage_size < self.size:
+            self._watch.busy_after_s = self._timeout_s  # rank 0 waits for the stages before, and knows no pace yet
         self._watch.start()
         self._await_ready()
         self._collectives = self._join_gloo() if self._kind == "gloo" else shared

@@ -118,21 +118,25 @@ class StuckJudge:
         self._asleep_s = [0.0] * size
         self._pace_s = 0.0
 
-    def look(self, seen: Sequence[Seen], since_s: float, limit_s: float) -> Stuck | None:
+    def look(
+        self, seen: Sequence[Seen], since_s: float, limit_s: float, busy_limit_s: float | None = None
+    ) -> Stuck | None:
         """The first rank that is stuck.
 
         Args:
             seen: of all ranks.
             since_s: time since the last look.
-            limit_s: how long a rank may sleep; one that does not may take this and a multiple of rank 0's time.
+            limit_s: how long a rank may sleep.
+            busy_limit_s: what a rank that does not sleep may take beside a multiple of rank 0's time; None: `limit_s`.
         """
+        busy_limit_s = limit_s if busy_limit_s is None else busy_limit_s
         since_s = min(since_s, _LONGEST_LOOK_S)
         for rank, now in enumerate(seen):
             self._note(rank, now, since_s)
         self._pace_s = max(self._still_s[0], self._pace_s * 0.5 ** (since_s / _HALF_LIFE_S))
         for rank, now in enumerate(seen[1:], 1):
             still_s, asleep_s = self._still_s[rank], self._asleep_s[rank]
-            if asleep_s >= limit_s or still_s >= limit_s + _TIMES_RANK_0 * self._pace_s:
+            if asleep_s >= limit_s or still_s >= busy_limit_s + _TIMES_RANK_0 * self._pace_s:
                 return Stuck(rank, still_s, asleep_s >= limit_s, now.what)
         return None
 

@@ -74,6 +74,7 @@ class RankWatch:
 
     Attributes:
         stuck_after_s: how long a rank may work without a mark of progress, see `StuckJudge`; None: for ever.
+        busy_after_s: the same for one that uses a processor, if that is longer.
         failure: the first failure.
     """
 
@@ -85,6 +86,7 @@ class RankWatch:
         self._judge = StuckJudge(size, lambda rank: self._activities[rank].sleeps())
         self._looked_at = time.monotonic()
         self.stuck_after_s: float | None = None
+        self.busy_after_s = 0.0
         self._changed = threading.Condition()
         self._replies: dict[int, deque[bytes]] = {rank.rank: deque() for rank in ranks}
         self._ready: set[int] = set()
@@ -264,7 +266,8 @@ class RankWatch:
         if self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
             return
         self._looked_at = now
-        stuck = self._judge.look(self._progress.look(), since_s, self.stuck_after_s)
+        busy_after_s = max(self.stuck_after_s, self.busy_after_s)
+        stuck = self._judge.look(self._progress.look(), since_s, self.stuck_after_s, busy_after_s)
         if stuck is not None:
             self._stuck(stuck)
 

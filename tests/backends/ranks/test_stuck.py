@@ -81,6 +81,16 @@ def test_a_sleeping_rank_is_stuck_even_while_rank_0_works() -> None:
     assert result[0] <= LIMIT_S + TICK_S
 
 
+def test_stages_that_rank_0_waits_for_may_take_longer() -> None:
+    seen = [Seen(1, False), Seen(1, True)]
+    found = StuckJudge(2, lambda rank: False)
+    times = [number for number in range(200) if found.look(seen, TICK_S, LIMIT_S, 60.0) is not None]
+    assert times[0] == pytest.approx(60 / TICK_S, abs=2)
+    asleep = StuckJudge(2, lambda rank: True)
+    times = [number for number in range(200) if asleep.look(seen, TICK_S, LIMIT_S, 60.0) is not None]
+    assert times[0] == pytest.approx(LIMIT_S / TICK_S, abs=2)
+
+
 def test_time_in_which_nobody_looked_counts_little() -> None:
     found = StuckJudge(2, lambda rank: True)
     for _ in range(4):
