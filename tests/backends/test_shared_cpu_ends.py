@@ -122,7 +122,7 @@ def test_engines_that_start_at_once_in_a_running_loop(directory: Path) -> None:
             return list((await llm.generate_async([5, 6, 7], GREEDY)).token_ids)
 
     async def main() -> list[list[int]]:
-        return await asyncio.gather(say(2), say(3), say(1))
+        return list(await asyncio.gather(say(2), say(3), say(1)))
 
     first, *others = asyncio.run(main())
     assert others == [first, first]
