@@ -18,7 +18,14 @@ VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 ROOT = Path(__file__).resolve().parents[1]
 TEST_PACKAGES = ("pytest", "pytest-asyncio", "pytest-xdist", "hypothesis", "llguidance")
 TESTS = (
-    *("engine", "chat/test_templates.py", "tokenizer/test_bounds.py", "tokenizer/test_detokenizer.py"),
+    *(
+        "engine",
+        "cluster/test_cluster.py",
+        "cluster/test_router.py",
+        "chat/test_templates.py",
+        "tokenizer/test_bounds.py",
+        "tokenizer/test_detokenizer.py",
+    ),
     *("test_config.py", "test_generate.py", "test_public_api.py", "test_request_options.py", "test_sampling_params.py"),
 )
 """Tests that do not need torch."""

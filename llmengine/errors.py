@@ -17,6 +17,7 @@
         ├── RequestFailedError      the engine failed one request and lives on                           500
         ├── EngineClosedError       `close()` was called                                                 503
         └── EngineDeadError         the engine stopped because of a fault, which is ``__cause__``        503
+            └── ReplicaDeadError    one engine of a cluster did; the others live on                      503
 """
 
 from __future__ import annotations
@@ -96,3 +97,7 @@ class EngineDeadError(EngineError):
     """The engine stopped because of a fault, which is ``__cause__``."""
 
     status = 503
+
+
+class ReplicaDeadError(EngineDeadError):
+    """The replica of a cluster that ran the request has died; the cluster goes on with the others."""

@@ -117,6 +117,11 @@ class LLM:
         """Facts about the loaded backend: description, vocabulary size, context length, KV blocks, bytes."""
         return self._parts.info
 
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        """The limits of batches, queues and readers in use."""
+        return self._engine.scheduler_config
+
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of requests that bring none: those of the model's `generation_config.json`, else greedy.
 

@@ -88,6 +88,8 @@ ALLOWED: dict[str, set[str]] = {
         *(*DATA, "__init__", "checkpoints", "llm", "load_test", "quantization", "saved_engines", "server"),
         "tokenizer.protocol",
     },
+    "cluster": {*DATA, "chat", "cluster.router", "engine", "llm"},
+    "cluster.router": set(),
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }
@@ -115,6 +117,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "observability": {"opentelemetry", "prometheus_client"},
     "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "load_test": {"anyio", "httptools", "matplotlib"},
+    "cluster": {"anyio", "ray"},
+    "cluster.router": set(),
     "kernels": {"cuda", "torch", "triton"},
 }
 

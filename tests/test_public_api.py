@@ -40,6 +40,7 @@ PUBLIC = {
     "QuantConfig",
     "QueueFullError",
     "RequestEnd",
+    "ReplicaDeadError",
     "RequestError",
     "RequestFailedError",
     "RequestHandle",

@@ -76,6 +76,11 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         """True once the final output, or the failure, can be read without waiting."""
         return self._stream.ended
 
+    @property
+    def exhausted(self) -> bool:
+        """True once this reader has taken the final output, has met the failure, or has left."""
+        return self._reader.exhausted
+
     def stats(self) -> RequestStats:
         """How far the request is. The engine runs on meanwhile."""
         return request_stats(self._stream)
@@ -126,6 +131,22 @@ class RequestHandle(AsyncGenerator[GenerationOutput, None]):
         finally:
             # No `detach`, which takes a lock, as a garbage collection must not. The stream refers to the waiter weakly.
             self._close()
+
+    def poll(self) -> GenerationOutput | None:
+        """What ``async for`` would yield next, if it is there, else None. Never waits; raises what reading raises.
+
+        For callers that have a loop of their own, such as one that draws frames. `exhausted` says when to stop.
+        """
+        reader = self._reader
+        try:
+            return None if reader.exhausted else reader.take()
+        except BaseException:
+            self._close()
+            raise
+
+    def add_waiter(self, waiter: ThreadWaiter) -> None:
+        """Have a thread's waiter woken for all that is published from now on; `poll` after this, then wait."""
+        self._stream.add_waiter(waiter, final_only=False)
 
     def subscribe(self, *, streaming: bool | None = None) -> RequestHandle:
         """Another reader of the request, which sees everything from the first token on, however late it comes.

@@ -1,0 +1,44 @@
+"""ClusterConfig: how many replicas there are, and what becomes of requests when one dies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmengine.checks import require_bool, require_int, require_number
+from llmengine.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """The settings of a `Cluster`. Raises `ConfigError` for a value out of range.
+
+    Attributes:
+        num_replicas: engines, each with the whole model.
+        rerun_requests: what becomes of the requests of a replica that dies. False: they fail with a
+            `ReplicaDeadError`. True: another replica runs them again from the prompt, with the same seed, and the
+            tokens that the caller has seen already must come again, or the request fails after all.
+        max_reruns: how often a request is run again.
+        replace_replicas: start another replica in place of one that has died.
+        replica_timeout_s: a replica that is silent for so long is taken for dead. It says something every second.
+        address: of the Ray cluster, as `ray.init` takes it. None: the one that this process is connected to, else a
+            new one on this machine.
+        actor_options: options of the replicas' Ray actors, such as ``{"num_cpus": 4}`` or a `runtime_env`, in addition
+            to the GPUs that the model's `parallel_config` asks for.
+    """
+
+    num_replicas: int = 1
+    rerun_requests: bool = False
+    max_reruns: int = 3
+    replace_replicas: bool = True
+    replica_timeout_s: float = 30.0
+    address: str | None = None
+    actor_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_int("num_replicas", self.num_replicas, 1, error=ConfigError)
+        require_int("max_reruns", self.max_reruns, 0, error=ConfigError)
+        require_bool("rerun_requests", self.rerun_requests, error=ConfigError)
+        require_bool("replace_replicas", self.replace_replicas, error=ConfigError)
+        require_number("replica_timeout_s", self.replica_timeout_s, 2.0, error=ConfigError)

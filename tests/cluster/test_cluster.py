@@ -1,0 +1,322 @@
+"""`Cluster` over replicas in this process: the API of `LLM`, and what becomes of requests when replicas die."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llmengine import LLM, GenerationOutput, SamplingParams
+from llmengine.batch import Batch
+from llmengine.cluster import Cluster, ClusterConfig
+from llmengine.cluster.transport import LocalTransport
+from llmengine.config import SchedulerConfig
+from llmengine.engine.handle import RequestHandle
+from llmengine.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineDeadError,
+    InvalidRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    ReplicaDeadError,
+)
+from llmengine.testing import ChatByteTokenizer
+from tests.engine.helpers import StepGate, assert_idle, make_llm, oracle, timeout, tokens
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+async def make_cluster(make: Callable[[int], LLM] | None = None, **config: Any) -> Cluster:
+    """A cluster of engines in this process; `make` is given the number of each replica."""
+    chosen = make or (lambda number: make_llm(tokenizer=ChatByteTokenizer()))
+    config.setdefault("num_replicas", 2)
+    return await Cluster.from_transports(lambda number: LocalTransport(lambda: chosen(number)), ClusterConfig(**config))
+
+
+def whole(output: GenerationOutput) -> list[tuple[Any, ...]]:
+    """All that the outputs of a prompt have, but for what differs from run to run."""
+    return [
+        (
+            each.index,
+            each.prompt,
+            each.prompt_token_ids,
+            each.token_ids,
+            each.text,
+            each.decoded_logprobs,
+            each.decoded_prompt_logprobs,
+            each.finish_reason,
+            each.matched_stop,
+            each.metadata,
+        )
+        for each in output.outputs
+    ]
+
+
+REQUESTS: dict[str, Callable[[Any], RequestHandle]] = {
+    "text": lambda llm: llm.generate_async("Once upon a time", tokens(20), metadata=["mine"]),
+    "ids": lambda llm: llm.generate_async([5, 6, 7], tokens(5)),
+    "stop": lambda llm: llm.generate_async("stop", tokens(60, stop=["a", "e", "i"], seed=3, temperature=1.0)),
+    "n": lambda llm: llm.generate_async("n", tokens(7, n=3, temperature=1.0, seed=1)),
+    "best_of": lambda llm: llm.generate_async("best", tokens(7, n=2, best_of=4, temperature=1.0, seed=1)),
+    "logprobs": lambda llm: llm.generate_async("log", tokens(7, logprobs=2, prompt_logprobs=1)),
+    "chat": lambda llm: llm.chat_async(MESSAGES, tokens(9)),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_outputs_are_those_of_an_llm(name: str) -> None:
+    with make_llm(tokenizer=ChatByteTokenizer()) as llm:
+        expected = REQUESTS[name](llm).result()
+    async with timeout(), await make_cluster() as cluster:
+        assert whole(await REQUESTS[name](cluster)) == whole(expected)
+
+
+async def test_streams_add_up_to_the_final_output() -> None:
+    params = tokens(30, n=2, temperature=1.0, seed=5)
+    with make_llm() as llm:
+        expected = llm.generate("Streams", params)[0]
+    async with timeout(), await make_cluster() as cluster:
+        texts, ids = ["", ""], [[], []]
+        async for output in cluster.generate_async("Streams", params, streaming=True):
+            texts[output.index] += output.text_delta
+            ids[output.index] += output.token_ids_delta
+            assert output.text == texts[output.index]
+    assert texts == [output.text for output in expected.outputs]
+    assert ids == [output.token_ids for output in expected.outputs]
+
+
+async def test_generate_answers_in_order() -> None:
+    prompts = [f"prompt {index}" for index in range(40)]
+    with make_llm() as llm:
+        expected = [output.token_ids for output in llm.generate(prompts, tokens(6))]
+    async with timeout(), await make_cluster(num_replicas=3) as cluster:
+        outputs = await cluster.generate(prompts, tokens(6))
+        assert [output.token_ids for output in outputs] == expected
+        assert {output.prompt for output in outputs} == set(prompts)
+
+
+async def test_leaving_a_stream_frees_its_blocks() -> None:
+    llms: list[LLM] = []
+
+    def make(number: int) -> LLM:
+        llms.append(make_llm())
+        return llms[-1]
+
+    async with timeout(), await make_cluster(make) as cluster:
+        handle = cluster.generate_async("leave", tokens(200), streaming=True)
+        async for output in handle:
+            if output.num_tokens >= 3:
+                break
+        await handle.aclose()
+        assert (await handle).finish_reason == "abort"
+        for llm in llms:
+            assert_idle(llm)
+
+
+async def test_requests_go_where_their_prefix_is_and_else_where_fewest_are() -> None:
+    ran: list[int] = []
+    async with (
+        timeout(),
+        await make_cluster(lambda number: make_llm(on_step=lambda batch: ran.append(number))) as cluster,
+    ):
+        for prompt in (range(100), range(100, 200), range(100, 220), range(120)):
+            await cluster.generate_async(list(prompt), tokens(1))
+        assert ran == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("submit", "error", "words"),
+    [
+        (lambda cluster: cluster.generate_async([999], tokens(1)), InvalidRequestError, "999"),
+        (lambda cluster: cluster.generate_async([1] * 999, tokens(1)), PromptTooLongError, "999"),
+        (lambda cluster: cluster.generate_async("x" * 999, tokens(1)), PromptTooLongError, "999"),
+        (lambda cluster: cluster.chat_async(MESSAGES, tokens(1), no_such=1), InvalidRequestError, "no_such"),
+        (lambda cluster: cluster.generate_async("a", tokens(1), nonsense=1), TypeError, "nonsense"),
+        (lambda cluster: cluster.generate_async("a", tokens(1, logit_bias={999: 1.0})), InvalidRequestError, "999"),
+    ],
+)
+async def test_faults_of_requests(submit: Callable[[Cluster], RequestHandle], error: type, words: str) -> None:
+    async with timeout(), await make_cluster() as cluster:
+        with pytest.raises(error, match=words):
+            await submit(cluster)
+        assert (await cluster.generate_async([1], tokens(2))).num_tokens == 2
+
+
+async def test_a_deadline_that_passed_on_the_way() -> None:
+    gate = StepGate()
+    async with timeout(), await make_cluster(lambda _: make_llm(on_step=gate), num_replicas=1) as cluster:
+        handle = cluster.generate_async("late", tokens(100), deadline_s=1e-9)
+        gate.open()
+        assert (await handle).finish_reason == "timeout"
+
+
+async def test_full_queues_are_tried_elsewhere_before_a_request_is_refused() -> None:
+    gates = [StepGate(), StepGate()]
+    scheduler = SchedulerConfig(max_batch_size=1, max_queued_requests=1)
+    async with (
+        timeout(),
+        await make_cluster(lambda number: make_llm(on_step=gates[number], scheduler=scheduler)) as cluster,
+    ):
+        running = [cluster.generate_async([number + 1], tokens(2)) for number in range(2)]
+        for gate in gates:
+            await asyncio.to_thread(gate.wait)
+        waiting = [cluster.generate_async([number + 3], tokens(2)) for number in range(2)]
+        with pytest.raises(QueueFullError):
+            await cluster.generate_async([9], tokens(2))
+        for gate in gates:
+            gate.open()
+        assert [len((await handle).token_ids) for handle in running + waiting] == [2] * 4
+
+
+class Dies:
+    """An `on_step` that raises in a step when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = threading.Event()
+
+    def __call__(self, batch: Batch) -> None:
+        if self.now.is_set():
+            raise RuntimeError("the device fell off the bus")
+
+
+async def read_some(handle: RequestHandle, num_tokens: int) -> list[int]:
+    """Read until a stream has brought so many tokens."""
+    ids: list[int] = []
+    while len(ids) < num_tokens:
+        ids += (await anext(handle)).token_ids_delta
+    return ids
+
+
+async def test_requests_of_a_dead_replica_fail_with_its_cause_and_it_is_replaced() -> None:
+    dies = Dies()
+    async with (
+        timeout(),
+        await make_cluster(lambda number: make_llm(on_step=dies if number == 0 else None), num_replicas=1) as cluster,
+    ):
+        handle = cluster.generate_async("dies", tokens(240), streaming=True)
+        await read_some(handle, 1)
+        dies.now.set()
+        with pytest.raises(ReplicaDeadError, match=r"replica 0.*fell off the bus") as caught:
+            async for _ in handle:
+                pass
+        assert isinstance(caught.value, EngineDeadError)
+        assert "fell off the bus" in str(caught.value.__cause__)
+        # Waits for the replica that takes the place of the dead one.
+        assert (await cluster.generate_async([1], tokens(3))).token_ids == oracle([1], 3)
+        assert list(cluster.stats()) == [1]
+
+
+@pytest.mark.parametrize("params", [tokens(200), tokens(100, n=2, temperature=1.0), tokens(150, logprobs=1)])
+async def test_requests_can_be_run_again_elsewhere(params: SamplingParams) -> None:
+    dies = Dies()
+    with make_llm() as llm:
+        expected = llm.generate("again", params.replace(seed=7))[0]
+    async with (
+        timeout(),
+        await make_cluster(
+            lambda number: make_llm(on_step=dies if number == 0 else None), num_replicas=1, rerun_requests=True
+        ) as cluster,
+    ):
+        handle = cluster.generate_async("again", params.replace(seed=7), streaming=True)
+        other = handle.subscribe(streaming=False)
+        texts = ["", ""]
+        async for output in handle:
+            texts[output.index] += output.text_delta
+            if output.num_tokens >= 2:
+                dies.now.set()
+        assert texts[: params.n] == [each.text for each in expected.outputs]
+        assert whole(await other) == whole(expected)
+
+
+async def test_a_request_that_gives_other_tokens_when_run_again_fails() -> None:
+    dies = Dies()
+
+    def make(number: int) -> LLM:
+        return make_llm(on_step=dies if number == 0 else None, next_token=lambda context: 97 + number)
+
+    async with timeout(), await make_cluster(make, num_replicas=1, rerun_requests=True) as cluster:
+        handle = cluster.generate_async("other", tokens(200), streaming=True)
+        await read_some(handle, 1)
+        dies.now.set()
+        with pytest.raises(ReplicaDeadError, match="other tokens"):
+            await handle
+
+
+async def test_without_replicas_the_cluster_is_dead() -> None:
+    dies = Dies()
+    dies.now.set()
+    async with (
+        timeout(),
+        await make_cluster(lambda _: make_llm(on_step=dies), num_replicas=1, replace_replicas=False) as cluster,
+    ):
+        with pytest.raises(ReplicaDeadError):
+            await cluster.generate_async("dies", tokens(2))
+        await cluster._core.wait_over()
+        assert not cluster.health().ok
+        with pytest.raises(EngineDeadError, match="no replica"):
+            cluster.generate_async("late", tokens(2))
+
+
+async def test_a_cluster_whose_model_cannot_be_loaded_says_why() -> None:
+    def make(number: int) -> LLM:
+        if number == 1:
+            raise ConfigError("this one has no memory")
+        return make_llm()
+
+    async with timeout():
+        with pytest.raises(ConfigError, match="no memory"):
+            await make_cluster(make)
+
+
+async def test_slow_consumers_hold_their_requests_back() -> None:
+    scheduler = SchedulerConfig(max_unread_tokens=4)
+    async with timeout(), await make_cluster(lambda _: make_llm(scheduler=scheduler), num_replicas=1) as cluster:
+        handle = cluster.generate_async("slow", tokens(100), streaming=True, slow_consumer="pause")
+        ids = await read_some(handle, 1)
+        # Others run to their end meanwhile, in more steps than the slow one may be ahead by.
+        await cluster.generate_async("fast", tokens(60))
+        assert handle.stats().num_tokens < 60
+        async for output in handle:
+            ids += output.token_ids_delta
+        assert ids == oracle(list(b"slow"), 100)
+
+
+async def test_closing_drains_or_aborts() -> None:
+    async with timeout():
+        cluster = await make_cluster()
+        finishing = cluster.generate_async("finishes", tokens(50))
+        await cluster.aclose(drain=15.0)
+        assert (await finishing).token_ids == oracle(list(b"finishes"), 50)
+        with pytest.raises(EngineClosedError):
+            cluster.generate_async("late", tokens(2))
+        gate = StepGate()
+        cluster = await make_cluster(lambda _: make_llm(on_step=gate), num_replicas=1)
+        handle = cluster.generate_async("aborted", tokens(200))
+        await asyncio.to_thread(gate.wait)
+        gate.open()
+        await cluster.aclose()
+        assert (await handle).finish_reason == "abort"
+
+
+async def test_a_dropped_cluster_closes_its_engines() -> None:
+    llms: list[weakref.ref[LLM]] = []
+
+    def make(number: int) -> LLM:
+        llm = make_llm()
+        llms.append(weakref.ref(llm))
+        return llm
+
+    async with timeout():
+        cluster = await make_cluster(make)
+        core = cluster._core
+        del cluster
+        gc.collect()
+        await core.wait_over()
+        gc.collect()
+        assert [reference() for reference in llms] == [None, None]

@@ -1,0 +1,110 @@
+"""Replicas on a real Ray cluster of two nodes on this machine, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.backends.helpers import save_tiny
+
+TWO_NODES = """
+import asyncio, os, signal, sys, time
+import psutil, ray
+from ray.cluster_utils import Cluster as Nodes
+from llmengine import LLM, KvCacheConfig, ModelConfig, ReplicaDeadError, SamplingParams
+from llmengine.cluster import Cluster, ClusterConfig
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+LONG = SamplingParams(max_new_tokens=3000, ignore_eos=True)
+
+def all_replicas():
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "ReplicaActor" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+async def until(condition):
+    async with asyncio.timeout(120):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+async def failing_streams(cluster, kill):
+    handles = [cluster.generate_async(prompt, LONG, streaming=True) for prompt in PROMPTS]
+    for handle in handles:
+        await anext(handle)
+    began = time.monotonic()
+    kill()
+    failed = 0
+    for handle in handles:
+        try:
+            assert (await handle).num_tokens == 3000
+        except ReplicaDeadError as error:
+            failed += 1
+            assert "replica" in str(error) and chr(10) not in str(error), str(error)
+            assert error.__cause__ is not None
+    assert 0 < failed < len(handles), failed
+    print("failed", failed, "after", round(time.monotonic() - began, 1), "s")
+
+async def main():
+    config = ModelConfig(sys.argv[1], device="cpu", num_threads=1, kv_cache_config=KvCacheConfig(max_bytes=16 << 20))
+    with LLM(config, enable_tokenizer=False) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, SamplingParams(max_new_tokens=12))]
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = nodes.add_node(num_cpus=1)
+    ray.init(nodes.address, log_to_driver=False)
+    before = set(all_replicas())
+    settings = ClusterConfig(num_replicas=2, actor_options={"num_cpus": 1, "scheduling_strategy": "SPREAD"})
+    async with await Cluster.create(config, settings, enable_tokenizer=False) as cluster:
+        outputs = await cluster.generate(PROMPTS, SamplingParams(max_new_tokens=12))
+        assert [output.token_ids for output in outputs] == expected
+        assert all(stats.counters.num_steps for stats in cluster.stats().values()), "a replica did nothing"
+
+        handle = cluster.generate_async([1, 2], LONG, streaming=True)
+        async for output in handle:
+            if output.num_tokens > 3:
+                break
+        handle.abort()
+        assert (await handle).finish_reason == "abort"
+        await until(lambda: all(stats.num_used_blocks == 0 for stats in cluster.stats().values()))
+
+        mine = [process for process in all_replicas() if process not in before]
+        assert len(mine) == 2, mine
+        await failing_streams(cluster, mine[0].kill)
+        await until(lambda: len(cluster.stats()) == 2)  # it was replaced
+        await failing_streams(cluster, lambda: nodes.remove_node(second, allow_graceful=False))
+        nodes.add_node(num_cpus=1)
+        await until(lambda: len(cluster.stats()) == 2)
+        outputs = await cluster.generate(PROMPTS, SamplingParams(max_new_tokens=12))
+        assert [output.token_ids for output in outputs] == expected
+    await until(lambda: set(all_replicas()) <= before)
+    try:
+        await Cluster.create(ModelConfig(sys.argv[1] + "-missing"), ClusterConfig(actor_options={"num_cpus": 1}))
+    except Exception as error:
+        print(type(error).__name__, error)
+    ray.shutdown()
+    nodes.shutdown()
+    print("done")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python")
+def test_two_nodes_replicas_that_are_killed_and_a_node_that_is_lost(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", max_position_embeddings=4096)
+    command = [sys.executable, "-c", TWO_NODES, str(tmp_path / "model")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout.splitlines()[-1] == "done"
+    assert "ModelLoadError" in ended.stdout
+    print(ended.stdout)
