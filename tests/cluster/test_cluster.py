@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from llmengine import LLM, GenerationOutput, SamplingParams
 from llmengine.batch import Batch
 from llmengine.cluster import Cluster, ClusterConfig
 from llmengine.cluster.transport import LocalTransport
+from llmengine.cluster.wire import Abort, Command
 from llmengine.config import SchedulerConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import (
@@ -27,7 +28,7 @@ from llmengine.errors import (
     ReplicaDeadError,
 )
 from llmengine.testing import ChatByteTokenizer
-from tests.engine.helpers import StepGate, assert_idle, make_llm, oracle, timeout, tokens
+from tests.engine.helpers import WAIT_S, StepGate, assert_idle, make_llm, oracle, timeout, tokens
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -101,22 +102,31 @@ async def test_generate_answers_in_order() -> None:
         assert {output.prompt for output in outputs} == set(prompts)
 
 
-async def test_leaving_a_stream_frees_its_blocks() -> None:
-    llms: list[LLM] = []
+async def test_leaving_a_stream_aborts_its_request_before_the_next_step() -> None:
+    gate = StepGate()
+    llm = make_llm(on_step=gate)
+    arrived = threading.Event()
 
-    def make(number: int) -> LLM:
-        llms.append(make_llm())
-        return llms[-1]
+    class Watched(LocalTransport):
+        async def send(self, commands: Sequence[Command]) -> None:
+            await super().send(commands)
+            if any(isinstance(command, Abort) for command in commands):
+                arrived.set()
 
-    async with timeout(), await make_cluster(make) as cluster:
+    async with timeout(), await Cluster.from_transports(lambda number: Watched(lambda: llm)) as cluster:
         handle = cluster.generate_async("leave", tokens(200), streaming=True)
-        async for output in handle:
-            if output.num_tokens >= 3:
-                break
+        for _ in range(3):
+            await asyncio.to_thread(gate.wait)
+            gate.let_go()
+        await asyncio.to_thread(gate.wait)
+        await read_some(handle, 3)
         await handle.aclose()
-        assert (await handle).finish_reason == "abort"
-        for llm in llms:
-            assert_idle(llm)
+        await asyncio.to_thread(arrived.wait, WAIT_S)
+        gate.open()
+        output = await handle
+        assert output.finish_reason == "abort"
+        assert output.num_tokens <= 4
+        assert_idle(llm)
 
 
 async def test_requests_go_where_their_prefix_is_and_else_where_fewest_are() -> None:
@@ -175,13 +185,16 @@ async def test_full_queues_are_tried_elsewhere_before_a_request_is_refused() -> 
 
 
 class Dies:
-    """An `on_step` that raises in a step when it is told to."""
+    """An `on_step` that lets some steps go, and raises in the next when it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_steps: int = 20) -> None:
         self.now = threading.Event()
+        self._num_steps = num_steps
 
     def __call__(self, batch: Batch) -> None:
-        if self.now.is_set():
+        self._num_steps -= 1
+        if self._num_steps < 0:
+            assert self.now.wait(WAIT_S), "the test forgot it"
             raise RuntimeError("the device fell off the bus")
 
 
@@ -249,7 +262,7 @@ async def test_a_request_that_gives_other_tokens_when_run_again_fails() -> None:
 
 
 async def test_without_replicas_the_cluster_is_dead() -> None:
-    dies = Dies()
+    dies = Dies(0)
     dies.now.set()
     async with (
         timeout(),
