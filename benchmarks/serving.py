@@ -41,7 +41,7 @@ from benchmarks.report import (
     save_plot,
 )
 from benchmarks.workloads import StreamingLoad, exact_length, keep_busy, random_prompts
-from llmengine import LLM, EngineStats, SchedulerConfig
+from llmengine import LLM, EngineStats, ParallelConfig, SchedulerConfig
 
 _WARM_UP_TOKENS = 4
 
@@ -132,6 +132,7 @@ def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
         device=arguments.device,
         num_threads=arguments.threads,
         deterministic=arguments.deterministic,
+        parallel_config=ParallelConfig(tp_size=arguments.tp),
     )
 
 
@@ -240,6 +241,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_tuning_budget(parser)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each matrix")
     parser.add_argument(
         "--quiet",
         type=float,

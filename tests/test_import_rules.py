@@ -50,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {*DATA, "models", "quantization"},
     "backends": {*DATA, "models"},
     "backends.__init__": {
-        *(*DATA, "backends.cpu", "backends.cuda", "backends.shared_cpu", "backends.tensorrt", "checkpoints"),
+        *(*DATA, "backends.cpu", "backends.cuda", "backends.shared_cpu", "backends.shared_cuda", "backends.tensorrt"),
+        "checkpoints",
     },
     "backends.blocks_in_use": {*DATA, "backends.cpu", "checkpoints", "kernels", "quantization"},
     "backends.ranks": DATA,
@@ -60,6 +61,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "backends.shared_cpu_passes": {*DATA, "backends.cpu", "backends.ranks", "models"},
     "backends.shared_weights": {*DATA, "backends.ranks", "checkpoints"},
+    "backends.shared_cuda": {
+        *(*DATA, "backends", "backends.blocks_in_use", "backends.cuda", "backends.ranks", "checkpoints", "kernels"),
+        *("backends.shared_weights", "models"),
+    },
     "backends.cpu": {*DATA, "backends", "models", "quantization", "checkpoints"},
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {
@@ -203,8 +208,9 @@ def test_heavy_libraries_are_below_llm_only() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_use_the_public_package(path: Path) -> None:
-    # These measure the scheduler itself, the CPU's sampler, and the building of plans.
+    # These measure the scheduler itself, the CPU's sampler, the building of plans, and sums over ranks.
     subjects = {"simulate.py": {"engine"}, "sampling.py": {"backends"}, "tensorrt_build.py": {"backends"}}
+    subjects["all_reduce.py"] = {"backends"}
     assert not folders(path) & {"engine", "backends"} - subjects.get(path.name, set())
 
 

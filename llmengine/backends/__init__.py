@@ -12,6 +12,8 @@ from llmengine.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from llmengine.batch import SavableBackend
     from llmengine.checkpoints.source import ModelSource
     from llmengine.config import ModelConfig
@@ -73,17 +75,15 @@ def load_backend(
             f"parallel_config.pp_size={config.parallel_config.pp_size} needs device='cpu': this version does not cut a "
             "model into stages on GPUs; set it to 1"
         )
-    if config.parallel_config.tp_size > 1:
-        raise ConfigError(
-            f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu': this version does not share "
-            "a model among GPUs; set it to 1 and use a model that fits on one device, or run one process with an LLM "
-            "for each GPU (device='cuda:N') and divide the requests among them"
-        )
     import torch
 
     from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
 
     check_kv_cache(config, torch.device(device))
+    if config.parallel_config.tp_size > 1:
+        from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
+
+        return load_shared_cuda_backend(config, source, _devices_of_ranks(config, torch.device(device)), check_wanted)
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
             "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "
@@ -102,6 +102,29 @@ def load_backend(
     if not config.deterministic:
         _logger.info("backend='auto' uses torch: %s (pip install llmengine[tensorrt])", reason)
     return load_cuda_backend(config, source, torch.device(device), cuda_segments_factory(reason))
+
+
+def _devices_of_ranks(config: ModelConfig, first: torch.device) -> list[torch.device]:
+    """The device of each rank: those that are named, or all from the first one on.
+
+    Raises `ConfigError` if there are too few, or for TensorRT.
+    """
+    import torch
+
+    size, found = config.parallel_config.tp_size, torch.cuda.device_count()
+    if config.backend == "tensorrt":
+        raise ConfigError(
+            f"backend='tensorrt' runs on one GPU, but parallel_config.tp_size={size}; use 'auto' or 'torch', or 1"
+        )
+    if config.parallel_config.devices is not None:
+        return [torch.device(choose_device(name)) for name in config.parallel_config.devices]
+    index = first.index or 0
+    if index + size > found:
+        from_first = f" from device={config.device!r} on" if index else ""
+        raise ConfigError(
+            f"parallel_config.tp_size={size} needs as many GPUs, but there are {found - index}{from_first}; lower it"
+        )
+    return [torch.device("cuda", index + rank) for rank in range(size)]
 
 
 def _has_tensorrt() -> bool:

@@ -90,11 +90,17 @@ class DenseProducts:
 
 
 class LinearOps:
-    """Products with matrices bound, which ask `choose` for each number of rows."""
+    """Products with matrices bound, which ask `choose` for each number of rows.
 
-    def __init__(self, kernels: LinearKernels, choose: Choose) -> None:
+    Args:
+        keeps_residual: results are added to what is there; otherwise `linear_add` and `mlp` overwrite it, as where the
+            result is a term of a sum to which another rank adds the residual.
+    """
+
+    def __init__(self, kernels: LinearKernels, choose: Choose, *, keeps_residual: bool = True) -> None:
         self._kernels = kernels
         self._choose = choose
+        self._keeps_residual = keeps_residual
 
     def norm_linear(
         self, norm_weight: Tensor | None, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
@@ -118,6 +124,8 @@ class LinearOps:
 
         def apply(x: Tensor, residual: Tensor) -> None:
             config = self._choose(GemmShape.of("linear_add", x.shape[0], matrix, x.dtype, residual.dtype))
+            if not self._keeps_residual:
+                residual.zero_()
             products.linear_add(x, bias, residual, config)
 
         return apply
@@ -180,6 +188,8 @@ class LinearOps:
             config = self._choose(GemmShape.of("norm_linear_silu", len(x), gate_up, x.dtype, inner.dtype))
             first.norm_linear(x, norm_weight, eps, gate_up_bias, both, config)
             config = self._choose(GemmShape.of("linear_add", len(x), down, x.dtype, x.dtype))
+            if not self._keeps_residual:
+                x.zero_()
             second.silu_linear_add(both, down_bias, x, config)
 
         return apply

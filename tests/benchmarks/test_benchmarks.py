@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import formats, offline, quantization, report, sampling, serving, soak
+from benchmarks import all_reduce, formats, offline, quantization, report, sampling, serving, soak
 from benchmarks.shapes import SHAPES, write_shape
 from llmengine.engine.stats import EngineCounters, EngineStats
 
@@ -224,3 +224,10 @@ def test_the_sampler_is_measured_with_vocabularies_of_any_size(vocab: int, capsy
     assert f"vocabulary of {vocab}" in header
     assert names.split()[-1] == "everything"
     assert float(figures.split()[-1]) > 0.0
+
+
+def test_sums_are_checked_and_timed_between_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    all_reduce.main(["--ranks", "2", "--device", "cpu", "--largest", "16384"])
+    printed = capsys.readouterr().out
+    assert "2 ranks, us a call" in printed
+    assert "16 KiB" in printed

@@ -98,7 +98,7 @@ class CudaBackend:
             sampled = buffer.fill(batch, updates, bucket, ring_index)
             before = self._pending[-1].ring_index if self._pending else None
             self._stream.mark_begin(ring_index)
-            buffer.send(ring_index, self._stream)
+            program.send(bucket, ring_index, self._stream)
             prompt_logprobs = None
             if wanted:
                 prompt_logprobs = program.run_with_prompt_logprobs(bucket, wanted, self._sizes)
@@ -146,9 +146,9 @@ class CudaBackend:
         bucket = self._sizes.bucket_of(batch, draws=False, needs_mixed=True)
         ring_index = self._next_ring_index
         self._next_ring_index = (ring_index + 1) % program.ring.depth
-        buffer = program.buffer(bucket)
-        buffer.fill(batch, self._slots.updates(batch.rows, batch.slot_inits), bucket, ring_index)
-        buffer.send(ring_index, self._stream)
+        updates = self._slots.updates(batch.rows, batch.slot_inits)
+        program.buffer(bucket).fill(batch, updates, bucket, ring_index)
+        program.send(bucket, ring_index, self._stream)
         yield from program.run_for_logits(bucket, batch.num_tokens, self._sizes)
         self._stream.synchronize()  # the host's side of the buffer is free again
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from llmengine.backends.cuda.compile_threads import compile_threads
+from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.activation import silu_and_mul
@@ -60,6 +61,7 @@ class SegmentsContext:
         weights: in their places on the device but perhaps not filled yet.
         logits: fp32 [max_batch_size, vocab], to which `last` writes.
         pdl: kernels may start before those ahead of them have ended.
+        peers: if the model is a shard: the results of `o` and `down` are summed over the ranks.
     """
 
     arch: ModelArch
@@ -67,6 +69,7 @@ class SegmentsContext:
     config: ModelConfig
     logits: Tensor
     pdl: bool
+    peers: Peers | None = None
 
 
 def _no_tuning(_: float) -> None:
@@ -101,7 +104,13 @@ def fused_segments(context: SegmentsContext) -> TunableSegments:
     assert context.arch.has_llama_segments, context.arch.architecture
     config = context.config
     fused = FusedSegments(
-        context.arch, context.weights, config.scheduler_config, context.logits, context.pdl, config.deterministic
+        context.arch,
+        context.weights,
+        config.scheduler_config,
+        context.logits,
+        context.pdl,
+        config.deterministic,
+        context.peers,
     )
     return TunableSegments(fused, "Triton", fused.tune, fused.compilations(will_tune=config.tuning_budget_s > 0))
 
@@ -113,6 +122,7 @@ class FusedSegments:
         logits: fp32 [max_batch_size, vocab], where `last` leaves its result.
         pdl: kernels may start before those ahead of them have ended.
         deterministic: a token's result does not depend on the tokens beside it, to the last bit.
+        peers: see `SegmentsContext`.
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class FusedSegments:
         logits: Tensor,
         pdl: bool,
         deterministic: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         max_tokens, max_rows = scheduler.max_tokens_per_step, scheduler.max_batch_size
         self._device, dtype = weights.device, weights.dtype
@@ -143,7 +154,8 @@ class FusedSegments:
             fixed_config if deterministic else unmeasured_config, max_shared=max_shared_bytes(self._device)
         )
         self._choose = untuned if self._choices is None else self._choices.choose
-        ops = LinearOps(self._kernels, self._choose)
+        self._peers = peers
+        ops = LinearOps(self._kernels, self._choose, keeps_residual=peers is None or peers.is_first)
         self._layers = [
             _bind_layer(ops, weights, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
         ]
@@ -254,7 +266,8 @@ class FusedSegments:
         def run() -> None:
             for layer in layers:
                 self._layers[layer].qkv(x, self._qkv[:num_rows])
-                self._finish(layer, attended, x)
+                self._layers[layer].o(attended, x)
+                self._layers[layer].mlp(x, self._inner[:num_rows])
             if is_head:
                 self._lm_head(x, self._logits[:num_rows])
 
@@ -287,9 +300,15 @@ class FusedSegments:
 
     def _finish(self, layer: int, attended: Tensor, x: Tensor) -> None:
         """Add to x what comes after the layer's attention."""
-        inner = self._inner[: len(x)]
         self._layers[layer].o(attended, x)
-        self._layers[layer].mlp(x, inner)
+        self._sum(x)
+        self._layers[layer].mlp(x, self._inner[: len(x)])
+        self._sum(x)
+
+    def _sum(self, x: Tensor) -> None:
+        """Add up what the ranks have in x."""
+        if self._peers is not None:
+            self._peers.collectives.all_reduce(x)
 
 
 def _bind_layer(ops: LinearOps, weights: CudaWeights, prefix: str, eps: float) -> _Layer:

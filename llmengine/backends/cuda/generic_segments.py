@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments, fused_segments
+from llmengine.backends.cuda.peers import Peers
 from llmengine.kernels.gemm_choice import ROW_BUCKETS, unmeasured_config
 from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
 from llmengine.kernels.linear_ops import BoundLinear, LinearOps, compilations, product_shapes
 from llmengine.kernels.norm import rms_norm
-from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Norm, TorchSegments
+from llmengine.models.decoder import ACT_AND_MUL, DecoderLayer, Linear, Norm, TorchSegments
 
 
 def build_cuda_segments(context: SegmentsContext) -> TunableSegments:
@@ -53,12 +54,15 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
         matrix = weights.matrices[name]
         return CudaLinear(ops.norm_linear(None, 0.0, matrix, weights.bias(name)), matrix.shape[0])
 
+    def summed(name: str) -> Linear:
+        return linear(name) if context.peers is None else SummedLinear(linear(name), context.peers)
+
     def layer(prefix: str) -> DecoderLayer:
         return DecoderLayer(
             qkv=linear(prefix + "qkv"),
-            o=linear(prefix + "o"),
+            o=summed(prefix + "o"),
             gate_up=linear(prefix + "gate_up"),
-            down=linear(prefix + "down"),
+            down=summed(prefix + "down"),
             input_norm=norm(prefix + "input_norm"),
             attention_out_norm=norm(prefix + "attention_out_norm"),
             post_attention_norm=norm(prefix + "post_attention_norm"),
@@ -127,6 +131,20 @@ class CudaLinear:
         y = x.new_empty(len(x), self.out_features) if self.out is None else self.out[: len(x)]
         self.product(x, y)
         return y if residual is None else y.add_(residual)
+
+
+@dataclass(frozen=True, slots=True)
+class SummedLinear:
+    """`models.decoder.Linear` whose inputs are shared out among ranks: the sum of all ranks' results."""
+
+    own: CudaLinear
+    peers: Peers
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The sum, plus the residual, the same on all ranks, if there is one."""
+        y = self.own(x, residual if self.peers.is_first else None)
+        self.peers.collectives.all_reduce(y)
+        return y
 
 
 def head_norm(weight: Tensor, eps: float) -> Callable[[Tensor], None]:

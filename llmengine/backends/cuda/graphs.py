@@ -34,9 +34,15 @@ class GraphCache(Generic[KeyT]):
     The second time also pays for the capture, unless `capture` was called in a quiet moment. A function must not
     synchronise, must launch the same work whenever it is called with the same key, and must keep no tensor that it
     allocated. Graphs hold raw addresses, so the owner of the tensors clears the cache before it frees them.
+
+    Args:
+        announce: called before the work of a key is queued, and with whether it is queued again to be captured.
     """
 
-    def __init__(self, device: torch.device, stream: StepStream) -> None:
+    def __init__(
+        self, device: torch.device, stream: StepStream, announce: Callable[[KeyT, bool], None] | None = None
+    ) -> None:
+        self._announce = announce
         self._stream = stream
         self._device = device
         self._graphs: dict[KeyT, Any] = {}
@@ -66,19 +72,34 @@ class GraphCache(Generic[KeyT]):
     def run(self, key: KeyT, function: Callable[[], None]) -> None:
         """Queue the work of `function` in the current stream."""
         graph = self._graphs.get(key)
+        captures = graph is None and key in self._seen and self._may_capture
+        if self._announce is not None:
+            self._announce(key, captures)
         if graph is not None:
             self._stream.replay(graph)
             return
         function()
-        if key in self._seen:
+        if captures:
             self._capture(key, function)
         self._seen[key] = None
+
+    def follow(self, key: KeyT, function: Callable[[], None], *, captures: bool) -> None:
+        """Queue the work of `function` as another cache announced it."""
+        graph = self._graphs.get(key)
+        if graph is not None and not captures:
+            self._stream.replay(graph)
+            return
+        function()
+        if captures:
+            self._capture(key, function)
 
     def capture(self, key: KeyT, function: Callable[[], None]) -> None:
         """Run the function once, which loads what it needs, then capture it.
 
         If the device is too full for that, raises `torch.OutOfMemoryError` and captures nothing from then on.
         """
+        if self._announce is not None:
+            self._announce(key, self._may_capture)
         try:
             function()
         except torch.OutOfMemoryError:

@@ -9,27 +9,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from llmengine.backends.cuda.backend import STEPS_IN_FLIGHT, CudaBackend, CudaParts
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
+from llmengine.backends.cuda.following import Run, Tell
 from llmengine.backends.cuda.fused_segments import SegmentsFactory
 from llmengine.backends.cuda.generic_segments import build_cuda_segments
 from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.memory_errors import memory_error_context
 from llmengine.backends.cuda.model import CudaModel, build_cuda_model
+from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
 from llmengine.backends.cuda.warmup import GraphWarmup, load_and_compile, tune
 from llmengine.backends.cuda.weights import allocate_weights
-from llmengine.backends.kv_layout import KvPool, context_limit, fit_kv_pool, joint_kv_layout
+from llmengine.backends.kv_layout import KvLayout, KvPool, context_limit, fit_kv_pool, joint_kv_layout
 from llmengine.batch import BackendInfo
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.dtypes import dtype_name
 from llmengine.errors import ConfigError
+from llmengine.models.arch import ModelArch
 
 _logger = logging.getLogger("llmengine.backends.cuda.backend")
 
@@ -38,6 +43,24 @@ _DEFAULT_FRACTION = 0.9
 
 _DEPTH = STEPS_IN_FLIGHT + 1
 """Steps whose arrays exist at once: those in flight, and the one that is being written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How one rank of several loads its shard of a model.
+
+    Attributes:
+        peers: the others.
+        agree: (layout, most tokens of a request, free bytes of the device) of this rank -> its pool, of as many blocks
+            as on every other rank.
+        await_others: called when all is ready but graphs; returns when it is on the other ranks.
+        tell: on rank 0, tells the others what it queues.
+    """
+
+    peers: Peers
+    agree: Callable[[KvLayout, int, int], KvPool]
+    await_others: Callable[[], None]
+    tell: Tell | None
 
 
 _KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -70,7 +93,11 @@ def load_cuda_backend(
 
 
 def load_cuda_parts(
-    config: ModelConfig, source: ModelSource, device: torch.device, segments_factory: SegmentsFactory
+    config: ModelConfig,
+    source: ModelSource,
+    device: torch.device,
+    segments_factory: SegmentsFactory,
+    sharing: Sharing | None = None,
 ) -> CudaParts:
     """Build the parts of a backend that is ready for its first step.
 
@@ -79,6 +106,7 @@ def load_cuda_parts(
     Args:
         config: resolved.
         segments_factory: builds what computes between the attentions.
+        sharing: if `source` is a shard of a model, whose other shards other ranks load at the same time.
 
     Raises:
         OutOfMemoryError: weights, activations or a useful KV cache do not fit.
@@ -90,23 +118,44 @@ def load_cuda_parts(
     sizes = BucketSizes.of(config.scheduler_config, only_mixed=config.deterministic)
     limit = context_limit(config, source.arch)
     with torch.inference_mode():
-        model = _allocate_model(config, source, device, limit, segments_factory)
-        kv_dtype = _KV_DTYPES.get(config.quant_config.kv_cache, model.dtype)
-        layout = joint_kv_layout(source.arch, config.kv_cache_config.block_size, kv_dtype)
-        pool = fit_kv_pool(layout, config, limit, _free_bytes(device), _DEFAULT_FRACTION)
+        peers, tell = (None, None) if sharing is None else (sharing.peers, sharing.tell)
+        model = _allocate_model(config, source, device, limit, segments_factory, peers)
+        layout = cuda_kv_layout(config, source.arch, model.dtype)
+        if sharing is None:
+            pool = fit_cuda_pool(layout, config, limit, _free_bytes(device))
+        else:
+            pool = sharing.agree(layout, limit, _free_bytes(device))
         component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
         with memory_error_context(component, device, "lower kv_cache_config.free_memory_fraction"):
-            program = StepProgram.allocate(model, pool, config, _DEPTH)
+            program = StepProgram.allocate(model, pool, config, _DEPTH, tell)
             load_and_compile(program, sizes, source)
             tune(program, config.tuning_budget_s)
             stream: StepStream = CudaStream.open(_DEPTH) if device.type == "cuda" else HostStream()
-            graphs: GraphCache[Bucket] = GraphCache(device, stream)
+            if sharing is not None:
+                sharing.await_others()
+            graphs: GraphCache[Bucket] = GraphCache(device, stream, None if tell is None else _announcing(tell))
             warmup = GraphWarmup(program, graphs, sizes, stream)
-            if device.type == "cuda":
+            if device.type == "cuda" and (peers is None or peers.is_first):
                 warmup.capture_first()
     info = _info(config, source, model, pool, device)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     return CudaParts(device, info, sizes, pool, program, stream, graphs, warmup)
+
+
+def cuda_kv_layout(config: ModelConfig, arch: ModelArch, dtype: torch.dtype) -> KvLayout:
+    """What a KV block consists of, with activations of `dtype`."""
+    kv_dtype = _KV_DTYPES.get(config.quant_config.kv_cache, dtype)
+    return joint_kv_layout(arch, config.kv_cache_config.block_size, kv_dtype)
+
+
+def fit_cuda_pool(layout: KvLayout, config: ModelConfig, limit: int, free_bytes: int) -> KvPool:
+    """Size the KV cache on a device with so many free bytes; see `fit_kv_pool`."""
+    return fit_kv_pool(layout, config, limit, free_bytes, _DEFAULT_FRACTION)
+
+
+def _announcing(tell: Tell) -> Callable[[Bucket, bool], None]:
+    """Tells the other ranks of each step before it is queued."""
+    return lambda bucket, captures: tell(Run(bucket, captures))
 
 
 def _claim_thread(device: torch.device) -> None:
@@ -117,14 +166,19 @@ def _claim_thread(device: torch.device) -> None:
 
 
 def _allocate_model(
-    config: ModelConfig, source: ModelSource, device: torch.device, limit: int, segments_factory: SegmentsFactory
+    config: ModelConfig,
+    source: ModelSource,
+    device: torch.device,
+    limit: int,
+    segments_factory: SegmentsFactory,
+    peers: Peers | None,
 ) -> CudaModel:
     """Allocate weights and activations, and build the model on them."""
     weights = allocate_weights(config, source, device)
     scheduler = config.scheduler_config
     limits = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={scheduler.max_batch_size}"
     with memory_error_context(f"activations: buffers for {limits}", device, "lower these of scheduler_config"):
-        return build_cuda_model(source.arch, weights, config, limit, segments_factory)
+        return build_cuda_model(source.arch, weights, config, limit, segments_factory, peers)
 
 
 def _info(

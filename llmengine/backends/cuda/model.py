@@ -13,6 +13,7 @@ from llmengine.backends.cuda.attention_choice import DecodeChoice, choose_decode
 from llmengine.backends.cuda.buckets import Bucket
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.generic_segments import head_norm
+from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.attention import AttentionConfig
@@ -79,12 +80,18 @@ class Activations:
 
 
 def build_cuda_model(
-    arch: ModelArch, weights: CudaWeights, config: ModelConfig, limit: int, segments_factory: SegmentsFactory
+    arch: ModelArch,
+    weights: CudaWeights,
+    config: ModelConfig,
+    limit: int,
+    segments_factory: SegmentsFactory,
+    peers: Peers | None = None,
 ) -> CudaModel:
     """Build a model on weights that are in their places but perhaps not filled yet.
 
     Args:
         limit: most tokens of a request.
+        peers: if the model is a shard, the ranks that have the others.
 
     Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
     """
@@ -92,24 +99,29 @@ def build_cuda_model(
     layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
     activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, dtype, device)
     pdl = _has_pdl(device)
-    segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl))
+    segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl, peers))
     attentions = [layer.config for layer in layers]
     decode_choice = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
     has_decodes = not config.deterministic
-    return CudaModel(arch, weights, layers, activations, segments, decode_choice, pdl=pdl, has_decodes=has_decodes)
+    return CudaModel(
+        arch, weights, layers, activations, segments, decode_choice, peers, pdl=pdl, has_decodes=has_decodes
+    )
 
 
 class CudaModel:
     """A decoder's weights, its forward pass for any bucket, and the buffers of the largest step.
 
     Args:
+        peers: if the model is a shard, the ranks that have the others.
         pdl: kernels may start before those ahead of them have ended.
         has_decodes: rows of one token are attended to by the decode kernel; otherwise as chunks of one token.
 
     Attributes:
         dtype: of the activations.
         device: of everything.
-        logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address.
+        logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address. On ranks other than 0 of a model
+            that several share, those of the rank's rows of the vocabulary.
+        peers: see above.
         query_block: query tokens of a program of the prefill attention.
         tunable_segments: what computes between the attentions.
     """
@@ -122,13 +134,17 @@ class CudaModel:
         activations: Activations,
         tunable_segments: TunableSegments,
         decode_choice: DecodeChoice,
+        peers: Peers | None = None,
         *,
         pdl: bool,
         has_decodes: bool,
     ) -> None:
         self.weights = weights
         self.dtype, self.device = weights.dtype, weights.device
+        self.peers = peers
         self.logits = activations.logits
+        if peers is not None and peers.is_first:
+            self.logits = self.logits.new_zeros(len(self.logits), peers.vocab_size)
         self.query_block = query_block_size(layers[0].config, self.dtype)
         self.tunable_segments = tunable_segments
         self._segments = tunable_segments.segments
@@ -163,7 +179,10 @@ class CudaModel:
     def _embed(self, step: DeviceStep, state: SlotState, x: Tensor) -> None:
         """Begin a step and write the embeddings of its tokens to x [num_tokens, hidden], not multiplied yet."""
         embedding = self.weights.matrices["embed_tokens"]
-        if isinstance(embedding, QuantizedMatrix):
+        if self.peers is not None:
+            begin_step(step, state, None, x)
+            self.peers.embed(embedding, step.token_ids[: len(x)], x)
+        elif isinstance(embedding, QuantizedMatrix):
             begin_step(step, state, None, x)
             look_up(embedding, step.token_ids[: len(x)], x)
         else:
@@ -172,11 +191,18 @@ class CudaModel:
     def last(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """Compute fp32 logits [len(tokens), vocab] of some of the step's tokens, at the address of `logits`.
 
+        On ranks other than 0 of a model that several share, the result is those of the rank's rows of the vocabulary.
+
         Args:
             attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
             tokens: int32, at most max_batch_size of them; None: all of the step, in order.
         """
-        return self._segments.last(attended, x, tokens)
+        logits = self._segments.last(attended, x, tokens)
+        if self.peers is None:
+            return logits
+        whole = self.logits[: len(logits)]
+        self.peers.gather_logits(logits, whole)
+        return whole
 
     def compilations(
         self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: KvBlocks

@@ -239,15 +239,15 @@ class DeviceSampler:
         if not self._changed:
             return
         inits, edits = zip(*self._changed.values(), strict=True)
-        slots = self._tensor([init.slot for init in inits], torch.int64)
+        slots = self.to_device([init.slot for init in inits], torch.int64)
         self._changed.clear()
         floats, ints = zip(*(self._scalars(*change) for change in zip(inits, edits, strict=True)), strict=True)
-        self._floats.index_copy_(1, slots, self._tensor(floats, torch.float32).T)
-        self._ints.index_copy_(1, slots, self._tensor(ints, torch.int32).T)
-        self._params.seed.index_copy_(0, slots, self._tensor([init.seed for init in inits], torch.int64))
+        self._floats.index_copy_(1, slots, self.to_device(floats, torch.float32).T)
+        self._ints.index_copy_(1, slots, self.to_device(ints, torch.int32).T)
+        self._params.seed.index_copy_(0, slots, self.to_device([init.seed for init in inits], torch.int64))
         edited = {init.slot: item for init, item in zip(inits, edits, strict=True) if item is not None}
         if edited:
-            self._send_edits(list(edited.values()), self._tensor(list(edited), torch.int64))
+            self._send_edits(list(edited.values()), self.to_device(list(edited), torch.int64))
 
     def _scalars(self, init: SlotInit, edits: SlotEdits | None) -> tuple[Sequence[float], Sequence[int]]:
         """One slot's column of `_floats` and of `_ints`."""
@@ -267,7 +267,7 @@ class DeviceSampler:
                 for place, line in zip(padded, lines, strict=True):
                     place[: len(line)] = line
                 table: Tensor = getattr(self._tables, name)
-                table[:, : padded.shape[1]].index_copy_(0, slots, self._to_device(torch.from_numpy(padded)))
+                table[:, : padded.shape[1]].index_copy_(0, slots, self._sent(torch.from_numpy(padded)))
 
     def _send_masks(self, masks: Mapping[int, Int32Array]) -> bool:
         """Give masks to these slots and to no others; return whether that took new tensors."""
@@ -276,10 +276,10 @@ class DeviceSampler:
             self._masks = self._new_masks()
         cleared = self._masked - masks.keys()
         if cleared:
-            self._masks.lines.index_fill_(0, self._tensor(list(cleared), torch.int64), len(self._masks.lines) - 1)
+            self._masks.lines.index_fill_(0, self.to_device(list(cleared), torch.int64), len(self._masks.lines) - 1)
         if masks:
-            slots = self._tensor(list(masks), torch.int64)
-            self._masks.words.index_copy_(0, slots, self._to_device(torch.from_numpy(np.stack(list(masks.values())))))
+            slots = self.to_device(list(masks), torch.int64)
+            self._masks.words.index_copy_(0, slots, self._sent(torch.from_numpy(np.stack(list(masks.values())))))
             self._masks.lines.index_copy_(0, slots, slots.int())
         self._masked = set(masks)
         return is_first
@@ -331,7 +331,7 @@ class DeviceSampler:
         rows = [(row, slot, self._num_logprobs[slot]) for row, slot in enumerate(sampled) if slot in self._num_logprobs]
         if not rows:
             return None
-        index = self._tensor([row for row, _, _ in rows], torch.int64)
+        index = self.to_device([row for row, _, _ in rows], torch.int64)
         count = max(count for _, _, count in rows)
         parts = [
             self._logprobs(logits.index_select(0, part), self.ids[part].long(), count)
@@ -341,12 +341,12 @@ class DeviceSampler:
         return PendingLogprobs(rows, self._to_host(values), self._to_host(ids))
 
     def prompt_logprobs(
-        self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
+        self, wanted: Sequence[WantedLogprobs], logits_after: Callable[[Sequence[int]], Tensor], sizes: Sequence[int]
     ) -> PendingPromptLogprobs:
         """Queue the log-probabilities of prompt tokens, on a bounded number of logits at a time.
 
         Args:
-            logits_after: indices of the step's tokens, int32 [n] -> logits fp32 [n, vocab].
+            logits_after: indices of n of the step's tokens -> logits fp32 [n, vocab].
             sizes: the values that n may have, ascending from 1.
         """
         tokens = [token for item in wanted for token in item.tokens]
@@ -355,14 +355,14 @@ class DeviceSampler:
         parts, used, begin = [], [], 0
         for size, logits in self.logits_of(tokens, logits_after, sizes):
             chosen = F.pad(token_ids[begin : begin + size], (0, len(logits) - size))
-            values, ids = self._logprobs(logits, self._to_device(chosen), count)
+            values, ids = self._logprobs(logits, self._sent(chosen), count)
             parts.append((self._to_host(values), self._to_host(ids)))
             used.append(size)
             begin += size
         return PendingPromptLogprobs(wanted, parts, used)
 
     def logits_of(
-        self, tokens: Sequence[int], logits_after: Callable[[Tensor], Tensor], sizes: Sequence[int]
+        self, tokens: Sequence[int], logits_after: Callable[[Sequence[int]], Tensor], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield the logits of some of a step's tokens, a bounded number at a time: (tokens, their rows and padding).
 
@@ -373,7 +373,7 @@ class DeviceSampler:
         for begin in range(0, len(tokens), sizes[-1]):
             part = list(tokens[begin : begin + sizes[-1]])
             padding = [0] * (sizes[bisect_left(sizes, len(part))] - len(part))
-            yield len(part), logits_after(self._tensor(part + padding, torch.int32))
+            yield len(part), logits_after(part + padding)
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities of token_ids [n] and of the `count` likeliest tokens, and the ids of those."""
@@ -384,10 +384,11 @@ class DeviceSampler:
         chosen = values.gather(1, token_ids[:, None])
         return torch.cat((chosen, top), dim=1), ids
 
-    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return self._to_device(torch.tensor(values, dtype=dtype))
+    def to_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """A new tensor on the device; the copy is queued in the current stream."""
+        return self._sent(torch.tensor(values, dtype=dtype))
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _sent(self, tensor: Tensor) -> Tensor:
         pinned = tensor.pin_memory() if self._device.type == "cuda" else tensor
         return pinned.to(self._device, non_blocking=True)
 

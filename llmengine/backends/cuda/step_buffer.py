@@ -96,10 +96,11 @@ class StepBuffer:
         self.step = step
         self._packed = packed
         self._mirrors = mirrors
+        self._mirror_arrays: Int32Array = mirrors.numpy()
         self._host = host
         self._query_block = query_block
         self._decodes = decodes
-        self._updates_offset = step.updates.storage_offset()
+        self._updates_offset = int(step.updates.storage_offset())
         self._dummy_slot = len(step.block_tables) - 1
         self._num_update_words = 0
 
@@ -160,6 +161,16 @@ class StepBuffer:
         """Queue the copy of what the last `fill` wrote."""
         used = self._updates_offset + self._num_update_words
         stream.copy(self._packed[:used], self._mirrors[ring_index, :used])
+
+    def written(self, ring_index: int) -> bytes:
+        """What the last `fill` wrote into the mirror `ring_index`, for `take` on another rank."""
+        return self._mirror_arrays[ring_index, : self._updates_offset + self._num_update_words].tobytes()
+
+    def take(self, ring_index: int, data: bytes) -> None:
+        """Write into the mirror `ring_index` what `fill` wrote on another rank."""
+        values = np.frombuffer(data, dtype=np.int32)
+        self._mirror_arrays[ring_index, : len(values)] = values
+        self._num_update_words = len(values) - self._updates_offset
 
     def _fill_mixed(
         self, host: dict[str, Int32Array], rows: Sequence[BatchRow], starts: Int32Array, inits: Sequence[SlotInit]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
+from llmengine.backends.cuda.following import Finish, Inputs, RunLast, RunToLast, Tell
 from llmengine.backends.cuda.model import CudaModel
 from llmengine.backends.cuda.sample_ring import SampleRing
 from llmengine.backends.cuda.sampling import DeviceSampler, PendingPromptLogprobs, SamplerTensors
 from llmengine.backends.cuda.step_buffer import StepBuffer, StepLimits
+from llmengine.backends.cuda.stream import StepStream
 from llmengine.backends.kv_layout import KvPool
 from llmengine.backends.prompt_logprobs import WantedLogprobs
 from llmengine.config import ModelConfig, SchedulerConfig
@@ -27,6 +30,7 @@ class StepProgram:
 
     Args:
         buffers: of steps of decodes (False) and of mixed steps (True).
+        tell: on rank 0 of a model that several share, tells the others what it queues besides whole steps.
 
     Attributes:
         kv: the blocks of all layers, see `joint_kv_layout`.
@@ -40,6 +44,7 @@ class StepProgram:
         sampler: DeviceSampler,
         ring: SampleRing,
         buffers: Mapping[bool, StepBuffer],
+        tell: Tell | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -47,14 +52,18 @@ class StepProgram:
         self.sampler = sampler
         self.ring = ring
         self._buffers = buffers
+        self._tell = tell
         self._chosen_ids = sampler.ids.view(-1, _MAX_SAMPLES)
 
     @classmethod
-    def allocate(cls, model: CudaModel, pool: KvPool, config: ModelConfig, depth: int) -> StepProgram:
+    def allocate(
+        cls, model: CudaModel, pool: KvPool, config: ModelConfig, depth: int, tell: Tell | None = None
+    ) -> StepProgram:
         """Allocate the KV cache and what steps need beside it.
 
         Args:
             depth: steps whose arrays and results exist at once.
+            tell: see `StepProgram`.
         """
         device, vocab_size = model.device, model.logits.shape[1]
         scheduler, num_slots = config.scheduler_config, config.scheduler_config.max_batch_size
@@ -67,23 +76,42 @@ class StepProgram:
             for mixed, limits in _step_limits(scheduler, pool.max_blocks_per_request, model.query_block).items()
         }
         sampler = DeviceSampler(sampler_tensors, vocab_size, config.deterministic)
-        return cls(model, kv, state, sampler, SampleRing.allocate(depth, num_slots, _MAX_SAMPLES, device), buffers)
+        ring = SampleRing.allocate(depth, num_slots, _MAX_SAMPLES, device)
+        return cls(model, kv, state, sampler, ring, buffers, tell)
 
     def buffer(self, bucket: Bucket) -> StepBuffer:
         """The buffer that steps of a bucket are written to."""
-        return self._buffers[bucket.mixed]
+        return self.buffer_of(bucket.mixed)
+
+    def buffer_of(self, mixed: bool) -> StepBuffer:
+        """The buffer of mixed steps, or that of steps of decodes."""
+        return self._buffers[mixed]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other ranks compute each step too, so that one that is broken off breaks them all."""
+        return self.model.peers is not None
+
+    def send(self, bucket: Bucket, ring_index: int, stream: StepStream) -> None:
+        """Queue the copy of what the last `fill` of the bucket's buffer wrote."""
+        buffer = self.buffer(bucket)
+        if self._tell is not None:
+            self._tell(Inputs(bucket.mixed, ring_index, buffer.written(ring_index)))
+        buffer.send(ring_index, stream)
 
     def run(self, bucket: Bucket) -> None:
         """Queue all device work of a step; the function that graphs are captured from."""
-        self._run_last(bucket, *self._run_to_last(bucket))
+        self.run_last(bucket, *self.run_to_last(bucket))
 
     def run_with_prompt_logprobs(
         self, bucket: Bucket, wanted: Sequence[WantedLogprobs], sizes: BucketSizes
     ) -> PendingPromptLogprobs:
         """Queue a mixed step and the logits of prompt tokens; never from a graph, since there is any number of them."""
-        attended, x = self._run_to_last(bucket)
-        prompt_logprobs = self.sampler.prompt_logprobs(wanted, partial(self.model.last, attended, x), sizes.samples)
-        self._run_last(bucket, attended, x)  # comes last: the sampled tokens' logits are read again after the step
+        attended, x = self._begin(bucket)
+        prompt_logprobs = self.sampler.prompt_logprobs(wanted, partial(self._last, attended, x), sizes.samples)
+        if self._tell is not None:
+            self._tell(Finish(bucket))
+        self.run_last(bucket, attended, x)  # comes last: the sampled tokens' logits are read again after the step
         return prompt_logprobs
 
     def run_for_logits(self, bucket: Bucket, num_tokens: int, sizes: BucketSizes) -> Iterator[Tensor]:
@@ -91,15 +119,18 @@ class StepProgram:
 
         Each tensor is overwritten when the next one is asked for.
         """
-        attended, x = self._run_to_last(bucket)
-        last = partial(self.model.last, attended, x)
+        attended, x = self._begin(bucket)
+        last = partial(self._last, attended, x)
         for used, logits in self.sampler.logits_of(range(num_tokens), last, sizes.samples):
             yield logits[:used]
 
     def run_sampling(self, bucket: Bucket) -> None:
         """Queue the part of a step that comes after the logits."""
-        step = self._buffers[bucket.mixed].step
-        self.sampler.choose(self.model.logits[: bucket.num_samples], step, bucket)
+        step, peers = self._buffers[bucket.mixed].step, self.model.peers
+        if peers is None or peers.is_first:
+            self.sampler.choose(self.model.logits[: bucket.num_samples], step, bucket)
+        if peers is not None:
+            peers.collectives.broadcast(self.sampler.ids[: bucket.num_samples])
         end_step(
             step, self.state, self._chosen_ids, self.sampler.failed, self.ring.token_ids, num_samples=bucket.num_samples
         )
@@ -112,18 +143,33 @@ class StepProgram:
         mixed, *decodes, _ = sizes.kernel_buckets()
         steps = {bucket: self._buffers[bucket.mixed].step for bucket in (mixed, decodes[-1])}
         model = self.model.compilations(steps, self.state, self.kv)
-        sampler = self.sampler.compilations(self.model.logits, steps[decodes[-1]])
-        sampling = partial(self.run_sampling, decodes[-1])
-        return [*model, *sampler, sampling, *self.model.tunable_segments.compilations]
+        calls = [*model, *self.model.tunable_segments.compilations]
+        if self.model.peers is None:
+            calls.append(partial(self.run_sampling, decodes[-1]))
+        if self.model.peers is None or self.model.peers.is_first:
+            calls += self.sampler.compilations(self.model.logits, steps[decodes[-1]])
+        return calls
 
-    def _run_to_last(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def run_to_last(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Queue a step up to its last attention; return what `run_last` takes."""
         return self.model.forward_to_last(self._buffers[bucket.mixed].step, self.state, self.kv, bucket)
 
-    def _run_last(self, bucket: Bucket, attended: Tensor, x: Tensor) -> None:
+    def run_last(self, bucket: Bucket, attended: Tensor, x: Tensor) -> None:
         """Queue the part of a step that comes after the last attention, for the tokens that sample."""
         step = self._buffers[bucket.mixed].step
         self.model.last(attended, x, step.sample_tokens[: bucket.num_samples] if bucket.mixed else None)
         self.run_sampling(bucket)
+
+    def _begin(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        if self._tell is not None:
+            self._tell(RunToLast(bucket))
+        return self.run_to_last(bucket)
+
+    def _last(self, attended: Tensor, x: Tensor, tokens: Sequence[int]) -> Tensor:
+        """The logits of some of the step's tokens, see `CudaModel.last`."""
+        if self._tell is not None:
+            self._tell(RunLast(tokens))
+        return self.model.last(attended, x, self.sampler.to_device(tokens, torch.int32))
 
 
 def _step_limits(scheduler: SchedulerConfig, max_blocks: int, query_block: int) -> dict[bool, StepLimits]:

@@ -128,12 +128,13 @@ class GraphWarmup:
             bucket = next((bucket for bucket in self._likely if bucket not in self._graphs), None)
         if bucket is None or not self._graphs.may_capture_ahead:
             return False
-        buffer = self._program.buffer(bucket)
-        buffer.fill(_EMPTY_BATCH, (), bucket, ring_index)
-        buffer.send(ring_index, self._stream)
+        self._program.buffer(bucket).fill(_EMPTY_BATCH, (), bucket, ring_index)
+        self._program.send(bucket, ring_index, self._stream)
         try:
             self._graphs.capture(bucket, partial(self._program.run, bucket))
         except torch.OutOfMemoryError as failure:
+            if self._program.is_shared:
+                raise  # the other ranks wait in a step that does not end
             _logger.warning("steps that are new run eagerly from now on: no memory to capture %s: %s", bucket, failure)
         self._stream.synchronize()  # the next step is written where this one was
         return True

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from llmengine.backends.ranks.group import RankGroup
-from llmengine.batch import Backend, BackendInfo, Batch, ScoringBackend, StepResult
+from llmengine.batch import Backend, BackendInfo, Batch, PreparingBackend, ScoringBackend, StepResult
 
 
 class RanksBackend:
@@ -49,12 +49,14 @@ class RanksBackend:
     def collect(self) -> StepResult:
         """See `batch.Backend.collect`; raises as `launch` does."""
         try:
-            return self._own.collect()
+            result = self._own.collect()
         except Exception:
             self._group.check()
             raise
         finally:
             self._group.rest()
+        self._group.check()  # a step that was broken off has results that mean nothing
+        return result
 
     def score(self, batch: Batch) -> Iterator[Any]:
         """See `batch.ScoringBackend.score`."""
@@ -79,3 +81,62 @@ class RanksBackend:
             self._own.close()
         finally:
             self._group.close()
+
+
+class OpenCollectives(Protocol):
+    """Collectives of rank 0 that hold connections or memory of a device."""
+
+    def abort(self) -> None:
+        """End every operation that waits, on any thread; its result means nothing. Idempotent."""
+
+    def close(self) -> None:
+        """Free what they hold, when nothing is queued any more. Idempotent; waits for nobody."""
+
+
+class PreparingRanksBackend(RanksBackend):
+    """A `RanksBackend` on devices of which each rank has its own.
+
+    Args:
+        collectives: aborted when a rank has failed, since a device would wait for it for ever.
+    """
+
+    def __init__(
+        self,
+        own: Backend,
+        group: RankGroup,
+        info: BackendInfo,
+        weights: Callable[[], Iterator[tuple[str, Any]]],
+        collectives: OpenCollectives,
+    ) -> None:
+        super().__init__(own, group, info, weights)
+        assert isinstance(own, PreparingBackend)
+        self._preparing: PreparingBackend = own
+        self._collectives = collectives
+
+    def prepare(self) -> bool:
+        """See `batch.PreparingBackend`. Raises `EngineDeadError` that names the rank that failed."""
+        try:
+            has_worked = self._preparing.prepare()
+        except Exception:
+            self._group.check()
+            raise
+        finally:
+            self._group.rest()
+        self._group.check()
+        return has_worked
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        def abort_and_tell() -> None:
+            try:
+                self._collectives.abort()
+            finally:
+                on_failure()
+
+        super().watch(abort_and_tell)
+
+    def close(self) -> None:
+        """End all ranks, and free the device. Idempotent."""
+        try:
+            super().close()
+        finally:
+            self._collectives.close()

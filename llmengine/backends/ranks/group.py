@@ -128,6 +128,10 @@ class RankGroup:
         assert self._progress is not None
         return self._progress
 
+    def expect_progress(self, stuck_after_s: float) -> None:
+        """From the next message on, a rank hangs that works this long without a mark, as with `stuck_after_s`."""
+        self._stuck_after_s = stuck_after_s
+
     def rest(self) -> None:
         """Rank 0 works on nothing until the next message, so its time tells nothing of how long ranks may take."""
         if self._progress is not None:

@@ -10,6 +10,7 @@ import torch
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 
 
@@ -22,4 +23,5 @@ def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **set
         ),
         **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
     ).resolve()
-    return load_cuda_backend(config, open_model(directory), torch.device(device, 0))
+    source = quantized_source(open_model(directory), config.quant_config)
+    return load_cuda_backend(config, source, torch.device(device, 0))

@@ -1,0 +1,104 @@
+"""A rank's place among those that share a model's matrices: what they add up, gather and tell each other on devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmengine.kernels.embedding import look_up
+from llmengine.kernels.quantized_matrix import QuantizedMatrix
+from llmengine.quantization.matrix import Matrix
+
+
+class DeviceCollectives(Protocol):
+    """What ranks do together, queued in the current stream of each; all ranks call the same in the same order.
+
+    A CUDA graph can hold every operation, once it has run with tensors of the same sizes.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    @property
+    def description(self) -> str:
+        """Name of what adds up, for people."""
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace the contiguous tensor, of one shape on all ranks, by its sum over them."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace the contiguous tensor, of one shape on all ranks, by that of rank 0."""
+
+    def gather(self, tensor: Tensor, parts: Tensor | None) -> None:
+        """Write the tensors of all ranks, of one shape, to `parts` [size, ...] on rank 0; None on the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """One rank of several that compute each step together.
+
+    Attributes:
+        rows: of the vocabulary that each rank has.
+        logits: fp32 [size * max_batch_size * most rows], scratch of rank 0; None on the others.
+    """
+
+    collectives: DeviceCollectives
+    rows: Sequence[range]
+    logits: Tensor | None
+
+    @classmethod
+    def of(cls, collectives: DeviceCollectives, rows: Sequence[range], max_rows: int, device: torch.device) -> Peers:
+        """Peers for steps of up to `max_rows` rows of logits, with scratch on `device`."""
+        size = len(rows) * max_rows * max(map(len, rows))
+        scratch = None if collectives.rank else torch.zeros(size, dtype=torch.float32, device=device)
+        return cls(collectives, rows, scratch)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which samples, and adds residuals and biases to sums."""
+        return self.collectives.rank == 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that all ranks have together."""
+        return self.rows[-1].stop
+
+    def embed(self, embedding: Matrix | QuantizedMatrix, token_ids: Tensor, out: Tensor) -> None:
+        """Write the rows of `token_ids` to out [num_tokens, hidden]; `embedding` has the rows of this rank."""
+        own = self.rows[self.collectives.rank]
+        index = token_ids - own.start
+        is_other = (index < 0) | (index >= len(own))
+        index.masked_fill_(is_other, 0)
+        if isinstance(embedding, QuantizedMatrix):
+            look_up(embedding, index, out)
+        else:
+            torch.index_select(embedding.weight, 0, index, out=out)
+        out.masked_fill_(is_other[:, None], 0.0)
+        self.collectives.all_reduce(out)
+
+    def gather_logits(self, own: Tensor, whole: Tensor) -> None:
+        """Write the logits of all ranks to whole [num_rows, vocab] on rank 0.
+
+        Args:
+            own: fp32 [num_rows, rows of this rank], the front of a tensor of as many rows as the widest rank has.
+            whole: on the other ranks, `own` itself.
+        """
+        widest = max(map(len, self.rows))
+        if own.shape[1] < widest:
+            own = torch.nn.functional.pad(own, (0, widest - own.shape[1]))
+        if self.logits is None:
+            self.collectives.gather(own, None)
+            return
+        parts = self.logits[: len(self.rows) * own.numel()].view(len(self.rows), *own.shape)
+        self.collectives.gather(own, parts)
+        for part, rows in zip(parts, self.rows, strict=True):
+            whole[:, rows.start : rows.stop].copy_(part[:, : len(rows)])

@@ -1,0 +1,156 @@
+"""`DeviceCollectives`: through NCCL on GPUs, and through the host's memory for ranks on the CPU, as in tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from llmengine.backends.cuda.peers import DeviceCollectives
+from llmengine.backends.ranks import Collectives
+from llmengine.backends.ranks.backend import OpenCollectives
+
+_torch: Any = distributed  # whose stubs lack most of what is used here
+
+# Rank 0 finds out what is late, and aborts; NCCL's own clock must not end processes before.
+_OPERATION_TIMEOUT = timedelta(days=7)
+_NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+class RankCollectives(DeviceCollectives, OpenCollectives, Protocol):
+    """Collectives of tensors on devices."""
+
+
+class HostCollectives:
+    """Collectives of tensors in host memory, done when they are called."""
+
+    description = "shared memory"
+
+    def __init__(self, own: Collectives) -> None:
+        self._own = own
+        self.rank, self.size = own.rank, own.size
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._own.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self.rank:
+            tensor.zero_()
+        self._own.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor, parts: Tensor | None) -> None:
+        found = self._own.gather(tensor)
+        if parts is not None:
+            assert found is not None
+            torch.stack(found, out=parts)
+
+    def abort(self) -> None:
+        """Nothing: operations that wait look for failures themselves."""
+
+    def close(self) -> None:
+        """Nothing: the memory is the group's."""
+
+
+class NcclCollectives:
+    """Collectives by NCCL, queued in the current stream of the device.
+
+    No global process group is made, and torch's watchdog ends no process of ours.
+
+    Args:
+        store: where the ranks meet.
+        deterministic: sums are in the order of ranks, in float32, whatever the size: NCCL chooses an algorithm, and
+            with it an order, by the size of a tensor. Costs a copy of every rank's tensor.
+    """
+
+    def __init__(
+        self, store: TCPStore, rank: int, size: int, device: torch.device, *, deterministic: bool = False
+    ) -> None:
+        self.rank, self.size = rank, size
+        self._device = device
+        self._deterministic = deterministic
+        kind: Any = _torch.ProcessGroupNCCL
+        options = kind.Options()
+        options._timeout = _OPERATION_TIMEOUT
+        with _environment(_NO_WATCHDOG):
+            self._group: Any = kind(store, rank, size, options)
+
+    @property
+    def description(self) -> str:
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        return f"NCCL {version}" + (" in the order of ranks" if self._deterministic else "")
+
+    def connect(self) -> None:
+        """Meet the other ranks, which call this too. Blocks without the GIL; `abort` ends that."""
+        with torch.cuda.device(self._device):
+            met = torch.ones(self.size, dtype=torch.int32, device=self._device)
+            self._wait(self._group.allreduce([met], _options(_torch.AllreduceOptions())))
+            if self.rank == 0:
+                self.gather(met, met.new_empty(self.size, self.size))
+            else:
+                self.gather(met, None)
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if not self._deterministic or not tensor.is_floating_point():
+            self._wait(self._group.allreduce([tensor], _options(_torch.AllreduceOptions())))
+            return
+        parts = tensor.new_empty(self.size, *tensor.shape)
+        outputs = [list(parts.unbind())]
+        self._wait(self._group.allgather(outputs, [tensor], _options(_torch.AllgatherOptions())))
+        add_in_order(parts, tensor)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._wait(self._group.broadcast([tensor], _options(_torch.BroadcastOptions())))
+
+    def gather(self, tensor: Tensor, parts: Tensor | None) -> None:
+        outputs = [] if parts is None else [list(parts.unbind())]
+        self._wait(self._group.gather(outputs, [tensor.contiguous()], _options(_torch.GatherOptions())))
+
+    def abort(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+
+    def close(self) -> None:
+        self.abort()
+        self._group = None
+
+    def _wait(self, work: Any) -> None:
+        """Have the current stream wait; the host does not."""
+        if work is not None:
+            work.wait()
+
+
+def add_in_order(parts: Tensor, out: Tensor) -> None:
+    """Write the sum of parts [size, ...] to `out`, added one after the other in float32."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total += part
+    out.copy_(total)
+
+
+def _options(options: Any) -> Any:
+    """The same, for an operation in the current stream where torch can do that, else in one beside it."""
+    if hasattr(options, "asyncOp"):
+        options.asyncOp = False
+    return options
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment that a constructor reads."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

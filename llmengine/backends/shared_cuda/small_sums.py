@@ -1,0 +1,167 @@
+"""Sums of small tensors by kernels of our own where they are faster, and everything else by NCCL."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives
+from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
+from llmengine.kernels.peer_sum import PeerMemory, can_sum, sum_over_peers
+
+Way = Literal["other", "one_shot", "two_shots"]
+WAYS: Sequence[Way] = ("other", "one_shot", "two_shots")
+
+SIZES = tuple(1 << bits for bits in range(13, 23))
+"""Bytes that ways are measured at: 8 KiB to 4 MiB."""
+
+_ELEMENT = torch.bfloat16
+_CALLS = 20
+_REPEATS = 7
+
+_logger = logging.getLogger("llmengine.backends.shared_cuda")
+
+
+class OpenMemory(Protocol):
+    """Memory that ranks map."""
+
+    memory: PeerMemory
+
+    def release(self) -> None:
+        """End every sum that waits for another rank, now and later."""
+
+    def close(self) -> None:
+        """Free it; nothing may be queued. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumWays:
+    """How tensors are summed, by their size: up to so many bytes in such a way, and beyond the last by the other."""
+
+    limits: Sequence[tuple[int, Way]]
+
+    def way_of(self, num_bytes: int) -> Way:
+        """The way for a tensor of so many bytes."""
+        return next((way for limit, way in self.limits if num_bytes <= limit), "other")
+
+    @property
+    def description(self) -> str:
+        """The sizes from which on something else is used, for people."""
+        parts = [f"{way.replace('_', ' ')} up to {limit >> 10} KiB" for limit, way in self.limits if way != "other"]
+        return ", ".join(parts)
+
+
+class SmallSums:
+    """`DeviceCollectives` that sums small tensors through memory that ranks map.
+
+    Args:
+        other: everything else.
+    """
+
+    def __init__(self, other: RankCollectives, memory: OpenMemory, ways: SumWays) -> None:
+        self.rank, self.size = other.rank, other.size
+        self._other = other
+        self._memory = memory
+        self._ways = ways
+
+    @property
+    def description(self) -> str:
+        ours = self._ways.description
+        return f"{ours}, else {self._other.description}" if ours else self._other.description
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        way = self._ways.way_of(tensor.nbytes)
+        if way == "other" or not can_sum(self._memory.memory, tensor):
+            self._other.all_reduce(tensor)
+        else:
+            sum_over_peers(self._memory.memory, tensor, 1 if way == "one_shot" else 2)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._other.broadcast(tensor)
+
+    def gather(self, tensor: Tensor, parts: Tensor | None) -> None:
+        self._other.gather(tensor, parts)
+
+    def abort(self) -> None:
+        self._memory.release()
+        self._other.abort()
+
+    def close(self) -> None:
+        self._other.close()
+        self._memory.close()
+
+
+def measured_ways(other: RankCollectives, memory: PeerMemory, device: torch.device) -> SumWays:
+    """The fastest way at each size, as rank 0 measures it; all ranks call this together."""
+    times = torch.zeros(len(SIZES), len(WAYS), device=device)
+    for row, size in enumerate(SIZES):
+        tensor = torch.zeros(size // _ELEMENT.itemsize, dtype=_ELEMENT, device=device)
+        for column, way in enumerate(WAYS):
+            times[row, column] = time_together(_sum_in(way, other, memory), tensor)
+    other.broadcast(times)  # every rank does as rank 0 found
+    return ways_from(times.tolist())
+
+
+def ways_from(times_us: Sequence[Sequence[float]]) -> SumWays:
+    """The fastest way up to each size, from microseconds [sizes, ways]."""
+    limits: list[tuple[int, Way]] = []
+    for size, row in zip(SIZES, times_us, strict=True):
+        way = WAYS[min(range(len(WAYS)), key=row.__getitem__)]
+        if limits and limits[-1][1] == way:
+            limits[-1] = (size, way)
+        else:
+            limits.append((size, way))
+    if limits[-1][1] == "other":
+        limits.pop()
+    _logger.info("sums: %s", dict(zip(SIZES, times_us, strict=True)))
+    return SumWays(limits)
+
+
+def time_together(function: Callable[[Tensor], None], tensor: Tensor) -> float:
+    """Microseconds of one call in a CUDA graph of many; all ranks call this together, and replay as often."""
+    function(tensor)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads of the program may use CUDA
+        for _ in range(_CALLS):
+            function(tensor)
+    times = []
+    for _ in range(_REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()  # the ranks meet in it
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) * 1000.0 / _CALLS)
+    return statistics.median(times)
+
+
+def _sum_in(way: Way, other: RankCollectives, memory: PeerMemory) -> Callable[[Tensor], None]:
+    if way == "other":
+        return other.all_reduce
+    shots = 1 if way == "one_shot" else 2
+    return lambda tensor: sum_over_peers(memory, tensor, shots)
+
+
+def with_small_sums(nccl: NcclCollectives, store: TCPStore, device: torch.device) -> RankCollectives:
+    """Meet the other ranks, which call this too; sums are done by what is fastest at each size.
+
+    Where GPUs cannot map each other's memory, that is NCCL.
+    """
+    torch.cuda.set_device(device)
+    nccl.connect()
+    try:
+        memory = IpcPeerMemory(store, nccl.rank, nccl.size, device, SIZES[-1])
+    except (ImportError, RuntimeError) as error:
+        _logger.warning("all sums are NCCL's, since the GPUs cannot map each other's memory: %s", error)
+        return nccl
+    ways = measured_ways(nccl, memory.memory, device)
+    return SmallSums(nccl, memory, ways)

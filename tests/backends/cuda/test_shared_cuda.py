@@ -1,0 +1,175 @@
+"""Tensor parallelism of the CUDA backend with real processes: on GPUs, or on a CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from llmengine.backends.blocks_in_use import source_in_use
+from llmengine.backends.ranks.backend import PreparingRanksBackend
+from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
+from llmengine.checkpoints.opening import open_model
+from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.errors import EngineDeadError
+from llmengine.sampling_params import SamplingParams
+from tests.backends.cuda.helpers import load_cuda
+from tests.backends.helpers import BackendDriver, DrivenRequest, reference_greedy, reference_logprobs, save_tiny
+from tests.models.family_helpers import make_family
+
+SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
+ONE_LAYER = {**SMALL, "num_hidden_layers": 1}
+PROMPT = [5, 90, 17, 44, 23, 8, 71]
+
+
+@contextmanager
+def load_shared(directory: Path, device: str, size: int, **settings: Any) -> Iterator[PreparingRanksBackend]:
+    """As `helpers.load_cuda`, over `size` ranks."""
+    if device == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    config = ModelConfig(
+        directory,
+        scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
+        **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
+    ).resolve()
+    source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
+    devices = [torch.device(device, rank if device == "cuda" else 0) for rank in range(size)]
+    backend = load_shared_cuda_backend(config, source, devices)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A model on two ranks, and transformers' own."""
+
+    directory: Path
+    reference: Any
+    backend: PreparingRanksBackend
+    driver: BackendDriver
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Shared]:
+    directory = tmp_path_factory.mktemp("tiny")
+    reference = save_tiny(directory, **SMALL, attention_bias=True, mlp_bias=True)
+    with load_shared(directory, device, 2) as backend:
+        yield Shared(directory, reference, backend, BackendDriver(backend))
+
+
+def ranks() -> set[psutil.Process]:
+    """Processes of ranks that this one started."""
+    found = psutil.Process().children(recursive=True)
+    return {one for one in found if any("ranks/process.py" in word for word in one.cmdline())}
+
+
+def test_tokens_of_steps_in_flight_are_those_of_one_process(shared: Shared) -> None:
+    """The other rank gets the ids that rank 0 sampled while the host of neither has seen them."""
+    backend, driver = shared.backend, shared.driver
+    requests = [driver.add(2, PROMPT[:3]), driver.add(0, PROMPT)]
+    driver.step(*[(request, len(request.token_ids)) for request in requests])
+    for _ in range(2):
+        backend.launch(driver.batch(*[(request, 1) for request in requests]))
+        for request in requests:
+            request.token_ids.append(-1)
+    for behind in (2, 1):
+        result = backend.collect()
+        for request in requests:
+            [request.token_ids[-behind]] = result.token_ids[request.slot]
+    assert [one.output_ids for one in requests] == [
+        reference_greedy(shared.reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
+    ]
+
+
+def test_log_probabilities_of_prompts_and_scores(shared: Shared) -> None:
+    driver = shared.driver
+    # A step that draws, whose only candidate is the likeliest token.
+    params = SamplingParams(temperature=1.0, top_k=1, logprobs=2, prompt_logprobs=2)
+    request = driver.add(1, PROMPT, params)
+    result = driver.step((request, len(PROMPT)))
+    assert request.output_ids == reference_greedy(shared.reference, PROMPT, 1)
+    expected = reference_logprobs(shared.reference, PROMPT)
+    for entry, row, token in zip(result.prompt_logprobs[1], expected, PROMPT[1:], strict=False):
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert entry.top_ids == tuple(row.topk(2).indices.tolist())
+    scored = driver.add(3, PROMPT)
+    logits = [rows.float().cpu().clone() for rows in shared.backend.score(driver.batch((scored, len(PROMPT))))]
+    torch.testing.assert_close(torch.log_softmax(torch.cat(logits), dim=-1), expected, atol=2e-4, rtol=0)
+
+
+def test_quiet_moments_are_used_together(shared: Shared) -> None:
+    assert shared.backend.prepare()
+    request = shared.driver.add(0, PROMPT[:1])
+    assert shared.driver.generate([request], 1) == [reference_greedy(shared.reference, PROMPT[:1], 1)]
+
+
+def test_the_whole_model_comes_back(shared: Shared) -> None:
+    given = dict(open_model(shared.directory).weights(torch.float32))
+    for name, tensor in shared.backend.weights():
+        assert torch.equal(tensor, given.pop(name)), name
+    assert not given
+    info = shared.backend.info
+    assert "2 ranks share each matrix" in info.description
+    assert info.vocab_size == SMALL["vocab_size"]
+    assert info.kv_bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, tokens, dimensions
+
+
+def test_a_rank_that_dies_ends_all(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path, **ONE_LAYER)
+    before = ranks()
+    with load_shared(tmp_path, device, 2) as backend:
+        (rank,) = ranks() - before
+        driver = BackendDriver(backend)
+        rank.kill()
+        with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .*SIGKILL"):
+            driver.generate([driver.add(0, PROMPT)], 2)
+    assert ranks() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (3, {}),  # 4 heads, of which 2 ranks share one of keys and values
+        (2, {"deterministic": True}),
+        (2, {"quant_config": QuantConfig(weights="int8")}),
+        (2, {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)}),
+    ],
+    ids=["3 ranks", "deterministic", "int8", "int4"],
+)
+def test_options(tmp_path: Path, device: str, size: int, settings: dict[str, Any]) -> None:
+    save_tiny(tmp_path, **{**ONE_LAYER, "hidden_size": 64, "intermediate_size": 128})
+    with load_shared(tmp_path, device, size, **settings) as backend:
+        driver = BackendDriver(backend)
+        outputs = driver.generate([driver.add(1, PROMPT)], 3)
+    assert outputs == _alone(tmp_path, device, 3, **settings)
+
+
+def _alone(directory: Path, device: str, num_tokens: int, **settings: Any) -> list[list[int]]:
+    """What one process says."""
+    backend = load_cuda(directory, device, **settings)
+    driver = BackendDriver(backend)
+    outputs = driver.generate([driver.add(1, PROMPT)], num_tokens)
+    backend.close()
+    return outputs
+
+
+@pytest.mark.slow
+def test_a_model_of_generic_segments(tmp_path: Path, device: str) -> None:
+    """Gemma 2 has norms after the sums, a soft cap of the logits, and tied embeddings that are scaled."""
+    model = make_family("gemma2")
+    model.save_pretrained(tmp_path)
+    with load_shared(tmp_path, device, 2) as backend:
+        driver = BackendDriver(backend)
+        request: DrivenRequest = driver.add(1, PROMPT)
+        driver.generate([request], 2)
+    assert request.output_ids == reference_greedy(model, PROMPT, 2)
