@@ -55,6 +55,9 @@ def add_serve_command(commands: Any) -> None:
     serve.add_argument(
         "--max-stored-bytes", type=int, metavar="N", help="memory for responses that /v1/responses stores; 0: none"
     )
+    serve.add_argument(
+        "--tool-format", metavar="NAME", help="form of tool calls, such as hermes (default: the chat template's)"
+    )
     serve.add_argument("--request-timeout", type=float, metavar="SECONDS", help="end requests after this time")
     serve.add_argument(
         "--metric-names",
@@ -92,6 +95,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         cors_origins=arguments.cors_origin,
         metric_names=arguments.metric_names,
         playground=not arguments.no_playground,
+        tool_format=arguments.tool_format,
         **{name: value for name, value in limits.items() if value is not None},
     ).resolve()
     # Loaded before the server starts, so that a fault is reported as those of other commands are.

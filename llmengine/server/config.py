@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from llmengine.chat.answers.formats import TOOL_FORMATS
 from llmengine.checks import require_choice, require_text, requirement
 from llmengine.errors import ConfigError
 from llmengine.observability.metric_list import MetricNames
@@ -34,6 +35,8 @@ class ServerConfig(Settings):
         max_stored_bytes: bytes of memory for responses that `/v1/responses` stores, by default each one; the least
             recently used make room. 0: none is stored.
         request_timeout_s: seconds after which a request ends with 504, or with an error event in a stream; None: never.
+        tool_format: the form of tool calls for all chats with tools, see `TemplateKeywords`; None: the chat template's.
+            With it, models whose template does not use tools take them as well.
         drain_s: seconds that running requests have left when the application loaded the model and shuts down.
         metrics: count for Prometheus, and serve the counts at `/metrics`, which needs no key.
         metric_names: "llmengine" for `llmengine_*`, "vllm" for vLLM's names where it has the metric, "both" for all.
@@ -53,6 +56,7 @@ class ServerConfig(Settings):
     max_total_tokens: int | None = None
     max_stored_bytes: int = 64 * 2**20
     request_timeout_s: float | None = None
+    tool_format: str | None = None
     drain_s: float = 20.0
     metrics: bool = True
     metric_names: MetricNames = "llmengine"
@@ -85,6 +89,8 @@ class ServerConfig(Settings):
         require_int("max_stored_bytes", self.max_stored_bytes, 0)
         if self.request_timeout_s is not None:
             require_number("request_timeout_s", self.request_timeout_s, 0.0, _MOST_S, low_open=True)
+        if self.tool_format is not None:
+            require_choice("tool_format", self.tool_format, tuple(TOOL_FORMATS), error=ConfigError)
         require_number("body_timeout_s", self.body_timeout_s, 0.0, _MOST_S, low_open=True)
         require_number("drain_s", self.drain_s, 0.0, _MOST_S)
         require_bool("metrics", self.metrics)

@@ -113,7 +113,7 @@ class Service:
                 self._limited(call.params),
                 streaming,
                 **self._options(scope, call.priority, request_id),
-                **call.template,
+                **self._template(call),
                 **_tool_keywords(call),
             )
         except TypeError as error:
@@ -124,7 +124,7 @@ class Service:
         """Number of tokens of a chat's prompt. Raises what `start_chat` raises."""
         try:
             return await asyncio.to_thread(
-                self.llm.count_tokens, call.messages, tools=call.tools or None, **call.template
+                self.llm.count_tokens, call.messages, tools=call.tools or None, **self._template(call)
             )
         except TypeError as error:
             raise InvalidRequestError(f"the chat template does not take that: {error}") from error
@@ -166,6 +166,11 @@ class Service:
             return False
         form = self.llm.answer_format(has_tools=False)
         return form.reasoning is None and not form.ignored
+
+    def _template(self, call: ChatCall) -> dict[str, Any]:
+        """The keywords of the chat template."""
+        form = self.config.tool_format
+        return {**call.template, "tool_format": form} if call.tools and form is not None else dict(call.template)
 
     def _limited(self, params: SamplingParams) -> SamplingParams:
         limit = self.config.max_total_tokens

@@ -158,3 +158,22 @@ def test_none_calls_nothing(client: openai.OpenAI) -> None:
 def test_faults_of_choices_are_named(client: openai.OpenAI, given: Any, message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         ask(client, "x", **given)
+
+
+def test_templates_without_tools_take_them_in_a_form_that_the_server_chooses() -> None:
+    asked: dict[str, Any] = {
+        "model": "fake",
+        "messages": [{"role": "user", "content": f"say {call('time')}"}],
+        "tools": TOOLS,
+    }
+    for name in (None, "hermes"):
+        llm = fake_llm(next_token, tokenizer=ChatByteTokenizer())
+        config = ServerConfig(model_name="fake", tool_format=name)
+        with serving_llm(llm, config) as server, server.client() as client:
+            if name is None:
+                with pytest.raises(openai.BadRequestError, match="does not use tools"):
+                    client.chat.completions.create(**asked)
+            else:
+                answer = client.chat.completions.create(**asked).choices[0]
+                assert answer.finish_reason == "tool_calls"
+                assert [each.function.name for each in answer.message.tool_calls] == ["time"]
