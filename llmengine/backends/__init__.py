@@ -58,6 +58,11 @@ def load_backend(
     """
     assert loaded_formats(source, config.quant_config) == source.formats, "quantized_source() was not called"
     device = choose_device(config.device)
+    if device != "cpu" and config.parallel_config.tp_size > 1 and source.arch.qk_norm == "projection":
+        raise ConfigError(
+            f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu' for {source.arch.architecture}: "
+            "its norms of q and k are over all heads, whose squares ranks do not add up on GPUs"
+        )
     if device == "cpu":
         if config.backend == "tensorrt":
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
