@@ -60,8 +60,8 @@ def load_backend(
     device = choose_device(config.device)
     if device != "cpu" and config.parallel_config.tp_size > 1 and source.arch.qk_norm == "projection":
         raise ConfigError(
-            f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu' for {source.arch.architecture}: "
-            "its norms of q and k are over all heads, whose squares ranks do not add up on GPUs"
+            f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu': the norms of q and k of "
+            f"{source.arch.architecture} are over all heads, and ranks on GPUs do not add up the squares of theirs"
         )
     if device == "cpu":
         if config.backend == "tensorrt":
