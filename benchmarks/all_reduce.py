@@ -58,6 +58,7 @@ def serve(channel: RankChannel, payload: bytes) -> None:
     store = connect_store("127.0.0.1", port, _TIMEOUT_S) if device == "cuda" else None
     measure(make_rank(channel.rank, channel.size, device, store, channel.collectives), sizes)
     channel.reply(b"")
+    channel.receive()  # a rank that ends before the group is closed has failed
 
 
 def make_rank(rank: int, size: int, device_name: str, store: TCPStore | None, host: Collectives) -> Rank:

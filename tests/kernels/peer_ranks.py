@@ -74,3 +74,4 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         for index, (result, call) in enumerate(zip(results, calls, strict=True))
     ]
     channel.reply(pickle.dumps(good))
+    channel.receive()  # a rank that ends before the group is closed has failed
