@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmengine.batch import TokenLogprobs
-from llmengine.chat.answers.answer_log import AnswerLog
+from llmengine.chat.answers.answer_log import AnswerLog, PieceParser
 from llmengine.chat.answers.events import Answer, AnswerEvent, TextDelta, ToolCall
 from llmengine.errors import LLMEngineError
 
@@ -322,6 +322,11 @@ class GenerationOutput:
         Those of a stream add up to the final `answer`. The list is empty while text may still turn out to be a marker.
         """
         return self._events(self._begin)
+
+    @property
+    def new_answer_parser(self) -> Callable[[], PieceParser] | None:
+        """Makes a parser that divides the text as `answer` does; None unless the prompt is a conversation."""
+        return None if self._log.answer is None else self._log.answer.new_parser
 
     @property
     def reasoning(self) -> str | None:

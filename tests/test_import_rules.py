@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         *(*DATA, "backends", "backends.blocks_in_use", "backends.cpu", "backends.ranks", "backends.shared_weights"),
         *("backends.shared_cpu_passes", "checkpoints", "models"),
     },
-    "backends.shared_cpu_passes": {*DATA, "backends.cpu", "backends.ranks", "models"},
+    "backends.shared_cpu_passes": {*DATA, "backends.cpu", "backends.ranks", "backends.shared_weights", "models"},
     "backends.shared_weights": {*DATA, "backends.ranks", "checkpoints"},
     "backends.shared_cuda": {
         *(*DATA, "backends", "backends.blocks_in_use", "backends.cuda", "backends.ranks", "checkpoints", "kernels"),

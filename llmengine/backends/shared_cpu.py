@@ -44,9 +44,8 @@ from llmengine.backends.shared_cpu_passes import (
     NextWeight,
     RecordedTables,
     StagesAhead,
-    tensor_of,
 )
-from llmengine.backends.shared_weights import heard_source, is_calibrated, told_source
+from llmengine.backends.shared_weights import heard_source, is_calibrated, tensor_of, told_source
 from llmengine.batch import BackendInfo
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source

@@ -8,7 +8,6 @@ comes when a micro-batch is launched: each stage computes it when it gets there,
 from __future__ import annotations
 
 import contextlib
-import io
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from llmengine.backends.cpu.step_inputs import BlockTables, HostSlotState, StepI
 from llmengine.backends.cpu.weights import CpuModel
 from llmengine.backends.ranks.channel import RankChannel
 from llmengine.backends.ranks.group import RankGroup
+from llmengine.backends.shared_weights import tensor_bytes
 from llmengine.batch import Batch, StepResult
 from llmengine.models.stages import Stage
 
@@ -314,17 +314,3 @@ class Follower:
             self._weights = self._model.canonical()
         _, tensor = next(self._weights)
         self._channel.reply(tensor_bytes(tensor))
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor of any dtype; torch pickles numbers of 8 bits wrongly, but saves them right."""
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    return buffer.getvalue()
-
-
-def tensor_of(message: bytes) -> Tensor:
-    """Undoes `tensor_bytes`."""
-    tensor = torch.load(io.BytesIO(message), weights_only=True)
-    assert isinstance(tensor, Tensor), tensor
-    return tensor

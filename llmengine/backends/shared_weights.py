@@ -1,4 +1,6 @@
-"""Weights that are calibrated: rank 0 does that, and the other ranks get each tensor as it comes.
+"""Tensors between ranks: of shards that are put together, and of weights that are calibrated.
+
+Rank 0 calibrates, and the other ranks get each tensor as it comes.
 
 A calibration runs all texts through all layers, so ranks that each did so would take as many times the processors, and
 would have to agree to the last bit. What it gives is a stream of tensors. Every rank cuts its part from each of them.
@@ -7,6 +9,7 @@ would have to agree to the last bit. What it gives is a stream of tensors. Every
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 
@@ -55,6 +58,20 @@ def heard_source(source: ModelSource, config: QuantConfig, channel: RankChannel)
 
     formats = loaded_formats(source, config)
     return dataclasses.replace(source, formats=formats, stream=stream, stream_slices=None, unrounded=None)
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor of any dtype; torch pickles numbers of 8 bits wrongly, but saves them right."""
+    buffer = io.BytesIO()
+    torch.save(tensor, buffer)
+    return buffer.getvalue()
+
+
+def tensor_of(message: bytes) -> Tensor:
+    """Undoes `tensor_bytes`."""
+    tensor = torch.load(io.BytesIO(message), weights_only=True)
+    assert isinstance(tensor, Tensor), tensor
+    return tensor
 
 
 _END = b""

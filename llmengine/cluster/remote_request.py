@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmengine.chat.answers.answer_log import AnswerLog
 from llmengine.cluster.router import PrefixKeys
 from llmengine.cluster.wire import ChatCall, Delta, End, Head, Submit
 from llmengine.engine.stream import FamilyStream, OutputStream, Stream
@@ -183,6 +184,8 @@ def _apply_head(log: OutputLog, head: Head) -> None:
     log.prompt = head.prompt
     log.prompt_token_ids = head.prompt_token_ids
     log.num_cached_tokens = head.num_cached_tokens
+    if head.new_answer_parser is not None and log.answer is None:
+        log.answer = AnswerLog(head.new_answer_parser)
     log.prompt_logprobs = None if head.prompt_logprobs is None else list(head.prompt_logprobs)
     if head.queued_s is not None and log.first_scheduled is None:
         log.first_scheduled = min(log.queued + head.queued_s, time.monotonic())

@@ -163,7 +163,14 @@ def _head(output: GenerationOutput) -> Head:
     timeline = output.timeline
     queued_s = None if timeline.first_scheduled is None else timeline.first_scheduled - timeline.queued
     prompt_ids = tuple(output.prompt_token_ids)
-    return Head(output.prompt, prompt_ids, output.prompt_logprobs, output.num_cached_tokens, queued_s)
+    return Head(
+        output.prompt,
+        prompt_ids,
+        output.prompt_logprobs,
+        output.num_cached_tokens,
+        queued_s,
+        output.new_answer_parser,
+    )
 
 
 def _token_texts(output: GenerationOutput, *, with_prompt: bool) -> dict[tuple[int, int], str] | None:

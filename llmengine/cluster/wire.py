@@ -7,11 +7,12 @@ its latest update. Tuples are pickled in a third of the time that dataclasses ta
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from llmengine.batch import BackendInfo, TokenLogprobs
+from llmengine.chat.answers.answer_log import PieceParser
 from llmengine.engine.stats import EngineHealth, EngineStats
 from llmengine.errors import LLMEngineError, RequestFailedError
 from llmengine.outputs import FinishReason
@@ -52,13 +53,16 @@ Command = Submit | Abort | Hold
 
 
 class Head(NamedTuple):
-    """What is known of an output when its first token is: its prompt, and how long it waited for its first step."""
+    """What is known of an output with its first token: its prompt, how long it waited for its first step, and how the
+    answer to a conversation is divided.
+    """
 
     prompt: str | None
     prompt_token_ids: Sequence[int]
     prompt_logprobs: Sequence[TokenLogprobs | None] | None
     num_cached_tokens: int
     queued_s: float | None
+    new_answer_parser: Callable[[], PieceParser] | None
 
 
 class End(NamedTuple):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
+import pickle
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
 from llmengine import LLM, GenerationOutput, SamplingParams
 from llmengine.batch import Batch
+from llmengine.chat.answers import Answer
 from llmengine.cluster import Cluster, ClusterConfig
 from llmengine.cluster.transport import LocalTransport
-from llmengine.cluster.wire import Abort, Command
+from llmengine.cluster.wire import Abort, Command, ReplicaInfo, Update
 from llmengine.config import SchedulerConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import (
@@ -28,9 +31,32 @@ from llmengine.errors import (
     ReplicaDeadError,
 )
 from llmengine.testing import ChatByteTokenizer
+from tests.chat.answers.test_chats_with_tools import ASK, CALL, HERMES, WEATHER
+from tests.chat.answers.tokens import MarkerTokenizer, saying
 from tests.engine.helpers import WAIT_S, StepGate, assert_idle, make_llm, oracle, timeout, tokens
 
+T = TypeVar("T")
+
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class Pickling(LocalTransport):
+    """Pickles what travels, as Ray would."""
+
+    async def start(self) -> ReplicaInfo:
+        return copied(await super().start())
+
+    async def send(self, commands: Sequence[Command]) -> None:
+        await super().send(copied(commands))
+
+    async def updates(self) -> AsyncIterator[Update]:
+        async for update in super().updates():
+            yield copied(update)
+
+
+def copied(value: T) -> T:
+    """What arrives of a value at the other end of a wire."""
+    return pickle.loads(pickle.dumps(value))  # type: ignore[no-any-return]
 
 
 async def make_cluster(make: Callable[[int], LLM] | None = None, **config: Any) -> Cluster:
@@ -76,6 +102,28 @@ async def test_outputs_are_those_of_an_llm(name: str) -> None:
         expected = REQUESTS[name](llm).result()
     async with timeout(), await make_cluster() as cluster:
         assert whole(await REQUESTS[name](cluster)) == whole(expected)
+
+
+async def test_answers_are_divided_as_those_of_an_llm() -> None:
+    said = f"<think>Hm.</think>Let me look.\n{CALL}"
+
+    def make(number: int) -> LLM:
+        tokenizer = MarkerTokenizer(HERMES)
+        return LLM.from_backend(lambda: saying(said, tokenizer), tokenizer=tokenizer)
+
+    def begin(llm: Any) -> RequestHandle:
+        return llm.chat_async(ASK, tokens(500), streaming=True, tools=[WEATHER])  # type: ignore[no-any-return]
+
+    with make(0) as llm:
+        expected = begin(llm).result()
+    async with timeout(), await make_cluster(make) as cluster:
+        events = []
+        async for output in begin(cluster):
+            events += output.answer_delta
+    assert output.answer == Answer.of(events)
+    assert (output.reasoning, output.content) == (expected.reasoning, expected.content) == ("Hm.", "Let me look.")
+    (call,), (expected_call,) = output.tool_calls, expected.tool_calls
+    assert dataclasses.replace(call, id="") == dataclasses.replace(expected_call, id="")
 
 
 async def test_streams_add_up_to_the_final_output() -> None:

@@ -26,12 +26,15 @@ class AnswerLog:
 
     Args:
         new_parser: makes the parser when events are first read.
+
+    Attributes:
+        new_parser: the same, for a log of the same answer in another process; it can be pickled.
     """
 
-    __slots__ = ("_events", "_lock", "_new_parser", "_parser")
+    __slots__ = ("_events", "_lock", "_parser", "new_parser")
 
     def __init__(self, new_parser: Callable[[], PieceParser]) -> None:
-        self._new_parser = new_parser
+        self.new_parser = new_parser
         self._parser: PieceParser | None = None
         self._events: list[list[AnswerEvent]] = []  # by piece; at last those that finish the answer
         self._lock = threading.Lock()
@@ -51,7 +54,7 @@ class AnswerLog:
 
     def _parse(self, pieces: Sequence[str], end: int, num_tokens: int, final: bool) -> None:
         if self._parser is None:
-            self._parser = self._new_parser()
+            self._parser = self.new_parser()
         for index in range(len(self._events), end):
             self._events.append(self._parser.feed(pieces[index], is_token=index < num_tokens))
         if final and len(self._events) == len(pieces):
