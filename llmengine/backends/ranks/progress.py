@@ -95,7 +95,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A rank that is stuck, for how long it was watched without progress, and whether it slept meanwhile."""
+    """A rank that is stuck, for how long it was watched without progress, and whether it has slept since, for the
+    greater part.
+    """
 
     rank: int
     for_s: float
@@ -137,7 +139,7 @@ class StuckJudge:
         for rank, now in enumerate(seen[1:], 1):
             still_s, asleep_s = self._still_s[rank], self._asleep_s[rank]
             if asleep_s >= limit_s or still_s >= busy_limit_s + _TIMES_RANK_0 * self._pace_s:
-                return Stuck(rank, still_s, asleep_s >= limit_s, now.what)
+                return Stuck(rank, still_s, asleep_s > still_s / 2, now.what)
         return None
 
     def _note(self, rank: int, now: Seen, since_s: float) -> None:

@@ -81,7 +81,7 @@ class RankWatch:
     def __init__(self, ranks: Sequence[WatchedRank], size: int, progress: Progress) -> None:
         self._ranks = ranks
         self._size = size
-        self._progress = progress
+        self._progress: Progress | None = progress
         self._activities = {rank.rank: Activity(rank.process.pid) for rank in ranks}
         self._judge = StuckJudge(size, lambda rank: self._activities[rank].sleeps())
         self._looked_at = time.monotonic()
@@ -115,6 +115,7 @@ class RankWatch:
             self._thread.join()
         self._waker.close()
         self._woken.close()
+        self._progress = None  # its memory is a file that the process has open
 
     def all_ready(self) -> bool:
         """Whether every rank has its target."""
@@ -261,13 +262,13 @@ class RankWatch:
         self._stopped = stopped
 
     def _look_at_progress(self) -> None:
-        now = time.monotonic()
+        now, progress = time.monotonic(), self._progress
         since_s = now - self._looked_at
-        if self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
+        if progress is None or self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
             return
         self._looked_at = now
         busy_after_s = max(self.stuck_after_s, self.busy_after_s)
-        stuck = self._judge.look(self._progress.look(), since_s, self.stuck_after_s, busy_after_s)
+        stuck = self._judge.look(progress.look(), since_s, self.stuck_after_s, busy_after_s)
         if stuck is not None:
             self._stuck(stuck)
 

@@ -130,6 +130,8 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
 ) -> None:
     with open_group(3, 3.0, collectives) as group:
         ranks = pids(group)
+        group.broadcast(b"sum 4")  # afterwards the ranks are connected
+        add_up(group)
         group.broadcast(command)
         with pytest.raises(
             EngineDeadError, match=r"rank 1 of 3 .*did not take part in a collective within 3 s"

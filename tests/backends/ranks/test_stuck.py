@@ -81,6 +81,16 @@ def test_a_sleeping_rank_is_stuck_even_while_rank_0_works() -> None:
     assert result[0] <= LIMIT_S + TICK_S
 
 
+def test_a_rank_that_fell_asleep_after_its_last_mark_is_said_to_sleep() -> None:
+    found = StuckJudge(2, lambda rank: next(asleep))
+    for number_awake, says_asleep in ((1, True), (9, False)):
+        asleep = iter([False] * number_awake + [True] * 100)
+        found.look([Seen(number_awake, False), Seen(number_awake, False)], TICK_S, LIMIT_S)
+        looks = (found.look([Seen(0, False), Seen(9 + number_awake, True)], TICK_S, 10 * TICK_S) for _ in range(100))
+        stuck = next(one for one in looks if one is not None)
+        assert stuck.sleeps is says_asleep
+
+
 def test_stages_that_rank_0_waits_for_may_take_longer() -> None:
     seen = [Seen(1, False), Seen(1, True)]
     found = StuckJudge(2, lambda rank: False)
