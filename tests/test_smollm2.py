@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import importlib.util
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
-import psutil
 import pytest
 import torch
 
@@ -23,6 +21,7 @@ from llmengine import LLM, GenerationOutput, KvCacheConfig, ModelConfig, QuantCo
 from llmengine.checkpoints.gguf_file import read_gguf
 from llmengine.quant_config import KvQuantization
 from tests.backends.helpers import leave_products_to_torch
+from tests.memory import output_in_steady_heap
 
 pytestmark = pytest.mark.slow
 
@@ -192,19 +191,27 @@ def test_chat_answers(llm: LLM) -> None:
     assert "<|im_end|>" not in output.text
 
 
+GIVEN_BACK = """
+import gc, sys
+import psutil
+from llmengine import LLM, ModelConfig, SamplingParams
+
+def resident_mib():
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+def load_and_run():
+    with LLM(ModelConfig(sys.argv[1], device="cpu", dtype="float32")) as llm:
+        llm.generate([[1, 2, 3] * 100] * 8, SamplingParams(max_new_tokens=2, ignore_eos=True))
+        return resident_mib()
+
+load_and_run()  # the memory of imports and of torch's first threads stays
+before = resident_mib()
+print(before, load_and_run(), resident_mib())
+"""
+
+
 def test_close_gives_the_memory_back() -> None:
-    def resident_mib() -> float:
-        gc.collect()
-        return psutil.Process().memory_info().rss / 2**20
-
-    def load_and_run() -> float:
-        with LLM(ModelConfig(model_path(), dtype="float32")) as llm:
-            llm.generate([[1, 2, 3] * 100] * 8, SamplingParams(max_new_tokens=2, ignore_eos=True))
-            return resident_mib()
-
-    load_and_run()  # the memory of imports and of torch's first threads stays
-    before = resident_mib()
-    loaded = load_and_run()
-    after = resident_mib()
+    before, loaded, after = map(float, output_in_steady_heap(GIVEN_BACK, str(model_path())).split())
     assert loaded - before > 500, "the model was not resident"
     assert after - before < 100, f"{after - before:.0f} MiB stayed of {loaded - before:.0f}"
