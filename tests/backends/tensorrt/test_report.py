@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
     monkeypatch.setattr(backends, "choose_device", lambda name: device if device == "cpu" else f"{device}:0")
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def load(config: ModelConfig, source: ModelSource) -> Backend:
+    def load(config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None]) -> Backend:
         if config.backend == "torch":
-            return load_backend(config, source)
+            return load_backend(config, source, check_wanted)
         scheduler = config.scheduler_config
         profiles = make_profiles(scheduler.max_batch_size, scheduler.max_tokens_per_step)
         plan_set = fake_plan_set(segments_of(source.arch, "float32", profiles))
