@@ -50,10 +50,9 @@ class RemoteRequest:
         stream: its output, which handles read.
         prompt, params, options: what a replica is told to run.
         keys: its prompt for the router.
-        deadlines: option -> the moment that it stands for.
         replica: number of the replica that runs it; None while there is none.
         num_reruns: how often it was begun again because a replica died.
-        keep_prefix: of an abort that was asked for before there was a replica.
+        refused_by: replicas whose queues were full.
     """
 
     key: int
