@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmengine.batch import Backend, BackendInfo, SavableBackend
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.engine.blocking import result_of
 from llmengine.engine.engine import Engine
 from llmengine.engine.intake import Intake
 from llmengine.engine.owner import EngineOwner
@@ -174,7 +175,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         parts = _start(
             engine,
             threads,
-            loading_tokenizer.result,
+            partial(result_of, loading_tokenizer),
             source.eos_token_ids,
             source.generation_config,
             LoadedModel(resolved, source),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmengine.config import ModelConfig
+from llmengine.engine.blocking import result_of
 from llmengine.generate_all import generate_all
 from llmengine.llm_parts import LLMParts, LoadedModel, load_parts
 from llmengine.request_options import RequestOptions
@@ -97,7 +98,7 @@ def _evaluated(parts: LLMParts) -> EvaluatedModel:
     return EvaluatedModel(
         info=parts.info,
         weight_format="unknown" if model is None else str(model.formats),
-        file_bytes=None if model is None else engine.call(model.file_bytes).result(),
-        score=lambda token_ids, take: engine.score(token_ids, take).result(),
+        file_bytes=None if model is None else result_of(engine.call(model.file_bytes)),
+        score=lambda token_ids, take: result_of(engine.score(token_ids, take)),
         generate=generate,
     )

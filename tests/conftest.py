@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from hypothesis.internal.conjecture import providers
 
 MAX_PROCESSES = 4
 """More would need memory for as many models, and gain little: the longest file is about a quarter of the whole."""
 
+# Hypothesis also draws the constants of local modules that happen to be imported, which would make a test's examples
+# depend on the tests that ran before it in its process.
+providers.is_local_module_file = lambda path: False
 settings.register_profile("llmengine", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("llmengine")
 

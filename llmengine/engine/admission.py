@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from llmengine.config import SchedulerConfig
+from llmengine.engine.blocking import wait_in_pieces
 from llmengine.engine.fair_queue import FairQueue
 from llmengine.errors import QueueFullError
 
@@ -99,7 +100,7 @@ class Admission:
 
         applicant = self.apply(grant, tenant, priority)
         try:
-            event.wait()
+            wait_in_pieces(event.wait)
         except BaseException:  # KeyboardInterrupt
             if not self.withdraw(applicant):
                 event.wait()

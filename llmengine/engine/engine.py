@@ -25,6 +25,7 @@ import anyio
 from llmengine.batch import Backend, BackendInfo, PreparingBackend, WatchedBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.admission import Admission
+from llmengine.engine.blocking import result_of, wait_in_pieces
 from llmengine.engine.commands import CommandQueue
 from llmengine.engine.deadlines import Deadlines
 from llmengine.engine.kv_cache import KVCacheManager
@@ -105,7 +106,7 @@ class Engine:
     def start(self) -> BackendInfo:
         """Start the thread and block until the backend is ready. Raises what the factory raised."""
         self._thread.start()
-        return self._ready.result()
+        return result_of(self._ready)
 
     def submit(self, request: Request) -> None:
         """Hand over a request that holds an admission ticket, which a draining engine still honours.
@@ -171,7 +172,7 @@ class Engine:
         if self.is_forked or self._thread.ident is None:
             return True  # there is no thread; the system may have refused to start it
         if self._thread is not threading.current_thread():
-            wait([self._over], timeout_s)
+            wait_in_pieces(lambda seconds: bool(wait([self._over], seconds).done), timeout_s)
             if self._over.done() and not self._hangs:
                 self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -193,7 +194,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert the scheduler's invariants between two steps; blocks until that is done."""
-        self.call(lambda _: self._scheduler.check_integrity()).result()
+        result_of(self.call(lambda _: self._scheduler.check_integrity()))
 
     def stats(self) -> EngineStats:
         """Current counts. The engine runs on meanwhile: each count is right, but they are not all of one moment."""

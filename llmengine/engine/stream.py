@@ -33,6 +33,7 @@ from contextvars import Context
 from operator import length_hint
 from typing import Any, Protocol
 
+from llmengine.engine.blocking import wait_in_pieces
 from llmengine.engine.reader import FamilyReader, OutputReader
 from llmengine.engine.stats import RequestState, RequestStats
 from llmengine.errors import EngineClosedError, LLMEngineError
@@ -128,7 +129,7 @@ class ThreadWaiter:
 
         Everything published before the return can be read then. The next call returns if anything came after it.
         """
-        if not self.event.wait(timeout_s):
+        if not wait_in_pieces(self.event.wait, timeout_s):
             return False
         self.event.clear()
         self.posted = False

@@ -126,14 +126,18 @@ def heeding_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def interrupt_main_in(function: str) -> None:
-    """Send Ctrl-C once the main thread is in a function of this name."""
+def interrupt_main_in(function: str, *, on_main: bool = True) -> None:
+    """Send Ctrl-C once the main thread is in a function of this name.
+
+    Args:
+        on_main: False: the kernel delivers it to this thread, as it may, and so does not wake the main thread.
+    """
     until = time.monotonic() + WAIT_S
     main = threading.main_thread().ident
     assert main is not None
     while function not in (frame.name for frame in traceback.extract_stack(sys._current_frames()[main])):
         assert time.monotonic() < until, f"the main thread never came to {function}"
-    signal.pthread_kill(main, signal.SIGINT)
+    signal.pthread_kill(main if on_main else threading.get_ident(), signal.SIGINT)
 
 
 class StepGate:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -57,6 +58,7 @@ MARKED = [
     "xx<tool>yy  <tool>\n<tool>",
     "<|im_start|>user\nhi<|im_start|> x",
 ]
+CONTROLS = re.compile("<s>|</s>|<unk>")
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _trained: dict[str, bytes] = {}
@@ -127,6 +129,7 @@ def test_a_sentencepiece_model_gives_its_own_ids(tmp_path: Path, options: dict[s
     @settings(max_examples=100)
     @given(st.one_of(st.sampled_from(TEXTS), st.text(alphabet, max_size=30)))
     def check(text: str) -> None:
+        assume(not CONTROLS.search(text))  # tokens in transformers, text in SentencePiece; see `MARKED`
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == reference.encode(text)
         assert tokenizer.encode(text) == [1, *ids]
