@@ -16,7 +16,6 @@ from llmengine.beam_search import BeamSearchOutput, BeamSearchParams
 from llmengine.chat.answers.formats import AnswerFormat
 from llmengine.chat.messages import Messages, is_conversation, is_conversation_list
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
-from llmengine.engine.blocking import result_of
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import RequestSpec
 from llmengine.engine.prompt_encoder import Prompt, as_prompts
@@ -414,7 +413,7 @@ class LLM:
         model = self._parts.model
         if model is None:
             raise ConfigError("an LLM from from_backend() cannot be saved: it was not loaded from a model's files")
-        result_of(self._engine.call(partial(model.save, directory, self.tokenizer, quality or self._parts.quality)))
+        self._engine.call(partial(model.save, directory, self.tokenizer, quality or self._parts.quality))
 
     def requests(self) -> list[RequestStats]:
         """How far each unfinished request is, oldest first, with its id and metadata."""

@@ -11,6 +11,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,7 +164,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         resolved = resolved.resolve(accelerator=device != "cpu")
         source = source_in_use(resolved, source)
         cancelled = threading.Event()
-        check = partial(_check_wanted, cancelled)
+        check = partial(_check_wanted, cancelled, loading_tokenizer)
         weights = quantized_source(source, resolved.quant_config, loading_tokenizer.result, check)
     except BaseException:
         threads.stop()
@@ -188,10 +189,12 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
     return parts
 
 
-def _check_wanted(cancelled: threading.Event) -> None:
-    """Raise `EngineClosedError` on the engine thread once its caller no longer waits for the weights."""
+def _check_wanted(cancelled: threading.Event, loading_tokenizer: Future[Tokenizer | None]) -> None:
+    """Raise on the engine thread once its caller no longer waits for the weights, or the tokenizer cannot be loaded."""
     if cancelled.is_set():
         raise EngineClosedError("the LLM is closed")
+    if loading_tokenizer.done():
+        loading_tokenizer.result()
 
 
 def parts_from_backend(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmengine.config import ModelConfig
-from llmengine.engine.blocking import result_of
 from llmengine.generate_all import generate_all
 from llmengine.llm_parts import LLMParts, LoadedModel, load_parts
 from llmengine.request_options import RequestOptions
@@ -98,7 +97,7 @@ def _evaluated(parts: LLMParts) -> EvaluatedModel:
     return EvaluatedModel(
         info=parts.info,
         weight_format="unknown" if model is None else str(model.formats),
-        file_bytes=None if model is None else result_of(engine.call(model.file_bytes)),
-        score=lambda token_ids, take: result_of(engine.score(token_ids, take)),
+        file_bytes=None if model is None else engine.call(model.file_bytes),
+        score=engine.score,
         generate=generate,
     )

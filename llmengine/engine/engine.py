@@ -134,19 +134,22 @@ class Engine:
         """Wake the engine, so that it looks again at whether it has anything to wait for. Never blocks."""
         self._commands.nudge()
 
-    def call(self, function: Callable[[Backend], T]) -> Future[T]:
-        """Run a function on the engine thread between two steps. Raises what `check_open()` raises."""
+    def call(self, function: Callable[[Backend], T]) -> T:
+        """Run a function on the engine thread between two steps; blocks until it has returned.
+
+        Raises what it raises, and what `check_open()` raises.
+        """
         self.check_open()
         future: Future[T] = Future()
         self._commands.send(partial(self._call, function, future), future.set_exception)
-        return future
+        return result_of(future)
 
-    def score(self, token_ids: Sequence[int], take: Callable[[Any], None]) -> Future[None]:
-        """Compute the logits of all tokens between two steps, and hand them to `take` on the engine thread.
+    def score(self, token_ids: Sequence[int], take: Callable[[Any], None]) -> None:
+        """Compute the logits of all tokens between two steps, and hand them to `take` on the engine thread; blocks.
 
-        Raises what `check_open()` raises; the future raises what `score_tokens` raises.
+        Raises what `check_open()` and `score_tokens` raise.
         """
-        return self.call(lambda backend: score_tokens(self._scheduler, backend, token_ids, take))
+        self.call(lambda backend: score_tokens(self._scheduler, backend, token_ids, take))
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Accept nothing more; let requests go on for at most `drain_s` seconds, then abort the rest. Never blocks.
@@ -194,7 +197,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert the scheduler's invariants between two steps; blocks until that is done."""
-        result_of(self.call(lambda _: self._scheduler.check_integrity()))
+        self.call(lambda _: self._scheduler.check_integrity())
 
     def stats(self) -> EngineStats:
         """Current counts. The engine runs on meanwhile: each count is right, but they are not all of one moment."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +36,11 @@ def interrupted_in(function: str) -> Iterator[None]:
         sent.result(WAIT_S)
 
 
+def later(function: Callable[[], None]) -> None:
+    """Call a function when a wait has had more than one piece."""
+    threading.Timer(2 * LONGEST_WAIT_S, function).start()
+
+
 def test_loading() -> None:
     loaded = threading.Event()
 
@@ -45,7 +50,7 @@ def test_loading() -> None:
 
     before = threading.active_count()
     with interrupted_in("result_of"):
-        start(lambda: time.sleep(2 * LONGEST_WAIT_S) or loaded.set())
+        later(loaded.set)
         LLM.from_backend(load)
     while threading.active_count() > before:
         time.sleep(0.001)
@@ -88,6 +93,6 @@ def test_a_wait_ends_in_time(timeout_s: float) -> None:
 @pytest.mark.parametrize("error", [ValueError("wrong"), TimeoutError("its own")])
 def test_a_future_gives_its_error(error: Exception) -> None:
     future: Future[Any] = Future()
-    start(lambda: time.sleep(2 * LONGEST_WAIT_S) or future.set_exception(error))
+    later(lambda: future.set_exception(error))
     with pytest.raises(type(error), match=str(error)):
         result_of(future)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from llmengine import LLM, ModelConfig, SamplingParams
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.source import ModelSource
-from llmengine.errors import ConfigError
+from llmengine.engine.worker_threads import PreparationThreads
+from llmengine.errors import ConfigError, ModelLoadError
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import finish_logits
 from llmengine.quant_config import QuantConfig
@@ -29,6 +31,7 @@ from llmengine.quantization.calibration_layer import (
     quantized_layer,
 )
 from llmengine.quantization.calibration_samples import calibration_samples
+from llmengine.quantization.calibration_walk import CalibrationWalk
 from llmengine.quantization.formats import TensorSpec
 from llmengine.quantization.input_statistics import InputStatistics
 from llmengine.quantization.int8 import INT8, Int8W8A8
@@ -36,6 +39,7 @@ from llmengine.quantization.matrix import Matrix
 from llmengine.quantization.model_formats import matrix_shapes
 from llmengine.tokenizer.protocol import ByteTokenizer
 from tests.backends.helpers import save_tiny
+from tests.engine.helpers import WAIT_S
 from tests.models.arch_helpers import SMALL_ARCH
 from tests.models.family_helpers import FAMILIES, make_family
 
@@ -301,6 +305,34 @@ def test_an_interruption_ends_the_stream(source: ModelSource) -> None:
     next(unfinished)
     unfinished.close()  # type: ignore[attr-defined]
     assert closed == ["dense", "dense"]
+
+
+def test_a_tokenizer_that_cannot_be_loaded_ends_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than after hours of it."""
+    save_tiny(tmp_path)  # without a tokenizer
+    begun: list[Future[Any]] = []
+    finished: list[None] = []
+    call, embed, quantize = PreparationThreads.call, CalibrationWalk.embed, CalibrationWalk.quantize
+
+    def record(threads: PreparationThreads, work: Any) -> Future[Any]:
+        begun.append(call(threads, work))
+        return begun[-1]
+
+    def embed_late(walk: CalibrationWalk, embedding: torch.Tensor) -> None:
+        assert wait(begun, WAIT_S).not_done == set()
+        embed(walk, embedding)
+
+    def count(walk: CalibrationWalk, *arguments: Any) -> Any:
+        layer = quantize(walk, *arguments)
+        finished.append(None)
+        return layer
+
+    monkeypatch.setattr(PreparationThreads, "call", record)
+    monkeypatch.setattr(CalibrationWalk, "embed", embed_late)
+    monkeypatch.setattr(CalibrationWalk, "quantize", count)
+    with pytest.raises(ModelLoadError, match="no tokenizer"):
+        LLM(ModelConfig(tmp_path, device="cpu", quant_config=preset("w8a8")))
+    assert not finished
 
 
 def test_a_matrix_whose_error_is_far_above_the_others_is_named(

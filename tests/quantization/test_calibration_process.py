@@ -19,7 +19,7 @@ from llmengine import LLM, ModelConfig, QuantConfig
 prompts = [[3 + (7 * index + position) % 90 for position in range(60)] for index in range(10000)]
 config = QuantConfig.preset("int4-awq", group_size=16, calibration_prompts=prompts, num_calibration_samples=10000)
 try:
-    LLM(ModelConfig(sys.argv[1], device="cpu", quant_config=config))
+    LLM(ModelConfig(sys.argv[1], device="cpu", quant_config=config), enable_tokenizer=False)
 except KeyboardInterrupt:
     print(*(thread.name for thread in threading.enumerate()))
     raise
