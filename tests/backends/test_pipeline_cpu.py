@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig, QuantConfig, SamplingParams
+from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig, QuantConfig
 from llmengine.checkpoints.opening import open_model
-from llmengine.cli.demo import find_demo_model
 from llmengine.config import ModelConfig
 from tests.backends.helpers import save_tiny
-from tests.backends.test_shared_cpu import CALIBRATION, GREEDY, children, tiny_config, tokens
+from tests.backends.test_shared_cpu import CALIBRATION, GREEDY, children, smollm2_says, tiny_config, tokens
 
 
 def load(directory: Path, pp_size: int, tp_size: int = 1, **options: Any) -> LLM:
@@ -139,23 +138,14 @@ def test_too_many_stages_are_refused_before_a_process_starts(directory: Path) ->
     assert children() == before
 
 
-PROMPTS = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
-
-
-def said(parallel: ParallelConfig) -> list[str]:
-    """What SmolLM2 says in this many processes."""
-    config = ModelConfig(find_demo_model(), device="cpu", dtype="float32", parallel_config=parallel)
-    with LLM(config) as llm:
-        params = SamplingParams(max_new_tokens=32, temperature=0.0)
-        return [output.text for output in llm.generate(PROMPTS, params)]
-
-
 @pytest.fixture(scope="module")
-def said_alone() -> list[str]:
-    return said(ParallelConfig())
+def smollm2_alone() -> list[str]:
+    return smollm2_says(ParallelConfig())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("pp_size", "tp_size"), [(2, 1), (3, 1), (2, 2)])
-def test_smollm2_says_the_same(said_alone: list[str], pp_size: int, tp_size: int) -> None:
-    assert said(ParallelConfig(pp_size=pp_size, tp_size=tp_size)) == said_alone
+@pytest.mark.parametrize(
+    ("pp_size", "tp_size"),
+    [(2, 1), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
+def test_smollm2_says_the_same(smollm2_alone: list[str], pp_size: int, tp_size: int) -> None:
+    assert smollm2_says(ParallelConfig(pp_size=pp_size, tp_size=tp_size)) == smollm2_alone

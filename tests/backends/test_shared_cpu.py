@@ -194,16 +194,23 @@ def test_what_cannot_be_divided_names_what_can(directory: Path) -> None:
     assert children() == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tp_size", [2, 3, 4])
-def test_smollm2_says_the_same(tp_size: int) -> None:
+def smollm2_says(parallel: ParallelConfig) -> list[str]:
+    """What SmolLM2 says in this many processes."""
+    config = ModelConfig(find_demo_model(), device="cpu", dtype="float32", parallel_config=parallel)
+    with LLM(config) as llm:
+        prompts = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
+        params = SamplingParams(max_new_tokens=32, temperature=0.0)
+        return [output.text for output in llm.generate(prompts, params)]
+
+
+@pytest.fixture(scope="module")
+def smollm2_alone() -> list[str]:
+    return smollm2_says(ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    "tp_size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_smollm2_says_the_same(smollm2_alone: list[str], tp_size: int) -> None:
     """9 heads, 3 of keys and values: cut unevenly, evenly, and with heads of keys and values on several ranks."""
-    prompts = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
-    params = SamplingParams(max_new_tokens=32, temperature=0.0)
-    said = []
-    for size in (1, tp_size):
-        config = ModelConfig(find_demo_model(), device="cpu", dtype="float32")
-        config.parallel_config.tp_size = size
-        with LLM(config) as llm:
-            said.append([output.text for output in llm.generate(prompts, params)])
-    assert said[0] == said[1]
+    assert smollm2_says(ParallelConfig(tp_size=tp_size)) == smollm2_alone

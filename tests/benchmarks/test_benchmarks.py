@@ -124,6 +124,7 @@ def test_serving_runs_on_a_tiny_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "output tok/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_offline_compares_with_transformers(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

