@@ -138,10 +138,15 @@ async def _watch_lag(lags_s: list[float]) -> None:
 
 @contextmanager
 def _frozen_heap() -> Iterator[None]:
-    """Keep what exists out of garbage collections, which would stop the loop for as long as there are objects."""
+    """Keep what exists out of garbage collections, which would stop the loop for as long as there are objects.
+
+    It stays out where the program has a frozen heap already: thawing knows no parts.
+    """
+    was_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:
+            gc.unfreeze()
