@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cluster": {*DATA, "chat", "cluster.router", "engine", "llm"},
     "cluster.router": set(),
+    "cluster.serve": {*DATA, "cluster", "cluster.router", "llm", "server"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }
@@ -124,6 +125,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "load_test": {"anyio", "httptools", "matplotlib"},
     "cluster": {"anyio", "ray"},
     "cluster.router": set(),
+    "cluster.serve": {"prometheus_client", "ray", "starlette"},
     "kernels": {"cuda", "torch", "triton"},
 }
 

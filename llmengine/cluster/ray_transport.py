@@ -36,7 +36,7 @@ def ray_transports(
     if not ray.is_initialized():
         ray.init(cluster_config.address, log_to_driver=False)
     model = config if isinstance(config, ModelConfig) else ModelConfig(config)
-    options = {"num_gpus": _num_gpus(model), "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
+    options = {"num_gpus": num_gpus(model), "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
     actor_class = ray.remote(_ReplicaActor).options(**options)
     # Stored once: all replicas, and those that take their places, load it from there.
     arguments = ray.put((model, tokenizer, enable_tokenizer))
@@ -106,7 +106,7 @@ class _ReplicaActor:
         await self._replica.aclose(drain_s)
 
 
-def _num_gpus(config: ModelConfig) -> int:
+def num_gpus(config: ModelConfig) -> int:
     """GPUs of a replica, all of one host: those that its ranks run on. None where the cluster has none."""
     import ray
 

@@ -1,0 +1,202 @@
+"""The parts of the Serve application that need no Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from llmengine import LLM, ConfigError, EngineDeadError
+from llmengine.batch import Batch
+from llmengine.cluster.router import CHUNK_CHARS, PrefixKeys
+from llmengine.server import ServerConfig
+from llmengine.testing import FakeBackend
+from llmengine.tokenizer.protocol import ByteTokenizer
+from tests import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python"),
+    # Ray's, when it is imported.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pydantic.warnings.PydanticDeprecatedSince20"),
+]
+
+WAIT_S = 60.0
+
+
+def alphabet(token_ids: Sequence[int]) -> int:
+    """The letter at the end of the context."""
+    return ord("a") + len(token_ids) % 26
+
+
+async def make_replica(backend: FakeBackend) -> Any:
+    """A replica as Serve makes it."""
+    from llmengine.cluster.serve.engine_replica import EngineReplica
+
+    async def load() -> LLM:
+        return LLM.from_backend(lambda: backend, tokenizer=ByteTokenizer())
+
+    replica = EngineReplica.__new__(EngineReplica)
+    await replica.__init__(load, ServerConfig(metrics=False, max_stored_bytes=0))  # type: ignore[misc]
+    return replica
+
+
+def forwarded(path: str, **fields: Any) -> Any:
+    """A request as a gateway forwards it."""
+    from llmengine.cluster.serve.forwarded import ForwardedRequest
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    return ForwardedRequest.of({**scope, "app": object()}, json.dumps(fields).encode())
+
+
+async def test_a_replica_answers_and_says_that_its_engine_is_dead() -> None:
+    def fail(batch: Batch) -> None:
+        if is_broken.is_set():
+            raise RuntimeError("the device is lost")
+
+    is_broken = threading.Event()
+    replica = await make_replica(FakeBackend(alphabet, on_step=fail))
+    request = forwarded("/v1/completions", model="default", prompt="xyz", max_tokens=4)
+    messages = [message async for batch in replica.answer(request) for message in batch]
+    assert messages[0]["status"] == 200
+    assert json.loads(messages[1]["body"])["choices"][0]["text"] == "defg"
+    replica.check_health()
+    is_broken.set()
+    messages = [message async for batch in replica.answer(request) for message in batch]
+    assert messages[0]["status"] == 503
+    with pytest.raises(EngineDeadError, match="the device is lost"):
+        replica.check_health()
+    replica.__del__()
+
+
+async def test_what_a_stream_has_put_out_while_nobody_took_it_is_one_message() -> None:
+    replica = await make_replica(FakeBackend(alphabet))
+    request = forwarded("/v1/completions", model="default", prompt="xyz", max_tokens=60, stream=True)
+    answer = replica.answer(request)
+    batches = [await anext(answer)]
+    async with asyncio.timeout(WAIT_S):
+        while replica._llm.stats().num_running:  # noqa: ASYNC110  # the engine's thread
+            await asyncio.sleep(0.01)
+    batches += [batch async for batch in answer]
+    assert len(batches) <= 4
+    text = b"".join(message.get("body", b"") for batch in batches for message in batch)
+    assert text.endswith(b"data: [DONE]\n\n")
+    replica.__del__()
+
+
+async def test_an_answer_that_is_not_wanted_any_more_ends_in_the_engine() -> None:
+    replica = await make_replica(FakeBackend(alphabet, on_step=lambda batch: threading.Event().wait(0.01)))
+    request = forwarded("/v1/completions", model="default", prompt="xyz", max_tokens=200, stream=True)
+    answer = replica.answer(request)
+    await anext(answer)
+    assert replica._llm.stats().num_running == 1
+    await answer.aclose()
+    async with asyncio.timeout(WAIT_S):
+        while replica._llm.stats().num_running:  # noqa: ASYNC110  # the engine's thread
+            await asyncio.sleep(0.01)
+    assert replica._llm.stats().counters.num_generated_tokens < 200
+    replica.__del__()
+
+
+def num_shared(first: PrefixKeys, second: PrefixKeys) -> int:
+    """Chunks at the beginning that two prompts share."""
+    return len({*first.chunks} & {*second.chunks})
+
+
+def test_keys_are_those_of_the_prompt_in_any_api() -> None:
+    from llmengine.cluster.serve.forwarded import body_keys
+
+    def keys(**fields: Any) -> PrefixKeys:
+        return body_keys(json.dumps(fields).encode())
+
+    text = "x" * CHUNK_CHARS * 3
+    system, other = {"role": "system", "content": text}, {"role": "user", "content": "y" * CHUNK_CHARS}
+    assert num_shared(keys(prompt=text), keys(prompt=text + "more", n=2)) == 3
+    assert num_shared(keys(prompt=[text, "z"]), keys(prompt=text)) == 3
+    assert num_shared(keys(prompt=text), keys(prompt=text, cache_salt="a")) == 0
+    assert num_shared(keys(prompt=[1] * 64), keys(prompt=[[1] * 128])) == 1
+    assert num_shared(keys(messages=[system]), keys(messages=[system, other], temperature=0)) >= 3
+    assert num_shared(keys(system=text, messages=[other]), keys(system=text, messages=[])) >= 3
+    assert num_shared(keys(messages=[system]), keys(messages=[other])) == 0
+    for body in (b"", b"{", b"[]", b'{"prompt": 3}', b'{"prompt": [[], []]}'):
+        assert body_keys(body) == PrefixKeys((), 0)
+
+
+def test_a_forwarded_request_has_no_objects_of_its_process() -> None:
+    assert forwarded("/v1/completions").scope.keys() == {"type", "method", "path", "headers", "query_string"}
+
+
+def test_metrics_of_replicas_have_their_names() -> None:
+    from llmengine.cluster.serve.merged_metrics import merged_metrics
+
+    texts = {
+        name: f'# HELP steps_total Steps.\n# TYPE steps_total counter\nsteps_total{{kind="a"}} {count}\n'
+        for name, count in (("one", "1.0"), ("two", "2.0"))
+    }
+    assert merged_metrics(texts).decode() == (
+        "# HELP steps_total Steps.\n# TYPE steps_total counter\n"
+        'steps_total{kind="a",replica="one"} 1.0\nsteps_total{kind="a",replica="two"} 2.0\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_replicas": 0}, "num_replicas must be an integer of at least 1, not 0"),
+        ({"autoscaling": 3}, "autoscaling must be a mapping, not 3"),
+        ({"num_replicas": 2, "autoscaling": {}}, "num_replicas cannot be set together with autoscaling"),
+        ({"health_check_period_s": 0}, "health_check_period_s must be a number"),
+        ({"actor_options": []}, "actor_options must be a mapping"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    from llmengine.cluster.serve import ServeConfig
+
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig(**settings)
+
+
+def test_arguments_of_configuration_files_are_checked() -> None:
+    from llmengine.cluster.serve import app_from_args, build_app
+
+    with pytest.raises(ConfigError, match="not \\['modle'\\]"):
+        app_from_args({"modle": {}})
+    with pytest.raises(ConfigError, match="args\\['model'\\] is missing"):
+        app_from_args({})
+    with pytest.raises(ConfigError, match="max_stored_bytes must be 0"):
+        build_app("model", server_config=ServerConfig())
+
+
+def engine_of(app: Any) -> Any:
+    """The deployment of engines in an application."""
+    return app._bound_deployment.init_args[0]._bound_deployment
+
+
+def test_a_replica_takes_the_gpus_of_all_its_ranks() -> None:
+    from llmengine.cluster.serve import app_from_args
+
+    model = {"model_dir": "model", "device": "cuda", "parallel_config": {"tp_size": 2, "pp_size": 2}}
+    serve = {"actor_options": {"num_cpus": 3}, "autoscaling": {"min_replicas": 1, "max_replicas": 5}}
+    engine = engine_of(app_from_args({"model": model, "serve": serve, "server": {"model_name": "m"}}))
+    assert engine.ray_actor_options["num_gpus"] == 4
+    assert engine.ray_actor_options["num_cpus"] == 3
+    cpu = engine_of(app_from_args({"model": {**model, "device": "cpu"}}))
+    assert cpu.ray_actor_options["num_gpus"] == 0
+
+
+def test_the_example_for_kuberay_is_what_serve_and_build_app_take() -> None:
+    import yaml
+    from ray._common.utils import import_attr
+    from ray.serve.schema import ServeDeploySchema
+
+    service = yaml.safe_load((ROOT / "docs" / "examples" / "rayservice.yaml").read_text())
+    (described,) = ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"])).applications
+    engine = engine_of(import_attr(described.import_path)(described.args))
+    (workers,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == engine.ray_actor_options["num_gpus"] == 2
