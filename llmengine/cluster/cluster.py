@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack
 
 from llmengine.batch import BackendInfo
 from llmengine.chat.messages import Messages, plain_messages, plain_value
+from llmengine.checks import require_int, require_number
 from llmengine.cluster.config import ClusterConfig
 from llmengine.cluster.core import ClusterCore
 from llmengine.cluster.remote_request import RemoteRequest, new_stream
@@ -160,6 +161,28 @@ class Cluster:
     def health(self) -> EngineHealth:
         """Whether the cluster accepts requests, and if not, why."""
         return self._core.health()
+
+    def replica_health(self) -> dict[int, EngineHealth]:
+        """What each replica last said of its health, by its number; one that is being removed is "draining"."""
+        return self._core.replica_health()
+
+    async def scale(self, num_replicas: int, drain: float = 30.0) -> None:
+        """Have so many replicas: start some, or remove those with the fewest requests. Return when that is done.
+
+        A replica that is removed gets no more requests. Those that it has may go on for up to `drain` seconds; then
+        they run again elsewhere if `ClusterConfig.rerun_requests` says so, and fail with a `ReplicaDeadError` if not.
+        Requests are served all the while. If this is cancelled, a change that has begun goes on by itself. A later
+        call counts from the number that an earlier one has asked for.
+
+        Raises:
+            InvalidRequestError: `num_replicas` or `drain` is out of range.
+            EngineClosedError, EngineDeadError: the cluster is closed, or has lost all its replicas.
+            ConfigError, ModelLoadError, OutOfMemoryError: a new replica could not be started three times in a row;
+                the cluster goes on without it. Another call tries again.
+        """
+        require_int("num_replicas", num_replicas, 1)
+        require_number("drain", drain, 0.0)
+        await asyncio.wrap_future(self._core.scale(num_replicas, drain))
 
     async def aclose(self, drain: float = 0.0) -> None:
         """Close all replicas; first, requests go on for up to `drain` seconds. Idempotent."""

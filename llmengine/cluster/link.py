@@ -22,6 +22,7 @@ class ReplicaLink:
         info: facts about its engine, once `start` has returned.
         requests: those that it runs, by key.
         stats, health: what it last said of itself.
+        is_leaving: it gets no more requests.
 
     Args:
         give_back: called with a request that failed before it put out anything, and its error; True if the cluster
@@ -42,12 +43,14 @@ class ReplicaLink:
         self.stats: EngineStats | None = None
         self.health: EngineHealth | None = None
         self.info: ReplicaInfo
+        self.is_leaving = False
         self._transport = transport
         self._timeout_s = timeout_s
         self._give_back = give_back
         self._call = call
         self._commands: list[Command] = []
         self._has_commands = asyncio.Event()
+        self._has_taken = asyncio.Event()
         self._is_stopping = False
         self._death: LLMEngineError | None = None
 
@@ -79,6 +82,19 @@ class ReplicaLink:
             cause = self._death or cause
             text = "it has ended" if cause is None else str(cause).partition("\n")[0]
             raise ReplicaDeadError(f"replica {self.number} is dead: {text}") from cause
+
+    def take_requests(self) -> list[RemoteRequest]:
+        """Give all requests away: whatever the replica still says of them is ignored."""
+        requests = list(self.requests.values())
+        self.requests.clear()
+        self._has_taken.set()
+        return requests
+
+    async def wait_idle(self) -> None:
+        """Wait until the replica has no requests."""
+        while self.requests:
+            self._has_taken.clear()
+            await self._has_taken.wait()
 
     async def stop(self, drain_s: float) -> None:
         """Close the engine, after `drain_s` seconds in which requests may finish; `run` then returns."""
@@ -129,6 +145,7 @@ class ReplicaLink:
         wake(publish(changed) + waiters)
         for member in changed:
             self._look_after(member)
+        self._has_taken.set()
 
     def _look_after(self, member: OutputStream) -> None:
         """Forget a request that has ended, and hold back one whose consumer is behind."""

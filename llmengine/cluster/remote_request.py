@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from llmengine.cluster.router import PrefixKeys
 from llmengine.cluster.wire import ChatCall, Delta, End, Head, Submit
 from llmengine.engine.stream import FamilyStream, OutputStream, Stream
 from llmengine.errors import ReplicaDeadError
-from llmengine.outputs import OutputLog
+from llmengine.outputs import FinishReason, OutputLog
 from llmengine.request_options import RequestOptions
 from llmengine.sampling_params import SamplingParams
 
@@ -29,6 +29,10 @@ class TokenTexts:
 
     def __call__(self, position: int, token_id: int) -> str:
         return self._texts.get((position, token_id), "")
+
+
+_CUT: Collection[FinishReason] = ("abort", "timeout", "error")
+"""Why an output may end before it has all its tokens, and so before those that it had when it was run again."""
 
 
 @dataclass(slots=True)
@@ -69,7 +73,6 @@ class RemoteRequest:
 
     def command(self) -> Submit:
         """What tells a replica to run the request, with the time that is left of its deadlines."""
-        elapsed_s = time.monotonic() - self.stream.log.queued
         options: dict[str, Any] = {
             "priority": self.options.priority,
             "tenant": self.options.tenant,
@@ -78,10 +81,13 @@ class RemoteRequest:
             "slow_consumer": self.options.slow_consumer,
             "request_id": self.options.request_id,
         }
-        for name in ("deadline_s", "first_token_deadline_s"):
-            if (limit_s := getattr(self.options, name)) is not None:
-                options[name] = max(limit_s - elapsed_s, 1e-3)
+        options |= {name: max(remaining_s, 1e-3) for name, remaining_s in self._remaining_s().items()}
         return Submit(self.key, self.prompt, self.params, options)
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until the earliest deadline, negative once it has passed; None if there is none."""
+        return min(self._remaining_s().values(), default=None)
 
     @property
     def running(self) -> list[OutputStream]:
@@ -97,9 +103,19 @@ class RemoteRequest:
         """Expect everything from the beginning: what the outputs have already must come once more."""
         self.replica = None
         self.num_reruns += 1
+        self.refused_by.clear()
         for member in self.running:
             log = member.log
+            member.resume = None  # it is another replica's turn to hold the request back
             self._reruns[log.index] = _Rerun(len(log.token_ids), sum(map(len, log.pieces)))
+
+    def _remaining_s(self) -> dict[str, float]:
+        """Seconds until each deadline that still counts, by the option's name."""
+        limits_s = {"deadline_s": self.options.deadline_s}
+        if not self.has_output:
+            limits_s["first_token_deadline_s"] = self.options.first_token_deadline_s
+        elapsed_s = time.monotonic() - self.stream.log.queued
+        return {name: limit_s - elapsed_s for name, limit_s in limits_s.items() if limit_s is not None}
 
     def apply(self, delta: Delta) -> OutputStream | None:
         """Add what a replica has told to the output; return it if it has anything new to publish.
@@ -139,10 +155,11 @@ class RemoteRequest:
         rerun.text += delta.text
         known_text = "".join(log.pieces)[: rerun.num_chars]
         is_over = delta.end is not None
+        is_cut = delta.end is not None and delta.end.finish_reason in _CUT
         is_same = again == known[: len(again)] and (
-            rerun.text.startswith(known_text) or (not is_over and known_text.startswith(rerun.text))
+            rerun.text.startswith(known_text) or ((not is_over or is_cut) and known_text.startswith(rerun.text))
         )
-        if not is_same or (is_over and rerun.tokens_seen < rerun.num_tokens):
+        if not is_same or (is_over and not is_cut and rerun.tokens_seen < rerun.num_tokens):
             raise ReplicaDeadError(
                 f"the replica that ran the request died after {rerun.num_tokens} tokens, and run again elsewhere the "
                 f"request gave other tokens from the {begin + 1}th on"

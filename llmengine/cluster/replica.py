@@ -52,6 +52,7 @@ class Replica:
         self._has_news: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
+        self._is_killed = False
         self._thread = threading.Thread(target=self._collect, name="llmengine replica", daemon=True)
         self._thread.start()
 
@@ -77,7 +78,7 @@ class Replica:
         """What requests put out, as it comes, and a heartbeat. For one reader."""
         self._has_news = has_news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        while self._thread.is_alive():
+        while self._thread.is_alive() and not self._is_killed:
             yield self._update()
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
@@ -94,6 +95,18 @@ class Replica:
         self._collector.wake()
         await anyio.to_thread.run_sync(self._thread.join)
         self._tell()
+
+    def kill(self) -> None:
+        """End the updates at once, and the engine after its step. Never blocks; does nothing after `aclose`."""
+        self._is_killed = True
+        if not self._is_closed:
+            self._is_closed = True
+            threading.Thread(target=self._end, name="llmengine replica end", daemon=True).start()
+        self._tell()
+
+    def _end(self) -> None:
+        self._llm.close()
+        self._collector.wake()
 
     def _update(self) -> Update:
         with self._lock:
@@ -135,6 +148,7 @@ class Replica:
 
     def _said(self, key: int, output: GenerationOutput | LLMEngineError) -> Delta | Failed:
         if isinstance(output, LLMEngineError):
+            self._begun = {place for place in self._begun if place[0] != key}
             return Failed(key, Fault.of(output))
         place = (key, output.index)
         is_first = place not in self._begun

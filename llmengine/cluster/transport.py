@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
@@ -36,28 +37,50 @@ TransportFactory = Callable[[int], Transport]
 
 
 class LocalTransport:
-    """A replica in this process, for tests and simulations. `make_llm` blocks, on a thread."""
+    """A replica in this process, for tests and simulations. `make_llm` blocks, on a thread.
+
+    A replica that is killed closes its engine when the step that it is in has ended.
+    """
 
     def __init__(self, make_llm: Callable[[], LLM]) -> None:
         self._make_llm = make_llm
-        self._replica: Replica
+        self._lock = threading.Lock()
+        self._replica: Replica | None = None
+        self._is_killed = False
 
     async def start(self) -> ReplicaInfo:
         """See `Transport`."""
-        self._replica = await anyio.to_thread.run_sync(lambda: Replica(self._make_llm()))
-        return self._replica.info
+        replica = await anyio.to_thread.run_sync(self._load)
+        return replica.info
 
     async def send(self, commands: Sequence[Command]) -> None:
         """See `Transport`."""
-        self._replica.execute(commands)
+        self._started.execute(commands)
 
     def updates(self) -> AsyncIterator[Update]:
         """See `Transport`."""
-        return self._replica.updates()
+        return self._started.updates()
 
     async def stop(self, drain_s: float) -> None:
         """See `Transport`."""
-        await self._replica.aclose(drain_s)
+        await self._started.aclose(drain_s)
 
     def kill(self) -> None:
         """See `Transport`."""
+        with self._lock:
+            self._is_killed = True
+            if self._replica is not None:
+                self._replica.kill()
+
+    @property
+    def _started(self) -> Replica:
+        assert self._replica is not None
+        return self._replica
+
+    def _load(self) -> Replica:
+        replica = Replica(self._make_llm())
+        with self._lock:
+            self._replica = replica
+            if self._is_killed:  # nobody waits for it any more
+                replica.kill()
+        return replica

@@ -38,6 +38,8 @@ class OutputCollector:
         """Do not read a request until it is held no more, so that the engine finds its reader behind."""
         if held:
             self._held.add(key)
+            if key not in self._handles:  # it has ended meanwhile
+                self._held.discard(key)
         else:
             self._held.discard(key)
             self.wake()

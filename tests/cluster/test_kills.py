@@ -1,0 +1,33 @@
+"""Parts of a cluster are killed under load, by `benchmarks.cluster_kills`: streams end well, and nothing is left."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cluster_kills import KINDS, kill_all, order_of
+
+FAST = ("replica", "rank", "node", "removal", "cluster")
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_streams_end_well_whatever_is_killed(rerun: bool) -> None:
+    kills, faults = kill_all(FAST * 3, seed=3, num_replicas=3, rerun_requests=rerun)
+    assert not faults
+    assert len(kills) == 3 * len(FAST)
+    errors = sum(kill.endings["ReplicaDeadError"] for kill in kills if kill.kind != "removal")
+    assert (errors == 0) == rerun
+
+
+def test_replicas_that_are_processes() -> None:
+    kills, faults = kill_all(("replica", "rank", "node", "cluster"), processes=True, num_replicas=2, num_clients=4)
+    assert not faults
+    assert sum(kill.endings["whole"] for kill in kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("rerun", [False, True])
+def test_hundreds_of_kills(processes: bool, rerun: bool) -> None:
+    kills, faults = kill_all(order_of(150, seed=7), processes=processes, seed=7, num_replicas=3, rerun_requests=rerun)
+    assert not faults
+    assert {kill.kind for kill in kills} == set(KINDS)
