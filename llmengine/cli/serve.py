@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "LLMENGINE_API_KEY"
 
+_MAX_PORT = 65535
+
 
 def add_serve_command(commands: Any) -> None:
     """Add the command to the subparsers of `llmengine`."""
     serve = commands.add_parser("serve", help="serve a model over HTTP with OpenAI's API")
     serve.add_argument("model", type=Path, metavar="MODEL", help="Hugging Face directory, .gguf file or saved engine")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     serve.add_argument(
         "--api-key",
         action="append",
@@ -75,7 +77,7 @@ def add_serve_command(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     try:
-        from llmengine.server.run import run
+        from llmengine.server.run import bound_sockets, run
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`llmengine serve` needs the package {error.name}: pip install 'llmengine[server]'"
@@ -98,16 +100,23 @@ def _serve(arguments: argparse.Namespace) -> int:
         tool_format=arguments.tool_format,
         **{name: value for name, value in limits.items() if value is not None},
     ).resolve()
-    # Loaded before the server starts, so that a fault is reported as those of other commands are.
-    llm = LLM(chosen_config(arguments))
-    announce(llm)
 
     async def load() -> LLM:
         return llm
 
-    with llm:
-        run(load, config, host=arguments.host, port=arguments.port, log_level=arguments.log_level)
+    # Both before the server starts, so that a fault is reported as those of other commands are; the port first, since
+    # loading may take minutes.
+    with bound_sockets(arguments.host, arguments.port) as sockets, LLM(chosen_config(arguments)) as llm:
+        announce(llm)
+        run(load, config, sockets, host=arguments.host, log_level=arguments.log_level)
     return 0
+
+
+def _port(text: str) -> int:
+    """The value of `--port`; anything but the number of a port is a usage error."""
+    if not text.isdecimal() or int(text) > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"must be an integer in [0, {_MAX_PORT}], not {text!r}")
+    return int(text)
 
 
 def _keys(arguments: argparse.Namespace) -> dict[str, str | None]:

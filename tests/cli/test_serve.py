@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +17,10 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from llmengine.cli.main import main
+from llmengine.server.run import bound_sockets
 
 WAIT_S = 60.0
 """Bound of every wait: a hang fails."""
@@ -74,9 +78,12 @@ def test_the_model_is_named_after_its_file(model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["no-such-model"], 1, "no-such-model"),
+        (["no-such-model", "--port", "0"], 1, "no-such-model"),
         (["no-such-model", "--tenant-key", "team"], 2, "--tenant-key must be TENANT=KEY"),
         (["no-such-model", "--request-timeout", "0"], 2, "request_timeout_s"),
+        (["no-such-model", "--max-stored-bytes", "-1", "--port", "0"], 2, "max_stored_bytes must be"),
+        (["no-such-model", "--tool-format", "no-such-form"], 2, "tool_format must be one of"),
+        (["no-such-model", "--host", "no host"], 2, "cannot listen at no host, port 8000: "),
     ],
 )
 def test_faults_are_one_line(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +91,65 @@ def test_faults_are_one_line(arguments: list[str], code: int, message: str, caps
     error = capsys.readouterr().err
     assert error.startswith("llmengine: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "argument --port: must be an integer in [0, 65535], not '65536'"),
+        (["--port=-1"], "argument --port: must be an integer in [0, 65535], not '-1'"),
+        (["--metric-names", "sglang"], "argument --metric-names: invalid choice"),
+        (["--max-body-bytes", "0"], "argument --max-body-bytes: must be an integer of at least 1, not '0'"),
+    ],
+)
+def test_wrong_options_end_the_program(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "no-such-model", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["serve", "no-such-model", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"llmengine: cannot listen at 127.0.0.1, port {port}: Address already in use\n"
+
+
+def test_a_host_with_two_addresses_has_one_free_port() -> None:
+    with bound_sockets("localhost", 0) as sockets:
+        assert len({bound.getsockname()[1] for bound in sockets}) == 1
+        with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+            client.connect(("127.0.0.1", sockets[0].getsockname()[1]))
+    assert all(bound.fileno() == -1 for bound in sockets)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "page_status", "prefixes"),
+    [
+        ([], 200, {"llmengine"}),
+        (["--no-playground", "--metric-names", "both"], 404, {"llmengine", "vllm"}),
+        (["--metric-names", "vllm"], 200, {"vllm"}),
+    ],
+)
+def test_options_of_the_application(
+    model: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], page_status: int, prefixes: set[str]
+) -> None:
+    """The command with uvicorn replaced: the application that it would serve is asked in this process."""
+    found: list[tuple[int, set[str]]] = []
+
+    async def ask(app: Any) -> None:
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as it:
+            scraped = (await it.get("/metrics")).text
+            gauges = {"llmengine": "\nllmengine_requests_running{", "vllm": "\nvllm:num_requests_running{"}
+            names = {prefix for prefix, gauge in gauges.items() if gauge in scraped}
+            found.append(((await it.get("/")).status_code, names))
+
+    def serve(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        asyncio.run(ask(server.config.app))
+
+    monkeypatch.setattr(uvicorn.Server, "run", serve)
+    assert main(["serve", str(model), "--port", "0", *arguments]) == 0
+    assert found == [(page_status, prefixes)]
