@@ -18,6 +18,16 @@ vars(providers)["is_local_module_file"] = lambda path: False
 settings.register_profile("llmengine", derandomize=True, deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("llmengine")
 
+LONGEST = (
+    "test_smollm2_short.py",
+    "test_static.py",
+    "test_ray.py",
+    "test_pages.py",
+    "test_failures.py",
+    "test_parents.py",
+)
+"""Files that take about a minute or more and that no process should begin last; slow tests make a file one of them."""
+
 NEEDS_DEVICE = ("kernels", "cuda", "tensorrt")
 """Directories whose tests run on the GPU where there is one, by the fixture `device`."""
 
@@ -60,8 +70,8 @@ def the_cpu_unless_a_device_is_named(request: pytest.FixtureRequest) -> Iterator
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, so that it does not run alone at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Begin with the files that take longest, so that none runs alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST and item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:

@@ -125,7 +125,7 @@ async def main():
     llm.close()
     for thread in threading.enumerate():
         if thread.name.startswith("llmengine"):
-            thread.join(10)
+            thread.join(60)
     check(before)
     assert asyncio.get_running_loop() is loop
     assert (handler, debug, factory) == (loop.get_exception_handler(), loop.get_debug(), loop.get_task_factory())

@@ -379,7 +379,7 @@ long = SamplingParams(max_new_tokens=6000)
 FORK = """
 handle = llm.generate_async([1], long, streaming=True)
 done = llm.generate_async([1], SamplingParams(max_new_tokens=3))
-done.result(10)
+done.result(60)
 child = os.fork()
 if child == 0:
     def refused(function):
@@ -397,7 +397,7 @@ if child == 0:
     async def wait():
         await handle
 
-    assert len(done.result(10).token_ids) == 3
+    assert len(done.result(60).token_ids) == 3
     refused(lambda: llm.generate_async([1]))
     refused(lambda: llm.generate_async("text"))
     refused(lambda: llm.generate([1]))
@@ -413,7 +413,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert llm.health().ok
 assert len(llm.generate([1], SamplingParams(max_new_tokens=3))[0].token_ids) == 3
 handle.abort()
-assert handle.result(10).finish_reason == "abort"
+assert handle.result(60).finish_reason == "abort"
 """
 
 EXITS = {

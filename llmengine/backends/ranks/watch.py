@@ -23,6 +23,8 @@ __all__ = ["RankFailure", "RankWatch", "WatchedRank"]
 _TICK_S = 0.5
 # Time for the cause to show up where what is known may be its consequence.
 _CAUSE_S = 1.0
+# A process whose socket is closed ends next, but on a busy machine the kernel may take its time.
+_END_S = 10.0
 _DUMP_S = 0.3
 
 
@@ -246,7 +248,7 @@ class RankWatch:
         """Report how a process ended that may have reported why."""
         if self._closing:
             return
-        status = rank.process.wait(_CAUSE_S)
+        status = rank.process.wait(_END_S)
         self._report(rank, RankFailure(f"{self._name(rank)} {_ending(status)}", rank.dumped()))
 
     def _look_at_processes(self) -> None:

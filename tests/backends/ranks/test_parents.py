@@ -29,7 +29,7 @@ import os, sys, time
 print("this script runs", flush=True)
 from llmengine.backends.ranks import RankGroup
 from tests.backends.ranks.helpers import OBEY, pids
-group = RankGroup(3, OBEY, b"")
+group = RankGroup(2, OBEY, b"")
 group.start()
 print(*pids(group), flush=True)
 """
@@ -62,7 +62,7 @@ def test_a_script_needs_no_guard_and_leaves_no_ranks(tmp_path: Path, how: str) -
     arguments = {"file": (), "-c": ("-c", SCRIPT), "-": ("-",)}[how]
     with script(SCRIPT, path, *arguments) as process:
         ranks = read_pids(process)
-        assert len(set(ranks)) == 2
+        assert len(ranks) == 1
         assert process.stdout is not None
         assert process.stdout.read() == "", "ran again in a rank"
         assert process.wait(60) == 0
