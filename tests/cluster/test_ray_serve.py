@@ -43,13 +43,18 @@ def application() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         try:
-            assert any("ready" in line for line in process.stdout or ()), "the application did not start"
+            assert says(process, "ready"), "the application did not start"
             yield f"http://127.0.0.1:{port}", process
             assert process.stdin is not None
             process.stdin.close()
             assert process.wait(WAIT_S) == 0
         finally:
             process.kill()
+
+
+def says(process: subprocess.Popen[str], word: str) -> bool:
+    """Wait for a line of the application's output, among what Ray writes there; False if it ends before."""
+    return any(line == f"{word}\n" for line in iter(process.stdout.readline, "")) if process.stdout else False
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +224,38 @@ async def test_a_replica_whose_engine_is_dead_is_replaced(address: str, client: 
         await client.completions.create(model=MODEL, prompt=POISON)
     assert failed.value.status_code == 503
     await new_replica(address, client, known)
+
+
+async def num_replicas(address: str) -> int:
+    """Replicas that answer."""
+    return len(await samples(address, "llmengine_requests_running"))
+
+
+async def test_replicas_that_are_taken_away_finish_their_streams_and_load_brings_others(
+    application: tuple[str, subprocess.Popen[str]], client: AsyncOpenAI
+) -> None:
+    address, process = application
+    old = await streams_of_both(client, 400)
+    assert process.stdin is not None
+    process.stdin.write("scale\n")
+    process.stdin.flush()
+    reading = {name: [asyncio.create_task(read(stream)) for stream in streams] for name, streams in old.items()}
+    assert await asyncio.to_thread(says, process, "scaling")
+    async with asyncio.timeout(WAIT_S):
+        for name, tasks in reading.items():
+            for task in tasks:
+                assert process_in(await task) == name
+    assert await ask(client, "who is there?") not in old
+
+    loads = [asyncio.create_task(ask(client, f"load {number}", max_tokens=NO_END)) for number in range(12)]
+
+    async def are_two() -> bool:
+        return await num_replicas(address) == 2
+
+    async def is_one() -> bool:
+        return await num_replicas(address) == 1
+
+    await until(are_two)
+    for load in loads:
+        load.cancel()
+    await until(is_one)

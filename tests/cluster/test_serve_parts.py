@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ async def test_what_a_stream_has_put_out_while_nobody_took_it_is_one_message() -
 
 
 async def test_an_answer_that_is_not_wanted_any_more_ends_in_the_engine() -> None:
-    replica = await make_replica(FakeBackend(alphabet, on_step=lambda batch: threading.Event().wait(0.01)))
+    replica = await make_replica(FakeBackend(alphabet, on_step=lambda batch: time.sleep(0.01)))
     request = forwarded("/v1/completions", model="default", prompt="xyz", max_tokens=200, stream=True)
     answer = replica.answer(request)
     await anext(answer)
