@@ -33,7 +33,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from llmengine.llm import LLM
-    from llmengine.observer import EngineObserver, RequestEnd, StepRecord, SubmittedRequest
+    from llmengine.observer import (
+        CachedBlock,
+        EngineObserver,
+        PrefixCacheChange,
+        RequestEnd,
+        StepRecord,
+        SubmittedRequest,
+    )
     from llmengine.outputs import FinishReason, GenerationOutput, Logprob, RequestTimeline
     from llmengine.quantization.quality_report import QualityReport
     from llmengine.request_options import ChatKeywords, RequestKeywords, RequestOptions
@@ -65,7 +72,14 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "llmengine.llm": ("LLM",),
-    "llmengine.observer": ("EngineObserver", "RequestEnd", "StepRecord", "SubmittedRequest"),
+    "llmengine.observer": (
+        "CachedBlock",
+        "EngineObserver",
+        "PrefixCacheChange",
+        "RequestEnd",
+        "StepRecord",
+        "SubmittedRequest",
+    ),
     "llmengine.outputs": ("FinishReason", "GenerationOutput", "Logprob", "RequestTimeline"),
     "llmengine.quantization.quality_report": ("QualityReport",),
     "llmengine.request_options": ("ChatKeywords", "RequestKeywords", "RequestOptions"),
@@ -80,6 +94,7 @@ __all__ = [
     "BackendInfo",
     "BeamOutput",
     "BeamSearchOutput",
+    "CachedBlock",
     "ChatKeywords",
     "ConfigError",
     "CorruptFileError",
@@ -99,6 +114,7 @@ __all__ = [
     "ModelLoadError",
     "OutOfMemoryError",
     "ParallelConfig",
+    "PrefixCacheChange",
     "PromptTooLongError",
     "QualityError",
     "QualityReport",

@@ -430,6 +430,7 @@ class LLM:
     def add_observer(self, observer: EngineObserver) -> None:
         """Tell an observer of requests submitted from now on, of steps, and of the engine's end. Idempotent."""
         self._engine.observers.add(observer)
+        self._engine.nudge()  # an idle engine tells it of the prefix cache, too
 
     def remove_observer(self, observer: EngineObserver) -> None:
         """Tell an observer nothing more, except for a call that is under way. Idempotent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from llmengine.errors import LLMEngineError
@@ -77,6 +77,40 @@ class StepRecord:
     first_tokens: Sequence[RequestTimeline]
 
 
+@dataclass(frozen=True, slots=True)
+class CachedBlock:
+    """The content of a full KV block that later requests can reuse.
+
+    Attributes:
+        uid: number of the content, unique within an `LLM`; a content that is lost and computed again has a new one.
+        parent: uid of the content before it; None at the start of a prompt.
+        salt: only requests of an equal salt can reuse it, see `RequestOptions.cache_salt`.
+        token_ids: the block's own tokens, as many as a block has.
+    """
+
+    uid: int
+    parent: int | None
+    salt: Hashable
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCacheChange:
+    """How the content of the prefix cache changed since the observer was last told.
+
+    Attributes:
+        is_whole: `stored` is all that the cache has; forget what was known before.
+        removed: uids of contents that can be found no more.
+        stored: contents that can be found from now on, parents before their children.
+        block_size: tokens of a block.
+    """
+
+    is_whole: bool
+    removed: Sequence[int]
+    stored: Sequence[CachedBlock]
+    block_size: int
+
+
 class EngineObserver:
     """What an engine tells those that follow its work; override the methods that you need.
 
@@ -109,6 +143,12 @@ class EngineObserver:
 
     def step_ended(self, step: StepRecord) -> None:
         """A step has ended; its tokens can be read when this has returned. On the engine thread."""
+
+    def prefix_cache_changed(self, change: PrefixCacheChange) -> None:
+        """Other prefixes can be reused than before. On the engine thread, at most once for each step.
+
+        The first change tells the whole content. Followed only for observers that override this method.
+        """
 
     def engine_ended(self, failure: BaseException | None) -> None:
         """The engine has ended all requests and will take no others; `failure` is what killed it.

@@ -120,7 +120,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "generate_all": set(),
     "llm_quality": set(),
     "llm": {"anyio"},
-    "observability": {"opentelemetry", "prometheus_client"},
+    "observability": {"msgpack", "opentelemetry", "prometheus_client", "zmq"},
     "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "load_test": {"anyio", "httptools", "matplotlib"},
     "cluster": {"anyio", "ray"},

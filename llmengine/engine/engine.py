@@ -383,6 +383,8 @@ class Engine:
         if self.observers.active:
             ended_at, forward_s = self._step_ended_at, result.forward_s
             self.observers.step_ended(step, changed, began=began, ended=ended_at, forward_s=forward_s)
+        if self.observers.cache_followers or scheduler.kv_cache.journal is not None:
+            self.observers.report_cache(scheduler.kv_cache)
         self._publish(changed)
         self._latest_step_s = time.monotonic() - began
         self._counters.step_s += self._latest_step_s
@@ -405,6 +407,7 @@ class Engine:
     async def _sleep(self) -> None:
         """Wait for a command, the next deadline, or the end of draining; prepare the backend if the wait is long."""
         self.observers.sleeps(has_requests=bool(self._requests))
+        self.observers.report_cache(self._scheduler.kv_cache)
         quiet_at = self._step_ended_at + _QUIET_S if self._may_prepare else None
         moments = (self._deadlines.next, self._stop_at, quiet_at)
         await self._commands.wait(min((moment for moment in moments if moment is not None), default=None))

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from llmengine.engine.block_journal import BlockJournal
+
 _ContentKey = tuple[Hashable, tuple[int, ...]]
 """(uid of the content before the block, or `("root", salt)` at the start; token ids of the block)."""
 
@@ -59,6 +61,14 @@ class KVCacheManager:
         self._num_cached = 0
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.journal: BlockJournal | None = None
+
+    def start_journal(self) -> BlockJournal:
+        """Follow what can be found in the cache, from what can be found now; it costs a little for each block."""
+        self.journal = BlockJournal()
+        for key, block in sorted(self._block_of.items(), key=lambda item: self._uid_of[item[1]]):
+            self.journal.stored(self._uid_of[block], *key)
+        return self.journal
 
     @property
     def num_usable_blocks(self) -> int:
@@ -145,6 +155,8 @@ class KVCacheManager:
                 self._key_of[known] = key
                 self._uid_of[known] = self._next_uid
                 self._next_uid += 1
+                if self.journal is not None:
+                    self.journal.stored(self._uid_of[known], *key)
             # If another block holds the content already, go on from its uid, so that both chains become one.
             table.uids.append(self._uid_of[known])
 
@@ -211,3 +223,5 @@ class KVCacheManager:
         assert key is not None
         del self._block_of[key]
         self._key_of[block] = None
+        if self.journal is not None:
+            self.journal.removed(self._uid_of[block])

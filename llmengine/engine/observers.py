@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from llmengine.engine.kv_cache import KVCacheManager
 from llmengine.engine.request import Request, RequestStatus
 from llmengine.engine.step_plan import LaunchedStep
 from llmengine.engine.stream import OutputStream, Stream
-from llmengine.observer import EngineObserver, RequestEnd, StepRecord, SubmittedRequest
+from llmengine.observer import EngineObserver, PrefixCacheChange, RequestEnd, StepRecord, SubmittedRequest
 from llmengine.outputs import GenerationOutput, OutputLog, RequestTimeline
 
 logger = logging.getLogger(__name__)
@@ -115,10 +116,14 @@ class Observers:
 
     Attributes:
         active: all observers; replaced, never changed.
+        cache_followers: those of them that override `prefix_cache_changed`; likewise.
     """
 
     def __init__(self) -> None:
         self.active: tuple[EngineObserver, ...] = ()
+        self.cache_followers: tuple[EngineObserver, ...] = ()
+        self._informed: tuple[EngineObserver, ...] = ()
+        """Followers that know the cache's content as of the latest report."""
         self._lock = threading.Lock()
         self._gaps = TokenGaps()
         self._busy_since: float | None = None
@@ -129,11 +134,13 @@ class Observers:
         with self._lock:
             if observer not in self.active:
                 self.active = (*self.active, observer)
+                self.cache_followers = tuple(filter(_follows_cache, self.active))
 
     def remove(self, observer: EngineObserver) -> None:
         """Tell the observer nothing more, except for a call that is under way. Idempotent."""
         with self._lock:
             self.active = tuple(other for other in self.active if other is not observer)
+            self.cache_followers = tuple(filter(_follows_cache, self.active))
 
     def submitted(self, stream: Stream, request: SubmittedRequest) -> None:
         """Report a new request, and remember who is told of its end. On the caller's thread."""
@@ -187,6 +194,27 @@ class Observers:
             except Exception:
                 self._drop(observer)
 
+    def report_cache(self, cache: KVCacheManager) -> None:
+        """Report what changed in the prefix cache since the last call, if anybody follows it. On the engine thread."""
+        followers = self.cache_followers
+        if not followers:
+            cache.journal, self._informed = None, ()
+            return
+        journal = cache.journal or cache.start_journal()
+        stored, removed = journal.take()
+        for observer in followers:
+            is_whole = observer not in self._informed
+            if not (is_whole or stored or removed):
+                continue
+            change = PrefixCacheChange(
+                is_whole, () if is_whole else removed, journal.blocks if is_whole else stored, cache.block_size
+            )
+            try:
+                observer.prefix_cache_changed(change)
+            except Exception:
+                self._drop(observer)
+        self._informed = followers
+
     def sleeps(self, *, has_requests: bool) -> None:
         """Note that the engine has nothing to compute; refer to no request if it has none. On the engine thread."""
         self._busy_since = None
@@ -203,7 +231,7 @@ class Observers:
 
     def close(self) -> None:
         """Report that the engine's owner closed it, and report nothing more. Takes no lock."""
-        observers, self.active = self.active, ()
+        observers, self.active, self.cache_followers = self.active, (), ()
         for observer in observers:
             try:
                 observer.engine_closed()
@@ -213,6 +241,10 @@ class Observers:
     def _drop(self, observer: EngineObserver) -> None:
         _log_failure(observer)
         self.remove(observer)
+
+
+def _follows_cache(observer: EngineObserver) -> bool:
+    return type(observer).prefix_cache_changed is not EngineObserver.prefix_cache_changed
 
 
 def _log_failure(observer: EngineObserver) -> None:

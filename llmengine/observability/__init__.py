@@ -1,7 +1,8 @@
-"""Metrics, traces and dashboards of engines. Works with the library alone; the server mounts it.
+"""Metrics, traces, dashboards and KV events of engines. Works with the library alone; the server mounts it.
 
 Names are imported when first used, since each needs a library of its own: `EngineMetrics` prometheus_client
-(``llmengine[server]``), `RequestTracing` the OpenTelemetry API (``llmengine[otel]``).
+(``llmengine[server]``), `RequestTracing` the OpenTelemetry API (``llmengine[otel]``),
+`KvEventPublisher` pyzmq and msgpack (``llmengine[kv-events]``).
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmengine.observability.engine_metrics import EngineMetrics
+    from llmengine.observability.kv_events import KvEventPublisher
     from llmengine.observability.tracing import RequestTracing, is_tracing_set_up
 
 _HOME_OF = {
     "EngineMetrics": "llmengine.observability.engine_metrics",
+    "KvEventPublisher": "llmengine.observability.kv_events",
     "RequestTracing": "llmengine.observability.tracing",
     "is_tracing_set_up": "llmengine.observability.tracing",
 }
 
-__all__ = ["EngineMetrics", "RequestTracing", "is_tracing_set_up"]
+__all__ = ["EngineMetrics", "KvEventPublisher", "RequestTracing", "is_tracing_set_up"]
 
 
 def __getattr__(name: str) -> Any:

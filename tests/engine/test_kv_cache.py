@@ -183,6 +183,9 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.cache = KVCacheManager(self.num_blocks, SIZE)
         self.model = _Model(self.num_blocks, free=list(range(1, self.num_blocks)))
         self.holders: list[_Holder] = []
+        self.journal = self.cache.start_journal()
+        self.followed: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        """What somebody who is told of changes knows: uid -> salt and whole prefix."""
 
     @rule(
         salt=st.sampled_from([None, "a"]), token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=9), data=st.data()
@@ -240,7 +243,28 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert self.cache.num_used_blocks == self.num_blocks - 1 - len(model.free)
         assert self.cache.num_cached_blocks == sum(block in model.content for block in model.free)
 
+    @rule()
+    def follow(self) -> None:
+        stored, removed = self.journal.take()
+        for uid in removed:
+            del self.followed[uid]
+        for block in stored:
+            before = () if block.parent is None else self.followed[block.parent][1]
+            self.followed[block.uid] = (block.salt, before + block.token_ids)
+        self.assert_findable(list(self.followed.values()))
+
+    @rule()
+    def follow_from_now_on(self) -> None:
+        self.journal = self.cache.start_journal()
+        self.followed = {}
+        self.follow()
+
+    def assert_findable(self, contents: list[tuple[Hashable, tuple[int, ...]]]) -> None:
+        assert len(set(contents)) == len(contents)
+        assert set(contents) == set(self.model.findable)
+
     def teardown(self) -> None:
+        self.follow()
         for holder in list(self.holders):
             self._free(holder)
         self.counts_agree()
