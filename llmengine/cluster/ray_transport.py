@@ -7,7 +7,8 @@ all requests. Commands are calls, of which at most one is under way, so that the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmengine.cluster.transport import TransportFactory
 from llmengine.cluster.wire import Command, Fault, ReplicaInfo, Update
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError, LLMEngineError
+from llmengine.llm import LLM
 
 _MAX_CALLS = 8
 """Calls of an actor that may run at once: its updates, a batch of commands, closing."""
@@ -29,25 +31,44 @@ def ray_transports(
 
     Raises `ConfigError` if Ray is not installed, and Ray's errors if there is no such cluster.
     """
+    _connect(cluster_config)
+    model = config if isinstance(config, ModelConfig) else ModelConfig(config)
+    load = partial(LLM.create, model, tokenizer, enable_tokenizer)
+    return actor_transports(load, cluster_config, num_gpus(model))
+
+
+def actor_transports(
+    load: Callable[[], Awaitable[LLM]], cluster_config: ClusterConfig, gpus: float = 0
+) -> TransportFactory:
+    """`ray_transports` for engines that `load` makes, which is pickled and called on each actor's event loop.
+
+    Args:
+        gpus: of each replica.
+    """
+    ray = _connect(cluster_config)
+    options = {"num_gpus": gpus, "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
+    actor_class = ray.remote(_ReplicaActor).options(**options)
+    # Stored once: all replicas, and those that take their places, load it from there.
+    stored = ray.put(load)
+    return lambda number: RayTransport(actor_class, stored)
+
+
+def _connect(cluster_config: ClusterConfig) -> Any:
+    """Ray, to whose cluster this process is connected now."""
     try:
         import ray
     except ImportError as error:
         raise ConfigError("a cluster needs Ray: pip install 'llmengine[ray]'") from error
     if not ray.is_initialized():
         ray.init(cluster_config.address, log_to_driver=False)
-    model = config if isinstance(config, ModelConfig) else ModelConfig(config)
-    options = {"num_gpus": num_gpus(model), "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
-    actor_class = ray.remote(_ReplicaActor).options(**options)
-    # Stored once: all replicas, and those that take their places, load it from there.
-    arguments = ray.put((model, tokenizer, enable_tokenizer))
-    return lambda number: RayTransport(actor_class, arguments)
+    return ray
 
 
 class RayTransport:
     """The wire to a replica's actor, see `Transport`. The actor ends with this object."""
 
-    def __init__(self, actor_class: Any, arguments: Any) -> None:
-        self._actor = actor_class.remote(arguments)
+    def __init__(self, actor_class: Any, load: Any) -> None:
+        self._actor = actor_class.remote(load)
 
     async def start(self) -> ReplicaInfo:
         """See `Transport`. Raises what loading raised on the replica."""
@@ -81,16 +102,13 @@ class RayTransport:
 class _ReplicaActor:
     """The actor: a `Replica` whose engine is loaded by `load`, so that its errors arrive as they are."""
 
-    def __init__(self, arguments: tuple[ModelConfig, Any, bool]) -> None:
-        self._arguments = arguments
+    def __init__(self, load: Callable[[], Awaitable[LLM]]) -> None:
+        self._load = load
         self._replica: Replica
 
     async def load(self) -> ReplicaInfo | Fault:
-        from llmengine.llm import LLM
-
-        config, tokenizer, enable_tokenizer = self._arguments
         try:
-            self._replica = Replica(await LLM.create(config, tokenizer, enable_tokenizer))
+            self._replica = Replica(await self._load())
         except LLMEngineError as error:
             return Fault.of(error)
         return self._replica.info

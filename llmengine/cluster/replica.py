@@ -189,6 +189,8 @@ def _head(output: GenerationOutput) -> Head:
 
 def _token_texts(output: GenerationOutput, *, with_prompt: bool) -> dict[tuple[int, int], str] | None:
     """The texts of all tokens that new log-probabilities speak of."""
+    if output.logprobs is None and (not with_prompt or output.prompt_logprobs is None):
+        return None
     decoded = output.decoded_logprobs_delta
     described = list(enumerate(decoded or (), output.num_prompt_tokens + output.num_tokens - len(decoded or ())))
     if with_prompt:

@@ -143,8 +143,9 @@ async def test_deadlines_pass_while_there_is_no_replica() -> None:
         with pytest.raises(ReplicaDeadError):
             await cluster.generate_async([1], tokens(3))
         await until(lambda: not cluster.replica_health())
-        for deadline in ({"deadline_s": 0.01}, {"first_token_deadline_s": 0.01}):
-            assert (await cluster.generate_async([1], tokens(3), **deadline)).finish_reason == "timeout"
+        late = cluster.generate_async([1], tokens(3), deadline_s=0.01)
+        late_first_token = cluster.generate_async([1], tokens(3), first_token_deadline_s=0.01)
+        assert [(await handle).finish_reason for handle in (late, late_first_token)] == ["timeout"] * 2
         patient = cluster.generate_async([1], tokens(3))
         may_load.set()
         assert (await patient).token_ids == oracle([1], 3)
