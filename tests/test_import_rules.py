@@ -90,7 +90,17 @@ ALLOWED: dict[str, set[str]] = {
     "server": {*DATA, "__init__", "chat", "engine", "llm", "observability"},
     "load_test": {*DATA, "engine", "llm"},
     "cli": {
-        *(*DATA, "__init__", "checkpoints", "llm", "load_test", "quantization", "saved_engines", "server"),
+        *(
+            *DATA,
+            "__init__",
+            "checkpoints",
+            "llm",
+            "load_test",
+            "observability",
+            "quantization",
+            "saved_engines",
+            "server",
+        ),
         "tokenizer.protocol",
     },
     "cluster": {*DATA, "chat", "cluster.router", "engine", "llm"},

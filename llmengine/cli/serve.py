@@ -67,6 +67,11 @@ def add_serve_command(commands: Any) -> None:
         default="llmengine",
         help="names of the metrics at /metrics (default: %(default)s)",
     )
+    serve.add_argument(
+        "--kv-events", metavar="ENDPOINT", help="tell routers of the prefix cache at this address, such as tcp://*:5557"
+    )
+    serve.add_argument("--kv-events-replay", metavar="ENDPOINT", help="answer requests for past events at this address")
+    serve.add_argument("--kv-events-topic", metavar="TOPIC", default="", help="topic of the events (default: empty)")
     serve.add_argument("--no-playground", action="store_true", help="leave out the page at /")
     serve.add_argument("--log-level", choices=("critical", "error", "warning", "info", "debug"), default="info")
     add_quant_argument(serve, "quantize the weights")
@@ -91,6 +96,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         "max_stored_bytes": arguments.max_stored_bytes,
         "request_timeout_s": arguments.request_timeout,
     }
+    if arguments.kv_events is None and (arguments.kv_events_replay or arguments.kv_events_topic):
+        raise ConfigError("--kv-events-replay and --kv-events-topic need --kv-events")
     config = ServerConfig(
         model_name=arguments.served_model_name or arguments.model.resolve().stem,
         api_keys=_keys(arguments),
@@ -107,9 +114,22 @@ def _serve(arguments: argparse.Namespace) -> int:
     # Both before the server starts, so that a fault is reported as those of other commands are; the port first, since
     # loading may take minutes.
     with bound_sockets(arguments.host, arguments.port) as sockets, LLM(chosen_config(arguments)) as llm:
+        if arguments.kv_events is not None:
+            _publish_kv_events(llm, arguments)
         announce(llm)
         run(load, config, sockets, host=arguments.host, log_level=arguments.log_level)
     return 0
+
+
+def _publish_kv_events(llm: LLM, arguments: argparse.Namespace) -> None:
+    """Publish what the prefix cache has until the model is closed."""
+    try:
+        from llmengine.observability import KvEventPublisher
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--kv-events needs the package {error.name}: pip install 'llmengine[kv-events]'") from error
+    KvEventPublisher(
+        llm, arguments.kv_events, replay_endpoint=arguments.kv_events_replay, topic=arguments.kv_events_topic
+    )
 
 
 def _port(text: str) -> int:

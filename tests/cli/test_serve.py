@@ -83,6 +83,7 @@ def test_the_model_is_named_after_its_file(model: Path) -> None:
         (["no-such-model", "--request-timeout", "0"], 2, "request_timeout_s"),
         (["no-such-model", "--max-stored-bytes", "-1", "--port", "0"], 2, "max_stored_bytes must be"),
         (["no-such-model", "--tool-format", "no-such-form"], 2, "tool_format must be one of"),
+        (["no-such-model", "--kv-events-topic", "kv@here"], 2, "need --kv-events"),
         (["no-such-model", "--host", "no host"], 2, "cannot listen at no host, port 8000: "),
     ],
 )
@@ -153,3 +154,26 @@ def test_options_of_the_application(
     monkeypatch.setattr(uvicorn.Server, "run", serve)
     assert main(["serve", str(model), "--port", "0", *arguments]) == 0
     assert found == [(page_status, prefixes)]
+
+
+def test_routers_can_follow_the_prefix_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zmq = pytest.importorskip("zmq", reason="pyzmq is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    received: list[bytes] = []
+
+    def serve(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as past:
+            past.rcvtimeo = int(WAIT_S * 1000)
+            past.linger = 0
+            past.connect(endpoint)
+            while not received:  # the engine tells of its cache at some time after the publisher was made
+                past.send_multipart([b"", bytes(8)])
+                while (message := past.recv_multipart())[2]:
+                    received.append(message[1])
+
+    monkeypatch.setattr(uvicorn.Server, "run", serve)
+    options = ["--kv-events", "tcp://127.0.0.1:*", "--kv-events-replay", endpoint, "--kv-events-topic", "kv@here@tiny"]
+    assert main(["serve", str(model), "--port", "0", *options]) == 0
+    assert received[0] == bytes(8), "the number of the first message"
