@@ -106,7 +106,7 @@ def make_load(port: int, num_requests: int, num_tokens: int) -> None:
 def processor_s(process: psutil.Process) -> float:
     """Processor time of a process and of all that it has started."""
     found = [process, *process.children(recursive=True)]
-    return sum(times.user + times.system for times in (each.cpu_times() for each in found))
+    return float(sum(times.user + times.system for times in (each.cpu_times() for each in found)))
 
 
 def measure(kind: str) -> tuple[float, float]:
