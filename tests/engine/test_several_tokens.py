@@ -73,7 +73,7 @@ def test_takes_fewer_steps(max_steps_in_flight: int, block_size: int) -> None:
     with serve(MAX_SAMPLES, on_step=steps.append, **options) as llm:
         several = llm.generate([[*PROMPT, index] for index in range(3)], params)
     assert list(map(as_data, several)) == list(map(as_data, one))
-    assert len(steps) < 45
+    assert sum(len(batch.rows) for batch in steps) < 90, "half of one token a row, whichever requests share a step"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
