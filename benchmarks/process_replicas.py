@@ -59,8 +59,7 @@ class ProcessTransport:
         ours, theirs = socket.socketpair()
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._process = self._context.Process(target=_serve, args=(theirs, self._make_llm), daemon=True)
-        with theirs:
-            await anyio.to_thread.run_sync(self._process.start)
+        await anyio.to_thread.run_sync(self._launch, self._process, theirs)
         info: ReplicaInfo = await self._receive()
         return info
 
@@ -89,6 +88,11 @@ class ProcessTransport:
         """Close the connection, and leave it to the process to notice."""
         if self._writer is not None:
             self._writer.transport.abort()
+
+    @staticmethod
+    def _launch(process: BaseProcess, theirs: socket.socket) -> None:
+        with theirs:  # closed here, since a cancelled `start` does not wait for this thread
+            process.start()
 
     async def _send(self, message: Any) -> None:
         assert self._writer is not None
