@@ -118,6 +118,9 @@ class StuckJudge:
         self._counts = [-1] * size
         self._still_s = [0.0] * size
         self._asleep_s = [0.0] * size
+        """Since it was last seen awake."""
+        self._slept_s = [0.0] * size
+        """In all since its last mark."""
         self._pace_s = 0.0
 
     def look(
@@ -139,14 +142,17 @@ class StuckJudge:
         for rank, now in enumerate(seen[1:], 1):
             still_s, asleep_s = self._still_s[rank], self._asleep_s[rank]
             if asleep_s >= limit_s or still_s >= busy_limit_s + _TIMES_RANK_0 * self._pace_s:
-                return Stuck(rank, still_s, asleep_s > still_s / 2, now.what)
+                return Stuck(rank, still_s, self._slept_s[rank] > still_s / 2, now.what)
         return None
 
     def _note(self, rank: int, now: Seen, since_s: float) -> None:
         if not now.is_working or now.count != self._counts[rank]:
             self._counts[rank] = now.count
-            self._still_s[rank] = self._asleep_s[rank] = 0.0
+            self._still_s[rank] = self._asleep_s[rank] = self._slept_s[rank] = 0.0
             return
         self._still_s[rank] += since_s
-        if rank:
-            self._asleep_s[rank] = self._asleep_s[rank] + since_s if self._sleeps(rank) else 0.0
+        if rank and self._sleeps(rank):
+            self._asleep_s[rank] += since_s
+            self._slept_s[rank] += since_s
+        else:
+            self._asleep_s[rank] = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from llmengine.backends.ranks import RankGroup
+from llmengine.backends.ranks.process_state import Activity
 from llmengine.backends.ranks.progress import Seen, Stuck, StuckJudge
 from llmengine.errors import EngineDeadError
 from tests.backends.ranks.helpers import is_gone, open_group, pids
@@ -107,6 +109,36 @@ def test_time_in_which_nobody_looked_counts_little() -> None:
         assert found.look([Seen(1, False), Seen(1, True)], 3600.0, LIMIT_S) is None
 
 
+SLEEPS = "print(flush=True); import time; time.sleep(600)"
+SPINS = "print(flush=True)\nwhile True: pass"
+FREEZES = """
+import ctypes, threading, time
+threading.Thread(target=lambda: [time.sleep(0.001) for _ in iter(int, 1)], daemon=True).start()
+print(flush=True)
+ctypes.PyDLL(None).sleep(600)  # the thread asks for the interpreter's lock again and again
+"""
+
+
+@pytest.mark.parametrize(("script", "sleeps"), [(SLEEPS, True), (FREEZES, True), (SPINS, False)])
+def test_whether_a_process_sleeps_is_seen_on_a_busy_machine(script: str, sleeps: bool) -> None:
+    """Beside more processes than there are cores."""
+    with ExitStack() as stack:
+        for source in [SPINS] * 2 * (os.cpu_count() or 1) + [script]:
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+        activity = Activity(process.pid)
+        activity.sleeps()
+        answers = []
+        for _ in range(8):
+            time.sleep(0.5)
+            answers.append(activity.sleeps())
+    assert answers.count(sleeps) >= 6
+
+
 def add_up(group: RankGroup) -> None:
     group.collectives.all_reduce(torch.ones(4))
 
@@ -127,7 +159,7 @@ def wait_for_replies(group: RankGroup) -> None:
 def test_a_stuck_rank_is_named_with_where_it_is(
     command: bytes, how: str, where: str, wait: Callable[[RankGroup], None]
 ) -> None:
-    with open_group(3, stuck_after_s=1.0) as group:
+    with open_group(3, stuck_after_s=3.0) as group:
         ranks = pids(group)
         group.broadcast(command)
         with pytest.raises(EngineDeadError, match=rf"rank 1 of 3 .* has been stuck at .* for .* s: {how}") as caught:
