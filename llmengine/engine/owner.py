@@ -26,7 +26,8 @@ class EngineOwner:
         """Start the engine and block until its backend is ready. Raises what making the backend raised."""
         try:
             return self._engine.start()
-        except BaseException:
+        except BaseException:  # also Ctrl-C while the engine thread still makes the backend
+            self._engine.stop()
             self._threads.stop()
             raise
 

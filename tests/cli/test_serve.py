@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def serving(model: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str
     """The process of the command, and the port that it says it listens at."""
     command = [sys.executable, "-m", "llmengine", "serve", str(model), "--port", "0", *arguments]
     environment = {**os.environ, "LLMENGINE_API_KEY": "from-environment"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed) as process:
         try:
             assert process.stderr is not None
             lines = []

@@ -52,7 +52,9 @@ def test_loading() -> None:
     with interrupted_in("result_of"):
         later(loaded.set)
         LLM.from_backend(load)
+    until = time.monotonic() + WAIT_S
     while threading.active_count() > before:
+        assert time.monotonic() < until, "the engine goes on"
         time.sleep(0.001)
 
 
