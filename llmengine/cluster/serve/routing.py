@@ -84,6 +84,6 @@ class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not ty
 
 
 def _keys(request: PendingRequest | None) -> PrefixKeys | None:
-    """The prompt's beginnings of a request; None for a call that is no HTTP request."""
+    """The prompt's beginnings of a request; None for a call that is not an HTTP request."""
     argument = request.args[0] if request is not None and request.args else None
     return argument.keys if isinstance(argument, ForwardedRequest) else None
