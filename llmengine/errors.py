@@ -14,6 +14,7 @@
         │   └── CorruptFileError       truncated, altered or inconsistent file                           500
         ├── QualityError            a quantized model is worse than the configuration allows                 500
         ├── OutOfMemoryError        weights, buffers or the KV cache do not fit in memory                500
+        ├── PlacementError          no node of a Ray cluster had room for a replica in time              503
         ├── RequestFailedError      the engine failed one request and lives on                           500
         ├── EngineClosedError       `close()` was called                                                 503
         └── EngineDeadError         the engine stopped because of a fault, which is ``__cause__``        503
@@ -81,6 +82,12 @@ class QualityError(EngineError):
 
 class OutOfMemoryError(EngineError):
     """A component does not fit in memory; the message names it, the free memory, and the setting to change."""
+
+
+class PlacementError(EngineError):
+    """Ray did not start a replica in time; the message names the resources it asks for, and those that there are."""
+
+    status = 503
 
 
 class RequestFailedError(EngineError):

@@ -35,6 +35,7 @@ PUBLIC = {
     "ModelLoadError",
     "OutOfMemoryError",
     "ParallelConfig",
+    "PlacementError",
     "PrefixCacheChange",
     "PromptTooLongError",
     "QualityError",

@@ -19,7 +19,7 @@ from llmengine.cluster.core import ClusterCore
 from llmengine.cluster.remote_request import RemoteRequest, new_stream
 from llmengine.cluster.router import prefix_keys
 from llmengine.cluster.transport import TransportFactory
-from llmengine.cluster.wire import ChatCall, ReplicaInfo
+from llmengine.cluster.wire import ChatCall, ReplicaInfo, pack_request
 from llmengine.config import ModelConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.engine.intake import RequestSpec
@@ -37,6 +37,8 @@ from llmengine.request_options import (
 from llmengine.sampling_params import SamplingParams
 
 _EXIT_TIMEOUT_S = 10.0
+_SENT_OPTIONS = ("priority", "tenant", "cache_salt", "wait_for_admission", "slow_consumer", "request_id")
+"""Fields of `RequestOptions` that replicas are told; deadlines are told anew whenever a request is run."""
 
 
 class Cluster:
@@ -113,7 +115,8 @@ class Cluster:
         """Submit one request and return its handle at once, see `LLM.generate_async`.
 
         Raises:
-            InvalidRequestError: a parameter is out of range; the handle raises what depends on the model.
+            InvalidRequestError: a parameter is out of range, or cannot be pickled; the handle raises what depends on
+                the model.
             EngineClosedError, EngineDeadError: the cluster is closed, or has lost all its replicas.
         """
         checked = as_options(Cluster.generate_async, options)
@@ -226,11 +229,13 @@ class Cluster:
         options: RequestOptions,
     ) -> RequestHandle:
         spec = RequestSpec(params or self._info.default_params, options, streaming)
+        sent_options = {name: getattr(options, name) for name in _SENT_OPTIONS}
+        packed = pack_request(prompt, self._for_replica(spec.params), sent_options)
         key = next(self._keys)
         stream = new_stream(key, spec.params, options, self._info.max_unread_tokens)
         text = "\n".join(str(message) for message in prompt.messages) if isinstance(prompt, ChatCall) else prompt
         keys = prefix_keys(text, options.cache_salt)
-        request = RemoteRequest(key, stream, prompt, self._for_replica(spec.params), options, keys)
+        request = RemoteRequest(key, stream, packed, options, keys)
         handle = RequestHandle(stream, self._core.abort, streaming=streaming, owner=self)
         self._core.submit(request)
         return handle

@@ -22,6 +22,9 @@ class ClusterConfig:
         max_reruns: how often a request is run again.
         replace_replicas: start another replica in place of one that has died.
         replica_timeout_s: a replica that is silent for so long is taken for dead. It says something every second.
+        start_timeout_s: how long Ray may take to find room for a replica and start its process, such as until a node
+            has been added. A replica that has not begun to load its model by then counts as one that cannot be started,
+            with a `PlacementError`. Loading may take as long as it does.
         address: of the Ray cluster, as `ray.init` takes it. None: the one that this process is connected to, else a
             new one on this machine.
         actor_options: options of the replicas' Ray actors, such as ``{"num_cpus": 4}`` or a `runtime_env`, in addition
@@ -33,6 +36,7 @@ class ClusterConfig:
     max_reruns: int = 3
     replace_replicas: bool = True
     replica_timeout_s: float = 30.0
+    start_timeout_s: float = 600.0
     address: str | None = None
     actor_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -42,3 +46,4 @@ class ClusterConfig:
         require_bool("rerun_requests", self.rerun_requests, error=ConfigError)
         require_bool("replace_replicas", self.replace_replicas, error=ConfigError)
         require_number("replica_timeout_s", self.replica_timeout_s, 2.0, error=ConfigError)
+        require_number("start_timeout_s", self.start_timeout_s, 0.0, low_open=True, error=ConfigError)

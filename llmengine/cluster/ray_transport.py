@@ -6,22 +6,37 @@ all requests. Commands are calls, of which at most one is under way, so that the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import anyio.to_thread
 
 from llmengine.cluster.config import ClusterConfig
 from llmengine.cluster.replica import Replica
 from llmengine.cluster.transport import TransportFactory
 from llmengine.cluster.wire import Command, Fault, ReplicaInfo, Update
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError, LLMEngineError
+from llmengine.errors import ConfigError, LLMEngineError, PlacementError
 from llmengine.llm import LLM
+
+_logger = logging.getLogger("llmengine.cluster")
 
 _MAX_CALLS = 8
 """Calls of an actor that may run at once: its updates, a batch of commands, closing."""
+
+_UNUSUAL_WAIT_S = 30.0
+"""After so long without room for a replica, the log says what it waits for."""
+
+_ASK_S = 10.0
+"""How long Ray may take to say what resources there are."""
+
+_RESOURCES = ("num_cpus", "num_gpus", "memory", "resources", "accelerator_type", "label_selector")
+"""Options of actors that say what they need."""
 
 
 def ray_transports(
@@ -48,9 +63,10 @@ def actor_transports(
     ray = _connect(cluster_config)
     options = {"num_gpus": gpus, "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
     actor_class = ray.remote(_ReplicaActor).options(**options)
+    asked = {name: options[name] for name in _RESOURCES if options.get(name)}
     # Stored once: all replicas, and those that take their places, load it from there.
     stored = ray.put(load)
-    return lambda number: RayTransport(actor_class, stored)
+    return lambda number: RayTransport(actor_class, stored, asked, cluster_config.start_timeout_s)
 
 
 def _connect(cluster_config: ClusterConfig) -> Any:
@@ -65,17 +81,50 @@ def _connect(cluster_config: ClusterConfig) -> Any:
 
 
 class RayTransport:
-    """The wire to a replica's actor, see `Transport`. The actor ends with this object."""
+    """The wire to a replica's actor, see `Transport`. The actor ends with this object.
 
-    def __init__(self, actor_class: Any, load: Any) -> None:
+    Args:
+        load: for the actor.
+        asked: the resources that it asks for, for messages.
+        start_timeout_s: see `ClusterConfig`.
+    """
+
+    def __init__(self, actor_class: Any, load: Any, asked: Mapping[str, Any], start_timeout_s: float) -> None:
         self._actor = actor_class.remote(load)
+        self._asked = asked
+        self._start_timeout_s = start_timeout_s
 
     async def start(self) -> ReplicaInfo:
-        """See `Transport`. Raises what loading raised on the replica."""
+        """See `Transport`. Raises what loading raised on the replica, or `PlacementError`."""
+        await self._wait_for_process()
         answer: ReplicaInfo | Fault = await self._actor.load.remote()
         if isinstance(answer, Fault):
             raise answer.restore()
         return answer
+
+    async def _wait_for_process(self) -> None:
+        """Wait until Ray has placed the actor and it answers; without room for it, Ray would wait forever."""
+        ready = asyncio.wrap_future(self._actor.__ray_ready__.remote().future())
+        first_wait_s = min(_UNUSUAL_WAIT_S, self._start_timeout_s)
+        try:
+            done, _ = await asyncio.wait([ready], timeout=first_wait_s)
+            if not done and first_wait_s < self._start_timeout_s:
+                _logger.warning("Ray has not started a replica for %g s: %s", first_wait_s, await self._lack())
+                done, _ = await asyncio.wait([ready], timeout=self._start_timeout_s - first_wait_s)
+            if not done:
+                text = f"Ray has not started a replica within start_timeout_s={self._start_timeout_s:g}"
+                raise PlacementError(f"{text}: {await self._lack()}")
+            await ready
+        finally:
+            ready.cancel()
+
+    async def _lack(self) -> str:
+        """What the actor asks for, and what there is."""
+        there_is = "nothing is known of what there is"
+        with contextlib.suppress(Exception):  # Ray cannot be asked, which may be why nothing starts
+            async with asyncio.timeout(_ASK_S):
+                there_is = await anyio.to_thread.run_sync(_resources, abandon_on_cancel=True)
+        return f"it asks for {dict(self._asked) or 'nothing'}; {there_is}"
 
     async def send(self, commands: Sequence[Command]) -> None:
         """See `Transport`."""
@@ -97,6 +146,15 @@ class RayTransport:
 
         with contextlib.suppress(Exception):  # Ray may have been shut down
             ray.kill(self._actor)
+
+
+def _resources() -> str:
+    """What the nodes of the cluster have, and how much of it is free."""
+    import ray
+
+    free = ray.available_resources()
+    kept = {name: amount for name, amount in ray.cluster_resources().items() if not name.startswith("node:")}
+    return "free are " + ", ".join(f"{free.get(name, 0):g} of {amount:g} {name}" for name, amount in kept.items())
 
 
 class _ReplicaActor:

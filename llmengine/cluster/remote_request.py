@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from llmengine.chat.answers.answer_log import AnswerLog
 from llmengine.cluster.router import PrefixKeys
-from llmengine.cluster.wire import ChatCall, Delta, End, Head, Submit
+from llmengine.cluster.wire import Delta, End, Head, Submit
 from llmengine.engine.stream import FamilyStream, OutputStream, Stream
 from llmengine.errors import ReplicaDeadError
 from llmengine.outputs import FinishReason, OutputLog
@@ -52,7 +51,8 @@ class RemoteRequest:
     Attributes:
         key: its number in the cluster, also its id for callers that give none.
         stream: its output, which handles read.
-        prompt, params, options: what a replica is told to run.
+        packed: what a replica is told to run.
+        options: how it is run, of which the deadlines count here.
         keys: its prompt for the router.
         replica: number of the replica that runs it; None while there is none.
         num_reruns: how often it was begun again because a replica died.
@@ -61,8 +61,7 @@ class RemoteRequest:
 
     key: int
     stream: Stream
-    prompt: str | tuple[int, ...] | ChatCall
-    params: SamplingParams
+    packed: bytes
     options: RequestOptions
     keys: PrefixKeys
     replica: int | None = None
@@ -73,16 +72,8 @@ class RemoteRequest:
 
     def command(self) -> Submit:
         """What tells a replica to run the request, with the time that is left of its deadlines."""
-        options: dict[str, Any] = {
-            "priority": self.options.priority,
-            "tenant": self.options.tenant,
-            "cache_salt": self.options.cache_salt,
-            "wait_for_admission": self.options.wait_for_admission,
-            "slow_consumer": self.options.slow_consumer,
-            "request_id": self.options.request_id,
-        }
-        options |= {name: max(remaining_s, 1e-3) for name, remaining_s in self._remaining_s().items()}
-        return Submit(self.key, self.prompt, self.params, options)
+        limits_s = {name: max(remaining_s, 1e-3) for name, remaining_s in self._remaining_s().items()}
+        return Submit(self.key, self.packed, limits_s)
 
     @property
     def remaining_s(self) -> float | None:

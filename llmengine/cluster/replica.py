@@ -21,6 +21,7 @@ from llmengine.cluster.wire import (
     ReplicaInfo,
     Submit,
     Update,
+    unpack_request,
 )
 from llmengine.engine.collector import OutputCollector
 from llmengine.engine.handle import RequestHandle
@@ -114,14 +115,15 @@ class Replica:
         return Update(outputs, self._llm.stats(), self._llm.health())
 
     def _submit(self, command: Submit) -> None:
-        prompt, options = command.prompt, command.options
         try:
+            prompt, params, options = unpack_request(command.packed)
+            options |= command.limits_s
             handle: RequestHandle
             if isinstance(prompt, ChatCall):
-                keywords = {**options, **prompt.keywords}
-                handle = self._llm.chat_async(prompt.messages, command.params, streaming=True, **keywords)
+                options |= prompt.keywords
+                handle = self._llm.chat_async(prompt.messages, params, streaming=True, **options)
             else:
-                handle = self._llm.generate_async(prompt, command.params, streaming=True, **options)
+                handle = self._llm.generate_async(prompt, params, streaming=True, **options)
         except TypeError as error:  # a keyword that the chat template does not have
             self._add([Failed(command.key, Fault(InvalidRequestError(str(error)), None))])
         except Exception as error:

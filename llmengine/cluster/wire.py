@@ -6,6 +6,7 @@ its latest update. Tuples are pickled in a third of the time that dataclasses ta
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from llmengine.batch import BackendInfo, TokenLogprobs
 from llmengine.chat.answers.answer_log import PieceParser
 from llmengine.engine.stats import EngineHealth, EngineStats
-from llmengine.errors import LLMEngineError, RequestFailedError
+from llmengine.errors import InvalidRequestError, LLMEngineError, RequestFailedError
 from llmengine.outputs import FinishReason
 from llmengine.sampling_params import SamplingParams
 
@@ -26,13 +27,50 @@ class ChatCall(NamedTuple):
     keywords: Mapping[str, Any]
 
 
+Prompt = str | Sequence[int] | ChatCall
+
+
 class Submit(NamedTuple):
-    """Begin a request; `key` names it from now on, and `options` are `RequestOptions` as keywords."""
+    """Begin a request.
+
+    Attributes:
+        key: names it from now on.
+        packed: what it is, see `pack_request`.
+        limits_s: what is left of its deadlines, by their names in `RequestOptions`.
+    """
 
     key: int
-    prompt: str | Sequence[int] | ChatCall
-    params: SamplingParams
-    options: Mapping[str, Any]
+    packed: bytes
+    limits_s: Mapping[str, float]
+
+
+def pack_request(prompt: Prompt, params: SamplingParams, options: Mapping[str, Any]) -> bytes:
+    """A request as bytes, of which the wire need know nothing.
+
+    Packed where it is submitted, so that a value that cannot be sent is its caller's error. On the wire, it would break
+    the connection to a replica, and with it the requests of others.
+
+    Args:
+        options: `RequestOptions` as keywords, without the deadlines.
+
+    Raises:
+        InvalidRequestError: a value cannot be pickled; the message names it.
+    """
+    try:
+        return pickle.dumps((prompt, params, options))
+    except Exception as error:
+        for name, value in {"the prompt": prompt, "sampling_params": params, **options}.items():
+            try:
+                pickle.dumps(value)
+            except Exception as its_error:
+                raise InvalidRequestError(f"{name} cannot be sent to a replica: {its_error}") from its_error
+        raise InvalidRequestError(f"the request cannot be sent to a replica: {error}") from error
+
+
+def unpack_request(packed: bytes) -> tuple[Prompt, SamplingParams, dict[str, Any]]:
+    """What `pack_request` was given. Raises what a value's class does, or its absence, where it is unpickled."""
+    request: tuple[Prompt, SamplingParams, dict[str, Any]] = pickle.loads(packed)
+    return request
 
 
 class Abort(NamedTuple):
@@ -105,9 +143,16 @@ class Fault(NamedTuple):
 
     @classmethod
     def of(cls, error: BaseException) -> Fault:
-        """Describe an error; one that is not llmengine's becomes the cause of a `RequestFailedError`."""
+        """Describe an error; one that is not llmengine's becomes the cause of a `RequestFailedError`.
+
+        A caller's subclass of one of llmengine's may not exist at the other end, or hold what cannot be pickled; it
+        becomes the cause of the error that it specializes.
+        """
         if not isinstance(error, LLMEngineError):
             return cls(RequestFailedError(f"the request could not be run: {error!r}"), _text(error))
+        kind = next(each for each in type(error).__mro__ if each.__module__ == LLMEngineError.__module__)
+        if kind is not type(error):
+            return cls(kind(str(error)), _text(error))
         return cls(error, None if error.__cause__ is None else _text(error.__cause__))
 
     def restore(self) -> LLMEngineError:

@@ -98,9 +98,9 @@ asyncio.run(main())
 """
 
 ONE_REPLICA = """
-import asyncio, sys
+import asyncio, contextlib, dataclasses, sys
 import ray
-from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams
+from llmengine import InvalidRequestError, LLM, KvCacheConfig, ModelConfig, PlacementError, SamplingParams
 from llmengine.cluster import Cluster, ClusterConfig
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -118,6 +118,15 @@ async def main():
         await anext(handle)
         handle.abort()
         assert (await handle).finish_reason == "abort"
+        with contextlib.suppress(InvalidRequestError):
+            await cluster.generate_async([1, 2], PARAMS, cache_salt=lambda: None)
+            assert False, "a lambda went to a replica"
+        assert [output.token_ids for output in await cluster.generate(PROMPTS, PARAMS)] == expected
+        try:
+            # The only processor is taken.
+            await Cluster.create(config, dataclasses.replace(settings, start_timeout_s=0.5), enable_tokenizer=False)
+        except PlacementError as error:
+            print(error)
     ray.shutdown()
     print("done")
 
@@ -138,7 +147,10 @@ def run(program: str, directory: Path) -> list[str]:
 
 @needs_ray
 def test_a_replica_answers_as_an_llm_does(tmp_path: Path) -> None:
-    assert run(ONE_REPLICA, tmp_path)[-1] == "done"
+    *_, said, done = run(ONE_REPLICA, tmp_path)
+    assert done == "done"
+    assert "within start_timeout_s=0.5: it asks for {'num_cpus': 1}; free are " in said
+    assert "0 of 1 CPU" in said
 
 
 @pytest.mark.slow
