@@ -357,11 +357,15 @@ async def test_closing_drains_or_aborts() -> None:
         with pytest.raises(EngineClosedError):
             cluster.generate_async("late", tokens(2))
         gate = StepGate()
-        cluster = await make_cluster(lambda _: make_llm(on_step=gate), num_replicas=1)
+        llm = make_llm(on_step=gate)
+        cluster = await make_cluster(lambda _: llm, num_replicas=1)
         handle = cluster.generate_async("aborted", tokens(200))
         await asyncio.to_thread(gate.wait)
+        closing = asyncio.create_task(cluster.aclose())
+        while llm.health().ok:  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
         gate.open()
-        await cluster.aclose()
+        await closing
         assert (await handle).finish_reason == "abort"
 
 
