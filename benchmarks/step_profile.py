@@ -23,9 +23,9 @@ from pathlib import Path
 import anyio
 
 from benchmarks.models import add_model_or_shape, add_quantization, add_tuning_budget, load_chosen
-from benchmarks.report import add_json, append_record, format_table, median, new_parser, require_gpu
+from benchmarks.report import add_json, append_record, format_table, median, new_parser, positive_integers, require_gpu
 from benchmarks.workloads import exact_length
-from llmengine import LLM, SchedulerConfig
+from llmengine import LLM, ParallelConfig, SchedulerConfig
 
 _CONTEXT = 4096
 _MAX_NAME = 70
@@ -33,6 +33,7 @@ _FIRST_KERNEL = "_begin_step"
 _ATTENTION = "_decode_kernel"
 
 GROUPS: Mapping[str, str] = {
+    "sums over ranks": "_over_peers|nccl",
     "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
     "products": "_skinny_kernel|packed|scaled_kernel|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
     "norms, activations, rounding": "_rms_norm_kernel|_silu_and_mul_kernel|quantize_rows_kernel",
@@ -200,13 +201,13 @@ def layer_table(profile: StepProfile) -> str:
     return format_table(["kernel", "adds us"], rows)
 
 
-async def profile_decodes(llm: LLM, arguments: argparse.Namespace) -> list[Launch]:
-    """Profile some steps of streaming requests; return what ran on the device."""
+async def profile_decodes(llm: LLM, arguments: argparse.Namespace, num_streams: int) -> list[Launch]:
+    """Profile some steps of so many streaming requests; return what ran on the device."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     params = exact_length(_CONTEXT - arguments.prompt_tokens)
-    prompts = [[2 + stream % 500] * arguments.prompt_tokens for stream in range(arguments.streams)]
+    prompts = [[2 + stream % 500] * arguments.prompt_tokens for stream in range(num_streams)]
     handles = [llm.generate_async(prompt, params, streaming=True) for prompt in prompts]
     for handle in handles:
         await anext(handle)
@@ -241,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = new_parser("step_profile", __doc__)
     add_model_or_shape(parser)
     add_quantization(parser)
-    parser.add_argument("--streams", type=int, default=64, metavar="N")
+    parser.add_argument("--streams", type=positive_integers, default=[64], metavar="N,N,...")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each matrix; rank 0 is shown")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of the profile, and of the warm-up before it")
     add_tuning_budget(parser)
@@ -255,16 +257,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_chosen(
             arguments,
             Path(directory),
-            SchedulerConfig(max_batch_size=arguments.streams),
+            SchedulerConfig(max_batch_size=max(arguments.streams)),
             device="cuda",
             max_model_len=_CONTEXT,
+            parallel_config=ParallelConfig(tp_size=arguments.tp),
         ) as llm,
     ):
-        profile = profile_of(anyio.run(profile_decodes, llm, arguments))
         description = llm.info.description
-    print(f"{description}\n{profile.num_steps} steps of {arguments.streams} decodes, {profile.step_us:.0f} us each\n")
-    print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}\n\n{layer_table(profile)}")
-    append_record(arguments, "step profile", asdict(profile), engine={"description": description})
+        print(description)
+        for num_streams in arguments.streams:
+            profile = profile_of(anyio.run(profile_decodes, llm, arguments, num_streams))
+            print(f"\n{profile.num_steps} steps of {num_streams} decodes, {profile.step_us:.0f} us each\n")
+            print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}\n\n{layer_table(profile)}")
+            engine = {"description": description}
+            append_record(arguments, "step profile", asdict(profile), engine=engine, num_streams=num_streams)
 
 
 if __name__ == "__main__":

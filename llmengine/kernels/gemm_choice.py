@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 import triton
@@ -28,6 +27,7 @@ from llmengine.kernels.gemm_config import (
     HopperConfig,
     LinearConfig,
     PackedConfig,
+    SkinnyConfig,
     fuses_gate,
     parse_config,
     shared_bytes,
@@ -276,14 +276,18 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
     num_rows = bucketed.num_rows
     usual = _FEW_ROWS if num_rows <= 64 else _MANY_WAVES if _has_many_waves(bucketed) else _FEW_WAVES
     configs: list[LinearConfig] = []
-    for name in _CANDIDATES.get(num_rows, {}).get(f"{_size(shape)} {shape.operation}", usual).split():
+    for name in _CANDIDATES.get(num_rows, {}).get(_kind(shape), usual).split():
         kind, _, number = name.partition(":")
         if kind == "cublas":
             configs += [CublasConfig(index, num_rows) for index in range(int(number))]
         elif kind == "tiles":
             configs += _tiles(bucketed, num_sms, int(number))
         else:
-            configs.append(parse_config(name))
+            config = parse_config(name)
+            if isinstance(config, SkinnyConfig) and not shape.has_norm:
+                config = replace(config, fuse_norm=True)  # there is nothing to fuse: one name for one way
+            configs.append(config)
+    configs = list(dict.fromkeys(configs))
     return [config for config in configs if shared_bytes(shape, config) <= max_shared]
 
 
@@ -371,14 +375,19 @@ def _has_many_waves(shape: GemmShape) -> bool:
 
 
 def _num_outputs(shape: GemmShape) -> int:
-    return 2 * shape.n if shape.operation == "norm_linear_silu" else shape.n
+    return 2 * shape.n if shape.is_gated else shape.n
 
 
-def _size(shape: GemmShape) -> Literal["small", "large", "wide"]:
-    """Size class: "small" up to 8 MiB of weights, where latency counts more than bandwidth; "wide" for LM heads."""
-    if shape.n * shape.k <= 1 << 22:
-        return "small"
-    return "wide" if shape.operation == "norm_linear" and shape.n >= 6 * shape.k else "large"
+def _kind(shape: GemmShape) -> str:
+    """Key of `_CANDIDATES`: a size class, and the operation or one that is like it.
+
+    "small" is up to 8 MiB of weights, where latency counts more than bandwidth; "wide" is for LM heads.
+    """
+    is_wide = shape.n >= 6 * shape.k and shape.operation in ("norm_linear", "linear")
+    size = "small" if shape.n * shape.k <= 1 << 22 else "wide" if is_wide else "large"
+    if shape.operation == "linear":
+        return f"{size} norm_linear" if size == "wide" else f"{size} linear_add"
+    return f"{size} norm_linear_silu" if shape.is_gated else f"{size} {shape.operation}"
 
 
 def _bucket(shape: GemmShape) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -17,7 +17,12 @@ from llmengine.quantization.formats import DENSE, Shape, WeightFormat
 _MAX_GATED_ROWS = 32
 _SCALED_BLOCK_K = 128
 
-Operation = Literal["norm_linear", "linear_add", "norm_linear_silu"]
+Operation = Literal["norm_linear", "linear_add", "norm_linear_silu", "linear", "linear_silu"]
+"""A product of normalized rows, one that is added to what is there, and a gated pair of normalized rows; one of rows as
+they are, and a gated pair of those."""
+
+
+GATED: Sequence[Operation] = ("norm_linear_silu", "linear_silu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class SkinnyConfig:
         block_n: outputs of a program, a power of two.
         block_k: inputs of one turn, a power of two.
         num_stages: turns whose loads are in flight at once, through shared memory; 1 loads into registers.
-        split_k: programs that share the K of one tile; only for `linear_add`.
+        split_k: programs that share the K of one tile; only for `linear_add` and `linear`.
         fuse_norm: normalize on the way, else by a kernel before; only where there is a norm.
         any_rows: programs for each block_m rows, as many as there are; else x has at most block_m rows.
     """
@@ -149,7 +154,7 @@ class GemmShape:
     """What a choice of implementation depends on.
 
     Attributes:
-        n: outputs; the matrix of norm_linear_silu has 2 * n rows.
+        n: outputs; the matrix of a gated pair has 2 * n rows.
         k: inputs.
         dtype: of x, and of weights that are not quantized.
     """
@@ -168,13 +173,33 @@ class GemmShape:
     ) -> GemmShape:
         """The shape of a product with `matrix`."""
         rows, k = matrix.shape
-        n = rows // 2 if operation == "norm_linear_silu" else rows
+        n = rows // 2 if operation in GATED else rows
         return cls(operation, num_rows, n, k, dtype, out_dtype, matrix.format)
 
     @property
     def matrix_shape(self) -> Shape:
         """Of the matrix."""
-        return (2 * self.n if self.operation == "norm_linear_silu" else self.n, self.k)
+        return (2 * self.n if self.is_gated else self.n, self.k)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether silu of one half of the outputs multiplies the other."""
+        return self.operation in GATED
+
+    @property
+    def adds(self) -> bool:
+        """Whether the result is added to what is there."""
+        return self.operation == "linear_add"
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether rows are normalized first."""
+        return self.operation in ("norm_linear", "norm_linear_silu")
+
+    @property
+    def splits_k(self) -> bool:
+        """Whether several programs may share the inputs."""
+        return self.operation in ("linear_add", "linear")
 
     @property
     def layout(self) -> PackedLayout | None:
@@ -206,7 +231,7 @@ def shared_bytes(shape: GemmShape, config: LinearConfig) -> int:
 
     Kernels without such loads, of one row, take a few KiB besides for their sums.
     """
-    num_weights = 2 if shape.operation == "norm_linear_silu" else 1
+    num_weights = 2 if shape.is_gated else 1
     if isinstance(config, PackedConfig):
         return _quantized_shared_bytes(shape, config)
     if not isinstance(config, SkinnyConfig):
@@ -221,7 +246,7 @@ def _quantized_shared_bytes(shape: GemmShape, config: PackedConfig) -> int:
     layout = shape.layout
     if layout is None:
         return held * (config.block_m + config.block_n) * _SCALED_BLOCK_K
-    num_weights = 2 if shape.operation == "norm_linear_silu" and fuses_gate(config, shape.n) else 1
+    num_weights = 2 if shape.is_gated and fuses_gate(config, shape.n) else 1
     zeros = max(4, 2 * layout.num_groups) if layout.has_zeros else 0
     num_planes = sum(bits > 0 for bits in layout.planes)
     words = num_weights * config.block_n * (num_planes * layout.slice_columns * 2 + zeros)

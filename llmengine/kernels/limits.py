@@ -17,6 +17,11 @@ def max_shared_bytes(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels may start before those ahead of them have ended, see `linear.LinearKernels`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @functools.cache
 def tiled_sms(device: torch.device) -> int:
     """Number of multiprocessors of a Hopper GPU, whose tiles `cublaslt` knows; 0 for other devices."""

@@ -76,18 +76,28 @@ class LinearKernels:
             self.multiply(x, weight, bias, out, config)
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        config: LinearConfig,
+        accumulate: bool = True,
     ) -> None:
-        """Add x [num_rows, k] @ weight [n, k].T + bias to `residual` [num_rows, n], rounding once."""
+        """Add x [num_rows, k] @ weight [n, k].T + bias to `residual` [num_rows, n], rounding once.
+
+        Args:
+            accumulate: False: overwrite `residual` instead.
+        """
         if isinstance(config, SkinnyConfig):
-            self._launch(x, None, 0.0, weight, bias, residual, config, add=True)
+            self._launch(x, None, 0.0, weight, bias, residual, config, add=accumulate)
         else:
-            self.multiply(x, weight, bias, residual, config, accumulate=True)
+            self.multiply(x, weight, bias, residual, config, accumulate)
 
     def norm_linear_silu(
         self,
         x: Tensor,
-        norm_weight: Tensor,
+        norm_weight: Tensor | None,
         eps: float,
         weight: Tensor,
         bias: Tensor | None,
@@ -98,15 +108,14 @@ class LinearKernels:
 
         Args:
             x: [num_rows, k].
-            norm_weight: [k] in x's dtype.
+            norm_weight: [k] in x's dtype, or None: x is not normalized.
             weight: [2 * n, k], gate then up.
             bias: [2 * n] or None.
         """
-        fused_norm: Tensor | None = norm_weight
-        if not _fuses_norm(config):
-            x, fused_norm = self.normed(x, norm_weight, eps), None
+        if norm_weight is not None and not _fuses_norm(config):
+            x, norm_weight = self.normed(x, norm_weight, eps), None
         if isinstance(config, SkinnyConfig):
-            self._launch(x, fused_norm, eps, weight, bias, out, config, gated=True)
+            self._launch(x, norm_weight, eps, weight, bias, out, config, gated=True)
             return
         gate_up = x.new_empty(x.shape[0], weight.shape[0])
         self.multiply(x, weight, bias, gate_up, config)
@@ -114,12 +123,12 @@ class LinearKernels:
 
     def compile(self, shape: GemmShape, config: SkinnyConfig) -> None:
         """Compile the kernel that `shape` and `config` run, without running it; safe on several threads at once."""
-        gated, add = shape.operation == "norm_linear_silu", shape.operation == "linear_add"
+        gated = shape.is_gated
         x = torch.empty(shape.num_rows, shape.k, dtype=shape.dtype, device="meta")
         weight = x.new_empty(2 * shape.n if gated else shape.n, shape.k)
         out = x.new_empty(shape.num_rows, shape.n, dtype=shape.out_dtype)
-        norm_weight = None if add or not config.fuse_norm else x[0]
-        self._launch(x, norm_weight, 0.0, weight, None, out, config, gated, add, compile_only=True)
+        norm_weight = x[0] if shape.has_norm and config.fuse_norm else None
+        self._launch(x, norm_weight, 0.0, weight, None, out, config, gated, shape.adds, compile_only=True)
 
     def multiply(
         self,
@@ -175,7 +184,8 @@ class LinearKernels:
         num_tiles = triton.cdiv(n, config.block_n)
         partials = x
         if config.split_k > 1:
-            assert add, "only linear_add splits K"
+            assert norm_weight is None, "only linear_add splits K"
+            assert not gated, "only linear_add splits K"
             assert not config.any_rows, "a tile's programs meet at one counter"
             assert num_tiles <= MAX_SPLIT_TILES
             partials = x.new_empty(config.split_k * num_tiles * config.block_m * config.block_n, dtype=torch.float32)

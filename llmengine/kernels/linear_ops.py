@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -25,6 +25,9 @@ from llmengine.quantization.stacked import Stacked
 
 BoundLinear = Callable[[Tensor, Tensor], None]
 """(x [num_rows, in_features], where the result goes); weights are bound."""
+
+BoundMlp = Callable[[Tensor, Tensor, Tensor], None]
+"""(x [num_rows, hidden], scratch [num_rows, intermediate], where the result goes); weights are bound."""
 
 DeviceMatrix = Matrix | QuantizedMatrix
 """A dense matrix, or a quantized one as the products of its format read it."""
@@ -58,11 +61,13 @@ class Products(Protocol):
     ) -> None:
         """See `LinearKernels.norm_linear`."""
 
-    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+    def linear_add(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig, accumulate: bool = True
+    ) -> None:
         """See `LinearKernels.linear_add`."""
 
     def norm_linear_silu(
-        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
     ) -> None:
         """See `LinearKernels.norm_linear_silu`."""
 
@@ -80,27 +85,23 @@ class DenseProducts:
     ) -> None:
         self._kernels.norm_linear(x, norm_weight, eps, self._weight, bias, out, config)
 
-    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
-        self._kernels.linear_add(x, self._weight, bias, residual, config)
+    def linear_add(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig, accumulate: bool = True
+    ) -> None:
+        self._kernels.linear_add(x, self._weight, bias, residual, config, accumulate)
 
     def norm_linear_silu(
-        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
     ) -> None:
         self._kernels.norm_linear_silu(x, norm_weight, eps, self._weight, bias, out, config)
 
 
 class LinearOps:
-    """Products with matrices bound, which ask `choose` for each number of rows.
+    """Products with matrices bound, which ask `choose` for each number of rows."""
 
-    Args:
-        keeps_residual: results are added to what is there; otherwise `linear_add` and `mlp` overwrite it, as where the
-            result is a term of a sum to which another rank adds the residual.
-    """
-
-    def __init__(self, kernels: LinearKernels, choose: Choose, *, keeps_residual: bool = True) -> None:
+    def __init__(self, kernels: LinearKernels, choose: Choose) -> None:
         self._kernels = kernels
         self._choose = choose
-        self._keeps_residual = keeps_residual
 
     def norm_linear(
         self, norm_weight: Tensor | None, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
@@ -124,16 +125,26 @@ class LinearOps:
 
         def apply(x: Tensor, residual: Tensor) -> None:
             config = self._choose(GemmShape.of("linear_add", x.shape[0], matrix, x.dtype, residual.dtype))
-            if not self._keeps_residual:
-                residual.zero_()
             products.linear_add(x, bias, residual, config)
 
         return apply
 
+    def linear(self, matrix: DeviceMatrix, bias: Tensor | None = None) -> BoundLinear:
+        """(x, out) -> None: the product of rows as they are."""
+        if isinstance(matrix, StackedMatrix):
+            return _in_columns(matrix, bias, self.linear)
+        products = self._products(matrix)
+
+        def apply(x: Tensor, out: Tensor) -> None:
+            config = self._choose(GemmShape.of("linear", x.shape[0], matrix, x.dtype, out.dtype))
+            products.linear_add(x, bias, out, config, accumulate=False)
+
+        return apply
+
     def norm_linear_silu(
-        self, norm_weight: Tensor, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
+        self, norm_weight: Tensor | None, eps: float, matrix: DeviceMatrix, bias: Tensor | None = None
     ) -> BoundLinear:
-        """(x, out) -> None; see `LinearKernels.norm_linear_silu`."""
+        """(x, out) -> None; see `LinearKernels.norm_linear_silu`. Without a norm, of rows as they are."""
         if isinstance(matrix, StackedMatrix):
             multiply = self._stacked_norm_linear(norm_weight, eps, matrix, bias)
 
@@ -144,53 +155,62 @@ class LinearOps:
 
             return apply_stacked
         products = self._products(matrix)
+        operation: Operation = "linear_silu" if norm_weight is None else "norm_linear_silu"
 
         def apply(x: Tensor, out: Tensor) -> None:
-            config = self._choose(GemmShape.of("norm_linear_silu", x.shape[0], matrix, x.dtype, out.dtype))
+            config = self._choose(GemmShape.of(operation, x.shape[0], matrix, x.dtype, out.dtype))
             products.norm_linear_silu(x, norm_weight, eps, bias, out, config)
 
         return apply
 
     def mlp(
         self,
-        norm_weight: Tensor,
+        norm_weight: Tensor | None,
         eps: float,
         gate_up: DeviceMatrix,
         down: DeviceMatrix,
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
-    ) -> BoundLinear:
-        """(x, inner) -> None: add to x what the gated MLP makes of it; inner [num_rows, down's columns] is scratch."""
-        if isinstance(gate_up, ScaledMatrix) and isinstance(down, ScaledMatrix):
-            return self._scaled_mlp(norm_weight, eps, gate_up, down, gate_up_bias, down_bias)
-        first, second = self.norm_linear_silu(norm_weight, eps, gate_up, gate_up_bias), self.linear_add(down, down_bias)
+        *,
+        accumulate: bool = True,
+    ) -> BoundMlp:
+        """(x, inner, out) -> None: add to `out` what the gated MLP makes of x; without a norm, of x as it is.
 
-        def apply(x: Tensor, inner: Tensor) -> None:
+        Args:
+            accumulate: False: overwrite `out` instead.
+        """
+        if isinstance(gate_up, ScaledMatrix) and isinstance(down, ScaledMatrix):
+            return self._scaled_mlp(norm_weight, eps, gate_up, down, gate_up_bias, down_bias, accumulate)
+        first = self.norm_linear_silu(norm_weight, eps, gate_up, gate_up_bias)
+        second = self.linear_add(down, down_bias) if accumulate else self.linear(down, down_bias)
+
+        def apply(x: Tensor, inner: Tensor, out: Tensor) -> None:
             first(x, inner)
-            second(inner, x)
+            second(inner, out)
 
         return apply
 
     def _scaled_mlp(
         self,
-        norm_weight: Tensor,
+        norm_weight: Tensor | None,
         eps: float,
         gate_up: ScaledMatrix,
         down: ScaledMatrix,
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
-    ) -> BoundLinear:
+        accumulate: bool,
+    ) -> BoundMlp:
         """See `mlp`; the activation is rounded by the kernel that computes it."""
         first, second = ScaledProducts(self._kernels, gate_up), ScaledProducts(self._kernels, down)
+        gated: Operation = "linear_silu" if norm_weight is None else "norm_linear_silu"
+        plain: Operation = "linear_add" if accumulate else "linear"
 
-        def apply(x: Tensor, inner: Tensor) -> None:
+        def apply(x: Tensor, inner: Tensor, out: Tensor) -> None:
             both = x.new_empty(len(x), gate_up.shape[0])
-            config = self._choose(GemmShape.of("norm_linear_silu", len(x), gate_up, x.dtype, inner.dtype))
+            config = self._choose(GemmShape.of(gated, len(x), gate_up, x.dtype, inner.dtype))
             first.norm_linear(x, norm_weight, eps, gate_up_bias, both, config)
-            config = self._choose(GemmShape.of("linear_add", len(x), down, x.dtype, x.dtype))
-            if not self._keeps_residual:
-                x.zero_()
-            second.silu_linear_add(both, down_bias, x, config)
+            config = self._choose(GemmShape.of(plain, len(x), down, x.dtype, out.dtype))
+            second.silu_linear_add(both, down_bias, out, config, accumulate)
 
         return apply
 
@@ -238,13 +258,17 @@ def _through_copy(linear: BoundLinear) -> BoundLinear:
     return apply
 
 
+_PLAIN: Mapping[Operation, Operation] = {"norm_linear_silu": "norm_linear", "linear_silu": "norm_linear"}
+"""What the parts of a stacked matrix of a gated pair are asked for."""
+
+
 def product_shapes(
     operation: Operation, num_rows: int, matrix: DeviceMatrix, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> list[GemmShape]:
     """The products of an operation: one, or one for each part of the matrix."""
     if not isinstance(matrix, StackedMatrix):
         return [GemmShape.of(operation, num_rows, matrix, dtype, out_dtype)]
-    plain: Operation = "linear_add" if operation == "linear_add" else "norm_linear"
+    plain = _PLAIN.get(operation, operation)
     return [GemmShape.of(plain, num_rows, part, dtype, out_dtype) for part in matrix.parts]
 
 
@@ -283,5 +307,4 @@ def compile_product(kernels: LinearKernels, shape: GemmShape, config: LinearConf
     assert isinstance(products, PackedProducts | ScaledProducts)
     x = torch.empty(shape.num_rows, shape.k, dtype=shape.dtype, device="meta")
     out = x.new_empty(shape.num_rows, shape.n, dtype=shape.out_dtype)
-    gated, add = shape.operation == "norm_linear_silu", shape.operation == "linear_add"
-    products.compile(x, out, config, gated, add)
+    products.compile(x, out, config, shape.is_gated, shape.adds)

@@ -60,12 +60,14 @@ class PackedProducts:
         """See `LinearKernels.norm_linear`."""
         self._multiply(self._prepared(x, norm_weight, eps), bias, out, config)
 
-    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+    def linear_add(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig, accumulate: bool = True
+    ) -> None:
         """See `LinearKernels.linear_add`."""
-        self._multiply(self._prepared(x, None, 0.0), bias, residual, config, add=True)
+        self._multiply(self._prepared(x, None, 0.0), bias, residual, config, add=accumulate)
 
     def norm_linear_silu(
-        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
     ) -> None:
         """See `LinearKernels.norm_linear_silu`."""
         x = self._prepared(x, norm_weight, eps)

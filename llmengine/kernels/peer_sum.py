@@ -1,13 +1,15 @@
-"""Sums over GPUs that read each other's memory: one kernel a sum, for tensors of a few MiB.
+"""Sums over GPUs that write to each other's memory: one kernel a sum, for tensors of a few MiB, with what follows it.
 
-Each rank copies its tensor to memory that the others map, says so, and waits for them. Then it reads all of theirs (one
-shot), or first adds up one part of the tensor and then reads the other parts' sums (two shots, less traffic from three
-ranks on). Sums are in the order of ranks, in float32, so they are the same on all ranks and whatever the size.
+Each rank writes its tensor to memory of every other one, says so, and waits for theirs (one shot); or it writes to each
+other rank the part that this one adds up, and each then writes its part's sum to all (two shots, less traffic from
+three ranks on). What a rank reads is always in its own memory, since a write that nobody waits for is quicker than a
+read.
+Sums are in the order of ranks, in float32, so they are the same on all ranks and whatever the size.
 
 ::
 
-    data     [ parity 0 | parity 1 ]  in each: the tensor, then the sums of this rank's parts
-    flags    [ shot ][ program ][ rank ]  number of the last call that `rank` has arrived in; written by `rank`
+    data     [ parity ][ shot ][ rank ][ capacity ]  what `rank` wrote here
+    flags    [ shot ][ program ][ rank ]             number of the last call that `rank` has arrived in; written by it
 
 Calls are numbered, and call *n* uses the data of *n*'s parity. A rank that arrives in call *n* has ended call *n - 1*,
 because kernels of a stream run one after the other. So nobody reads what call *n* writes over, which is of *n - 2*. The
@@ -19,12 +21,15 @@ everywhere; a kernel that stays, which would hold multiprocessors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from llmengine.kernels.norm import MAX_HIDDEN
+from llmengine.kernels.step import NUM_SAMPLES
 
 MAX_PROGRAMS = 256
 """Programs of a call; each has flags of its own."""
@@ -33,11 +38,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCKS = (1024, 2048, 4096, 8192, 16384)
 _FEW_PROGRAMS = 64
 _SHOTS = 2
+_ALIGNMENT = 8
+_CHOICES = 256
 
 
-def data_bytes(capacity: int) -> int:
-    """Bytes of a rank's data for tensors of up to `capacity` bytes."""
-    return 2 * _SHOTS * capacity
+def data_bytes(capacity: int, size: int) -> int:
+    """Bytes of a rank's data for tensors of up to `capacity` bytes, for so many ranks."""
+    return 2 * _SHOTS * size * capacity
 
 
 def flags_size(size: int) -> int:
@@ -53,7 +60,8 @@ class PeerMemory:
         data: int64 [size], the address of each rank's data, as this rank sees it.
         flags: int64 [size], likewise of flags, which begin as zeros.
         numbers: int32 [MAX_PROGRAMS], of the last call, as every program knows it; begins as zeros.
-        capacity: bytes of the largest tensor.
+        capacity: bytes of the largest tensor, a multiple of 16.
+        pdl: see `linear.LinearKernels`.
     """
 
     rank: int
@@ -62,6 +70,25 @@ class PeerMemory:
     flags: Tensor
     numbers: Tensor
     capacity: int
+    pdl: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowNorm:
+    """The RMSNorm that comes after a sum.
+
+    Attributes:
+        weight: [hidden].
+        out: [num_rows, hidden], where the result goes.
+    """
+
+    weight: Tensor
+    eps: float
+    out: Tensor
+
+    def of(self, num_rows: int) -> RowNorm:
+        """The same for the first rows of `out`."""
+        return replace(self, out=self.out[:num_rows])
 
 
 def can_sum(memory: PeerMemory, tensor: Tensor) -> bool:
@@ -70,32 +97,116 @@ def can_sum(memory: PeerMemory, tensor: Tensor) -> bool:
     return fits and tensor.dtype in _DTYPES
 
 
+def can_add_rows(memory: PeerMemory, part: Tensor) -> bool:
+    """Whether `add_over_peers` takes a tensor [num_rows, hidden]."""
+    num_rows, hidden = part.shape
+    fits = num_rows <= MAX_PROGRAMS and hidden <= MAX_HIDDEN and hidden % _ALIGNMENT == 0
+    return fits and can_sum(memory, part)
+
+
 def sum_over_peers(memory: PeerMemory, tensor: Tensor, shots: int) -> None:
     """Replace a contiguous tensor, of one shape on all ranks, by its sum over them, in one shot or in two.
 
     All ranks call this in the same order, with the same arguments. Allocates nothing.
     """
     assert can_sum(memory, tensor), (tensor.shape, tensor.dtype, memory.capacity)
-    assert tensor.is_contiguous()
     numel = tensor.numel()
     block = next((block for block in _BLOCKS if numel <= block * _FEW_PROGRAMS), _BLOCKS[-1])
-    part = triton.next_power_of_2(triton.cdiv(block, memory.size)) if shots == 2 else block
-    columns = part * memory.size if shots == 2 else block
+    _launch(memory, tensor, tensor, None, block, shots)
+
+
+def add_over_peers(memory: PeerMemory, part: Tensor, x: Tensor, norm: RowNorm | None, shots: int) -> None:
+    """Add to x [num_rows, hidden], the same on all ranks, the sum over them of `part`, and write the norm of that.
+
+    The sum is rounded to the dtype of x before it is added. All ranks call this in the same order, with arguments of
+    the same shapes. Allocates nothing.
+    """
+    assert can_add_rows(memory, part), (part.shape, part.dtype, memory.capacity)
+    assert x.is_contiguous()
+    assert x.shape == part.shape
+    assert x.dtype == part.dtype
+    _launch(memory, part, x, norm, part.shape[1], shots, add=True)
+
+
+def choose_over_peers(
+    memory: PeerMemory, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int
+) -> None:
+    """Replace what each rank chose among its columns of logits by the choice among all, of equal ones the lowest id.
+
+    Args:
+        logits: fp32 [num_rows, columns of this rank], contiguous.
+        counts: `DeviceStep.counts`; rows from counts[NUM_SAMPLES] on are left alone.
+        ids: int32 [num_rows]: column of the choice -> its id in the whole vocabulary.
+        failed: int32 [num_rows], 1 where there is none -> where some rank has none.
+        start: id of the first column.
+    """
+    num_rows = len(logits)
+    assert logits.is_contiguous()
+    assert logits.dtype == torch.float32
+    assert ids.dtype == failed.dtype == torch.int32
+    assert 8 * num_rows <= memory.capacity
+    assert num_rows <= _CHOICES * MAX_PROGRAMS
+    _choose_over_peers[(triton.cdiv(num_rows, _CHOICES),)](
+        logits,
+        counts,
+        ids,
+        failed,
+        memory.data,
+        memory.flags,
+        memory.numbers,
+        num_rows,
+        logits.shape[1],
+        start,
+        memory.capacity // 4,
+        RANK=memory.rank,
+        SIZE=memory.size,
+        BLOCK=_CHOICES,
+        NUM_SAMPLES=NUM_SAMPLES,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        PDL=memory.pdl,
+        num_warps=4,
+        launch_pdl=memory.pdl,
+    )
+
+
+def _launch(
+    memory: PeerMemory, part: Tensor, x: Tensor, norm: RowNorm | None, columns: int, shots: int, add: bool = False
+) -> None:
+    """Give each program so many columns."""
+    assert part.is_contiguous()
+    numel = part.numel()
     num_programs = triton.cdiv(numel, columns)
-    assert num_programs <= MAX_PROGRAMS, (numel, block)
-    kernel = _sum_in_two_shots if shots == 2 else _sum_in_one_shot
-    kernel[(num_programs,)](
-        tensor,
+    assert num_programs <= MAX_PROGRAMS, (numel, columns)
+    share = triton.cdiv(triton.cdiv(columns, memory.size), _ALIGNMENT) * _ALIGNMENT
+    block = triton.next_power_of_2(columns)
+    if norm is not None:
+        assert norm.out.is_contiguous()
+        assert norm.out.shape == x.shape
+    _sum_over_peers[(num_programs,)](
+        part,
+        x,
+        part if norm is None else norm.weight,
+        x if norm is None else norm.out,
         memory.data,
         memory.flags,
         memory.numbers,
         numel,
-        memory.capacity // tensor.element_size(),
+        memory.capacity // part.element_size(),
+        0.0 if norm is None else norm.eps,
         RANK=memory.rank,
         SIZE=memory.size,
-        PART=part,
+        COLUMNS=columns,
+        BLOCK=block,
+        SHARE=share,
+        SHARE_BLOCK=triton.next_power_of_2(share),
+        EVEN=numel % columns == 0,
+        SHOTS=shots,
+        ADD=add,
+        NORM=norm is not None,
         MAX_PROGRAMS=MAX_PROGRAMS,
+        PDL=memory.pdl,
         num_warps=max(4, min(16, block // 512)),
+        launch_pdl=memory.pdl,
     )
 
 
@@ -107,17 +218,19 @@ def _tensor_at(address, element: tl.constexpr):
 
 @triton.jit
 def _arrive(flags, number, shot, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
-    """Tell all ranks that this one has written what they read after it, and wait until they have."""
+    """Tell the other ranks that this one has written what they read after it, and wait until they have."""
     first = (shot * MAX_PROGRAMS + tl.program_id(0)) * SIZE
     tl.debug_barrier()  # all threads have written
     for peer in tl.static_range(SIZE):
-        theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(theirs + first + RANK, number, sem="release", scope="sys")
+        if peer != RANK:
+            theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(theirs + first + RANK, number, sem="release", scope="sys")
     ours = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
     for peer in tl.static_range(SIZE):
-        arrived = tl.atomic_cas(ours + first + peer, 0, 0, sem="acquire", scope="sys")
-        while arrived - number < 0:  # a rank may be one call ahead, and numbers may wrap around
+        if peer != RANK:
             arrived = tl.atomic_cas(ours + first + peer, 0, 0, sem="acquire", scope="sys")
+            while arrived - number < 0:  # a rank may be one call ahead, and numbers may wrap around
+                arrived = tl.atomic_cas(ours + first + peer, 0, 0, sem="acquire", scope="sys")
     tl.debug_barrier()  # no thread reads before
 
 
@@ -132,65 +245,150 @@ def _number(numbers, MAX_PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def _sum_in_one_shot(
-    x,
-    data,
-    flags,
-    numbers,
-    numel,
-    capacity,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
-    PART: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-):
-    number = _number(numbers, MAX_PROGRAMS)
-    columns = tl.program_id(0) * PART + tl.arange(0, PART)
-    mask = columns < numel
-    places = (number & 1).to(tl.int64) * 2 * capacity + columns
-    element = x.dtype.element_ty
-    ours = _tensor_at(data + RANK, element)
-    tl.store(ours + places, tl.load(x + columns, mask=mask), mask=mask)
-    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
-    total = tl.zeros([PART], tl.float32)
-    for peer in tl.static_range(SIZE):
-        theirs = _tensor_at(data + peer, element)
-        total += tl.load(theirs + places, mask=mask, other=0.0, volatile=True).to(tl.float32)
-    tl.store(x + columns, total.to(element), mask=mask)
+def _place(number, shot, source, capacity, SIZE: tl.constexpr):
+    """Where in the data of any rank that begins which `source` writes in a call."""
+    return (((number & 1) * 2 + shot) * SIZE + source).to(tl.int64) * capacity
 
 
 @triton.jit
-def _sum_in_two_shots(
+def _sum_over_peers(
+    part,
     x,
+    norm_weight,
+    normed,
     data,
     flags,
     numbers,
     numel,
     capacity,
+    eps,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    PART: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARE_BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHOTS: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    number = _number(numbers, MAX_PROGRAMS)
-    first = tl.program_id(0) * (PART * SIZE) + tl.arange(0, PART)
-    begin = (number & 1).to(tl.int64) * 2 * capacity
+    """Write the sum of `part` over the ranks to x, or add it, and the RMSNorm of x, of COLUMNS columns, to `normed`."""
     element = x.dtype.element_ty
+    columns = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * COLUMNS
+    mask = columns < COLUMNS
+    if not EVEN:
+        mask = mask & (first + columns < numel)
+    if NORM:
+        scale = tl.load(norm_weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    number = _number(numbers, MAX_PROGRAMS)
     ours = _tensor_at(data + RANK, element)
+    if SHOTS == 1:
+        own = tl.load(part + first + columns, mask=mask, other=0.0)
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
+                tl.store(theirs + first + columns, own, mask=mask)
+        _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
+        total = tl.zeros([BLOCK], tl.float32)
+        for source in tl.static_range(SIZE):
+            if source == RANK:
+                total += own.to(tl.float32)
+            else:
+                at = ours + _place(number, 0, source, capacity, SIZE) + first + columns
+                total += tl.load(at, mask=mask, other=0.0, volatile=True).to(tl.float32)
+        total = total.to(element)
+    else:
+        in_share = tl.arange(0, SHARE_BLOCK)
+        for step in tl.static_range(SIZE):
+            peer = (RANK + 1 + step) % SIZE  # itself last, and never all to the same
+            place = peer * SHARE + in_share
+            wanted = (in_share < SHARE) & (place < COLUMNS) & (first + place < numel)
+            own = tl.load(part + first + place, mask=wanted, other=0.0)
+            if peer != RANK:
+                theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
+                tl.store(theirs + first + place, own, mask=wanted)
+        _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
+        share = tl.zeros([SHARE_BLOCK], tl.float32)
+        for source in tl.static_range(SIZE):
+            if source == RANK:
+                share += own.to(tl.float32)
+            else:
+                at = ours + _place(number, 0, source, capacity, SIZE) + first + place
+                share += tl.load(at, mask=wanted, other=0.0, volatile=True).to(tl.float32)
+        for peer in tl.static_range(SIZE):
+            theirs = _tensor_at(data + peer, element) + _place(number, 1, RANK, capacity, SIZE)
+            tl.store(theirs + first + place, share.to(element), mask=wanted)
+        _arrive(flags, number, 1, RANK, SIZE, MAX_PROGRAMS)
+        owner = (columns // SHARE).to(tl.int64) * capacity
+        places = tl.max_contiguous(tl.multiple_of(owner + first + columns, 8), 8)
+        at = ours + _place(number, 1, 0, capacity, SIZE) + places
+        total = tl.load(at, mask=mask, other=0.0, volatile=True)
+    if ADD:
+        total = (total.to(tl.float32) + tl.load(x + first + columns, mask=mask, other=0.0).to(tl.float32)).to(element)
+    tl.store(x + first + columns, total, mask=mask)
+    if NORM:
+        values = total.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, 0) / COLUMNS + eps)
+        tl.store(normed + first + columns, (values * inverse * scale).to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _choose_over_peers(
+    logits,
+    counts,
+    ids,
+    failed,
+    data,
+    flags,
+    numbers,
+    num_rows,
+    vocab,
+    start,
+    capacity,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_SAMPLES: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    number = _number(numbers, MAX_PROGRAMS)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < tl.load(counts + NUM_SAMPLES)
+    own_ids = tl.load(ids + rows, mask=mask, other=0)
+    own = tl.load(logits + rows.to(tl.int64) * vocab + own_ids, mask=mask, other=0.0)
+    own = tl.where(tl.load(failed + rows, mask=mask, other=0) != 0, float("inf"), own)
+    own_ids += start
     for peer in tl.static_range(SIZE):
-        columns = first + peer * PART
-        tl.store(ours + begin + columns, tl.load(x + columns, mask=columns < numel), mask=columns < numel)
+        if peer != RANK:
+            place = _place(number, 0, RANK, capacity, SIZE)
+            tl.store(_tensor_at(data + peer, tl.float32) + place + rows, own, mask=mask)
+            tl.store(_tensor_at(data + peer, tl.int32) + place + num_rows + rows, own_ids, mask=mask)
     _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
-    columns = first + RANK * PART
-    total = tl.zeros([PART], tl.float32)
-    for peer in tl.static_range(SIZE):
-        theirs = _tensor_at(data + peer, element)
-        part = tl.load(theirs + begin + columns, mask=columns < numel, other=0.0, volatile=True)
-        total += part.to(tl.float32)
-    tl.store(ours + begin + capacity + columns, total.to(element), mask=columns < numel)
-    _arrive(flags, number, 1, RANK, SIZE, MAX_PROGRAMS)
-    for peer in tl.static_range(SIZE):
-        columns = first + peer * PART
-        theirs = _tensor_at(data + peer, element)
-        part = tl.load(theirs + begin + capacity + columns, mask=columns < numel, other=0.0, volatile=True)
-        tl.store(x + columns, part, mask=columns < numel)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    chosen = tl.zeros([BLOCK], tl.int32)
+    for source in tl.static_range(SIZE):
+        if source == RANK:
+            value = own
+            candidate = own_ids
+        else:
+            place = _place(number, 0, source, capacity, SIZE)
+            at = _tensor_at(data + RANK, tl.float32) + place + rows
+            value = tl.load(at, mask=mask, other=0.0, volatile=True)
+            at = _tensor_at(data + RANK, tl.int32) + place + num_rows + rows
+            candidate = tl.load(at, mask=mask, other=0, volatile=True)
+        chosen = tl.where(value > best, candidate, chosen)
+        best = tl.maximum(best, value)
+    is_failed = tl.abs(best) == float("inf")
+    tl.store(ids + rows, tl.where(is_failed, 0, chosen), mask=mask)
+    tl.store(failed + rows, is_failed.to(tl.int32), mask=mask)

@@ -44,21 +44,25 @@ class ScaledProducts:
         """See `LinearKernels.norm_linear`."""
         self._multiply(*self.quantize(x, norm_weight, eps), bias, out, config)
 
-    def linear_add(self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+    def linear_add(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig, accumulate: bool = True
+    ) -> None:
         """See `LinearKernels.linear_add`."""
-        self._multiply(*self.quantize(x, None, 0.0), bias, residual, config, add=True)
+        self._multiply(*self.quantize(x, None, 0.0), bias, residual, config, add=accumulate)
 
     def norm_linear_silu(
-        self, x: Tensor, norm_weight: Tensor, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
+        self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
     ) -> None:
         """See `LinearKernels.norm_linear_silu`."""
         gate_up = x.new_empty(len(x), self._matrix.shape[0])
         self._multiply(*self.quantize(x, norm_weight, eps), bias, gate_up, config)
         silu_and_mul(gate_up, out, self._kernels.pdl)
 
-    def silu_linear_add(self, gate_up: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig) -> None:
+    def silu_linear_add(
+        self, gate_up: Tensor, bias: Tensor | None, residual: Tensor, config: LinearConfig, accumulate: bool = True
+    ) -> None:
         """Add the product of silu(gate) * up and the matrix to `residual`; gate_up: [num_rows, 2 * in_features]."""
-        self._multiply(*self.quantize(gate_up, None, 0.0, gated=True), bias, residual, config, add=True)
+        self._multiply(*self.quantize(gate_up, None, 0.0, gated=True), bias, residual, config, add=accumulate)
 
     def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
         """Compile the kernels of a product of tensors like `x` and `out`, without running them."""

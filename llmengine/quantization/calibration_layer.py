@@ -22,6 +22,7 @@ from llmengine.quantization.grid import GridFormat, best_grid
 from llmengine.quantization.input_statistics import InputStatistics
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import Int8W8A8
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,7 +282,7 @@ def _quantized(
         assert isinstance(plain, Int8W8A8), plain
         tensors = dataclasses.replace(plain, activations="token").quantize(weight)
         if plain.activations == "tensor":
-            tensors["activation_scale"] = (counted.largest.max() / 127).clamp_(min=1e-30).view(1)
+            tensors["activation_scale"] = quotient(counted.largest.max(), 127.0).clamp_(min=1e-30).view(1)
     error = counted.relative_error(weight, plain, tensors)
     if format != plain:
         tensors["input_scale"] = torch.ones(weight.shape[1]) if factors is None else 1.0 / factors

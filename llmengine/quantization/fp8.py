@@ -10,6 +10,7 @@ from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, require_setting
 from llmengine.quantization.grid import Grid, GridFormat
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ class Fp8(GridFormat):
         """
         import torch
 
-        largest = (self._largest(weight) / _LARGEST).clamp_(min=_TINY)
+        largest = quotient(self._largest(weight), _LARGEST).clamp_(min=_TINY)
         group_rows = {"tensor": weight.shape[0], "channel": 1, "block": BLOCK}[self.scales]
         size = BLOCK if self.scales == "block" else weight.shape[1]
         for step in range(_STEPS):
@@ -112,7 +113,7 @@ class Fp8(GridFormat):
         columns = x.shape[1]
         size = BLOCK if self.activations == "block" else columns
         groups = F.pad(x, (0, -columns % size)).view(x.shape[0], -1, size)
-        scale = (groups.abs().amax(dim=2, keepdim=True) / _LARGEST).clamp_(min=_TINY)
+        scale = quotient(groups.abs().amax(dim=2, keepdim=True), _LARGEST).clamp_(min=_TINY)
         return (_to_e4m3(groups / scale).float() * scale).flatten(1)[:, :columns]
 
     def _largest(self, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.grid import Grid, GridFormat, in_groups
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,10 +102,10 @@ class Int4Groups(GridFormat):
 
         if self.zero_points:
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-            scale = _as_scale((high - low) / _LARGEST, self.scale_dtype).float()
+            scale = _as_scale(quotient(high - low, _LARGEST), self.scale_dtype).float()
             zero = (-low / scale).round_().clamp_(0, _LARGEST)
         else:
-            scale = _as_scale(torch.where(-low >= high, low, high) / -_MIDDLE, self.scale_dtype).float()
+            scale = _as_scale(quotient(torch.where(-low >= high, low, high), -_MIDDLE), self.scale_dtype).float()
             zero = torch.full_like(scale, _MIDDLE)
         return Grid(scale, -zero, _LARGEST - zero, size, torch.round)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from llmengine.dtypes import ModelDType
 from llmengine.errors import ConfigError
 from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightFormat, require_setting
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +96,7 @@ class Int8W8A8(WeightFormat):
         if self.scales == "channel":
             values, scale = _rounded_rows(weight)
         else:
-            scale = (weight.abs().max() / _LARGEST).clamp_(min=_TINY).view(1)
+            scale = quotient(weight.abs().max(), _LARGEST).clamp_(min=_TINY).view(1)
             values = (weight / scale).round_().to(torch.int8)
         tensors = {"weight": values, "weight_scale": scale}
         if self.input_scale:
@@ -116,7 +117,7 @@ class Int8W8A8(WeightFormat):
         if self.activations == "tensor":
             scale = tensors["activation_scale"].expand(x.shape[0]).view(-1, 1)
         else:
-            scale = (x.abs().amax(dim=1, keepdim=True) / _LARGEST).clamp_(min=_TINY)
+            scale = quotient(x.abs().amax(dim=1, keepdim=True), _LARGEST).clamp_(min=_TINY)
         return (x / scale).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8), scale
 
     def rounded_activations(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -129,5 +130,5 @@ def _rounded_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 [out, in] as int8 with a scale for each row, float32 [out]."""
     import torch
 
-    scale = (weight.abs().amax(dim=1) / _LARGEST).clamp_(min=_TINY)
+    scale = quotient(weight.abs().amax(dim=1), _LARGEST).clamp_(min=_TINY)
     return (weight / scale[:, None]).round_().to(torch.int8), scale

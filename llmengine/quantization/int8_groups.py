@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmengine.dtypes import MODEL_DTYPES, ModelDType, torch_dtype
 from llmengine.quantization.formats import Along, Axis, Shape, TensorSpec, WeightFormat, require_setting
 from llmengine.quantization.int4 import GROUP_SIZES, columns_together, in_smaller_groups, refuse_cut_of_order
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +73,9 @@ class Int8Groups(WeightFormat):
         low, high = groups.amin(dim=2), groups.amax(dim=2)
         if self.zero_points:
             low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
-            exact = (high - low) / _LARGEST
+            exact = quotient(high - low, _LARGEST)
         else:
-            exact = torch.where(-low >= high, low, high) / -_MIDDLE
+            exact = quotient(torch.where(-low >= high, low, high), -_MIDDLE)
         magnitude = exact.abs().clamp_(_LEAST_SCALE, _LARGEST_SCALE)
         scale = torch.where(exact < 0, -magnitude, magnitude).to(torch_dtype(self.scale_dtype))
         zero = torch.full_like(low, _MIDDLE)

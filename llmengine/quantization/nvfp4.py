@@ -11,6 +11,7 @@ from llmengine.quantization.formats import Along, Shape, TensorSpec, WeightForma
 from llmengine.quantization.grid import in_groups
 from llmengine.quantization.int4 import nibbles_of_matrix, numbers_of_nibbles, pack_nibbles
 from llmengine.quantization.mxfp4 import E2M1_NUMBERS, nearest_e2m1_codes
+from llmengine.quantization.quotients import quotient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +62,8 @@ class Nvfp4(WeightFormat):
         blocks = in_groups(weight.float(), BLOCK)
         largest = blocks.abs().amax(dim=2)
         whole = largest.amax(dim=1) if self.scales == "channel" else largest.max().view(1)
-        factor = (whole / (_LARGEST * _LARGEST_SCALE)).clamp_(min=_TINY)
-        scale = (largest / _LARGEST / factor[:, None]).clamp_(max=_LARGEST_SCALE).to(torch.float8_e4m3fn)
+        factor = quotient(whole, _LARGEST * _LARGEST_SCALE).clamp_(min=_TINY)
+        scale = (quotient(largest, _LARGEST) / factor[:, None]).clamp_(max=_LARGEST_SCALE).to(torch.float8_e4m3fn)
         divisor = (scale.float() * factor[:, None]).clamp(min=_TINY)[:, :, None]
         codes = nearest_e2m1_codes(blocks / divisor).flatten(1)[:, : weight.shape[1]]
         return {"weight": pack_nibbles(codes), "weight_scale": scale, "global_scale": factor}

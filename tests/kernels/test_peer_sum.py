@@ -10,7 +10,7 @@ import torch
 
 from llmengine.backends.ranks import RankGroup
 from llmengine.kernels.peer_sum import PeerMemory, can_sum
-from tests.kernels.peer_ranks import Call, MappedMemory, expected_sum, file_size, take_part
+from tests.kernels.peer_ranks import Addition, Call, MappedMemory, are_right, file_size
 
 # Sizes that are no multiple of anything, one program and several, ways and dtypes in turn.
 CALLS: list[Call] = [
@@ -23,19 +23,28 @@ CALLS: list[Call] = [
 ]
 
 
+ADDITIONS: list[Addition] = [
+    (1, 576, torch.float16, 1, True),
+    (3, 40, torch.float32, 2, True),
+    (2, 1000, torch.float16, 2, False),
+    (5, 64, torch.float32, 1, False),
+]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_get_the_sum_in_their_order(tmp_path: Path, device: str, size: int) -> None:
+    """Also where it is added and normalized, and the likeliest of all ranks' tokens."""
     if device != "cpu":
-        pytest.skip("GPUs map memory by other means: benchmarks.all_reduce checks them")
+        pytest.skip("GPUs map memory by other means: test_shared_gpus and benchmarks.all_reduce check them")
     path = tmp_path / "memory"
     path.write_bytes(bytes(file_size(size, size)))
-    group = RankGroup(size, "tests.kernels.peer_ranks:serve", pickle.dumps((str(path), CALLS)))
+    group = RankGroup(size, "tests.kernels.peer_ranks:serve", pickle.dumps((str(path), CALLS, ADDITIONS)))
     group.start()
     try:
         mapped = MappedMemory.open(str(path), 0, size)
-        for index, (result, call) in enumerate(zip(take_part(mapped.memory, CALLS), CALLS, strict=True)):
-            assert torch.equal(result, expected_sum(size, index, *call[:2])), call
-        assert [pickle.loads(reply) for reply in group.replies()] == [[True] * len(CALLS)] * (size - 1)
+        good = are_right(mapped.memory, CALLS, ADDITIONS)
+        assert all(good), good
+        assert [pickle.loads(reply) for reply in group.replies()] == [good] * (size - 1)
     finally:
         group.close()
 

@@ -90,7 +90,9 @@ class CudaBackend:
             if program.sampler.prepare(batch, mask_words(batch.masks)):
                 self._forget_draws()
             wanted = self._take_wanted_logprobs(batch)
-            bucket = self._sizes.bucket_of(batch, draws=program.sampler.draws(batch.rows), needs_mixed=bool(wanted))
+            # Log-probabilities need all logits in one place, which greedy steps that ranks share do without.
+            draws = program.sampler.draws(batch.rows, with_logprobs=program.is_shared)
+            bucket = self._sizes.bucket_of(batch, draws=draws, needs_mixed=bool(wanted))
             ring_index = self._next_ring_index
             self._next_ring_index = (ring_index + 1) % program.ring.depth
             buffer = program.buffer(bucket)

@@ -5,7 +5,7 @@ step as the bytes that rank 0 copies to its own device, and never see a request:
 
     rank 0     fill N, tell, send, replay | fill N+1, tell, send, replay | wait for N, ...
     rank 1     ....... take, send, replay ....... take, send, replay
-    devices    ....... step N: sums with each other, ids from rank 0 | step N+1 ...
+    devices    ....... step N: sums and ids with each other | step N+1 ...
 
 A mirror of the step buffer is written again when rank 0 has seen its step end. The others have copied it by then, as
 rank 0's step ends with sums that they take part in after their copy.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -124,7 +124,7 @@ class Follower:
             buffer.take(message.ring_index, message.data)
             buffer.send(message.ring_index, self._stream)
         elif isinstance(message, Run):
-            bucket = replace(message.bucket, draws=False)  # the others do not sample
+            bucket = message.bucket
             self._graphs.follow(bucket, partial(program.run, bucket), captures=message.captures)
         elif isinstance(message, RunToLast):
             self._begun = program.run_to_last(message.bucket)

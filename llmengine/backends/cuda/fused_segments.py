@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,12 +22,16 @@ from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
 from llmengine.kernels.linear_ops import (
     BoundLinear,
+    BoundMlp,
     DeviceMatrix,
     LinearOps,
     compile_product,
     has_kernel,
     product_shapes,
 )
+from llmengine.kernels.norm import rms_norm
+from llmengine.kernels.peer_sum import RowNorm
+from llmengine.kernels.scaled_weights import ScaledMatrix
 from llmengine.kernels.timing import time_graph
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Segments, finish_logits
@@ -40,17 +44,30 @@ _OPERATIONS: dict[str, Operation] = {
 }
 """A layer's matrices, and the operation that each is used in."""
 
+_OF_SUMS: Mapping[Operation, Operation] = {
+    "norm_linear": "linear",
+    "linear_add": "linear",
+    "norm_linear_silu": "linear_silu",
+}
+"""The operations of a shard, where sums over ranks also add and normalize."""
+
 _COLD_BYTES = 160 << 20
 """Weights that a measurement reads before it reads one again; three times an H100's L2."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's products with their weights bound: (input, where the result goes), of `mlp` see `LinearOps.mlp`."""
+    """One layer's products with their weights bound: (input, where the result goes), of `mlp` see `LinearOps.mlp`.
+
+    Attributes:
+        input_norm, mlp_norm: of a shard, the norms before `qkv` and `mlp` where a sum does them.
+    """
 
     qkv: BoundLinear
     o: BoundLinear
-    mlp: BoundLinear
+    mlp: BoundMlp
+    input_norm: RowNorm | None = None
+    mlp_norm: RowNorm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +172,22 @@ class FusedSegments:
         )
         self._choose = untuned if self._choices is None else self._choices.choose
         self._peers = peers
-        ops = LinearOps(self._kernels, self._choose, keeps_residual=peers is None or peers.is_first)
-        self._layers = [
-            _bind_layer(ops, weights, f"layers.{index}.", arch.rms_norm_eps) for index in range(arch.num_layers)
-        ]
+        self._part, self._normed = (
+            None if peers is None else buffer(max_tokens, arch.hidden_size) for _ in ("part", "normed")
+        )
         self._head = weights.matrices["lm_head"]
         self._eps = arch.rms_norm_eps
         self._final_norm = weights.by_name["final_norm.weight"]
-        self._lm_head = ops.norm_linear(self._final_norm, self._eps, self._head)
+        ops = LinearOps(self._kernels, self._choose)
+        self._layers = [self._bind_layer(ops, weights, f"layers.{index}.") for index in range(arch.num_layers)]
+        self._last_norm = self._norm_of_sum(self._final_norm, self._head)
+        self._lm_head = self._bind_normed(ops, self._final_norm, self._head, None)
         self._layer_matrices = [
-            [(kind, weights.matrices[f"layers.{index}.{name}"]) for name, kind in _OPERATIONS.items()]
+            [
+                (self._operation(kind, matrix), matrix)
+                for name, kind in _OPERATIONS.items()
+                for matrix in [weights.matrices[f"layers.{index}.{name}"]]
+            ]
             for index in range(arch.num_layers)
         ]
         self._dtype = dtype
@@ -217,7 +240,8 @@ class FusedSegments:
         layers = range(len(self._layers))
         shapes = dict.fromkeys(shape for layer in layers for shape in self._shapes_of_layer(layer, num_rows))
         if num_rows < 2 * len(self._logits):
-            shapes |= dict.fromkeys(product_shapes("norm_linear", num_rows, self._head, self._dtype, torch.float32))
+            operation = self._operation("norm_linear", self._head)
+            shapes |= dict.fromkeys(product_shapes(operation, num_rows, self._head, self._dtype, torch.float32))
         return list(shapes)
 
     def _shapes_of_layer(self, layer: int, num_rows: int) -> list[GemmShape]:
@@ -267,7 +291,7 @@ class FusedSegments:
             for layer in layers:
                 self._layers[layer].qkv(x, self._qkv[:num_rows])
                 self._layers[layer].o(attended, x)
-                self._layers[layer].mlp(x, self._inner[:num_rows])
+                self._layers[layer].mlp(x, self._inner[:num_rows], x)
             if is_head:
                 self._lm_head(x, self._logits[:num_rows])
 
@@ -277,14 +301,17 @@ class FusedSegments:
             return float("inf")
 
     def first(self, x: Tensor) -> Tensor:
-        qkv = self._qkv[: len(x)]
-        self._layers[0].qkv(x, qkv)
+        norm, qkv = self._layers[0].input_norm, self._qkv[: len(x)]
+        if norm is not None:
+            rms_norm(x, norm.weight, norm.eps, norm.out[: len(x)], self._kernels.pdl)
+        self._layers[0].qkv(_input(x, norm), qkv)
         return qkv
 
     def mid(self, layer: int, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._finish(layer, attended, x)
+        following = self._layers[layer + 1]
+        self._finish(layer, attended, x, following.input_norm)
         qkv = self._qkv[: len(x)]
-        self._layers[layer + 1].qkv(x, qkv)
+        following.qkv(_input(x, following.input_norm), qkv)
         return x, qkv
 
     def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
@@ -292,37 +319,76 @@ class FusedSegments:
             num_samples = len(sample_tokens)
             attended = torch.index_select(attended, 0, sample_tokens, out=self._sampled_attended[:num_samples])
             x = torch.index_select(x, 0, sample_tokens, out=self._sampled_x[:num_samples])
-        self._finish(len(self._layers) - 1, attended, x)
+        self._finish(len(self._layers) - 1, attended, x, self._last_norm)
         logits = self._logits[: len(x)]
-        self._lm_head(x, logits)
+        self._lm_head(_input(x, self._last_norm), logits)
         finish_logits(logits, self._logit_scale, self._logit_soft_cap)
         return logits
 
-    def _finish(self, layer: int, attended: Tensor, x: Tensor) -> None:
-        """Add to x what comes after the layer's attention."""
-        self._layers[layer].o(attended, x)
-        self._sum(x)
-        self._layers[layer].mlp(x, self._inner[: len(x)])
-        self._sum(x)
+    def _finish(self, layer: int, attended: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        """Add to x what comes after the layer's attention; a shard also writes the norm that follows, if any."""
+        own, inner = self._layers[layer], self._inner[: len(x)]
+        if self._peers is None or self._part is None:
+            own.o(attended, x)
+            own.mlp(x, inner, x)
+            return
+        part = self._part[: len(x)]
+        own.o(attended, part)
+        self._add_sum(part, x, own.mlp_norm)
+        own.mlp(_input(x, own.mlp_norm), inner, part)
+        self._add_sum(part, x, norm)
 
-    def _sum(self, x: Tensor) -> None:
-        """Add up what the ranks have in x."""
-        if self._peers is not None:
-            self._peers.collectives.all_reduce(x)
+    def _add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        assert self._peers is not None
+        self._peers.collectives.add_sum(part, x, None if norm is None else norm.of(len(x)))
+
+    def _bind_layer(self, ops: LinearOps, weights: CudaWeights, prefix: str) -> _Layer:
+        def bound(name: str) -> tuple[DeviceMatrix, Tensor | None]:
+            return weights.matrices[prefix + name], weights.bias(prefix + name)
+
+        input_norm, mlp_norm = weights.norm(prefix + "input_norm"), weights.norm(prefix + "post_attention_norm")
+        assert input_norm is not None
+        assert mlp_norm is not None
+        (gate_up, gate_up_bias), (down, down_bias) = bound("gate_up"), bound("down")
+        norm_of_sum = self._norm_of_sum(mlp_norm, gate_up)
+        return _Layer(
+            qkv=self._bind_normed(ops, input_norm, *bound("qkv")),
+            o=ops.linear_add(*bound("o")) if self._peers is None else ops.linear(*bound("o")),
+            mlp=ops.mlp(
+                mlp_norm if norm_of_sum is None else None,
+                self._eps,
+                gate_up,
+                down,
+                gate_up_bias,
+                down_bias,
+                accumulate=self._peers is None,
+            ),
+            input_norm=self._norm_of_sum(input_norm, weights.matrices[prefix + "qkv"]),
+            mlp_norm=norm_of_sum,
+        )
+
+    def _bind_normed(self, ops: LinearOps, norm: Tensor, matrix: DeviceMatrix, bias: Tensor | None) -> BoundLinear:
+        """The product of normalized rows, which a shard gets normalized already unless the product rounds them too."""
+        if self._norm_of_sum(norm, matrix) is None:
+            return ops.norm_linear(norm, self._eps, matrix, bias)
+        return ops.linear(matrix, bias)
+
+    def _norm_of_sum(self, weight: Tensor, matrix: DeviceMatrix) -> RowNorm | None:
+        """The norm before a matrix, where the sum over ranks before it does it."""
+        if self._normed is None or isinstance(matrix, ScaledMatrix):
+            return None
+        return RowNorm(weight, self._eps, self._normed)
+
+    def _operation(self, kind: Operation, matrix: DeviceMatrix) -> Operation:
+        """What a matrix is used in, where it would be `kind` in a model that is no shard."""
+        if self._peers is None or (isinstance(matrix, ScaledMatrix) and kind != "linear_add"):
+            return kind
+        return _OF_SUMS[kind]
 
 
-def _bind_layer(ops: LinearOps, weights: CudaWeights, prefix: str, eps: float) -> _Layer:
-    def bound(name: str) -> tuple[DeviceMatrix, Tensor | None]:
-        return weights.matrices[prefix + name], weights.bias(prefix + name)
-
-    input_norm, mlp_norm = weights.norm(prefix + "input_norm"), weights.norm(prefix + "post_attention_norm")
-    assert mlp_norm is not None
-    (gate_up, gate_up_bias), (down, down_bias) = bound("gate_up"), bound("down")
-    return _Layer(
-        qkv=ops.norm_linear(input_norm, eps, *bound("qkv")),
-        o=ops.linear_add(*bound("o")),
-        mlp=ops.mlp(mlp_norm, eps, gate_up, down, gate_up_bias, down_bias),
-    )
+def _input(x: Tensor, norm: RowNorm | None) -> Tensor:
+    """What a product reads: x, or its norm where that is there already."""
+    return x if norm is None else norm.out[: len(x)]
 
 
 def _choices_of(kernels: LinearKernels, device: torch.device) -> GemmChoices | None:

@@ -22,6 +22,7 @@ from llmengine.kernels.attention_prefill import prefill_attention, query_block_s
 from llmengine.kernels.embedding import look_up
 from llmengine.kernels.flashinfer_attention import FlashInferDecode
 from llmengine.kernels.kv_blocks import KvBlocks
+from llmengine.kernels.limits import has_pdl
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.kernels.step import DeviceStep, SlotState, begin_step
 from llmengine.kernels.timing import time_graph
@@ -98,7 +99,7 @@ def build_cuda_model(
     device, dtype = weights.device, weights.dtype
     layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
     activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, dtype, device)
-    pdl = _has_pdl(device)
+    pdl = has_pdl(device)
     segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl, peers))
     attentions = [layer.config for layer in layers]
     decode_choice = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
@@ -197,12 +198,16 @@ class CudaModel:
             attended: as `forward_to_last` returns it; overwritten, like x, if `tokens` is None.
             tokens: int32, at most max_batch_size of them; None: all of the step, in order.
         """
-        logits = self._segments.last(attended, x, tokens)
+        logits = self.last_own(attended, x, tokens)
         if self.peers is None:
             return logits
         whole = self.logits[: len(logits)]
         self.peers.gather_logits(logits, whole)
         return whole
+
+    def last_own(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """As `last`, but on all ranks of a model that several share those of the rank's rows of the vocabulary."""
+        return self._segments.last(attended, x, tokens)
 
     def compilations(
         self, steps: Mapping[Bucket, DeviceStep], state: SlotState, kv: KvBlocks
@@ -314,7 +319,3 @@ def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, li
 
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.embedding import look_up
+from llmengine.kernels.peer_sum import RowNorm
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
 from llmengine.quantization.matrix import Matrix
 
@@ -34,6 +35,15 @@ class DeviceCollectives(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Replace the contiguous tensor, of one shape on all ranks, by its sum over them."""
+
+    def add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        """Add to x [num_rows, hidden], the same on all ranks, the sum of `part` over them, and write its norm.
+
+        `part` is of the same shape, and holds junk afterwards.
+        """
+
+    def choose(self, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int) -> None:
+        """See `kernels.peer_sum.choose_over_peers`."""
 
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the contiguous tensor, of one shape on all ranks, by that of rank 0."""
@@ -64,13 +74,17 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which samples, and adds residuals and biases to sums."""
+        """Whether this is rank 0, which has the logits of all, and adds biases to sums."""
         return self.collectives.rank == 0
 
     @property
     def vocab_size(self) -> int:
         """Rows of the vocabulary that all ranks have together."""
         return self.rows[-1].stop
+
+    def choose(self, own: Tensor, counts: Tensor, ids: Tensor, failed: Tensor) -> None:
+        """Replace what each rank chose among its logits by the choice among all; see `DeviceCollectives.choose`."""
+        self.collectives.choose(own, counts, ids, failed, self.rows[self.collectives.rank].start)
 
     def embed(self, embedding: Matrix | QuantizedMatrix, token_ids: Tensor, out: Tensor) -> None:
         """Write the rows of `token_ids` to out [num_tokens, hidden]; `embedding` has the rows of this rank."""

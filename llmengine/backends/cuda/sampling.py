@@ -194,9 +194,15 @@ class DeviceSampler:
             replaced |= self._send_masks(masks)
         return replaced
 
-    def draws(self, rows: Sequence[BatchRow]) -> bool:
-        """Whether some row is not simply greedy."""
+    def draws(self, rows: Sequence[BatchRow], *, with_logprobs: bool = False) -> bool:
+        """Whether some row is not simply greedy.
+
+        Args:
+            with_logprobs: a row that wants log-probabilities counts as well.
+        """
         special = self._special | self._masked if self._masked else self._special
+        if with_logprobs and self._num_logprobs:
+            special = special | self._num_logprobs.keys()
         return bool(special) and any(row.slot in special for row in rows)
 
     def _init_slot(self, init: SlotInit) -> None:

@@ -124,13 +124,20 @@ class StepProgram:
         for used, logits in self.sampler.logits_of(range(num_tokens), last, sizes.samples):
             yield logits[:used]
 
-    def run_sampling(self, bucket: Bucket) -> None:
-        """Queue the part of a step that comes after the logits."""
+    def run_sampling(self, bucket: Bucket, logits: Tensor) -> None:
+        """Queue the part of a step that comes after the logits.
+
+        Args:
+            logits: fp32 [bucket.num_samples, vocab]; of a step without draws of a shard, of this rank's vocabulary.
+        """
         step, peers = self._buffers[bucket.mixed].step, self.model.peers
-        if peers is None or peers.is_first:
-            self.sampler.choose(self.model.logits[: bucket.num_samples], step, bucket)
-        if peers is not None:
-            peers.collectives.broadcast(self.sampler.ids[: bucket.num_samples])
+        ids, failed = self.sampler.ids[: bucket.num_samples], self.sampler.failed[: bucket.num_samples]
+        if peers is None or peers.is_first or not bucket.draws:
+            self.sampler.choose(logits, step, bucket)
+        if peers is not None and bucket.draws:
+            peers.collectives.broadcast(ids)
+        elif peers is not None:
+            peers.choose(logits, step.counts, ids, failed)
         end_step(
             step, self.state, self._chosen_ids, self.sampler.failed, self.ring.token_ids, num_samples=bucket.num_samples
         )
@@ -145,7 +152,7 @@ class StepProgram:
         model = self.model.compilations(steps, self.state, self.kv)
         calls = [*model, *self.model.tunable_segments.compilations]
         if self.model.peers is None:
-            calls.append(partial(self.run_sampling, decodes[-1]))
+            calls.append(partial(self.run_sampling, decodes[-1], self.model.logits[: decodes[-1].num_samples]))
         if self.model.peers is None or self.model.peers.is_first:
             calls += self.sampler.compilations(self.model.logits, steps[decodes[-1]])
         return calls
@@ -157,8 +164,10 @@ class StepProgram:
     def run_last(self, bucket: Bucket, attended: Tensor, x: Tensor) -> None:
         """Queue the part of a step that comes after the last attention, for the tokens that sample."""
         step = self._buffers[bucket.mixed].step
-        self.model.last(attended, x, step.sample_tokens[: bucket.num_samples] if bucket.mixed else None)
-        self.run_sampling(bucket)
+        tokens = step.sample_tokens[: bucket.num_samples] if bucket.mixed else None
+        # What is simply likeliest can be found in parts; anything else needs the logits in one place.
+        last = self.model.last if bucket.draws or self.model.peers is None else self.model.last_own
+        self.run_sampling(bucket, last(attended, x, tokens))
 
     def _begin(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         if self._tell is not None:

@@ -11,10 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from llmengine.backends.cuda.peers import DeviceCollectives
 from llmengine.backends.ranks import Collectives
 from llmengine.backends.ranks.backend import OpenCollectives
+from llmengine.kernels.norm import rms_norm
+from llmengine.kernels.peer_sum import RowNorm
+from llmengine.kernels.step import NUM_SAMPLES
 
 _torch: Any = distributed  # whose stubs lack most of what is used here
 
@@ -38,6 +42,12 @@ class HostCollectives:
 
     def all_reduce(self, tensor: Tensor) -> None:
         self._own.all_reduce(tensor)
+
+    def add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        add_sum_in_steps(self, part, x, norm)
+
+    def choose(self, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int) -> None:
+        choose_on_rank_0(self, logits, counts, ids, failed, start)
 
     def broadcast(self, tensor: Tensor) -> None:
         if self.rank:
@@ -102,8 +112,14 @@ class NcclCollectives:
             return
         parts = tensor.new_empty(self.size, *tensor.shape)
         outputs = [list(parts.unbind())]
-        self._wait(self._group.allgather(outputs, [tensor], _options(_torch.AllgatherOptions())))
+        self._wait(self._group.allgather(outputs, [tensor], _options(AllgatherOptions())))
         add_in_order(parts, tensor)
+
+    def add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        add_sum_in_steps(self, part, x, norm)
+
+    def choose(self, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int) -> None:
+        choose_on_rank_0(self, logits, counts, ids, failed, start)
 
     def broadcast(self, tensor: Tensor) -> None:
         self._wait(self._group.broadcast([tensor], _options(_torch.BroadcastOptions())))
@@ -132,6 +148,39 @@ def add_in_order(parts: Tensor, out: Tensor) -> None:
     for part in parts[1:]:
         total += part
     out.copy_(total)
+
+
+def add_sum_in_steps(collectives: DeviceCollectives, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+    """`DeviceCollectives.add_sum` by operations of their own."""
+    collectives.all_reduce(part)
+    x.add_(part)
+    if norm is not None:
+        rms_norm(x, norm.weight, norm.eps, norm.out)
+
+
+def choose_on_rank_0(
+    collectives: DeviceCollectives, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int
+) -> None:
+    """`DeviceCollectives.choose` by rank 0, which tells the others."""
+    is_row = torch.arange(len(ids), device=ids.device) < counts[NUM_SAMPLES]
+    columns = torch.where(is_row, ids, 0).long()
+    own = logits.gather(1, columns[:, None]).squeeze(1).masked_fill_(failed != 0, float("inf"))
+    is_first = collectives.rank == 0
+    values = own.new_empty(collectives.size, len(own)) if is_first else None
+    found = ids.new_empty(collectives.size, len(ids)) if is_first else None
+    collectives.gather(own, values)
+    collectives.gather(ids + start, found)
+    choice = torch.stack((ids, failed))
+    if values is not None and found is not None:
+        best, chosen = values[0], found[0]
+        for value, candidate in zip(values[1:], found[1:], strict=True):
+            chosen = torch.where(value > best, candidate, chosen)
+            best = torch.maximum(best, value)
+        is_failed = best.abs() == float("inf")
+        torch.stack((chosen.masked_fill(is_failed, 0), is_failed.to(ids.dtype)), out=choice)
+    collectives.broadcast(choice)
+    torch.where(is_row, choice[0], ids, out=ids)
+    torch.where(is_row, choice[1], failed, out=failed)
 
 
 def _options(options: Any) -> Any:

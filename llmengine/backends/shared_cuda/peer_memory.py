@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from llmengine.kernels.limits import has_pdl
 from llmengine.kernels.peer_sum import MAX_PROGRAMS, PeerMemory, data_bytes, flags_size
 
 _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
@@ -31,7 +32,7 @@ class IpcPeerMemory:
         self._device = device
         self._own: int | None = None
         self._mapped: list[int] = []
-        data, flags = data_bytes(capacity), 4 * flags_size(size)
+        data, flags = data_bytes(capacity, size), 4 * flags_size(size)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # there is a context, and it is current
             failure = self._open(store, rank, size, data + flags)
@@ -46,7 +47,7 @@ class IpcPeerMemory:
             addresses.insert(rank, self._own)
             at = torch.tensor(addresses, dtype=torch.int64, device=device)
             numbers = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-            self.memory: PeerMemory = PeerMemory(rank, size, at, at + data, numbers, capacity)
+            self.memory: PeerMemory = PeerMemory(rank, size, at, at + data, numbers, capacity, has_pdl(device))
         self._flags_at: int = self._own + data
         self._num_flags: int = flags_size(size)
         self._side: torch.cuda.Stream = torch.cuda.Stream(device)

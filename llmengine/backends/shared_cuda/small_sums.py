@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives
+from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives, add_sum_in_steps
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
-from llmengine.kernels.peer_sum import PeerMemory, can_sum, sum_over_peers
+from llmengine.kernels.peer_sum import (
+    PeerMemory,
+    RowNorm,
+    add_over_peers,
+    can_add_rows,
+    can_sum,
+    choose_over_peers,
+    sum_over_peers,
+)
 
 Way = Literal["other", "one_shot", "two_shots"]
 WAYS: Sequence[Way] = ("other", "one_shot", "two_shots")
@@ -82,6 +90,16 @@ class SmallSums:
             self._other.all_reduce(tensor)
         else:
             sum_over_peers(self._memory.memory, tensor, 1 if way == "one_shot" else 2)
+
+    def add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
+        way = self._ways.way_of(part.nbytes)
+        if way == "other" or not can_add_rows(self._memory.memory, part):
+            add_sum_in_steps(self, part, x, norm)
+        else:
+            add_over_peers(self._memory.memory, part, x, norm, 1 if way == "one_shot" else 2)
+
+    def choose(self, logits: Tensor, counts: Tensor, ids: Tensor, failed: Tensor, start: int) -> None:
+        choose_over_peers(self._memory.memory, logits, counts, ids, failed, start)
 
     def broadcast(self, tensor: Tensor) -> None:
         self._other.broadcast(tensor)
