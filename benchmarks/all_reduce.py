@@ -28,11 +28,11 @@ from llmengine.backends.ranks import Collectives, RankChannel, RankGroup
 from llmengine.backends.ranks.collectives import connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
-from llmengine.backends.shared_cuda.small_sums import time_together
+from llmengine.backends.shared_cuda.small_sums import CAPACITY, time_together
 from llmengine.kernels.peer_sum import can_sum, sum_over_peers
 
-SIZES = tuple(1 << bits for bits in range(13, 25))
-"""Bytes: 8 KiB to 16 MiB."""
+SIZES = tuple(1 << bits for bits in range(13, 26))
+"""Bytes: 8 KiB to 32 MiB."""
 
 _TIMEOUT_S = 300.0
 _HOST_CALLS = 20
@@ -76,7 +76,7 @@ def make_rank(rank: int, size: int, device_name: str, store: TCPStore | None, ho
     ways = {"NCCL": _in_place(nccl.all_reduce), "NCCL, ordered": _in_place(ordered.all_reduce)}
     for name in ("one_shot", "two_shot"):
         ways[f"symmetric {name}"] = _attempt(partial(_symmetric, store, rank, size, device, name))
-    ours = _attempt(lambda: IpcPeerMemory(store, rank, size, device, SIZES[-1]))
+    ours = _attempt(lambda: IpcPeerMemory(store, rank, size, device, CAPACITY))
     for shots in (1, 2):
         ways[f"ours, {shots} shot{'s' * (shots > 1)}"] = ours if isinstance(ours, str) else _ours(ours, shots)
     return Rank(rank, size, device, torch.bfloat16, ways)
@@ -121,7 +121,7 @@ def _in_place(function: Callable[[Tensor], None]) -> Sum:
 
 def _ours(memory: IpcPeerMemory, shots: int) -> Sum:
     def apply(tensor: Tensor) -> Tensor:
-        if not can_sum(memory.memory, tensor):
+        if not can_sum(tensor):
             raise ValueError(tensor.nbytes)
         sum_over_peers(memory.memory, tensor, shots)
         return tensor
@@ -131,10 +131,14 @@ def _ours(memory: IpcPeerMemory, shots: int) -> Sum:
 
 def _symmetric(store: TCPStore, rank: int, size: int, device: torch.device, name: str) -> Sum:
     """A sum by an operation of torch's symmetric memory, of which a private interface is used."""
-    from torch._C._distributed_c10d import _SymmetricMemory
+    from torch._C import _distributed_c10d
 
     group = f"benchmark-{name}"
-    memory: Any = _SymmetricMemory
+    private: Any = _distributed_c10d
+    memory: Any = private._SymmetricMemory
+    own_group: Any = torch.distributed.ProcessGroup(_prefixed(store, group), rank, size)
+    own_group._set_group_name(group)
+    private._register_process_group(group, own_group)
     memory.set_group_info(group, rank, size, store)
     shape = (SIZES[-1] // 2,)
     whole: Tensor = memory.empty_strided_p2p(shape, (1,), torch.bfloat16, device, group)

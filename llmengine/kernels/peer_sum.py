@@ -32,7 +32,7 @@ from llmengine.kernels.norm import MAX_HIDDEN
 from llmengine.kernels.step import NUM_SAMPLES
 
 MAX_PROGRAMS = 256
-"""Programs of a call; each has flags of its own."""
+"""Programs that a call has on a GPU; each has flags of its own."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCKS = (1024, 2048, 4096, 8192, 16384)
@@ -47,9 +47,9 @@ def data_bytes(capacity: int, size: int) -> int:
     return 2 * _SHOTS * size * capacity
 
 
-def flags_size(size: int) -> int:
-    """Numbers of 32 bits that a rank's flags are, for so many ranks."""
-    return _SHOTS * MAX_PROGRAMS * size
+def flags_size(size: int, max_programs: int) -> int:
+    """Numbers of 32 bits that a rank's flags are, for so many ranks and programs."""
+    return _SHOTS * max_programs * size
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class PeerMemory:
     Attributes:
         data: int64 [size], the address of each rank's data, as this rank sees it.
         flags: int64 [size], likewise of flags, which begin as zeros.
-        numbers: int32 [MAX_PROGRAMS], of the last call, as every program knows it; begins as zeros.
+        numbers: int32 [max_programs], of the last call, as every program knows it; begins as zeros. Its size, a power
+            of two, is the number of programs that a call has at most, the same on all ranks.
         capacity: bytes of the largest tensor, a multiple of 16.
         pdl: see `linear.LinearKernels`.
     """
@@ -91,41 +92,48 @@ class RowNorm:
         return replace(self, out=self.out[:num_rows])
 
 
-def can_sum(memory: PeerMemory, tensor: Tensor) -> bool:
+def can_sum(tensor: Tensor) -> bool:
     """Whether `sum_over_peers` takes a tensor."""
-    fits = tensor.nbytes <= memory.capacity and 0 < tensor.numel() <= MAX_PROGRAMS * _BLOCKS[-1]
-    return fits and tensor.dtype in _DTYPES
+    return tensor.dtype in _DTYPES and tensor.numel() > 0
 
 
 def can_add_rows(memory: PeerMemory, part: Tensor) -> bool:
     """Whether `add_over_peers` takes a tensor [num_rows, hidden]."""
-    num_rows, hidden = part.shape
-    fits = num_rows <= MAX_PROGRAMS and hidden <= MAX_HIDDEN and hidden % _ALIGNMENT == 0
-    return fits and can_sum(memory, part)
+    hidden = part.shape[1]
+    row_bytes = hidden * part.element_size()
+    return can_sum(part) and hidden <= MAX_HIDDEN and hidden % _ALIGNMENT == 0 and row_bytes <= memory.capacity
 
 
 def sum_over_peers(memory: PeerMemory, tensor: Tensor, shots: int) -> None:
     """Replace a contiguous tensor, of one shape on all ranks, by its sum over them, in one shot or in two.
 
-    All ranks call this in the same order, with the same arguments. Allocates nothing.
+    More than `PeerMemory.capacity` is summed in several calls. All ranks call this in the same order, with the same
+    arguments. Allocates nothing.
     """
-    assert can_sum(memory, tensor), (tensor.shape, tensor.dtype, memory.capacity)
-    numel = tensor.numel()
-    block = next((block for block in _BLOCKS if numel <= block * _FEW_PROGRAMS), _BLOCKS[-1])
-    _launch(memory, tensor, tensor, None, block, shots)
+    assert can_sum(tensor), (tensor.shape, tensor.dtype)
+    assert tensor.is_contiguous()
+    for part in tensor.view(-1).split(memory.capacity // tensor.element_size()):
+        block = next((block for block in _BLOCKS if part.numel() <= block * _FEW_PROGRAMS), _BLOCKS[-1])
+        _launch(memory, part, part, None, block, shots)
 
 
 def add_over_peers(memory: PeerMemory, part: Tensor, x: Tensor, norm: RowNorm | None, shots: int) -> None:
     """Add to x [num_rows, hidden], the same on all ranks, the sum over them of `part`, and write the norm of that.
 
-    The sum is rounded to the dtype of x before it is added. All ranks call this in the same order, with arguments of
-    the same shapes. Allocates nothing.
+    The sum is rounded to the dtype of x before it is added. More than `PeerMemory.capacity` is summed in several
+    calls. All ranks call this in the same order, with arguments of the same shapes. Allocates nothing.
     """
     assert can_add_rows(memory, part), (part.shape, part.dtype, memory.capacity)
+    assert part.is_contiguous()
     assert x.is_contiguous()
     assert x.shape == part.shape
     assert x.dtype == part.dtype
-    _launch(memory, part, x, norm, part.shape[1], shots, add=True)
+    num_rows, hidden = part.shape
+    most = memory.capacity // (hidden * part.element_size())
+    for begin in range(0, num_rows, most):
+        rows = slice(begin, begin + most)
+        own_norm = None if norm is None else replace(norm, out=norm.out[rows])
+        _launch(memory, part[rows], x[rows], own_norm, hidden, shots, add=True)
 
 
 def choose_over_peers(
@@ -145,7 +153,7 @@ def choose_over_peers(
     assert logits.dtype == torch.float32
     assert ids.dtype == failed.dtype == torch.int32
     assert 8 * num_rows <= memory.capacity
-    assert num_rows <= _CHOICES * MAX_PROGRAMS
+    assert num_rows <= _CHOICES * len(memory.numbers)
     _choose_over_peers[(triton.cdiv(num_rows, _CHOICES),)](
         logits,
         counts,
@@ -162,7 +170,7 @@ def choose_over_peers(
         SIZE=memory.size,
         BLOCK=_CHOICES,
         NUM_SAMPLES=NUM_SAMPLES,
-        MAX_PROGRAMS=MAX_PROGRAMS,
+        MAX_PROGRAMS=len(memory.numbers),
         PDL=memory.pdl,
         num_warps=4,
         launch_pdl=memory.pdl,
@@ -172,11 +180,10 @@ def choose_over_peers(
 def _launch(
     memory: PeerMemory, part: Tensor, x: Tensor, norm: RowNorm | None, columns: int, shots: int, add: bool = False
 ) -> None:
-    """Give each program so many columns."""
-    assert part.is_contiguous()
+    """Give each program so many columns at a time."""
     numel = part.numel()
-    num_programs = triton.cdiv(numel, columns)
-    assert num_programs <= MAX_PROGRAMS, (numel, columns)
+    num_pieces = triton.cdiv(numel, columns)
+    num_programs = min(len(memory.numbers), num_pieces)
     share = triton.cdiv(triton.cdiv(columns, memory.size), _ALIGNMENT) * _ALIGNMENT
     block = triton.next_power_of_2(columns)
     if norm is not None:
@@ -191,6 +198,7 @@ def _launch(
         memory.flags,
         memory.numbers,
         numel,
+        triton.cdiv(num_pieces, num_programs),
         memory.capacity // part.element_size(),
         0.0 if norm is None else norm.eps,
         RANK=memory.rank,
@@ -199,11 +207,11 @@ def _launch(
         BLOCK=block,
         SHARE=share,
         SHARE_BLOCK=triton.next_power_of_2(share),
-        EVEN=numel % columns == 0,
+        EVEN=numel == columns * num_programs,
         SHOTS=shots,
         ADD=add,
         NORM=norm is not None,
-        MAX_PROGRAMS=MAX_PROGRAMS,
+        MAX_PROGRAMS=len(memory.numbers),
         PDL=memory.pdl,
         num_warps=max(4, min(16, block // 512)),
         launch_pdl=memory.pdl,
@@ -220,17 +228,17 @@ def _tensor_at(address, element: tl.constexpr):
 def _arrive(flags, number, shot, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
     """Tell the other ranks that this one has written what they read after it, and wait until they have."""
     first = (shot * MAX_PROGRAMS + tl.program_id(0)) * SIZE
+    peers = tl.arange(0, triton.next_power_of_2(SIZE))
+    is_other = (peers < SIZE) & (peers != RANK)
+    theirs = tl.load(flags + peers, mask=is_other, other=0).to(tl.pointer_type(tl.int32))
+    ours = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + first + peers
+    zeros = tl.zeros_like(peers)
     tl.debug_barrier()  # all threads have written
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            theirs = tl.load(flags + peer).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(theirs + first + RANK, number, sem="release", scope="sys")
-    ours = tl.load(flags + RANK).to(tl.pointer_type(tl.int32))
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            arrived = tl.atomic_cas(ours + first + peer, 0, 0, sem="acquire", scope="sys")
-            while arrived - number < 0:  # a rank may be one call ahead, and numbers may wrap around
-                arrived = tl.atomic_cas(ours + first + peer, 0, 0, sem="acquire", scope="sys")
+    tl.atomic_xchg(theirs + first + RANK, zeros + number, mask=is_other, sem="release", scope="sys")
+    arrived = tl.atomic_add(ours, zeros, mask=is_other, sem="acquire", scope="sys")
+    # A rank may be one call ahead, and numbers may wrap around.
+    while tl.min(tl.where(is_other, arrived - number, 0)) < 0:
+        arrived = tl.atomic_add(ours, zeros, mask=is_other, sem="acquire", scope="sys")
     tl.debug_barrier()  # no thread reads before
 
 
@@ -250,7 +258,7 @@ def _place(number, shot, source, capacity, SIZE: tl.constexpr):
     return (((number & 1) * 2 + shot) * SIZE + source).to(tl.int64) * capacity
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_turns"])
 def _sum_over_peers(
     part,
     x,
@@ -260,6 +268,7 @@ def _sum_over_peers(
     flags,
     numbers,
     numel,
+    num_turns,
     capacity,
     eps,
     RANK: tl.constexpr,
@@ -275,68 +284,92 @@ def _sum_over_peers(
     MAX_PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Write the sum of `part` over the ranks to x, or add it, and the RMSNorm of x, of COLUMNS columns, to `normed`."""
+    """Write the sum of `part` over the ranks to x, or add it, and the RMSNorm of x, of COLUMNS columns, to `normed`.
+
+    A program has COLUMNS columns in each of its turns; with EVEN a single turn, of as many as there are.
+    """
     element = x.dtype.element_ty
     columns = tl.arange(0, BLOCK)
-    first = tl.program_id(0) * COLUMNS
-    mask = columns < COLUMNS
-    if not EVEN:
-        mask = mask & (first + columns < numel)
     if NORM:
-        scale = tl.load(norm_weight + columns, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(norm_weight + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     number = _number(numbers, MAX_PROGRAMS)
     ours = _tensor_at(data + RANK, element)
+    each = tl.num_programs(0) * COLUMNS
+    begin = tl.program_id(0) * COLUMNS
     if SHOTS == 1:
-        own = tl.load(part + first + columns, mask=mask, other=0.0)
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
-                tl.store(theirs + first + columns, own, mask=mask)
-        _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
-        total = tl.zeros([BLOCK], tl.float32)
-        for source in tl.static_range(SIZE):
-            if source == RANK:
-                total += own.to(tl.float32)
-            else:
-                at = ours + _place(number, 0, source, capacity, SIZE) + first + columns
-                total += tl.load(at, mask=mask, other=0.0, volatile=True).to(tl.float32)
-        total = total.to(element)
+        for turn in range(0, num_turns):
+            first = begin + turn * each
+            mask = _wanted(columns, first, numel, COLUMNS, EVEN)
+            own = tl.load(part + first + columns, mask=mask, other=0.0)
+            for peer in tl.static_range(SIZE):
+                if peer != RANK:
+                    theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
+                    tl.store(theirs + first + columns, own, mask=mask)
     else:
         in_share = tl.arange(0, SHARE_BLOCK)
-        for step in tl.static_range(SIZE):
-            peer = (RANK + 1 + step) % SIZE  # itself last, and never all to the same
-            place = peer * SHARE + in_share
-            wanted = (in_share < SHARE) & (place < COLUMNS) & (first + place < numel)
-            own = tl.load(part + first + place, mask=wanted, other=0.0)
-            if peer != RANK:
+        own_place = RANK * SHARE + in_share
+        for turn in range(0, num_turns):
+            first = begin + turn * each
+            for step in tl.static_range(1, SIZE):
+                peer = (RANK + step) % SIZE  # never all to the same
+                place = peer * SHARE + in_share
+                wanted = (in_share < SHARE) & _wanted(place, first, numel, COLUMNS, EVEN)
                 theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
-                tl.store(theirs + first + place, own, mask=wanted)
-        _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
-        share = tl.zeros([SHARE_BLOCK], tl.float32)
-        for source in tl.static_range(SIZE):
-            if source == RANK:
-                share += own.to(tl.float32)
-            else:
-                at = ours + _place(number, 0, source, capacity, SIZE) + first + place
-                share += tl.load(at, mask=wanted, other=0.0, volatile=True).to(tl.float32)
-        for peer in tl.static_range(SIZE):
-            theirs = _tensor_at(data + peer, element) + _place(number, 1, RANK, capacity, SIZE)
-            tl.store(theirs + first + place, share.to(element), mask=wanted)
+                tl.store(theirs + first + place, tl.load(part + first + place, mask=wanted, other=0.0), mask=wanted)
         _arrive(flags, number, 1, RANK, SIZE, MAX_PROGRAMS)
-        owner = (columns // SHARE).to(tl.int64) * capacity
-        places = tl.max_contiguous(tl.multiple_of(owner + first + columns, 8), 8)
-        at = ours + _place(number, 1, 0, capacity, SIZE) + places
-        total = tl.load(at, mask=mask, other=0.0, volatile=True)
-    if ADD:
-        total = (total.to(tl.float32) + tl.load(x + first + columns, mask=mask, other=0.0).to(tl.float32)).to(element)
-    tl.store(x + first + columns, total, mask=mask)
-    if NORM:
-        values = total.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(values * values, 0) / COLUMNS + eps)
-        tl.store(normed + first + columns, (values * inverse * scale).to(normed.dtype.element_ty), mask=mask)
+        for turn in range(0, num_turns):
+            first = begin + turn * each
+            wanted = (in_share < SHARE) & _wanted(own_place, first, numel, COLUMNS, EVEN)
+            share = _summed(part, ours, number, 0, first + own_place, wanted, capacity, SHARE_BLOCK, RANK, SIZE)
+            for peer in tl.static_range(SIZE):
+                theirs = _tensor_at(data + peer, element) + _place(number, 1, RANK, capacity, SIZE)
+                tl.store(theirs + first + own_place, share, mask=wanted)
+    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
+    for turn in range(0, num_turns):
+        first = begin + turn * each
+        mask = _wanted(columns, first, numel, COLUMNS, EVEN)
+        if SHOTS == 1:
+            total = _summed(part, ours, number, 0, first + columns, mask, capacity, BLOCK, RANK, SIZE)
+        else:
+            owner = (columns // SHARE).to(tl.int64) * capacity
+            places = tl.max_contiguous(tl.multiple_of(owner + first + columns, 8), 8)
+            at = ours + _place(number, 1, 0, capacity, SIZE) + places
+            total = tl.load(at, mask=mask, other=0.0, volatile=True)
+        if ADD:
+            before = tl.load(x + first + columns, mask=mask, other=0.0).to(tl.float32)
+            total = (before + total.to(tl.float32)).to(element)
+        tl.store(x + first + columns, total, mask=mask)
+        if NORM:
+            values = total.to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(values * values, 0) / COLUMNS + eps)
+            tl.store(normed + first + columns, (values * inverse * scale).to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _wanted(columns, first, numel, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """Which columns of a turn there are."""
+    mask = columns < COLUMNS
+    if not EVEN:
+        mask = mask & (first + columns < numel)
+    return mask
+
+
+@triton.jit
+def _summed(
+    part, ours, number, shot, places, mask, capacity, BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr
+):
+    """The sum of `part` and of what the others have written, in the order of ranks."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for source in tl.static_range(SIZE):
+        if source == RANK:
+            total += tl.load(part + places, mask=mask, other=0.0).to(tl.float32)
+        else:
+            at = ours + _place(number, shot, source, capacity, SIZE) + places
+            total += tl.load(at, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    return total.to(part.dtype.element_ty)
 
 
 @triton.jit

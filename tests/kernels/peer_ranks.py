@@ -12,7 +12,6 @@ from torch import Tensor
 from llmengine.backends.ranks import RankChannel
 from llmengine.kernels.norm import rms_norm_reference
 from llmengine.kernels.peer_sum import (
-    MAX_PROGRAMS,
     PeerMemory,
     RowNorm,
     add_over_peers,
@@ -24,6 +23,7 @@ from llmengine.kernels.peer_sum import (
 from llmengine.kernels.step import NUM_SAMPLES
 
 CAPACITY = 16384
+PROGRAMS = 8
 
 Call = tuple[int, torch.dtype, int]
 """Elements of a tensor, its dtype, and the shots that it is summed in."""
@@ -46,13 +46,13 @@ class MappedMemory:
         each = file_size(1, size)
         starts = [flat.data_ptr() + each * other for other in range(size)]
         data = torch.tensor(starts, dtype=torch.int64)
-        numbers = torch.zeros(MAX_PROGRAMS, dtype=torch.int32)
+        numbers = torch.zeros(PROGRAMS, dtype=torch.int32)
         return cls(PeerMemory(rank, size, data, data + data_bytes(CAPACITY, size), numbers, CAPACITY), flat)
 
 
 def file_size(ranks: int, size: int) -> int:
     """Bytes of so many ranks of `size`."""
-    return ranks * (data_bytes(CAPACITY, size) + 4 * flags_size(size))
+    return ranks * (data_bytes(CAPACITY, size) + 4 * flags_size(size, PROGRAMS))
 
 
 def term(rank: int, call: int, numel: int, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmengine.backends.ranks import RankGroup
-from llmengine.kernels.peer_sum import PeerMemory, can_sum
+from llmengine.kernels.peer_sum import PeerMemory, can_add_rows, can_sum
 from tests.kernels.peer_ranks import Addition, Call, MappedMemory, are_right, file_size
 
 # Sizes that are no multiple of anything, one program and several, ways and dtypes in turn.
@@ -19,6 +19,7 @@ CALLS: list[Call] = [
     (2500, torch.float32, 1),
     (64, torch.float32, 2),
     (1024, torch.float16, 1),
+    (10000, torch.float32, 1),  # in several calls
     (1025, torch.float32, 2),  # not bfloat16, which the interpreter rounds in a way of its own
 ]
 
@@ -28,6 +29,9 @@ ADDITIONS: list[Addition] = [
     (3, 40, torch.float32, 2, True),
     (2, 1000, torch.float16, 2, False),
     (5, 64, torch.float32, 1, False),
+    (12, 16, torch.float16, 1, True),  # more rows than programs
+    (11, 8, torch.float32, 2, True),
+    (5, 2048, torch.float32, 2, False),  # in several calls
 ]
 
 
@@ -52,7 +56,9 @@ def test_ranks_get_the_sum_in_their_order(tmp_path: Path, device: str, size: int
 def test_what_can_be_summed(device: str) -> None:
     address = torch.zeros(2, dtype=torch.int64)
     memory = PeerMemory(0, 2, address, address, address.int(), capacity=64)
-    assert can_sum(memory, torch.zeros(16))
-    assert not can_sum(memory, torch.zeros(17))
-    assert not can_sum(memory, torch.zeros(4, dtype=torch.int32))
-    assert not can_sum(memory, torch.zeros(0))
+    assert can_sum(torch.zeros(17))
+    assert not can_sum(torch.zeros(4, dtype=torch.int32))
+    assert not can_sum(torch.zeros(0))
+    assert can_add_rows(memory, torch.zeros(50, 16))
+    assert not can_add_rows(memory, torch.zeros(1, 24))  # more than the memory takes
+    assert not can_add_rows(memory, torch.zeros(1, 15))

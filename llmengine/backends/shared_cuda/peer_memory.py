@@ -32,7 +32,7 @@ class IpcPeerMemory:
         self._device = device
         self._own: int | None = None
         self._mapped: list[int] = []
-        data, flags = data_bytes(capacity, size), 4 * flags_size(size)
+        data, flags = data_bytes(capacity, size), 4 * flags_size(size, MAX_PROGRAMS)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # there is a context, and it is current
             failure = self._open(store, rank, size, data + flags)
@@ -49,7 +49,7 @@ class IpcPeerMemory:
             numbers = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
             self.memory: PeerMemory = PeerMemory(rank, size, at, at + data, numbers, capacity, has_pdl(device))
         self._flags_at: int = self._own + data
-        self._num_flags: int = flags_size(size)
+        self._num_flags: int = flags_size(size, MAX_PROGRAMS)
         self._side: torch.cuda.Stream = torch.cuda.Stream(device)
 
     def release(self) -> None:

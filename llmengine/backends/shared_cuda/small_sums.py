@@ -27,8 +27,11 @@ from llmengine.kernels.peer_sum import (
 Way = Literal["other", "one_shot", "two_shots"]
 WAYS: Sequence[Way] = ("other", "one_shot", "two_shots")
 
-SIZES = tuple(1 << bits for bits in range(13, 23))
-"""Bytes that ways are measured at: 8 KiB to 4 MiB."""
+SIZES = (*(1 << bits for bits in range(13, 24)), 1 << 25)
+"""Bytes that ways are measured at: 8 KiB to 8 MiB, and 32 MiB, which is also how anything larger is summed."""
+
+CAPACITY = 1 << 23
+"""Bytes that one call sums; more takes several."""
 
 _ELEMENT = torch.bfloat16
 _CALLS = 20
@@ -51,19 +54,20 @@ class OpenMemory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SumWays:
-    """How tensors are summed, by their size: up to so many bytes in such a way, and beyond the last by the other."""
+    """How tensors are summed, by their size: up to so many bytes in such a way, and larger ones as `beyond` says."""
 
     limits: Sequence[tuple[int, Way]]
+    beyond: Way = "other"
 
     def way_of(self, num_bytes: int) -> Way:
         """The way for a tensor of so many bytes."""
-        return next((way for limit, way in self.limits if num_bytes <= limit), "other")
+        return next((way for limit, way in self.limits if num_bytes <= limit), self.beyond)
 
     @property
     def description(self) -> str:
         """The sizes from which on something else is used, for people."""
-        parts = [f"{way.replace('_', ' ')} up to {limit >> 10} KiB" for limit, way in self.limits if way != "other"]
-        return ", ".join(parts)
+        parts = [f"{_name(way)} up to {limit >> 10} KiB" for limit, way in self.limits if way != "other"]
+        return ", ".join(parts if self.beyond == "other" else [*parts, f"then {_name(self.beyond)}"])
 
 
 class SmallSums:
@@ -86,7 +90,7 @@ class SmallSums:
 
     def all_reduce(self, tensor: Tensor) -> None:
         way = self._ways.way_of(tensor.nbytes)
-        if way == "other" or not can_sum(self._memory.memory, tensor):
+        if way == "other" or not can_sum(tensor):
             self._other.all_reduce(tensor)
         else:
             sum_over_peers(self._memory.memory, tensor, 1 if way == "one_shot" else 2)
@@ -136,10 +140,13 @@ def ways_from(times_us: Sequence[Sequence[float]]) -> SumWays:
             limits[-1] = (size, way)
         else:
             limits.append((size, way))
-    if limits[-1][1] == "other":
-        limits.pop()
+    _, beyond = limits.pop()
     _logger.info("sums: %s", dict(zip(SIZES, times_us, strict=True)))
-    return SumWays(limits)
+    return SumWays(limits, beyond)
+
+
+def _name(way: Way) -> str:
+    return way.replace("_", " ")
 
 
 def time_together(function: Callable[[Tensor], None], tensor: Tensor) -> float:
@@ -177,7 +184,7 @@ def with_small_sums(nccl: NcclCollectives, store: TCPStore, device: torch.device
     torch.cuda.set_device(device)
     nccl.connect()
     try:
-        memory = IpcPeerMemory(store, nccl.rank, nccl.size, device, SIZES[-1])
+        memory = IpcPeerMemory(store, nccl.rank, nccl.size, device, CAPACITY)
     except (ImportError, RuntimeError) as error:
         _logger.warning("all sums are NCCL's, since the GPUs cannot map each other's memory: %s", error)
         return nccl
