@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
-from benchmarks.cluster_kills import KINDS, kill_all, order_of
+from benchmarks.cluster_kills.killing import KINDS
+from benchmarks.cluster_kills.runs import Where, kill_all, order_of
 
 FAST = ("replica", "rank", "node", "removal", "cluster")
 
@@ -19,15 +22,23 @@ def test_streams_end_well_whatever_is_killed(rerun: bool) -> None:
 
 
 def test_replicas_that_are_processes() -> None:
-    kills, faults = kill_all(("replica", "rank", "node", "cluster"), processes=True, num_replicas=2, num_clients=4)
+    kills, faults = kill_all(("replica", "rank", "node", "cluster"), where="processes", num_replicas=2, num_clients=4)
     assert not faults
     assert sum(kill.endings["whole"] for kill in kills)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize("where", ["threads", "processes"])
 @pytest.mark.parametrize("rerun", [False, True])
-def test_hundreds_of_kills(processes: bool, rerun: bool) -> None:
-    kills, faults = kill_all(order_of(150, seed=7), processes=processes, seed=7, num_replicas=3, rerun_requests=rerun)
+def test_hundreds_of_kills(where: Where, rerun: bool) -> None:
+    kills, faults = kill_all(order_of(150, seed=7), where=where, seed=7, num_replicas=3, rerun_requests=rerun)
+    assert not faults
+    assert {kill.kind for kill in kills} == set(KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python")
+def test_replicas_that_are_actors_of_ray() -> None:
+    kills, faults = kill_all(order_of(16, seed=7), where="ray", seed=7, num_clients=6, bound_s=120.0)
     assert not faults
     assert {kill.kind for kill in kills} == set(KINDS)

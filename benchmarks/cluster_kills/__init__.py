@@ -1,0 +1,1 @@
+"""Parts of a cluster die under load: `python -m benchmarks.cluster_kills --help`."""
