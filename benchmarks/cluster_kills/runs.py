@@ -113,6 +113,8 @@ def kill_all(
     engines: list[weakref.ref[LLM]] = []
     with _victims(where, engines) as new_victim:
         asyncio.run(Killing(new_victim, num_clients=1).run(()))  # what starts once and stays, such as the fork server
+        while where == "ray" and _used_cpus():
+            time.sleep(POLL_S)  # Ray counts what actors leave behind after a moment
         before = Resources.now(where, engines)
         killing = Killing(new_victim, bound_s=bound_s, **settings)
         with _without_logs():

@@ -54,7 +54,6 @@ def ranks_of(process: psutil.Process) -> list[int]:
     return [one.pid for one in process.children(recursive=True) if any("ranks/process.py" in w for w in one.cmdline())]
 
 
-@pytest.mark.slow
 async def test_streams_of_a_replica_whose_rank_is_killed_say_so_and_it_is_replaced(model: Path) -> None:
     def load() -> LLM:
         return LLM(shared(model), enable_tokenizer=False)
@@ -118,7 +117,8 @@ async def main():
         assert [output.token_ids for output in outputs] == [expected] * 4
         ranks += [rank for one in replica_processes() if one.pid not in before for rank in ranks_of(one)]
     assert all(is_gone(rank, 60.0) for rank in ranks)
-    assert ray.available_resources()["CPU"] == 2
+    while ray.available_resources().get("CPU") != 2:  # Ray counts what actors leave behind after a moment
+        await asyncio.sleep(0.05)
     ray.shutdown()
     print("done")
 
