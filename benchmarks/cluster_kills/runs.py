@@ -58,17 +58,17 @@ class Resources:
         process = psutil.Process()
         return cls(
             sum(thread.name.startswith("llmengine") for thread in threading.enumerate()),
-            len(replica_processes() if where == "ray" else process.children(recursive=True)),
+            len(actor_processes() if where == "ray" else process.children(recursive=True)),
             0 if where == "ray" else process.num_fds(),
             sum(engine() is not None for engine in engines),
             _used_cpus() if where == "ray" else 0.0,
         )
 
 
-def replica_processes() -> list[psutil.Process]:
-    """The processes of this machine that are replicas of a cluster on Ray."""
+def actor_processes() -> list[psutil.Process]:
+    """The processes below this one that are replicas of a cluster on Ray."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if "ReplicaActor" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -101,6 +101,13 @@ def _victims(where: Where, engines: list[weakref.ref[LLM]]) -> Iterator[Callable
             ray.shutdown()
 
 
+def _wait_until(condition: Callable[[], bool], bound_s: float) -> None:
+    """Wait for a condition, but no longer than the bound."""
+    until = time.monotonic() + bound_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(POLL_S)
+
+
 def kill_all(
     kinds: Sequence[str], *, where: Where = "threads", bound_s: float = 30.0, **settings: Any
 ) -> tuple[list[Kill], list[str]]:
@@ -113,15 +120,14 @@ def kill_all(
     engines: list[weakref.ref[LLM]] = []
     with _victims(where, engines) as new_victim:
         asyncio.run(Killing(new_victim, num_clients=1).run(()))  # what starts once and stays, such as the fork server
-        while where == "ray" and _used_cpus():
-            time.sleep(POLL_S)  # Ray counts what actors leave behind after a moment
+        if where == "ray":  # what actors held is free a moment after they were told to end
+            _wait_until(lambda: not actor_processes() and not _used_cpus(), bound_s)
         before = Resources.now(where, engines)
         killing = Killing(new_victim, bound_s=bound_s, **settings)
         with _without_logs():
             asyncio.run(killing.run(kinds))
-        until = time.monotonic() + bound_s
-        while (left := Resources.now(where, engines)) != before and time.monotonic() < until:
-            time.sleep(POLL_S)
+        _wait_until(lambda: Resources.now(where, engines) == before, bound_s)
+        left = Resources.now(where, engines)
     if left != before:
         killing.faults.append(f"left behind: {left}; before: {before}")
     return killing.kills, killing.faults

@@ -81,7 +81,7 @@ RANK_OF_AN_ACTOR = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
 import psutil, ray
-from benchmarks.cluster_kills.runs import replica_processes
+from benchmarks.cluster_kills.runs import actor_processes
 from llmengine import ReplicaDeadError
 from llmengine.cluster import Cluster, ClusterConfig
 from tests.backends.ranks.helpers import is_gone
@@ -89,10 +89,9 @@ from tests.cluster.test_rank_kills import LONG, PROMPT, SHORT, ranks_of, shared
 
 async def main():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    before = {one.pid for one in replica_processes()}
     settings = ClusterConfig(num_replicas=2, actor_options={"num_cpus": 1})
     async with await Cluster.create(shared(Path(sys.argv[1])), settings, enable_tokenizer=False) as cluster:
-        replicas = [one for one in replica_processes() if one.pid not in before]
+        replicas = actor_processes()
         ranks = [rank for one in replicas for rank in ranks_of(one)]
         assert len(replicas) == len(ranks) == 2, (replicas, ranks)
         expected = (await cluster.generate_async(PROMPT, SHORT)).token_ids
@@ -115,7 +114,7 @@ async def main():
         print("failed", failed, "after", round(ended_s, 2), "s; whole after", round(time.monotonic() - began, 2), "s")
         outputs = await cluster.generate([PROMPT] * 4, SHORT)
         assert [output.token_ids for output in outputs] == [expected] * 4
-        ranks += [rank for one in replica_processes() if one.pid not in before for rank in ranks_of(one)]
+        ranks += [rank for one in actor_processes() for rank in ranks_of(one)]
     assert all(is_gone(rank, 60.0) for rank in ranks)
     while ray.available_resources().get("CPU") != 2:  # Ray counts what actors leave behind after a moment
         await asyncio.sleep(0.05)
