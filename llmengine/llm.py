@@ -41,6 +41,7 @@ from llmengine.tokenizer.protocol import Tokenizer
 
 if TYPE_CHECKING:
     from llmengine.quantization.quality_report import QualityReport
+    from llmengine.rank_hosts import RankHosts
 
 
 class LLM:
@@ -56,6 +57,8 @@ class LLM:
             stands for the model's own.
         enable_tokenizer: if False, prompts are token ids, and outputs have no text.
         async_mode: accepted for compatibility, without effect: every `LLM` serves sync and async callers.
+        rank_hosts: the hosts of the processes that `parallel_config` asks for, and what starts them there; closed with
+            the `LLM`. None: all are on this host.
 
     Raises:
         ConfigError, ModelLoadError (UnsupportedModelError, CorruptFileError), OutOfMemoryError.
@@ -67,8 +70,12 @@ class LLM:
         tokenizer: Any = None,
         enable_tokenizer: bool = True,
         async_mode: bool = False,
+        rank_hosts: RankHosts | None = None,
     ) -> None:
-        parts = config if isinstance(config, LLMParts) else load_checked_parts(config, tokenizer, enable_tokenizer)
+        if isinstance(config, LLMParts):
+            parts = config
+        else:
+            parts = load_checked_parts(config, tokenizer, enable_tokenizer, rank_hosts)
         self._parts = parts
         self._owner = parts.owner
         self._engine = parts.engine
@@ -98,9 +105,11 @@ class LLM:
         config: ModelConfig | str | Path,
         tokenizer: Any = None,
         enable_tokenizer: bool = True,
+        rank_hosts: RankHosts | None = None,
     ) -> Self:
         """`LLM(config, ...)`, without blocking the running event loop while the model loads."""
-        return await anyio.to_thread.run_sync(partial(cls, config, tokenizer, enable_tokenizer))
+        load = partial(cls, config, tokenizer, enable_tokenizer, rank_hosts=rank_hosts)
+        return await anyio.to_thread.run_sync(load)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

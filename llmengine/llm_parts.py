@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llmengine.checkpoints.source import ModelSource
     from llmengine.quantization.model_formats import ModelFormats
     from llmengine.quantization.quality_report import QualityReport
+    from llmengine.rank_hosts import RankHosts
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,9 @@ class LLMParts:
         return self.default_params
 
 
-def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool) -> LLMParts:
+def load_parts(
+    config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool, rank_hosts: RankHosts | None = None
+) -> LLMParts:
     """Load a model and start an engine on it; blocks until it is ready. The arguments and errors are those of `LLM`."""
     from llmengine.backends import choose_device, load_backend
     from llmengine.backends.blocks_in_use import source_in_use
@@ -170,7 +173,7 @@ def load_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenize
         threads.stop()
         raise
     engine = Engine(
-        partial(load_backend, resolved, weights, check), resolved.scheduler_config, resolved.kv_cache_config
+        partial(load_backend, resolved, weights, check, rank_hosts), resolved.scheduler_config, resolved.kv_cache_config
     )
     try:
         parts = _start(

@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from llmengine.model_quality import EvaluatedModel, EvaluationText
     from llmengine.quantization.evaluation import WindowPlan
     from llmengine.quantization.quality_report import QualityReport
+    from llmengine.rank_hosts import RankHosts
 
 _SPEED_TOKENS = 16 * 192
 """Tokens of the requests by which speed is measured, with blocks that are not full."""
 
 
-def load_checked_parts(config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool) -> LLMParts:
+def load_checked_parts(
+    config: ModelConfig | str | Path, tokenizer: Any, enable_tokenizer: bool, rank_hosts: RankHosts | None = None
+) -> LLMParts:
     """`load_parts`, and a quality report if `quant_config` limits the increase of perplexity.
 
     If the limit is exceeded or the evaluation fails, the engine is closed, and this raises what `LLM` raises.
     """
-    parts = load_parts(config, tokenizer, enable_tokenizer)
+    parts = load_parts(config, tokenizer, enable_tokenizer, rank_hosts)
     limit = None if parts.model is None else parts.model.config.quant_config.max_perplexity_increase
     if limit is None:
         return parts

@@ -25,6 +25,7 @@ DATA = {
         "outputs",
         "observer",
         "batch",
+        "rank_hosts",
     ),
     *("dtypes", "generation_config", "tokenizer.end_tokens"),
     *("chat.answers.events", "chat.answers.answer_log"),
@@ -103,7 +104,8 @@ ALLOWED: dict[str, set[str]] = {
         ),
         "tokenizer.protocol",
     },
-    "cluster": {*DATA, "chat", "cluster.router", "engine", "llm"},
+    "cluster": {*DATA, "chat", "cluster.ray_hosts", "cluster.router", "engine", "llm"},
+    "cluster.ray_hosts": {*DATA, "backends.ranks"},
     "cluster.router": set(),
     "cluster.serve": {*DATA, "cluster", "cluster.router", "llm", "server"},
     "__main__": {"cli"},
@@ -134,6 +136,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "server": {"fastapi", "opentelemetry", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"},
     "load_test": {"anyio", "httptools", "matplotlib"},
     "cluster": {"anyio", "ray"},
+    "cluster.ray_hosts": {"ray"},
     "cluster.router": set(),
     "cluster.serve": {"prometheus_client", "ray", "starlette"},
     "kernels": {"cuda", "torch", "triton"},
@@ -222,7 +225,7 @@ def test_heavy_libraries_are_below_llm_only() -> None:
 def test_benchmarks_use_the_public_package(path: Path) -> None:
     # These measure the scheduler itself, the CPU's sampler, the building of plans, and sums over ranks.
     subjects = {"simulate.py": {"engine"}, "sampling.py": {"backends"}, "tensorrt_build.py": {"backends"}}
-    subjects["all_reduce.py"] = {"backends"}
+    subjects |= {"all_reduce.py": {"backends"}, "rank_hosts.py": {"backends"}}
     assert not folders(path) & {"engine", "backends"} - subjects.get(path.name, set())
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmengine.batch import SavableBackend
     from llmengine.checkpoints.source import ModelSource
     from llmengine.config import ModelConfig
+    from llmengine.rank_hosts import RankHosts
 
 __all__ = ["choose_device", "load_backend"]
 
@@ -47,17 +48,26 @@ def choose_device(name: str) -> str:
 
 
 def load_backend(
-    config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None] = lambda: None
+    config: ModelConfig,
+    source: ModelSource,
+    check_wanted: Callable[[], None] = lambda: None,
+    rank_hosts: RankHosts | None = None,
 ) -> SavableBackend:
     """Load the weights of `source` into a backend that is ready for its first step.
 
     `config` is resolved; what its `quant_config` asks of weights, `quantized_source` has done to `source` already.
     While ranks are awaited, `check_wanted` is called again and again, and what that raises ends loading.
+    `rank_hosts` are the hosts of the ranks that `parallel_config` asks for; None: all are on this host.
     Raises `ConfigError` for a device, backend or weight format that is not available, `OutOfMemoryError` if weights or
     KV cache do not fit, and `CorruptFileError` for damaged weights.
     """
     assert loaded_formats(source, config.quant_config) == source.formats, "quantized_source() was not called"
     device = choose_device(config.device)
+    num_ranks = config.parallel_config.tp_size * config.parallel_config.pp_size
+    if rank_hosts is not None and num_ranks == 1:
+        raise ConfigError("rank_hosts needs parallel_config.tp_size or pp_size above 1: a single rank is on this host")
+    if rank_hosts is not None and device != "cpu":
+        raise ConfigError("rank_hosts needs device='cpu': in this version, ranks on GPUs are all on one host")
     if device != "cpu" and config.parallel_config.tp_size > 1 and source.arch.qk_norm == "projection":
         raise ConfigError(
             f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu': the norms of q and k of "
@@ -68,10 +78,10 @@ def load_backend(
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
         if config.attention_backend == "flashinfer":
             raise ConfigError("attention_backend='flashinfer' needs a CUDA device, but device is 'cpu'; use 'auto'")
-        if max(config.parallel_config.tp_size, config.parallel_config.pp_size) > 1:
+        if num_ranks > 1:
             from llmengine.backends.shared_cpu import load_shared_cpu_backend
 
-            return load_shared_cpu_backend(config, source, check_wanted)
+            return load_shared_cpu_backend(config, source, check_wanted, rank_hosts)
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)

@@ -57,6 +57,7 @@ from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Linear, Norm
 from llmengine.models.sharding import Shard, vocabulary_range
 from llmengine.models.stages import Stage
+from llmengine.rank_hosts import RankHosts
 
 _STUCK_AFTER_S = 4.0
 """So that requests fail within 5 s, in which where its threads are is asked as well."""
@@ -127,11 +128,14 @@ class _Places:
 
 
 def load_shared_cpu_backend(
-    config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None] = lambda: None
+    config: ModelConfig,
+    source: ModelSource,
+    check_wanted: Callable[[], None] = lambda: None,
+    rank_hosts: RankHosts | None = None,
 ) -> RanksBackend:
     """Load a model over the processes that `config.parallel_config` asks for, of which this one is rank 0.
 
-    `check_wanted` is as for `backends.load_backend`.
+    `check_wanted` and `rank_hosts` are as for `backends.load_backend`.
 
     Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut so, and `EngineDeadError`
     for a rank that ends.
@@ -141,6 +145,7 @@ def load_shared_cpu_backend(
         places.size,
         f"{__name__}:serve",
         pickle.dumps(config),
+        hosts=rank_hosts,
         stuck_after_s=_STUCK_AFTER_S,
         stage_size=places.tp_size,
         check_wanted=check_wanted,
@@ -282,7 +287,7 @@ class _SharedHead:
 def _load_part(config: ModelConfig, places: _Places, rank: int, peers: _Peers) -> tuple[CpuModel, NativeLibrary | None]:
     """A rank's part of the model, whose products meet those of the other ranks of its stage."""
     num_threads = config.num_threads or torch.get_num_threads()
-    torch.set_num_threads(max(1, num_threads // places.size))
+    torch.set_num_threads(max(1, num_threads // peers.num_on_host))
     try:
         library = load_native_library(NATIVE_DIRECTORY, borrowed_threads=True)
     except NativeUnavailableError:

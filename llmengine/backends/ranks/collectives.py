@@ -1,24 +1,16 @@
-"""What ranks compute together: sums and gathers of tensors. Here over a process group of torch.distributed.
-
-No global process group is made: the caller may have one, and several engines may share a process.
-"""
+"""What ranks compute together: sums and gathers of tensors; and the store at which ranks on GPUs meet for NCCL."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 import torch
-from torch.distributed import (  # type: ignore[attr-defined]
-    AllreduceOptions,
-    GatherOptions,
-    ProcessGroupGloo,
-    TCPStore,
-)
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["Collectives", "GlooCollectives", "PeerLostError", "connect_store", "host_store", "join_gloo"]
+__all__ = ["Collectives", "PeerLostError", "add_up", "connect_store", "host_store"]
 
 
 class PeerLostError(RuntimeError):
@@ -49,47 +41,17 @@ class Collectives(Protocol):
         """Close the connections; idempotent."""
 
 
-class GlooCollectives:
-    """Collectives of tensors in host memory, by gloo over TCP; `gather` wants tensors of one shape.
-
-    Args:
-        group: this rank's `ProcessGroupGloo`, whose operations torch's stubs do not have.
-        timeout_s: what an operation may wait for other ranks.
-        when_failed: raises what the error of an operation means.
-    """
-
-    def __init__(self, group: Any, timeout_s: float, when_failed: Callable[[Exception], NoReturn]) -> None:
-        self._group = group
-        self._sum = AllreduceOptions()
-        self._sum.timeout = timedelta(seconds=timeout_s)
-        self._to_rank_0 = GatherOptions()
-        self._to_rank_0.timeout = timedelta(seconds=timeout_s)
-        self._when_failed = when_failed
-        self.rank: int = group.rank()
-        self.size: int = group.size()
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        try:
-            self._open_group().allreduce([tensor], self._sum).wait()
-        except RuntimeError as error:
-            self._when_failed(error)
-
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
-        tensor = tensor.contiguous()
-        outputs = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
-        try:
-            self._open_group().gather([] if outputs is None else [outputs], [tensor], self._to_rank_0).wait()
-        except RuntimeError as error:
-            self._when_failed(error)
-        return outputs
-
-    def close(self) -> None:
-        self._group = None
-
-    def _open_group(self) -> Any:
-        if self._group is None:
-            raise PeerLostError("the collectives are closed")
-        return self._group
+def add_up(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
+    """Write the sum of the parts to `result`, added in their order."""
+    first, *rest = parts
+    if len(parts) > 2 and result.dtype in (torch.float16, torch.bfloat16):
+        total = first.float()
+        for part in rest:
+            total += part
+        result.copy_(total)
+        return
+    for part in rest:
+        first = torch.add(first, part, out=result)
 
 
 def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
@@ -103,17 +65,3 @@ def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
 def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """Connect to the store that rank 0 hosts."""
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-
-
-def join_gloo(store: TCPStore, rank: int, size: int, host: str, timeout_s: float) -> Any:
-    """Connect to all other ranks, which call this too; blocks until all have.
-
-    Args:
-        host: an address of this host, at which the other ranks reach this one.
-        timeout_s: how long this may take.
-    """
-    gloo: Any = ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    options._devices = [gloo.create_device(hostname=host)]
-    return gloo(store, rank, size, options)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NoReturn
 
-from llmengine.backends.ranks.collectives import Collectives, GlooCollectives, host_store, join_gloo
+from llmengine.backends.ranks.collectives import Collectives
+from llmengine.backends.ranks.host import HostRanks, RankStart
 from llmengine.backends.ranks.launcher import Launcher, LocalLauncher
-from llmengine.backends.ranks.memory import anonymous_file
-from llmengine.backends.ranks.pipe import Pipe, PipeLinks, SharedPipe
-from llmengine.backends.ranks.process import write_start_file
-from llmengine.backends.ranks.progress import Progress, progress_size
-from llmengine.backends.ranks.ring import Ring, RingWriter, ring_size
-from llmengine.backends.ranks.shared_collectives import SharedCollectives, shared_size
+from llmengine.backends.ranks.layout import Link, LinkEnds, RankLayout
+from llmengine.backends.ranks.pipe import Inbox, Pipe, TensorPipe
+from llmengine.backends.ranks.progress import Progress, Seen
+from llmengine.backends.ranks.remote_host import RemoteHosts
+from llmengine.backends.ranks.ring import Ring, RingWriter
+from llmengine.backends.ranks.shared_collectives import SharedCollectives
+from llmengine.backends.ranks.socket_collectives import SocketCollectives
+from llmengine.backends.ranks.sockets import SocketReader, SocketWriter
 from llmengine.backends.ranks.watch import RankFailure, RankWatch, WatchedRank
-from llmengine.errors import EngineClosedError, EngineDeadError
+from llmengine.errors import ConfigError, EngineClosedError, EngineDeadError
+from llmengine.rank_hosts import RankHosts
 
 __all__ = ["RankGroup"]
 
@@ -44,16 +47,15 @@ class RankGroup:
         size: ranks, including rank 0, which is the caller.
         target: "module:function" of what ranks 1.. call with their `RankChannel` and the payload.
         payload: what the target is given.
-        launcher: starts the processes.
+        launcher: starts the processes of this host.
+        hosts: where ranks lie that are not on this host; None: all are here.
         timeout_s: a rank hangs that is late by this in a collective, or with reading messages when the ring is full.
         start_timeout_s: what starting may take, imports included.
         stuck_after_s: a rank hangs that works this long without a mark of progress, asleep; while it does anything, a
             multiple of the longest time that rank 0 lately took between two marks is added. Before the first message
             it is `timeout_s`. None: ranks need not mark their progress.
-        collectives: through memory that the ranks share, or by gloo over TCP, in whose sums the order of ranks depends
-            on an element's place in its tensor.
         stage_size: ranks of each stage of a pipeline, a divisor of `size`; collectives are among these. None: all are
-            one stage. Several stages need `collectives="memory"`.
+            one stage.
         check_wanted: called again and again while ranks are started, awaited or told something; what it raises ends
             that.
     """
@@ -64,37 +66,41 @@ class RankGroup:
         target: str,
         payload: bytes,
         launcher: Launcher | None = None,
+        hosts: RankHosts | None = None,
         timeout_s: float = 60.0,
         start_timeout_s: float = _START_TIMEOUT_S,
         stuck_after_s: float | None = None,
-        collectives: Literal["memory", "gloo"] = "memory",
         stage_size: int | None = None,
         check_wanted: Callable[[], None] = lambda: None,
     ) -> None:
         self.size = size
-        self._stage_size = stage_size or size
-        assert not size % self._stage_size, (size, stage_size)
-        assert self._stage_size == size or collectives == "memory", collectives
-        self._target = target
-        self._payload = payload
+        self._layout = RankLayout(stage_size or size, _hosts_of(size, hosts))
+        assert not size % self._layout.stage_size, (size, stage_size)
+        self._start_with = RankStart(target, payload)
         self._launcher = launcher or LocalLauncher()
+        self._hosts = hosts
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._stuck_after_s = stuck_after_s
         self._check_wanted = check_wanted
         self._owner = os.getpid()
         self._ranks: list[WatchedRank] = []
-        self._lifelines: list[int] = []
+        self._local: HostRanks | None = None
+        self._remote: RemoteHosts | None = None
         self._watch: RankWatch | None = None
-        self._writer: RingWriter | None = None
-        self._kind = collectives
+        self._ring: RingWriter | None = None
+        self._senders: list[SocketWriter] = []
         self._collectives: Collectives | None = None
         self._progress: Progress | None = None
         self._pipe: Pipe | None = None
         self._worked_at = 0.0
-        self._store: Any = None
         self._closing = threading.Lock()
         self._closed = False
+
+    @property
+    def num_on_host(self) -> int:
+        """How many ranks are on this host, rank 0 included."""
+        return len(self._layout.on(0))
 
     def start(self) -> None:
         """Launch the ranks and connect to them; returns when their targets begin.
@@ -138,16 +144,20 @@ class RankGroup:
             self._progress.rest()
 
     def broadcast(self, message: bytes) -> None:
-        """Send a message to every rank, in order. Blocks while a rank is behind by the whole ring (4 MiB)."""
+        """Send a message to every rank, in order. Blocks while a rank is behind by the whole ring (4 MiB), or by what
+        the system keeps of a connection.
+        """
         self.check()
-        watch, writer, progress = self._watch, self._writer, self._progress
+        watch, ring, progress = self._watch, self._ring, self._progress
         assert watch is not None
-        assert writer is not None
         assert progress is not None
         if self._stuck_after_s is not None:
             watch.stuck_after_s = self._stuck_after_s
         progress.rest()
-        writer.write(message)
+        if ring is not None:
+            ring.write(message)
+        for sender in self._senders:
+            sender.write(message)
         progress.mark(b"a message")
 
     def replies(self, timeout_s: float | None = None) -> list[bytes]:
@@ -194,72 +204,72 @@ class RankGroup:
         return self._watch
 
     def _start(self) -> None:
-        port = self._host_store() if self._kind == "gloo" else 0
-        ring = anonymous_file("ring", ring_size(self.size - 1))
-        sums = [anonymous_file("sums", shared_size(self._stage_size)) for _ in range(self.size // self._stage_size)]
-        moved = anonymous_file("progress", progress_size(self.size))
-        start = anonymous_file("start")
-        links = PipeLinks(self.size, self._stage_size)
+        links: LinkEnds = {}
+        if self._hosts is not None and self._layout.num_hosts > 1:
+            self._remote = RemoteHosts(self._layout, self._hosts, self._start_timeout_s, self._check_wanted)
+            self._remote.start(self._start_with)
+            links = self._remote.links
+        local = self._local = HostRanks(self._layout, 0, self._start_with, self._launcher)
         try:
-            write_start_file(start, self._start_values(port), self._payload)
-            memory = Ring(ring, self.size - 1)
-            self._progress = Progress(moved, 0, self.size)
-            shared = SharedCollectives(sums[0], 0, self._stage_size, self._while_waiting, self._progress)
-            inbox = links.inbox_of_rank_0(self._while_piping)
-            self._pipe = SharedPipe(inbox, None, self._progress, self._collective_failed)
-            for rank in range(1, self.size):
-                files = {"ring": ring, "sums": sums[rank // self._stage_size], "progress": moved, "start": start}
-                self._launch(rank, {**files, **links.ends_of(rank)})
+            self._progress = Progress(local.progress, 0, self.size)
+            self._collectives = self._own_collectives(local, links)
+            self._pipe = TensorPipe(self._inbox(local, links), None, self._progress, self._collective_failed)
+            ring = Ring(local.ring, len(local.readers))
+            sockets = local.launch(links)
         finally:
-            links.close()
-            for fd in (ring, *sums, moved, start):
-                os.close(fd)
-        self._writer = RingWriter(memory, [rank.connection for rank in self._ranks], self._while_full)
-        self._watch = RankWatch(self._ranks, self.size, self._progress)
+            local.release()
+            for (_, owner), connection in links.items():
+                if owner:  # which has it by now
+                    connection.close()
+        if local.readers:
+            self._ring = RingWriter(ring, list(sockets.values()), partial(self._while_full, local.readers))
+        for rank in range(1, self.size):
+            self._ranks.append(self._watched(rank, local, sockets, links))
+        self._watch = RankWatch(self._ranks, self.size, self._look)
         if self._stuck_after_s is not None:
             self._watch.stuck_after_s = self._timeout_s
-        if self._stage_size < self.size:
+        if self._layout.stage_size < self.size:
             self._watch.busy_after_s = self._timeout_s  # rank 0 waits for the stages before, and knows no pace yet
         self._watch.start()
         self._await_ready()
-        self._collectives = self._join_gloo() if self._kind == "gloo" else shared
 
-    def _host_store(self) -> int:
-        """Bind a port before anybody is told of it; the port."""
-        listener = socket.create_server((self._launcher.host, 0), backlog=self.size + 16)
-        port: int = listener.getsockname()[1]
-        self._store = host_store(listener, self._start_timeout_s)
-        return port
+    def _watched(
+        self, rank: int, local: HostRanks, sockets: Mapping[int, socket.socket], links: LinkEnds
+    ) -> WatchedRank:
+        if rank in local.ranks:
+            return WatchedRank(rank, local.ranks[rank], sockets[rank])
+        assert self._remote is not None
+        connection = links[Link("messages", 0, rank), 0]
+        self._senders.append(SocketWriter(connection, partial(self._while_full, [rank], 0)))
+        return WatchedRank(rank, self._remote.rank(rank), connection)
 
-    def _start_values(self, port: int) -> dict[str, object]:
-        return {
-            "path": [str(Path(entry).absolute()) for entry in sys.path],
-            "target": self._target,
-            "host": self._launcher.host,
-            "port": port,
-            "collectives": self._kind,
-            "start_timeout_s": self._start_timeout_s,
-        }
+    def _own_collectives(self, local: HostRanks, links: LinkEnds) -> Collectives:
+        """Rank 0's end of those of its stage."""
+        assert self._progress is not None
+        sums = local.sums(0)
+        if sums is not None:
+            return SharedCollectives(sums, 0, self._layout.stage_size, self._while_waiting, self._progress)
+        peers = {link.second: end for (link, owner), end in links.items() if link.kind == "sums" and not owner}
+        return SocketCollectives(0, peers, self._while_waiting, self._collective_failed, self._progress)
 
-    def _launch(self, rank: int, shared: dict[str, int]) -> None:
-        ours, theirs = socket.socketpair()
-        dumps = anonymous_file("dumps")
-        read_end, write_end = os.pipe()
-        self._lifelines.append(write_end)
-        wires = {"socket": theirs.fileno(), "lifeline": read_end, "dumps": dumps, **shared}
-        sizes = {"size": self.size, "stage_size": self._stage_size}
-        values = {"rank": rank, **sizes, "parent": os.getpid(), **wires}
-        inherited = [fd for fd in wires.values() if fd >= 0]
-        try:
-            process = self._launcher.launch([f"--{name}={value}" for name, value in values.items()], inherited)
-            self._ranks.append(WatchedRank(rank, process, ours, dumps))
-        except BaseException:
-            ours.close()
-            os.close(dumps)
-            raise
-        finally:
-            theirs.close()
-            os.close(read_end)
+    def _inbox(self, local: HostRanks, links: LinkEnds) -> Inbox | None:
+        for (link, owner), connection in links.items():
+            if link.kind == "pipe" and not owner:
+                return SocketReader(connection, self._while_piping)
+        return local.pipes.inbox_of_rank_0(self._while_piping)
+
+    def _look(self) -> list[Seen | None]:
+        """How far all ranks are."""
+        progress, remote = self._progress, self._remote
+        here: Sequence[Seen | None] = progress.look() if progress is not None else [None] * self.size
+        return [
+            seen if remote is None or not self._layout.hosts[rank] else remote.take_seen(rank)
+            for rank, seen in enumerate(here)
+        ]
+
+    def _others_work(self) -> bool:
+        """Whether any other rank is not resting."""
+        return self.progress.others_work() or (self._remote is not None and self._remote.work())
 
     def _wait(self, happened: Callable[[], bool], timeout_s: float | None) -> bool:
         """`RankWatch.wait` that ends when the group is not wanted any more."""
@@ -277,31 +287,8 @@ class RankGroup:
         if watch.failure is not None:
             raise watch.failure.raised()
 
-    def _join_gloo(self) -> Collectives:
-        """Meet the ranks, in a thread, so that a rank that fails meanwhile and Ctrl-C end the waiting."""
-        watch = self._running()
-        store = self._store
-        results: list[Any] = []
-
-        def join() -> None:
-            try:
-                results.append(join_gloo(store, 0, self.size, self._launcher.host, self._start_timeout_s))
-            except Exception as error:
-                results.append(error)
-            watch.wake()
-
-        threading.Thread(target=join, name="llmengine-rendezvous", daemon=True).start()
-        if not watch.wait(lambda: bool(results), self._start_timeout_s):
-            watch.late("meet rank 0", self._start_timeout_s)
-        if watch.failure is not None:
-            raise watch.failure.raised()
-        (result,) = results
-        if isinstance(result, Exception):
-            self._collective_failed(result)
-        return GlooCollectives(result, self._timeout_s, self._collective_failed)
-
-    def _while_full(self, reader: int, waited_s: float) -> None:
-        self._await([self._ranks[reader].rank], "read its messages", waited_s)
+    def _while_full(self, ranks: Sequence[int], reader: int, waited_s: float) -> None:
+        self._await([ranks[reader]], "read its messages", waited_s)
         time.sleep(_FULL_PAUSE_S)
 
     def _while_waiting(self, late: Sequence[int], waited_s: float) -> None:
@@ -310,7 +297,7 @@ class RankGroup:
     def _while_piping(self, waited_s: float) -> None:
         """Wait for the stages before: as long as one of them works, where their progress is watched."""
         now = time.monotonic()
-        if self._stuck_after_s is not None and self.progress.others_work():
+        if self._stuck_after_s is not None and self._others_work():
             self._worked_at = now
         self._await([], "send hidden states", min(waited_s, now - self._worked_at))
 
@@ -318,7 +305,7 @@ class RankGroup:
         """Raise if a rank has failed, or if ranks have been late for too long."""
         self.check()
         limit_s = self._timeout_s
-        if self._stuck_after_s is not None and not self.progress.others_work():
+        if self._stuck_after_s is not None and not self._others_work():
             limit_s = self._stuck_after_s  # they wait for messages or for each other
         if waited_s > limit_s:
             self._running().late(what, limit_s, late)
@@ -329,40 +316,55 @@ class RankGroup:
         if self._closed:
             raise EngineClosedError("the ranks were closed") from None
         watch = self._running()
-        timed_out = "Timed out" in str(error)
-        if not watch.wait(lambda: self._closed, 0 if timed_out else _CAUSE_S):
-            if timed_out:
-                watch.late("take part in a collective", self._timeout_s)
-            else:
-                watch.fail(RankFailure(f"ranks cannot reach each other: {error}"))
+        if not watch.wait(lambda: self._closed, _CAUSE_S):
+            watch.fail(RankFailure(f"ranks cannot reach each other: {error}"))
         self.check()
         raise EngineDeadError(str(error))
 
     def _let_ranks_end(self) -> None:
-        if self._watch is not None:
-            self._watch.expect_end()
-            if self._watch.failure is None and self._writer is not None:
-                self._writer.close()
-        if self._collectives is not None:
-            self._collectives.close()
-            until = time.monotonic() + _GRACE_S
-            for rank in self._ranks:
-                rank.process.wait(max(0.0, until - time.monotonic()))
+        if self._watch is None:
+            return
+        self._watch.expect_end()
+        if self._watch.failure is None:
+            for writer in (*self._senders, *(() if self._ring is None else (self._ring,))):
+                writer.close()
+        if not self._watch.all_ready():
+            return  # some cannot know yet
+        until = time.monotonic() + _GRACE_S
+        for rank in self._ranks:
+            rank.process.ending(max(0.0, until - time.monotonic()))
 
     def _end_ranks(self) -> None:
         for rank in self._ranks:
             rank.process.kill()
-        for lifeline in self._lifelines:
-            os.close(lifeline)
+        if self._local is not None:
+            self._local.end(_KILL_S)
         for rank in self._ranks:
-            rank.process.wait(_KILL_S)
+            rank.process.ending(_KILL_S)
         if self._watch is not None:
             self._watch.stop()
+        if self._remote is not None:
+            self._remote.close()
         for rank in self._ranks:
             rank.connection.close()
-            os.close(rank.dumps)
+        if self._local is not None:
+            self._local.close()
+        if self._collectives is not None:
+            self._collectives.close()
         if self._pipe is not None:
             self._pipe.close()
-        self._store = None
         # Their memory is freed when no call uses it any more.
-        self._writer = self._collectives = self._pipe = self._progress = None
+        self._ring = self._collectives = self._pipe = self._progress = None
+        self._senders.clear()
+
+
+def _hosts_of(size: int, hosts: RankHosts | None) -> tuple[int, ...]:
+    """The host of each rank. Raises `ConfigError` for hosts of other ranks."""
+    if hosts is None:
+        return (0,) * size
+    found = tuple(hosts.hosts)
+    if len(found) != size or found[0] or set(found) != set(range(max(found) + 1)):
+        raise ConfigError(
+            f"rank_hosts.hosts={list(found)} must have a number for each of {size} ranks: 0 for rank 0, and no gaps"
+        )
+    return found

@@ -1,4 +1,4 @@
-"""Starting the processes of ranks. A launcher is where other hosts come in; ours starts processes on this one."""
+"""Starting the processes of ranks on the host where this runs: that of rank 0, or that of an agent (`agent.py`)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,7 @@ class RankProcess(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts ranks.
-
-    Attributes:
-        host: the address at which ranks reach rank 0, and at which rank 0 listens.
-    """
-
-    host: str
+    """Starts ranks."""
 
     def launch(self, arguments: Sequence[str], descriptors: Sequence[int]) -> RankProcess:
         """Start the program of a rank.
@@ -62,8 +56,6 @@ class LocalLauncher:
     Python) on a file of ours: the caller's `__main__` is not imported again, nothing is forked, and no signal handler
     is installed. Each is the leader of its own session, so that the terminal's Ctrl-C does not reach it.
     """
-
-    host = "127.0.0.1"
 
     def launch(self, arguments: Sequence[str], descriptors: Sequence[int]) -> RankProcess:
         # -I: neither PYTHONPATH nor the current directory counts; the rank gets this process's sys.path instead.

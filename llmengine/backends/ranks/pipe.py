@@ -18,11 +18,12 @@ from typing import NoReturn, Protocol
 import torch
 
 from llmengine.backends.ranks.collectives import PeerLostError
+from llmengine.backends.ranks.layout import RankLayout
 from llmengine.backends.ranks.memory import anonymous_file
 from llmengine.backends.ranks.progress import Progress
-from llmengine.backends.ranks.ring import Ring, RingReader, RingWriter, ring_size
+from llmengine.backends.ranks.ring import Ring, RingReader, ring_size
 
-__all__ = ["Pipe", "PipeLinks", "SharedPipe", "receiver_of", "sender_to"]
+__all__ = ["Pipe", "PipeLinks", "TensorPipe"]
 
 # Looking for longer would keep the interpreter's lock from the caller's threads.
 _SPIN_S = 50e-6
@@ -45,19 +46,28 @@ class Pipe(Protocol):
         """Tell the stage after that nothing follows, and give up this end; idempotent."""
 
 
-def receiver_of(rank: int, stage_size: int, size: int) -> int | None:
-    """The rank to which a rank sends; None in the last stage."""
-    return None if rank < stage_size else (rank + stage_size) % size
+class Inbox(Protocol):
+    """What the stage before writes: a `RingReader` or a `SocketReader`."""
+
+    def read_into(self, target: memoryview) -> bool:
+        """Fill `target` with the next message, which must be as long; False when the writer has closed."""
+
+    def close(self) -> None:
+        """Give up this end."""
 
 
-def sender_to(rank: int, stage_size: int, size: int) -> int | None:
-    """The rank from which a rank receives; None in the first stage."""
-    sender = (rank - stage_size) % size
-    return sender if receiver_of(sender, stage_size, size) == rank else None
+class Outbox(Protocol):
+    """What the stage after reads: a `RingWriter` or a `SocketWriter`."""
+
+    def write(self, message: bytes | memoryview) -> None:
+        """Send a message."""
+
+    def close(self) -> None:
+        """Tell the reader that nothing follows."""
 
 
-class SharedPipe:
-    """A pipe of tensors in host memory, through rings in memory that two ranks share.
+class TensorPipe:
+    """A pipe of tensors in host memory, through rings in memory that two ranks share, or over connections.
 
     Args:
         inbox: what the stage before writes; None in the first stage.
@@ -68,8 +78,8 @@ class SharedPipe:
 
     def __init__(
         self,
-        inbox: RingReader | None,
-        outbox: RingWriter | None,
+        inbox: Inbox | None,
+        outbox: Outbox | None,
         progress: Progress,
         when_ended: Callable[[Exception], NoReturn],
     ) -> None:
@@ -106,29 +116,33 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 class PipeLinks:
-    """The rings of a pipeline, and the sockets that wake up their readers, until the ranks have them."""
+    """The rings between neighbours of one host, and the sockets that wake readers up, until the ranks have them."""
 
-    def __init__(self, size: int, stage_size: int) -> None:
-        self._size, self._stage_size = size, stage_size
-        senders = range(stage_size, size)
+    def __init__(self, layout: RankLayout, host: int) -> None:
+        self._layout = layout
+        senders = [
+            rank
+            for rank in layout.on(host)
+            if (receiver := layout.receiver(rank)) is not None and layout.hosts[receiver] == host
+        ]
         self._rings = {rank: anonymous_file("pipe", ring_size(1)) for rank in senders}
         self._sockets = {rank: socket.socketpair() for rank in senders}
 
     def ends_of(self, rank: int) -> dict[str, int]:
         """Descriptors of what a rank receives from and sends to; -1 where there is none."""
-        sender, receiver = self._neighbours(rank)
+        sender = self._layout.sender(rank)
         inbox, outbox = (-1, -1), (-1, -1)
-        if sender is not None:
+        if sender in self._rings:
             inbox = (self._rings[sender], self._sockets[sender][1].fileno())
-        if receiver is not None:
+        if rank in self._rings:
             outbox = (self._rings[rank], self._sockets[rank][0].fileno())
         names = ("inbox", "inbox_waker", "outbox", "outbox_waker")
         return dict(zip(names, (*inbox, *outbox), strict=True))
 
     def inbox_of_rank_0(self, while_waiting: Callable[[float], None]) -> RingReader | None:
-        """What rank 0 receives from."""
-        sender, _ = self._neighbours(0)
-        if sender is None:
+        """What rank 0 receives from; None if there is nothing, or it is on another host."""
+        sender = self._layout.sender(0)
+        if sender not in self._rings:
             return None
         return RingReader(Ring(self._rings[sender], 1), 0, self._sockets[sender][1].dup(), while_waiting, _SPIN_S)
 
@@ -139,7 +153,3 @@ class PipeLinks:
         for pair in self._sockets.values():
             for one in pair:
                 one.close()
-
-    def _neighbours(self, rank: int) -> tuple[int | None, int | None]:
-        sizes = (self._stage_size, self._size)
-        return sender_to(rank, *sizes), receiver_of(rank, *sizes)

@@ -1,16 +1,16 @@
-"""The program of a rank: `python -I process.py ...`, started by a `Launcher` and by nobody else.
+"""The program of a rank: `python -I process.py WIRES`, started by a `Launcher` and by nobody else.
 
-The arguments are the rank, the number of ranks, the process of rank 0, and descriptors that it inherits: the socket for
-reports and wake-ups, the lifeline, the file for dumps, the memory of messages, of collectives and of progress, both
-ends of a pipe's rings and the sockets that wake their readers up (-1: there is none), and the file with what is the
-same for all ranks.
+`WIRES` is a line of JSON: the rank, the number of ranks, of those of a stage and of those on this host, the process
+that has launched it, and descriptors that it inherits: the socket for reports (and for messages, or to be woken up when
+one is in the ring), the lifeline, the file for dumps, the memory of messages, of collectives and of progress,
+connections to the other ranks of its stage, both ends of a pipe (rings and the sockets that wake their readers up, or
+connections; -1: there is none), and the file with what is the same for all ranks.
 
 It must run before anything of llmengine can be imported, since the path of modules is part of what it reads.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import importlib
 import importlib.util
@@ -25,23 +25,22 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from llmengine.backends.ranks.channel import MessageReader
     from llmengine.backends.ranks.collectives import Collectives
-    from llmengine.backends.ranks.pipe import SharedPipe
+    from llmengine.backends.ranks.pipe import TensorPipe
     from llmengine.backends.ranks.progress import Progress
-    from llmengine.backends.ranks.ring import RingReader
 
-# Rank 0 finds out what is late and kills the others. One that waited less than it would hide the cause.
-_OPERATION_TIMEOUT_S = 7 * 86400.0
 _WATCH_S = 0.5
 _FULL_PAUSE_S = 200e-6
 
 
 def main() -> None:
     """Run a rank until its target ends, its group is closed, or the process of rank 0 is gone."""
-    wires = _arguments()
+    wires = SimpleNamespace(**json.loads(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # rank 0 alone decides when a rank ends
     _die_with(wires.lifeline, wires.parent)
@@ -66,14 +65,6 @@ def read_start_file(fd: int) -> tuple[dict[str, Any], bytes]:
     with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as file:
         line = file.readline()
         return json.loads(line), file.read()
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    names = ("rank", "size", "stage_size", "parent", "socket", "lifeline", "ring", "sums", "progress", "dumps", "start")
-    for name in (*names, "inbox", "inbox_waker", "outbox", "outbox_waker"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    return parser.parse_args()
 
 
 def _die_with(lifeline: int, parent: int) -> None:
@@ -112,7 +103,7 @@ def _take_path(path: list[str]) -> None:
         importlib.invalidate_caches()
 
 
-def _run(wires: argparse.Namespace, start: dict[str, Any], payload: bytes) -> int:
+def _run(wires: SimpleNamespace, start: dict[str, Any], payload: bytes) -> int:
     """Run the target and report what it raises; the exit status."""
     from llmengine.backends.ranks.channel import RankClosed
     from llmengine.backends.ranks.reports import Raised, Report, ReportSender
@@ -133,31 +124,41 @@ def _run(wires: argparse.Namespace, start: dict[str, Any], payload: bytes) -> in
 
 
 def _run_target(
-    wires: argparse.Namespace, start: dict[str, Any], payload: bytes, connection: socket.socket, sender: Any
+    wires: SimpleNamespace, start: dict[str, Any], payload: bytes, connection: socket.socket, sender: Any
 ) -> None:
     from llmengine.backends.ranks.channel import RankChannel
     from llmengine.backends.ranks.progress import Progress
     from llmengine.backends.ranks.reports import Report
-    from llmengine.backends.ranks.ring import Ring, RingReader
 
     module, _, function = start["target"].partition(":")
     target = getattr(importlib.import_module(module), function)
-    reader = RingReader(Ring(wires.ring, wires.size - 1), wires.rank - 1, connection)
+    reader = _messages(wires, connection)
     progress = Progress(wires.progress, wires.rank, wires.size)
     pipe = _pipe(wires, reader, progress)
     sender.send(Report.READY)
-    collectives = _gloo(wires, start) if start["collectives"] == "gloo" else _shared(wires, reader, progress)
+    collectives = _collectives(wires, reader, progress)
     progress.mark(b"the start")
+    channel = RankChannel(wires.rank, wires.size, wires.num_on_host, collectives, pipe, progress, reader, sender)
     try:
-        target(RankChannel(wires.rank, wires.size, collectives, pipe, progress, reader, sender), payload)
+        target(channel, payload)
     finally:
         pipe.close()
 
 
-def _pipe(wires: argparse.Namespace, messages: RingReader, progress: Progress) -> SharedPipe:
+def _messages(wires: SimpleNamespace, connection: socket.socket) -> MessageReader:
+    from llmengine.backends.ranks.ring import Ring, RingReader
+    from llmengine.backends.ranks.sockets import SocketReader
+
+    if wires.ring < 0:
+        return SocketReader(connection)
+    return RingReader(Ring(wires.ring, wires.num_readers), wires.reader, connection)
+
+
+def _pipe(wires: SimpleNamespace, messages: MessageReader, progress: Progress) -> TensorPipe:
     from llmengine.backends.ranks.channel import RankClosed
-    from llmengine.backends.ranks.pipe import SharedPipe
+    from llmengine.backends.ranks.pipe import Inbox, Outbox, TensorPipe
     from llmengine.backends.ranks.ring import Ring, RingReader, RingWriter
+    from llmengine.backends.ranks.sockets import SocketReader, SocketWriter
 
     def while_waiting(waited_s: float) -> None:
         if messages.closed:
@@ -170,35 +171,36 @@ def _pipe(wires: argparse.Namespace, messages: RingReader, progress: Progress) -
     def when_ended(error: Exception) -> NoReturn:
         raise error
 
-    inbox = outbox = None
-    if wires.inbox >= 0:
+    inbox: Inbox | None = None
+    outbox: Outbox | None = None
+    if wires.inbox_waker >= 0:
         inbox = RingReader(Ring(wires.inbox, 1), 0, socket.socket(fileno=wires.inbox_waker), while_waiting)
-    if wires.outbox >= 0:
+    elif wires.inbox >= 0:
+        inbox = SocketReader(socket.socket(fileno=wires.inbox), while_waiting)
+    if wires.outbox_waker >= 0:
         outbox = RingWriter(Ring(wires.outbox, 1), [socket.socket(fileno=wires.outbox_waker)], while_full)
-    return SharedPipe(inbox, outbox, progress, when_ended)
+    elif wires.outbox >= 0:
+        outbox = SocketWriter(socket.socket(fileno=wires.outbox), while_waiting)
+    return TensorPipe(inbox, outbox, progress, when_ended)
 
 
-def _shared(wires: argparse.Namespace, reader: RingReader, progress: Progress) -> Collectives:
+def _collectives(wires: SimpleNamespace, reader: MessageReader, progress: Progress) -> Collectives:
     from llmengine.backends.ranks.channel import RankClosed
     from llmengine.backends.ranks.shared_collectives import SharedCollectives
+    from llmengine.backends.ranks.socket_collectives import SocketCollectives
 
     def while_waiting(late: Sequence[int], waited_s: float) -> None:
         if reader.closed:
             raise RankClosed
 
+    def when_lost(error: Exception) -> NoReturn:
+        raise error
+
     rank, size = wires.rank % wires.stage_size, wires.stage_size
-    return SharedCollectives(wires.sums, rank, size, while_waiting, progress)
-
-
-def _gloo(wires: argparse.Namespace, start: dict[str, Any]) -> Collectives:
-    from llmengine.backends.ranks.collectives import GlooCollectives, PeerLostError, connect_store, join_gloo
-
-    def lost(error: Exception) -> NoReturn:
-        raise PeerLostError(str(error)) from None
-
-    store = connect_store(start["host"], start["port"], start["start_timeout_s"])
-    group = join_gloo(store, wires.rank, wires.size, start["host"], start["start_timeout_s"])
-    return GlooCollectives(group, _OPERATION_TIMEOUT_S, lost)
+    if wires.sums >= 0:
+        return SharedCollectives(wires.sums, rank, size, while_waiting, progress)
+    peers = {int(peer) % size: socket.socket(fileno=fd) for peer, fd in wires.peers.items()}
+    return SocketCollectives(rank, peers, while_waiting, when_lost, progress)
 
 
 if __name__ == "__main__":

@@ -124,12 +124,12 @@ class StuckJudge:
         self._pace_s = 0.0
 
     def look(
-        self, seen: Sequence[Seen], since_s: float, limit_s: float, busy_limit_s: float | None = None
+        self, seen: Sequence[Seen | None], since_s: float, limit_s: float, busy_limit_s: float | None = None
     ) -> Stuck | None:
         """The first rank that is stuck.
 
         Args:
-            seen: of all ranks.
+            seen: of all ranks; None for one on another host of which nothing was said since the last look.
             since_s: time since the last look.
             limit_s: how long a rank may sleep.
             busy_limit_s: what a rank that does not sleep may take beside a multiple of rank 0's time; None: `limit_s`.
@@ -137,11 +137,12 @@ class StuckJudge:
         busy_limit_s = limit_s if busy_limit_s is None else busy_limit_s
         since_s = min(since_s, _LONGEST_LOOK_S)
         for rank, now in enumerate(seen):
-            self._note(rank, now, since_s)
+            if now is not None:
+                self._note(rank, now, since_s)
         self._pace_s = max(self._still_s[0], self._pace_s * 0.5 ** (since_s / _HALF_LIFE_S))
         for rank, now in enumerate(seen[1:], 1):
             still_s, asleep_s = self._still_s[rank], self._asleep_s[rank]
-            if asleep_s >= limit_s or still_s >= busy_limit_s + _TIMES_RANK_0 * self._pace_s:
+            if now is not None and (asleep_s >= limit_s or still_s >= busy_limit_s + _TIMES_RANK_0 * self._pace_s):
                 return Stuck(rank, still_s, self._slept_s[rank] > still_s / 2, now.what)
         return None
 

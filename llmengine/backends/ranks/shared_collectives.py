@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from llmengine.backends.ranks.collectives import add_up
 from llmengine.backends.ranks.memory import LINE_WORDS, SharedMemory
 from llmengine.backends.ranks.progress import Progress
 
@@ -81,7 +82,7 @@ class SharedCollectives:
         for start in range(0, flat.numel(), part):
             mine = flat[start : start + part]
             count = mine.numel()
-            _add_up([slot[:count] for slot in self._exchange(mine)], mine)
+            add_up([slot[:count] for slot in self._exchange(mine)], mine)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         flat = tensor.reshape(-1)
@@ -157,16 +158,3 @@ class SharedCollectives:
 
     def _shape_at(self, rank: int) -> int:
         return self._arrivals[rank] + LINE_WORDS * (1 + self._round % 2)
-
-
-def _add_up(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
-    """Write the sum of the parts to `result`, added in their order."""
-    first, *rest = parts
-    if len(parts) > 2 and result.dtype in (torch.float16, torch.bfloat16):
-        total = first.float()
-        for part in rest:
-            total += part
-        result.copy_(total)
-        return
-    for part in rest:
-        first = torch.add(first, part, out=result)

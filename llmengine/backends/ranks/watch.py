@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import select
-import signal
 import socket
 import threading
 import time
@@ -12,9 +10,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmengine.backends.ranks.launcher import RankProcess
-from llmengine.backends.ranks.process_state import Activity, is_stopped
-from llmengine.backends.ranks.progress import Progress, Stuck, StuckJudge
+from llmengine.backends.ranks.host import HostedRank
+from llmengine.backends.ranks.progress import Seen, Stuck, StuckJudge
 from llmengine.backends.ranks.reports import Raised, Report, ReportReader
 from llmengine.errors import EngineDeadError, LLMEngineError
 
@@ -58,17 +55,11 @@ class RankFailure:
 
 @dataclass(frozen=True)
 class WatchedRank:
-    """A rank's process, rank 0's end of its socket, and the file where it writes where its threads are."""
+    """A rank's process, and rank 0's end of the socket for its reports."""
 
     rank: int
-    process: RankProcess
+    process: HostedRank
     connection: socket.socket
-    dumps: int
-
-    def dumped(self) -> str:
-        """What it has written to its file."""
-        size = os.fstat(self.dumps).st_size
-        return os.pread(self.dumps, size, 0).decode(errors="replace").rstrip()
 
 
 class RankWatch:
@@ -78,14 +69,17 @@ class RankWatch:
         stuck_after_s: how long a rank may work without a mark of progress, see `StuckJudge`; None: for ever.
         busy_after_s: the same for one that uses a processor, if that is longer.
         failure: the first failure.
+
+    Args:
+        look: how far all ranks are; None for one of which nothing new is known.
     """
 
-    def __init__(self, ranks: Sequence[WatchedRank], size: int, progress: Progress) -> None:
+    def __init__(self, ranks: Sequence[WatchedRank], size: int, look: Callable[[], Sequence[Seen | None]]) -> None:
         self._ranks = ranks
         self._size = size
-        self._progress: Progress | None = progress
-        self._activities = {rank.rank: Activity(rank.process.pid) for rank in ranks}
-        self._judge = StuckJudge(size, lambda rank: self._activities[rank].sleeps())
+        self._look: Callable[[], Sequence[Seen | None]] | None = look
+        processes = {rank.rank: rank.process for rank in ranks}
+        self._judge = StuckJudge(size, lambda rank: processes[rank].sleeps())
         self._looked_at = time.monotonic()
         self.stuck_after_s: float | None = None
         self.busy_after_s = 0.0
@@ -117,7 +111,7 @@ class RankWatch:
             self._thread.join()
         self._waker.close()
         self._woken.close()
-        self._progress = None  # its memory is a file that the process has open
+        self._look = None  # its memory is a file that the process has open
 
     def all_ready(self) -> bool:
         """Whether every rank has its target."""
@@ -174,7 +168,7 @@ class RankWatch:
         for rank in ranks:
             rank.process.interrupt()
         time.sleep(_DUMP_S)
-        return {rank.rank: rank.dumped() for rank in ranks}
+        return {rank.rank: rank.process.dumped() for rank in ranks}
 
     def fail(self, failure: RankFailure) -> None:
         """Fail for this reason, unless there was one before, and kill all ranks."""
@@ -200,7 +194,7 @@ class RankWatch:
             on_failure()
 
     def _name(self, rank: WatchedRank) -> str:
-        return f"rank {rank.rank} of {self._size} (process {rank.process.pid})"
+        return f"rank {rank.rank} of {self._size} ({rank.process.name})"
 
     def _run(self) -> None:
         try:
@@ -248,29 +242,29 @@ class RankWatch:
         """Report how a process ended that may have reported why."""
         if self._closing:
             return
-        status = rank.process.wait(_END_S)
-        self._report(rank, RankFailure(f"{self._name(rank)} {_ending(status)}", rank.dumped()))
+        how = rank.process.ending(_END_S) or "closed its socket"
+        self._report(rank, RankFailure(f"{self._name(rank)} {how}", rank.process.dumped()))
 
     def _look_at_processes(self) -> None:
         stopped = set()
         for rank in self._ranks:
-            if rank.process.poll() is not None:
+            if rank.process.ending() is not None:
                 if rank.rank not in self._reported:
                     self._ended(rank)
-            elif is_stopped(rank.process.pid):
+            elif rank.process.is_stopped():
                 stopped.add(rank.rank)
                 if rank.rank in self._stopped:
                     self._report(rank, RankFailure(f"{self._name(rank)} was stopped (SIGSTOP) and does not run"))
         self._stopped = stopped
 
     def _look_at_progress(self) -> None:
-        now, progress = time.monotonic(), self._progress
+        now, look = time.monotonic(), self._look
         since_s = now - self._looked_at
-        if progress is None or self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
+        if look is None or self.stuck_after_s is None or since_s < _TICK_S / 2 or self._is_over():
             return
         self._looked_at = now
         busy_after_s = max(self.stuck_after_s, self.busy_after_s)
-        stuck = self._judge.look(progress.look(), since_s, self.stuck_after_s, busy_after_s)
+        stuck = self._judge.look(look(), since_s, self.stuck_after_s, busy_after_s)
         if stuck is not None:
             self._stuck(stuck)
 
@@ -290,19 +284,6 @@ class RankWatch:
             self.fail(causes[0])
         elif time.monotonic() >= self._settle_at:
             self.fail(next(iter(self._reported.values())))
-
-
-def _ending(status: int | None) -> str:
-    if status is None:
-        return "closed its socket"
-    if status >= 0:
-        return f"ended by itself with exit status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"
 
 
 def _threads(dumps: Mapping[int, str]) -> str:

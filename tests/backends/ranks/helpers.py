@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import psutil
 
+from benchmarks.pretended_hosts import PretendedHosts
 from llmengine.backends.ranks import RankGroup
 
 OBEY = "tests.backends.ranks.targets:obey"
@@ -18,11 +18,12 @@ OBEY = "tests.backends.ranks.targets:obey"
 def open_group(
     size: int,
     timeout_s: float = 60.0,
-    collectives: Literal["memory", "gloo"] = "memory",
+    hosts: tuple[int, ...] | None = None,
     stuck_after_s: float | None = None,
 ) -> Iterator[RankGroup]:
-    """A started group whose ranks do what messages say."""
-    group = RankGroup(size, OBEY, b"", timeout_s=timeout_s, stuck_after_s=stuck_after_s, collectives=collectives)
+    """A started group whose ranks do what messages say; on this host, or on others that `hosts` numbers."""
+    where = None if hosts is None else PretendedHosts(hosts)
+    group = RankGroup(size, OBEY, b"", hosts=where, timeout_s=timeout_s, stuck_after_s=stuck_after_s)
     group.start()
     try:
         yield group

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import pytest
 import torch
@@ -73,9 +72,9 @@ def test_our_own_errors_keep_their_type() -> None:
     assert any("rank 2 of 3" in note and "in raise_ours" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("collectives", ["memory", "gloo"])
-def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(collectives: Literal["memory", "gloo"]) -> None:
-    with open_group(3, collectives=collectives) as group:
+@pytest.mark.parametrize("hosts", [None, (0, 1, 1), (0, 1, 2)])
+def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(hosts: tuple[int, ...] | None) -> None:
+    with open_group(3, hosts=hosts) as group:
         ranks = pids(group)
         group.broadcast(b"raise 2")
         with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*a mistake of 2") as caught:
@@ -125,12 +124,13 @@ def test_a_crash_says_where() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "collectives"), [(b"sleep_then_sum 1 600", "gloo"), (b"freeze_then_sum 1 600", "memory")]
+    ("command", "hosts"),
+    [(b"sleep_then_sum 1 600", (0, 1, 2)), (b"freeze_then_sum 1 600", None), (b"freeze_then_sum 1 600", (0, 1, 1))],
 )
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
-    command: bytes, collectives: Literal["memory", "gloo"]
+    command: bytes, hosts: tuple[int, ...] | None
 ) -> None:
-    with open_group(3, 3.0, collectives) as group:
+    with open_group(3, 3.0, hosts) as group:
         ranks = pids(group)
         group.broadcast(b"sum 4")  # afterwards the ranks are connected
         add_up(group)
@@ -162,8 +162,6 @@ def test_a_reply_that_does_not_come() -> None:
 
 class LastFails:
     """Launches ranks on this host, but instead of the last one raises."""
-
-    host = "127.0.0.1"
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

@@ -14,12 +14,12 @@ from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
 
 @pytest.fixture(
     scope="module",
-    params=[(2, "memory"), (3, "memory"), (2, "gloo"), (3, "gloo")],
-    ids=lambda param: f"{param[1]} {param[0]}",
+    params=[(2, None), (3, None), (2, (0, 1)), (3, (0, 1, 0)), (4, (0, 1, 1, 2))],
+    ids=lambda param: f"{param[0]} on {param[1] or 'one host'}",
 )
 def group(request: pytest.FixtureRequest) -> Iterator[RankGroup]:
-    size, collectives = request.param
-    with open_group(size, collectives=collectives) as group:
+    size, hosts = request.param
+    with open_group(size, hosts=hosts) as group:
         yield group
 
 

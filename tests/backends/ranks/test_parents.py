@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -129,10 +128,10 @@ def test_ranks_ignore_what_ends_their_parent_in_order() -> None:
         assert group.replies() == [b"1 here"]
 
 
-@pytest.mark.parametrize("collectives", ["memory", "gloo"])
-def test_groups_that_start_at_once_do_not_meet(collectives: Literal["memory", "gloo"]) -> None:
+@pytest.mark.parametrize("hosts", [None, (0, 1)])
+def test_groups_that_start_at_once_do_not_meet(hosts: tuple[int, ...] | None) -> None:
     def run(number: int) -> list[bytes]:
-        with open_group(2, collectives=collectives) as group:
+        with open_group(2, hosts=hosts) as group:
             group.broadcast(b"echo %d" % number)
             group.broadcast(b"sum 4")
             tensor = torch.full((4,), 10.0 * number)

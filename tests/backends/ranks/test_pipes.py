@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmengine.backends.ranks import RankGroup
-from llmengine.backends.ranks.pipe import receiver_of, sender_to
+from llmengine.backends.ranks.layout import receiver_of, sender_to
 from llmengine.errors import ConfigError, EngineDeadError
 from tests.backends.ranks.helpers import OBEY, is_gone, pids
 

@@ -22,6 +22,7 @@ from llmengine.backends.tensorrt.weight_choice import LayerTimes
 from llmengine.batch import Backend
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
+from llmengine.rank_hosts import RankHosts
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 
 ARGUMENTS = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--concurrency", "2", "--prompt-tokens", "3"]
@@ -35,7 +36,9 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
     monkeypatch.setattr(backends, "choose_device", lambda name: device if device == "cpu" else f"{device}:0")
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def load(config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None]) -> Backend:
+    def load(
+        config: ModelConfig, source: ModelSource, check_wanted: Callable[[], None], rank_hosts: RankHosts | None
+    ) -> Backend:
         if config.backend == "torch":
             return load_backend(config, source, check_wanted)
         scheduler = config.scheduler_config

@@ -1,0 +1,152 @@
+"""Collectives of tensors in host memory among ranks on several hosts, over a connection for each two of them.
+
+Each rank sends its tensor to all others and adds all up itself, in the order of ranks, in float32 for shorter floats:
+as in `shared_collectives.py`, the sum is the same on all ranks and in every run. With two ranks nothing can send less.
+
+Rejected: gloo, which knows no secret, waits where a lost host cannot be noticed, and adds in an order that depends on
+an element's place in its tensor; a ring for many ranks, in which each turn takes the link's latency.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+
+from llmengine.backends.ranks.collectives import PeerLostError, add_up
+from llmengine.backends.ranks.progress import Progress
+
+__all__ = ["SocketCollectives"]
+
+_SPIN_S = 50e-6
+_NAP_MS = 50.0
+# More time than this between two looks means that this process was stopped, and counts as this much.
+_LONGEST_LOOK_S = 1.0
+_MAX_DIMS = 7
+
+
+class SocketCollectives:
+    """The end of one rank.
+
+    Args:
+        rank: this rank, from 0, in its stage.
+        connections: to each other rank of the stage.
+        while_waiting: called again and again while other ranks are awaited, with those and the seconds waited so far;
+            raises to give up.
+        when_lost: raises what it means that a connection has ended.
+        progress: where this rank marks what arrives.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        connections: Mapping[int, socket.socket],
+        while_waiting: Callable[[Sequence[int], float], None],
+        when_lost: Callable[[Exception], NoReturn],
+        progress: Progress,
+    ) -> None:
+        self.rank = rank
+        self.size = 1 + len(connections)
+        self._connections = connections
+        self._while_waiting = while_waiting
+        self._when_lost = when_lost
+        self._progress = progress
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        mine = tensor.view(-1)
+        parts = [mine.clone() if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
+        data = _bytes_of(parts[self.rank])
+        self._exchange(
+            dict.fromkeys(self._connections, data), {rank: _bytes_of(parts[rank]) for rank in self._connections}
+        )
+        add_up(parts, mine)
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        tensor = tensor.contiguous()
+        if self.rank:
+            for data in (_bytes_of(_shape_of(tensor)), _bytes_of(tensor)):
+                self._exchange({0: data}, {})
+            return None
+        shapes = {rank: torch.empty(1 + _MAX_DIMS, dtype=torch.int64) for rank in self._connections}
+        self._exchange({}, {rank: _bytes_of(shape) for rank, shape in shapes.items()})
+        parts = {rank: tensor.new_empty(shape[1 : 1 + int(shape[0])].tolist()) for rank, shape in shapes.items()}
+        self._exchange({}, {rank: _bytes_of(part) for rank, part in parts.items()})
+        return [tensor, *(parts[rank] for rank in range(1, self.size))]
+
+    def close(self) -> None:
+        """Close the connections; idempotent."""
+        for connection in self._connections.values():
+            connection.close()
+
+    def _exchange(self, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """Send to some ranks and fill what is for others, all at once."""
+        sends, receives = dict(outgoing), dict(incoming)
+        waited, now = 0.0, time.perf_counter()
+        while True:
+            if self._move(sends, _send) | self._move(receives, _receive):
+                waited, now = 0.0, time.perf_counter()
+                self._progress.mark()
+                continue
+            if not sends and not receives:
+                return
+            before, now = now, time.perf_counter()
+            waited += min(now - before, _LONGEST_LOOK_S)
+            if waited < _SPIN_S:
+                os.sched_yield()
+            else:
+                self._progress.rest()
+                self._while_waiting(sorted({*sends, *receives}), waited)
+                self._nap(sends, receives)
+
+    def _move(self, pending: dict[int, memoryview], move: Callable[[socket.socket, memoryview], int]) -> bool:
+        """Send or receive what is possible now, and forget what is done; whether anything was."""
+        has_moved = False
+        for rank, data in list(pending.items()):
+            try:
+                count = move(self._connections[rank], data)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._when_lost(PeerLostError(f"rank {rank} of the stage is gone: {error}"))
+            if not count and data:
+                self._when_lost(PeerLostError(f"rank {rank} of the stage is gone"))
+            has_moved = True
+            if count == len(data):
+                del pending[rank]
+            else:
+                pending[rank] = data[count:]
+        return has_moved
+
+    def _nap(self, sends: Mapping[int, memoryview], receives: Mapping[int, memoryview]) -> None:
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # closed by another thread
+            for rank in {*sends, *receives}:
+                events = (select.POLLOUT if rank in sends else 0) | (select.POLLIN if rank in receives else 0)
+                poll.register(self._connections[rank], events)
+            poll.poll(_NAP_MS)
+
+
+def _send(connection: socket.socket, data: memoryview) -> int:
+    return connection.send(data, socket.MSG_DONTWAIT)
+
+
+def _receive(connection: socket.socket, data: memoryview) -> int:
+    return connection.recv_into(data, flags=socket.MSG_DONTWAIT)
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim > _MAX_DIMS:
+        raise ValueError(f"a tensor has {tensor.ndim} dimensions; {_MAX_DIMS} can be gathered")
+    values = [tensor.ndim, *tensor.shape]
+    return torch.tensor(values + [0] * (1 + _MAX_DIMS - len(values)))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return view
