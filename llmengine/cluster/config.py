@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from llmengine.checks import require_bool, require_int, require_number
+from llmengine.checks import require_bool, require_choice, require_int, require_number
 from llmengine.errors import ConfigError
+
+_STRATEGIES = ("PACK", "SPREAD", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,12 @@ class ClusterConfig:
             new one on this machine.
         actor_options: options of the replicas' Ray actors, such as ``{"num_cpus": 4}`` or a `runtime_env`, in addition
             to the GPUs that the model's `parallel_config` asks for.
+        ranks_per_host: None: all ranks of a replica are on one host. Else each replica has a placement group with a
+            bundle for each so many of its ranks, which are on one host: the model's `tp_size` for stages on hosts of
+            their own, 1 for ranks that may all be elsewhere. The `num_cpus`, `resources` and `runtime_env` of
+            `actor_options` are then those of each bundle.
+        placement_strategy: of these placement groups: "PACK" puts bundles on few hosts, "SPREAD" on many,
+            "STRICT_SPREAD" each on another one.
     """
 
     num_replicas: int = 1
@@ -39,6 +47,8 @@ class ClusterConfig:
     start_timeout_s: float = 600.0
     address: str | None = None
     actor_options: Mapping[str, Any] = field(default_factory=dict)
+    ranks_per_host: int | None = None
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
 
     def __post_init__(self) -> None:
         require_int("num_replicas", self.num_replicas, 1, error=ConfigError)
@@ -47,3 +57,6 @@ class ClusterConfig:
         require_bool("replace_replicas", self.replace_replicas, error=ConfigError)
         require_number("replica_timeout_s", self.replica_timeout_s, 2.0, error=ConfigError)
         require_number("start_timeout_s", self.start_timeout_s, 0.0, low_open=True, error=ConfigError)
+        require_choice("placement_strategy", self.placement_strategy, _STRATEGIES, error=ConfigError)
+        if self.ranks_per_host is not None:
+            require_int("ranks_per_host", self.ranks_per_host, 1, error=ConfigError)

@@ -17,6 +17,7 @@ from typing import Any
 import anyio.to_thread
 
 from llmengine.cluster.config import ClusterConfig
+from llmengine.cluster.ray_hosts import RayHosts
 from llmengine.cluster.replica import Replica
 from llmengine.cluster.transport import TransportFactory
 from llmengine.cluster.wire import Command, Fault, ReplicaInfo, Update
@@ -49,24 +50,45 @@ def ray_transports(
     _connect(cluster_config)
     model = config if isinstance(config, ModelConfig) else ModelConfig(config)
     load = partial(LLM.create, model, tokenizer, enable_tokenizer)
-    return actor_transports(load, cluster_config, num_gpus(model))
+    gpus, num_ranks = num_gpus(model), model.parallel_config.tp_size * model.parallel_config.pp_size
+    ranks_per_host = cluster_config.ranks_per_host
+    if ranks_per_host is None or ranks_per_host >= num_ranks:
+        return actor_transports(load, cluster_config, gpus)
+    if num_ranks % ranks_per_host:
+        raise ConfigError(f"ranks_per_host={ranks_per_host} must divide the {num_ranks} ranks of a replica")
+    options = {**cluster_config.actor_options, "num_gpus": gpus and ranks_per_host}
+    new_hosts = partial(RayHosts, num_ranks, ranks_per_host, cluster_config.placement_strategy, options)
+    return actor_transports(load, cluster_config, options["num_gpus"], new_hosts)
 
 
 def actor_transports(
-    load: Callable[[], Awaitable[LLM]], cluster_config: ClusterConfig, gpus: float = 0
+    load: Callable[..., Awaitable[LLM]],
+    cluster_config: ClusterConfig,
+    gpus: float = 0,
+    new_hosts: Callable[[], RayHosts] | None = None,
 ) -> TransportFactory:
     """`ray_transports` for engines that `load` makes, which is pickled and called on each actor's event loop.
 
     Args:
-        gpus: of each replica.
+        gpus: of each replica's actor.
+        new_hosts: the hosts of a new replica, which `load` is given as `rank_hosts`; None: each is on one host.
     """
     ray = _connect(cluster_config)
     options = {"num_gpus": gpus, "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
-    actor_class = ray.remote(_ReplicaActor).options(**options)
+    actor_class = ray.remote(_ReplicaActor)
     asked = {name: options[name] for name in _RESOURCES if options.get(name)}
     # Stored once: all replicas, and those that take their places, load it from there.
     stored = ray.put(load)
-    return lambda number: RayTransport(actor_class, stored, asked, cluster_config.start_timeout_s)
+
+    def new_transport(number: int) -> RayTransport:
+        if new_hosts is None:
+            return RayTransport(actor_class.options(**options), stored, asked, cluster_config.start_timeout_s)
+        hosts = new_hosts()
+        placed = actor_class.options(**{**options, **hosts.options_on(0)})
+        each = {"hosts": 1 + hosts.hosts[-1], "on each": hosts.bundle}
+        return RayTransport(placed, stored, each, cluster_config.start_timeout_s, hosts)
+
+    return new_transport
 
 
 def _connect(cluster_config: ClusterConfig) -> Any:
@@ -87,11 +109,20 @@ class RayTransport:
         load: for the actor.
         asked: the resources that it asks for, for messages.
         start_timeout_s: see `ClusterConfig`.
+        hosts: of its ranks; removed with this object. None: they are all where the actor is.
     """
 
-    def __init__(self, actor_class: Any, load: Any, asked: Mapping[str, Any], start_timeout_s: float) -> None:
-        self._actor = actor_class.remote(load)
+    def __init__(
+        self,
+        actor_class: Any,
+        load: Any,
+        asked: Mapping[str, Any],
+        start_timeout_s: float,
+        hosts: RayHosts | None = None,
+    ) -> None:
+        self._hosts = hosts
         self._asked = asked
+        self._actor = actor_class.remote(load, hosts)
         self._start_timeout_s = start_timeout_s
 
     async def start(self) -> ReplicaInfo:
@@ -146,6 +177,8 @@ class RayTransport:
 
         with contextlib.suppress(Exception):  # Ray may have been shut down
             ray.kill(self._actor)
+        if self._hosts is not None:
+            self._hosts.remove()
 
 
 def _resources() -> str:
@@ -160,8 +193,8 @@ def _resources() -> str:
 class _ReplicaActor:
     """The actor: a `Replica` whose engine is loaded by `load`, so that its errors arrive as they are."""
 
-    def __init__(self, load: Callable[[], Awaitable[LLM]]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[..., Awaitable[LLM]], hosts: RayHosts | None) -> None:
+        self._load = load if hosts is None else partial(load, rank_hosts=hosts)
         self._replica: Replica
 
     async def load(self) -> ReplicaInfo | Fault:
