@@ -235,10 +235,10 @@ def _arrive(flags, number, shot, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PRO
     zeros = tl.zeros_like(peers)
     tl.debug_barrier()  # all threads have written
     tl.atomic_xchg(theirs + first + RANK, zeros + number, mask=is_other, sem="release", scope="sys")
-    arrived = tl.atomic_add(ours, zeros, mask=is_other, sem="acquire", scope="sys")
-    # A rank may be one call ahead, and numbers may wrap around.
-    while tl.min(tl.where(is_other, arrived - number, 0)) < 0:
+    behind = -1
+    while behind < 0:  # a rank may be one call ahead, and numbers may wrap around
         arrived = tl.atomic_add(ours, zeros, mask=is_other, sem="acquire", scope="sys")
+        behind = tl.min(tl.where(is_other, arrived - number, 0))
     tl.debug_barrier()  # no thread reads before
 
 
