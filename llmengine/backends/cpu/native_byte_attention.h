@@ -56,6 +56,8 @@ inline void add_byte_products(Ints& total, Codes u, Codes s) {
 #elif defined(__AVX2__)
   const __m256i pairs = _mm256_maddubs_epi16(bit_cast<__m256i>(u), bit_cast<__m256i>(s));
   total += bit_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__SSE2__)
+  total += bit_cast<Ints>(quad_products<false>(bit_cast<__m128i>(u), bit_cast<__m128i>(s)));
 #else
   for (int i = 0; i < kWidth; i++)
     for (int j = 0; j < 4; j++) total[i] += int32_t{u[4 * i + j]} * static_cast<int8_t>(s[4 * i + j]);
@@ -79,6 +81,8 @@ inline void add_key_products(Ints& total, Codes keys, Codes query) {
 #elif defined(__AVX2__)
   const __m256i k = bit_cast<__m256i>(values), q = bit_cast<__m256i>(query);
   add_byte_products(total, bit_cast<Codes>(_mm256_abs_epi8(k)), bit_cast<Codes>(_mm256_sign_epi8(q, k)));
+#elif defined(__SSE2__)
+  total += bit_cast<Ints>(quad_products<true>(bit_cast<__m128i>(values), bit_cast<__m128i>(query)));
 #else
   for (int i = 0; i < kWidth; i++)
     for (int j = 0; j < 4; j++)

@@ -45,6 +45,12 @@ inline Codes with_bits(Codes codes, const uint8_t* bits) {
   const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
   const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
   return bit_cast<Codes>(_mm256_or_si256(bit_cast<__m256i>(codes), _mm256_and_si256(is_set, _mm256_set1_epi8(kValue))));
+#elif defined(__SSE2__)
+  // Eight times the first byte of bits, eight times the second.
+  const __m128i spread = _mm_set_epi64x(0x0101010101010101 * bits[1], 0x0101010101010101 * bits[0]);
+  const __m128i bit = _mm_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+  const __m128i is_set = _mm_cmpeq_epi8(_mm_and_si128(spread, bit), bit);
+  return bit_cast<Codes>(_mm_or_si128(bit_cast<__m128i>(codes), _mm_and_si128(is_set, _mm_set1_epi8(kValue))));
 #else
   for (int i = 0; i < kWidth * 4; i++) codes[i] += (bits[i / 8] >> i % 8 & 1) * kValue;
   return codes;
@@ -60,6 +66,7 @@ inline Codes looked_up(Codes codes, const uint8_t (&table)[16]) {
   const __m256i numbers = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return bit_cast<Codes>(_mm256_shuffle_epi8(numbers, bit_cast<__m256i>(codes)));
 #else
+#pragma GCC unroll 1
   for (int i = 0; i < kWidth * 4; i++) codes[i] = table[codes[i]];
   return codes;
 #endif
@@ -132,6 +139,20 @@ constexpr bool kByteProducts = false;
 // What 8-bit codes have on top of their values; without byte products they are two's complement.
 constexpr int kByteOffset = kByteProducts ? 128 : 0;
 
+#if defined(__SSE2__)
+// In each lane the sum of four products of bytes; with bytes of `a` that are signed, or not.
+template <bool kIsSigned>
+inline __m128i quad_products(__m128i a, __m128i b) {
+  const __m128i zero = _mm_setzero_si128(), b_signs = _mm_cmpgt_epi8(zero, b);
+  const __m128i a_signs = kIsSigned ? _mm_cmpgt_epi8(zero, a) : zero;
+  const auto pairs = [](__m128i wide_a, __m128i wide_b) { return _mm_castsi128_ps(_mm_madd_epi16(wide_a, wide_b)); };
+  const __m128 low = pairs(_mm_unpacklo_epi8(a, a_signs), _mm_unpacklo_epi8(b, b_signs));
+  const __m128 high = pairs(_mm_unpackhi_epi8(a, a_signs), _mm_unpackhi_epi8(b, b_signs));
+  const __m128i first = _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+  return _mm_add_epi32(first, _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1))));
+}
+#endif
+
 // Sums over `kQuads` times four columns of codes up to kMaxCode times activations in [-127, 127], for each of kWidth rows.
 template <int kMaxCode, int kQuads>
 struct CodeSums {
@@ -173,6 +194,11 @@ struct CodeSums {
     } else {
       total += bit_cast<Ints>(_mm512_madd_epi16(_mm512_maddubs_epi16(c, a), one));
     }
+    keep(total);
+  }
+#elif defined(__SSE2__)
+  void add(int, Codes codes, Ints x) {
+    total += bit_cast<Ints>(quad_products<(kMaxCode > 127)>(bit_cast<__m128i>(codes), bit_cast<__m128i>(x)));
     keep(total);
   }
 #else

@@ -294,8 +294,8 @@ inline void quantize_bytes(const float* x, int64_t columns, int64_t token, const
 template <typename Format, int kPanels>
 struct PackedPanels {
   using Scales = typename Format::Scales;
-  static constexpr int kVectors = kPanels * kPanelVectors, kMaxCode = Format::Strip::kMaxCode, kOffset = Format::kOffset;
-  static constexpr int kSumColumns = Scales::kSumColumns;
+  static constexpr int kVectors = kPanels * kPanelVectors, kMaxCode = Format::Strip::kMaxCode;
+  static constexpr int kSumColumns = Scales::kSumColumns, offset = Format::kOffset;
   static constexpr bool kHasMinimum = Scales::kHasMinimum;
   const uint8_t *codes, *scales;
   int64_t codes_bytes, scales_bytes, shift;
@@ -335,17 +335,19 @@ constexpr int64_t unpacked_bytes(int64_t columns) {
 }
 
 // Neighbouring panels, unpacked: codes [columns / 4, kPanels, kQuadBytes], then scales and minima [sums, kPanels,
-// kPanelRows]. Formats that differ in nothing else share their product.
-template <int kMax, int kCodeOffset, int kColumns, bool kMinimum, int kPanels>
+// kPanelRows]. Formats that differ in nothing else share their product, and so does every offset: a multiplication for
+// each group of a token, where a product of its own would take as long to compile as all others.
+template <int kMax, int kColumns, bool kMinimum, int kPanels>
 struct UnpackedPanels {
-  static constexpr int kVectors = kPanels * kPanelVectors, kMaxCode = kMax, kOffset = kCodeOffset;
+  static constexpr int kVectors = kPanels * kPanelVectors, kMaxCode = kMax;
   static constexpr int kSumColumns = kColumns;
   static constexpr bool kHasMinimum = kMinimum;
   const uint8_t* codes;
   const float* scales;
+  int offset;
 
   template <typename Format>
-  UnpackedPanels(const PackedPanels<Format, kPanels>& from, int64_t groups, uint8_t* scratch) {
+  UnpackedPanels(const PackedPanels<Format, kPanels>& from, int64_t groups, uint8_t* scratch) : offset(from.offset) {
     const int64_t strips = groups * kGroupStrips;
     for (int64_t strip = 0; strip < strips; strip++) {
 #pragma GCC unroll 16
@@ -396,7 +398,7 @@ template <int kTokens, typename Panels>
       for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; v++) {
-          parts[i][v].total = Panels::kOffset ? repeat_quad(sums + i) * Panels::kOffset : Ints{};
+          parts[i][v].total = Ints{} + bit_cast<int32_t>(sums[i]) * w.offset;
           keep(parts[i][v].total);
         }
       }
@@ -461,7 +463,7 @@ void multiply_unpacked(const ByteActivations& x, Range tokens, const Matrix& mat
                        bool accumulate, uint8_t* scratch) {
   using Scales = typename Format::Scales;
   constexpr int kMax = kSharedMaxCode<Format::Strip::kMaxCode>;
-  using Panels = UnpackedPanels<kMax, Format::kOffset, Scales::kSumColumns, Scales::kHasMinimum, kPanels>;
+  using Panels = UnpackedPanels<kMax, Scales::kSumColumns, Scales::kHasMinimum, kPanels>;
   const PackedPanels<Format, kPanels> packed(matrix, panel);
   const Panels w(packed, x.groups, scratch);
   const int64_t tiles = (tokens.end - tokens.begin + kTileOfBytes - 1) / kTileOfBytes;
