@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from benchmarks.report import add_json, append_record, format_table, new_parser
 from llmengine.backends.ranks import Collectives, RankChannel, RankGroup
-from llmengine.backends.ranks.collectives import connect_store, host_store
+from llmengine.backends.ranks.store import connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
 from llmengine.backends.shared_cuda.small_sums import CAPACITY, time_together

@@ -1,16 +1,17 @@
-"""What ranks compute together: sums and gathers of tensors; and the store at which ranks on GPUs meet for NCCL."""
+"""What ranks compute together: sums and gathers of tensors.
+
+Imports torch when the first tensor comes, as does everything that a rank needs before its target.
+"""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["Collectives", "PeerLostError", "add_up", "connect_store", "host_store"]
+__all__ = ["Collectives", "PeerLostError", "add_up"]
 
 
 class PeerLostError(RuntimeError):
@@ -43,6 +44,8 @@ class Collectives(Protocol):
 
 def add_up(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     """Write the sum of the parts to `result`, added in their order."""
+    import torch
+
     first, *rest = parts
     if len(parts) > 2 and result.dtype in (torch.float16, torch.bfloat16):
         total = first.float()
@@ -52,16 +55,3 @@ def add_up(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
         return
     for part in rest:
         first = torch.add(first, part, out=result)
-
-
-def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
-    """The store at which ranks meet, on a port that is bound already; takes the listening socket over."""
-    host, port = listener.getsockname()[:2]
-    timeout = timedelta(seconds=timeout_s)
-    fd = listener.detach()
-    return TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd)
-
-
-def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
-    """Connect to the store that rank 0 hosts."""
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))

@@ -13,15 +13,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
-
-import torch
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from llmengine.backends.ranks.collectives import PeerLostError
 from llmengine.backends.ranks.layout import RankLayout
 from llmengine.backends.ranks.memory import anonymous_file
 from llmengine.backends.ranks.progress import Progress
 from llmengine.backends.ranks.ring import Ring, RingReader, ring_size
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Pipe", "PipeLinks", "TensorPipe"]
 
@@ -89,6 +90,8 @@ class TensorPipe:
         self._when_ended = when_ended
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
         assert self._inbox is not None, "the first stage receives nothing"
         tensor = torch.empty(*shape, dtype=dtype)
         self._progress.rest()
@@ -111,6 +114,8 @@ class TensorPipe:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
     view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     return view
 

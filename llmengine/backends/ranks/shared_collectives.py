@@ -21,12 +21,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from llmengine.backends.ranks.collectives import add_up
 from llmengine.backends.ranks.memory import LINE_WORDS, SharedMemory
 from llmengine.backends.ranks.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SharedCollectives", "shared_size"]
 
@@ -117,6 +119,8 @@ class SharedCollectives:
     def _typed(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
         """The slots of even and of odd rounds, by rank, as elements of a dtype."""
         if dtype not in self._slots:
+            import torch
+
             with torch.inference_mode(False):  # otherwise they could be written to in that mode only
                 slots = torch.frombuffer(self._memory.data, dtype=dtype).view(2, self.size, -1)
             self._slots[dtype] = [slots[parity].unbind() for parity in (0, 1)]

@@ -15,12 +15,13 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 from llmengine.backends.ranks.collectives import PeerLostError, add_up
 from llmengine.backends.ranks.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SocketCollectives"]
 
@@ -60,7 +61,7 @@ class SocketCollectives:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         mine = tensor.view(-1)
-        parts = [mine.clone() if rank == self.rank else torch.empty_like(mine) for rank in range(self.size)]
+        parts = [mine.clone() if rank == self.rank else mine.new_empty(mine.shape) for rank in range(self.size)]
         data = _bytes_of(parts[self.rank])
         self._exchange(
             dict.fromkeys(self._connections, data), {rank: _bytes_of(parts[rank]) for rank in self._connections}
@@ -73,6 +74,8 @@ class SocketCollectives:
             for data in (_bytes_of(_shape_of(tensor)), _bytes_of(tensor)):
                 self._exchange({0: data}, {})
             return None
+        import torch
+
         shapes = {rank: torch.empty(1 + _MAX_DIMS, dtype=torch.int64) for rank in self._connections}
         self._exchange({}, {rank: _bytes_of(shape) for rank, shape in shapes.items()})
         parts = {rank: tensor.new_empty(shape[1 : 1 + int(shape[0])].tolist()) for rank, shape in shapes.items()}
@@ -143,10 +146,14 @@ def _receive(connection: socket.socket, data: memoryview) -> int:
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim > _MAX_DIMS:
         raise ValueError(f"a tensor has {tensor.ndim} dimensions; {_MAX_DIMS} can be gathered")
+    import torch
+
     values = [tensor.ndim, *tensor.shape]
     return torch.tensor(values + [0] * (1 + _MAX_DIMS - len(values)))
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
     view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     return view

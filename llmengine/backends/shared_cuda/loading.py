@@ -27,7 +27,7 @@ from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.kv_layout import KvLayout, KvPool, joint_kv_layout
 from llmengine.backends.ranks import RankChannel, RankGroup
 from llmengine.backends.ranks.backend import PreparingRanksBackend
-from llmengine.backends.ranks.collectives import connect_store, host_store
+from llmengine.backends.ranks.store import connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives, RankCollectives
 from llmengine.backends.shared_cuda.small_sums import with_small_sums
 from llmengine.backends.shared_cuda.weights import WeightSender, joined_weights

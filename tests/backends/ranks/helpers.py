@@ -12,6 +12,8 @@ from benchmarks.pretended_hosts import PretendedHosts
 from llmengine.backends.ranks import RankGroup
 
 OBEY = "tests.backends.ranks.targets:obey"
+OBEY_WITH_TENSORS = "tests.backends.ranks.tensor_targets:obey"
+"""Adds commands that need torch, which ranks otherwise do without."""
 
 
 @contextmanager
@@ -20,10 +22,11 @@ def open_group(
     timeout_s: float = 60.0,
     hosts: tuple[int, ...] | None = None,
     stuck_after_s: float | None = None,
+    target: str = OBEY,
 ) -> Iterator[RankGroup]:
     """A started group whose ranks do what messages say; on this host, or on others that `hosts` numbers."""
     where = None if hosts is None else PretendedHosts(hosts)
-    group = RankGroup(size, OBEY, b"", hosts=where, timeout_s=timeout_s, stuck_after_s=stuck_after_s)
+    group = RankGroup(size, target, b"", hosts=where, timeout_s=timeout_s, stuck_after_s=stuck_after_s)
     group.start()
     try:
         yield group

@@ -14,7 +14,7 @@ import torch
 from llmengine.backends.ranks import LocalLauncher, RankGroup
 from llmengine.backends.ranks.launcher import RankProcess
 from llmengine.errors import ConfigError, EngineDeadError, OutOfMemoryError
-from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
+from tests.backends.ranks.helpers import OBEY, OBEY_WITH_TENSORS, is_gone, open_group, pids
 
 TARGETS = "tests.backends.ranks.targets"
 
@@ -74,7 +74,7 @@ def test_our_own_errors_keep_their_type() -> None:
 
 @pytest.mark.parametrize("hosts", [None, (0, 1, 1), (0, 1, 2)])
 def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(hosts: tuple[int, ...] | None) -> None:
-    with open_group(3, hosts=hosts) as group:
+    with open_group(3, hosts=hosts, target=OBEY_WITH_TENSORS) as group:
         ranks = pids(group)
         group.broadcast(b"raise 2")
         with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*a mistake of 2") as caught:
@@ -97,7 +97,7 @@ def test_a_rank_that_raises_is_named_and_not_those_that_waited_for_it(hosts: tup
     ],
 )
 def test_a_rank_that_dies_or_stops_is_named(command: bytes, says: str, wait: Callable[[RankGroup], object]) -> None:
-    with open_group(3) as group:
+    with open_group(3, target=OBEY_WITH_TENSORS if wait is add_up else OBEY) as group:
         ranks = pids(group)
         group.broadcast(command)
         if wait is add_up:
@@ -108,7 +108,7 @@ def test_a_rank_that_dies_or_stops_is_named(command: bytes, says: str, wait: Cal
 
 
 def test_a_rank_that_runs_out_of_memory_is_named() -> None:
-    with open_group(3) as group:
+    with open_group(3, target=OBEY_WITH_TENSORS) as group:
         ranks = pids(group)
         group.broadcast(b"allocate 2")
         with pytest.raises(EngineDeadError, match=r"rank 2 of 3.*memory(.|\n)*in _allocate"):
@@ -130,7 +130,7 @@ def test_a_crash_says_where() -> None:
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
     command: bytes, hosts: tuple[int, ...] | None
 ) -> None:
-    with open_group(3, 3.0, hosts) as group:
+    with open_group(3, 3.0, hosts, target=OBEY_WITH_TENSORS) as group:
         ranks = pids(group)
         group.broadcast(b"sum 4")  # afterwards the ranks are connected
         add_up(group)

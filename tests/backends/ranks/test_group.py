@@ -9,7 +9,7 @@ import torch
 
 from llmengine.backends.ranks import RankGroup
 from llmengine.errors import EngineClosedError
-from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
+from tests.backends.ranks.helpers import OBEY, OBEY_WITH_TENSORS, is_gone, open_group, pids
 
 
 @pytest.fixture(
@@ -19,7 +19,7 @@ from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
 )
 def group(request: pytest.FixtureRequest) -> Iterator[RankGroup]:
     size, hosts = request.param
-    with open_group(size, hosts=hosts) as group:
+    with open_group(size, hosts=hosts, target=OBEY_WITH_TENSORS) as group:
         yield group
 
 

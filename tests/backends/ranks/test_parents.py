@@ -18,7 +18,7 @@ import torch
 
 from llmengine.backends.ranks import RankGroup
 from tests import ROOT
-from tests.backends.ranks.helpers import OBEY, is_gone, open_group, pids
+from tests.backends.ranks.helpers import OBEY, OBEY_WITH_TENSORS, is_gone, open_group, pids
 
 # Ranks must be gone after 2 s; a busy machine may need longer for anything.
 GONE_S = 20.0
@@ -27,8 +27,8 @@ SCRIPT = """
 import os, sys, time
 print("this script runs", flush=True)
 from llmengine.backends.ranks import RankGroup
-from tests.backends.ranks.helpers import OBEY, pids
-group = RankGroup(2, OBEY, b"")
+from tests.backends.ranks.helpers import OBEY as TARGET, pids
+group = RankGroup(2, TARGET, b"")
 group.start()
 print(*pids(group), flush=True)
 """
@@ -81,7 +81,8 @@ def test_a_script_needs_no_guard_and_leaves_no_ranks(tmp_path: Path, how: str) -
     ids=["idle", "busy", "holds the lock", "in a collective", "stopped", "a fork lives on"],
 )
 def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path, meanwhile: str) -> None:
-    text = f"{SCRIPT}\nchild = 0\n{meanwhile}\ntime.sleep(0.3)\nprint(child, flush=True)\ntime.sleep(600)"
+    script_text = SCRIPT.replace("OBEY as", "OBEY_WITH_TENSORS as") if "sum" in meanwhile else SCRIPT
+    text = f"{script_text}\nchild = 0\n{meanwhile}\ntime.sleep(0.3)\nprint(child, flush=True)\ntime.sleep(600)"
     with script(text, tmp_path / "script.py") as process:
         ranks = read_pids(process)
         assert process.stdout is not None
@@ -114,7 +115,8 @@ except KeyboardInterrupt:
         rank = int(process.stdout.readline())
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
-        assert is_gone(rank)
+        # If the signal came before the group had the process, only its lifeline ends it.
+        assert is_gone(rank, GONE_S)
         assert process.wait(60) == 0
 
 
@@ -131,7 +133,7 @@ def test_ranks_ignore_what_ends_their_parent_in_order() -> None:
 @pytest.mark.parametrize("hosts", [None, (0, 1)])
 def test_groups_that_start_at_once_do_not_meet(hosts: tuple[int, ...] | None) -> None:
     def run(number: int) -> list[bytes]:
-        with open_group(2, hosts=hosts) as group:
+        with open_group(2, hosts=hosts, target=OBEY_WITH_TENSORS) as group:
             group.broadcast(b"echo %d" % number)
             group.broadcast(b"sum 4")
             tensor = torch.full((4,), 10.0 * number)
@@ -141,6 +143,12 @@ def test_groups_that_start_at_once_do_not_meet(hosts: tuple[int, ...] | None) ->
 
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(run, range(3))) == [[b"1 %d" % number] for number in range(3)]
+
+
+def test_a_rank_imports_torch_for_its_target_only() -> None:
+    with open_group(2) as group:
+        group.broadcast(b"told torch")
+        assert group.replies() == [b"False"]
 
 
 def test_ranks_outlive_the_thread_that_started_them() -> None:

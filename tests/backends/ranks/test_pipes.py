@@ -12,7 +12,7 @@ import torch
 from llmengine.backends.ranks import RankGroup
 from llmengine.backends.ranks.layout import receiver_of, sender_to
 from llmengine.errors import ConfigError, EngineDeadError
-from tests.backends.ranks.helpers import OBEY, is_gone, pids
+from tests.backends.ranks.helpers import OBEY_WITH_TENSORS, is_gone, pids
 
 
 @pytest.mark.parametrize(("stage_size", "num_stages"), [(1, 1), (1, 2), (1, 5), (3, 1), (2, 2), (2, 4)])
@@ -27,7 +27,7 @@ def test_every_rank_but_the_first_stages_receives_from_one(stage_size: int, num_
 
 
 def open_stages(size: int, stage_size: int, stuck_after_s: float | None = None) -> RankGroup:
-    group = RankGroup(size, OBEY, b"", stage_size=stage_size, stuck_after_s=stuck_after_s)
+    group = RankGroup(size, OBEY_WITH_TENSORS, b"", stage_size=stage_size, stuck_after_s=stuck_after_s)
     group.start()
     return group
 
@@ -64,9 +64,9 @@ def test_a_rank_that_is_killed_ends_the_wait_for_it() -> None:
 
 
 def test_a_rank_that_raises_is_named_and_not_those_behind_it() -> None:
-    group = open_stages(4, 1)
+    group = open_stages(3, 1)
     group.broadcast(b"pass_on_unless 1 4")
-    with pytest.raises(EngineDeadError, match=r"rank 1 of 4 .*a mistake of 1") as caught:
+    with pytest.raises(EngineDeadError, match=r"rank 1 of 3 .*a mistake of 1") as caught:
         group.pipe.receive((4,), torch.float32)
     assert isinstance(caught.value.__cause__, ConfigError)
     group.close()

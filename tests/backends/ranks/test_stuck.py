@@ -17,7 +17,7 @@ from llmengine.backends.ranks import RankGroup
 from llmengine.backends.ranks.process_state import Activity
 from llmengine.backends.ranks.progress import Seen, Stuck, StuckJudge
 from llmengine.errors import EngineDeadError
-from tests.backends.ranks.helpers import is_gone, open_group, pids
+from tests.backends.ranks.helpers import OBEY, OBEY_WITH_TENSORS, is_gone, open_group, pids
 
 TICK_S = 0.5
 LIMIT_S = 4.0
@@ -159,7 +159,8 @@ def wait_for_replies(group: RankGroup) -> None:
 def test_a_stuck_rank_is_named_with_where_it_is(
     command: bytes, how: str, where: str, wait: Callable[[RankGroup], None]
 ) -> None:
-    with open_group(3, stuck_after_s=3.0) as group:
+    target = OBEY_WITH_TENSORS if b"sum" in command else OBEY
+    with open_group(3, stuck_after_s=3.0, target=target) as group:
         ranks = pids(group)
         group.broadcast(command)
         with pytest.raises(EngineDeadError, match=rf"rank 1 of 3 .* has been stuck at .* for .* s: {how}") as caught:
@@ -196,7 +197,7 @@ def busy_machine() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [b"loop_then_sum", b"wait_for_child"])
 def test_a_long_step_on_a_busy_machine_is_no_hang(command: bytes) -> None:
-    with busy_machine(), open_group(3, stuck_after_s=1.0) as group:
+    with busy_machine(), open_group(3, stuck_after_s=1.0, target=OBEY_WITH_TENSORS) as group:
         for rank in (1, 2):
             group.broadcast(b"%b %d 3" % (command, rank))
             until = time.monotonic() + 3
