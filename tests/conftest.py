@@ -23,8 +23,7 @@ LONGEST = (
     "test_static.py",
     "test_ray.py",
     "test_pages.py",
-    "test_failures.py",
-    "test_parents.py",
+    "test_shared_cpu.py",
 )
 """Files that take about a minute or more and that no process should begin last; slow tests make a file one of them."""
 

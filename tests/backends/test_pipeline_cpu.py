@@ -16,7 +16,7 @@ from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig, QuantCo
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import ModelConfig
 from tests.backends.helpers import save_tiny
-from tests.backends.test_shared_cpu import CALIBRATION, GREEDY, children, smollm2_says, tiny_config, tokens
+from tests.backends.test_shared_cpu import CALIBRATION, GREEDY, children, tiny_config, tokens
 
 
 def load(directory: Path, pp_size: int, tp_size: int = 1, **options: Any) -> LLM:
@@ -136,16 +136,3 @@ def test_too_many_stages_are_refused_before_a_process_starts(directory: Path) ->
     with pytest.raises(ConfigError, match=r"tp_size=5: .*4 attention heads.*sizes that work: 1, 2"):
         load(directory, 2, 5)
     assert children() == before
-
-
-@pytest.fixture(scope="module")
-def smollm2_alone() -> list[str]:
-    return smollm2_says(ParallelConfig())
-
-
-@pytest.mark.parametrize(
-    ("pp_size", "tp_size"),
-    [(2, 1), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
-)
-def test_smollm2_says_the_same(smollm2_alone: list[str], pp_size: int, tp_size: int) -> None:
-    assert smollm2_says(ParallelConfig(pp_size=pp_size, tp_size=tp_size)) == smollm2_alone

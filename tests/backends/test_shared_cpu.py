@@ -208,9 +208,13 @@ def smollm2_alone() -> list[str]:
     return smollm2_says(ParallelConfig())
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "tp_size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+    ("tp_size", "pp_size"),
+    [(2, 1), (1, 2), *(pytest.param(*sizes, marks=SLOW) for sizes in ((3, 1), (4, 1), (1, 3), (2, 2)))],
 )
-def test_smollm2_says_the_same(smollm2_alone: list[str], tp_size: int) -> None:
+def test_smollm2_says_the_same(smollm2_alone: list[str], tp_size: int, pp_size: int) -> None:
     """9 heads, 3 of keys and values: cut unevenly, evenly, and with heads of keys and values on several ranks."""
-    assert smollm2_says(ParallelConfig(tp_size=tp_size)) == smollm2_alone
+    assert smollm2_says(ParallelConfig(tp_size=tp_size, pp_size=pp_size)) == smollm2_alone

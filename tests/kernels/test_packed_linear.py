@@ -190,10 +190,12 @@ def test_rows_are_looked_up(device: str, weight_format: WeightFormat) -> None:
         assert layout is not None
         matrix = PackedMatrix(weight_format, layout, device)
         matrix.fill({name: tensor.to(device) for name, tensor in stored.items()})
-        out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
-        gather_packed_rows(matrix, ids.to(device), out)
+        # The interpreter takes long for a row, and where a row lies does not depend on the dtype.
+        rows = len(ids) if dtype == torch.float16 or device != "cpu" else 4
+        out = torch.full((rows, shape[1]), torch.nan, dtype=dtype, device=device)
+        gather_packed_rows(matrix, ids[:rows].to(device), out)
         # Numbers of tables are rounded before and after they are scaled.
-        torch.testing.assert_close(out.float().cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(out.float().cpu(), expected[:rows], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_the_others(device: str) -> None:

@@ -10,6 +10,7 @@ from math import prod
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -52,6 +53,9 @@ def by(formats: list[WeightFormat]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("format", formats, ids=lambda item: "-".join(map(str, item.to_json().values())))
 
 
+few = hypothesis_settings(max_examples=8)
+"""Examples for each of the many formats, which share most of their code."""
+
 by_axis = pytest.mark.parametrize("axis", ["out", "in"])
 
 
@@ -74,6 +78,7 @@ sizes = st.integers(1, 6)
 
 
 @by(EVERY)
+@few
 @given(rows=st.integers(1, 300), groups=st.integers(1, 40))
 def test_the_tensors_are_those_that_the_format_lists(format: WeightFormat, rows: int, groups: int) -> None:
     shape = (rows, 8 * groups)
@@ -110,6 +115,7 @@ def unsharded(whole: Matrix, axis: Axis, shards: list[tuple[Matrix, list[range]]
 
 @by(SMALL)
 @by_axis
+@few
 @given(
     rows=st.lists(sizes, min_size=1, max_size=3),
     groups=st.lists(sizes, min_size=1, max_size=3),
@@ -129,6 +135,7 @@ def test_shards_of_all_ranks_are_the_whole(
 
 
 @by(SMALL)
+@few
 @given(parts=st.lists(sizes, min_size=1, max_size=3), num_ranks=st.sampled_from([1, 2, 4]))
 def test_a_rank_gets_its_share_of_each_fused_part(format: WeightFormat, parts: list[int], num_ranks: int) -> None:
     whole = matrix(format, num_ranks * sum(parts), 16)
@@ -309,6 +316,7 @@ def test_sizes_are_what_the_bits_promise() -> None:
 
 
 @by(EVERY)
+@few
 @given(rows=st.integers(1, 300), columns=st.sampled_from([2, 30, 128, 130, 288]), limit=st.integers(1, 40_000))
 def test_rows_are_dequantized_part_by_part(format: WeightFormat, rows: int, columns: int, limit: int) -> None:
     whole = matrix(format, rows, columns)
@@ -342,6 +350,7 @@ RELATIVE_ERRORS = {
 
 
 @by(list(RELATIVE_ERRORS))
+@few
 @given(rows=st.integers(1, 200), columns=st.integers(64, 300), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_weights_are_near_what_they_were(format: WeightFormat, rows: int, columns: int, scale: float) -> None:
     weight = scale * random(rows, 2 * columns)

@@ -116,19 +116,21 @@ def generated(backend: Any) -> list[int]:
     return list(request.output_ids)
 
 
-@pytest.mark.parametrize("mode", ["inputs", "constants"])
 @pytest.mark.parametrize("name", ["int8", "int4", "w8a8", "fp8-block"])
 def test_a_quantized_model_runs_on_plans_and_keeps_what_it_was_stored_as(
-    fake: FakeTensorRt, dense: ModelSource, name: str, mode: Any
+    device: str, dense: ModelSource, name: str
 ) -> None:
     source = quantized(dense, name)
-    backend = load_tensorrt_backend(make_config(source), source, fake.device, make_choice(fake, source, mode))
-    assert str(source.formats.default) in backend.info.description
-    assert "tensorrt_rtx 0.fake plans" in backend.info.description
-    assert_same(dict(backend.weights()), stored(source))
-    tokens = generated(backend)
-    assert {"first", "mid", "last"} <= set(fake.executed)
-    assert tokens == generated(load_cuda_backend(make_config(source), source, fake.device))
+    expected = generated(load_cuda_backend(make_config(source), source, torch.device(device, 0)))
+    modes: tuple[Any, ...] = ("inputs", "constants")
+    for mode in modes:
+        fake = FakeTensorRt(torch.device(device, 0))
+        backend = load_tensorrt_backend(make_config(source), source, fake.device, make_choice(fake, source, mode))
+        assert str(source.formats.default) in backend.info.description
+        assert "tensorrt_rtx 0.fake plans" in backend.info.description
+        assert_same(dict(backend.weights()), stored(source))
+        assert generated(backend) == expected, mode
+        assert {"first", "mid", "last"} <= set(fake.executed)
 
 
 def test_auto_that_takes_torch_has_loaded_the_weights_once(

@@ -45,8 +45,10 @@ def of_segment(weights: Mapping[str, Tensor], segment: PlacedSegment) -> dict[st
     return {name: weights[canonical] for name, canonical in segment.weight_names().items()}
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES)[:3])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "float32") for family in FAMILIES), *((next(iter(FAMILIES)), dtype) for dtype in list(DTYPES)[1:3])],
+)
 def test_right_plans_pass(device: str, family: str, dtype: str) -> None:
     verification = verify(device, tiny_arch(**FAMILIES[family]), dtype)
     assert not verification.failures
