@@ -9,12 +9,10 @@ import pickle
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import httpx
 import openai
-import prometheus_client
 import pytest
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -22,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from llmengine import LLM
 from llmengine.batch import Batch
 from llmengine.server import ServerConfig
+from tests.cluster.serve_helpers import make_replica
 from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving
 
 pytestmark = [
@@ -53,18 +52,12 @@ class FakeEngines:
         self.error: Exception | None = None
         self.at = 0
         self._llms, self._config = llms, config
-        self._replicas: list[Any] = []
+        self._replicas: dict[str, Any] = {}
 
     async def start(self) -> None:
         """Make the replicas."""
-        from llmengine.cluster.serve.engine_replica import EngineReplica
-
-        async def loaded(llm: LLM) -> LLM:
-            return llm
-
-        for llm in self._llms:
-            self._replicas.append(EngineReplica.__new__(EngineReplica))
-            await self._replicas[-1].__init__(partial(loaded, llm), self._config)
+        for number, llm in enumerate(self._llms):
+            self._replicas[f"r{number}"] = await make_replica(llm, self._config, f"r{number}")
 
     def options(self, *, stream: bool, method_name: str) -> FakeEngines:
         """See Serve's `DeploymentHandle`."""
@@ -72,8 +65,9 @@ class FakeEngines:
         return self
 
     def remote(self, request: Any) -> FakeAnswer:
-        """See Serve's `DeploymentHandle`; replicas take turns."""
-        replica = self._replicas[len(self.requests) % len(self._replicas)]
+        """See Serve's `DeploymentHandle`; replicas take turns with what is not one's own."""
+        turn = list(self._replicas)[len(self.requests) % len(self._replicas)]
+        replica = self._replicas.get(request.keeper, self._replicas[turn])
         self.requests.append(request.scope["path"])
         return FakeAnswer(self._answer(replica, pickle.loads(pickle.dumps(request))))
 
@@ -93,9 +87,7 @@ class FakeEngines:
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         """What replicas answer; after them one that does not."""
-        registries = [replica._registry for replica in self._replicas]
-        texts = [prometheus_client.generate_latest(registry).decode() for registry in registries]
-        return [*((f"r{number}", text) for number, text in enumerate(texts)), TimeoutError()]
+        return [*[await replica.metrics() for replica in self._replicas.values()], TimeoutError()]
 
 
 class FakeAnswer:
@@ -134,7 +126,7 @@ def application(
     config: Mapping[str, Any] = {}, **settings: Any
 ) -> Iterator[tuple[RunningServer, FakeEngines, list[LLM]]]:
     """A gateway over two fake engines behind uvicorn."""
-    server_config = ServerConfig(**{"max_stored_bytes": 0, "drain_s": 0.0, **config}).resolve()
+    server_config = ServerConfig(**{"drain_s": 0.0, **config}).resolve()
     with fake_llm(scripted(TEXT), **settings) as one, fake_llm(scripted(TEXT), **settings) as other:
         engines = FakeEngines([one, other], server_config)
         with serving(gateway_app(engines, server_config), lifespan="off") as server:  # type: ignore[arg-type]
@@ -161,6 +153,24 @@ def test_what_is_refused_reaches_no_replica() -> None:
         assert refused.value.status_code == 413
         assert engines.requests == []
         assert httpx.get(f"{server.url}/health", timeout=WAIT_S).status_code == 200
+
+
+def test_responses_are_found_where_they_are_stored() -> None:
+    with application() as (server, _, llms), server.client() as client:
+        first = client.responses.create(model="default", input="How is it?")
+        ids = [first.id]
+        for _ in range(4):
+            ids.append(client.responses.create(model="default", input="Go on.", previous_response_id=ids[-1]).id)
+        assert [llm.stats().counters.num_generated_tokens for llm in llms] == [5 * (len(TEXT) + 1), 0]
+        assert len(client.responses.input_items.list(ids[-1]).data) == 9
+        assert client.responses.retrieve(first.id).output_text == TEXT
+        waiting = client.responses.create(model="default", input="Take your time.", background=True)
+        while waiting.status in ("queued", "in_progress"):
+            waiting = client.responses.retrieve(waiting.id)
+        assert waiting.output_text == TEXT
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
 
 
 def test_a_replica_that_dies_before_it_answers() -> None:
@@ -222,7 +232,7 @@ def test_metrics_are_those_of_the_replicas_that_answer() -> None:
 
 
 async def test_a_request_that_serve_cancels_ends_in_the_engine() -> None:
-    config = ServerConfig(max_stored_bytes=0).resolve()
+    config = ServerConfig().resolve()
     with fake_llm(lambda token_ids: 97, on_step=slow_step) as llm:
         app = gateway_app(FakeEngines([llm], config), config)
         body = json.dumps({**STREAM, "max_tokens": 3000}).encode()

@@ -19,6 +19,7 @@ from llmengine.server import ServerConfig
 from llmengine.testing import FakeBackend
 from llmengine.tokenizer.protocol import ByteTokenizer
 from tests import ROOT
+from tests.cluster import serve_helpers
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python"),
@@ -36,14 +37,8 @@ def alphabet(token_ids: Sequence[int]) -> int:
 
 async def make_replica(backend: FakeBackend) -> Any:
     """A replica as Serve makes it."""
-    from llmengine.cluster.serve.engine_replica import EngineReplica
-
-    async def load() -> LLM:
-        return LLM.from_backend(lambda: backend, tokenizer=ByteTokenizer())
-
-    replica = EngineReplica.__new__(EngineReplica)
-    await replica.__init__(load, ServerConfig(metrics=False, max_stored_bytes=0))  # type: ignore[misc]
-    return replica
+    llm = LLM.from_backend(lambda: backend, tokenizer=ByteTokenizer())
+    return await serve_helpers.make_replica(llm, ServerConfig(metrics=False))
 
 
 def forwarded(path: str, **fields: Any) -> Any:
@@ -110,10 +105,10 @@ def num_shared(first: PrefixKeys, second: PrefixKeys) -> int:
 
 
 def test_keys_are_those_of_the_prompt_in_any_api() -> None:
-    from llmengine.cluster.serve.forwarded import body_keys
+    from llmengine.cluster.serve.forwarded import body_fields, prompt_keys
 
     def keys(**fields: Any) -> PrefixKeys:
-        return body_keys(json.dumps(fields).encode())
+        return prompt_keys(body_fields(json.dumps(fields).encode()))
 
     text = "x" * CHUNK_CHARS * 3
     system, other = {"role": "system", "content": text}, {"role": "user", "content": "y" * CHUNK_CHARS}
@@ -125,7 +120,18 @@ def test_keys_are_those_of_the_prompt_in_any_api() -> None:
     assert num_shared(keys(system=text, messages=[other]), keys(system=text, messages=[])) >= 3
     assert num_shared(keys(messages=[system]), keys(messages=[other])) == 0
     for body in (b"", b"{", b"[]", b'{"prompt": 3}', b'{"prompt": [[], []]}'):
-        assert body_keys(body) == PrefixKeys((), 0)
+        assert prompt_keys(body_fields(body)) == PrefixKeys((), 0)
+
+
+def test_the_replica_that_keeps_a_response_is_in_its_id() -> None:
+    keeping = "resp_" + "0" * 32 + "_k1"
+    assert forwarded("/v1/responses", input="And then?", previous_response_id=keeping).keeper == "k1"
+    assert forwarded("/v1/responses/input_tokens", input="", previous_response_id=keeping).keeper == "k1"
+    for path in ("", "/cancel", "/input_items"):
+        assert forwarded(f"/v1/responses/{keeping}{path}").keeper == "k1"
+    for named in ({}, {"previous_response_id": 3}, {"previous_response_id": "resp_0"}, {"previous_response_id": "x"}):
+        assert forwarded("/v1/responses", **named).keeper is None
+    assert forwarded(f"/v1/completions/{keeping}").keeper is None
 
 
 def test_a_forwarded_request_has_no_objects_of_its_process() -> None:
@@ -163,14 +169,12 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 
 def test_arguments_of_configuration_files_are_checked() -> None:
-    from llmengine.cluster.serve import app_from_args, build_app
+    from llmengine.cluster.serve import app_from_args
 
     with pytest.raises(ConfigError, match="not \\['modle'\\]"):
         app_from_args({"modle": {}})
     with pytest.raises(ConfigError, match="args\\['model'\\] is missing"):
         app_from_args({})
-    with pytest.raises(ConfigError, match="max_stored_bytes must be 0"):
-        build_app("model", server_config=ServerConfig())
 
 
 def engine_of(app: Any) -> Any:

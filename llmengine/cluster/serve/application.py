@@ -44,8 +44,7 @@ def build_app(
         model, tokenizer, enable_tokenizer: as for `LLM`, on each replica; or an async function that makes the `LLM`
             there. Pickled.
         config: None: one replica.
-        server_config: of the HTTP API; None: `ServerConfig(max_stored_bytes=0)`. Replicas share nothing, so responses
-            cannot be stored: `max_stored_bytes` must be 0.
+        server_config: of the HTTP API. `max_stored_bytes` is what each replica may store.
 
     With `device="auto"`, the cluster is asked whether it has GPUs. A process that is not connected to one yet does what
     `ray.init()` does.
@@ -54,9 +53,7 @@ def build_app(
         ConfigError: a setting is out of range. What is wrong with the model shows where replicas start.
     """
     config = config or ServeConfig()
-    server = (server_config or ServerConfig(max_stored_bytes=0)).resolve()
-    if server.max_stored_bytes:
-        raise ConfigError(f"max_stored_bytes must be 0 behind Ray Serve, not {server.max_stored_bytes}")
+    server = (server_config or ServerConfig()).resolve()
     num_gpus_each = 0
     if callable(model):
         load = model
@@ -105,7 +102,7 @@ def app_from_args(args: Mapping[str, Any]) -> serve.Application:
         raise ConfigError("args['model'] is missing")
     kinds = {"parallel_config": ParallelConfig, "kv_cache_config": KvCacheConfig, "scheduler_config": SchedulerConfig}
     fields = {name: kinds[name](**value) if name in kinds else value for name, value in args["model"].items()}
-    server = ServerConfig(**{"max_stored_bytes": 0, **args.get("server", {})})
+    server = ServerConfig(**args.get("server", {}))
     return build_app(ModelConfig(**fields), ServeConfig(**args.get("serve", {})), server)
 
 

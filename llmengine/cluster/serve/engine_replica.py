@@ -29,6 +29,7 @@ class EngineReplica:
         self._llm = await load()
         self._registry = CollectorRegistry()
         self._app = create_app(self._llm, config, registry=self._registry)
+        self._app.state.responses.keeper = self.name()
 
     async def answer(self, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
         """Yield the ASGI messages of the answer: at once what there is, in the order in which they were sent.
@@ -45,10 +46,15 @@ class EngineReplica:
         finally:
             task.cancel()
 
+    def name(self) -> str:
+        """The replica's name in Serve."""
+        name: str = serve.get_replica_context().replica_id.unique_id
+        return name
+
     async def metrics(self) -> tuple[str, str]:
         """The replica's name, and its metrics in the text format of Prometheus."""
         text = await asyncio.to_thread(prometheus_client.generate_latest, self._registry)
-        return serve.get_replica_context().replica_id.unique_id, text.decode()
+        return self.name(), text.decode()
 
     def check_health(self) -> None:
         """Raise `EngineDeadError` if the engine accepts no requests. Serve then replaces the replica."""

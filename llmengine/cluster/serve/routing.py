@@ -31,9 +31,15 @@ class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not ty
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best replica, and after it all others, of which Serve takes the least loaded that has room."""
+        """The best replica, and after it all others, of which Serve takes the least loaded that has room.
+
+        A request that names a response goes to the replica that keeps it, and waits there for room.
+        """
         keys = _keys(pending_request)
         known = {replica.replica_id: replica for replica in candidate_replicas}
+        keeper = _keeper(pending_request)
+        if keeping := [replica for name, replica in known.items() if name.unique_id == keeper]:
+            return [keeping]
         if keys is None or len(known) < 2:
             return [list(known.values())]
         await self._probe_queue_lens([known[name] for name in known if self._queue_len(name) is None], 0)
@@ -83,7 +89,17 @@ class PrefixRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not ty
         return int(replica.max_ongoing_requests) if load is None else load
 
 
-def _keys(request: PendingRequest | None) -> PrefixKeys | None:
-    """The prompt's beginnings of a request; None for a call that is not an HTTP request."""
+def _forwarded(request: PendingRequest | None) -> ForwardedRequest | None:
+    """The HTTP request that a replica is wanted for; None for another call."""
     argument = request.args[0] if request is not None and request.args else None
-    return argument.keys if isinstance(argument, ForwardedRequest) else None
+    return argument if isinstance(argument, ForwardedRequest) else None
+
+
+def _keys(request: PendingRequest | None) -> PrefixKeys | None:
+    forwarded = _forwarded(request)
+    return None if forwarded is None else forwarded.keys
+
+
+def _keeper(request: PendingRequest | None) -> str | None:
+    forwarded = _forwarded(request)
+    return None if forwarded is None else forwarded.keeper

@@ -14,7 +14,7 @@ from llmengine.server.errors import HttpError
 from llmengine.server.middleware import TENANT
 from llmengine.server.openai.responses_answer import ResponseInProgress
 from llmengine.server.openai.responses_background import BackgroundResponses
-from llmengine.server.openai.responses_events import ResponseEvents
+from llmengine.server.openai.responses_events import ResponseEvents, new_id
 from llmengine.server.openai.responses_request import (
     Conversation,
     conversation,
@@ -32,11 +32,22 @@ router = APIRouter(tags=["OpenAI"])
 
 
 class StoredResponses:
-    """What an application keeps of its responses: those that have ended, and those in the background."""
+    """What an application keeps of its responses: those that have ended, and those in the background.
+
+    Attributes:
+        keeper: a name of this process. Ids of responses end with it, so that whatever is in front of several processes
+            can find the one that keeps a response (`keeper_of`). None: there is only one.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.store = ResponseStore(max_bytes)
         self.background = BackgroundResponses(self.store)
+        self.keeper: str | None = None
+
+    def new_id(self) -> str:
+        """The id of a new response."""
+        response_id = new_id("resp")
+        return response_id if self.keeper is None else f"{response_id}_{self.keeper}"
 
     async def find(self, request: Request, response_id: str) -> StoredResponse:
         """A response of the request's tenant that has ended; raises `HttpError` if there is none."""
@@ -47,6 +58,12 @@ class StoredResponses:
         if stored is None:
             raise _unknown(response_id)
         return stored
+
+
+def keeper_of(response_id: str) -> str | None:
+    """The name at the end of a response's id, of the process that keeps it if any does; None: it has no name."""
+    parts = response_id.split("_", 2)
+    return parts[2] if len(parts) == 3 else None
 
 
 @router.post("/v1/responses")
@@ -64,8 +81,9 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         raise HttpError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
     asked = await _conversation(request, service, body)
     params = response_params(service, body)
-    events = ResponseEvents({**response_head(service, body, params), "store": stores})
-    response_id = events.response["id"]
+    response_id = kept.new_id()
+    head = {"id": response_id, **response_head(service, body, params), "store": stores}
+    events = ResponseEvents(head)
     call = replace(asked.call, params=params, priority=body.priority or 0)
     answer = service.start_chat(request.scope, call, response_id, streaming=bool(body.stream))
     response = ResponseInProgress(answer, events, asked.items)
@@ -184,8 +202,8 @@ def _kept(request: Request) -> StoredResponses:
 
 def _unknown(response_id: str) -> HttpError:
     message = (
-        f"there is no response {response_id!r:.100}: it was not stored, was deleted, or made room for others "
-        "(max_stored_bytes)"
+        f"there is no response {response_id!r:.100}: it was not stored, was deleted, made room for others "
+        "(max_stored_bytes), or its process has ended"
     )
     return HttpError(404, message, code="response_not_found")
 

@@ -34,7 +34,7 @@ class ResponseEvents:
     """Turns the parts of an answer into events, in order. Each method returns the events to send.
 
     Args:
-        head: the fields of the response that repeat the request.
+        head: the response's id, and the fields that repeat the request.
 
     Attributes:
         response: the response so far; its `output` has the items that are complete.
@@ -42,7 +42,7 @@ class ResponseEvents:
 
     def __init__(self, head: Mapping[str, Any]) -> None:
         self.response: dict[str, Any] = {
-            **{"id": new_id("resp"), "object": "response", "created_at": int(time.time())},
+            **{"id": head["id"], "object": "response", "created_at": int(time.time())},
             **{"status": "in_progress", "error": None, "incomplete_details": None, "completed_at": None},
             **head,
             **{"output": [], "usage": None},

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from llmengine.server.openai.responses_events import Event, ResponseEvents
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-HEAD = {"model": "m", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}}
+HEAD = {"id": "resp_1", "model": "m", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}}
 USAGE = {
     **{"input_tokens": 5, "output_tokens": 3, "total_tokens": 8},
     "input_tokens_details": {"cached_tokens": 1, "cache_write_tokens": 0},
