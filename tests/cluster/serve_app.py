@@ -53,7 +53,7 @@ async def load() -> LLM:
     return LLM.from_backend(backend, tokenizer=ChatByteTokenizer())
 
 
-SERVER = ServerConfig(model_name=MODEL, api_keys=[KEY], max_stored_bytes=0, drain_s=60.0)
+SERVER = ServerConfig(model_name=MODEL, api_keys=[KEY], drain_s=60.0)
 SCALING = {
     **{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2},
     **{"upscale_delay_s": 1, "downscale_delay_s": 1, "look_back_period_s": 10.1},

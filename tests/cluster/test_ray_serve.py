@@ -225,6 +225,19 @@ async def test_a_replica_whose_engine_is_dead_is_replaced(address: str, client: 
     await new_replica(address, client, known)
 
 
+async def test_stored_responses_are_found_whichever_replica_has_them(address: str, client: AsyncOpenAI) -> None:
+    await streams_of_both(client, 30)  # both are there, and have something to do
+    for number in range(6):
+        first = await client.responses.create(model=MODEL, input=f"story {number}", max_output_tokens=24)
+        second = await client.responses.create(
+            model=MODEL, input="Go on.", max_output_tokens=24, previous_response_id=first.id
+        )
+        assert process_in(second.output_text) == process_in(first.output_text)
+        items = await client.responses.input_items.list(second.id)
+        assert len(items.data) == 3
+        assert (await client.responses.retrieve(first.id)).output_text == first.output_text
+
+
 async def num_replicas(address: str) -> int:
     """Replicas that answer."""
     return len(await samples(address, "llmengine_requests_running"))
