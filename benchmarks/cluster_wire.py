@@ -188,7 +188,7 @@ def main() -> None:
     if arguments.ray:
         import ray
 
-        ray.init(include_dashboard=False, log_to_driver=False)
+        ray.init("local", include_dashboard=False, log_to_driver=False)
     print("Microseconds of CPU time:\n")
     header = ["replicas", "token: this", "replicas", "added", "request: this", "replicas", "added"]
     print(format_table(header, asyncio.run(compare(*settings))))

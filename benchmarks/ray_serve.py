@@ -63,7 +63,7 @@ def serve_on_ray(port: int) -> None:
 
     from llmengine.cluster.serve import build_app
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(load))
     sys.stdin.read()

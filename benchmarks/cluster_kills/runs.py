@@ -92,7 +92,7 @@ def _victims(where: Where, engines: list[weakref.ref[LLM]]) -> Iterator[Callable
     else:
         import ray
 
-        ray.init(num_cpus=_RAY_CPUS, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=_RAY_CPUS, include_dashboard=False, log_to_driver=False)
         numbers = itertools.count()
         try:
             with TemporaryDirectory() as directory:

@@ -27,8 +27,8 @@ class ClusterConfig:
         start_timeout_s: how long Ray may take to find room for a replica and start its process, such as until a node
             has been added. A replica that has not begun to load its model by then counts as one that cannot be started,
             with a `PlacementError`. Loading may take as long as it does.
-        address: of the Ray cluster, as `ray.init` takes it. None: the one that this process is connected to, else a
-            new one on this machine.
+        address: of the Ray cluster, as `ray.init` takes it. None: the one that this process is connected to, else what
+            `ray.init()` finds: that of the variable RAY_ADDRESS, one that runs on this machine, or a new one.
         actor_options: options of the replicas' Ray actors, such as ``{"num_cpus": 4}`` or a `runtime_env`, in addition
             to the GPUs that the model's `parallel_config` asks for.
         ranks_per_host: None: all ranks of a replica are on one host. Else each replica has a placement group with a

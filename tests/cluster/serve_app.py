@@ -62,7 +62,7 @@ SCALING = {
 
 def main(port: int) -> None:
     """Serve until the standard input ends."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(load, ServeConfig(num_replicas=2, health_check_period_s=0.5), SERVER))
     print("ready", flush=True)

@@ -88,7 +88,7 @@ from tests.backends.ranks.helpers import is_gone
 from tests.cluster.test_rank_kills import LONG, PROMPT, SHORT, ranks_of, shared
 
 async def main():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     settings = ClusterConfig(num_replicas=2, actor_options={"num_cpus": 1})
     async with await Cluster.create(shared(Path(sys.argv[1])), settings, enable_tokenizer=False) as cluster:
         replicas = actor_processes()

@@ -110,7 +110,7 @@ async def main():
     config = ModelConfig(sys.argv[1], device="cpu", num_threads=1, kv_cache_config=KvCacheConfig(max_bytes=16 << 20))
     with LLM(config, enable_tokenizer=False) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     settings = ClusterConfig(num_replicas=1, actor_options={"num_cpus": 1})
     async with await Cluster.create(config, settings, enable_tokenizer=False) as cluster:
         assert [output.token_ids for output in await cluster.generate(PROMPTS, PARAMS)] == expected
