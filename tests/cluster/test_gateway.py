@@ -21,6 +21,7 @@ from llmengine import LLM
 from llmengine.batch import Batch
 from llmengine.server import ServerConfig
 from tests.cluster.serve_helpers import make_replica
+from tests.engine.helpers import StepGate
 from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving
 
 pytestmark = [
@@ -44,7 +45,7 @@ class FakeEngines:
 
     Attributes:
         requests: paths that replicas have heard of.
-        error: what Ray raises in place of the message with the number `at` of the next answer.
+        error: what Ray raises in place of an answer's next message, from that with the number `at` on.
     """
 
     def __init__(self, llms: list[LLM], config: ServerConfig) -> None:
@@ -75,7 +76,7 @@ class FakeEngines:
         number = 0
         async for messages in replica.answer(request):
             for message in messages:
-                if self.error is not None and number == self.at:
+                if self.error is not None and number >= self.at:
                     raise self.error
                 yield pickle.loads(pickle.dumps([message]))
                 number += 1
@@ -189,16 +190,34 @@ def test_a_replica_that_dies_before_it_answers() -> None:
 def test_a_replica_that_dies_in_its_stream() -> None:
     from ray.exceptions import RayActorError
 
-    with application(on_step=slow_step) as (server, engines, _), server.client() as client:
-        engines.error, engines.at = RayActorError(), 4
+    gate = StepGate()
+    with application(on_step=gate) as (server, engines, _), server.client() as client:
+        gate.let_go()
         chunks = iter(client.chat.completions.create(**STREAM))
-        assert TEXT.startswith("".join(next(chunks).choices[0].delta.content or "" for _ in range(3)))
+        text = ""
+        while not text:
+            text = next(chunks).choices[0].delta.content or ""
+        engines.error = RayActorError()
+        gate.open()
         with pytest.raises(openai.APIError, match="replica that ran the request has died"):
             list(chunks)
-        body = {"model": "default", "max_tokens": 50, "messages": CHAT["messages"], "stream": True}
-        lines = server.post("/v1/messages", body).text.splitlines()
-        assert "event: error" in lines
-        assert json.loads(lines[-2].removeprefix("data: "))["error"]["type"] == "api_error"
+        assert TEXT.startswith(text)
+
+
+def test_a_replica_that_dies_in_a_stream_of_messages() -> None:
+    from ray.exceptions import RayActorError
+
+    gate = StepGate()
+    body = {"model": "default", "max_tokens": 50, "messages": CHAT["messages"], "stream": True}
+    with application(on_step=gate) as (server, engines, _):
+        gate.let_go()
+        with httpx.stream("POST", f"{server.url}/v1/messages", json=body, timeout=WAIT_S) as answer:
+            lines = answer.iter_lines()
+            assert "event: message_start" in lines
+            engines.error = RayActorError()
+            gate.open()
+            assert "event: error" in lines
+            assert json.loads(next(lines).removeprefix("data: "))["error"]["type"] == "api_error"
 
 
 def test_a_whole_answer_that_stays_incomplete_breaks_the_connection() -> None:
