@@ -1,7 +1,8 @@
 """The process that has a cluster on Ray is killed; its replicas must end, and with them the ranks that they started.
 
     python -m benchmarks.cluster_kills.driver_kills --kills 20
-    python -m benchmarks.cluster_kills.driver_kills --kills 4 --model MODEL   each replica has a rank beside itself
+    python -m benchmarks.cluster_kills.driver_kills --kills 6 --model MODEL   each replica has a rank beside itself
+    python -m benchmarks.cluster_kills.driver_kills --kills 6 --model MODEL --hosts   ... on another of two nodes
 
 Ray runs on. Each driver is killed by SIGKILL at a moment that follows from `--seed`: every other one while its replicas
 start, the rest while they serve. Within `--bound` seconds all processes of replicas and ranks must be gone, and their
@@ -43,9 +44,15 @@ async def _load_fake() -> LLM:
     return await asyncio.to_thread(make_llm, lambda batch: None)
 
 
-async def _be_driver(address: str, model: str) -> None:
+async def _be_driver(address: str, model: str, on_hosts: bool) -> None:
     """Make a cluster and run requests on it, until this process is killed."""
-    config = ClusterConfig(num_replicas=_NUM_REPLICAS, address=address, actor_options={"num_cpus": 1})
+    config = ClusterConfig(
+        num_replicas=_NUM_REPLICAS,
+        address=address,
+        actor_options={"num_cpus": 1},
+        ranks_per_host=1 if on_hosts else None,
+        placement_strategy="SPREAD",
+    )
     print("starting", flush=True)
     if model:
         settings = ModelConfig(
@@ -80,33 +87,35 @@ class DriverKilling:
     Args:
         address: of Ray.
         marked: all processes of that Ray, and the drivers.
+        arguments: of drivers.
     """
 
-    def __init__(self, address: str, marked: MarkedProcesses, model: str, bound_s: float) -> None:
+    def __init__(self, address: str, marked: MarkedProcesses, arguments: list[str], bound_s: float) -> None:
         self._address = address
         self._marked = marked
-        self._model = model
+        self._arguments = arguments
         self._bound_s = bound_s
 
     @classmethod
     @contextmanager
-    def running(cls, model: str = "", bound_s: float = 30.0) -> Iterator[DriverKilling]:
-        """Start Ray, and end it."""
+    def running(cls, model: str, on_hosts: bool, bound_s: float) -> Iterator[DriverKilling]:
+        """Start Ray with two nodes, and end it."""
         import ray
         from ray.cluster_utils import Cluster as Nodes
 
         with MarkedProcesses.running() as marked:
-            nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 16, "include_dashboard": False})
+            nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
             try:
+                nodes.add_node(num_cpus=8)
                 ray.init(nodes.address, log_to_driver=False)
-                yield cls(nodes.address, marked, model, bound_s)
+                yield cls(nodes.address, marked, ["--model", model, *(["--hosts"] if on_hosts else [])], bound_s)
             finally:
                 ray.shutdown()
                 nodes.shutdown()
 
     def kill(self, is_serving: bool, after_s: float) -> DriverKill:
         """Start a driver and kill it so many seconds after its replicas have begun to start, or to serve."""
-        command = [sys.executable, "-m", __spec__.name, "--be-driver", self._address, "--model", self._model]
+        command = [sys.executable, "-m", __spec__.name, "--be-driver", self._address, *self._arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
             assert driver.stdout is not None
             word = "serving" if is_serving else "starting"
@@ -123,20 +132,23 @@ class DriverKilling:
         return DriverKill(is_serving, num_processes, time.monotonic() - began)
 
     def _num_processes(self) -> int:
-        """Processes of replicas and of ranks on this Ray."""
-        return len(self._marked.find("ReplicaActor", "ranks/process.py"))
+        """Processes of replicas, of agents and of ranks on this Ray."""
+        return len(self._marked.find("ReplicaActor", "RankAgent", "ranks/process.py"))
 
     @staticmethod
     def _used_cpus() -> float:
+        """Processors of actors, and of placement groups whether they have actors or not."""
         import ray
 
         return float(ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0))
 
 
-def kill_drivers(num_kills: int, *, seed: int = 1, model: str = "", bound_s: float = 30.0) -> list[DriverKill]:
+def kill_drivers(
+    num_kills: int, *, seed: int = 1, model: str = "", on_hosts: bool = False, bound_s: float = 30.0
+) -> list[DriverKill]:
     """Kill so many drivers in turn."""
     draw = random.Random(seed)
-    with DriverKilling.running(model, bound_s) as killing:
+    with DriverKilling.running(model, on_hosts, bound_s) as killing:
         moments = [(number % 2 == 1, draw.uniform(0.0, 4.0)) for number in range(num_kills)]
         return [killing.kill(is_serving, after_s) for is_serving, after_s in moments]
 
@@ -147,13 +159,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default="", help="a model that fits on the CPU")
+    parser.add_argument("--hosts", action="store_true", help="the ranks of a replica are on two hosts")
     parser.add_argument("--bound", type=float, default=30.0, help="seconds (default: %(default)s)")
     parser.add_argument("--be-driver", metavar="ADDRESS", help="be what is killed, on this Ray")
     arguments = parser.parse_args()
     if arguments.be_driver:
-        asyncio.run(_be_driver(arguments.be_driver, arguments.model))
+        asyncio.run(_be_driver(arguments.be_driver, arguments.model, arguments.hosts))
         return
-    kills = kill_drivers(arguments.kills, seed=arguments.seed, model=arguments.model, bound_s=arguments.bound)
+    options = {"model": arguments.model, "on_hosts": arguments.hosts, "bound_s": arguments.bound}
+    kills = kill_drivers(arguments.kills, seed=arguments.seed, **options)
     rows = []
     for name, is_serving in (("while replicas start", False), ("while they serve", True)):
         mine = [kill for kill in kills if kill.was_serving == is_serving]

@@ -76,8 +76,10 @@ class Cluster:
             cluster_config: None for a single replica on the Ray cluster of this process, or on a new one.
 
         Raises:
-            ConfigError, ModelLoadError, OutOfMemoryError: as `LLM` does, on a replica. Ray's errors if there is no
-                such cluster, or no room on it.
+            ConfigError, ModelLoadError, OutOfMemoryError: as `LLM` does, on a replica. A `ConfigError` also if an
+                argument cannot be pickled.
+            PlacementError: Ray did not find room for a replica within `start_timeout_s`. Ray's errors if there is no
+                such cluster.
         """
         from llmengine.cluster.ray_transport import ray_transports
 
@@ -180,8 +182,8 @@ class Cluster:
         Raises:
             InvalidRequestError: `num_replicas` or `drain` is out of range.
             EngineClosedError, EngineDeadError: the cluster is closed, or has lost all its replicas.
-            ConfigError, ModelLoadError, OutOfMemoryError: a new replica could not be started three times in a row;
-                the cluster goes on without it. Another call tries again.
+            ConfigError, ModelLoadError, OutOfMemoryError, PlacementError: a new replica could not be started three
+                times in a row; the cluster goes on without it. Another call tries again.
         """
         require_int("num_replicas", num_replicas, 1)
         require_number("drain", drain, 0.0)

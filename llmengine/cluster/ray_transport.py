@@ -72,13 +72,18 @@ def actor_transports(
     Args:
         gpus: of each replica's actor.
         new_hosts: the hosts of a new replica, which `load` is given as `rank_hosts`; None: each is on one host.
+
+    Raises `ConfigError` also if `load` cannot be pickled.
     """
     ray = _connect(cluster_config)
     options = {"num_gpus": gpus, "max_concurrency": _MAX_CALLS, **cluster_config.actor_options}
     actor_class = ray.remote(_ReplicaActor)
     asked = {name: options[name] for name in _RESOURCES if options.get(name)}
     # Stored once: all replicas, and those that take their places, load it from there.
-    stored = ray.put(load)
+    try:
+        stored = ray.put(load)
+    except TypeError as error:
+        raise ConfigError(f"what makes the engine of a replica cannot be sent to it: {error}") from error
 
     def new_transport(number: int) -> RayTransport:
         if new_hosts is None:

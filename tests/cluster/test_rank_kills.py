@@ -138,9 +138,10 @@ def test_a_rank_of_an_actor_is_killed(model: Path) -> None:
 
 @pytest.mark.slow
 @needs_ray
-@pytest.mark.parametrize("with_ranks", [False, True])
-def test_nothing_is_left_of_a_process_that_had_a_cluster(model: Path, with_ranks: bool) -> None:
-    kills = kill_drivers(4, seed=5, model=str(model) if with_ranks else "", bound_s=60.0)
+@pytest.mark.parametrize(("ranks", "num_processes"), [("none", 2), ("on one host", 4), ("on two hosts", 6)])
+def test_nothing_is_left_of_a_process_that_had_a_cluster(model: Path, ranks: str, num_processes: int) -> None:
+    name = "" if ranks == "none" else str(model)
+    kills = kill_drivers(4, seed=5, model=name, on_hosts=ranks == "on two hosts", bound_s=60.0)
     assert [kill.was_serving for kill in kills] == [False, True] * 2
     assert all(kill.gone_s is not None for kill in kills)
-    assert all(kill.num_processes == (4 if with_ranks else 2) for kill in kills if kill.was_serving)
+    assert all(kill.num_processes == num_processes for kill in kills if kill.was_serving)

@@ -98,9 +98,10 @@ asyncio.run(main())
 """
 
 ONE_REPLICA = """
-import asyncio, contextlib, dataclasses, sys
+import asyncio, contextlib, dataclasses, sys, threading
 import ray
-from llmengine import InvalidRequestError, LLM, KvCacheConfig, ModelConfig, PlacementError, SamplingParams
+from llmengine import LLM, KvCacheConfig, ModelConfig, SamplingParams
+from llmengine import ConfigError, InvalidRequestError, PlacementError
 from llmengine.cluster import Cluster, ClusterConfig
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
@@ -122,6 +123,12 @@ async def main():
             await cluster.generate_async([1, 2], PARAMS, cache_salt=lambda: None)
             assert False, "a lambda went to a replica"
         assert [output.token_ids for output in await cluster.generate(PROMPTS, PARAMS)] == expected
+        try:
+            await Cluster.create(config, settings, tokenizer=threading.Lock())
+        except ConfigError as error:
+            assert "what makes the engine of a replica cannot be sent to it" in str(error), error
+        else:
+            assert False, "a lock went to a replica"
         try:
             # The only processor is taken.
             await Cluster.create(config, dataclasses.replace(settings, start_timeout_s=0.5), enable_tokenizer=False)
