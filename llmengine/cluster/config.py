@@ -24,6 +24,8 @@ class ClusterConfig:
         max_reruns: how often a request is run again.
         replace_replicas: start another replica in place of one that has died.
         replica_timeout_s: a replica that is silent for so long is taken for dead. It says something every second.
+        step_timeout_s: a replica that has requests running but has ended no step for so long is taken for dead, such as
+            one whose device hangs. None: a step may take as long as it does. Set it well above the longest step.
         start_timeout_s: how long Ray may take to find room for a replica and start its process, such as until a node
             has been added. A replica that has not begun to load its model by then counts as one that cannot be started,
             with a `PlacementError`. Loading may take as long as it does.
@@ -44,6 +46,7 @@ class ClusterConfig:
     max_reruns: int = 3
     replace_replicas: bool = True
     replica_timeout_s: float = 30.0
+    step_timeout_s: float | None = None
     start_timeout_s: float = 600.0
     address: str | None = None
     actor_options: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +59,8 @@ class ClusterConfig:
         require_bool("rerun_requests", self.rerun_requests, error=ConfigError)
         require_bool("replace_replicas", self.replace_replicas, error=ConfigError)
         require_number("replica_timeout_s", self.replica_timeout_s, 2.0, error=ConfigError)
+        if self.step_timeout_s is not None:
+            require_number("step_timeout_s", self.step_timeout_s, 0.0, low_open=True, error=ConfigError)
         require_number("start_timeout_s", self.start_timeout_s, 0.0, low_open=True, error=ConfigError)
         require_choice("placement_strategy", self.placement_strategy, _STRATEGIES, error=ConfigError)
         if self.ranks_per_host is not None:

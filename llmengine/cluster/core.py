@@ -17,6 +17,7 @@ from llmengine.cluster.config import ClusterConfig
 from llmengine.cluster.link import ReplicaLink
 from llmengine.cluster.remote_request import RemoteRequest
 from llmengine.cluster.router import Router
+from llmengine.cluster.step_watch import StepWatch
 from llmengine.cluster.transport import TransportFactory
 from llmengine.cluster.wire import Abort, ReplicaInfo
 from llmengine.engine.commands import CommandQueue
@@ -273,7 +274,8 @@ class ClusterCore:
 
     async def _load(self, number: int) -> ReplicaLink:
         transport = self._make_transport(number)
-        link = ReplicaLink(number, transport, self._config.replica_timeout_s, self._place_again, self._call)
+        watch = StepWatch(self._config.step_timeout_s)
+        link = ReplicaLink(number, transport, self._config.replica_timeout_s, watch, self._place_again, self._call)
         try:
             await link.start()
         except BaseException:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 
 from llmengine.cluster.remote_request import RemoteRequest
+from llmengine.cluster.step_watch import StepWatch
 from llmengine.cluster.transport import Transport
 from llmengine.cluster.wire import Abort, Command, Failed, Hold, ReplicaInfo, Update
 from llmengine.engine.stats import EngineHealth, EngineStats
@@ -25,6 +27,8 @@ class ReplicaLink:
         is_leaving: it gets no more requests.
 
     Args:
+        timeout_s: a replica that says nothing for so long is dead.
+        step_watch: says of an engine that hangs that it is.
         give_back: called with a request that failed before it put out anything, and its error; True if the cluster
             runs it elsewhere.
         call: has a function called on the event loop, from any thread.
@@ -35,6 +39,7 @@ class ReplicaLink:
         number: int,
         transport: Transport,
         timeout_s: float,
+        step_watch: StepWatch,
         give_back: Callable[[RemoteRequest, LLMEngineError], bool],
         call: Callable[[Callable[[], None]], None],
     ) -> None:
@@ -46,6 +51,7 @@ class ReplicaLink:
         self.is_leaving = False
         self._transport = transport
         self._timeout_s = timeout_s
+        self._step_watch = step_watch
         self._give_back = give_back
         self._call = call
         self._commands: list[Command] = []
@@ -123,6 +129,7 @@ class ReplicaLink:
             except TimeoutError:
                 raise EngineDeadError(f"it has said nothing for {self._timeout_s:g} s") from None
             self._take(update)
+            self._step_watch.check(update.stats, time.monotonic())
             if self._death is not None:
                 return
 

@@ -8,8 +8,8 @@ from llmengine import LLM
 from llmengine.server import ServerConfig
 
 
-async def make_replica(llm: LLM, config: ServerConfig, name: str = "alone") -> Any:
-    """A replica as Serve makes it, with the name that Serve would give it."""
+async def make_replica(llm: LLM, config: ServerConfig, name: str = "alone", **settings: Any) -> Any:
+    """A replica as Serve makes it, with the name that Serve would give it; `settings` are its others."""
     from llmengine.cluster.serve.engine_replica import EngineReplica
 
     class Replica(EngineReplica):
@@ -20,5 +20,5 @@ async def make_replica(llm: LLM, config: ServerConfig, name: str = "alone") -> A
         return llm
 
     replica: Any = Replica.__new__(Replica)
-    await replica.__init__(load, config)
+    await replica.__init__(load, config, **settings)
     return replica

@@ -309,6 +309,22 @@ async def test_a_request_that_gives_other_tokens_when_run_again_fails() -> None:
             await handle
 
 
+async def test_a_replica_whose_step_hangs_is_dead() -> None:
+    gate = StepGate()
+    async with (
+        timeout(),
+        await make_cluster(
+            lambda number: make_llm(on_step=gate if number == 0 else None), num_replicas=1, step_timeout_s=0.5
+        ) as cluster,
+    ):
+        handle = cluster.generate_async("hangs", tokens(20), streaming=True)
+        with pytest.raises(ReplicaDeadError, match=r"replica 0 is dead: .*no step has ended for .*step_timeout_s=0.5"):
+            await handle
+        while list(cluster.stats()) != [1]:  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.01)
+        gate.open()
+
+
 async def test_without_replicas_the_cluster_is_dead() -> None:
     dies = Dies(0)
     dies.now.set()

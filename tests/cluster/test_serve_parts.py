@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmengine import LLM, ConfigError, EngineDeadError
+from llmengine import LLM, ConfigError, EngineDeadError, SamplingParams
 from llmengine.batch import Batch
 from llmengine.cluster.router import CHUNK_CHARS, PrefixKeys
 from llmengine.server import ServerConfig
@@ -20,6 +20,7 @@ from llmengine.testing import FakeBackend
 from llmengine.tokenizer.protocol import ByteTokenizer
 from tests import ROOT
 from tests.cluster import serve_helpers
+from tests.engine.helpers import StepGate
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python"),
@@ -67,6 +68,22 @@ async def test_a_replica_answers_and_says_that_its_engine_is_dead() -> None:
     assert messages[0]["status"] == 503
     with pytest.raises(EngineDeadError, match="the device is lost"):
         replica.check_health()
+    replica.__del__()
+
+
+async def test_a_replica_whose_engine_hangs_fails_its_check() -> None:
+    gate = StepGate()
+    llm = LLM.from_backend(lambda: FakeBackend(alphabet, on_step=gate), tokenizer=ByteTokenizer())
+    replica = await serve_helpers.make_replica(llm, ServerConfig(metrics=False), step_timeout_s=1e-6)
+    replica.check_health()
+    handle = llm.generate_async("xyz", SamplingParams(max_new_tokens=2))
+    await asyncio.to_thread(gate.wait)
+    replica.check_health()
+    with pytest.raises(EngineDeadError, match="requests are running, but no step has ended for"):
+        replica.check_health()
+    gate.open()
+    await handle
+    replica.check_health()
     replica.__del__()
 
 
@@ -158,6 +175,7 @@ def test_metrics_of_replicas_have_their_names() -> None:
         ({"autoscaling": 3}, "autoscaling must be a mapping, not 3"),
         ({"num_replicas": 2, "autoscaling": {}}, "num_replicas cannot be set together with autoscaling"),
         ({"health_check_period_s": 0}, "health_check_period_s must be a number"),
+        ({"step_timeout_s": 0}, "step_timeout_s must be a number"),
         ({"actor_options": []}, "actor_options must be a mapping"),
     ],
 )

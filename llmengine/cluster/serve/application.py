@@ -82,7 +82,7 @@ def build_app(
     )
     # Across origins, the gateway answers.
     engine_settings = ServerConfig(**{**_fields(server), "cors_origins": ()})
-    app: serve.Application = gateway.bind(engines.bind(load, engine_settings), server)
+    app: serve.Application = gateway.bind(engines.bind(load, engine_settings, config.step_timeout_s), server)
     return app
 
 

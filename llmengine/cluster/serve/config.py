@@ -25,6 +25,8 @@ class ServeConfig:
         health_check_period_s: seconds between two checks of a replica's engine. One that is dead is replaced.
         health_check_timeout_s: a replica that does not answer a check for so long has failed it. Serve replaces it
             after three such failures in a row.
+        step_timeout_s: a replica that has requests running but has ended no step for so long fails its checks, such as
+            one whose device hangs. None: a step may take as long as it does. Set it well above the longest step.
         actor_options: Serve's `ray_actor_options` of replicas, such as ``{"num_cpus": 4}``, in addition to the GPUs
             that the model's `parallel_config` asks for.
         gateway_options: `ray_actor_options` of gateways.
@@ -36,6 +38,7 @@ class ServeConfig:
     max_ongoing_requests: int = 256
     health_check_period_s: float = 2.0
     health_check_timeout_s: float = 10.0
+    step_timeout_s: float | None = None
     actor_options: Mapping[str, Any] = field(default_factory=dict)
     gateway_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,6 +47,8 @@ class ServeConfig:
             require_int(name, getattr(self, name), 1, error=ConfigError)
         for name in ("health_check_period_s", "health_check_timeout_s"):
             require_number(name, getattr(self, name), 0.0, low_open=True, error=ConfigError)
+        if self.step_timeout_s is not None:
+            require_number("step_timeout_s", self.step_timeout_s, 0.0, low_open=True, error=ConfigError)
         for name in ("actor_options", "gateway_options"):
             _require_mapping(name, getattr(self, name))
         if self.autoscaling is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import prometheus_client
@@ -11,6 +12,7 @@ from ray import serve
 from starlette.types import Message
 
 from llmengine.cluster.serve.forwarded import ForwardedRequest
+from llmengine.cluster.step_watch import StepWatch
 from llmengine.errors import EngineDeadError
 from llmengine.llm import LLM
 from llmengine.server import ServerConfig, create_app
@@ -22,11 +24,15 @@ class EngineReplica:
     Args:
         load: makes the model; it is awaited on the replica, and must not block its event loop.
         config: of the ASGI application.
+        step_timeout_s: see `ServeConfig`.
     """
 
-    async def __init__(self, load: Callable[[], Awaitable[LLM]], config: ServerConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, load: Callable[[], Awaitable[LLM]], config: ServerConfig, step_timeout_s: float | None = None
+    ) -> None:
         # Serve awaits a constructor that is a coroutine.
         self._llm = await load()
+        self._step_watch = StepWatch(step_timeout_s)
         self._registry = CollectorRegistry()
         self._app = create_app(self._llm, config, registry=self._registry)
         self._app.state.responses.keeper = self.name()
@@ -57,10 +63,11 @@ class EngineReplica:
         return self.name(), text.decode()
 
     def check_health(self) -> None:
-        """Raise `EngineDeadError` if the engine accepts no requests. Serve then replaces the replica."""
+        """Raise `EngineDeadError` if the engine accepts no requests, or hangs. Serve then replaces the replica."""
         health = self._llm.health()
         if not health.ok:
             raise EngineDeadError(f"the engine is {health.state}: {health.failure}")
+        self._step_watch.check(self._llm.stats(), time.monotonic())
 
     def __del__(self) -> None:
         # Serve calls this when a replica is shut down, after its requests have ended or `drain_s` is over.
