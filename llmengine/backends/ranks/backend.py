@@ -77,10 +77,15 @@ class RanksBackend:
 
     def close(self) -> None:
         """End all ranks. Idempotent."""
+        self._weights = _no_weights  # which would keep memory that `own` is about to free
         try:
             self._own.close()
         finally:
             self._group.close()
+
+
+def _no_weights() -> Iterator[tuple[str, Any]]:
+    raise AssertionError("the backend is closed")
 
 
 class OpenCollectives(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +122,18 @@ def test_the_whole_model_comes_back(shared: Shared) -> None:
     assert "2 ranks share each matrix" in info.description
     assert info.vocab_size == SMALL["vocab_size"]
     assert info.kv_bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, tokens, dimensions
+
+
+def test_a_closed_backend_keeps_no_weights(tmp_path: Path, device: str) -> None:
+    """Also while something still refers to it, as what watches the ranks does."""
+    save_tiny(tmp_path, **ONE_LAYER)
+    with load_shared(tmp_path, device, 2) as backend:
+        backend.watch(lambda: None)
+        _, first = next(backend.weights())
+        own: Any = vars(backend)["_own"]
+        kept = weakref.ref(own._program.model.weights.by_name["final_norm.weight"])
+        del own, first
+    assert kept() is None
 
 
 def test_a_rank_that_dies_ends_all(tmp_path: Path, device: str) -> None:
