@@ -19,7 +19,7 @@ import base64, json, sys
 from llmengine.backends.ranks.agent import serve
 from llmengine.rank_hosts import Invitation
 values = json.loads(sys.stdin.readline())
-serve(Invitation(**{**values, "secret": base64.b64decode(values["secret"])}), "127.0.0.1")
+serve(Invitation(**{**values, "secret": base64.b64decode(values["secret"])}), sys.argv[1])
 """
 
 
@@ -28,22 +28,29 @@ class PretendedHosts:
 
     Attributes:
         agents: their processes, in the order of hosts.
-        joined: what they were invited with.
+
+    Args:
+        addresses: of rank 0's host, and of all others.
+        prefix: of the command that starts an agent.
     """
 
-    address = "127.0.0.1"
-
-    def __init__(self, hosts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[int],
+        addresses: tuple[str, str] = ("127.0.0.1", "127.0.0.1"),
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.hosts = tuple(hosts)
+        self.address, self._agents_address = addresses
+        self._prefix = prefix
         self.agents: list[subprocess.Popen[str]] = []
-        self.joined: list[Invitation] = []
 
     def start(self, invitations: Sequence[Invitation]) -> None:
         env = {**os.environ, "PYTHONPATH": str(_ROOT)}
         for one in invitations:
-            agent = subprocess.Popen([sys.executable, "-c", _AGENT], stdin=subprocess.PIPE, text=True, env=env)
+            command = [*self._prefix, sys.executable, "-c", _AGENT, self._agents_address]
+            agent = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=env)
             self.agents.append(agent)
-            self.joined.append(one)
             assert agent.stdin is not None
             secret = base64.b64encode(one.secret).decode()
             with agent.stdin as stdin:

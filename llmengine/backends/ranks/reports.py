@@ -90,7 +90,7 @@ class ReportReader:
         """Receive once, and yield the reports that are complete; sets `ended` at the end of the stream."""
         try:
             data = self._connection.recv(1 << 16)
-        except ConnectionResetError:
+        except OSError:  # reset by a process that was killed, or given up by the kernel, since its host is gone
             data = b""
         self.ended = not data
         self._received += data

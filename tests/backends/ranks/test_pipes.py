@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.pretended_hosts import PretendedHosts
 from llmengine.backends.ranks import RankGroup
 from llmengine.backends.ranks.layout import receiver_of, sender_to
 from llmengine.errors import ConfigError, EngineDeadError
@@ -26,13 +27,22 @@ def test_every_rank_but_the_first_stages_receives_from_one(stage_size: int, num_
         assert all(other is None or other % stage_size == rank % stage_size for other in (receiver, sender))
 
 
-def open_stages(size: int, stage_size: int, stuck_after_s: float | None = None) -> RankGroup:
-    group = RankGroup(size, OBEY_WITH_TENSORS, b"", stage_size=stage_size, stuck_after_s=stuck_after_s)
+def open_stages(
+    size: int, stage_size: int, stuck_after_s: float | None = None, hosts: tuple[int, ...] | None = None
+) -> RankGroup:
+    where = None if hosts is None else PretendedHosts(hosts)
+    group = RankGroup(
+        size, OBEY_WITH_TENSORS, b"", hosts=where, stage_size=stage_size, stuck_after_s=stuck_after_s
+    )
     group.start()
     return group
 
 
-@pytest.fixture(scope="module", params=[(3, 1), (4, 2)], ids=["3 stages", "2 stages of 2"])
+@pytest.fixture(
+    scope="module",
+    params=[(3, 1), (4, 2), (3, 1, None, (0, 1, 1)), (4, 2, None, (0, 1, 2, 2))],
+    ids=["3 stages", "2 stages of 2", "3 stages on 2 hosts", "2 stages of 2 on 3 hosts"],
+)
 def group(request: pytest.FixtureRequest) -> Iterator[RankGroup]:
     group = open_stages(*request.param)
     yield group
@@ -52,8 +62,9 @@ def test_tensors_pass_through_all_stages_in_order(group: RankGroup, numbers: int
         assert (tensor == expected).all()
 
 
-def test_a_rank_that_is_killed_ends_the_wait_for_it() -> None:
-    group = open_stages(3, 1)
+@pytest.mark.parametrize("hosts", [None, (0, 1, 2)])
+def test_a_rank_that_is_killed_ends_the_wait_for_it(hosts: tuple[int, ...] | None) -> None:
+    group = open_stages(3, 1, hosts=hosts)
     ranks = pids(group)
     group.broadcast(b"pass_on_late 1 600 4")
     os.kill(ranks[0], signal.SIGKILL)
@@ -72,8 +83,9 @@ def test_a_rank_that_raises_is_named_and_not_those_behind_it() -> None:
     group.close()
 
 
-def test_a_stage_that_hangs_is_named_and_not_those_that_wait_for_it() -> None:
-    group = open_stages(4, 1, stuck_after_s=1.0)
+@pytest.mark.parametrize("hosts", [None, (0, 1, 1, 0)])
+def test_a_stage_that_hangs_is_named_and_not_those_that_wait_for_it(hosts: tuple[int, ...] | None) -> None:
+    group = open_stages(4, 1, stuck_after_s=1.0, hosts=hosts)
     ranks = pids(group)
     group.broadcast(b"pass_on_late 2 600 4")
     with pytest.raises(EngineDeadError, match=r"rank 2 of 4 .*has been stuck") as caught:
@@ -83,8 +95,9 @@ def test_a_stage_that_hangs_is_named_and_not_those_that_wait_for_it() -> None:
     assert all(map(is_gone, ranks))
 
 
-def test_close_ends_ranks_that_wait_for_each_other() -> None:
-    group = open_stages(3, 1)
+@pytest.mark.parametrize("hosts", [None, (0, 1, 2)])
+def test_close_ends_ranks_that_wait_for_each_other(hosts: tuple[int, ...] | None) -> None:
+    group = open_stages(3, 1, hosts=hosts)
     ranks = pids(group)
     group.broadcast(b"pass_on_late 1 600 4")  # rank 2 waits for rank 1
     group.close()

@@ -103,6 +103,13 @@ def test_stages_that_rank_0_waits_for_may_take_longer() -> None:
     assert times[0] == pytest.approx(LIMIT_S / TICK_S, abs=2)
 
 
+def test_a_rank_of_which_nothing_is_heard_is_not_judged() -> None:
+    found = StuckJudge(2, lambda rank: True)
+    for number in range(200):
+        seen = [Seen(number, True), Seen(1, True) if number % 100 == 0 else None]
+        assert found.look(seen, TICK_S, LIMIT_S) is None
+
+
 def test_time_in_which_nobody_looked_counts_little() -> None:
     found = StuckJudge(2, lambda rank: True)
     for _ in range(4):
@@ -156,11 +163,12 @@ def wait_for_replies(group: RankGroup) -> None:
         (b"deadlock 1", "it sleeps", "in _deadlock", wait_for_replies),
     ],
 )
+@pytest.mark.parametrize("hosts", [None, (0, 1, 1)])
 def test_a_stuck_rank_is_named_with_where_it_is(
-    command: bytes, how: str, where: str, wait: Callable[[RankGroup], None]
+    command: bytes, how: str, where: str, wait: Callable[[RankGroup], None], hosts: tuple[int, ...] | None
 ) -> None:
     target = OBEY_WITH_TENSORS if b"sum" in command else OBEY
-    with open_group(3, stuck_after_s=3.0, target=target) as group:
+    with open_group(3, stuck_after_s=3.0, hosts=hosts, target=target) as group:
         ranks = pids(group)
         group.broadcast(command)
         with pytest.raises(EngineDeadError, match=rf"rank 1 of 3 .* has been stuck at .* for .* s: {how}") as caught:
@@ -196,8 +204,9 @@ def busy_machine() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [b"loop_then_sum", b"wait_for_child"])
-def test_a_long_step_on_a_busy_machine_is_no_hang(command: bytes) -> None:
-    with busy_machine(), open_group(3, stuck_after_s=1.0, target=OBEY_WITH_TENSORS) as group:
+@pytest.mark.parametrize("hosts", [None, (0, 1, 2)])
+def test_a_long_step_on_a_busy_machine_is_no_hang(command: bytes, hosts: tuple[int, ...] | None) -> None:
+    with busy_machine(), open_group(3, stuck_after_s=1.0, hosts=hosts, target=OBEY_WITH_TENSORS) as group:
         for rank in (1, 2):
             group.broadcast(b"%b %d 3" % (command, rank))
             until = time.monotonic() + 3
