@@ -30,6 +30,8 @@ _NAP_MS = 50.0
 # More time than this between two looks means that this process was stopped, and counts as this much.
 _LONGEST_LOOK_S = 1.0
 _MAX_DIMS = 7
+# A tensor that is larger is added up in parts, which bounds the memory for those of others.
+_PART = 4 << 20
 
 
 class SocketCollectives:
@@ -58,15 +60,20 @@ class SocketCollectives:
         self._while_waiting = while_waiting
         self._when_lost = when_lost
         self._progress = progress
+        self._rooms: dict[torch.dtype, torch.Tensor] = {}
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        mine = tensor.view(-1)
-        parts = [mine.clone() if rank == self.rank else mine.new_empty(mine.shape) for rank in range(self.size)]
-        data = _bytes_of(parts[self.rank])
-        self._exchange(
-            dict.fromkeys(self._connections, data), {rank: _bytes_of(parts[rank]) for rank in self._connections}
-        )
-        add_up(parts, mine)
+        flat = tensor.view(-1)
+        for mine in flat.split(_PART // tensor.element_size()):
+            parts = self._room_for(mine)
+            if self.size > 2:
+                parts[self.rank].copy_(mine)  # which is written to before all has been added up
+            else:
+                parts[self.rank] = mine
+            data = _bytes_of(mine)
+            incoming = {rank: _bytes_of(parts[rank]) for rank in self._connections}
+            self._exchange(dict.fromkeys(self._connections, data), incoming)
+            add_up(parts, mine)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
         tensor = tensor.contiguous()
@@ -86,6 +93,17 @@ class SocketCollectives:
         """Close the connections; idempotent."""
         for connection in self._connections.values():
             connection.close()
+
+    def _room_for(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Memory for the parts of all ranks, which the next sum uses again: pages that are new take longer to come than
+        what fills them."""
+        import torch
+
+        room = self._rooms.get(mine.dtype)
+        if room is None or room.shape[1] < mine.numel():
+            with torch.inference_mode(False):  # otherwise it could be written to in that mode only
+                room = self._rooms[mine.dtype] = torch.empty(self.size, mine.numel(), dtype=mine.dtype)
+        return [part[: mine.numel()] for part in room]
 
     def _exchange(self, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
         """Send to some ranks and fill what is for others, all at once."""

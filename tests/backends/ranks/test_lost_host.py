@@ -15,7 +15,7 @@ import torch
 from benchmarks.pretended_hosts import PretendedHosts
 from llmengine.backends.ranks import RankGroup
 from llmengine.errors import EngineDeadError
-from tests.backends.ranks.helpers import OBEY, is_gone
+from tests.backends.ranks.helpers import OBEY_WITH_TENSORS, is_gone
 from tests.backends.ranks.test_failures import check_until_it_raises
 
 # Both ends notice within 9 s; a busy machine may need longer for anything.
@@ -63,7 +63,7 @@ def test_both_ends_of_a_link_that_is_cut_notice(link: tuple[str, str], command: 
     """While the group is idle, while rank 0 waits for the other rank, and while that waits for rank 0."""
     name, cable = link
     hosts = PretendedHosts((0, 1), (HERE, THERE), ("ip", "netns", "exec", name))
-    group = RankGroup(2, OBEY, b"", hosts=hosts)
+    group = RankGroup(2, OBEY_WITH_TENSORS, b"", hosts=hosts)
     group.start()
     try:
         group.broadcast(command)

@@ -31,9 +31,7 @@ def open_stages(
     size: int, stage_size: int, stuck_after_s: float | None = None, hosts: tuple[int, ...] | None = None
 ) -> RankGroup:
     where = None if hosts is None else PretendedHosts(hosts)
-    group = RankGroup(
-        size, OBEY_WITH_TENSORS, b"", hosts=where, stage_size=stage_size, stuck_after_s=stuck_after_s
-    )
+    group = RankGroup(size, OBEY_WITH_TENSORS, b"", hosts=where, stage_size=stage_size, stuck_after_s=stuck_after_s)
     group.start()
     return group
 
