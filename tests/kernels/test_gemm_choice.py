@@ -25,7 +25,7 @@ from llmengine.quantization.formats import DENSE
 from llmengine.quantization.int8 import INT8
 from llmengine.quantization.matrix import Matrix
 
-OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
+OPERATIONS: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu", "linear", "linear_silu")
 SHAPE = GemmShape("norm_linear", 8, 960, 576, torch.bfloat16, torch.bfloat16)
 OTHER = replace(SHAPE, n=32000)
 FASTEST = CublasConfig(1, 16)
@@ -170,7 +170,7 @@ def test_candidates_can_run(operation: Operation, n: int, k: int) -> None:
             assert parse_config(str(config)) == config
             if isinstance(config, SkinnyConfig):
                 assert config.any_rows or config.block_m >= rows
-                assert config.split_k == 1 or operation == "linear_add"
+                assert config.split_k == 1 or shape.splits_k
 
 
 @pytest.mark.parametrize("max_shared", [MAX_SHARED, 99 << 10])

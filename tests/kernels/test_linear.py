@@ -110,6 +110,24 @@ def test_norm_linear_silu(device: str, config: LinearConfig, n: int, k: int, dty
         case.check("norm_linear_silu", config, True, bias, torch.full_like(case.residual, torch.nan))
 
 
+@pytest.mark.parametrize("config", SPLIT_CONFIGS, ids=names)
+def test_rows_as_they_are(device: str, config: LinearConfig) -> None:
+    """The products of a shard: nothing is added, and nothing normalized."""
+    case = Case(device, rows_of(config), 24, 72, torch.float16)
+    for _ in range(2):
+        out = torch.full_like(case.residual, torch.nan)
+        LinearOps(case.kernels, lambda _: config).linear(Matrix.dense(case.weight), case.bias)(case.x, out)
+        expected = linear_reference("norm_linear", case.x, None, EPS, case.weight, case.bias)
+        torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=2e-3 * float(expected.abs().max()))
+    if isinstance(config, SkinnyConfig) and config.split_k > 1:
+        return
+    gated = Case(device, rows_of(config), 24, 72, torch.float16, gated=True)
+    out = torch.full_like(gated.residual, torch.nan)
+    LinearOps(gated.kernels, lambda _: config).norm_linear_silu(None, EPS, Matrix.dense(gated.weight))(gated.x, out)
+    expected = linear_reference("norm_linear_silu", gated.x, None, EPS, gated.weight, None)
+    torch.testing.assert_close(out.float(), expected, rtol=0.0, atol=2e-3 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("operation", ["norm_linear", "linear_add", "norm_linear_silu"])
 def test_a_row_does_not_depend_on_the_others(device: str, operation: Operation) -> None:
     case = Case(device, 6, 24, 72, torch.float32, gated=operation == "norm_linear_silu")

@@ -148,8 +148,13 @@ def test_mlp_rounds_its_activation_where_it_is_computed(device: str, weight_form
     gate, up = linear_reference("norm_linear", normed, None, EPS, first.weight, first.bias).chunk(2, dim=-1)
     inner = second.format.rounded_activations(torch.nn.functional.silu(gate) * up, second.on_device)
     expected = linear_reference("linear_add", inner, None, EPS, second.weight, second.bias, first.x)
-    mlp(first.x, torch.empty(5, 144, dtype=DTYPE, device=device), first.x)
+    inner_scratch, overwritten = torch.empty(5, 144, dtype=DTYPE, device=device), torch.full_like(first.x, torch.nan)
     atol = 0.02 * float(expected.abs().max())
+    LinearOps(LinearKernels(device), lambda _: config).mlp(
+        first.norm_weight, EPS, first.matrix, second.matrix, first.bias, second.bias, accumulate=False
+    )(first.x, inner_scratch, overwritten)
+    torch.testing.assert_close(overwritten.float(), expected - first.x.float(), rtol=0.0, atol=atol)
+    mlp(first.x, inner_scratch, first.x)
     torch.testing.assert_close(first.x.float(), expected, rtol=0.0, atol=atol)
 
 

@@ -65,9 +65,16 @@ class SumWays:
 
     @property
     def description(self) -> str:
-        """The sizes from which on something else is used, for people."""
+        """Our kernels, and up to which sizes they are used, for people."""
         parts = [f"{_name(way)} up to {limit >> 10} KiB" for limit, way in self.limits if way != "other"]
-        return ", ".join(parts if self.beyond == "other" else [*parts, f"then {_name(self.beyond)}"])
+        if self.beyond != "other":
+            parts.append(f"then {_name(self.beyond)}" if parts else _name(self.beyond))
+        return ", ".join(parts)
+
+    @property
+    def needs_other(self) -> bool:
+        """Whether anything but our kernels sums tensors of some size."""
+        return "other" in (self.beyond, *(way for _, way in self.limits))
 
 
 class SmallSums:
@@ -86,6 +93,8 @@ class SmallSums:
     @property
     def description(self) -> str:
         ours = self._ways.description
+        if not self._ways.needs_other:
+            return ours
         return f"{ours}, else {self._other.description}" if ours else self._other.description
 
     def all_reduce(self, tensor: Tensor) -> None:
