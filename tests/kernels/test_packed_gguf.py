@@ -112,9 +112,11 @@ def test_rows_are_looked_up(device: str, type_name: str) -> None:
     stored = stored_blocks(type_name, shape)
     expected = GGUF_BLOCKS[type_name].dequantize({"weight": stored})[ids.long()]
     for dtype in (torch.float16, torch.float32):
-        out = torch.full((len(ids), shape[1]), torch.nan, dtype=dtype, device=device)
-        gather_packed_rows(packed(type_name, shape, stored, dtype, device), ids.to(device), out)
-        torch.testing.assert_close(out.cpu(), expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0)
+        # As in `test_packed_linear.py`.
+        rows = len(ids) if dtype == torch.float16 or device != "cpu" else 4
+        out = torch.full((rows, shape[1]), torch.nan, dtype=dtype, device=device)
+        gather_packed_rows(packed(type_name, shape, stored, dtype, device), ids[:rows].to(device), out)
+        torch.testing.assert_close(out.cpu(), expected[:rows].to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
 @pytest.mark.parametrize("type_name", TYPES)
