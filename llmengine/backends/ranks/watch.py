@@ -22,7 +22,8 @@ _TICK_S = 0.5
 _CAUSE_S = 1.0
 # A process whose socket is closed ends next, but on a busy machine the kernel may take its time.
 _END_S = 10.0
-_DUMP_S = 0.3
+_DUMP_S = 0.15
+_MOST_DUMP_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,12 @@ class RankWatch:
         self._asking = True  # the signal ends a rank that is not prepared for it yet, which is no cause
         for rank in ranks:
             rank.process.interrupt()
-        time.sleep(_DUMP_S)
-        return {rank.rank: rank.process.dumped() for rank in ranks}
+        until, found = time.monotonic() + _MOST_DUMP_S, dict[int, str]()
+        while True:  # a rank writes line by line, and on a busy machine not at once
+            time.sleep(_DUMP_S)
+            before, found = found, {rank.rank: rank.process.dumped() for rank in ranks}
+            if (found == before and all(found.values())) or time.monotonic() > until:
+                return found
 
     def fail(self, failure: RankFailure) -> None:
         """Fail for this reason, unless there was one before, and kill all ranks."""
