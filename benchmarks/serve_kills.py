@@ -1,6 +1,6 @@
 """Processes behind Ray Serve are killed while clients stream; every stream must end well, and Serve must come back.
 
-    python -m benchmarks.serve_kills --kills 20
+    python -m benchmarks.serve_kills --kills 50
 
 Serve runs on a Ray cluster of two nodes on this machine, with two replicas of a fake engine, one on each node, and two
 gateways. Clients stream completions over HTTP all the while. A stream ends well if it brings its whole text, or the
@@ -299,7 +299,7 @@ def table(kills: Sequence[Kill]) -> str:
 def main() -> None:
     """Print a table."""
     parser = new_parser("serve_kills", __doc__)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kill these, in this order")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=8)
