@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmengine.checkpoints import dummy_weights
 from llmengine.checkpoints.model_saving import save_model
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source, rounded_weights
@@ -307,6 +308,25 @@ def test_readers_read_what_a_rank_has_of_dense_tensors(tmp_path: Path, family: s
             assert {"layers.1.gate_up.weight", "layers.0.down.weight", "embed_tokens.weight"} <= slices.keys()
             for name, tensor in shard_source(by_slices, Shard(rank, size)).weights(dtype):
                 assert torch.equal(tensor, plan.shard(name, whole[name], rank)), name
+
+
+@by_size
+@pytest.mark.parametrize("length", [101, 1 << 20])
+def test_random_weights_are_made_in_part(
+    tmp_path: Path, size: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dummy_weights, "_NOISE_LENGTH", length)
+    saved(tmp_path, make_family("qwen2"))
+    source = dummy_weights.open_dummy(tmp_path)
+    plan = ShardPlan(source.arch, source.formats, size)
+    by_slices = dataclasses.replace(source, stream=_fails)
+    whole = dict(source.weights(torch.float16))
+    assert len({tuple(tensor.flatten()[:50].tolist()) for tensor in whole.values() if tensor.ndim == 2}) > 4
+    for rank in range(size):
+        shard = dict(shard_source(by_slices, Shard(rank, size)).weights(torch.float16))
+        assert shard.keys() == whole.keys()
+        for name, tensor in shard.items():
+            assert torch.equal(tensor, plan.shard(name, whole[name], rank)), name
 
 
 def _fails(dtype: torch.dtype) -> Any:
