@@ -68,11 +68,6 @@ def load_backend(
         raise ConfigError("rank_hosts needs parallel_config.tp_size or pp_size above 1: a single rank is on this host")
     if rank_hosts is not None and device != "cpu":
         raise ConfigError("rank_hosts needs device='cpu': in this version, ranks on GPUs are all on one host")
-    if device != "cpu" and config.parallel_config.tp_size > 1 and source.arch.qk_norm == "projection":
-        raise ConfigError(
-            f"parallel_config.tp_size={config.parallel_config.tp_size} needs device='cpu': the norms of q and k of "
-            f"{source.arch.architecture} are over all heads, and ranks on GPUs do not add up the squares of theirs"
-        )
     if device == "cpu":
         if config.backend == "tensorrt":
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")

@@ -97,7 +97,7 @@ def build_cuda_model(
     Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
     """
     device, dtype = weights.device, weights.dtype
-    layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit)
+    layers = _attention_layers(arch, weights, config.kv_cache_config.block_size, limit, peers)
     activations = Activations.allocate(arch, config.scheduler_config, layers[0].config, dtype, device)
     pdl = has_pdl(device)
     segments = segments_factory(SegmentsContext(arch, weights, config, activations.logits, pdl, peers))
@@ -292,7 +292,9 @@ class CudaModel:
             yield partial(decode_attention, *shared, attended, self._activations.workspace, *norms, eps, pdl=pdl)
 
 
-def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, limit: int) -> list[LayerAttention]:
+def _attention_layers(
+    arch: ModelArch, weights: CudaWeights, block_size: int, limit: int, peers: Peers | None
+) -> list[LayerAttention]:
     device = weights.device
     on_host = layer_tables(arch, limit)
     tables = {id(table): table.to(device) for table in on_host}
@@ -311,7 +313,9 @@ def _attention_layers(arch: ModelArch, weights: CudaWeights, block_size: int, li
         q_norm, k_norm = (weights.norm(f"layers.{index}.{name}_norm") for name in ("q", "k"))
         projection_norms: tuple[Callable[[Tensor], None], ...] = ()
         if arch.qk_norm == "projection" and q_norm is not None and k_norm is not None:
-            projection_norms = (head_norm(q_norm, arch.rms_norm_eps), head_norm(k_norm, arch.rms_norm_eps))
+            eps = arch.rms_norm_eps
+            own = (head_norm(q_norm, eps), head_norm(k_norm, eps))
+            projection_norms = own if peers is None else peers.head_norms(q_norm, k_norm, eps)
             q_norm = k_norm = None
         layers.append(LayerAttention(config, tables[id(table)], q_norm, k_norm, projection_norms))
     return layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,12 @@ from torch import Tensor
 from llmengine.kernels.embedding import look_up
 from llmengine.kernels.peer_sum import RowNorm
 from llmengine.kernels.quantized_matrix import QuantizedMatrix
+from llmengine.models.arch import ModelArch
+from llmengine.models.sharding import Shard, vocabulary_range
 from llmengine.quantization.matrix import Matrix
+
+InPlace = Callable[[Tensor], None]
+"""Replaces a tensor [num_tokens, columns of this rank]; all ranks call it."""
 
 
 class DeviceCollectives(Protocol):
@@ -58,19 +63,27 @@ class Peers:
 
     Attributes:
         rows: of the vocabulary that each rank has.
+        qk_columns: of q and of k, over the heads of all ranks, each counted once.
+        counts_keys: whether this rank is the first that has its heads of keys.
         logits: fp32 [size * max_batch_size * most rows], scratch of rank 0; None on the others.
     """
 
     collectives: DeviceCollectives
     rows: Sequence[range]
+    qk_columns: tuple[int, int]
+    counts_keys: bool
     logits: Tensor | None
 
     @classmethod
-    def of(cls, collectives: DeviceCollectives, rows: Sequence[range], max_rows: int, device: torch.device) -> Peers:
-        """Peers for steps of up to `max_rows` rows of logits, with scratch on `device`."""
+    def of(
+        cls, collectives: DeviceCollectives, arch: ModelArch, counts_keys: bool, max_rows: int, device: torch.device
+    ) -> Peers:
+        """Peers that share the model `arch`, for steps of up to `max_rows` rows of logits, with scratch on `device`."""
+        rows = [vocabulary_range(arch, Shard(rank, collectives.size)) for rank in range(collectives.size)]
         size = len(rows) * max_rows * max(map(len, rows))
         scratch = None if collectives.rank else torch.zeros(size, dtype=torch.float32, device=device)
-        return cls(collectives, rows, scratch)
+        qk_columns = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        return cls(collectives, rows, qk_columns, counts_keys, scratch)
 
     @property
     def is_first(self) -> bool:
@@ -85,6 +98,21 @@ class Peers:
     def choose(self, own: Tensor, counts: Tensor, ids: Tensor, failed: Tensor) -> None:
         """Replace what each rank chose among its logits by the choice among all; see `DeviceCollectives.choose`."""
         self.collectives.choose(own, counts, ids, failed, self.rows[self.collectives.rank].start)
+
+    def head_norms(self, q_norm: Tensor, k_norm: Tensor, eps: float) -> tuple[InPlace, InPlace]:
+        """Norms of q and of k over the heads of all ranks; `q_norm` and `k_norm` are the weights of this rank's."""
+
+        def bound(weight: Tensor, columns: int, counts: bool) -> InPlace:
+            def apply(x: Tensor) -> None:
+                exact = x.float()
+                squares = exact.square().sum(-1, keepdim=True) if counts else exact.new_zeros(len(x), 1)
+                self.collectives.all_reduce(squares)
+                x.copy_(exact * torch.rsqrt(squares / columns + eps) * weight.float())
+
+            return apply
+
+        columns = self.qk_columns
+        return bound(q_norm, columns[0], counts=True), bound(k_norm, columns[1], counts=self.counts_keys)
 
     def embed(self, embedding: Matrix | QuantizedMatrix, token_ids: Tensor, out: Tensor) -> None:
         """Write the rows of `token_ids` to out [num_tokens, hidden]; `embedding` has the rows of this rank."""

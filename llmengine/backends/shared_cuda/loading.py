@@ -39,7 +39,7 @@ from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
-from llmengine.models.sharding import Shard, vocabulary_range
+from llmengine.models.sharding import Shard
 
 _MEET_TIMEOUT_S = 300.0
 _HOST = "127.0.0.1"
@@ -111,7 +111,7 @@ def load_shared_cuda_backend(
         if is_calibrated(_stored(config), config.quant_config):
             source = told_source(source, group)
         own_source = shard_source(source, Shard(0, size))
-        sharing = leader.sharing(_peers(config, source.arch, collectives, devices[0]))
+        sharing = leader.sharing(_peers(config, plan, source.arch, collectives, devices[0]))
         parts = load_cuda_parts(config, own_source, devices[0], build_cuda_segments, sharing)
         info = leader.info(parts, collectives)
         own = CudaBackend(replace(parts, info=info))
@@ -201,7 +201,8 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         return KvPool(layout, pool.num_blocks, pool.max_model_len)
 
     try:
-        sharing = Sharing(_peers(config, source.arch, collectives, device), agree, lambda: None, None)
+        plan = ShardPlan(source.arch, source.formats, channel.size)
+        sharing = Sharing(_peers(config, plan, source.arch, collectives, device), agree, lambda: None, None)
         parts = load_cuda_parts(config, shard_source(source, shard), device, build_cuda_segments, sharing)
         channel.reply(pickle.dumps(_Ready(parts.info.weight_bytes)))
         sender = WeightSender(parts.program.model.weights.canonical, channel)
@@ -221,10 +222,11 @@ def _stored(config: ModelConfig) -> ModelSource:
     return source_in_use(config, open_model(config.model_dir, config.load_format))
 
 
-def _peers(config: ModelConfig, arch: ModelArch, collectives: RankCollectives, device: torch.device) -> Peers:
-    size = collectives.size
-    rows = [vocabulary_range(arch, Shard(rank, size)) for rank in range(size)]
-    return Peers.of(collectives, rows, config.scheduler_config.max_batch_size, device)
+def _peers(
+    config: ModelConfig, plan: ShardPlan, arch: ModelArch, collectives: RankCollectives, device: torch.device
+) -> Peers:
+    counts_keys = plan.counts_keys(collectives.rank)
+    return Peers.of(collectives, arch, counts_keys, config.scheduler_config.max_batch_size, device)
 
 
 def _collectives_of_rank_0(config: ModelConfig, group: RankGroup, device: torch.device) -> RankCollectives:

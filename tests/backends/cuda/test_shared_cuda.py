@@ -177,9 +177,13 @@ def _alone(directory: Path, device: str, num_tokens: int, **settings: Any) -> li
 
 
 @pytest.mark.slow
-def test_a_model_of_generic_segments(tmp_path: Path, device: str) -> None:
-    """Gemma 2 has norms after the sums, a soft cap of the logits, and tied embeddings that are scaled."""
-    model = make_family("gemma2")
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_models_of_generic_segments(tmp_path: Path, device: str, family: str) -> None:
+    """Gemma 2 has norms after the sums, a soft cap of the logits, and tied embeddings that are scaled.
+
+    OLMo 2 has norms of q and k over the heads of all ranks.
+    """
+    model = make_family(family)
     model.save_pretrained(tmp_path)
     with load_shared(tmp_path, device, 2) as backend:
         driver = BackendDriver(backend)
