@@ -119,9 +119,22 @@ def error_shape(scope: Scope) -> ErrorShape:
     return anthropic_error if _ANTHROPIC_PATH.search(scope["path"]) else openai_error
 
 
+def _routing_message(scope: Scope, fault: HttpError) -> str:
+    """What to say of a path or a method that there is not; the framework's own words name neither."""
+    asked = f"{scope['path']:.200}"
+    if fault.status == 404 and fault.message == "Not Found":
+        return f"there is no {asked!r} here; OpenAI's paths begin with '/v1', as in '/v1/chat/completions'"
+    allowed = {name.lower(): value for name, value in fault.headers.items()}.get("allow")
+    if fault.status == 405 and allowed is not None:
+        return f"{asked!r} takes {allowed}, not {scope['method']}"
+    return fault.message
+
+
 def error_response(scope: Scope, error: Exception) -> Response:
     """The answer that tells a client of an error."""
     fault = as_http_error(error)
+    if isinstance(error, HTTPException):
+        fault.message = _routing_message(scope, fault)
     # json escapes what UTF-8 cannot hold, such as half of a surrogate pair in the name of a field.
     content = json.dumps(error_shape(scope)(fault))
     return Response(content, fault.status, dict(fault.headers), "application/json")

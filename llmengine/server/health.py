@@ -13,6 +13,7 @@ router = APIRouter(tags=["operation"])
 
 
 @router.get(HEALTH_PATH)
+@router.head(HEALTH_PATH, include_in_schema=False)  # some load balancers ask so
 async def health(request: Request) -> Response:
     """200 with the engine's state if it accepts requests, else 503."""
     found = service_of(request.app.state).llm.health()

@@ -31,6 +31,18 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def test_paths_and_methods_that_there_are_not(server: RunningServer) -> None:
+    headers = bearer("one")
+    answer = httpx.get(f"{server.url}/chat/completions", headers=headers)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].startswith("there is no '/chat/completions' here; OpenAI's paths begin")
+    answer = httpx.get(server.url + PATH, headers=headers)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+    assert answer.json()["error"]["message"] == f"'{PATH}' takes POST, not GET"
+    answer = httpx.head(f"{server.url}/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_keys(server: RunningServer) -> None:
     for key in ("one", "two"):
         assert server.post(PATH, CHAT, headers=bearer(key)).status_code == 200
