@@ -66,8 +66,6 @@ def load_backend(
     num_ranks = config.parallel_config.tp_size * config.parallel_config.pp_size
     if rank_hosts is not None and num_ranks == 1:
         raise ConfigError("rank_hosts needs parallel_config.tp_size or pp_size above 1: a single rank is on this host")
-    if rank_hosts is not None and device != "cpu":
-        raise ConfigError("rank_hosts needs device='cpu': in this version, ranks on GPUs are all on one host")
     if device == "cpu":
         if config.backend == "tensorrt":
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
@@ -93,7 +91,8 @@ def load_backend(
     if config.parallel_config.tp_size > 1:
         from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
 
-        return load_shared_cuda_backend(config, source, _devices_of_ranks(config, torch.device(device)), check_wanted)
+        devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
+        return load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
             "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "
@@ -114,10 +113,10 @@ def load_backend(
     return load_cuda_backend(config, source, torch.device(device), cuda_segments_factory(reason))
 
 
-def _devices_of_ranks(config: ModelConfig, first: torch.device) -> list[torch.device]:
-    """The device of each rank: those that are named, or all from the first one on.
+def _devices_of_ranks(config: ModelConfig, first: torch.device, rank_hosts: RankHosts | None) -> list[torch.device]:
+    """The device of each rank on its host: those that are named, or all from the first one on.
 
-    Raises `ConfigError` if there are too few, or for TensorRT.
+    Raises `ConfigError` if there are too few on this host, or for TensorRT.
     """
     import torch
 
@@ -127,14 +126,15 @@ def _devices_of_ranks(config: ModelConfig, first: torch.device) -> list[torch.de
             f"backend='tensorrt' runs on one GPU, but parallel_config.tp_size={size}; use 'auto' or 'torch', or 1"
         )
     if config.parallel_config.devices is not None:
+        if rank_hosts is not None:
+            raise ConfigError("parallel_config.devices names GPUs of one host; with rank_hosts it must be None")
         return [torch.device(choose_device(name)) for name in config.parallel_config.devices]
-    index = first.index or 0
-    if index + size > found:
-        from_first = f" from device={config.device!r} on" if index else ""
-        raise ConfigError(
-            f"parallel_config.tp_size={size} needs as many GPUs, but there are {found - index}{from_first}; lower it"
-        )
-    return [torch.device("cuda", index + rank) for rank in range(size)]
+    index, hosts = first.index or 0, [0] * size if rank_hosts is None else list(rank_hosts.hosts)
+    num_here = hosts.count(0)
+    if index + num_here > found:
+        there_are = f"there are {found - index}" + (f" from device={config.device!r} on" if index else "")
+        raise ConfigError(f"parallel_config.tp_size={size} needs {num_here} GPUs here, but {there_are}; lower it")
+    return [torch.device("cuda", index + hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 
 def _has_tensorrt() -> bool:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,8 @@ import pytest
 
 from benchmarks.pretended_hosts import PretendedHosts
 from llmengine import LLM, ConfigError, EngineDeadError, ParallelConfig
+from llmengine.backends.ranks.connections import connect
+from llmengine.rank_hosts import Invitation
 from tests import ROOT
 from tests.backends.helpers import save_tiny
 from tests.backends.ranks.helpers import is_gone
@@ -143,6 +145,19 @@ class NoHosts(PretendedHosts):
 
     def start(self, invitations: object) -> None:
         self.agents.append(subprocess.Popen([sys.executable, "-c", ""], text=True))
+
+
+class Deserters(PretendedHosts):
+    """An agent that comes and goes."""
+
+    def start(self, invitations: Sequence[Invitation]) -> None:
+        (one,) = invitations
+        connect((one.host, one.port), one.secret, b"agent 1", 30.0).close()
+
+
+def test_an_agent_that_goes_at_once(directory: Path) -> None:
+    with pytest.raises(EngineDeadError, match="ranks on other hosts could not be started: the connection was closed"):
+        load(directory, Deserters((0, 1)), 2)
 
 
 def test_agents_that_do_not_come(directory: Path) -> None:

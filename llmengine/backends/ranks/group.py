@@ -98,6 +98,11 @@ class RankGroup:
         self._closed = False
 
     @property
+    def address(self) -> str:
+        """Of this host, at which the other ranks reach it."""
+        return "127.0.0.1" if self._hosts is None else self._hosts.address
+
+    @property
     def num_on_host(self) -> int:
         """How many ranks are on this host, rank 0 included."""
         return len(self._layout.on(0))

@@ -250,6 +250,7 @@ class RemoteHosts:
         self._check_wanted = check
         self._secret = os.urandom(32)
         self._gate = Gate(where.address, self._secret)
+        self._controls: dict[int, ControlConnection] = {}
         self._hosts: dict[int, RemoteHost] = {}
         self.links: LinkEnds = {}
 
@@ -258,29 +259,12 @@ class RemoteHosts:
 
         Raises `EngineDeadError`; then, as always, `close` ends what has begun.
         """
-        address, port = self._gate.address
-        numbers = range(1, self._layout.num_hosts)
-        self._where.start([Invitation(address, port, number, self._secret) for number in numbers])
-        until = time.monotonic() + self._timeout_s
-        gates = {0: self._gate.address}
-        for number in numbers:
-            while (connection := self._gate.take(b"agent %d" % number, _LOOK_S)) is None:
-                self._check()
-                if time.monotonic() > until:
-                    raise EngineDeadError(f"the agent of host {number} did not connect within {self._timeout_s:g} s")
-            control = ControlConnection(connection)
-            gates[number] = control.receive(self._timeout_s)
-            self._hosts[number] = RemoteHost(number, gates[number][0], control)
-        plan = HostPlan(self._layout, gates, start)
-        for host in self._hosts.values():
-            host.control.send(plan)
-        self.links = make_links(plan, 0, self._secret, self._gate, self._timeout_s, self._check)
-        while not all(host.looks for host in self._hosts.values()):
-            self._check()
-            time.sleep(_LOOK_S)
-            if time.monotonic() > until:
-                raise EngineDeadError(f"ranks on other hosts were not launched within {self._timeout_s:g} s")
-        self._gate.close()
+        try:
+            self._start(start)
+        except (EOFError, OSError) as error:
+            raise EngineDeadError(f"ranks on other hosts could not be started: {error}") from error
+        finally:
+            self._gate.close()
 
     def rank(self, rank: int) -> RemoteRank:
         """The process of a rank on another host."""
@@ -295,11 +279,42 @@ class RemoteHosts:
         return any(host.works() for host in self._hosts.values())
 
     def close(self) -> None:
-        """End the agents, and with them what is left of their ranks. Connections of ranks stay open."""
+        """End the agents, and with them what is left of their ranks, and the connections of this host's ranks."""
         self._gate.close()
         for host in self._hosts.values():
             host.close()
+        for control in self._controls.values():
+            control.close()
+        for connection in self.links.values():
+            connection.close()
         self._where.stop()
+
+    def _start(self, start: RankStart) -> None:
+        address, port = self._gate.address
+        numbers = range(1, self._layout.num_hosts)
+        self._where.start([Invitation(address, port, number, self._secret) for number in numbers])
+        until = time.monotonic() + self._timeout_s
+        gates = {0: self._gate.address}
+        for number in numbers:
+            while (connection := self._gate.take(b"agent %d" % number, _LOOK_S)) is None:
+                self._check()
+                if time.monotonic() > until:
+                    raise EngineDeadError(f"the agent of host {number} did not connect within {self._timeout_s:g} s")
+            control = self._controls[number] = ControlConnection(connection)
+            gate = control.receive(self._timeout_s)
+            if gate is None:
+                raise EngineDeadError(f"the agent of host {number} said nothing for {self._timeout_s:g} s")
+            gates[number] = gate
+            self._hosts[number] = RemoteHost(number, gate[0], control)
+        plan = HostPlan(self._layout, gates, start)
+        for host in self._hosts.values():
+            host.control.send(plan)
+        self.links = make_links(plan, 0, self._secret, self._gate, self._timeout_s, self._check)
+        while not all(host.looks for host in self._hosts.values()):
+            self._check()
+            time.sleep(_LOOK_S)
+            if time.monotonic() > until:
+                raise EngineDeadError(f"ranks on other hosts were not launched within {self._timeout_s:g} s")
 
     def _check(self) -> None:
         self._check_wanted()

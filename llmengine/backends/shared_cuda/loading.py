@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cuda.backend import CudaBackend, CudaParts
@@ -40,9 +41,9 @@ from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
 from llmengine.models.sharding import Shard
+from llmengine.rank_hosts import RankHosts
 
 _MEET_TIMEOUT_S = 300.0
-_HOST = "127.0.0.1"
 _LOOK_S = 0.05
 
 _STUCK_AFTER_S = 4.0
@@ -59,9 +60,11 @@ class _Payload:
 
 @dataclass(frozen=True, slots=True)
 class _Meet:
-    """Where the ranks meet for NCCL."""
+    """Where the ranks meet for NCCL, and whether GPUs may map each other's memory, as on one host."""
 
+    host: str
     port: int
+    on_one_host: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +94,18 @@ def load_shared_cuda_backend(
     source: ModelSource,
     devices: Sequence[torch.device],
     check_wanted: Callable[[], None] = lambda: None,
+    rank_hosts: RankHosts | None = None,
 ) -> PreparingRanksBackend:
-    """Load a model over as many processes as there are devices; this one has the first.
+    """Load a model over as many processes as there are devices, each of its rank's host; this one has the first.
 
-    `check_wanted` is as for `backends.load_backend`.
+    `check_wanted` and `rank_hosts` are as for `backends.load_backend`.
     Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut into so many shards, and
     `EngineDeadError` for a rank that ends.
     """
     size = len(devices)
     plan = ShardPlan(source.arch, source.formats, size)  # raises before any process is started
     payload = _Payload(config, [str(device) for device in devices])
-    group = RankGroup(size, f"{__name__}:serve", pickle.dumps(payload), check_wanted=check_wanted)
+    group = RankGroup(size, f"{__name__}:serve", pickle.dumps(payload), hosts=rank_hosts, check_wanted=check_wanted)
     collectives: RankCollectives | None = None
     try:
         group.start()
@@ -232,14 +236,15 @@ def _peers(
 def _collectives_of_rank_0(config: ModelConfig, group: RankGroup, device: torch.device) -> RankCollectives:
     if device.type != "cuda":
         return HostCollectives(group.collectives)
-    listener = socket.create_server((_HOST, 0), backlog=group.size + 16)
+    listener = socket.create_server((group.address, 0), backlog=group.size + 16)
     port: int = listener.getsockname()[1]
     store = host_store(listener, _MEET_TIMEOUT_S)
-    group.broadcast(pickle.dumps(_Meet(port)))
+    on_one_host = group.num_on_host == group.size
+    group.broadcast(pickle.dumps(_Meet(group.address, port, on_one_host)))
     nccl = NcclCollectives(store, 0, group.size, device, deterministic=config.deterministic)
     found: list[RankCollectives] = []
     try:
-        _unless_ranks_fail(group, lambda: found.append(with_small_sums(nccl, store, device)))
+        _unless_ranks_fail(group, lambda: found.append(_connected(nccl, store, device, on_one_host)))
     except BaseException:
         nccl.abort()
         raise
@@ -251,9 +256,18 @@ def _collectives_of_rank(config: ModelConfig, channel: RankChannel, device: torc
         return HostCollectives(channel.collectives)
     torch.cuda.set_device(device)
     meet: _Meet = pickle.loads(channel.receive())
-    store = connect_store(_HOST, meet.port, _MEET_TIMEOUT_S)
+    store = connect_store(meet.host, meet.port, _MEET_TIMEOUT_S)
     nccl = NcclCollectives(store, channel.rank, channel.size, device, deterministic=config.deterministic)
-    return with_small_sums(nccl, store, device)
+    return _connected(nccl, store, device, meet.on_one_host)
+
+
+def _connected(nccl: NcclCollectives, store: TCPStore, device: torch.device, on_one_host: bool) -> RankCollectives:
+    """Meet the other ranks, which call this too; with kernels of our own for small sums where memory can be mapped."""
+    if on_one_host:
+        return with_small_sums(nccl, store, device)
+    torch.cuda.set_device(device)
+    nccl.connect()
+    return nccl
 
 
 def _unless_ranks_fail(group: RankGroup, function: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.pretended_hosts import PretendedHosts
 from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
@@ -20,6 +21,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import EngineDeadError
+from llmengine.rank_hosts import RankHosts
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.helpers import BackendDriver, DrivenRequest, reference_greedy, reference_logprobs, save_tiny
@@ -31,7 +33,9 @@ PROMPT = [5, 90, 17, 44, 23, 8, 71]
 
 
 @contextmanager
-def load_shared(directory: Path, device: str, size: int, **settings: Any) -> Iterator[PreparingRanksBackend]:
+def load_shared(
+    directory: Path, device: str, size: int, rank_hosts: RankHosts | None = None, **settings: Any
+) -> Iterator[PreparingRanksBackend]:
     """As `helpers.load_cuda`, over `size` ranks."""
     if device == "cuda" and torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
@@ -42,7 +46,7 @@ def load_shared(directory: Path, device: str, size: int, **settings: Any) -> Ite
     ).resolve()
     source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
     devices = [torch.device(device, rank if device == "cuda" else 0) for rank in range(size)]
-    backend = load_shared_cuda_backend(config, source, devices)
+    backend = load_shared_cuda_backend(config, source, devices, rank_hosts=rank_hosts)
     try:
         yield backend
     finally:
@@ -89,6 +93,17 @@ def test_tokens_of_steps_in_flight_are_those_of_one_process(shared: Shared) -> N
     assert [one.output_ids for one in requests] == [
         reference_greedy(shared.reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
     ]
+
+
+def test_ranks_on_two_hosts_give_the_same_tokens(shared: Shared, device: str) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with load_shared(shared.directory, device, 2, PretendedHosts((0, 1))) as backend:
+        driver = BackendDriver(backend)
+        request = driver.add(0, PROMPT)
+        for count in (len(PROMPT), 1, 1):
+            driver.step((request, count))
+        assert request.output_ids == reference_greedy(shared.reference, PROMPT, 3)
 
 
 def test_log_probabilities_of_prompts_and_scores(shared: Shared) -> None:
