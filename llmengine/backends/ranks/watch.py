@@ -77,6 +77,7 @@ class RankWatch:
 
     def __init__(self, ranks: Sequence[WatchedRank], size: int, look: Callable[[], Sequence[Seen | None]]) -> None:
         self._ranks = ranks
+        self._readers = {rank.rank: ReportReader(rank.connection) for rank in ranks}
         self._size = size
         self._look: Callable[[], Sequence[Seen | None]] | None = look
         processes = {rank.rank: rank.process for rank in ranks}
@@ -208,7 +209,7 @@ class RankWatch:
             self.fail(RankFailure(f"rank 0 cannot watch the others any more: {error!r}"))
 
     def _watch(self) -> None:
-        readers = {rank.connection.fileno(): (rank, ReportReader(rank.connection)) for rank in self._ranks}
+        readers = {rank.connection.fileno(): (rank, self._readers[rank.rank]) for rank in self._ranks}
         poll = select.poll()
         for fd in (*readers, self._woken.fileno()):
             poll.register(fd, select.POLLIN)
@@ -243,6 +244,14 @@ class RankWatch:
                 self._replies[rank.rank].append(data)
             self._changed.notify_all()
 
+    def _take_rest(self, rank: WatchedRank) -> None:
+        """Take what a process that has ended had still to say: it may have ended just after its socket was read."""
+        reader, poll = self._readers[rank.rank], select.poll()
+        poll.register(rank.connection, select.POLLIN)
+        while not reader.ended and poll.poll(0):
+            for kind, data in reader.read():
+                self._take(rank, kind, data)
+
     def _ended(self, rank: WatchedRank) -> None:
         """Report how a process ended that may have reported why."""
         if self._closing:
@@ -254,6 +263,7 @@ class RankWatch:
         stopped = set()
         for rank in self._ranks:
             if rank.process.ending() is not None:
+                self._take_rest(rank)
                 if rank.rank not in self._reported:
                     self._ended(rank)
             elif rank.process.is_stopped():

@@ -5,14 +5,20 @@ from __future__ import annotations
 import multiprocessing.spawn
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
 
 from llmengine.backends.ranks import LocalLauncher, RankGroup
+from llmengine.backends.ranks.host import HostedRank
 from llmengine.backends.ranks.launcher import RankProcess
+from llmengine.backends.ranks.reports import Raised, Report, ReportSender
+from llmengine.backends.ranks.watch import RankWatch, WatchedRank
 from llmengine.errors import ConfigError, EngineDeadError, OutOfMemoryError
 from tests.backends.ranks.helpers import OBEY, OBEY_WITH_TENSORS, is_gone, open_group, pids
 
@@ -195,6 +201,40 @@ def test_a_slow_start_is_late(after_s: float) -> None:
     group = RankGroup(2, "tests.backends.ranks.slow_to_import:run", b"", start_timeout_s=after_s)
     with pytest.raises(EngineDeadError, match=rf"rank 1 of 2 .*did not start within {after_s:.3g} s"):
         group.start()
+
+
+class EndsWhenLookedAt:
+    """A process that reports what it raised, and has ended, between two looks at its socket and at it."""
+
+    name = "process 7"
+
+    def __init__(self, socket_of_rank: socket.socket) -> None:
+        self.socket = socket_of_rank
+
+    def ending(self, timeout_s: float = 0.0) -> str | None:
+        if self.socket.fileno() >= 0:
+            ReportSender(self.socket).send(Report.RAISED, Raised.of(ConfigError("a mistake")).dump())
+            self.socket.close()
+        return "ended by itself with exit status 1"
+
+    def kill(self) -> None:
+        """It has ended."""
+
+    def dumped(self) -> str:
+        return ""
+
+
+def test_what_a_rank_said_last_counts_and_not_that_it_ended() -> None:
+    ours, theirs = socket.socketpair()
+    rank = WatchedRank(1, cast(HostedRank, EndsWhenLookedAt(theirs)), ours)
+    watch, failed = RankWatch([rank], 2, lambda: [None, None]), threading.Event()
+    watch.tell(failed.set)
+    watch.start()
+    assert failed.wait(60)
+    watch.stop()
+    ours.close()
+    assert watch.failure is not None
+    assert "ConfigError: a mistake" in watch.failure.summary
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
