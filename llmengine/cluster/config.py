@@ -9,7 +9,7 @@ from typing import Any, Literal
 from llmengine.checks import require_bool, require_choice, require_int, require_number
 from llmengine.errors import ConfigError
 
-_STRATEGIES = ("PACK", "SPREAD", "STRICT_SPREAD")
+STRATEGIES = ("PACK", "SPREAD", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,6 @@ class ClusterConfig:
         if self.step_timeout_s is not None:
             require_number("step_timeout_s", self.step_timeout_s, 0.0, low_open=True, error=ConfigError)
         require_number("start_timeout_s", self.start_timeout_s, 0.0, low_open=True, error=ConfigError)
-        require_choice("placement_strategy", self.placement_strategy, _STRATEGIES, error=ConfigError)
+        require_choice("placement_strategy", self.placement_strategy, STRATEGIES, error=ConfigError)
         if self.ranks_per_host is not None:
             require_int("ranks_per_host", self.ranks_per_host, 1, error=ConfigError)

@@ -8,41 +8,82 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from llmengine.errors import EngineDeadError
+from llmengine.errors import ConfigError, EngineDeadError
 from llmengine.rank_hosts import Invitation
 
 _OF_BUNDLES = ("num_cpus", "num_gpus", "resources", "runtime_env")
 """Options that a replica's actor and its agents have in common."""
 
 
-class RayHosts:
-    """Implements `RankHosts` for one replica; made where the cluster is, and used by the replica's actor.
+@dataclass(frozen=True)
+class HostPlan:
+    """How the ranks of a replica are divided among hosts.
 
-    Args:
+    Attributes:
         num_ranks: of the replica.
         ranks_per_host: those of each bundle, a divisor of `num_ranks`.
         strategy: see `ClusterConfig.placement_strategy`.
         options: of the replica's actor. Each bundle has the resources that they name, and one CPU if they name none.
     """
 
-    def __init__(self, num_ranks: int, ranks_per_host: int, strategy: str, options: Mapping[str, Any]) -> None:
-        from ray.util.placement_group import placement_group
+    num_ranks: int
+    ranks_per_host: int
+    strategy: str
+    options: Mapping[str, Any]
 
-        self.hosts = tuple(rank // ranks_per_host for rank in range(num_ranks))
-        given = {name: options[name] for name in _OF_BUNDLES if options.get(name) is not None}
-        self._options: dict[str, Any] = {"num_cpus": 1, **given}
-        self._group = placement_group([self.bundle] * (num_ranks // ranks_per_host), strategy)
-        self._agents: list[Any] = []
-        self._running: list[Any] = []
+    @classmethod
+    def of(
+        cls, num_ranks: int, ranks_per_host: int | None, strategy: str, gpus: float, options: Mapping[str, Any]
+    ) -> HostPlan | None:
+        """The plan that settings ask for, None if all ranks are on one host; raises `ConfigError`.
+
+        Args:
+            gpus: of all ranks.
+            options: of the replica's actor, without GPUs.
+        """
+        if ranks_per_host is None or ranks_per_host >= num_ranks:
+            return None
+        if num_ranks % ranks_per_host:
+            raise ConfigError(f"ranks_per_host={ranks_per_host} must divide the {num_ranks} ranks of a replica")
+        return cls(num_ranks, ranks_per_host, strategy, {**options, "num_gpus": gpus and ranks_per_host})
 
     @property
-    def bundle(self) -> dict[str, float]:
+    def actor_options(self) -> dict[str, Any]:
+        """Options of an actor on any of the hosts."""
+        given = {name: self.options[name] for name in _OF_BUNDLES if self.options.get(name) is not None}
+        return {"num_cpus": 1, **given}
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
         """The resources of each host's part of the replica."""
-        options = self._options
+        options = self.actor_options
         counted = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
-        return {name: amount for name, amount in counted.items() if amount}
+        return [{name: amount for name, amount in counted.items() if amount}] * (self.num_ranks // self.ranks_per_host)
+
+    def place(self) -> RayHosts:
+        """Hosts in a new placement group."""
+        from ray.util.placement_group import placement_group
+
+        return RayHosts(self, placement_group(self.bundles, self.strategy))
+
+
+class RayHosts:
+    """Implements `RankHosts` for one replica, whose actor uses it.
+
+    Args:
+        group: a placement group of the plan's bundles.
+    """
+
+    def __init__(self, plan: HostPlan, group: Any) -> None:
+        self.hosts = tuple(rank // plan.ranks_per_host for rank in range(plan.num_ranks))
+        self.bundle = plan.bundles[0]
+        self._options = plan.actor_options
+        self._group = group
+        self._agents: list[Any] = []
+        self._running: list[Any] = []
 
     @property
     def address(self) -> str:

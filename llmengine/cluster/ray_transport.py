@@ -17,7 +17,7 @@ from typing import Any
 import anyio.to_thread
 
 from llmengine.cluster.config import ClusterConfig
-from llmengine.cluster.ray_hosts import RayHosts
+from llmengine.cluster.ray_hosts import HostPlan, RayHosts
 from llmengine.cluster.replica import Replica
 from llmengine.cluster.transport import TransportFactory
 from llmengine.cluster.wire import Command, Fault, ReplicaInfo, Update
@@ -51,14 +51,11 @@ def ray_transports(
     model = config if isinstance(config, ModelConfig) else ModelConfig(config)
     load = partial(LLM.create, model, tokenizer, enable_tokenizer)
     gpus, num_ranks = num_gpus(model), model.parallel_config.tp_size * model.parallel_config.pp_size
-    ranks_per_host = cluster_config.ranks_per_host
-    if ranks_per_host is None or ranks_per_host >= num_ranks:
+    options, strategy = cluster_config.actor_options, cluster_config.placement_strategy
+    plan = HostPlan.of(num_ranks, cluster_config.ranks_per_host, strategy, gpus, options)
+    if plan is None:
         return actor_transports(load, cluster_config, gpus)
-    if num_ranks % ranks_per_host:
-        raise ConfigError(f"ranks_per_host={ranks_per_host} must divide the {num_ranks} ranks of a replica")
-    options = {**cluster_config.actor_options, "num_gpus": gpus and ranks_per_host}
-    new_hosts = partial(RayHosts, num_ranks, ranks_per_host, cluster_config.placement_strategy, options)
-    return actor_transports(load, cluster_config, options["num_gpus"], new_hosts)
+    return actor_transports(load, cluster_config, plan.options["num_gpus"], plan.place)
 
 
 def actor_transports(

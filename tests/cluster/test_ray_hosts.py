@@ -7,32 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import ROOT
 from tests.backends.helpers import save_tiny
 
-TWO_NODES = r'''
+TWO_NODES = r"""
 import asyncio, re, sys, time
-import psutil, ray
+import ray
 from ray.cluster_utils import Cluster as Nodes
 from llmengine import LLM, KvCacheConfig, ModelConfig, ParallelConfig, ReplicaDeadError, SamplingParams
 from llmengine.cluster import Cluster, ClusterConfig
+from tests.cluster.test_ray_hosts import ranks_below as ranks
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
-
-def ranks(of="ray::"):
-    """Processes of ranks whose parent is an actor of this name; other programs' ranks have other parents."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            is_rank = "ranks/process.py" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
-            if is_rank and of in process.parent().name():
-                found.append(process)
-        except (psutil.Error, AttributeError):
-            pass
-    return found
 
 async def until(condition):
     async with asyncio.timeout(300):
@@ -76,7 +66,7 @@ async def main():
         assert [output.token_ids for output in await cluster.generate(PROMPTS, GREEDY)] == expected
         assert len(ranks("RankAgent")) == 1
         assert not ranks("ReplicaActor"), "rank 0 starts no process"
-    await until(lambda: not ranks())
+    await until(lambda: not ranks("ray::"))
 
     config.parallel_config = ParallelConfig(tp_size=2, pp_size=2)
     settings = ClusterConfig(ranks_per_host=2, **spread)
@@ -94,24 +84,92 @@ async def main():
         agent = ranks("RankAgent")[0].parent()
         await failing_streams(cluster, "an agent", agent.kill, a_rank + "was lost with its host")
         await whole()
-        before = set(ranks())
+        before = set(ranks("ray::"))
         replica = ranks("ReplicaActor")[0].parent()
         await failing_streams(cluster, "the replica's actor", replica.kill, "replica")
-        await until(lambda: not before & set(ranks()))
+        await until(lambda: not before & set(ranks("ray::")))
         await whole()
         (group,) = groups()
         (lost,) = [node for node in workers if node.node_id == group["bundles_to_node_id"][1]]
         await failing_streams(cluster, "a node", lambda: nodes.remove_node(lost, allow_graceful=False), a_rank)
         nodes.add_node(num_cpus=1)
         await whole()
-    await until(lambda: not ranks())
+    await until(lambda: not ranks("ray::"))
     await until(lambda: not groups() and ray.available_resources().get("CPU") == 2.0)
     ray.shutdown()
     nodes.shutdown()
     print("done")
 
 asyncio.run(main())
-'''
+"""
+
+BEHIND_SERVE = r"""
+import asyncio, socket, sys
+import httpx, psutil, ray
+from ray import serve
+from ray.cluster_utils import Cluster as Nodes
+from llmengine import LLM, KvCacheConfig, ModelConfig, ParallelConfig, SamplingParams
+from llmengine.cluster.serve import ServeConfig, build_app
+from llmengine.server import ServerConfig
+from llmengine.tokenizer.protocol import ByteTokenizer
+from tests.cluster.test_ray_hosts import ranks_below
+
+ASKED = {"model": "model", "prompt": "to tell a story", "max_tokens": 24, "temperature": 0.0}
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+
+async def text():
+    async with httpx.AsyncClient(timeout=120) as http:
+        answer = await http.post(f"http://127.0.0.1:{port}/v1/completions", json=ASKED)
+        answer.raise_for_status()
+        return answer.json()["choices"][0]["text"]
+
+async def until(condition):
+    async with asyncio.timeout(300):
+        while not await condition():
+            await asyncio.sleep(0.2)
+
+async def main():
+    config = ModelConfig(
+        sys.argv[1], device="cpu", dtype="float32", num_threads=1, kv_cache_config=KvCacheConfig(max_bytes=16 << 20)
+    )
+    with LLM(config, ByteTokenizer()) as llm:
+        params = SamplingParams(max_new_tokens=24, temperature=0.0)
+        (output,) = llm.generate([ASKED["prompt"]], params)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        nodes.add_node(num_cpus=1)
+    ray.init(nodes.address, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    config.parallel_config = ParallelConfig(tp_size=2)
+    settings = ServeConfig(ranks_per_host=1, placement_strategy="STRICT_SPREAD", health_check_period_s=0.5)
+    serve.run(build_app(config, settings, ServerConfig(model_name="model"), tokenizer=ByteTokenizer()))
+    assert await text() == output.text
+    (rank,) = ranks_below("RankAgent")
+    rank.kill()
+
+    async def is_replaced():
+        try:
+            return await text() == output.text and rank not in ranks_below("RankAgent")
+        except httpx.HTTPError:
+            return False
+
+    await until(is_replaced)
+    assert len(ranks_below("RankAgent")) == 1
+    serve.shutdown()
+
+    async def is_over():
+        return not ranks_below("ray::") and ray.available_resources().get("CPU") == 2.0
+
+    await until(is_over)
+    ray.shutdown()
+    nodes.shutdown()
+    print("done")
+
+asyncio.run(main())
+"""
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray has no package for this Python")
 
@@ -125,3 +183,26 @@ def test_ranks_on_two_nodes_that_are_killed(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
     assert ended.stdout.splitlines()[-1] == "done"
     print(ended.stdout)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_replica_of_serve_on_two_nodes_is_replaced_when_a_rank_dies(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    command = [sys.executable, "-c", BEHIND_SERVE, str(tmp_path / "model")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-4000:]
+    assert ended.stdout.splitlines()[-1] == "done"
+
+
+def ranks_below(name: str) -> list[psutil.Process]:
+    """Processes of ranks whose parent is an actor of this name; other programs' ranks have other parents."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            is_rank = "ranks/process.py" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+            if is_rank and name in process.parent().name():
+                found.append(process)
+        except (psutil.Error, AttributeError):
+            continue
+    return found

@@ -177,6 +177,8 @@ def test_metrics_of_replicas_have_their_names() -> None:
         ({"health_check_period_s": 0}, "health_check_period_s must be a number"),
         ({"step_timeout_s": 0}, "step_timeout_s must be a number"),
         ({"actor_options": []}, "actor_options must be a mapping"),
+        ({"ranks_per_host": 0}, "ranks_per_host must be an integer of at least 1, not 0"),
+        ({"placement_strategy": "NEAR"}, "placement_strategy must be"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -210,6 +212,22 @@ def test_a_replica_takes_the_gpus_of_all_its_ranks() -> None:
     assert engine.ray_actor_options["num_cpus"] == 3
     cpu = engine_of(app_from_args({"model": {**model, "device": "cpu"}}))
     assert cpu.ray_actor_options["num_gpus"] == 0
+
+
+def test_ranks_on_several_hosts_are_a_placement_group() -> None:
+    from llmengine.cluster.serve import app_from_args
+
+    model = {"model_dir": "model", "device": "cuda", "parallel_config": {"tp_size": 2, "pp_size": 2}}
+    serve = {"ranks_per_host": 2, "placement_strategy": "STRICT_SPREAD", "actor_options": {"num_cpus": 3}}
+    engine = engine_of(app_from_args({"model": model, "serve": serve}))
+    assert engine.ray_actor_options["num_gpus"] == 2
+    placed = engine._replica_config
+    assert placed.placement_group_bundles == [{"CPU": 3, "GPU": 2}] * 2
+    assert placed.placement_group_strategy == "STRICT_SPREAD"
+    with pytest.raises(ConfigError, match="ranks_per_host=3 must divide the 4 ranks of a replica"):
+        app_from_args({"model": model, "serve": {"ranks_per_host": 3}})
+    together = engine_of(app_from_args({"model": model, "serve": {"ranks_per_host": 4}}))
+    assert together._replica_config.placement_group_bundles is None
 
 
 def test_the_example_for_kuberay_is_what_serve_and_build_app_take() -> None:

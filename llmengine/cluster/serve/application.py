@@ -10,9 +10,10 @@ from typing import Any
 import ray
 from ray import serve
 
+from llmengine.cluster.ray_hosts import HostPlan
 from llmengine.cluster.ray_transport import num_gpus
 from llmengine.cluster.serve.config import ServeConfig
-from llmengine.cluster.serve.engine_replica import EngineReplica
+from llmengine.cluster.serve.engine_replica import EngineReplica, load_on_hosts
 from llmengine.cluster.serve.gateway import Gateway
 from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from llmengine.errors import ConfigError
@@ -54,8 +55,10 @@ def build_app(
     """
     config = config or ServeConfig()
     server = (server_config or ServerConfig()).resolve()
-    num_gpus_each = 0
+    num_gpus_each, plan = 0, None
     if callable(model):
+        if config.ranks_per_host is not None:
+            raise ConfigError("ranks_per_host needs a model's configuration, not a function that makes the LLM")
         load = model
     else:
         model = model if isinstance(model, ModelConfig) else ModelConfig(model)
@@ -63,11 +66,16 @@ def build_app(
             ray.init()
         num_gpus_each = num_gpus(model)
         load = partial(LLM.create, model, tokenizer, enable_tokenizer)
+        parallel, strategy = model.parallel_config, config.placement_strategy
+        num_ranks = parallel.tp_size * parallel.pp_size
+        plan = HostPlan.of(num_ranks, config.ranks_per_host, strategy, num_gpus_each, config.actor_options)
+        if plan is not None:
+            load = partial(load_on_hosts, load, plan)
     engines = serve.deployment(
         EngineReplica,
         name="engine",
         max_ongoing_requests=config.max_ongoing_requests,
-        ray_actor_options=_actor_options({"num_gpus": num_gpus_each, **config.actor_options}),
+        **_placement(config, num_gpus_each, plan),
         request_router_config={"request_router_class": "llmengine.cluster.serve.routing.PrefixRequestRouter"},
         **_scale(config),
         **_watch(config, server),
@@ -104,6 +112,17 @@ def app_from_args(args: Mapping[str, Any]) -> serve.Application:
     fields = {name: kinds[name](**value) if name in kinds else value for name, value in args["model"].items()}
     server = ServerConfig(**args.get("server", {}))
     return build_app(ModelConfig(**fields), ServeConfig(**args.get("serve", {})), server)
+
+
+def _placement(config: ServeConfig, num_gpus_each: int, plan: HostPlan | None) -> dict[str, Any]:
+    """Options of the engines' deployment that say where each replica runs."""
+    if plan is None:
+        return {"ray_actor_options": _actor_options({"num_gpus": num_gpus_each, **config.actor_options})}
+    return {
+        "ray_actor_options": _actor_options(plan.actor_options),
+        "placement_group_bundles": plan.bundles,
+        "placement_group_strategy": plan.strategy,
+    }
 
 
 def _actor_options(options: Mapping[str, Any]) -> dict[str, Any]:

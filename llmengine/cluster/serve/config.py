@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from llmengine.checks import require_int, require_number, requirement
+from llmengine.checks import require_choice, require_int, require_number, requirement
+from llmengine.cluster.config import STRATEGIES
 from llmengine.errors import ConfigError
 
 
@@ -30,6 +31,7 @@ class ServeConfig:
         actor_options: Serve's `ray_actor_options` of replicas, such as ``{"num_cpus": 4}``, in addition to the GPUs
             that the model's `parallel_config` asks for.
         gateway_options: `ray_actor_options` of gateways.
+        ranks_per_host, placement_strategy: as in `ClusterConfig`; `actor_options` are then those of each bundle.
     """
 
     num_replicas: int = 1
@@ -41,6 +43,8 @@ class ServeConfig:
     step_timeout_s: float | None = None
     actor_options: Mapping[str, Any] = field(default_factory=dict)
     gateway_options: Mapping[str, Any] = field(default_factory=dict)
+    ranks_per_host: int | None = None
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
 
     def __post_init__(self) -> None:
         for name in ("num_replicas", "num_gateways", "max_ongoing_requests"):
@@ -49,6 +53,9 @@ class ServeConfig:
             require_number(name, getattr(self, name), 0.0, low_open=True, error=ConfigError)
         if self.step_timeout_s is not None:
             require_number("step_timeout_s", self.step_timeout_s, 0.0, low_open=True, error=ConfigError)
+        if self.ranks_per_host is not None:
+            require_int("ranks_per_host", self.ranks_per_host, 1, error=ConfigError)
+        require_choice("placement_strategy", self.placement_strategy, STRATEGIES, error=ConfigError)
         for name in ("actor_options", "gateway_options"):
             _require_mapping(name, getattr(self, name))
         if self.autoscaling is not None:

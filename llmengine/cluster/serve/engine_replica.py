@@ -7,10 +7,12 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import prometheus_client
+import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
 from starlette.types import Message
 
+from llmengine.cluster.ray_hosts import HostPlan, RayHosts
 from llmengine.cluster.serve.forwarded import ForwardedRequest
 from llmengine.cluster.step_watch import StepWatch
 from llmengine.errors import EngineDeadError
@@ -73,6 +75,13 @@ class EngineReplica:
         # Serve calls this when a replica is shut down, after its requests have ended or `drain_s` is over.
         if hasattr(self, "_llm"):
             self._llm.close()
+
+
+async def load_on_hosts(load: Callable[..., Awaitable[LLM]], plan: HostPlan) -> LLM:
+    """Load a model over the hosts of this replica's placement group, which Serve has made by the plan."""
+    group = ray.util.get_current_placement_group()
+    assert group is not None
+    return await load(rank_hosts=RayHosts(plan, group))
 
 
 class _Exchange:
