@@ -107,7 +107,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": {*DATA, "chat", "cluster.ray_hosts", "cluster.router", "engine", "llm"},
     "cluster.ray_hosts": {*DATA, "backends.ranks"},
     "cluster.router": set(),
-    "cluster.serve": {*DATA, "cluster", "cluster.router", "llm", "server"},
+    "cluster.serve": {*DATA, "cluster", "cluster.ray_hosts", "cluster.router", "llm", "server"},
     "__main__": {"cli"},
     "__init__": {*DATA, "engine", "llm", "beam_search", "quantization"},
 }

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmengine.kernels.norm import MAX_HIDDEN
+from llmengine.kernels.norm import MAX_HIDDEN, row_warps
 from llmengine.kernels.step import NUM_SAMPLES
 
 MAX_PROGRAMS = 256
@@ -213,7 +213,7 @@ def _launch(
         NORM=norm is not None,
         MAX_PROGRAMS=len(memory.numbers),
         PDL=memory.pdl,
-        num_warps=max(4, min(16, block // 512)),
+        num_warps=row_warps(block) if norm is not None else max(4, row_warps(block)),
         launch_pdl=memory.pdl,
     )
 
