@@ -44,6 +44,9 @@ _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 _LINGER_MS = 1000
 """How long messages that are on their way may take when the sockets are closed."""
 
+_END_S = 10.0
+"""How long `close` waits for the thread."""
+
 
 class KvEventPublisher(EngineObserver):
     """Publishes the changes of an engine's prefix cache until the `LLM` or the publisher is closed.
@@ -100,7 +103,11 @@ class KvEventPublisher(EngineObserver):
         if (llm := self._llm()) is not None:
             llm.remove_observer(self)
         self._hand_over(None)
-        self._thread.join()
+        self._thread.join(_END_S)
+        if self._thread.is_alive():  # seen once: ZeroMQ waited for minutes, with every socket closed
+            logger.warning(
+                "llmengine: ZeroMQ has not ended within %g s; the thread of KV events is left behind", _END_S
+            )
 
     def prefix_cache_changed(self, change: PrefixCacheChange) -> None:
         """See `EngineObserver`."""

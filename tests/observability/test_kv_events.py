@@ -19,6 +19,7 @@ from llmengine.testing import FakeBackend
 from llmengine.tokenizer.protocol import ByteTokenizer
 
 zmq = pytest.importorskip("zmq", reason="pyzmq is not installed")
+from llmengine.observability import kv_events  # noqa: E402
 from llmengine.observability.kv_events import KvEventPublisher  # noqa: E402
 
 WAIT_S = 20.0
@@ -248,3 +249,25 @@ def test_what_a_router_rebuilds_is_what_the_cache_has(batches: list[list[list[in
             llm.generate(prompts, SamplingParams(max_new_tokens=6))
         router.catch_up_until(follower.prefixes())
         assert llm.stats().num_cached_blocks >= len(router.prefixes)
+
+
+def test_closing_does_not_wait_for_zeromq_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kv_events, "_END_S", 0.05)
+    may_end = threading.Event()
+    with small_llm() as llm:
+        publisher = KvEventPublisher(llm, ANY)
+        destroy = publisher._context.destroy
+
+        def late(linger: int) -> None:
+            may_end.wait(60.0)
+            destroy(linger=linger)
+
+        monkeypatch.setattr(publisher._context, "destroy", late)
+        publisher.close()
+        assert "ZeroMQ has not ended within 0.05 s" in caplog.text
+        may_end.set()
+        publisher.close()
+        publisher._thread.join(60.0)
+    assert not publisher._thread.is_alive()
