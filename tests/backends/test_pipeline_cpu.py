@@ -120,7 +120,7 @@ def test_a_rank_that_dies_ends_the_engine(directory: Path) -> None:
 
     async def main() -> None:
         async for output in llm.generate_async([5, 6], GREEDY.replace(max_new_tokens=200), streaming=True):
-            if output.num_tokens == 3:
+            if output.num_tokens >= 3 and victim.is_running():  # a consumer that is late gets several at once
                 os.kill(victim.pid, signal.SIGKILL)
 
     with pytest.raises(EngineDeadError, match=r"rank \d of 3 .*SIGKILL"):

@@ -163,7 +163,7 @@ def test_a_rank_that_dies_or_stops_ends_the_engine(directory: Path, number: sign
 
     async def main() -> None:
         async for output in llm.generate_async([5, 6], GREEDY.replace(max_new_tokens=200), streaming=True):
-            if output.num_tokens == 3:
+            if output.num_tokens >= 3 and first.is_running():  # a consumer that is late gets several at once
                 os.kill(first.pid, number)
 
     with pytest.raises(EngineDeadError, match=rf"rank \d of 3 .*{number.name}"):
