@@ -172,9 +172,9 @@ class FusedSegments:
         )
         self._choose = untuned if self._choices is None else self._choices.choose
         self._peers = peers
-        self._part, self._normed = (
-            None if peers is None else buffer(max_tokens, arch.hidden_size) for _ in ("part", "normed")
-        )
+        # Of a shard: what this rank adds to a sum, and the norm of what the sum was added to.
+        self._part = None if peers is None else buffer(max_tokens, arch.hidden_size)
+        self._normed = None if peers is None else buffer(max_tokens, arch.hidden_size)
         self._head = weights.matrices["lm_head"]
         self._eps = arch.rms_norm_eps
         self._final_norm = weights.by_name["final_norm.weight"]
@@ -182,14 +182,7 @@ class FusedSegments:
         self._layers = [self._bind_layer(ops, weights, f"layers.{index}.") for index in range(arch.num_layers)]
         self._last_norm = self._norm_of_sum(self._final_norm, self._head)
         self._lm_head = self._bind_normed(ops, self._final_norm, self._head, None)
-        self._layer_matrices = [
-            [
-                (self._operation(kind, matrix), matrix)
-                for name, kind in _OPERATIONS.items()
-                for matrix in [weights.matrices[f"layers.{index}.{name}"]]
-            ]
-            for index in range(arch.num_layers)
-        ]
+        self._layer_matrices = [self._matrices(weights, f"layers.{index}.") for index in range(arch.num_layers)]
         self._dtype = dtype
 
     @property
@@ -366,6 +359,11 @@ class FusedSegments:
             input_norm=self._norm_of_sum(input_norm, weights.matrices[prefix + "qkv"]),
             mlp_norm=norm_of_sum,
         )
+
+    def _matrices(self, weights: CudaWeights, prefix: str) -> list[tuple[Operation, DeviceMatrix]]:
+        """A layer's matrices, and what each is used in."""
+        found = ((kind, weights.matrices[prefix + name]) for name, kind in _OPERATIONS.items())
+        return [(self._operation(kind, matrix), matrix) for kind, matrix in found]
 
     def _bind_normed(self, ops: LinearOps, norm: Tensor, matrix: DeviceMatrix, bias: Tensor | None) -> BoundLinear:
         """The product of normalized rows, which a shard gets normalized already unless the product rounds them too."""

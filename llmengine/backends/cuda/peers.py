@@ -87,7 +87,7 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which has the logits of all, and adds biases to sums."""
+        """Whether this is rank 0, which samples, and whose terms of sums hold the residuals and biases, if any do."""
         return self.collectives.rank == 0
 
     @property
@@ -100,7 +100,11 @@ class Peers:
         self.collectives.choose(own, counts, ids, failed, self.rows[self.collectives.rank].start)
 
     def head_norms(self, q_norm: Tensor, k_norm: Tensor, eps: float) -> tuple[InPlace, InPlace]:
-        """Norms of q and of k over the heads of all ranks; `q_norm` and `k_norm` are the weights of this rank's."""
+        """RMSNorms of q and of k over the heads of all ranks, in place.
+
+        Args:
+            q_norm: weights of this rank's heads, [num_heads * head_dim]; `k_norm` likewise, [num_kv_heads * head_dim].
+        """
 
         def bound(weight: Tensor, columns: int, counts: bool) -> InPlace:
             def apply(x: Tensor) -> None:
