@@ -145,7 +145,8 @@ class BackendInfo:
         max_samples: most tokens that a step samples for one row, >= 1.
         has_prompt_logprobs: the backend computes `SamplingParams.prompt_logprobs`.
         kv_dtype: dtype of the keys and values in the blocks, as torch spells it.
-        computes_in_collect: `collect` computes a part of the step, so waiting before it holds the device up.
+        wants_early_launches: a step cannot be launched late without holding a device up: `collect` computes a part of
+            the one before, or stages of a pipeline are done with that while the last is not.
     """
 
     description: str
@@ -159,7 +160,7 @@ class BackendInfo:
     max_samples: int = 1
     has_prompt_logprobs: bool = False
     kv_dtype: str = "float32"
-    computes_in_collect: bool = False
+    wants_early_launches: bool = False
 
 
 class Backend(Protocol):

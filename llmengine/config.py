@@ -25,8 +25,8 @@ AttentionBackendName = Literal["auto", "flashinfer", "measure"]
 class ParallelConfig(Settings):
     """How many processes share the matrices of each layer (`tp_size`), and how many share the layers (`pp_size`).
 
-    A model is cut into `pp_size` stages of layers, each of which `tp_size` processes have. On a CPU both may be more
-    than 1. On GPUs each process takes one; `LLM()` raises `ConfigError` for more than one stage there.
+    A model is cut into `pp_size` stages of layers, each of which `tp_size` processes have. On GPUs each process takes
+    one.
 
     Attributes:
         devices: the device of each process, "cpu" for all or a "cuda:N" for each: `["cuda:0", "cuda:2"]`. It takes the

@@ -78,17 +78,12 @@ def load_backend(
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
-    if config.parallel_config.pp_size > 1:
-        raise ConfigError(
-            f"parallel_config.pp_size={config.parallel_config.pp_size} needs device='cpu': this version does not cut a "
-            "model into stages on GPUs; set it to 1"
-        )
     import torch
 
     from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
 
     check_kv_cache(config, torch.device(device))
-    if config.parallel_config.tp_size > 1:
+    if num_ranks > 1:
         from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
 
         devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
@@ -120,10 +115,12 @@ def _devices_of_ranks(config: ModelConfig, first: torch.device, rank_hosts: Rank
     """
     import torch
 
-    size, found = config.parallel_config.tp_size, torch.cuda.device_count()
+    parallel = config.parallel_config
+    size, found = parallel.tp_size * parallel.pp_size, torch.cuda.device_count()
+    sizes = ", ".join(f"{name}={value}" for name in ("tp_size", "pp_size") if (value := getattr(parallel, name)) > 1)
     if config.backend == "tensorrt":
         raise ConfigError(
-            f"backend='tensorrt' runs on one GPU, but parallel_config.tp_size={size}; use 'auto' or 'torch', or 1"
+            f"backend='tensorrt' runs on one GPU, but parallel_config has {sizes}; use 'auto' or 'torch', or 1"
         )
     if config.parallel_config.devices is not None:
         if rank_hosts is not None:
@@ -133,7 +130,7 @@ def _devices_of_ranks(config: ModelConfig, first: torch.device, rank_hosts: Rank
     num_here = hosts.count(0)
     if index + num_here > found:
         there_are = f"there are {found - index}" + (f" from device={config.device!r} on" if index else "")
-        raise ConfigError(f"parallel_config.tp_size={size} needs {num_here} GPUs here, but {there_are}; lower it")
+        raise ConfigError(f"parallel_config with {sizes} needs {num_here} GPUs here, but {there_are}; lower it")
     return [torch.device("cuda", index + hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmengine.batch import Batch, BatchRow
+from llmengine.batch import Batch, BatchRow, StepResult, TokenLogprobs
 
 _WORTH_A_PASS = 16
 """A prompt makes further micro-batches for each so many tokens: fewer take a stage about as long as one does."""
@@ -109,3 +109,20 @@ def _batches(batch: Batch, parts: Sequence[Sequence[BatchRow]]) -> list[Batch]:
         result.append(Batch(batch.step, rows, own, masks))
     assert not inits, "a request that takes a slot has a row"
     return result
+
+
+def merged(step: int, results: Sequence[StepResult]) -> StepResult:
+    """The result of a step from those of its micro-batches, of which one at most samples for a slot."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    for result in results:
+        for slot, values in result.prompt_logprobs.items():
+            prompt_logprobs.setdefault(slot, []).extend(values)
+    return StepResult(
+        step=step,
+        token_ids={slot: ids for result in results for slot, ids in result.token_ids.items()},
+        logprobs={slot: values for result in results for slot, values in result.logprobs.items()},
+        prompt_logprobs=prompt_logprobs,
+        errors={slot: text for result in results for slot, text in result.errors.items()},
+        forward_s=sum(result.forward_s for result in results),
+        idle_s=sum(result.idle_s for result in results),
+    )

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llmengine.backends.micro_batches import MicroBatcher
+from llmengine.backends.micro_batches import MicroBatcher, merged
 from llmengine.batch import Backend, BackendInfo, Batch, ScoringBackend, StepResult
 
 _MOST_AHEAD_BYTES = 2 << 20
@@ -90,7 +90,7 @@ class PipelinedBackend:
         step = self._steps.popleft()
         while step.num_waiting:
             self._finish_one()
-        return _merged(step)
+        return merged(step.number, step.results)
 
     def settle(self) -> None:
         """Finish all that has begun; its results remain to be collected."""
@@ -145,15 +145,3 @@ class _MicroBatch:
     batch: Batch
     step: _Step
     num_bytes: int
-
-
-def _merged(step: _Step) -> StepResult:
-    """The results of a step's micro-batches together, which have no slot in common."""
-    return StepResult(
-        step=step.number,
-        token_ids={slot: ids for result in step.results for slot, ids in result.token_ids.items()},
-        logprobs={slot: values for result in step.results for slot, values in result.logprobs.items()},
-        prompt_logprobs={slot: values for result in step.results for slot, values in result.prompt_logprobs.items()},
-        errors={slot: text for result in step.results for slot, text in result.errors.items()},
-        forward_s=sum(result.forward_s for result in step.results),
-    )

@@ -33,6 +33,7 @@ from llmengine.backends.cpu.step_inputs import BlockTables, StepInputs
 from llmengine.backends.cpu.weights import CpuEmbedding, CpuModel, load_cpu_model
 from llmengine.backends.kv_layout import KvPool, context_limit
 from llmengine.backends.pipelined import PipelinedBackend
+from llmengine.backends.rank_places import RankPlaces
 from llmengine.backends.ranks.backend import RanksBackend
 from llmengine.backends.ranks.channel import RankChannel
 from llmengine.backends.ranks.collectives import Collectives
@@ -49,14 +50,12 @@ from llmengine.backends.shared_weights import heard_source, is_calibrated, tenso
 from llmengine.batch import BackendInfo
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
-from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
 from llmengine.checkpoints.source import ModelSource, WeightStream
-from llmengine.checkpoints.stage_source import plan_stages, stage_source
+from llmengine.checkpoints.stage_source import stage_source
 from llmengine.config import ModelConfig
 from llmengine.models.arch import ModelArch
 from llmengine.models.decoder import Linear, Norm
 from llmengine.models.sharding import Shard, vocabulary_range
-from llmengine.models.stages import Stage
 from llmengine.rank_hosts import RankHosts
 
 _STUCK_AFTER_S = 4.0
@@ -81,52 +80,6 @@ class _Start:
 _Peers = RankGroup | RankChannel
 
 
-class _Places:
-    """Where everything is: which stage each rank has, and which part of it."""
-
-    def __init__(self, config: ModelConfig, source: ModelSource) -> None:
-        """Raises `ConfigError` for a model that cannot be divided so."""
-        self.tp_size, self.pp_size = config.parallel_config.tp_size, config.parallel_config.pp_size
-        self.size = self.tp_size * self.pp_size
-        self.source = source
-        self.stages = plan_stages(source, self.pp_size)
-        sources = [stage_source(source, stage) for stage in self.stages]
-        self.plans = [ShardPlan(own.arch, own.formats, self.tp_size) for own in sources]
-        self.names = [list(own.formats.layout(own.arch, own.checkpoint_dtype)) for own in sources]
-
-    def stage_of(self, rank: int) -> Stage:
-        """The stage of a rank: the last for rank 0's group, and for the others, in their order, from the first on."""
-        return self.stages[rank // self.tp_size - 1]
-
-    def shard_of(self, rank: int) -> Shard:
-        """The part that a rank has of each matrix of its stage."""
-        return Shard(rank % self.tp_size, self.tp_size)
-
-    def arch_of(self, rank: int) -> ModelArch:
-        """The model that a rank runs."""
-        return self.plans[self.stage_of(rank).index].arch_of(rank % self.tp_size)
-
-    def source_of(self, rank: int) -> ModelSource:
-        """The weights of that model."""
-        return shard_source(stage_source(self.source, self.stage_of(rank)), self.shard_of(rank))
-
-    @property
-    def whole_kv_arch(self) -> ModelArch:
-        """The model whose KV blocks are as large as those of all ranks together."""
-        num_kv_heads = sum(self.arch_of(rank).num_kv_heads for rank in range(self.tp_size))
-        return replace(self.source.arch, num_kv_heads=num_kv_heads)
-
-    @property
-    def description(self) -> str:
-        """For people."""
-        each = f"{self.tp_size} processes share each matrix"
-        if self.pp_size == 1:
-            return each
-        *most, last = [str(len(stage.layers)) for stage in self.stages]
-        stages = f"{self.pp_size} stages of {', '.join(most)} and {last} layers"
-        return stages if self.tp_size == 1 else f"{stages}, in each of which {each}"
-
-
 def load_shared_cpu_backend(
     config: ModelConfig,
     source: ModelSource,
@@ -140,7 +93,7 @@ def load_shared_cpu_backend(
     Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut so, and `EngineDeadError`
     for a rank that ends.
     """
-    places = _Places(config, source)  # raises before any process is started
+    places = RankPlaces(config.parallel_config, source)  # raises before any process is started
     group = RankGroup(
         places.size,
         f"{__name__}:serve",
@@ -154,11 +107,11 @@ def load_shared_cpu_backend(
     try:
         group.start()
         if _is_calibrated(config):
-            places = _Places(config, told_source(source, group))
+            places = RankPlaces(config.parallel_config, told_source(source, group))
         with torch.inference_mode():
             model, library = _load_part(config, places, 0, group)
             weight_bytes = model.size_bytes + sum(_loaded(reply).weight_bytes for reply in group.replies())
-            whole = cpu_kv_pool(config, places.whole_kv_arch, context_limit(config, source.arch))
+            whole = cpu_kv_pool(config, _whole_kv_arch(places), context_limit(config, source.arch))
             group.broadcast(pickle.dumps(_Start(whole.num_blocks, whole.max_model_len)))
             info = _info(config, places, model, whole, weight_bytes)
             own = _own_backend(config, places, model, library, whole, info, group)
@@ -180,7 +133,7 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         source = heard_source(source, config.quant_config, channel)
     else:
         source = quantized_source(source, config.quant_config)
-    places = _Places(config, source)
+    places = RankPlaces(config.parallel_config, source)
     with torch.inference_mode():
         model, _ = _load_part(config, places, channel.rank, channel)
         trim_heap()
@@ -193,14 +146,21 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         Follower(channel, places.stage_of(channel.rank), model, own, tables).run()
 
 
-def _info(config: ModelConfig, places: _Places, model: CpuModel, whole: KvPool, weight_bytes: int) -> BackendInfo:
-    info = replace(cpu_info(config, places.source, model, whole, places.description), weight_bytes=weight_bytes)
-    return info if places.pp_size == 1 else replace(info, max_steps_in_flight=2, computes_in_collect=True)
+def _whole_kv_arch(places: RankPlaces) -> ModelArch:
+    """The model whose KV blocks are as large as those of all ranks together."""
+    num_kv_heads = sum(places.arch_of(rank).num_kv_heads for rank in range(places.tp_size))
+    return replace(places.source.arch, num_kv_heads=num_kv_heads)
+
+
+def _info(config: ModelConfig, places: RankPlaces, model: CpuModel, whole: KvPool, weight_bytes: int) -> BackendInfo:
+    description = places.describe(f"{places.tp_size} processes share each matrix")
+    info = replace(cpu_info(config, places.source, model, whole, description), weight_bytes=weight_bytes)
+    return info if places.pp_size == 1 else replace(info, max_steps_in_flight=2, wants_early_launches=True)
 
 
 def _own_backend(
     config: ModelConfig,
-    places: _Places,
+    places: RankPlaces,
     model: CpuModel,
     library: NativeLibrary | None,
     whole: KvPool,
@@ -220,7 +180,7 @@ def _own_backend(
 
 
 def _own_pass(
-    config: ModelConfig, places: _Places, rank: int, model: CpuModel, whole: KvPool, tables: BlockTables, pipe: Pipe
+    config: ModelConfig, places: RankPlaces, rank: int, model: CpuModel, whole: KvPool, tables: BlockTables, pipe: Pipe
 ) -> ForwardPass:
     """The forward passes of a rank, over a KV cache with as many blocks as all ranks have."""
     arch = places.arch_of(rank)
@@ -284,7 +244,9 @@ class _SharedHead:
         return torch.cat([part[:, :size] for part, size in zip(gathered, self._sizes, strict=True)], dim=1)
 
 
-def _load_part(config: ModelConfig, places: _Places, rank: int, peers: _Peers) -> tuple[CpuModel, NativeLibrary | None]:
+def _load_part(
+    config: ModelConfig, places: RankPlaces, rank: int, peers: _Peers
+) -> tuple[CpuModel, NativeLibrary | None]:
     """A rank's part of the model, whose products meet those of the other ranks of its stage."""
     num_threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(max(1, num_threads // peers.num_on_host))
@@ -296,7 +258,7 @@ def _load_part(config: ModelConfig, places: _Places, rank: int, peers: _Peers) -
     return _meeting(own, places, rank, peers), library
 
 
-def _meeting(own: CpuModel, places: _Places, rank: int, peers: _Peers) -> CpuModel:
+def _meeting(own: CpuModel, places: RankPlaces, rank: int, peers: _Peers) -> CpuModel:
     """A rank's part of its stage, with marks of progress, and the sums and gathers over the ranks of the stage."""
     first = places.stage_of(rank).layers.start
     layers = [
@@ -319,8 +281,8 @@ def _meeting(own: CpuModel, places: _Places, rank: int, peers: _Peers) -> CpuMod
         embed = _SharedEmbedding(embed, rows[rank % places.tp_size], peers.collectives)
     qk_norms = own.qk_norms
     if places.source.arch.qk_norm == "projection":
-        plan = places.plans[places.stage_of(rank).index]
-        qk_norms = _shared_norms(places.source.arch, own, plan.counts_keys(rank % places.tp_size), peers)
+        counts_keys = places.plan_of(rank).counts_keys(rank % places.tp_size)
+        qk_norms = _shared_norms(places.source.arch, own, counts_keys, peers)
     return replace(own, embed=embed, segments=segments, qk_norms=qk_norms)
 
 
@@ -352,14 +314,15 @@ def _marked(source: ModelSource, peers: _Peers) -> ModelSource:
 
 
 def _joined_weights(
-    places: _Places, model: CpuModel, backend: CpuBackend | PipelinedBackend, group: RankGroup
+    places: RankPlaces, model: CpuModel, backend: CpuBackend | PipelinedBackend, group: RankGroup
 ) -> Iterator[tuple[str, Tensor]]:
     """The canonical weights, each put together from the ranks' parts."""
     if isinstance(backend, PipelinedBackend):
         backend.settle()
     for stage in places.stages:
         own = model.canonical() if stage.is_last else iter(())
-        for index, name in enumerate(places.names[stage.index]):
+        stored = stage_source(places.source, stage)
+        for index, name in enumerate(stored.formats.layout(stored.arch, stored.checkpoint_dtype)):
             group.broadcast(pickle.dumps(NextWeight(stage.index, restarts=index == 0)))
             parts = [tensor for _, tensor in islice(own, 1)]
             parts += [tensor_of(reply) for reply in group.replies() if reply]

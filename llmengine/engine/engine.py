@@ -306,7 +306,7 @@ class Engine:
                 self._scheduler, self._commands, lambda request, error: self._finish(request, "abort", error=error)
             )
             self._description = info.description
-            self._run_ahead = RunAhead(info.max_steps_in_flight, may_wait=not info.computes_in_collect)
+            self._run_ahead = RunAhead(info.max_steps_in_flight, may_wait=not info.wants_early_launches)
             self._can_prepare = self._may_prepare = isinstance(self._backend, PreparingBackend)
             if isinstance(self._backend, WatchedBackend):
                 self._backend.watch(partial(self._commands.send, self._backend.check, _ignore))

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_TOKENS, NUM_ROWS, NUM_DECODES, NUM_QUERY_BLOCKS, NUM_SAMPLES, NUM_UPDATES, RING_INDEX = range(7)
-"""Indices into `DeviceStep.counts`."""
+NUM_TOKENS, NUM_ROWS, NUM_DECODES, NUM_QUERY_BLOCKS, NUM_SAMPLES, NUM_UPDATES, RING_INDEX, IDS_LAG = range(8)
+"""Indices into `DeviceStep.counts`; of the last one see `kernels.stage_link`."""
 
 FROM_SLOT = -1
 """Token id that stands for the slot's latest sampled token."""

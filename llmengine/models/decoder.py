@@ -76,7 +76,10 @@ class Segments(Protocol):
         """
 
     def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
-        """Logits float32 [num_samples, vocab] after the last layer, see `forward`."""
+        """Logits float32 [num_samples, vocab] after the last layer, see `forward`.
+
+        In a stage that is not the last, the hidden states [num_tokens, hidden] after its last layer.
+        """
 
 
 def forward(segments: Segments, x: Tensor, attend: Attend, sample_tokens: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ def test_starts_with_two_steps_where_the_backend_takes_them(limit: int, least: i
     assert run_second(run_ahead, BUSY) == (limit > 1)
 
 
-def test_a_backend_that_computes_in_collect_is_not_kept_waiting() -> None:
+def test_a_backend_that_wants_early_launches_is_not_kept_waiting() -> None:
     run_ahead = RunAhead(2, may_wait=False)
     assert {run(run_ahead, BUSY) for _ in range(100)} == {2}
     assert not run_second(run_ahead, BUSY)

@@ -21,6 +21,7 @@ import torch
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
 from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.sampling import PendingLogprobs, PendingPromptLogprobs
+from llmengine.backends.cuda.stage_link import IdsLag
 from llmengine.backends.cuda.step_buffer import SlotStateUpdater, in_mixed_order
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import StepStream
@@ -30,9 +31,6 @@ from llmengine.backends.logit_edits import mask_words
 from llmengine.backends.prompt_logprobs import PromptLogprobs, WantedLogprobs
 from llmengine.backends.row_errors import no_token_message
 from llmengine.batch import BackendInfo, Batch, StepResult
-
-STEPS_IN_FLIGHT = 8
-"""Most steps that are launched and not collected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +72,7 @@ class CudaBackend:
         self._warmup: GraphWarmup | None = parts.warmup
         self._slots = SlotStateUpdater(parts.sizes.decodes[-1], parts.pool.max_blocks_per_request)
         self._prompt_logprobs = PromptLogprobs(parts.info.vocab_size)
+        self._ids_lag = None if parts.program.model.link is None else IdsLag()
         self._pending: deque[_PendingStep] = deque()
         self._next_ring_index = 0
 
@@ -85,19 +84,20 @@ class CudaBackend:
         """Queue one step; returns when the device has all that it needs."""
         program = self._program
         assert program is not None, "the backend is closed"
-        assert len(self._pending) < STEPS_IN_FLIGHT
+        assert len(self._pending) < self._info.max_steps_in_flight
         with torch.inference_mode():
             if program.sampler.prepare(batch, mask_words(batch.masks)):
                 self._forget_draws()
             wanted = self._take_wanted_logprobs(batch)
             # Log-probabilities need all logits in one place, which greedy steps that ranks share do without.
-            draws = program.sampler.draws(batch.rows, with_logprobs=program.is_shared)
+            draws = program.sampler.draws(batch.rows, with_logprobs=program.model.peers is not None)
             bucket = self._sizes.bucket_of(batch, draws=draws, needs_mixed=bool(wanted))
             ring_index = self._next_ring_index
             self._next_ring_index = (ring_index + 1) % program.ring.depth
             buffer = program.buffer(bucket)
             updates = self._slots.updates(batch.rows, batch.slot_inits)
-            sampled = buffer.fill(batch, updates, bucket, ring_index)
+            ids_lag = 0 if self._ids_lag is None else self._ids_lag.of(batch)
+            sampled = buffer.fill(batch, updates, bucket, ring_index, ids_lag)
             before = self._pending[-1].ring_index if self._pending else None
             self._stream.mark_begin(ring_index)
             program.send(bucket, ring_index, self._stream)
@@ -144,12 +144,13 @@ class CudaBackend:
         """Yield the logits of a step with one row, of a bounded number of tokens at a time; see `ScoringBackend`."""
         program = self._program
         assert program is not None, "the backend is closed"
-        assert len(self._pending) < STEPS_IN_FLIGHT
+        assert len(self._pending) < self._info.max_steps_in_flight
         bucket = self._sizes.bucket_of(batch, draws=False, needs_mixed=True)
         ring_index = self._next_ring_index
         self._next_ring_index = (ring_index + 1) % program.ring.depth
         updates = self._slots.updates(batch.rows, batch.slot_inits)
-        program.buffer(bucket).fill(batch, updates, bucket, ring_index)
+        ids_lag = 0 if self._ids_lag is None else self._ids_lag.of(batch)
+        program.buffer(bucket).fill(batch, updates, bucket, ring_index, ids_lag)
         program.send(bucket, ring_index, self._stream)
         yield from program.run_for_logits(bucket, batch.num_tokens, self._sizes)
         self._stream.synchronize()  # the host's side of the buffer is free again

@@ -1,14 +1,15 @@
 """What rank 0 tells the other ranks of a shared model, and how they follow.
 
-Rank 0 decides; the others queue the same work in the same order, so that none enters a collective alone. They get a
-step as the bytes that rank 0 copies to its own device, and never see a request::
+Rank 0 decides; the others queue the same work in the same order, so that none enters a collective alone, or the same
+steps, if they are of another stage. They get a step as the bytes that rank 0 copies to its own device, and never see a
+request::
 
     rank 0     fill N, tell, send, replay | fill N+1, tell, send, replay | wait for N, ...
     rank 1     ....... take, send, replay ....... take, send, replay
     devices    ....... step N: sums and ids with each other | step N+1 ...
 
 A mirror of the step buffer is written again when rank 0 has seen its step end. The others have copied it by then, as
-rank 0's step ends with sums that they take part in after their copy.
+rank 0's step ends with sums that they take part in after their copy, or begins with what they send after it.
 """
 
 from __future__ import annotations
@@ -50,9 +51,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunToLast:
-    """A step up to its last attention."""
+    """A step up to its last attention; stages before the last run it to its end.
+
+    Attributes:
+        samples: `Finish` follows; else the step samples nothing.
+    """
 
     bucket: Bucket
+    samples: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class NextWeight:
-    """Each rank answers with its tensor of the next canonical weight, or of the first if `restarts`."""
+    """Each rank of a stage answers with its part of the next canonical weight, or of the first if `restarts`.
 
+    Ranks of other stages, and those that have no more, answer with nothing.
+    """
+
+    stage: int
     restarts: bool
 
 
@@ -127,7 +137,9 @@ class Follower:
             bucket = message.bucket
             self._graphs.follow(bucket, partial(program.run, bucket), captures=message.captures)
         elif isinstance(message, RunToLast):
-            self._begun = program.run_to_last(message.bucket)
+            self._begun = program.begin(message.bucket, samples=message.samples)
+        elif not program.model.has_head:
+            pass  # the stage has done its part
         elif isinstance(message, RunLast):
             assert self._begun is not None
             program.model.last(*self._begun, program.sampler.to_device(message.tokens, torch.int32))

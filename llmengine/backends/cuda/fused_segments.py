@@ -76,7 +76,7 @@ class SegmentsContext:
 
     Attributes:
         weights: in their places on the device but perhaps not filled yet.
-        logits: fp32 [max_batch_size, vocab], to which `last` writes.
+        logits: fp32 [max_batch_size, vocab], to which `last` writes; without rows in a stage that is not the last.
         pdl: kernels may start before those ahead of them have ended.
         peers: if the model is a shard: the results of `o` and `down` are summed over the ranks.
     """
@@ -175,13 +175,17 @@ class FusedSegments:
         # Of a shard: what this rank adds to a sum, and the norm of what the sum was added to.
         self._part = None if peers is None else buffer(max_tokens, arch.hidden_size)
         self._normed = None if peers is None else buffer(max_tokens, arch.hidden_size)
-        self._head = weights.matrices["lm_head"]
+        self._head = weights.matrices.get("lm_head")  # None in a stage that is not the last
         self._eps = arch.rms_norm_eps
-        self._final_norm = weights.by_name["final_norm.weight"]
+        self._any_norm = weights.by_name["layers.0.input_norm.weight"]
         ops = LinearOps(self._kernels, self._choose)
         self._layers = [self._bind_layer(ops, weights, f"layers.{index}.") for index in range(arch.num_layers)]
-        self._last_norm = self._norm_of_sum(self._final_norm, self._head)
-        self._lm_head = self._bind_normed(ops, self._final_norm, self._head, None)
+        self._last_norm: RowNorm | None = None
+        self._lm_head: BoundLinear | None = None
+        if self._head is not None:
+            final_norm = weights.by_name["final_norm.weight"]
+            self._last_norm = self._norm_of_sum(final_norm, self._head)
+            self._lm_head = self._bind_normed(ops, final_norm, self._head, None)
         self._layer_matrices = [self._matrices(weights, f"layers.{index}.") for index in range(arch.num_layers)]
         self._dtype = dtype
 
@@ -195,10 +199,10 @@ class FusedSegments:
         Args:
             will_tune: also compile what `tune` measures first, whose time is better spent on measuring.
         """
-        x, inner = self._sampled_x, self._inner[: len(self._logits)]
+        x, inner = self._sampled_x, self._inner[: len(self._sampled_x)]
 
         def run_row_kernels() -> None:
-            self._kernels.normed(x, self._final_norm, self._eps)
+            self._kernels.normed(x, self._any_norm, self._eps)
             silu_and_mul(inner.new_zeros(len(inner), 2 * inner.shape[1]), inner, self._kernels.pdl)
 
         products: dict[tuple[GemmShape, LinearConfig], Callable[[], None]] = {}
@@ -232,7 +236,7 @@ class FusedSegments:
         """Products of a step of `num_rows` tokens, each once, in the order of their use."""
         layers = range(len(self._layers))
         shapes = dict.fromkeys(shape for layer in layers for shape in self._shapes_of_layer(layer, num_rows))
-        if num_rows < 2 * len(self._logits):
+        if self._head is not None and num_rows < 2 * len(self._logits):
             operation = self._operation("norm_linear", self._head)
             shapes |= dict.fromkeys(product_shapes(operation, num_rows, self._head, self._dtype, torch.float32))
         return list(shapes)
@@ -270,7 +274,7 @@ class FusedSegments:
 
         The layers are among those that have the shape. If it has more rows than the largest step, that step is timed.
         """
-        is_head = (shape.n, shape.k) == self._head.shape
+        is_head = self._head is not None and (shape.n, shape.k) == self._head.shape
         num_rows = min(shape.num_rows, len(self._logits) if is_head else len(self._qkv))
         layers = [layer for layer in range(len(self._layers)) if shape in self._shapes_of_layer(layer, shape.num_rows)]
         layer_bytes = sum(matrix.size_bytes for _, matrix in self._layer_matrices[(layers or [0])[0]])
@@ -285,7 +289,7 @@ class FusedSegments:
                 self._layers[layer].qkv(x, self._qkv[:num_rows])
                 self._layers[layer].o(attended, x)
                 self._layers[layer].mlp(x, self._inner[:num_rows], x)
-            if is_head:
+            if is_head and self._lm_head is not None:
                 self._lm_head(x, self._logits[:num_rows])
 
         try:
@@ -308,6 +312,10 @@ class FusedSegments:
         return x, qkv
 
     def last(self, attended: Tensor, x: Tensor, sample_tokens: Tensor | None) -> Tensor:
+        if self._lm_head is None:
+            assert sample_tokens is None, "the next stage wants all tokens"
+            self._finish(len(self._layers) - 1, attended, x, None)
+            return x
         if sample_tokens is not None:
             num_samples = len(sample_tokens)
             attended = torch.index_select(attended, 0, sample_tokens, out=self._sampled_attended[:num_samples])

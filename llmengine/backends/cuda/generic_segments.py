@@ -69,15 +69,20 @@ def generic_segments(context: SegmentsContext) -> TunableSegments:
             mlp_out_norm=norm(prefix + "mlp_out_norm"),
         )
 
-    head = weights.matrices["lm_head"]
-    segments = TorchSegments(
-        layers=[layer(f"layers.{index}.") for index in range(arch.num_layers)],
-        final_norm=CudaNorm(weights.by_name["final_norm.weight"], arch.rms_norm_eps),
-        lm_head=CudaLinear(ops.norm_linear(None, 0.0, head), head.shape[0], context.logits),
-        act_and_mul=ACT_AND_MUL[arch.hidden_act],
-        logit_scale=arch.logit_scale,
-        logit_soft_cap=arch.logit_soft_cap,
-    )
+    layers = [layer(f"layers.{index}.") for index in range(arch.num_layers)]
+    act_and_mul = ACT_AND_MUL[arch.hidden_act]
+    head = weights.matrices.get("lm_head")
+    if head is None:
+        segments = TorchSegments(layers, _unchanged, _unchanged, act_and_mul, logit_scale=1.0, logit_soft_cap=None)
+    else:
+        segments = TorchSegments(
+            layers,
+            final_norm=CudaNorm(weights.by_name["final_norm.weight"], arch.rms_norm_eps),
+            lm_head=CudaLinear(ops.norm_linear(None, 0.0, head), head.shape[0], context.logits),
+            act_and_mul=act_and_mul,
+            logit_scale=arch.logit_scale,
+            logit_soft_cap=arch.logit_soft_cap,
+        )
     products = "Triton and cuBLASLt products" if weights.quantized else "cuBLASLt"
     if context.config.deterministic:
         products = "Triton products of a fixed order"
@@ -96,6 +101,12 @@ def _shapes(context: SegmentsContext) -> Iterator[GemmShape]:
         for rows in ROW_BUCKETS if name != "embed_tokens" else ():
             if rows < 2 * most:
                 yield from product_shapes("norm_linear", rows, matrix, dtype, logits.dtype if is_head else dtype)
+
+
+def _unchanged(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The norm and the output matrix of a stage that has neither."""
+    assert residual is None
+    return x
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
-from llmengine.backends.cuda.backend import STEPS_IN_FLIGHT, CudaBackend, CudaParts
+from llmengine.backends.cuda.backend import CudaBackend, CudaParts
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
 from llmengine.backends.cuda.following import Run, Tell
 from llmengine.backends.cuda.fused_segments import SegmentsFactory
@@ -24,6 +24,7 @@ from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.memory_errors import memory_error_context
 from llmengine.backends.cuda.model import CudaModel, build_cuda_model
 from llmengine.backends.cuda.peers import Peers
+from llmengine.backends.cuda.stage_link import StageLink
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import CudaStream, HostStream, StepStream
 from llmengine.backends.cuda.warmup import GraphWarmup, load_and_compile, tune
@@ -41,23 +42,25 @@ _logger = logging.getLogger("llmengine.backends.cuda.backend")
 _DEFAULT_FRACTION = 0.9
 """Share of the free memory that the KV cache takes unless told otherwise."""
 
-_DEPTH = STEPS_IN_FLIGHT + 1
-"""Steps whose arrays exist at once: those in flight, and the one that is being written."""
+STEPS_IN_FLIGHT = 8
+"""Most steps that are launched and not collected; of a pipeline, each of them is as many as there are stages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How one rank of several loads its shard of a model.
+    """How one rank of several loads its part of a model.
 
     Attributes:
-        peers: the others.
+        peers: those that have the other shards of its stage; None if it has all of it.
+        link: its place among the stages; None if there is one.
         agree: (layout, most tokens of a request, free bytes of the device) of this rank -> its pool, of as many blocks
             as on every other rank.
         await_others: called when all is ready but graphs; returns when it is on the other ranks.
         tell: on rank 0, tells the others what it queues.
     """
 
-    peers: Peers
+    peers: Peers | None
+    link: StageLink | None
     agree: Callable[[KvLayout, int, int], KvPool]
     await_others: Callable[[], None]
     tell: Tell | None
@@ -106,7 +109,7 @@ def load_cuda_parts(
     Args:
         config: resolved.
         segments_factory: builds what computes between the attentions.
-        sharing: if `source` is a shard of a model, whose other shards other ranks load at the same time.
+        sharing: if `source` is a part of a model, whose other parts other ranks load at the same time.
 
     Raises:
         OutOfMemoryError: weights, activations or a useful KV cache do not fit.
@@ -118,26 +121,28 @@ def load_cuda_parts(
     sizes = BucketSizes.of(config.scheduler_config, only_mixed=config.deterministic)
     limit = context_limit(config, source.arch)
     with torch.inference_mode():
-        peers, tell = (None, None) if sharing is None else (sharing.peers, sharing.tell)
-        model = _allocate_model(config, source, device, limit, segments_factory, peers)
+        model = _allocate_model(config, source, device, limit, segments_factory, sharing)
         layout = cuda_kv_layout(config, source.arch, model.dtype)
         if sharing is None:
             pool = fit_cuda_pool(layout, config, limit, _free_bytes(device))
         else:
             pool = sharing.agree(layout, limit, _free_bytes(device))
         component = f"KV cache: {pool.size_bytes / 2**20:.0f} MiB, and what steps need beside it,"
+        tell = None if sharing is None else sharing.tell
+        steps_in_flight = STEPS_IN_FLIGHT * config.parallel_config.pp_size
+        depth = steps_in_flight + 1  # one more is being written
         with memory_error_context(component, device, "lower kv_cache_config.free_memory_fraction"):
-            program = StepProgram.allocate(model, pool, config, _DEPTH, tell)
+            program = StepProgram.allocate(model, pool, config, depth, tell)
             load_and_compile(program, sizes, source)
             tune(program, config.tuning_budget_s)
-            stream: StepStream = CudaStream.open(_DEPTH) if device.type == "cuda" else HostStream()
+            stream: StepStream = CudaStream.open(depth) if device.type == "cuda" else HostStream()
             if sharing is not None:
                 sharing.await_others()
             graphs: GraphCache[Bucket] = GraphCache(device, stream, None if tell is None else _announcing(tell))
             warmup = GraphWarmup(program, graphs, sizes, stream)
-            if device.type == "cuda" and (peers is None or peers.is_first):
+            if device.type == "cuda" and (sharing is None or tell is not None):
                 warmup.capture_first()
-    info = _info(config, source, model, pool, device)
+    info = replace(_info(config, source, model, pool, device), max_steps_in_flight=steps_in_flight)
     _logger.info("%s; KV cache of %d tokens", info.description, pool.num_tokens)
     return CudaParts(device, info, sizes, pool, program, stream, graphs, warmup)
 
@@ -171,14 +176,15 @@ def _allocate_model(
     device: torch.device,
     limit: int,
     segments_factory: SegmentsFactory,
-    peers: Peers | None,
+    sharing: Sharing | None,
 ) -> CudaModel:
     """Allocate weights and activations, and build the model on them."""
     weights = allocate_weights(config, source, device)
     scheduler = config.scheduler_config
+    peers, link = (None, None) if sharing is None else (sharing.peers, sharing.link)
     limits = f"max_tokens_per_step={scheduler.max_tokens_per_step} and max_batch_size={scheduler.max_batch_size}"
     with memory_error_context(f"activations: buffers for {limits}", device, "lower these of scheduler_config"):
-        return build_cuda_model(source.arch, weights, config, limit, segments_factory, peers)
+        return build_cuda_model(source.arch, weights, config, limit, segments_factory, peers, link)
 
 
 def _info(
@@ -200,7 +206,6 @@ def _info(
         kv_bytes_per_block=pool.layout.bytes_per_block,
         kv_dtype=pool.layout.kv_dtype,
         weight_bytes=model.weights.size_bytes,
-        max_steps_in_flight=STEPS_IN_FLIGHT,
         has_prompt_logprobs=True,
     )
 

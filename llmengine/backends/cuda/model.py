@@ -14,6 +14,7 @@ from llmengine.backends.cuda.buckets import Bucket
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments
 from llmengine.backends.cuda.generic_segments import head_norm
 from llmengine.backends.cuda.peers import Peers
+from llmengine.backends.cuda.stage_link import StageLink
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.attention import AttentionConfig
@@ -54,7 +55,7 @@ class Activations:
         hidden: [max_tokens_per_step, hidden].
         attended: [max_tokens_per_step, num_heads * head_dim].
         workspace: scratch of the decode attention.
-        logits: fp32 [max_batch_size, vocab].
+        logits: fp32 [max_batch_size, vocab]; without rows in a stage that is not the last.
     """
 
     hidden: Tensor
@@ -76,7 +77,7 @@ class Activations:
             hidden=torch.zeros((max_tokens, arch.hidden_size), dtype=dtype, device=device),
             attended=torch.zeros((max_tokens, arch.num_heads * arch.head_dim), dtype=dtype, device=device),
             workspace=attention_workspace(attention, _num_sms(device), device),
-            logits=torch.zeros((max_rows, arch.vocab_size), dtype=torch.float32, device=device),
+            logits=torch.zeros((max_rows if arch.has_head else 0, arch.vocab_size), dtype=torch.float32, device=device),
         )
 
 
@@ -87,12 +88,14 @@ def build_cuda_model(
     limit: int,
     segments_factory: SegmentsFactory,
     peers: Peers | None = None,
+    link: StageLink | None = None,
 ) -> CudaModel:
     """Build a model on weights that are in their places but perhaps not filled yet.
 
     Args:
         limit: most tokens of a request.
         peers: if the model is a shard, the ranks that have the others.
+        link: if it is a stage, its place among the others.
 
     Raises what `segments_factory` does, and `ConfigError` if FlashInfer was asked for by name and cannot be used.
     """
@@ -105,7 +108,7 @@ def build_cuda_model(
     decode_choice = choose_decode(config, attentions, dtype, limit, device, _num_sms(device))
     has_decodes = not config.deterministic
     return CudaModel(
-        arch, weights, layers, activations, segments, decode_choice, peers, pdl=pdl, has_decodes=has_decodes
+        arch, weights, layers, activations, segments, decode_choice, peers, link, pdl=pdl, has_decodes=has_decodes
     )
 
 
@@ -114,6 +117,7 @@ class CudaModel:
 
     Args:
         peers: if the model is a shard, the ranks that have the others.
+        link: if it is a stage, its place among the others.
         pdl: kernels may start before those ahead of them have ended.
         has_decodes: rows of one token are attended to by the decode kernel; otherwise as chunks of one token.
 
@@ -121,8 +125,9 @@ class CudaModel:
         dtype: of the activations.
         device: of everything.
         logits: fp32 [max_batch_size, vocab], the last step's; at a fixed address. On ranks other than 0 of a model
-            that several share, those of the rank's rows of the vocabulary.
-        peers: see above.
+            that several share, those of the rank's rows of the vocabulary; without rows in a stage that is not the
+            last.
+        peers, link: see above.
         query_block: query tokens of a program of the prefill attention.
         tunable_segments: what computes between the attentions.
     """
@@ -136,6 +141,7 @@ class CudaModel:
         tunable_segments: TunableSegments,
         decode_choice: DecodeChoice,
         peers: Peers | None = None,
+        link: StageLink | None = None,
         *,
         pdl: bool,
         has_decodes: bool,
@@ -143,8 +149,9 @@ class CudaModel:
         self.weights = weights
         self.dtype, self.device = weights.dtype, weights.device
         self.peers = peers
+        self.link = link
         self.logits = activations.logits
-        if peers is not None and peers.is_first:
+        if peers is not None and peers.is_first and arch.has_head:
             self.logits = self.logits.new_zeros(len(self.logits), peers.vocab_size)
         self.query_block = query_block_size(layers[0].config, self.dtype)
         self.tunable_segments = tunable_segments
@@ -155,6 +162,11 @@ class CudaModel:
         self._decode_choice = decode_choice
         self._pdl = pdl
         self._has_decodes = has_decodes
+
+    @property
+    def has_head(self) -> bool:
+        """Whether steps end with logits: the model is not a stage before the last."""
+        return self._arch.has_head
 
     def forward_to_last(
         self, step: DeviceStep, state: SlotState, kv: KvBlocks, bucket: Bucket
@@ -168,8 +180,12 @@ class CudaModel:
             kv: the blocks of all layers.
         """
         x = self._activations.hidden[: bucket.num_tokens]
+        if self.link is not None and self._arch.has_embedding:
+            self.link.take_ids(step, state)
         self._embed(step, state, x)
-        if self._arch.embedding_scale != 1.0:
+        if self.link is not None and not self._arch.has_embedding:
+            self.link.take_hidden(x)
+        elif self._arch.embedding_scale != 1.0:
             x.mul_(self._arch.embedding_scale)
         num_rows = min(bucket.num_tokens, len(step.row_slots))
         flashinfer = self._decode_choice.of(num_rows)
@@ -178,7 +194,13 @@ class CudaModel:
         return forward_to_last(self._segments, x, self._attend(step, kv, bucket, flashinfer))
 
     def _embed(self, step: DeviceStep, state: SlotState, x: Tensor) -> None:
-        """Begin a step and write the embeddings of its tokens to x [num_tokens, hidden], not multiplied yet."""
+        """Begin a step and write the embeddings of its tokens to x [num_tokens, hidden], not multiplied yet.
+
+        A stage without an embedding only begins the step.
+        """
+        if not self._arch.has_embedding:
+            begin_step(step, state, None, x)
+            return
         embedding = self.weights.matrices["embed_tokens"]
         if self.peers is not None:
             begin_step(step, state, None, x)
@@ -204,6 +226,11 @@ class CudaModel:
         whole = self.logits[: len(logits)]
         self.peers.gather_logits(logits, whole)
         return whole
+
+    def finish_stage(self, attended: Tensor, x: Tensor) -> None:
+        """End a step in a stage before the last: the next one gets the hidden states of all tokens."""
+        assert self.link is not None
+        self.link.send_hidden(self._segments.last(attended, x, None))
 
     def last_own(self, attended: Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """As `last`, but on all ranks of a model that several share those of the rank's rows of the vocabulary."""

@@ -59,13 +59,13 @@ class DeviceCollectives(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """One rank of several that compute each step together.
+    """One rank of several that compute each step, or their stage of it, together.
 
     Attributes:
         rows: of the vocabulary that each rank has.
         qk_columns: of q and of k, over the heads of all ranks, each counted once.
         counts_keys: whether this rank is the first that has its heads of keys.
-        logits: fp32 [size * max_batch_size * most rows], scratch of rank 0; None on the others.
+        logits: fp32 [size * max_batch_size * most rows], scratch of rank 0 of the last stage; None on the others.
     """
 
     collectives: DeviceCollectives
@@ -78,16 +78,23 @@ class Peers:
     def of(
         cls, collectives: DeviceCollectives, arch: ModelArch, counts_keys: bool, max_rows: int, device: torch.device
     ) -> Peers:
-        """Peers that share the model `arch`, for steps of up to `max_rows` rows of logits, with scratch on `device`."""
+        """Peers that share the model `arch`, for steps of up to `max_rows` rows of logits, with scratch on `device`.
+
+        `arch` may be a stage of a model, whose scratch is needed in the last one only.
+        """
         rows = [vocabulary_range(arch, Shard(rank, collectives.size)) for rank in range(collectives.size)]
         size = len(rows) * max_rows * max(map(len, rows))
-        scratch = None if collectives.rank else torch.zeros(size, dtype=torch.float32, device=device)
+        has_scratch = arch.has_head and not collectives.rank
+        scratch = torch.zeros(size, dtype=torch.float32, device=device) if has_scratch else None
         qk_columns = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         return cls(collectives, rows, qk_columns, counts_keys, scratch)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which samples, and whose terms of sums hold the residuals and biases, if any do."""
+        """Whether this is the first of them, whose terms of sums hold the residuals and biases, if any do.
+
+        In the last stage it is the one that samples.
+        """
         return self.collectives.rank == 0
 
     @property

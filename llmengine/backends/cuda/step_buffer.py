@@ -20,6 +20,7 @@ from llmengine.backends.cuda.stream import StepStream
 from llmengine.batch import Batch, BatchRow, SlotInit
 from llmengine.kernels.step import (
     FROM_SLOT,
+    IDS_LAG,
     NUM_DECODES,
     NUM_QUERY_BLOCKS,
     NUM_ROWS,
@@ -124,11 +125,14 @@ class StepBuffer:
         host = [{name: mirror[place] for name, place in places.items()} for mirror in mirrors.numpy()]
         return cls(step, packed, mirrors, host, query_block, decodes)
 
-    def fill(self, batch: Batch, updates: Sequence[int], bucket: Bucket, ring_index: int) -> list[int]:
+    def fill(
+        self, batch: Batch, updates: Sequence[int], bucket: Bucket, ring_index: int, ids_lag: int = 0
+    ) -> list[int]:
         """Write a step into the mirror `ring_index`; return the slot of each sampled token, -1 for an unwanted one.
 
         Args:
             updates: place and value in turn, see `DeviceStep.updates`.
+            ids_lag: see `stage_link.IdsLag`.
         """
         rows = in_mixed_order(batch.rows) if bucket.mixed else batch.rows
         host = self._host[ring_index]
@@ -152,7 +156,7 @@ class StepBuffer:
         host["sample_slots"][: len(sampled)] = [slot if slot >= 0 else self._dummy_slot for slot in sampled]
         counts = host["counts"]
         counts[NUM_TOKENS], counts[NUM_ROWS], counts[NUM_SAMPLES] = num_tokens, len(rows), len(sampled)
-        counts[RING_INDEX], counts[NUM_UPDATES] = ring_index, len(updates) // 2
+        counts[RING_INDEX], counts[NUM_UPDATES], counts[IDS_LAG] = ring_index, len(updates) // 2, ids_lag
         host["updates"][: len(updates)] = updates
         self._num_update_words = len(updates)
         return sampled

@@ -90,7 +90,7 @@ class StepProgram:
     @property
     def is_shared(self) -> bool:
         """Whether other ranks compute each step too, so that one that is broken off breaks them all."""
-        return self.model.peers is not None
+        return self.model.peers is not None or self.model.link is not None
 
     def send(self, bucket: Bucket, ring_index: int, stream: StepStream) -> None:
         """Queue the copy of what the last `fill` of the bucket's buffer wrote."""
@@ -107,7 +107,7 @@ class StepProgram:
         self, bucket: Bucket, wanted: Sequence[WantedLogprobs], sizes: BucketSizes
     ) -> PendingPromptLogprobs:
         """Queue a mixed step and the logits of prompt tokens; never from a graph, since there is any number of them."""
-        attended, x = self._begin(bucket)
+        attended, x = self._begin(bucket, samples=True)
         prompt_logprobs = self.sampler.prompt_logprobs(wanted, partial(self._last, attended, x), sizes.samples)
         if self._tell is not None:
             self._tell(Finish(bucket))
@@ -119,7 +119,7 @@ class StepProgram:
 
         Each tensor is overwritten when the next one is asked for.
         """
-        attended, x = self._begin(bucket)
+        attended, x = self._begin(bucket, samples=False)
         last = partial(self._last, attended, x)
         for used, logits in self.sampler.logits_of(range(num_tokens), last, sizes.samples):
             yield logits[:used]
@@ -151,6 +151,8 @@ class StepProgram:
         steps = {bucket: self._buffers[bucket.mixed].step for bucket in (mixed, decodes[-1])}
         model = self.model.compilations(steps, self.state, self.kv)
         calls = [*model, *self.model.tunable_segments.compilations]
+        if not self.model.has_head:
+            return calls
         if self.model.peers is None:
             calls.append(partial(self.run_sampling, decodes[-1], self.model.logits[: decodes[-1].num_samples]))
         if self.model.peers is None or self.model.peers.is_first:
@@ -162,17 +164,38 @@ class StepProgram:
         return self.model.forward_to_last(self._buffers[bucket.mixed].step, self.state, self.kv, bucket)
 
     def run_last(self, bucket: Bucket, attended: Tensor, x: Tensor) -> None:
-        """Queue the part of a step that comes after the last attention, for the tokens that sample."""
+        """Queue the part of a step that comes after the last attention, for the tokens that sample.
+
+        In a stage before the last, for all tokens, which the next one gets.
+        """
+        if not self.model.has_head:
+            self.model.finish_stage(attended, x)
+            return
         step = self._buffers[bucket.mixed].step
         tokens = step.sample_tokens[: bucket.num_samples] if bucket.mixed else None
         # What is simply likeliest can be found in parts; anything else needs the logits in one place.
         last = self.model.last if bucket.draws or self.model.peers is None else self.model.last_own
         self.run_sampling(bucket, last(attended, x, tokens))
+        if self.model.link is not None:
+            self.model.link.send_ids(step, self.state)
 
-    def _begin(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+    def begin(self, bucket: Bucket, *, samples: bool) -> tuple[Tensor, Tensor]:
+        """As `run_to_last`; in a stage before the last all of the step.
+
+        Args:
+            samples: `run_last` follows, if there is a head; else the step ends here.
+        """
+        begun = self.run_to_last(bucket)
+        if not self.model.has_head:
+            self.run_last(bucket, *begun)
+        elif not samples and self.model.link is not None:
+            self.model.link.send_ids(self._buffers[bucket.mixed].step, self.state)
+        return begun
+
+    def _begin(self, bucket: Bucket, *, samples: bool) -> tuple[Tensor, Tensor]:
         if self._tell is not None:
-            self._tell(RunToLast(bucket))
-        return self.run_to_last(bucket)
+            self._tell(RunToLast(bucket, samples))
+        return self.begin(bucket, samples=samples)
 
     def _last(self, attended: Tensor, x: Tensor, tokens: Sequence[int]) -> Tensor:
         """The logits of some of the step's tokens, see `CudaModel.last`."""

@@ -14,7 +14,7 @@ from llmengine.backends.cuda.memory_errors import memory_error_context
 from llmengine.backends.cuda.upload import Uploads
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
-from llmengine.dtypes import torch_dtype
+from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import ConfigError, UnsupportedModelError
 from llmengine.kernels.embedding import has_rows, look_up
 from llmengine.kernels.linear_ops import DeviceMatrix, quantized_matrix
@@ -39,7 +39,7 @@ class CudaWeights:
         arch: of the model.
         by_name: norms, biases and dense matrices, as `ModelFormats.layout` names them.
         matrices: by canonical name less ".weight"; "lm_head" is among them also where it is
-            the embedding, or a quantized copy of it.
+            the embedding, or a quantized copy of it, but not in a stage without one.
         dtype: of the activations.
     """
 
@@ -61,14 +61,14 @@ class CudaWeights:
         for name in matrix_shapes(arch):
             if name not in matrices:
                 matrices[name] = Matrix.dense(by_name[f"{name}.weight"])
-        if arch.tie_word_embeddings:
+        if arch.tie_word_embeddings and arch.has_head:
             matrices.setdefault("lm_head", matrices["embed_tokens"])
         return cls(arch, by_name, matrices, dtype)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.by_name["final_norm.weight"].device
+        return next(iter(self.by_name.values())).device
 
     def norm(self, name: str) -> Tensor | None:
         """The weight [size] of a norm by canonical name less ".weight", None if the model does not have it."""
@@ -100,6 +100,11 @@ class CudaWeights:
                 yield name, self.by_name[name].cpu()
 
 
+def activation_dtype(config: ModelConfig, source: ModelSource) -> ModelDType:
+    """The dtype that the activations of a model have."""
+    return source.checkpoint_dtype if config.dtype == "auto" else config.dtype
+
+
 def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.device) -> CudaWeights:
     """Allocate all weights of `source` on the device, without filling them.
 
@@ -107,7 +112,7 @@ def allocate_weights(config: ModelConfig, source: ModelSource, device: torch.dev
     for the kernels, and `OutOfMemoryError` if the weights do not fit.
     """
     _check_sizes(source.arch)
-    dtype = source.checkpoint_dtype if config.dtype == "auto" else config.dtype
+    dtype = activation_dtype(config, source)
     matrices = partial(_quantized_matrices, source, torch_dtype(dtype))
     names = matrices("meta").keys()
     layout = source.formats.layout(source.arch, dtype)
@@ -128,7 +133,8 @@ def _quantized_matrices(
 ) -> dict[str, QuantizedMatrix]:
     """The quantized matrices, to be filled, by canonical name less ".weight"."""
     shapes = matrix_shapes(source.arch)
-    if source.arch.tie_word_embeddings and source.formats.of("lm_head") != source.formats.of("embed_tokens"):
+    tied = source.arch.tie_word_embeddings and source.arch.has_head
+    if tied and source.formats.of("lm_head") != source.formats.of("embed_tokens"):
         shapes["lm_head"] = shapes["embed_tokens"]
     matrices: dict[str, QuantizedMatrix] = {}
     for name, shape in shapes.items():
@@ -196,7 +202,8 @@ def load_weights(weights: CudaWeights, source: ModelSource) -> None:
             _upload_quantized(uploads, matrix, arrived)
             arrived = {}
     assert not arrived, sorted(arrived)
-    if weights.arch.tie_word_embeddings and quantized.get("lm_head") is not quantized.get("embed_tokens"):
+    tied = weights.arch.tie_word_embeddings and weights.arch.has_head
+    if tied and quantized.get("lm_head") is not quantized.get("embed_tokens"):
         _fill_rounding(uploads, quantized["lm_head"], partial(_embedding_rows, weights))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from llmengine.backends.cuda.peers import DeviceCollectives
@@ -79,7 +79,7 @@ class NcclCollectives:
     """
 
     def __init__(
-        self, store: TCPStore, rank: int, size: int, device: torch.device, *, deterministic: bool = False
+        self, store: Store, rank: int, size: int, device: torch.device, *, deterministic: bool = False
     ) -> None:
         self.rank, self.size = rank, size
         self._device = device

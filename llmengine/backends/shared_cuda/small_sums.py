@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives, add_sum_in_steps
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
@@ -185,7 +185,7 @@ def _sum_in(way: Way, other: RankCollectives, memory: PeerMemory) -> Callable[[T
     return lambda tensor: sum_over_peers(memory, tensor, shots)
 
 
-def with_small_sums(nccl: NcclCollectives, store: TCPStore, device: torch.device) -> RankCollectives:
+def with_small_sums(nccl: NcclCollectives, store: Store, device: torch.device) -> RankCollectives:
     """Meet the other ranks, which call this too; sums are done by what is fastest at each size.
 
     Where GPUs cannot map each other's memory, that is NCCL.

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 
+from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.backends.ranks.backend import PreparingRanksBackend
+from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
-from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from llmengine.rank_hosts import RankHosts
 
 
 def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **settings: Any) -> CudaBackend:
@@ -25,3 +33,37 @@ def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **set
     ).resolve()
     source = quantized_source(open_model(directory), config.quant_config)
     return load_cuda_backend(config, source, torch.device(device, 0))
+
+
+@contextmanager
+def load_shared(
+    directory: Path,
+    device: str,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    rank_hosts: RankHosts | None = None,
+    **settings: Any,
+) -> Iterator[PreparingRanksBackend]:
+    """As `load_cuda`, over `tp_size * pp_size` ranks; skips the test where there are too few GPUs."""
+    size = tp_size * pp_size
+    if device == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    config = ModelConfig(
+        directory,
+        scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
+        parallel_config=ParallelConfig(tp_size=tp_size, pp_size=pp_size),
+        **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
+    ).resolve()
+    source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
+    devices = [torch.device(device, rank if device == "cuda" else 0) for rank in range(size)]
+    backend = load_shared_cuda_backend(config, source, devices, rank_hosts=rank_hosts)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def ranks() -> set[psutil.Process]:
+    """Processes of ranks that this one started."""
+    found = psutil.Process().children(recursive=True)
+    return {one for one in found if any("ranks/process.py" in word for word in one.cmdline())}

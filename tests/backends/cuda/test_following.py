@@ -28,10 +28,10 @@ MIXED, DECODES = Bucket(96, 8, mixed=True, draws=True), Bucket(16, 16, mixed=Fal
         [Inputs(True, 3, b"\0\1\2\3"), Run(MIXED, captures=False)],
         [Inputs(False, 0, b""), Run(DECODES, captures=True)],
         [Run(DECODES, captures=True)],
-        [Inputs(True, 8, b"some"), RunToLast(MIXED)],
+        [Inputs(True, 8, b"some"), RunToLast(MIXED, samples=False)],
         [RunLast([4, 0, 2])],
         [Finish(MIXED)],
-        [NextWeight(restarts=True)],
+        [NextWeight(1, restarts=True)],
     ],
 )
 def test_messages_arrive_as_they_were(messages: Sequence[Message]) -> None:

@@ -4,53 +4,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from benchmarks.pretended_hosts import PretendedHosts
-from llmengine.backends.blocks_in_use import source_in_use
 from llmengine.backends.ranks.backend import PreparingRanksBackend
-from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
 from llmengine.checkpoints.opening import open_model
-from llmengine.checkpoints.quantized_source import quantized_source
-from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.config import QuantConfig
 from llmengine.errors import EngineDeadError
-from llmengine.rank_hosts import RankHosts
 from llmengine.sampling_params import SamplingParams
-from tests.backends.cuda.helpers import load_cuda
+from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
 from tests.backends.helpers import BackendDriver, DrivenRequest, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
 ONE_LAYER = {**SMALL, "num_hidden_layers": 1}
 PROMPT = [5, 90, 17, 44, 23, 8, 71]
-
-
-@contextmanager
-def load_shared(
-    directory: Path, device: str, size: int, rank_hosts: RankHosts | None = None, **settings: Any
-) -> Iterator[PreparingRanksBackend]:
-    """As `helpers.load_cuda`, over `size` ranks."""
-    if device == "cuda" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
-    config = ModelConfig(
-        directory,
-        scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
-        **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
-    ).resolve()
-    source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
-    devices = [torch.device(device, rank if device == "cuda" else 0) for rank in range(size)]
-    backend = load_shared_cuda_backend(config, source, devices, rank_hosts=rank_hosts)
-    try:
-        yield backend
-    finally:
-        backend.close()
 
 
 @dataclass(frozen=True)
@@ -69,12 +42,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Sh
     reference = save_tiny(directory, **SMALL, attention_bias=True, mlp_bias=True)
     with load_shared(directory, device, 2) as backend:
         yield Shared(directory, reference, backend, BackendDriver(backend))
-
-
-def ranks() -> set[psutil.Process]:
-    """Processes of ranks that this one started."""
-    found = psutil.Process().children(recursive=True)
-    return {one for one in found if any("ranks/process.py" in word for word in one.cmdline())}
 
 
 def test_tokens_of_steps_in_flight_are_those_of_one_process(shared: Shared) -> None:
@@ -98,7 +65,7 @@ def test_tokens_of_steps_in_flight_are_those_of_one_process(shared: Shared) -> N
 def test_ranks_on_two_hosts_give_the_same_tokens(shared: Shared, device: str) -> None:
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    with load_shared(shared.directory, device, 2, PretendedHosts((0, 1))) as backend:
+    with load_shared(shared.directory, device, 2, rank_hosts=PretendedHosts((0, 1))) as backend:
         driver = BackendDriver(backend)
         request = driver.add(0, PROMPT)
         for count in (len(PROMPT), 1, 1):

@@ -1,0 +1,74 @@
+"""A rank's place among the stages of a pipeline: what it takes from the stage before, and gives to the one after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmengine.batch import Batch
+from llmengine.kernels.stage_link import LinkMemory, send_hidden, send_ids, take_hidden, take_ids
+from llmengine.kernels.step import IDS_LAG, DeviceStep, SlotState
+
+Wait = Callable[[int], None]
+"""Waits on the host until the step has arrived that is so many before the one that begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLink:
+    """Implements what stages tell each other in a step, queued in the current stream; a CUDA graph can hold it.
+
+    Every step begins with `take_ids` or `take_hidden` and ends with `send_hidden` or `send_ids`, as the stage is the
+    first or the last, or not.
+
+    Attributes:
+        wait: called before what waits is queued, where that is done when it is queued; None on GPUs.
+    """
+
+    memory: LinkMemory
+    wait: Wait | None = None
+
+    def take_ids(self, step: DeviceStep, state: SlotState) -> None:
+        """See `kernels.stage_link.take_ids`."""
+        if self.wait is not None:
+            depth = self.memory.layout.depth
+            self.wait(min(int(step.counts[IDS_LAG]) or depth, depth))
+        take_ids(self.memory, step, state)
+
+    def take_hidden(self, x: Tensor) -> None:
+        """See `kernels.stage_link.take_hidden`."""
+        if self.wait is not None:
+            self.wait(0)
+        take_hidden(self.memory, x)
+
+    def send_hidden(self, x: Tensor) -> None:
+        """See `kernels.stage_link.send_hidden`."""
+        send_hidden(self.memory, x)
+
+    def send_ids(self, step: DeviceStep, state: SlotState) -> None:
+        """See `kernels.stage_link.send_ids`."""
+        send_ids(self.memory, step, state)
+
+
+class IdsLag:
+    """How many steps ago the ids were sampled that a step takes from the slots."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._sampled_in: dict[int, int] = {}
+
+    def of(self, batch: Batch) -> int:
+        """The lag of the next step, as `DeviceStep.counts` has it; 0 if all ids come with it. Each step is told once.
+
+        Steps that are queued without a batch, for a capture, do not count: a lag that is too short waits for a later
+        step than is needed, and never for the step itself.
+        """
+        self._number += 1
+        sampled_in, needed = self._sampled_in, 0
+        for row in batch.rows:
+            if len(row.token_ids) < row.num_tokens:
+                needed = max(needed, sampled_in.get(row.slot, 0))
+            if row.sample:
+                sampled_in[row.slot] = self._number
+        return self._number - needed if needed else 0

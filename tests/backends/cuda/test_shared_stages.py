@@ -1,0 +1,162 @@
+"""Pipeline parallelism of the CUDA backend with real processes: on GPUs, or on a CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.pretended_hosts import PretendedHosts
+from llmengine.backends.ranks.backend import PreparingRanksBackend
+from llmengine.checkpoints.opening import open_model
+from llmengine.config import QuantConfig
+from llmengine.errors import ConfigError, EngineDeadError
+from llmengine.sampling_params import SamplingParams
+from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
+from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
+from tests.models.family_helpers import make_family
+
+SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
+PROMPTS = [[5, 90, 17, 44, 23, 8, 71], [3, 60], [99, 1, 45]]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model in two stages, and transformers' own."""
+
+    directory: Path
+    reference: Any
+    backend: PreparingRanksBackend
+    driver: BackendDriver
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Staged]:
+    directory = tmp_path_factory.mktemp("tiny")
+    reference = save_tiny(directory, **SMALL, attention_bias=True, mlp_bias=True)
+    with load_shared(directory, device, pp_size=2) as backend:
+        yield Staged(directory, reference, backend, BackendDriver(backend))
+
+
+def test_tokens_of_steps_in_flight_are_those_of_one_process(staged: Staged) -> None:
+    """The first stage gets the ids that the last one sampled while no host has seen them."""
+    backend, driver = staged.backend, staged.driver
+    requests = [driver.add(slot, prompt) for slot, prompt in enumerate(PROMPTS)]
+    driver.step(*[(request, len(request.token_ids)) for request in requests])
+    for _ in range(2):
+        backend.launch(driver.batch(*[(request, 1) for request in requests]))
+        for request in requests:
+            request.token_ids.append(-1)
+    for behind in (2, 1):
+        result = backend.collect()
+        for request in requests:
+            [request.token_ids[-behind]] = result.token_ids[request.slot]
+    assert [one.output_ids for one in requests] == [
+        reference_greedy(staged.reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
+    ]
+
+
+def test_log_probabilities_of_prompts_and_scores(staged: Staged) -> None:
+    """Neither leaves a stage waiting: another step follows each."""
+    driver, prompt = staged.driver, PROMPTS[0]
+    params = SamplingParams(temperature=1.0, top_k=1, logprobs=2, prompt_logprobs=2)
+    request = driver.add(1, prompt, params)
+    result = driver.step((request, len(prompt)))
+    assert request.output_ids == reference_greedy(staged.reference, prompt, 1)
+    expected = reference_logprobs(staged.reference, prompt)
+    for entry, row, token in zip(result.prompt_logprobs[1], expected, prompt[1:], strict=False):
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert entry.top_ids == tuple(row.topk(2).indices.tolist())
+    for slot in (0, 2, 3, 0, 2):  # more often than hidden states have places
+        scored = driver.add(slot, prompt)
+        logits = [rows.float().cpu().clone() for rows in staged.backend.score(driver.batch((scored, len(prompt))))]
+        torch.testing.assert_close(torch.log_softmax(torch.cat(logits), dim=-1), expected, atol=2e-4, rtol=0)
+        driver.release(scored)
+    again = driver.add(3, prompt)
+    assert driver.generate([again], 2) == [reference_greedy(staged.reference, prompt, 2)]
+
+
+def test_quiet_moments_are_used_together(staged: Staged) -> None:
+    assert staged.backend.prepare()
+    request = staged.driver.add(0, PROMPTS[1])
+    assert staged.driver.generate([request], 1) == [reference_greedy(staged.reference, PROMPTS[1], 1)]
+
+
+def test_the_whole_model_comes_back(staged: Staged) -> None:
+    given = dict(open_model(staged.directory).weights(torch.float32))
+    for _ in range(2):
+        found = dict(staged.backend.weights())
+        assert found.keys() == given.keys()
+        assert all(torch.equal(tensor, given[name]) for name, tensor in found.items())
+    info = staged.backend.info
+    assert "2 stages of 1 and 1 layers" in info.description
+    assert info.vocab_size == SMALL["vocab_size"]
+    assert info.weight_bytes == sum(tensor.nbytes for tensor in given.values())
+    assert info.kv_bytes_per_block == 2 * 2 * 2 * 16 * 16 * 4  # layers, keys and values, heads, tokens, dimensions
+
+
+def test_a_rank_that_dies_ends_all(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path, **SMALL)
+    before = ranks()
+    with load_shared(tmp_path, device, pp_size=2) as backend:
+        (rank,) = ranks() - before
+        driver = BackendDriver(backend)
+        driver.generate([driver.add(0, PROMPTS[0])], 1)
+        rank.kill()
+        with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .*SIGKILL"):
+            driver.generate([driver.add(1, PROMPTS[0])], 2)
+    assert ranks() == before
+
+
+def test_stages_on_several_hosts_are_refused(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path, **SMALL)
+    with (
+        pytest.raises(ConfigError, match="pp_size=2 on GPUs needs all ranks on one host"),
+        load_shared(tmp_path, device, pp_size=2, rank_hosts=PretendedHosts((0, 1))),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "settings"),
+    [
+        (1, 3, {}),
+        (2, 2, {}),
+        (2, 2, {"tie_word_embeddings": True}),
+        (1, 2, {"deterministic": True}),
+        (1, 2, {"quant_config": QuantConfig(weights="int8"), "tie_word_embeddings": True}),
+        (2, 2, {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)}),
+    ],
+    ids=["3", "2x2", "2x2 tied", "deterministic", "int8 tied", "2x2 int4"],
+)
+def test_options(tmp_path: Path, device: str, tp_size: int, pp_size: int, settings: dict[str, Any]) -> None:
+    tied = settings.pop("tie_word_embeddings", False)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "tie_word_embeddings": tied}
+    save_tiny(tmp_path, **{**SMALL, **sizes})
+    with load_shared(tmp_path, device, tp_size, pp_size, **settings) as backend:
+        driver = BackendDriver(backend)
+        outputs = driver.generate([driver.add(slot, prompt) for slot, prompt in enumerate(PROMPTS)], 4)
+        names = [name for name, _ in backend.weights()]
+    alone = load_cuda(tmp_path, device, **settings)
+    driver = BackendDriver(alone)
+    assert outputs == driver.generate([driver.add(slot, prompt) for slot, prompt in enumerate(PROMPTS)], 4)
+    assert names == [name for name, _ in alone.weights()]
+    alone.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_models_of_generic_segments(tmp_path: Path, device: str, family: str) -> None:
+    """Gemma 2 scales embeddings, in the first stage, and caps logits, in the last."""
+    model = make_family(family)
+    model.save_pretrained(tmp_path)
+    with load_shared(tmp_path, device, 2, 2) as backend:
+        driver = BackendDriver(backend)
+        request = driver.add(1, PROMPTS[0])
+        driver.generate([request], 2)
+    assert request.output_ids == reference_greedy(model, PROMPTS[0], 2)
