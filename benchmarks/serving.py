@@ -132,7 +132,7 @@ def load_model(arguments: argparse.Namespace, directory: Path) -> LLM:
         device=arguments.device,
         num_threads=arguments.threads,
         deterministic=arguments.deterministic,
-        parallel_config=ParallelConfig(tp_size=arguments.tp),
+        parallel_config=ParallelConfig(tp_size=arguments.tp, pp_size=arguments.pp),
     )
 
 
@@ -242,6 +242,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each matrix")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="stages into which the layers are cut")
     parser.add_argument(
         "--quiet",
         type=float,

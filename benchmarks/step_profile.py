@@ -34,6 +34,7 @@ _ATTENTION = "_decode_kernel"
 
 GROUPS: Mapping[str, str] = {
     "sums over ranks": "_over_peers|nccl",
+    "passing between stages": "_take_ids|_await_hidden|_copy_hidden|_tell_number|_send_ids",
     "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
     "products": "_skinny_kernel|packed|scaled_kernel|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
     "norms, activations, rounding": "_rms_norm_kernel|_silu_and_mul_kernel|quantize_rows_kernel",

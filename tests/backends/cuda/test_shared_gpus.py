@@ -1,4 +1,4 @@
-"""Tensor parallelism on GPUs through the public face; skipped where there are fewer than two."""
+"""Models that several GPUs share, through the public face; skipped where there are fewer than two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from llmengine import LLM, EngineDeadError, ModelConfig, ParallelConfig, QuantConfig, SamplingParams
 from llmengine.cli.demo import find_demo_model
-from llmengine.config import KvCacheConfig
+from llmengine.config import KvCacheConfig, SchedulerConfig
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 PROMPTS = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
@@ -23,13 +23,20 @@ GREEDY = SamplingParams(max_new_tokens=32, temperature=0.0, ignore_eos=True)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")]
 
 
-def load(tp_size: int, model: Path | None = None, dtype: str = "float32", **options: object) -> LLM:
+Layout = tuple[int, int]
+"""Ranks that share each matrix, and stages of layers."""
+
+ONE: Layout = (1, 1)
+LAYOUTS: list[Layout] = [(2, 1), (1, 2)]
+
+
+def load(layout: Layout, model: Path | None = None, dtype: str = "float32", **options: object) -> LLM:
     config = ModelConfig(
         model or find_demo_model(),
         device="cuda",
         dtype=dtype,  # type: ignore[arg-type]
         tuning_budget_s=0.0,
-        parallel_config=ParallelConfig(tp_size=tp_size),
+        parallel_config=ParallelConfig(*layout),
         kv_cache_config=KvCacheConfig(max_bytes=1 << 28),
         **options,  # type: ignore[arg-type]
     )
@@ -44,48 +51,71 @@ def free_bytes() -> list[int]:
     return [torch.cuda.mem_get_info(index)[0] for index in range(NUM_GPUS)]
 
 
-def sizes() -> list[int]:
-    return [size for size in (2, 3, 4) if size <= NUM_GPUS]
+def layouts() -> list[Layout]:
+    found = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
+    return [(tp_size, pp_size) for tp_size, pp_size in found if tp_size * pp_size <= NUM_GPUS]
 
 
-@pytest.mark.parametrize("tp_size", sizes())
+@pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_same_text_as_one_gpu(tp_size: int, deterministic: bool) -> None:
+def test_the_same_text_as_one_gpu(layout: Layout, deterministic: bool) -> None:
     said = []
-    for size in (1, tp_size):
-        with load(size, deterministic=deterministic) as llm:
+    for each in (ONE, layout):
+        with load(each, deterministic=deterministic) as llm:
             said.append(texts(llm))
             assert texts(llm) == said[-1]  # from graphs, which were captured meanwhile
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("layout", [one for one in layouts() if one[0] == 1], ids=str)
+def test_many_requests_at_once_in_stages(layout: Layout) -> None:
+    """Prompts that are divided, requests that end and begin, log-probabilities and scores between steps in flight."""
+    prompts = [f"{number} {'and so on ' * (number % 13 * 20)}" for number in range(60)]
+    params = [GREEDY.replace(max_new_tokens=5 + number * 7 % 60) for number in range(60)]
+    params[7] = params[7].replace(logprobs=2, prompt_logprobs=2)
+    scheduler = SchedulerConfig(max_batch_size=16, max_tokens_per_step=256, max_tokens_per_mixed_step=256)
+    said = []
+    for each in (ONE, layout):
+        with load(each, scheduler_config=scheduler, deterministic=True) as llm:
+            outputs = llm.generate(prompts, params)
+            score = llm.evaluate(windows=2, measure_speed=False).perplexity
+            again = llm.generate(prompts, params)
+            assert [one.text for one in again] == [one.text for one in outputs]
+            logprobs = [entry.logprob for entry in outputs[7].prompt_logprobs or () if entry is not None]
+            said.append(([one.text for one in outputs], score, logprobs))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("preset", ["int4-rtn", "int8", "fp8"])
-def test_quantized_models_are_saved_whole(preset: str, tmp_path: Path) -> None:
+def test_quantized_models_are_saved_whole(layout: Layout, preset: str, tmp_path: Path) -> None:
     quant = QuantConfig.preset(preset, group_size=64) if preset == "int4-rtn" else QuantConfig(weights=preset)
-    with load(2, dtype="bfloat16", quant_config=quant) as llm:
+    with load(layout, dtype="bfloat16", quant_config=quant) as llm:
         said = texts(llm)
         llm.save(tmp_path / "engine")
-    with load(2, tmp_path / "engine", dtype="auto") as llm:
+    with load(layout, tmp_path / "engine", dtype="auto") as llm:
         assert texts(llm) == said
-    with load(1, tmp_path / "engine", dtype="auto") as llm:
+    with load(ONE, tmp_path / "engine", dtype="auto") as llm:
         assert all(texts(llm))
 
 
-def test_close_gives_all_memory_back() -> None:
-    load(2).close()  # what the first use of CUDA takes in this process stays
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_close_gives_all_memory_back(layout: Layout) -> None:
+    load(layout).close()  # what the first use of CUDA takes in this process stays
     before = free_bytes()
-    llm = load(2)
+    llm = load(layout)
     assert sum(free_bytes()) < sum(before)
     llm.close()
     assert all(now >= then - (64 << 20) for now, then in zip(free_bytes(), before, strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_is_named_within_5_seconds(number: signal.Signals) -> None:
-    """Rank 0's device waits in a sum, which ends when the communicator is aborted."""
+def test_a_lost_rank_is_named_within_5_seconds(layout: Layout, number: signal.Signals) -> None:
+    """Rank 0's device waits in a sum or for hidden states, which ends when connections are aborted."""
     known = set(psutil.Process().children(recursive=True))
     lost_at = 0.0
-    llm = load(2)
+    llm = load(layout)
     (rank,) = [
         one
         for one in set(psutil.Process().children(recursive=True)) - known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from benchmarks.pretended_hosts import PretendedHosts
+from llmengine import LLM
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.checkpoints.opening import open_model
-from llmengine.config import QuantConfig
+from llmengine.config import KvCacheConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, EngineDeadError
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
@@ -160,3 +162,24 @@ def test_models_of_generic_segments(tmp_path: Path, device: str, family: str) ->
         request = driver.add(1, PROMPTS[0])
         driver.generate([request], 2)
     assert request.output_ids == reference_greedy(model, PROMPTS[0], 2)
+
+
+def test_streams_of_an_engine_with_preemptions(staged: Staged, device: str) -> None:
+    """Requests take each other's blocks and slots while several steps are in flight."""
+    prompts = [[number, *PROMPTS[0], *PROMPTS[0][: number % 7]] for number in range(10, 15)]
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_new_tokens=10)
+
+    async def stream(llm: LLM, prompt: list[int]) -> list[int]:
+        deltas = [output.token_ids async for output in llm.generate_async(prompt, params, streaming=True)]
+        return list(deltas[-1])
+
+    async def stream_all(llm: LLM) -> list[list[int]]:
+        return await asyncio.gather(*(stream(llm, prompt) for prompt in prompts))
+
+    kv_cache = KvCacheConfig(block_size=16, max_bytes=6 * 8192)
+    context = load_shared(staged.directory, device, pp_size=2, kv_cache_config=kv_cache, max_model_len=64)
+    scheduler = SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32)
+    with LLM.from_backend(context.__enter__, kv_cache_config=kv_cache, scheduler_config=scheduler) as llm:
+        found = asyncio.run(stream_all(llm))
+        assert llm.stats().counters.num_preemptions > 0
+    assert found == [reference_greedy(staged.reference, prompt, 10) for prompt in prompts]
