@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_quantization(parser)
     parser.add_argument("--streams", type=positive_integers, default=[64], metavar="N,N,...")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each matrix; rank 0 is shown")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="stages of layers, of which the last is shown")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--seconds", type=float, default=0.5, help="of the profile, and of the warm-up before it")
     add_tuning_budget(parser)
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             SchedulerConfig(max_batch_size=max(arguments.streams)),
             device="cuda",
             max_model_len=_CONTEXT,
-            parallel_config=ParallelConfig(tp_size=arguments.tp),
+            parallel_config=ParallelConfig(tp_size=arguments.tp, pp_size=arguments.pp),
         ) as llm,
     ):
         description = llm.info.description

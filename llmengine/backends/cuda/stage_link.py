@@ -17,10 +17,10 @@ Wait = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class StageLink:
-    """Implements what stages tell each other in a step, queued in the current stream; a CUDA graph can hold it.
+    """What stages give each other in a step, queued in the current stream; a CUDA graph can hold it.
 
-    Every step begins with `take_ids` or `take_hidden` and ends with `send_hidden` or `send_ids`, as the stage is the
-    first or the last, or not.
+    A step begins with `take_ids` in the first stage, and with `take_hidden` in the others. It ends with `send_ids` in
+    the last stage, and with `send_hidden` in the others.
 
     Attributes:
         wait: called before what waits is queued, where that is done when it is queued; None on GPUs.

@@ -151,7 +151,12 @@ class _Meeting:
         """Meet the other ranks, which call this too; blocks."""
         torch.cuda.set_device(self._device)
         link = None if self._places.pp_size == 1 else self._link()
-        return RankConnections(None if self._nccl is None else self._sums(self._nccl), link)
+        try:
+            return RankConnections(None if self._nccl is None else self._sums(self._nccl), link)
+        except BaseException:
+            if link is not None:
+                link.close()
+            raise
 
     def abort(self) -> None:
         """End what waits in `connect`."""

@@ -86,7 +86,7 @@ def load_shared_cuda_backend(
     for a rank that ends.
     """
     places = RankPlaces(config.parallel_config, source)  # raises before any process is started
-    if rank_hosts is not None and places.pp_size > 1:
+    if rank_hosts is not None and places.pp_size > 1 and any(rank_hosts.hosts):
         raise ConfigError(
             f"parallel_config.pp_size={places.pp_size} on GPUs needs all ranks on one host: stages write to each "
             "other's memory; use tp_size alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.models.family_helpers import make_family
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
 PROMPTS = [[5, 90, 17, 44, 23, 8, 71], [3, 60], [99, 1, 45]]
+CALIBRATED = QuantConfig.preset("int4-awq", group_size=16, calibration_prompts=PROMPTS, num_calibration_samples=3)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,25 @@ def test_stages_on_several_hosts_are_refused(tmp_path: Path, device: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_stage_that_dies_in_a_step_is_named(tmp_path: Path, device: str, victim: int) -> None:
+    """The first of three and the one between: those that wait for it do not wait for ever."""
+    save_tiny(tmp_path, **SMALL, num_hidden_layers=3)
+    before = ranks()
+    with load_shared(tmp_path, device, pp_size=3) as backend:
+        driver = BackendDriver(backend)
+        driver.generate([driver.add(0, PROMPTS[0])], 1)
+        by_start = sorted(ranks() - before, key=lambda process: process.pid)
+        by_start[victim - 1].suspend()
+        timer = threading.Timer(0.3, by_start[victim - 1].kill)
+        timer.start()
+        with pytest.raises(EngineDeadError, match=rf"rank {victim} of 3 "):
+            driver.generate([driver.add(1, PROMPTS[0])], 2)
+        timer.join()
+    assert ranks() == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tp_size", "pp_size", "settings"),
     [
@@ -133,8 +154,9 @@ def test_stages_on_several_hosts_are_refused(tmp_path: Path, device: str) -> Non
         (1, 2, {"deterministic": True}),
         (1, 2, {"quant_config": QuantConfig(weights="int8"), "tie_word_embeddings": True}),
         (2, 2, {"quant_config": QuantConfig.preset("int4-rtn", group_size=32)}),
+        (1, 2, {"quant_config": CALIBRATED}),
     ],
-    ids=["3", "2x2", "2x2 tied", "deterministic", "int8 tied", "2x2 int4"],
+    ids=["3", "2x2", "2x2 tied", "deterministic", "int8 tied", "2x2 int4", "awq"],
 )
 def test_options(tmp_path: Path, device: str, tp_size: int, pp_size: int, settings: dict[str, Any]) -> None:
     tied = settings.pop("tie_word_embeddings", False)
