@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends.cuda": {*DATA, "backends", "models", "quantization", "checkpoints", "kernels", "user_cache"},
     "backends.tensorrt": {
         *(*DATA, "backends", "backends.cuda", "models", "quantization", "checkpoints", "kernels", "user_cache"),
-        "terminal_progress",
+        *("backends.ranks", "backends.shared_cuda", "backends.shared_weights", "terminal_progress"),
     },
     "saved_engines": {*DATA, "backends", "backends.tensorrt", "checkpoints", "models", "tokenizer"},
     "beam_search": {*DATA, "engine"},

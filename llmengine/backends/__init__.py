@@ -83,18 +83,28 @@ def load_backend(
     from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
 
     check_kv_cache(config, torch.device(device))
-    if num_ranks > 1:
-        from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
-
-        devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
-        return load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
     if config.deterministic and config.backend == "tensorrt":
         raise ConfigError(
             "deterministic=True excludes backend='tensorrt': the order in which its plans add numbers depends on the "
             "number of tokens; use 'auto' or 'torch'"
         )
-    has_tensorrt = not config.deterministic and _has_tensorrt()
-    if config.backend == "tensorrt" or (config.backend == "auto" and has_tensorrt):
+    if config.parallel_config.pp_size > 1 and config.backend == "tensorrt":
+        raise ConfigError(
+            f"backend='tensorrt' runs models that are not cut into stages, but parallel_config.pp_size="
+            f"{config.parallel_config.pp_size}; use 'auto' or 'torch', or tp_size alone"
+        )
+    can_be_tensorrt = not config.deterministic and config.parallel_config.pp_size == 1
+    wants_tensorrt = config.backend == "tensorrt" or (config.backend == "auto" and can_be_tensorrt and _has_tensorrt())
+    if num_ranks > 1:
+        devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
+        if wants_tensorrt:
+            from llmengine.backends.tensorrt.shared import load_shared_tensorrt_or_torch
+
+            return load_shared_tensorrt_or_torch(config, source, devices, check_wanted, rank_hosts)
+        from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
+
+        return load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
+    if wants_tensorrt:
         from llmengine.backends.tensorrt.backend import load_tensorrt_or_torch
 
         return load_tensorrt_or_torch(config, source, torch.device(device))
@@ -111,17 +121,13 @@ def load_backend(
 def _devices_of_ranks(config: ModelConfig, first: torch.device, rank_hosts: RankHosts | None) -> list[torch.device]:
     """The device of each rank on its host: those that are named, or all from the first one on.
 
-    Raises `ConfigError` if there are too few on this host, or for TensorRT.
+    Raises `ConfigError` if there are too few on this host.
     """
     import torch
 
     parallel = config.parallel_config
     size, found = parallel.tp_size * parallel.pp_size, torch.cuda.device_count()
     sizes = ", ".join(f"{name}={value}" for name in ("tp_size", "pp_size") if (value := getattr(parallel, name)) > 1)
-    if config.backend == "tensorrt":
-        raise ConfigError(
-            f"backend='tensorrt' runs on one GPU, but parallel_config has {sizes}; use 'auto' or 'torch', or 1"
-        )
     if config.parallel_config.devices is not None:
         if rank_hosts is not None:
             raise ConfigError("parallel_config.devices names GPUs of one host; with rank_hosts it must be None")

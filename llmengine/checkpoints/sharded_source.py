@@ -86,7 +86,11 @@ def join_shards(
 
 
 class ShardPlan:
-    """How a model is divided among ranks: which part of each of its tensors a rank has, and in which format."""
+    """How a model is divided among ranks: which part of each of its tensors a rank has, and in which format.
+
+    Attributes:
+        size: how many ranks there are.
+    """
 
     def __init__(self, arch: ModelArch, formats: ModelFormats, size: int) -> None:
         """Raises `ConfigError` naming the sizes that work if the model cannot be divided among `size` ranks."""
@@ -95,6 +99,7 @@ class ShardPlan:
             for held in ranks:
                 _formats_of(arch, formats, held)
 
+        self.size = size
         self._arch, self._formats = arch, formats
         self._ranks = divided(arch, size, format_units(arch, formats), check)
         self._cuts = [cuts(arch, held) for held in self._ranks]

@@ -103,6 +103,7 @@ class PreparingRanksBackend(RanksBackend):
 
     Args:
         collectives: aborted when a rank has failed, since a device would wait for it for ever.
+        saved_plans: as `PlanHolder.saved_plans`, of all ranks; None if there are no plans.
     """
 
     def __init__(
@@ -112,11 +113,17 @@ class PreparingRanksBackend(RanksBackend):
         info: BackendInfo,
         weights: Callable[[], Iterator[tuple[str, Any]]],
         collectives: OpenCollectives,
+        saved_plans: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__(own, group, info, weights)
+        self._saved_plans = saved_plans
         assert isinstance(own, PreparingBackend)
         self._preparing: PreparingBackend = own
         self._collectives = collectives
+
+    def saved_plans(self) -> Any:
+        """See `checkpoints.saved_files.PlanHolder`."""
+        return None if self._saved_plans is None else self._saved_plans()
 
     def prepare(self) -> bool:
         """See `batch.PreparingBackend`. Raises `EngineDeadError` that names the rank that failed."""
@@ -141,6 +148,7 @@ class PreparingRanksBackend(RanksBackend):
 
     def close(self) -> None:
         """End all ranks, and free the device. Idempotent."""
+        self._saved_plans = None
         try:
             super().close()
         finally:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.blocks_in_use import source_in_use
-from llmengine.backends.cuda.backend import CudaBackend, CudaParts
-from llmengine.backends.cuda.following import Follower, Inputs, Message, NextWeight, Tell, decode, encode
-from llmengine.backends.cuda.generic_segments import build_cuda_segments
+from llmengine.backends.cuda.backend import CudaParts
+from llmengine.backends.cuda.following import Follower, Inputs, Message, NextWeight, decode, encode
 from llmengine.backends.cuda.loading import Sharing, fit_cuda_pool, load_cuda_parts
 from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.kv_layout import KvLayout, KvPool, joint_kv_layout
@@ -28,11 +27,13 @@ from llmengine.backends.rank_places import RankPlaces
 from llmengine.backends.ranks import RankChannel, RankGroup
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.backends.shared_cuda.connections import RankConnections, connect_rank, connect_rank_0
+from llmengine.backends.shared_cuda.segments import TORCH_SEGMENTS, Exchange, RankSegments
 from llmengine.backends.shared_cuda.weights import WeightSender, joined_weights
 from llmengine.backends.shared_weights import heard_source, is_calibrated, told_source
 from llmengine.batch import BackendInfo
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
+from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
 from llmengine.errors import ConfigError
@@ -48,6 +49,7 @@ class _Payload:
 
     config: ModelConfig
     devices: Sequence[str]
+    segments: RankSegments
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,11 @@ def load_shared_cuda_backend(
     devices: Sequence[torch.device],
     check_wanted: Callable[[], None] = lambda: None,
     rank_hosts: RankHosts | None = None,
+    segments: RankSegments = TORCH_SEGMENTS,
 ) -> PreparingRanksBackend:
     """Load a model over as many processes as there are devices, each of its rank's host; this one has the first.
 
-    `check_wanted` and `rank_hosts` are as for `backends.load_backend`.
+    `check_wanted` and `rank_hosts` are as for `backends.load_backend`; `segments` chooses what computes.
     Raises what `backends.load_backend` raises, `ConfigError` for a model that cannot be cut so, and `EngineDeadError`
     for a rank that ends.
     """
@@ -91,7 +94,7 @@ def load_shared_cuda_backend(
             f"parallel_config.pp_size={places.pp_size} on GPUs needs all ranks on one host: stages write to each "
             "other's memory; use tp_size alone"
         )
-    payload = _Payload(config, [str(device) for device in devices])
+    payload = _Payload(config, [str(device) for device in devices], segments)
     group = RankGroup(
         places.size,
         f"{__name__}:serve",
@@ -105,19 +108,23 @@ def load_shared_cuda_backend(
         group.start()
         connections = connect_rank_0(config, places, group, devices[0])
         group.watch(connections.abort)
-        if is_calibrated(_stored(config), config.quant_config):
+        if is_calibrated(stored_source(config), config.quant_config):
             places = RankPlaces(config.parallel_config, told_source(source, group))
         leader = _Leader(config, places, group)
-        parts = _load_parts(config, places, 0, connections, devices[0], leader.agree, leader.await_others, leader.tell)
+        sharing = leader.sharing(_peers(config, places, 0, connections, devices[0]), connections)
+        own_source = places.source_of(0)
+        factory = segments.factory(own_source, Exchange.of_rank_0(group))
+        parts = load_cuda_parts(config, own_source, devices[0], factory, sharing)
         info = leader.info(parts, connections)
-        own = CudaBackend(replace(parts, info=info))
+        own = segments.backend(replace(parts, info=info))
 
         def weights() -> Iterator[tuple[str, Tensor]]:
             return joined_weights(places, parts.program.model.weights.canonical, group)
 
         group.expect_progress(_STUCK_AFTER_S)
         pipeline = own if places.pp_size == 1 else QueuedPipeline(own, places.pp_size)
-        return PreparingRanksBackend(pipeline, group, pipeline.info, weights, connections)
+        saved_plans = own.saved_plans if isinstance(own, PlanHolder) else None
+        return PreparingRanksBackend(pipeline, group, pipeline.info, weights, connections, saved_plans)
     except BaseException as error:
         try:
             if connections is not None and isinstance(error, Exception):
@@ -141,6 +148,10 @@ class _Leader:
         self._other_weight_bytes = 0
         self._kv_bytes_per_block = 0
 
+    def sharing(self, peers: Peers | None, connections: RankConnections) -> Sharing:
+        """How rank 0 loads."""
+        return Sharing(peers, connections.link, self._agree, self._await_others, self._tell)
+
     def info(self, parts: CudaParts, connections: RankConnections) -> BackendInfo:
         """Of all ranks together."""
         own, tp_size = parts.info, self._places.tp_size
@@ -152,7 +163,7 @@ class _Leader:
             weight_bytes=own.weight_bytes + self._other_weight_bytes,
         )
 
-    def agree(self, layout: KvLayout, limit: int, free_bytes: int) -> KvPool:
+    def _agree(self, layout: KvLayout, limit: int, free_bytes: int) -> KvPool:
         """The KV cache of rank 0, of as many blocks as fit on all; tells the others."""
         rooms = [_Room(free_bytes), *map(pickle.loads, self._group.replies())]
         dtype = layout.tensors["kv"].dtype
@@ -168,11 +179,11 @@ class _Leader:
         self._group.broadcast(pickle.dumps(_Pool(least.num_blocks, least.max_model_len)))
         return replace(least, layout=layout)
 
-    def await_others(self) -> None:
+    def _await_others(self) -> None:
         """Return when the others can run steps."""
         self._other_weight_bytes = sum(pickle.loads(reply).weight_bytes for reply in self._group.replies())
 
-    def tell(self, message: Message) -> None:
+    def _tell(self, message: Message) -> None:
         """See `Tell`."""
         self._held.append(message)
         if not isinstance(message, Inputs):  # they travel with what is done with them
@@ -184,7 +195,7 @@ def serve(channel: RankChannel, payload: bytes) -> None:
     """Be a rank: load a shard, and follow rank 0 until it ends."""
     start: _Payload = pickle.loads(payload)
     config, device = start.config, torch.device(start.devices[channel.rank])
-    source = _stored(config)
+    source = stored_source(config)
     if is_calibrated(source, config.quant_config):
         source = heard_source(source, config.quant_config, channel)
     else:
@@ -198,7 +209,12 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         return KvPool(layout, pool.num_blocks, pool.max_model_len)
 
     try:
-        parts = _load_parts(config, places, channel.rank, connections, device, agree)
+        own_source = places.source_of(channel.rank)
+        sharing = Sharing(
+            _peers(config, places, channel.rank, connections, device), connections.link, agree, lambda: None, None
+        )
+        factory = start.segments.factory(own_source, Exchange.of_rank(channel))
+        parts = load_cuda_parts(config, own_source, device, factory, sharing)
         channel.reply(pickle.dumps(_Ready(parts.info.weight_bytes)))
         stage = places.stage_of(channel.rank)
         sender = WeightSender(stage.index, parts.program.model.weights.canonical, channel)
@@ -213,26 +229,17 @@ def serve(channel: RankChannel, payload: bytes) -> None:
         connections.abort()
 
 
-def _stored(config: ModelConfig) -> ModelSource:
+def stored_source(config: ModelConfig) -> ModelSource:
     """The model's files, before `quant_config`."""
     return source_in_use(config, open_model(config.model_dir, config.load_format))
 
 
-def _load_parts(
-    config: ModelConfig,
-    places: RankPlaces,
-    rank: int,
-    connections: RankConnections,
-    device: torch.device,
-    agree: Callable[[KvLayout, int, int], KvPool],
-    await_others: Callable[[], None] = lambda: None,
-    tell: Tell | None = None,
-) -> CudaParts:
-    """Load the part of a rank."""
-    collectives, peers = connections.collectives, None
-    if collectives is not None:
-        counts_keys = places.plan_of(rank).counts_keys(places.shard_of(rank).rank)
-        arch = places.stage_of(rank).arch_of(places.source.arch)
-        peers = Peers.of(collectives, arch, counts_keys, config.scheduler_config.max_batch_size, device)
-    sharing = Sharing(peers, connections.link, agree, await_others, tell)
-    return load_cuda_parts(config, places.source_of(rank), device, build_cuda_segments, sharing)
+def _peers(
+    config: ModelConfig, places: RankPlaces, rank: int, connections: RankConnections, device: torch.device
+) -> Peers | None:
+    """The ranks of a rank's stage; None if it is alone there."""
+    if connections.collectives is None:
+        return None
+    counts_keys = places.plan_of(rank).counts_keys(places.shard_of(rank).rank)
+    arch = places.stage_of(rank).arch_of(places.source.arch)
+    return Peers.of(connections.collectives, arch, counts_keys, config.scheduler_config.max_batch_size, device)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmengine.backends.tensorrt.plan_matrix import LARGEST, LEAST_SCALE, PlanMatrix
-from llmengine.backends.tensorrt.spec import SegmentKind, SegmentSpec
+from llmengine.backends.tensorrt.spec import PART, SUM, SegmentKind, SegmentSpec
 from llmengine.quantization.fp8 import BLOCK
 
 V = TypeVar("V")
@@ -73,8 +73,16 @@ def segment_outputs(kind: SegmentKind, ops: Arithmetic[V]) -> dict[str, V]:
     if kind == "mid":
         x = _after_attention(ops, ops.input("attended"), ops.input("x"))
         return {"x_out": x, "qkv": _qkv(ops, x, "next.")}
-    x = _after_attention(ops, ops.sampled_input("attended"), ops.sampled_input("x"))
-    return {"logits": ops.capped(ops.linear(ops.norm(x, "final_norm"), "lm_head"))}
+    if kind == "last":
+        x = _after_attention(ops, ops.sampled_input("attended"), ops.sampled_input("x"))
+        return {"logits": _logits(ops, x)}
+    if kind == "o":
+        return {PART: ops.linear(ops.input("attended"), "o")}
+    if kind == "mlp":
+        x = _after_sum(ops, "attention_out_norm")
+        return {"x_out": x, PART: _mlp(ops, x)}
+    x = _after_sum(ops, "mlp_out_norm")
+    return {"x_out": x, "qkv": _qkv(ops, x, "next.")} if kind == "next" else {"logits": _logits(ops, x)}
 
 
 def activate(gate: Tensor, spec: SegmentSpec) -> Tensor:
@@ -88,8 +96,19 @@ def _qkv(ops: Arithmetic[V], x: V, prefix: str) -> V:
 
 def _after_attention(ops: Arithmetic[V], attended: V, x: V) -> V:
     x = ops.add(x, ops.norm(ops.linear(attended, "o"), "attention_out_norm"))
-    gate_up = ops.linear(ops.norm(x, "post_attention_norm"), "gate_up")
-    return ops.add(x, ops.norm(ops.linear(ops.gated(gate_up), "down"), "mlp_out_norm"))
+    return ops.add(x, ops.norm(_mlp(ops, x), "mlp_out_norm"))
+
+
+def _after_sum(ops: Arithmetic[V], norm: str) -> V:
+    return ops.add(ops.input("x"), ops.norm(ops.input(SUM), norm))
+
+
+def _mlp(ops: Arithmetic[V], x: V) -> V:
+    return ops.linear(ops.gated(ops.linear(ops.norm(x, "post_attention_norm"), "gate_up")), "down")
+
+
+def _logits(ops: Arithmetic[V], x: V) -> V:
+    return ops.capped(ops.linear(ops.norm(x, "final_norm"), "lm_head"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,15 @@
-"""The segments of a model: what each of them reads, in the formats of its matrices."""
+"""The segments of a model, or of the shards of one: what each of them reads, in the formats of its matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmengine.backends.tensorrt.plan_matrix import plan_parts
 from llmengine.backends.tensorrt.spec import (
+    PART,
+    SUM,
+    Dim,
     Numerics,
     PlacedSegment,
     PlanTensor,
@@ -17,6 +20,7 @@ from llmengine.backends.tensorrt.spec import (
     WeightSource,
     WeightSpec,
 )
+from llmengine.checkpoints.sharded_source import ShardPlan
 from llmengine.dtypes import ModelDType
 from llmengine.models.arch import ModelArch
 from llmengine.quantization.formats import DENSE, TensorSpec, WeightFormat
@@ -34,12 +38,43 @@ def segments_of(
 
     Raises `ConfigError` for formats that plans have no products with.
     """
-    last = arch.num_layers - 1
     specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, formats, DENSE_MODEL.layout(arch, dtype))
-    mid = [specs.mid(layer) for layer in range(last)]
-    first_layers = {spec: layer for layer, spec in reversed(list(enumerate(mid)))}
-    placed = [PlacedSegment(spec, layer, first_layers[spec]) for layer, spec in enumerate(mid)]
-    return [PlacedSegment(specs.first(), 0), *placed, PlacedSegment(specs.last(), last)]
+    last = arch.num_layers - 1
+    return _placed([(specs.first(), 0), *((specs.mid(layer), layer) for layer in range(last)), (specs.last(), last)])
+
+
+def shard_segments_of(
+    plan: ShardPlan,
+    dtype: ModelDType,
+    profiles: Sequence[ProfileSpec],
+    weight_mode: WeightMode = "inputs",
+) -> list[PlacedSegment]:
+    """The segments of every rank of a model that is divided by `plan`: those of rank 0, those of rank 1, and so on.
+
+    Those of a rank are in the order in which they run: first; o, mlp and next of each layer but the last, whose are o,
+    mlp and head. Segments of several ranks that define the same network without weights share a plan.
+
+    Raises `ConfigError` for formats that plans have no products with.
+    """
+    found: list[PlacedSegment] = []
+    for rank in range(plan.size):
+        arch, formats = plan.arch_of(rank), plan.formats_of(rank)
+        specs = _ModelSpecs(arch, dtype, tuple(profiles), weight_mode, formats, DENSE_MODEL.layout(arch, dtype))
+        found += (replace(segment, rank=rank, first_rank=rank) for segment in _placed(specs.of_shard()))
+    if weight_mode == "constants":
+        return found
+    firsts = {segment.spec: segment for segment in reversed(found)}
+    return [
+        replace(segment, first_layer=first.first_layer, first_rank=first.rank)
+        for segment in found
+        for first in (firsts[segment.spec],)
+    ]
+
+
+def _placed(specs: Sequence[tuple[SegmentSpec, int]]) -> list[PlacedSegment]:
+    """Segments at their layers, in the order in which they run."""
+    first_layers = dict(reversed(specs))
+    return [PlacedSegment(spec, layer, first_layers[spec] if spec.is_of_each_layer else 0) for spec, layer in specs]
 
 
 def head_format(arch: ModelArch, formats: ModelFormats) -> WeightFormat:
@@ -73,12 +108,40 @@ class _ModelSpecs:
 
     def last(self) -> SegmentSpec:
         inputs = (self._attended(), self._x(), PlanTensor("sample_tokens", "int32", ("S",)))
-        weights = self._mlp_weights(self.arch.num_layers - 1)
-        weights += self._weights("final_norm.weight", "final_norm.weight", None, "final_norm.weight")
+        weights = self._mlp_weights(self.arch.num_layers - 1) + self._head_weights()
+        return self._segment("last", inputs, (self._logits(),), weights)
+
+    def of_shard(self) -> list[tuple[SegmentSpec, int]]:
+        """The segments between which the model's ranks add up, and their layers, in order."""
+        last, found = self.arch.num_layers - 1, [(self.first(), 0)]
+        for layer in range(self.arch.num_layers):
+            end = self._next(layer) if layer < last else self._head(layer)
+            found += [(spec, layer) for spec in (self._o(layer), self._mlp(layer), end)]
+        return found
+
+    def _o(self, layer: int) -> SegmentSpec:
+        weights = self._layer_weights(layer, 0, "", ("o.",))
+        return self._segment("o", (self._attended(),), (self._x(PART),), weights)
+
+    def _mlp(self, layer: int) -> SegmentSpec:
+        norms = ("attention_out_norm.", "post_attention_norm.")
+        weights = self._layer_weights(layer, 0, "", ("gate_up.", "down.", *norms))
+        return self._segment("mlp", (self._x(SUM), self._x()), (self._x("x_out"), self._x(PART)), weights)
+
+    def _next(self, layer: int) -> SegmentSpec:
+        weights = self._layer_weights(layer, 0, "", ("mlp_out_norm.",)) + self._qkv_weights(layer + 1, 1, "next.")
+        return self._segment("next", (self._x(SUM), self._x()), (self._x("x_out"), self._qkv()), weights)
+
+    def _head(self, layer: int) -> SegmentSpec:
+        inputs = (self._x(SUM, "S"), self._x(rows="S"))
+        weights = self._layer_weights(layer, 0, "", ("mlp_out_norm.",)) + self._head_weights()
+        return self._segment("head", inputs, (self._logits(),), weights)
+
+    def _head_weights(self) -> _Weights:
+        weights = self._weights("final_norm.weight", "final_norm.weight", None, "final_norm.weight")
         is_embedding = self.arch.tie_word_embeddings and head_format(self.arch, self.formats) == DENSE
         head = "embed_tokens.weight" if is_embedding else "lm_head.weight"
-        weights += self._weights("lm_head.weight", head, None, "lm_head.weight")
-        return self._segment("last", inputs, (PlanTensor("logits", "float32", ("S", self.arch.vocab_size)),), weights)
+        return weights + self._weights("lm_head.weight", head, None, "lm_head.weight")
 
     def _segment(
         self, kind: SegmentKind, inputs: tuple[PlanTensor, ...], outputs: tuple[PlanTensor, ...], weights: _Weights
@@ -96,16 +159,19 @@ class _ModelSpecs:
         )
 
     def _numerics(self, kind: SegmentKind) -> Numerics:
-        arch = self.arch
+        arch, has_logits = self.arch, kind in ("last", "head")
         return Numerics(
             rms_norm_eps=arch.rms_norm_eps,
-            activation="none" if kind == "first" else arch.hidden_act,
-            logit_scale=arch.logit_scale if kind == "last" else 1.0,
-            logit_soft_cap=arch.logit_soft_cap if kind == "last" else None,
+            activation=arch.hidden_act if kind in ("mid", "last", "mlp") else "none",
+            logit_scale=arch.logit_scale if has_logits else 1.0,
+            logit_soft_cap=arch.logit_soft_cap if has_logits else None,
         )
 
-    def _x(self, name: str = "x") -> PlanTensor:
-        return PlanTensor(name, self.dtype, ("T", self.arch.hidden_size))
+    def _x(self, name: str = "x", rows: Dim = "T") -> PlanTensor:
+        return PlanTensor(name, self.dtype, (rows, self.arch.hidden_size))
+
+    def _logits(self) -> PlanTensor:
+        return PlanTensor("logits", "float32", ("S", self.arch.vocab_size))
 
     def _attended(self) -> PlanTensor:
         return PlanTensor("attended", self.dtype, ("T", self.arch.num_heads * self.arch.head_dim))

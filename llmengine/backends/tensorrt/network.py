@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmengine.backends.tensorrt.graph import Graph, RawArray
 from llmengine.backends.tensorrt.library import Library
 from llmengine.backends.tensorrt.products import linear
-from llmengine.backends.tensorrt.spec import SegmentSpec
+from llmengine.backends.tensorrt.spec import SUM, SegmentKind, SegmentSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def define_segment(
     network = library.create_network(builder)
     network.name = spec.kind
     graph = Graph(library, network, spec, dict(weights or {}))
-    outputs = {"first": _first, "mid": _mid, "last": _last}[spec.kind](graph)
+    outputs = _DEFINITIONS[spec.kind](graph)
     for tensor, output in zip(outputs, spec.outputs, strict=True):
         tensor.name = output.name
         network.mark_output(tensor)
@@ -60,8 +60,42 @@ def _mid(graph: Graph) -> list[Any]:
 def _last(graph: Graph) -> list[Any]:
     rows = graph.inputs["sample_tokens"]
     attended, x = graph.gather(graph.inputs["attended"], rows), graph.gather(graph.inputs["x"], rows)
-    x = _norm(graph, _after_attention(graph, attended, x), "final_norm")
-    logits = graph.cast(linear(graph, x, "lm_head"), "float32")
+    return [_logits(graph, _after_attention(graph, attended, x))]
+
+
+def _o(graph: Graph) -> list[Any]:
+    return [linear(graph, graph.inputs["attended"], "o")]
+
+
+def _mlp(graph: Graph) -> list[Any]:
+    x = _after_sum(graph, "attention_out_norm")
+    return [x, _mlp_product(graph, x)]
+
+
+def _next(graph: Graph) -> list[Any]:
+    x = _after_sum(graph, "mlp_out_norm")
+    return [x, _qkv(graph, x, "next.")]
+
+
+def _head(graph: Graph) -> list[Any]:
+    return [_logits(graph, _after_sum(graph, "mlp_out_norm"))]
+
+
+_DEFINITIONS: Mapping[SegmentKind, Callable[[Graph], list[Any]]] = {
+    "first": _first,
+    "mid": _mid,
+    "last": _last,
+    "o": _o,
+    "mlp": _mlp,
+    "next": _next,
+    "head": _head,
+}
+"""The outputs of each kind of segment, in the order of its spec."""
+
+
+def _logits(graph: Graph, x: Any) -> Any:
+    """fp32 logits, scaled and soft-capped, from the hidden states after the last layer."""
+    logits = graph.cast(linear(graph, _norm(graph, x, "final_norm"), "lm_head"), "float32")
     numerics = graph.spec.numerics
     if numerics.logit_scale != 1.0:
         logits = graph.multiply(logits, graph.scalar(numerics.logit_scale))
@@ -69,7 +103,7 @@ def _last(graph: Graph) -> list[Any]:
         cap = numerics.logit_soft_cap
         bounded = graph.activate(graph.multiply(logits, graph.scalar(1.0 / cap)), "TANH")
         logits = graph.multiply(bounded, graph.scalar(cap))
-    return [logits]
+    return logits
 
 
 def _qkv(graph: Graph, x: Any, prefix: str) -> Any:
@@ -79,9 +113,19 @@ def _qkv(graph: Graph, x: Any, prefix: str) -> Any:
 def _after_attention(graph: Graph, attended: Any, x: Any) -> Any:
     """Hidden states after a layer, from the output of its attention and the hidden states before it."""
     x = graph.add(x, _norm(graph, linear(graph, attended, "o"), "attention_out_norm"))
+    return graph.add(x, _norm(graph, _mlp_product(graph, x), "mlp_out_norm"))
+
+
+def _after_sum(graph: Graph, norm: str) -> Any:
+    """Hidden states after a sum over ranks."""
+    return graph.add(graph.inputs["x"], _norm(graph, graph.inputs[SUM], norm))
+
+
+def _mlp_product(graph: Graph, x: Any) -> Any:
+    """The product with `down`, from the hidden states before the MLP's norm."""
     gate_up = linear(graph, _norm(graph, x, "post_attention_norm"), "gate_up")
     gate, up = graph.split(gate_up, gate_up.shape[1] // 2, gate_up.shape[1] // 2)
-    return graph.add(x, _norm(graph, linear(graph, _gated(graph, gate, up), "down"), "mlp_out_norm"))
+    return linear(graph, _gated(graph, gate, up), "down")
 
 
 def _gated(graph: Graph, gate: Any, up: Any) -> Any:

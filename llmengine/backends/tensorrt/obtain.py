@@ -15,7 +15,7 @@ from llmengine.backends.tensorrt.builder import BuiltPlan, PlanJob, build_plans
 from llmengine.backends.tensorrt.cache import PlanCache, plan_key
 from llmengine.backends.tensorrt.constant_weights import spool_constants
 from llmengine.backends.tensorrt.library import Flavour, Library
-from llmengine.backends.tensorrt.model_segments import segments_of
+from llmengine.backends.tensorrt.model_segments import segments_of, shard_segments_of
 from llmengine.backends.tensorrt.plan_set import Plan, PlanSet, Producer, SavedPlanSet
 from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.spec import (
@@ -27,10 +27,12 @@ from llmengine.backends.tensorrt.spec import (
     make_profiles,
     segments_by_plan,
 )
+from llmengine.checkpoints.sharded_source import ShardPlan, shard_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import ModelDType, torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from llmengine.models.arch import ModelArch
+from llmengine.models.sharding import Shard
 from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.model_formats import DENSE_MODEL, ModelFormats
 
@@ -53,6 +55,7 @@ class PlanRequest:
             libraries that dequantize nothing else.
         formats: of the model's matrices.
         device_uuid: the GPU to measure on, None for the first; see `PlanJob`.
+        tp_size: ranks that share the model, which all have GPUs of the producer's kind. The plans are those of all.
     """
 
     arch: ModelArch
@@ -63,6 +66,7 @@ class PlanRequest:
     weight_mode: WeightMode | None = None
     formats: ModelFormats = DENSE_MODEL
     device_uuid: str | None = None
+    tp_size: int = 1
 
 
 def make_producer(library: Library, target: BuildTarget, device_name: str | None) -> Producer:
@@ -88,7 +92,7 @@ def obtain_plans(
     progress: BuildProgress | None = None,
     build: BuildPlans = build_plans,
 ) -> PlanSet:
-    """The plans of a model; those that neither a saved engine nor the cache has are built and cached.
+    """The plans of a model, of all its ranks; those that neither a saved engine nor the cache has are built and cached.
 
     Saved plans that do not fit or are damaged are replaced, with a warning that names each reason. Ctrl-C ends a build
     at once, and the next one continues with the plans that were finished.
@@ -98,17 +102,17 @@ def obtain_plans(
         num_processes: plans that are built at the same time; see `default_num_processes`.
 
     Raises:
-        ConfigError: no library here builds for the target, or plans of these formats for it.
+        ConfigError: no library here builds for the target, or plans of these formats for it, or for so many ranks.
         EngineError: a build failed, because the disk is full or memory ran out.
         CorruptFileError: weights that plans contain are damaged.
     """
     cache = cache or PlanCache()
     saved, reasons = _read_saved(source)
-    segments = _needed_segments(request, saved)
+    segments = _segments(request, saved)
     needed = segments_by_plan(segments)
     plans: dict[str, Plan] = {}
     if saved is not None:
-        reasons = [*saved.producer.mismatches(request.producer), *_differences(saved, segments[0].spec)]
+        reasons = [*saved.producer.mismatches(request.producer), *_differences(saved, request, segments[0].spec)]
         if not reasons:
             plans, reasons = saved.usable_plans(needed)
         if not reasons:
@@ -134,9 +138,20 @@ def obtain_layer_plan(
     request: PlanRequest, source: ModelSource, cache: PlanCache | None = None, build: BuildPlans = build_plans
 ) -> PlanSet:
     """The plan of the first `mid` segment alone, from the cache or built; raises as `obtain_plans` does."""
-    segment = _needed_segments(request, None)[1]
+    assert request.tp_size == 1, "a layer of a shard has no plan of its own"
+    segment = _segments(request, None)[1]
     layer_build = _CachedBuild(request, source, cache or PlanCache(), BuildProgress(), build)
     return PlanSet(request.producer, (segment,), layer_build.obtain({segment.plan_name: segment}, 1))
+
+
+def needed_segments(request: PlanRequest, source: ModelSource) -> tuple[PlacedSegment, ...]:
+    """The segments whose plans `obtain_plans` would give; raises `ConfigError` as that does."""
+    return _segments(request, _read_saved(source)[0])
+
+
+def has_constants(segments: Iterable[PlacedSegment]) -> bool:
+    """Whether plans contain weights."""
+    return any(segment.spec.constant_weights for segment in segments)
 
 
 def _read_saved(source: ModelSource) -> tuple[SavedPlanSet | None, list[str]]:
@@ -149,15 +164,29 @@ def _read_saved(source: ModelSource) -> tuple[SavedPlanSet | None, list[str]]:
         return None, [str(error)]
 
 
-def _needed_segments(request: PlanRequest, saved: SavedPlanSet | None) -> tuple[PlacedSegment, ...]:
+def _segments(request: PlanRequest, saved: SavedPlanSet | None) -> tuple[PlacedSegment, ...]:
     """The segments of the model, with the profiles of saved plans where these accept every step."""
     mode = _weight_mode(request, saved)
     profiles = make_profiles(request.max_batch_size, request.max_tokens_per_step)
     if saved is not None and _cover(saved.profiles, profiles):
         profiles = saved.profiles
-    segments = tuple(segments_of(request.arch, request.dtype, profiles, mode, request.formats))
+    segments = model_segments(request.arch, request.dtype, profiles, mode, request.formats, request.tp_size)
     _check_formats(segments, request.producer)
     return segments
+
+
+def model_segments(
+    arch: ModelArch,
+    dtype: ModelDType,
+    profiles: Sequence[ProfileSpec],
+    weight_mode: WeightMode,
+    formats: ModelFormats,
+    tp_size: int,
+) -> tuple[PlacedSegment, ...]:
+    """The segments of a model, or of each of the ranks that share it; raises as `ShardPlan` and `segments_of` do."""
+    if tp_size == 1:
+        return tuple(segments_of(arch, dtype, profiles, weight_mode, formats))
+    return tuple(shard_segments_of(ShardPlan(arch, formats, tp_size), dtype, profiles, weight_mode))
 
 
 def _weight_mode(request: PlanRequest, saved: SavedPlanSet | None) -> WeightMode:
@@ -203,9 +232,11 @@ def _cover(offered: tuple[ProfileSpec, ...], needed: tuple[ProfileSpec, ...]) ->
     )
 
 
-def _differences(saved: SavedPlanSet, needed: SegmentSpec) -> list[str]:
+def _differences(saved: SavedPlanSet, request: PlanRequest, needed: SegmentSpec) -> list[str]:
     """Reasons why none of the saved plans can be a needed one; empty if they may be."""
     reasons = []
+    if saved.tp_size != request.tp_size:
+        reasons.append(f"they were built for tp_size={saved.tp_size}, not for {request.tp_size}")
     if saved.dtype != needed.dtype:
         reasons.append(f"they compute in {saved.dtype}, not in {needed.dtype}")
     if saved.weight_mode != needed.weight_mode:
@@ -239,7 +270,7 @@ class _CachedBuild:
     def obtain(self, missing: Mapping[str, PlacedSegment], num_processes: int) -> dict[str, Plan]:
         """Every missing plan, by name."""
         left = dict(missing)
-        if not _has_constants(left):
+        if not has_constants(left.values()):
             left = {name: segment for name, segment in left.items() if not self._find(name, segment.spec, None)}
         if not left:
             return self.found
@@ -280,12 +311,14 @@ class _CachedBuild:
         self, left: Mapping[str, PlacedSegment], directory: Path
     ) -> Iterator[tuple[PlacedSegment, Path | None]]:
         """Yield each segment with the file of its constants, None if it has none."""
-        if not _has_constants(left):
+        if not has_constants(left.values()):
             yield from ((segment, None) for segment in left.values())
             return
         dtype = torch_dtype(self.request.dtype)
-        weights = streamed_weights(self.source.weights(dtype), self.request.formats, self.request.arch, dtype)
-        yield from spool_constants(list(left.values()), weights, directory)
+        for rank in dict.fromkeys(segment.rank for segment in left.values()):
+            source = shard_source(self.source, Shard(rank, self.request.tp_size))
+            weights = streamed_weights(source.weights(dtype), source.formats, source.arch, dtype)
+            yield from spool_constants([item for item in left.values() if item.rank == rank], weights, directory)
 
     def _find(self, name: str, spec: SegmentSpec, constants_sha256: str | None) -> bool:
         """Take a plan from the cache; whether it was there."""
@@ -294,10 +327,6 @@ class _CachedBuild:
         if plan is not None:
             self.found[name] = plan
         return plan is not None
-
-
-def _has_constants(segments: Mapping[str, PlacedSegment]) -> bool:
-    return any(segment.spec.constant_weights for segment in segments.values())
 
 
 def _work(spec: SegmentSpec) -> int:

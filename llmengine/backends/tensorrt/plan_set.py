@@ -92,7 +92,7 @@ class PlanSet:
     """The plans of a model, complete.
 
     Attributes:
-        segments: in the order in which they run.
+        segments: in the order in which they run; of a model that ranks share, those of rank 0, of rank 1 and so on.
         plans: plan name (`PlacedSegment.plan_name`) -> plan, for exactly the plans of `segments`. The key is not the
             fingerprint, because plans with constants differ although their networks are defined alike.
         verification: `Verification.to_dict()` of these plans; None: not verified.
@@ -108,6 +108,16 @@ class PlanSet:
 
     def __post_init__(self) -> None:
         assert set(self.plans) == set(segments_by_plan(self.segments)), "a plan for each segment, and no other"
+
+    @property
+    def tp_size(self) -> int:
+        """How many ranks share the model."""
+        return self.segments[-1].rank + 1
+
+    def of_rank(self, rank: int) -> PlanSet:
+        """What one rank runs, with the findings about all plans."""
+        segments = tuple(segment for segment in self.segments if segment.rank == rank)
+        return self.replace(segments=segments, plans={name: self.plans[name] for name in segments_by_plan(segments)})
 
     @property
     def has_constants(self) -> bool:
@@ -135,6 +145,7 @@ class PlanSet:
             "compute_capabilities": list(self.producer.target.compute_capabilities),
             "device_name": self.producer.device_name,
             "verification": None if self.verification is None else dict(self.verification),
+            **({"tp_size": self.tp_size} if self.tp_size > 1 else {}),
             "plans": {
                 name: {
                     "fingerprint": specs[name].fingerprint(),
@@ -153,11 +164,13 @@ class SavedPlanSet:
     """The plans of an engine directory, not yet compared with what is needed, their files not yet checked.
 
     Attributes:
+        tp_size: ranks that they were built for.
         fingerprints: plan name -> fingerprint of the network that the plan was built from.
         specs: plan name -> that network.
     """
 
     producer: Producer
+    tp_size: int
     plans: Mapping[str, Plan]
     fingerprints: Mapping[str, str]
     specs: Mapping[str, SegmentSpec]
@@ -168,7 +181,8 @@ class SavedPlanSet:
     def read(cls, saved: SavedPlans, where: str) -> SavedPlanSet:
         """The plans that `PlanSet.to_saved` described; raises `CorruptFileError` beginning with `where`."""
         facts = Fields(saved.facts, where)
-        facts.require_only({"flavour", "version", "compute_capabilities", "device_name", "verification", "plans"})
+        expected = {"flavour", "version", "compute_capabilities", "device_name", "verification", "plans"}
+        facts.require_only({*expected, "tp_size"} if facts.has("tp_size") else expected)
         table = facts.fields("plans")
         if not table.values:
             raise facts.error("plans", "at least one plan")
@@ -184,6 +198,7 @@ class SavedPlanSet:
             specs[name] = _read_spec(entry)
         return cls(
             _read_producer(facts),
+            facts.integer("tp_size", low=2) if facts.has("tp_size") else 1,
             plans,
             fingerprints,
             specs,

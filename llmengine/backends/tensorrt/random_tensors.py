@@ -22,7 +22,7 @@ SENTINEL = 7.0
 
 _OUTLIER_ROWS = 4
 """Every so many rows the hidden state has an outlier, like the hidden states of real models."""
-_NORMS_OF_X = ("input_norm.weight", "post_attention_norm.weight")
+_NORMS_OF_X = ("input_norm.weight", "post_attention_norm.weight", "next.input_norm.weight")
 _OUTLIER = 1000.0
 """Its square is beyond float16's range."""
 _MATRIX_ROWS = 8192

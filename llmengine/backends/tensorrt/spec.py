@@ -11,6 +11,21 @@ A model is cut at its attentions. The compute between two of them is one segment
       attention L-1
     last    of layer L-1        attended, x, sample_tokens -> logits      rows are gathered first
 
+Where ranks share each matrix, the results of o and down are terms of sums over them, and what follows has to wait. So a
+segment ends at each sum, which is ours like attention. The residual and the norms after a sum belong to the segment
+behind it, which is the same network on every rank whose shapes are the same::
+
+    first                       x                       -> qkv
+      attention 0
+    o       of layer 0          attended                -> part
+      sum over the ranks: part becomes the sum
+    mlp     of layer 0          sum, x                  -> x_out, part
+      sum over the ranks
+    next    of layer 0          sum, x                  -> x_out, qkv     layer 1's norm and qkv
+      attention 1
+    o, mlp  of layer L-1        ...                                       of sampled rows only
+    head    of layer L-1        sum, x                  -> logits
+
 Nothing here imports a TensorRT library. Specs with equal `fingerprint()` define the same network. With weights as
 inputs the `mid` segments of all layers have the same spec, so one plan runs them all.
 """
@@ -33,11 +48,14 @@ from llmengine.models.arch import Activation
 from llmengine.quantization.formats import DENSE, Shape, TensorSpec, WeightFormat
 from llmengine.quantization.known_formats import format_from_json
 
-SegmentKind = Literal["first", "mid", "last"]
+SegmentKind = Literal["first", "mid", "last", "o", "mlp", "next", "head"]
 WeightMode = Literal["inputs", "constants"]
 WeightSource = Literal["input", "constant"]
 Dim = int | Literal["T", "S"]
 """A size, or the name of a size that changes from step to step: T tokens, S sampled rows."""
+
+PART, SUM = "part", "sum"
+"""An output that is a term of a sum over ranks, and the input of the segment behind that takes the sum."""
 
 NETWORK_VERSION = 1
 """Part of every fingerprint; to be raised when the same spec gives another network than before."""
@@ -200,6 +218,16 @@ class SegmentSpec:
         return matrix_shape(dict(self.quantization).get(name, DENSE), parts)
 
     @property
+    def is_of_each_layer(self) -> bool:
+        """Whether a model has more than one of its kind."""
+        return self.kind not in ("first", "last", "head")
+
+    @property
+    def ends_at_sum(self) -> bool:
+        """Whether an output is a term of a sum over ranks."""
+        return any(output.name == PART for output in self.outputs)
+
+    @property
     def weight_inputs(self) -> tuple[WeightSpec, ...]:
         """The weights that are bound as inputs of the network."""
         return tuple(weight for weight in self.weights if weight.source == "input")
@@ -306,23 +334,31 @@ class PlacedSegment:
     """A segment at its place in the model.
 
     Attributes:
-        layer: the layer whose attention comes before the segment (`mid`, `last`); 0 for `first`.
+        layer: the layer whose attention was the last before the segment; 0 for `first`.
         first_layer: the first layer with such a segment.
+        rank: the rank that runs it, 0 in a model that is not shared.
+        first_rank: the first rank with such a segment.
     """
 
     spec: SegmentSpec
     layer: int
     first_layer: int = 0
+    rank: int = 0
+    first_rank: int = 0
 
     @property
     def plan_name(self) -> str:
         """Name of its plan, unique in a model: "first", "mid", "last".
 
-        "mid.7" if the plan contains weights, or if layer 7 is the first with matrices in these formats.
+        "mid.7" if the plan contains weights, or if layer 7 is the first with matrices in these formats; "mlp.rank1" if
+        rank 1 is the first with these shapes and formats, or if the plan contains its weights.
         """
-        if self.spec.kind == "mid" and self.spec.weight_mode == "constants":
-            return f"mid.{self.layer}"
-        return f"{self.spec.kind}.{self.first_layer}" if self.first_layer else self.spec.kind
+        name: str = self.spec.kind
+        if self.spec.is_of_each_layer and self.spec.weight_mode == "constants":
+            name += f".{self.layer}"
+        elif self.first_layer:
+            name += f".{self.first_layer}"
+        return f"{name}.rank{self.first_rank}" if self.first_rank else name
 
     def canonical_matrix(self, name: str) -> str:
         """Canonical name less ".weight" of a matrix by its name in the plan less ".weight"."""

@@ -147,6 +147,15 @@ class Verification:
         return (self.library, self.device) == (library, device_name(device))
 
 
+def joined(found: Sequence[Verification]) -> Verification:
+    """The findings of several ranks as those of the first: of each output of a plan the worst check."""
+    worst: dict[tuple[str, str], SegmentCheck] = {}
+    for check in (check for one in found for check in one.checks):
+        key = check.plan, check.output
+        worst[key] = max(worst.get(key, check), check, key=lambda one: one.ratio)
+    return dataclasses.replace(found[0], checks=tuple(worst.values()))
+
+
 def verify_plans(
     segments: Sequence[PlacedSegment],
     plans: Mapping[str, LoadedPlan],

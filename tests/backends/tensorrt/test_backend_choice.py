@@ -81,7 +81,7 @@ def make_choice(
     weights = {name: tensor.to(fake.device) for name, tensor in source.weights(torch.float32)}
     cache = PlanCache()
     plan_set = cache.with_findings(fake_plan_set(segments, weights, rtx))
-    return SegmentsChoice(fake_library(fake, rtx), plan_set, source, cache, is_required=is_required)
+    return SegmentsChoice(lambda: fake_library(fake, rtx), plan_set, source, cache, is_required=is_required)
 
 
 def make_context(fake: FakeTensorRt, source: ModelSource) -> SegmentsContext:
