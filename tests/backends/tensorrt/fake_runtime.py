@@ -185,7 +185,12 @@ class LiveMemory:
 
     def _learn(self, generation: int) -> None:
         for item in gc.get_objects(generation):
-            if type(item) is Tensor and item.device.type == self._device.type and item.is_contiguous():
+            if (
+                type(item) is Tensor
+                and item.device.type == self._device.type
+                and torch._C._has_storage(item)  # which tensors of torch's own may lack
+                and item.is_contiguous()
+            ):
                 known = self._known.setdefault((item.data_ptr(), item.dtype), [])
                 known[:] = [entry for entry in known if not entry[1].expired()]
                 known.append((item.numel(), StorageWeakRef(item.untyped_storage())))
