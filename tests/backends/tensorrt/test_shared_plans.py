@@ -34,7 +34,7 @@ from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.sharded_source import ShardPlan
 from llmengine.checkpoints.source import ModelSource
-from llmengine.config import KvCacheConfig, ModelConfig, QuantConfig, SchedulerConfig
+from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from tests.backends.helpers import BackendDriver, reference_greedy, save_tiny
 from tests.backends.tensorrt.plan_fakes import ARCH, FakeBuild, content_of, get, make_request, make_source
@@ -318,7 +318,6 @@ def test_a_model_that_ranks_share_asks_for_tensorrt(tmp_path: Path, monkeypatch:
     ]
     with pytest.raises(ConfigError, match="deterministic=True excludes backend='tensorrt'"):
         load_backend(make_config(tmp_path, backend="tensorrt", deterministic=True), source)
-    stages = make_config(tmp_path, backend="tensorrt")
-    stages.parallel_config.pp_size = 2
+    stages = make_config(tmp_path, backend="tensorrt", parallel_config=ParallelConfig(pp_size=2))
     with pytest.raises(ConfigError, match=r"not cut into stages, but parallel_config.pp_size=2; .*tp_size alone"):
         load_backend(stages, source)
