@@ -72,7 +72,10 @@ class CudaBackend:
         self._warmup: GraphWarmup | None = parts.warmup
         self._slots = SlotStateUpdater(parts.sizes.decodes[-1], parts.pool.max_blocks_per_request)
         self._prompt_logprobs = PromptLogprobs(parts.info.vocab_size)
-        self._ids_lag = None if parts.program.model.link is None else IdsLag()
+        link = parts.program.model.link
+        self._tells_ids = link is not None and not link.carries_ids
+        self._ids_lag = IdsLag()
+        self._latest_ids: dict[int, int] = {}
         self._pending: deque[_PendingStep] = deque()
         self._next_ring_index = 0
 
@@ -96,7 +99,7 @@ class CudaBackend:
             self._next_ring_index = (ring_index + 1) % program.ring.depth
             buffer = program.buffer(bucket)
             updates = self._slots.updates(batch.rows, batch.slot_inits)
-            ids_lag = 0 if self._ids_lag is None else self._ids_lag.of(batch)
+            ids_lag = self._find_ids(program, batch)
             sampled = buffer.fill(batch, updates, bucket, ring_index, ids_lag)
             before = self._pending[-1].ring_index if self._pending else None
             self._stream.mark_begin(ring_index)
@@ -116,6 +119,8 @@ class CudaBackend:
         pending = self._pending.popleft()
         forward_s, idle_s = self._stream.wait(pending.ring_index, pending.before)
         ids = self._program.ring.read(pending.ring_index, len(pending.sampled))
+        if self._tells_ids:
+            self._note_ids(self._program, pending)
         chosen = dict(zip(pending.sampled, zip(ids, strict=True), strict=True))
         chosen.pop(-1, None)
         errors = {}
@@ -149,7 +154,7 @@ class CudaBackend:
         ring_index = self._next_ring_index
         self._next_ring_index = (ring_index + 1) % program.ring.depth
         updates = self._slots.updates(batch.rows, batch.slot_inits)
-        ids_lag = 0 if self._ids_lag is None else self._ids_lag.of(batch)
+        ids_lag = self._find_ids(program, batch)
         program.buffer(bucket).fill(batch, updates, bucket, ring_index, ids_lag)
         program.send(bucket, ring_index, self._stream)
         yield from program.run_for_logits(bucket, batch.num_tokens, self._sizes)
@@ -179,6 +184,32 @@ class CudaBackend:
         self._program = self._warmup = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _find_ids(self, program: StepProgram, batch: Batch) -> int:
+        """Where the first stage of a pipeline finds the ids that a step lacks: as `IdsLag.of` says, or 0.
+
+        Where the last stage does not send them, this waits for them and tells them. So no device waits for what this
+        thread has yet to tell, and all that is queued may be waited for.
+        """
+        if program.model.link is None:
+            return 0
+        if not self._tells_ids:
+            return self._ids_lag.of(batch)
+        missing = {row.slot for row in batch.rows if len(row.token_ids) < row.num_tokens}
+        missing -= {init.slot for init in batch.slot_inits}
+        for step in self._pending:
+            if not missing.isdisjoint(step.sampled):
+                self._stream.wait(step.ring_index, None)
+                self._note_ids(program, step)
+        if missing:
+            slots = sorted(missing)
+            program.tell_sampled(slots, [max(0, self._latest_ids[slot]) for slot in slots])
+        return 0
+
+    def _note_ids(self, program: StepProgram, step: _PendingStep) -> None:
+        """Keep what a step that has ended sampled, for steps that lack it."""
+        ids = program.ring.read(step.ring_index, len(step.sampled))
+        self._latest_ids.update(zip(step.sampled, ids, strict=True))
 
     def _take_wanted_logprobs(self, batch: Batch) -> list[WantedLogprobs]:
         """Prompt tokens whose log-probabilities the step computes; tokens are counted as in a mixed step."""

@@ -76,6 +76,14 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """Ids that slots sampled and that the next step needs, for a first stage that does not get them from the last."""
+
+    slots: Sequence[int]
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class NextWeight:
     """Each rank of a stage answers with its part of the next canonical weight, or of the first if `restarts`.
 
@@ -86,7 +94,7 @@ class NextWeight:
     restarts: bool
 
 
-StepMessage = Inputs | Run | RunToLast | RunLast | Finish
+StepMessage = Inputs | Run | RunToLast | RunLast | Finish | Sampled
 Message = StepMessage | NextWeight
 
 Tell = Callable[[Message], None]
@@ -136,6 +144,10 @@ class Follower:
         elif isinstance(message, Run):
             bucket = message.bucket
             self._graphs.follow(bucket, partial(program.run, bucket), captures=message.captures)
+        elif isinstance(message, Sampled):
+            to_device = program.sampler.to_device
+            slots, ids = to_device(message.slots, torch.int64), to_device(message.token_ids, torch.int32)
+            program.state.last_token_ids.index_copy_(0, slots, ids)
         elif isinstance(message, RunToLast):
             self._begun = program.begin(message.bucket, samples=message.samples)
         elif not program.model.has_head:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.cuda.buckets import Bucket, BucketSizes
-from llmengine.backends.cuda.following import Finish, Inputs, RunLast, RunToLast, Tell
+from llmengine.backends.cuda.following import Finish, Inputs, RunLast, RunToLast, Sampled, Tell
 from llmengine.backends.cuda.model import CudaModel
 from llmengine.backends.cuda.sample_ring import SampleRing
 from llmengine.backends.cuda.sampling import DeviceSampler, PendingPromptLogprobs, SamplerTensors
@@ -98,6 +98,11 @@ class StepProgram:
         if self._tell is not None:
             self._tell(Inputs(bucket.mixed, ring_index, buffer.written(ring_index)))
         buffer.send(ring_index, stream)
+
+    def tell_sampled(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Tell what a step sampled, where that does not pass from the last stage to the first."""
+        assert self._tell is not None
+        self._tell(Sampled(slots, token_ids))
 
     def run(self, bucket: Bucket) -> None:
         """Queue all device work of a step; the function that graphs are captured from."""

@@ -84,11 +84,7 @@ class NcclCollectives:
         self.rank, self.size = rank, size
         self._device = device
         self._deterministic = deterministic
-        kind: Any = _torch.ProcessGroupNCCL
-        options = kind.Options()
-        options._timeout = _OPERATION_TIMEOUT
-        with _environment(_NO_WATCHDOG):
-            self._group: Any = kind(store, rank, size, options)
+        self._group: Any = _nccl_group(store, rank, size)
 
     @property
     def description(self) -> str:
@@ -140,6 +136,34 @@ class NcclCollectives:
         """Have the current stream wait; the host does not."""
         if work is not None:
             work.wait()
+
+
+class NcclPair:
+    """Two ranks, 0 of which sends to 1, queued in the current stream of the device."""
+
+    def __init__(self, store: Store, rank: int, device: torch.device) -> None:
+        self._device = device
+        self._group: Any = _nccl_group(store, rank, 2)
+
+    def send(self, tensor: Tensor) -> None:
+        """Send a contiguous tensor; the stream goes on when it is received."""
+        self._group.send([tensor], 1, 0).wait()
+
+    def receive(self, tensor: Tensor) -> None:
+        """Receive into a contiguous tensor of the same shape and dtype."""
+        self._group.recv([tensor], 0, 0).wait()
+
+    def abort(self) -> None:
+        """End what waits. From any thread."""
+        self._group.abort()
+
+
+def _nccl_group(store: Store, rank: int, size: int) -> Any:
+    kind: Any = _torch.ProcessGroupNCCL
+    options = kind.Options()
+    options._timeout = _OPERATION_TIMEOUT
+    with _environment(_NO_WATCHDOG):
+        return kind(store, rank, size, options)
 
 
 def add_in_order(parts: Tensor, out: Tensor) -> None:

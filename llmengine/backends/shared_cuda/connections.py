@@ -5,6 +5,7 @@ Ranks of one stage have collectives, and stages have links; with a single one of
 
 from __future__ import annotations
 
+import logging
 import pickle
 import socket
 import threading
@@ -22,22 +23,26 @@ from llmengine.backends.ranks import RankChannel, RankGroup
 from llmengine.backends.ranks.layout import receiver_of
 from llmengine.backends.ranks.store import connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives, RankCollectives
-from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory
+from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory, HostPipe
+from llmengine.backends.shared_cuda.nccl_pipe import NcclPipe
 from llmengine.backends.shared_cuda.peer_memory import IpcLinkMemory
 from llmengine.backends.shared_cuda.small_sums import with_small_sums
 from llmengine.config import ModelConfig
 from llmengine.dtypes import torch_dtype
-from llmengine.errors import ConfigError
 from llmengine.kernels.stage_link import LinkLayout
+
+_logger = logging.getLogger("llmengine.backends.shared_cuda")
 
 _MEET_TIMEOUT_S = 300.0
 _LOOK_S = 0.05
 
 
 class OpenLink(Protocol):
-    """A `StageLink`, and the memory that it goes through."""
+    """A `StageLink`, and what it goes through."""
 
-    link: StageLink
+    @property
+    def link(self) -> StageLink:
+        """What the model is given."""
 
     def release(self) -> None:
         """End every wait for another stage, now and later; results are junk. From any thread."""
@@ -93,10 +98,7 @@ class _Meet:
 
 
 def connect_rank_0(config: ModelConfig, places: RankPlaces, group: RankGroup, device: torch.device) -> RankConnections:
-    """Connect rank 0 with the others, which call `connect_rank`. Raises as soon as one of them fails, and what it does.
-
-    Raises `ConfigError` for stages on GPUs that cannot map each other's memory.
-    """
+    """Connect rank 0 with the others, which call `connect_rank`. Raises as soon as one fails, and what that raises."""
     if device.type != "cuda":
         return _on_host_0(config, places, group)
     listener = socket.create_server((group.address, 0), backlog=group.size + 16)
@@ -141,6 +143,7 @@ class _Meeting:
         self._config, self._places, self._rank = config, places, rank
         self._device, self._store, self._on_one_host = device, store, on_one_host
         self._nccl: NcclCollectives | None = None
+        self._pipe: NcclPipe | None = None
         if places.tp_size > 1:
             shard, index = places.shard_of(rank), places.stage_of(rank).index
             own_store = PrefixStore(f"stage-{index}", store)
@@ -162,6 +165,8 @@ class _Meeting:
         """End what waits in `connect`."""
         if self._nccl is not None:
             self._nccl.abort()
+        if self._pipe is not None:
+            self._pipe.release()
 
     def _sums(self, nccl: NcclCollectives) -> RankCollectives:
         """With kernels of our own for small sums where memory can be mapped."""
@@ -171,22 +176,28 @@ class _Meeting:
         return nccl
 
     def _link(self) -> OpenLink:
+        """Through memory that can be mapped, else through NCCL."""
         places, rank = self._places, self._rank
-        layout, store = _link_layout(self._config, places), PrefixStore("stages", self._store)
-        is_first = places.stage_of(rank).is_first
-        try:
-            return IpcLinkMemory(store, rank, places.size, self._device, layout, _after(places, rank), is_first)
-        except (ImportError, RuntimeError) as error:
-            raise ConfigError(
-                f"parallel_config.pp_size={places.pp_size} needs GPUs that can map each other's memory: {error}; use "
-                "tp_size alone"
-            ) from None
+        store, after = PrefixStore("stages", self._store), _after(places, rank)
+        if self._on_one_host:
+            layout, is_first = _link_layout(self._config, places), places.stage_of(rank).is_first
+            try:
+                return IpcLinkMemory(store, rank, places.size, self._device, layout, after, is_first)
+            except (ImportError, RuntimeError) as error:
+                _logger.warning("stages use NCCL, since the GPUs cannot map each other's memory: %s", error)
+        size = places.tp_size
+        before = None if places.stage_of(rank).is_first else (rank - size) % places.size
+        self._pipe = NcclPipe(store, rank, before, None if places.stage_of(rank).is_last else after, self._device)
+        self._pipe.connect()
+        return self._pipe
 
 
 def _on_host_0(config: ModelConfig, places: RankPlaces, group: RankGroup) -> RankConnections:
     collectives = None if places.tp_size == 1 else HostCollectives(group.collectives)
     if places.pp_size == 1:
         return RankConnections(collectives, None)
+    if group.num_on_host < group.size:
+        return RankConnections(collectives, HostPipe(group.pipe))
     layout = _link_layout(config, places)
     file = HostLinkFile(places.size, layout)
     try:
@@ -202,6 +213,8 @@ def _on_host(config: ModelConfig, places: RankPlaces, channel: RankChannel) -> R
     collectives = None if places.tp_size == 1 else HostCollectives(channel.collectives)
     if places.pp_size == 1:
         return RankConnections(collectives, None)
+    if channel.num_on_host < channel.size:
+        return RankConnections(collectives, HostPipe(channel.pipe))
     path, rank = channel.receive().decode(), channel.rank
     layout = _link_layout(config, places)
     memory = HostLinkMemory(path, rank, _after(places, rank), layout, channel.progress, lambda: None)

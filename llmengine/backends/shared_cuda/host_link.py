@@ -9,9 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llmengine.backends.cuda.stage_link import StageLink
+from llmengine.backends.cuda.stage_link import MappedLink, PipedLink
 from llmengine.backends.ranks.memory import anonymous_file
+from llmengine.backends.ranks.pipe import Pipe
 from llmengine.kernels.stage_link import RELEASED_BYTE, LinkLayout, LinkMemory
 
 _PAUSE_S = 100e-6
@@ -49,7 +51,7 @@ class HostLinkMemory:
         start = int(mapped.ctypes.data)
         at = torch.tensor([start + each * one for one in (rank, after)], dtype=torch.int64)
         self._number = torch.zeros(1, dtype=torch.int32)
-        self.link: StageLink = StageLink(LinkMemory(layout, at, self._number), self._wait)
+        self.link: MappedLink = MappedLink(LinkMemory(layout, at, self._number), self._wait)
 
     def release(self) -> None:
         """End every wait for another stage, now and later; results are junk. From any thread."""
@@ -79,3 +81,25 @@ class HostLinkFile:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+
+class HostPipe:
+    """A pipe for ranks on the CPU of several hosts; what waits in it looks for failures itself."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self.link: PipedLink = PipedLink(self)
+
+    def receive(self, x: Tensor) -> None:
+        """See `HiddenPipe`."""
+        x.copy_(self._pipe.receive(x.shape, x.dtype))
+
+    def send(self, x: Tensor) -> None:
+        """See `HiddenPipe`."""
+        self._pipe.send(x)
+
+    def release(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing: the pipe is the rank's."""

@@ -36,7 +36,6 @@ from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.source import ModelSource
 from llmengine.config import ModelConfig
-from llmengine.errors import ConfigError
 from llmengine.rank_hosts import RankHosts
 
 _STUCK_AFTER_S = 4.0
@@ -89,11 +88,6 @@ def load_shared_cuda_backend(
     for a rank that ends.
     """
     places = RankPlaces(config.parallel_config, source)  # raises before any process is started
-    if rank_hosts is not None and places.pp_size > 1 and any(rank_hosts.hosts):
-        raise ConfigError(
-            f"parallel_config.pp_size={places.pp_size} on GPUs needs all ranks on one host: stages write to each "
-            "other's memory; use tp_size alone"
-        )
     payload = _Payload(config, [str(device) for device in devices], segments)
     group = RankGroup(
         places.size,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from llmengine.backends.cuda.stage_link import StageLink
+from llmengine.backends.cuda.stage_link import MappedLink
 from llmengine.kernels.limits import has_pdl
 from llmengine.kernels.peer_sum import MAX_PROGRAMS, PeerMemory, data_bytes, flags_size
 from llmengine.kernels.stage_link import RELEASED_BYTE, LinkLayout, LinkMemory
@@ -165,7 +165,7 @@ class IpcLinkMemory:
         addresses = [self._mapped.addresses[each] for each in (rank, after)]
         at = torch.tensor(addresses, dtype=torch.int64, device=device)
         number = torch.zeros(1, dtype=torch.int32, device=device)
-        self.link: StageLink = StageLink(LinkMemory(layout, at, number))
+        self.link: MappedLink = MappedLink(LinkMemory(layout, at, number))
 
     def release(self) -> None:
         """End every wait for another stage, now and later; results are junk. From any thread."""

@@ -15,6 +15,7 @@ from llmengine.backends.cuda.following import (
     Run,
     RunLast,
     RunToLast,
+    Sampled,
     decode,
     encode,
 )
@@ -31,6 +32,7 @@ MIXED, DECODES = Bucket(96, 8, mixed=True, draws=True), Bucket(16, 16, mixed=Fal
         [Inputs(True, 8, b"some"), RunToLast(MIXED, samples=False)],
         [RunLast([4, 0, 2])],
         [Finish(MIXED)],
+        [Sampled([3, 1], [70, 8]), Inputs(False, 2, b"some"), Run(DECODES, captures=False)],
         [NextWeight(1, restarts=True)],
     ],
 )

@@ -17,7 +17,7 @@ from llmengine import LLM
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, QuantConfig, SchedulerConfig
-from llmengine.errors import ConfigError, EngineDeadError
+from llmengine.errors import EngineDeadError
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
 from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
@@ -46,9 +46,9 @@ def staged(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[St
         yield Staged(directory, reference, backend, BackendDriver(backend))
 
 
-def test_tokens_of_steps_in_flight_are_those_of_one_process(staged: Staged) -> None:
-    """The first stage gets the ids that the last one sampled while no host has seen them."""
-    backend, driver = staged.backend, staged.driver
+def check_steps_in_flight(reference: Any, backend: PreparingRanksBackend) -> None:
+    """Steps that need ids of steps which no host has seen give the tokens of the reference."""
+    driver = BackendDriver(backend)
     requests = [driver.add(slot, prompt) for slot, prompt in enumerate(PROMPTS)]
     driver.step(*[(request, len(request.token_ids)) for request in requests])
     for _ in range(2):
@@ -60,8 +60,13 @@ def test_tokens_of_steps_in_flight_are_those_of_one_process(staged: Staged) -> N
         for request in requests:
             [request.token_ids[-behind]] = result.token_ids[request.slot]
     assert [one.output_ids for one in requests] == [
-        reference_greedy(staged.reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
+        reference_greedy(reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
     ]
+
+
+def test_tokens_of_steps_in_flight_are_those_of_one_process(staged: Staged) -> None:
+    """The first stage gets the ids that the last one sampled while no host has seen them."""
+    check_steps_in_flight(staged.reference, staged.backend)
 
 
 def test_log_probabilities_of_prompts_and_scores(staged: Staged) -> None:
@@ -116,13 +121,20 @@ def test_a_rank_that_dies_ends_all(tmp_path: Path, device: str) -> None:
     assert ranks() == before
 
 
-def test_stages_on_several_hosts_are_refused(tmp_path: Path, device: str) -> None:
-    save_tiny(tmp_path, **SMALL)
-    with (
-        pytest.raises(ConfigError, match="pp_size=2 on GPUs needs all ranks on one host"),
-        load_shared(tmp_path, device, pp_size=2, rank_hosts=PretendedHosts((0, 1))),
-    ):
-        pass
+@pytest.mark.parametrize(
+    ("tp_size", "hosts"), [(1, (0, 1)), pytest.param(2, (0, 0, 1, 1), marks=pytest.mark.slow)], ids=["2", "2x2"]
+)
+def test_stages_on_two_hosts_give_the_same_tokens(
+    staged: Staged, device: str, tp_size: int, hosts: tuple[int, ...]
+) -> None:
+    """Hidden states go over a connection, and the ids that the first stage needs are told."""
+    with load_shared(staged.directory, device, tp_size, 2, rank_hosts=PretendedHosts(hosts)) as backend:
+        check_steps_in_flight(staged.reference, backend)
+        driver = BackendDriver(backend)
+        scored = driver.add(3, PROMPTS[0])
+        logits = [rows.float().cpu().clone() for rows in backend.score(driver.batch((scored, len(PROMPTS[0]))))]
+        expected = reference_logprobs(staged.reference, PROMPTS[0])
+        torch.testing.assert_close(torch.log_softmax(torch.cat(logits), dim=-1), expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.slow
