@@ -45,10 +45,12 @@ def build(
     weight_mode: Literal["fastest"] | WeightMode | None = None,
     scheduler_config: SchedulerConfig | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
+    tp_size: int = 1,
 ) -> EngineBuild:
     """Build a model's TensorRT plans and save them with its weights in `directory`.
 
     Args:
+        tp_size: GPUs that share the model; the plans are those of all of them.
         write: called with lines about the progress, unless stderr is a terminal, which shows a bar.
         scheduler_config: the limits that the plans are built for, by default those of an accelerator.
 
@@ -61,6 +63,7 @@ def build(
         flavour=flavour,
         dtype=dtype,
         weight_mode=weight_mode,
+        tp_size=tp_size,
     )
     source = without_blocks(open_model(model, load_format), _NO_PRODUCTS)
     from llmengine.backends.tensorrt.build_engine import build_engine
@@ -70,7 +73,7 @@ def build(
     return build_engine(source, directory, options, tokenizer_to_save(source), BuildProgress(write))
 
 
-def build_for_ranks(
+def build_without_plans(
     model: Path,
     directory: Path,
     tp_size: int,

@@ -81,8 +81,14 @@ def _add_build_command(commands: Any) -> None:
         type=positive_int,
         default=1,
         metavar="N",
-        help="make sure that N processes can share each matrix, and save the weights without plans, which run on one "
-        "GPU; with --quant: quantize with N processes. Load the result with --tp N, or any other number",
+        help="make sure that N processes can share each matrix; with --backend tensorrt: build the plans of N GPUs; "
+        "with --quant: quantize with N processes. The result loads with any other --tp too, for which plans are built "
+        "anew",
+    )
+    build.add_argument(
+        "--backend",
+        choices=("torch", "tensorrt"),
+        help="torch: save the weights without plans (default: torch with --tp above 1, else tensorrt)",
     )
     build.add_argument(
         "--dummy", action="store_true", help="use random weights; needs only the directory's config.json"
@@ -120,8 +126,8 @@ def _build(arguments: argparse.Namespace) -> int:
     for name, default in {**evaluating, "skip_evaluation": False, "skip_speed": False}.items():
         if getattr(arguments, name) != default:
             raise ConfigError(f"--{name.replace('_', '-')} needs --quant: nothing is quantized without it")
-    if arguments.tp > 1:
-        return _build_for_ranks(arguments)
+    if (arguments.backend or ("torch" if arguments.tp > 1 else "tensorrt")) == "torch":
+        return _build_without_plans(arguments)
     from llmengine import saved_engines
 
     built = saved_engines.build(
@@ -136,6 +142,7 @@ def _build(arguments: argparse.Namespace) -> int:
             max_batch_size=arguments.max_batch_size, max_tokens_per_step=arguments.max_tokens_per_step
         ),
         load_format="dummy" if arguments.dummy else "auto",
+        tp_size=arguments.tp,
     )
     facts = saved_engines.inspect(arguments.output)
     print(
@@ -149,13 +156,13 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _build_for_ranks(arguments: argparse.Namespace) -> int:
-    """Save a model for several processes."""
-    _refuse_plan_options(arguments, "--tp")
+def _build_without_plans(arguments: argparse.Namespace) -> int:
+    """Save a model for any number of processes."""
+    _refuse_plan_options(arguments, "--backend torch" if arguments.backend else "--tp without --backend tensorrt")
     from llmengine import saved_engines
 
     load_format: Literal["auto", "dummy"] = "dummy" if arguments.dummy else "auto"
-    saved_engines.build_for_ranks(arguments.model, arguments.output, arguments.tp, arguments.dtype, load_format)
+    saved_engines.build_without_plans(arguments.model, arguments.output, arguments.tp, arguments.dtype, load_format)
     size = size_text(saved_engines.inspect(arguments.output)["size_bytes"])
     print(
         f"{arguments.output}: {size}, without plans; load it with --tp {arguments.tp}, or any other number that works"
@@ -173,6 +180,8 @@ def _refuse_plan_options(arguments: argparse.Namespace, because_of: str) -> None
 def _build_quantized(arguments: argparse.Namespace) -> int:
     """Quantize a model, compare it with itself as it was, and save it if it is good enough."""
     _refuse_plan_options(arguments, "--quant")
+    if arguments.backend is not None:
+        raise ConfigError("--quant excludes --backend: no plans are built; build from the result for these")
     if arguments.dummy:
         raise ConfigError("--quant excludes --dummy: random weights have no quality to measure")
     limit = arguments.max_perplexity_increase
@@ -276,10 +285,11 @@ def _summary_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     capabilities = ", ".join(f"{value / 10:.1f}" for value in plans["compute_capabilities"])
     device = f", measured on {plans['device_name']}" if plans["device_name"] else ""
     first = next(iter(plans["plans"].values()))["segment"]
+    ranks = f", of {plans['tp_size']} ranks" if "tp_size" in plans else ""
     limits = ", ".join(f"{item['name']} to {item['tokens']['max']} tokens" for item in first["profiles"])
     return [
         *lines,
-        ("plans", f"{plans['flavour']} {plans['version']}, compute capability {capabilities}{device}"),
+        ("plans", f"{plans['flavour']} {plans['version']}, compute capability {capabilities}{device}{ranks}"),
         ("limits", f"{limits}; weights as {first['weight_mode']}"),
         ("verified", verified(plans["verification"])),
     ]

@@ -173,7 +173,7 @@ def test_generate_quantizes_by_a_preset(model: Path, caplog: pytest.LogCaptureFi
         main([*arguments, "int3"])
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"], ["--dummy"]])
+@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"], ["--dummy", "--backend", "torch"]])
 def test_build_for_several_processes(
     model: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ class BuildOptions:
             timed both ways on this machine's GPU, which must be the only target.
         max_batch_size: most requests in one step.
         max_tokens_per_step: most tokens in one step.
+        tp_size: GPUs that share the model, all of the target's kind.
     """
 
     max_batch_size: int
@@ -48,6 +49,7 @@ class BuildOptions:
     flavour: Literal["auto"] | Flavour = "auto"
     dtype: DTypeChoice = "auto"
     weight_mode: Literal["fastest"] | WeightMode | None = None
+    tp_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def build_engine(
     minutes and keep one layer on disk at a time.
 
     Raises as `obtain_plans` and `save_model` do. Raises `ConfigError` if no compute capability is given and there is no
-    GPU, and if the weight mode cannot be measured for the target.
+    GPU, if the model cannot be divided so, and if the weight mode cannot be measured for the target.
     """
     require_replaceable(directory)
     library, request = _plan_request(source, options)
@@ -118,6 +120,7 @@ def _plan_request(source: ModelSource, options: BuildOptions) -> tuple[Library, 
         producer=make_producer(library, target, device_name),
         weight_mode=None if options.weight_mode == "fastest" else options.weight_mode,
         formats=source.formats,
+        tp_size=options.tp_size,
     )
     return library, request
 
@@ -125,7 +128,12 @@ def _plan_request(source: ModelSource, options: BuildOptions) -> tuple[Library, 
 def _time_layer(
     library: Library, request: PlanRequest, source: ModelSource, cache: PlanCache | None
 ) -> LayerTimes | None:
-    """Time a layer on this machine's GPU; raises `ConfigError` if it is not the only target."""
+    """Time a layer on this machine's GPU; raises `ConfigError` if it is not the only target, or one of several."""
+    if request.tp_size > 1:
+        raise ConfigError(
+            f"weight_mode='fastest' measures on one GPU, and tp_size={request.tp_size}; set weight_mode to 'inputs' or "
+            "'constants'"
+        )
     (here, _), target = _first_gpu(), request.producer.target
     if target.compute_capabilities != here:
         raise ConfigError(

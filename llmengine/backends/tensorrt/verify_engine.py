@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from llmengine.backends.tensorrt.library import Library, load_library
-from llmengine.backends.tensorrt.model_segments import segments_of
-from llmengine.backends.tensorrt.obtain import producer_for_device
+from llmengine.backends.tensorrt.obtain import model_segments, producer_for_device
 from llmengine.backends.tensorrt.plan_set import PlanSet, SavedPlanSet
 from llmengine.backends.tensorrt.plan_weights import streamed_weights
 from llmengine.backends.tensorrt.runtime import PlanRuntime
 from llmengine.backends.tensorrt.segments import load_plans
 from llmengine.backends.tensorrt.spec import PlacedSegment, segments_by_plan
 from llmengine.backends.tensorrt.verify import WeightsOf, device_name, verify_plans
+from llmengine.checkpoints.sharded_source import shard_source
 from llmengine.checkpoints.source import ModelSource
 from llmengine.dtypes import torch_dtype
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
+from llmengine.models.sharding import Shard
 
 
 def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
@@ -51,7 +52,7 @@ def verify_saved_plans(source: ModelSource) -> tuple[list[str], str]:
 
 def _segments(saved: SavedPlanSet, source: ModelSource) -> tuple[PlacedSegment, ...]:
     spec = next(iter(saved.specs.values()))
-    return tuple(segments_of(source.arch, spec.dtype, saved.profiles, spec.weight_mode, source.formats))
+    return model_segments(source.arch, spec.dtype, saved.profiles, spec.weight_mode, source.formats, saved.tp_size)
 
 
 def _find_gpu(saved: SavedPlanSet) -> tuple[Library, torch.device]:
@@ -70,12 +71,14 @@ def verify_on_device(
     """Run every plan on `device` and compare it with torch; the result is that of `verify_saved_plans`."""
     weights_of: WeightsOf | None = None
     if plan_set.has_constants:
-        dtype = torch_dtype(plan_set.segments[0].spec.dtype)
-        stream = streamed_weights(source.weights(dtype), source.formats, source.arch, dtype)
-        weights = {name: tensor.to(device) for name, tensor in stream}
+        dtype, weights = torch_dtype(plan_set.segments[0].spec.dtype), []
+        for rank in range(plan_set.tp_size):
+            own = shard_source(source, Shard(rank, plan_set.tp_size))
+            stream = streamed_weights(own.weights(dtype), own.formats, own.arch, dtype)
+            weights.append({name: tensor.to(device) for name, tensor in stream})
 
         def weights_of(segment: PlacedSegment) -> dict[str, Tensor]:
-            return {name: weights[canonical] for name, canonical in segment.weight_names().items()}
+            return {name: weights[segment.rank][canonical] for name, canonical in segment.weight_names().items()}
 
     try:
         plans = load_plans(PlanRuntime.start(library, plan_set.library_cache), plan_set)

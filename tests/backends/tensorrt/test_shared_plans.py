@@ -25,18 +25,22 @@ from llmengine.backends.tensorrt import shared
 from llmengine.backends.tensorrt.backend import together
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.model_segments import shard_segments_of
-from llmengine.backends.tensorrt.plan_set import SavedPlanSet
+from llmengine.backends.tensorrt.plan_set import PlanSet, SavedPlanSet
 from llmengine.backends.tensorrt.shared import PlannedSegments, load_shared_tensorrt_or_torch, prepare_shared_plans
-from llmengine.backends.tensorrt.spec import make_profiles
+from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan
 from llmengine.backends.tensorrt.verify import Verification
+from llmengine.backends.tensorrt.verify_engine import verify_on_device
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.checkpoints.saved_files import PlanHolder
 from llmengine.checkpoints.sharded_source import ShardPlan
 from llmengine.checkpoints.source import ModelSource
+from llmengine.cli.main import main
 from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
+from llmengine.quantization.model_formats import DENSE_MODEL
 from tests.backends.helpers import BackendDriver, reference_greedy, save_tiny
+from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.plan_fakes import ARCH, FakeBuild, content_of, get, make_request, make_source
 from tests.backends.tensorrt.rank_fakes import planned
 from tests.backends.tensorrt.segment_helpers import library_or_skip
@@ -229,6 +233,49 @@ def test_weights_in_plans_are_each_ranks_own_and_read_from_the_checkpoint(tmp_pa
     again = get(tmp_path, build, make_request(tp_size=2, weight_mode="constants"))
     assert again.plans == plans.plans
     assert len(build.built) == len(contents)
+
+
+@pytest.mark.parametrize("mode", ["inputs", "constants"])
+def test_a_saved_engines_plans_of_all_ranks_are_run_where_they_can_be(tmp_path: Path, mode: Any) -> None:
+    arch = dataclasses.replace(ARCH, num_layers=2, num_heads=6, num_kv_heads=3)
+    source, plan = make_source(arch, path=tmp_path), ShardPlan(arch, DENSE_MODEL, 2)
+    placed = shard_segments_of(plan, "float16", make_profiles(4, 16), mode)
+    weights = dict(source.weights(torch.float16))
+    of_ranks = [
+        fake_plan_set(
+            [segment for segment in placed if segment.rank == rank],
+            {name: plan.shard(name, tensor, rank) for name, tensor in weights.items()},
+        )
+        for rank in range(2)
+    ]
+    plans = PlanSet(of_ranks[0].producer, tuple(placed), {**of_ranks[1].plans, **of_ranks[0].plans})
+    problems, text = verify_on_device(plans, source, fake_library(FakeTensorRt(TWO_CPUS[0])), TWO_CPUS[0])
+    assert problems == []
+    num_outputs = sum(len(one.spec.outputs) for one in segments_by_plan(placed).values())
+    assert f"{num_outputs} outputs compared" in text
+
+
+def test_the_command_builds_plans_of_two_ranks(
+    tmp_path: Path, gpus: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path / "model", **UNEVEN, num_hidden_layers=1)
+    engine = tmp_path / "engine"
+    command = ["build", str(tmp_path / "model"), "--tp", "2", "--backend", "tensorrt", "--sm", "89"]
+    limits = ["--max-batch-size", str(MAX_ROWS), "--max-tokens-per-step", str(MAX_TOKENS)]
+    assert main([*command, *limits, "--dtype", "float32", "-o", str(engine)]) == 0
+    assert "[7/7] " in capsys.readouterr().err
+    assert main(["inspect", str(engine)]) == 0
+    printed = capsys.readouterr().out
+    names = ["first", "o", "mlp", "head", "first.rank1", "o.rank1", "head.rank1"]
+    assert all(f" {name} " in printed for name in names)
+    assert "of 2 ranks" in printed
+    assert main(["verify", str(engine)]) == 0
+    assert main([*command, "--weights", "fastest", "-o", str(tmp_path / "other")]) == 2
+    assert "weight_mode='fastest' measures on one GPU, and tp_size=2" in capsys.readouterr().err
+    monkeypatch.setattr(subprocess, "Popen", None)  # what was saved is loaded, though the cache has gone
+    monkeypatch.setenv("LLMENGINE_CACHE_DIR", str(tmp_path / "empty"))
+    loaded = prepare_shared_plans(make_config(engine, backend="tensorrt"), open_model(engine), TWO_CPUS)
+    assert len(loaded.plan_set.plans) == 7
 
 
 def test_real_plans_of_two_ranks_are_built_and_without_a_driver_torch_runs_on_both(
