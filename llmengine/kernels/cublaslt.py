@@ -19,9 +19,12 @@ _MAX_ALGORITHMS = 8
 
 # cublasLt.h, library_types.h
 _COMPUTE_32F, _OP_T = 68, 1
-_REAL_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+_REAL_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 _DESC_TRANSA, _DESC_EPILOGUE, _DESC_BIAS_POINTER, _DESC_BIAS_TYPE = 3, 7, 8, 26
+_DESC_WEIGHT_SCALE, _DESC_X_SCALE, _DESC_WEIGHT_SCALE_MODE, _DESC_X_SCALE_MODE = 17, 18, 31, 32
+_ONE_SCALE, _SCALE_OF_EACH_ROW = 0, 3
 _EPILOGUE_DEFAULT, _EPILOGUE_BIAS = 1, 4
+_NOT_SUPPORTED = 15
 _PREFERENCE_MAX_WORKSPACE = 1
 _CONFIG_TILE, _CONFIG_SPLIT_K, _CONFIG_REDUCTION, _CONFIG_SWIZZLE, _CONFIG_CUSTOM, _CONFIG_CLUSTER = 1, 2, 3, 4, 5, 8
 
@@ -89,9 +92,11 @@ class Product:
     """out [m, n] = x [m, k] @ weight [n, k].T (+ out) (+ bias [n]), all row-major; accumulated in fp32.
 
     Attributes:
+        dtype: of x and the weights. Those in e4m3 have float32 scales besides, [m] and [n], or one each.
         accumulate: add to what `out` holds.
-        bias: whether there is a bias, in x's dtype.
+        bias: its dtype, None: there is no bias.
         out_stride: elements from one row of `out` to the next; 0 stands for n.
+        one_scale: each operand in e4m3 has a single scale.
     """
 
     m: int
@@ -100,8 +105,14 @@ class Product:
     dtype: torch.dtype
     out_dtype: torch.dtype
     accumulate: bool
-    bias: bool
+    bias: torch.dtype | None
     out_stride: int = 0
+    one_scale: bool = False
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the operands have scales."""
+        return self.dtype == torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +145,7 @@ class CublasLt:
         weakref.finalize(self, self._library.cublasLtDestroy, self._handle)
 
     def num_algorithms(self, product: Product) -> int:
-        """Number of algorithms that the library proposes, at most 8."""
+        """Number of algorithms that the library proposes, at most 8; 0: it cannot compute such a product."""
         return len(self._plan(product).algorithms)
 
     def run(
@@ -145,19 +156,29 @@ class CublasLt:
         bias: Tensor | None,
         out: Tensor,
         config: CublasConfig | TileConfig = CublasConfig(),
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Queue the product in torch's current stream.
 
         Args:
             config: the algorithm; if it cannot compute the product, the library's first proposal does.
+            scales: of x and of the weights, where they have any.
+
+        Raises:
+            RuntimeError: the library cannot compute such a product.
         """
         plan = self._plan(product)
+        if not plan.algorithms:
+            raise RuntimeError(f"cuBLASLt has no algorithm for {product}")
         if config not in plan.chosen:
             wanted = self._tiled(plan, config) if isinstance(config, TileConfig) else self._proposed(product, config)
             running = (algorithm for algorithm in wanted if self._runs(plan, algorithm))
             plan.chosen[config] = next(running, plan.algorithms[0])
         if bias is not None:
             self._set(plan.desc, _DESC_BIAS_POINTER, ctypes.c_void_p(bias.data_ptr()))
+        if scales is not None:
+            self._set(plan.desc, _DESC_X_SCALE, ctypes.c_void_p(scales[0].data_ptr()))
+            self._set(plan.desc, _DESC_WEIGHT_SCALE, ctypes.c_void_p(scales[1].data_ptr()))
         algorithm = plan.chosen[config]
         status = self._library.cublasLtMatmul(
             self._handle,
@@ -236,9 +257,13 @@ class CublasLt:
         )
         self._check(status, "cublasLtMatmulDescCreate")
         self._set(desc, _DESC_TRANSA, ctypes.c_int(_OP_T))
-        self._set(desc, _DESC_EPILOGUE, ctypes.c_int(_EPILOGUE_BIAS if product.bias else _EPILOGUE_DEFAULT))
-        if product.bias:
-            self._set(desc, _DESC_BIAS_TYPE, ctypes.c_int(_REAL_TYPES[product.dtype]))
+        has_bias = product.bias is not None
+        self._set(desc, _DESC_EPILOGUE, ctypes.c_int(_EPILOGUE_BIAS if has_bias else _EPILOGUE_DEFAULT))
+        if product.bias is not None:
+            self._set(desc, _DESC_BIAS_TYPE, ctypes.c_int(_REAL_TYPES[product.bias]))
+        if product.has_scales and not self._set_scale_modes(desc, product):
+            layouts = (ctypes.c_void_p(),) * 3
+            return _Plan(desc, *layouts, ctypes.c_float(), (), {})
         weight = self._layout(product.dtype, product.k, product.n)
         x = self._layout(product.dtype, product.k, product.m)
         out = self._layout(product.out_dtype, product.n, product.m, product.out_stride)
@@ -278,11 +303,19 @@ class CublasLt:
             ctypes.byref(num_found),
         )
         self._library.cublasLtMatmulPreferenceDestroy(preference)
+        if status == _NOT_SUPPORTED:
+            return ()
         self._check(status, f"cublasLtMatmulAlgoGetHeuristic for {product}")
-        algorithms = tuple(found[index] for index in range(num_found.value) if found[index].state == 0)
-        if not algorithms:
-            raise RuntimeError(f"cuBLASLt has no algorithm for {product}")
-        return algorithms
+        return tuple(found[index] for index in range(num_found.value) if found[index].state == 0)
+
+    def _set_scale_modes(self, desc: ctypes.c_void_p, product: Product) -> bool:
+        """Say how the operands' scales lie; False if the library knows no such scales (before CUDA 12.9)."""
+        for pointer in (_DESC_X_SCALE, _DESC_WEIGHT_SCALE):  # for proposals; `run` sets the right ones
+            self._set(desc, pointer, ctypes.c_void_p(self._workspace.data_ptr()))
+        mode = ctypes.c_int(_ONE_SCALE if product.one_scale else _SCALE_OF_EACH_ROW)
+        return product.one_scale or all(
+            self._try_set(desc, name, mode) == 0 for name in (_DESC_X_SCALE_MODE, _DESC_WEIGHT_SCALE_MODE)
+        )
 
     def _layout(self, dtype: torch.dtype, rows: int, columns: int, stride: int = 0) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()
@@ -297,10 +330,13 @@ class CublasLt:
         return layout
 
     def _set(self, desc: ctypes.c_void_p, attribute: int, value: ctypes.c_int | ctypes.c_void_p) -> None:
-        status = self._library.cublasLtMatmulDescSetAttribute(
+        self._check(self._try_set(desc, attribute, value), "cublasLtMatmulDescSetAttribute")
+
+    def _try_set(self, desc: ctypes.c_void_p, attribute: int, value: ctypes.c_int | ctypes.c_void_p) -> int:
+        status: int = self._library.cublasLtMatmulDescSetAttribute(
             desc, ctypes.c_int(attribute), ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))
         )
-        self._check(status, "cublasLtMatmulDescSetAttribute")
+        return status
 
     @staticmethod
     def _check(status: int, call: str) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -118,25 +119,28 @@ class CudaFunction:
 
 
 def box_map(tensor: Tensor, box_rows: int, box_columns: int) -> Any:
-    """A `CUtensorMap` of a contiguous tensor of 16 bits [rows, columns], for copies of boxes to shared memory.
+    """A `CUtensorMap` of a contiguous tensor [rows, columns], for copies of boxes to shared memory.
 
-    A row of a box is 32, 64 or 128 bytes, and is swizzled over as many. What lies beyond the tensor is copied as zeros.
-    `getPtr()` is its address; it holds the tensor's address, and does not keep the tensor.
+    Numbers have 8 or 16 bits, a row whole 16 bytes. A row of a box is 32, 64 or 128 bytes, and swizzled over as many.
+    What lies beyond the tensor is copied as zeros. `getPtr()` is the map's address; it holds the tensor's address, and
+    does not keep the tensor.
     """
     from cuda.bindings import driver
 
     rows, columns = tensor.shape
+    size = tensor.dtype.itemsize
     assert tensor.is_contiguous()
-    assert tensor.dtype.itemsize == 2
-    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{2 * box_columns}B")
+    types = driver.CUtensorMapDataType
+    dtype = {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16}[size]
+    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{size * box_columns}B")
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     return _checked(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            dtype,
             2,
             tensor.data_ptr(),
             [u64(columns), u64(rows)],
-            [u64(2 * columns)],
+            [u64(size * columns)],
             [u32(box_columns), u32(box_rows)],
             [u32(1), u32(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -145,6 +149,17 @@ def box_map(tensor: Tensor, box_rows: int, box_columns: int) -> Any:
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
+
+
+def max_program_bytes() -> int:
+    """The shared memory that a program can have on the device that is current for torch."""
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.shared_memory_per_block_optin)
+
+
+def program_text(*names: str) -> str:
+    """The files of these names in this package, one after the other."""
+    return "\n".join((files(__package__) / name).read_text() for name in names)
 
 
 def defines(macros: Mapping[str, int | str]) -> str:

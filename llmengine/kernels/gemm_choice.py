@@ -25,6 +25,7 @@ from llmengine.kernels.cuda_program import can_compile
 from llmengine.kernels.gemm_config import (
     GemmShape,
     HopperConfig,
+    HopperScaledConfig,
     LinearConfig,
     PackedConfig,
     SkinnyConfig,
@@ -33,6 +34,8 @@ from llmengine.kernels.gemm_config import (
     shared_bytes,
 )
 from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product
+from llmengine.kernels.hopper_scaled import OUTPUTS, has_hopper_scaled
+from llmengine.kernels.hopper_scaled import SPLITS as SCALED_SPLITS
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.quantization.formats import Dense
@@ -43,7 +46,7 @@ _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FILE_VERSION = 6
+_FILE_VERSION = 7
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 _NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.05
@@ -134,6 +137,13 @@ _SPLIT_US = {1: 3.0, 2: 4.5, 4: 12.0, 8: 15.0}
 _MOST_HOPPER, _MOST_OTHERS = 4, 2
 """Candidates of `hopper_packed`, and those that are tried beside them where they are the likeliest."""
 
+_MOST_HOPPER_SCALED = 5
+"""Candidates of `hopper_scaled`."""
+
+_BYTES_OF_L2, _BYTES_OF_MEMORY, _BYTES_OF_PEERS = 28.0, 2400.0, 20.0
+"""That pass in a cycle: from the L2 to a multiprocessor, from memory to all, from one program's shared memory to
+another."""
+
 _FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2 tiles:1"
 """Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
 full the last one is decides; beyond, where three are enough: what is close to the fastest alone is as fast under steady
@@ -183,7 +193,7 @@ class GemmChoices:
         if _bucket(shape) is None:
             return CublasConfig()
         chosen = self._chosen.get(_key(shape))
-        if isinstance(chosen, HopperConfig) and not self._compiles_cuda:
+        if isinstance(chosen, HopperConfig | HopperScaledConfig) and not self._compiles_cuda:
             chosen = None  # measured while there was a compiler
         return self.candidates(shape)[0] if chosen is None else chosen
 
@@ -269,8 +279,11 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
     if bucketed is not None and shape.is_quantized:
         quantized = _quantized_candidates(bucketed, num_sms or _USUAL_SMS)
         fitting = [config for config in quantized if shared_bytes(shape, config) <= max_shared]
-        hopper = _hopper_candidates(bucketed, num_sms) if num_sms > 0 and compiles_cuda else []
-        return _merged(bucketed.num_rows, fitting, hopper)
+        has_hopper = num_sms > 0 and compiles_cuda
+        if shape.is_scaled:
+            scaled = _hopper_scaled_candidates(bucketed, num_sms) if has_hopper else []
+            return [*scaled, *(fitting[:_MOST_OTHERS] if scaled else fitting)]
+        return _merged(bucketed.num_rows, fitting, _hopper_candidates(bucketed, num_sms) if has_hopper else [])
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
@@ -312,7 +325,10 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
             fitting = splits[:1] if tiles > num_sms else splits[-1:]
         configs += [replace(config, split_k=split) for split in fitting]
     if shape.num_rows >= 128 and not isinstance(shape.weight_format, Int8W8A8):
-        configs = [*configs, CublasConfig(0, 0)] if shape.num_rows < 512 else [CublasConfig(0, 0), *configs]
+        # cuBLASLt's products of e4m3 numbers differ; those of packed weights are of parts of the matrix.
+        proposals = 2 if shape.is_scaled else 1
+        library = [CublasConfig(index, shape.num_rows if shape.is_scaled else 0) for index in range(proposals)]
+        configs = [*configs, *library] if shape.num_rows < 512 and not shape.is_scaled else [*library, *configs]
     return configs
 
 
@@ -346,6 +362,37 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
     ]
     configs = [config for config in configs if is_sensible(config)]
     return sorted(configs, key=microseconds)[:_MOST_HOPPER]
+
+
+def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
+    """The ways to multiply with `hopper_scaled` that should take the fewest cycles, the best first."""
+    num_outputs, blocks = _num_outputs(shape), shape.num_turns
+    reading = num_outputs * shape.k / _BYTES_OF_MEMORY
+
+    def cycles(config: HopperScaledConfig) -> float:
+        tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
+        waves = -(-tiles // (num_sms // config.split_k))
+        copied = (min(config.block_m, shape.num_rows) + config.block_n) * 128 / _BYTES_OF_L2
+        block = max(config.block_m * config.block_n / 32, copied)
+        # Sums of all rows and outputs pass through other programs' shared memory.
+        adding = config.block_m * config.block_n * 4 / _BYTES_OF_PEERS if config.split_k > 1 else 0.0
+        meeting = 100 * (config.split_k.bit_length() - 1)  # programs of a cluster begin and end together
+        return max(waves * -(-blocks // config.split_k) * block, reading) + adding + meeting + 500 * waves
+
+    def is_sensible(config: HopperScaledConfig) -> bool:
+        fits = config.block_m == 64 or config.block_m < 2 * shape.num_rows
+        tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
+        splits = config.split_k == 1 or (4 * config.split_k <= blocks and tiles * config.split_k <= num_sms)
+        can = has_hopper_scaled(shape.weight_format, shape.k, config.block_m, config.block_n)
+        return fits and splits and can
+
+    configs = [
+        HopperScaledConfig(rows, outputs, split)
+        for rows, all_outputs in OUTPUTS.items()
+        for outputs in all_outputs
+        for split in SCALED_SPLITS
+    ]
+    return list(sorted(filter(is_sensible, configs), key=cycles)[:_MOST_HOPPER_SCALED])
 
 
 def _merged(num_rows: int, others: Sequence[LinearConfig], hopper: Sequence[LinearConfig]) -> list[LinearConfig]:

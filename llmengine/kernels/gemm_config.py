@@ -100,10 +100,29 @@ class HopperConfig:
         return f"hopper-m{self.block_m}p{self.programs}" + (f"x{self.split_k}" if self.split_k > 1 else "")
 
 
-LinearConfig = SkinnyConfig | PackedConfig | HopperConfig | CublasConfig | TileConfig
-"""A dense matrix is multiplied by any but a `PackedConfig` or a `HopperConfig`; a quantized one by any but a
-`SkinnyConfig`, and by a `HopperConfig` only if it is packed. For cuBLASLt a packed one is dequantized first; with
-activations in FP8, torch's product is meant."""
+@dataclass(frozen=True, slots=True)
+class HopperScaledConfig:
+    """How `hopper_scaled` cuts up a product whose operands both have 8 bits.
+
+    Attributes:
+        block_m: rows of x that a program has, a key of `hopper_scaled.OUTPUTS`.
+        block_n: outputs of a program, one of `hopper_scaled.OUTPUTS[block_m]`.
+        split_k: programs that share the K of one tile, one of `hopper_scaled.SPLITS`.
+    """
+
+    block_m: int
+    block_n: int
+    split_k: int = 1
+
+    def __str__(self) -> str:
+        """A short name: hopper-m256n128, then x2 for split_k."""
+        return f"hopper-m{self.block_m}n{self.block_n}" + (f"x{self.split_k}" if self.split_k > 1 else "")
+
+
+LinearConfig = SkinnyConfig | PackedConfig | HopperConfig | HopperScaledConfig | CublasConfig | TileConfig
+"""A dense matrix is multiplied by a `SkinnyConfig` or cuBLASLt; a packed one by a `PackedConfig`, a `HopperConfig`, or
+cuBLASLt, for which it is dequantized first; one with scaled products by a `PackedConfig` or a `HopperScaledConfig`, and
+in FP8 by cuBLASLt."""
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -123,14 +142,17 @@ def parse_config(name: str) -> LinearConfig:
         *sizes, split_k = match.groups()
         block_m, block_n, num_warps, num_stages = map(int, sizes)
         return PackedConfig(block_m, block_n, num_warps, num_stages, int(split_k or 1))
+    match = re.fullmatch(r"hopper-m(\d+)n(\d+)(?:x(\d+))?", name)
+    if match is not None:
+        return HopperScaledConfig(int(match[1]), int(match[2]), int(match[3] or 1))
     match = re.fullmatch(r"hopper-m(\d+)p(\d+)(?:x(\d+))?", name)
     if match is not None:
         return HopperConfig(int(match[1]), int(match[2]), int(match[3] or 1))
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, hopper-m64p2x2, cublas3m64 or "
-            "tile96x128c2x1"
+            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, hopper-m64p2x2, hopper-m256n128, "
+            "cublas3m64 or tile96x128c2x1"
         )
     *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)

@@ -17,19 +17,13 @@
 //   BF16          activations are bfloat16 rather than float16
 //   WORD_SLOTS, X_SLOTS   copies of words and of x that can be under way
 //   UNPACK_0 to UNPACK_3  PTX that makes two words two numbers: %0 of %1, with the zero points %2
+//
+// hopper.cuh stands before it.
 
 #define FLOAT32 0
 #define BFLOAT16 1
 #define FLOAT16 2
 #define E4M3 3
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 
 constexpr int BLOCK = SLICE * VALUES;         // columns
 constexpr int BOXES = BLOCK / 64;             // of x, 64 columns each
@@ -46,58 +40,11 @@ constexpr int WORDS_AT = X_AT + X_SLOTS * X_SLOT;
 constexpr int SIDE_AT = WORDS_AT + WORD_SLOTS * WORDS_SLOT;
 constexpr int BARRIERS_AT = SIDE_AT + WORD_SLOTS * SIDE_SLOT;
 constexpr int PER_GROUP = GROUPS > 0 ? VALUES / GROUPS : VALUES;
+// The first box with whose numbers all that a block's slot holds has been used. An arrival may overtake loads that nothing
+// has used yet, so the slot is given back then, and not when they are issued.
+constexpr int RELEASE_BOX = GROUPS > 1 ? (GROUPS - 1) * PER_GROUP * SLICE / 64 : 0;
 constexpr int PITCH = 132;                    // floats from one row of sums to the next
 constexpr int NUM_SUMS = ROWS / 2;            // of a thread
-
-static __device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-static __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-static __device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-static __device__ __forceinline__ u64 cache_policy_first() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-static __device__ __forceinline__ u64 cache_policy_last() {
-  u64 policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-static __device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-}
 
 static __device__ __forceinline__ void copy_bytes(u32 target, const void* source, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
@@ -109,25 +56,6 @@ static __device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 addres
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(address));
-}
-
-static __device__ __forceinline__ u32 halves(float value) {
-  u32 pair;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(value));
-#endif
-  return pair;
-}
-
-static __device__ __forceinline__ float widened(u16 bits, bool is_bf16) {
-  float value;
-  if (is_bf16)
-    value = __uint_as_float(static_cast<u32>(bits) << 16);
-  else
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
 }
 
 // A group's scale, twice, in the activations' dtype.
@@ -186,11 +114,6 @@ static __device__ __forceinline__ u32 swizzled(int row, int chunk) {
   return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
 }
 
-// Of a box of x: K-major, swizzled over 128 bytes, eight rows 1,024 bytes apart.
-static __device__ __forceinline__ u64 box_descriptor(u32 address) {
-  return static_cast<u64>((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
 struct Weights {
   u32 words[STEPS][4];
   u32 scales[2][GROUPS > 0 ? GROUPS : 1];  // of the thread's two rows
@@ -215,21 +138,9 @@ struct Pipe {
   __device__ u32 words_empty(int slot) const { return base + BARRIERS_AT + 8 * (2 * X_SLOTS + WORD_SLOTS + slot); }
 };
 
-template <int SLOTS>
-struct Turn {
-  int slot = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <int BOX>
 static __device__ __forceinline__ void multiply_box(float (&sums)[NUM_SUMS], const Weights& weights, u32 (&numbers)[2][4][4],
-                                    const Pipe& pipe, Turn<X_SLOTS>& x_turn, bool has_before, int lane) {
+                                    const Pipe& pipe, Turn<X_SLOTS>& x_turn, u32 words_empty, bool has_before, int lane) {
   u32 (&now)[4][4] = numbers[BOX & 1];
   make_numbers<BOX, 0>(now[0], weights);
   make_numbers<BOX, 1>(now[1], weights);
@@ -243,54 +154,9 @@ static __device__ __forceinline__ void multiply_box(float (&sums)[NUM_SUMS], con
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   // The product before this one, perhaps of the block before, is done: its numbers and its box may be replaced.
   asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  if (BOX == RELEASE_BOX && lane == 0) barrier_arrive(words_empty);
   if (lane == 0 && (BOX > 0 || has_before)) barrier_arrive(pipe.x_empty(x_turn.slot == 0 ? X_SLOTS - 1 : x_turn.slot - 1));
   x_turn.next();
-}
-
-static __device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
-
-static __device__ __forceinline__ float number(const void* numbers, long long index) {
-  return widened(static_cast<const u16*>(numbers)[index], BF16);
-}
-
-// Four results of a row, `count` of which exist; together if `is_even`, where addresses allow it.
-static __device__ __forceinline__ void add_stored(float (&values)[4], const void* out, long long index, bool is_wide,
-                                                  bool is_even, int count) {
-  if (is_wide) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) values[i] += static_cast<const float*>(out)[index + i];
-  } else if (is_even) {
-    u64 four = *reinterpret_cast<const u64*>(static_cast<const u16*>(out) + index);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] += widened(static_cast<u16>(four >> (16 * i)), BF16);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) values[i] += number(out, index + i);
-  }
-}
-
-static __device__ __forceinline__ void store(const float (&values)[4], void* out, long long index, bool is_wide,
-                                             bool is_even, int count) {
-  if (is_wide) {
-    if (is_even)
-      *reinterpret_cast<float4*>(static_cast<float*>(out) + index) =
-          make_float4(values[0], values[1], values[2], values[3]);
-    else
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < count) static_cast<float*>(out)[index + i] = values[i];
-  } else if (is_even) {
-    u64 four = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four |= static_cast<u64>(halves(values[i]) & 0xffff) << (16 * i);
-    *reinterpret_cast<u64*>(static_cast<u16*>(out) + index) = four;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < count) static_cast<u16*>(out)[index + i] = static_cast<u16>(halves(values[i]));
-  }
 }
 
 // Arguments beside the tensors' maps.
@@ -310,6 +176,20 @@ struct Arguments {
   int adds;               // the product is added to what `out` holds
   int is_wide;            // `out` is float32
   int is_even;            // four results in a row can be written at once
+};
+
+// Where sums lie in a row of a tile: gates come before what they multiply.
+struct StagedAt {
+  __device__ __forceinline__ int operator()(int output, int part) const { return output + 64 * part; }
+};
+
+// What the sum of an output is multiplied by, and what is added to it.
+struct Terms {
+  const Arguments& arguments;
+  __device__ __forceinline__ void operator()(float& factor, float& bias, int row, int output) const {
+    factor = arguments.row_scales == nullptr ? 1.0f : __ldg(arguments.row_scales + output);
+    bias = arguments.bias == nullptr ? 0.0f : constant_number(arguments.bias, output);
+  }
 };
 
 // The copies of one thread, each into the next slot as soon as that is empty.
@@ -380,7 +260,6 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-  float sums[NUM_SUMS];
   if (warp >= 8) {
     if (PROGRAMS == 2)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
@@ -398,6 +277,8 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
         if (block > first_block && next < end_block) copies.words(next);
       }
     }
+    __syncwarp();
+    if (num_splits > 1) cluster_sync();
   } else {
     if (PROGRAMS == 2)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
@@ -409,6 +290,7 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
     Turn<WORD_SLOTS> word_turn;
     Turn<X_SLOTS> x_turn;
     u32 numbers[2][4][4];
+    float sums[NUM_SUMS];
 #pragma unroll
     for (int i = 0; i < NUM_SUMS; ++i) sums[i] = 0.0f;
     for (int block = first_block; block < end_block; ++block) {
@@ -433,16 +315,15 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
         else
           weights.zeros[half] = 0;
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(pipe.words_empty(word_turn.slot));
-      word_turn.next();
       const bool has_before = block > first_block;
-      multiply_box<0>(sums, weights, numbers, pipe, x_turn, has_before, lane);
-      if constexpr (BOXES > 1) multiply_box<1>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+      const u32 words_empty = pipe.words_empty(word_turn.slot);
+      multiply_box<0>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
+      if constexpr (BOXES > 1) multiply_box<1>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
       if constexpr (BOXES > 2) {
-        multiply_box<2>(sums, weights, numbers, pipe, x_turn, has_before, lane);
-        multiply_box<3>(sums, weights, numbers, pipe, x_turn, has_before, lane);
+        multiply_box<2>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
+        multiply_box<3>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
       }
+      word_turn.next();
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     asm volatile("bar.sync 1, 256;" ::: "memory");
@@ -454,58 +335,21 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
       const int of_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
       target[of_row * PITCH + output + (i % 4 / 2) * 8] = sums[i];
     }
-    if (num_splits == 1) asm volatile("bar.sync 1, 256;" ::: "memory");
-  }
-  __syncwarp();
-  if (num_splits > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
-  if (warp < 8) {
-    const int share = ROWS / num_splits, quads = outputs / 4;
-    if (arguments.adds) asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int place = thread; place < share * quads; place += 256) {
-      const int of_row = split * share + place / quads, column = first_output + place % quads * 4;
-      const int row = first_row + of_row, count = arguments.num_outputs - column;
-      if (row >= arguments.num_rows) break;
-      float results[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (half > arguments.is_gated) break;
-        const u32 address = pipe.base + (of_row * PITCH + place % quads * 4 + 64 * half) * 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) results[half][i] = 0.0f;
-        for (int other = 0; other < num_splits; ++other) {
-          u32 there;
-          float part[4];
-          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(other));
-          asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                       : "=f"(part[0]), "=f"(part[1]), "=f"(part[2]), "=f"(part[3])
-                       : "r"(there)
-                       : "memory");
-#pragma unroll
-          for (int i = 0; i < 4; ++i) results[half][i] += part[i];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i >= count) break;
-          const int output = column + i + half * arguments.num_outputs;
-          if (arguments.row_scales != nullptr) results[half][i] *= arguments.row_scales[output];
-          if (arguments.bias != nullptr) results[half][i] += number(arguments.bias, output);
-        }
-      }
-      if (arguments.is_gated) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) results[0][i] = silu(results[0][i]) * results[1][i];
-      }
-      const long long target = row * arguments.out_stride + column;
-      if (arguments.adds)
-        add_stored(results[0], arguments.out, target, arguments.is_wide, arguments.is_even, count);
-      if (count > 0) store(results[0], arguments.out, target, arguments.is_wide, arguments.is_even, count);
+    if (num_splits > 1) {
+      __syncwarp();
+      cluster_sync();
+    } else {
+      asm volatile("bar.sync 1, 256;" ::: "memory");
     }
+    if (arguments.adds) asm volatile("griddepcontrol.wait;" ::: "memory");
+    const Target results{arguments.out, arguments.out_stride, arguments.num_rows, arguments.num_outputs,
+                         arguments.adds, arguments.is_wide, arguments.is_even, arguments.is_gated};
+    const Staged<float> staged{pipe.base, PITCH, split, num_splits, ROWS / num_splits, outputs};
+    staged.write(results, first_row, first_output, StagedAt(), Terms{arguments}, thread);
   }
   if (num_splits > 1) {
     // Others may still read from here.
     __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_sync();
   }
 }

@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from importlib.resources import files
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmengine.kernels.cuda_program import CudaFunction, Launch, box_map, compile_cubin, defines
+from llmengine.kernels.cuda_program import (
+    CudaFunction,
+    Launch,
+    box_map,
+    compile_cubin,
+    defines,
+    max_program_bytes,
+    program_text,
+)
 from llmengine.kernels.packed_instructions import layout_instructions
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
 
@@ -179,12 +185,12 @@ def _macros(layout: PackedLayout, rows: int, programs: int) -> tuple[tuple[str, 
 def _function(macros: tuple[tuple[str, int | str], ...], device: int) -> CudaFunction:
     cubin = compile_cubin(source(dict(macros)), ["-arch=sm_90a", "--std=c++17", "-default-device"])
     with torch.cuda.device(device):
-        return CudaFunction(cubin, "hopper_packed", _most_shared_bytes())
+        return CudaFunction(cubin, "hopper_packed", max_program_bytes())
 
 
 def source(macros: Mapping[str, int | str]) -> str:
     """The CUDA C++ for a format."""
-    text = (files(__package__) / "hopper_packed.cu").read_text()
+    text = program_text("hopper.cuh", "hopper_packed.cu")
     return defines(macros) + text.replace("WGMMA\n", _tensor_core_product(int(macros["ROWS"]), bool(macros["BF16"])))
 
 
@@ -203,8 +209,3 @@ static __device__ __forceinline__ void multiply(float (&sums)[NUM_SUMS], const u
                : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(box));
 }}
 """
-
-
-def _most_shared_bytes() -> int:
-    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return int(properties.shared_memory_per_block_optin)

@@ -146,13 +146,47 @@ class LinearKernels:
             return
         # The library adds no bias of another type than the result's.
         fused_bias = bias if out.dtype == x.dtype else None
-        has_bias = fused_bias is not None
+        bias_dtype = None if fused_bias is None else fused_bias.dtype
         product = Product(
-            *(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, has_bias), out.stride(0)
+            *(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, bias_dtype), out.stride(0)
         )
         self._cublas.run(product, x, weight, fused_bias, out, config)
-        if bias is not None and not has_bias:
+        if bias is not None and fused_bias is None:
             out += bias
+
+    def multiply_fp8(
+        self,
+        x: Tensor,
+        x_scales: Tensor,
+        weight: Tensor,
+        weight_scales: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        config: LinearConfig,
+        accumulate: bool = False,
+    ) -> bool:
+        """`multiply` of operands in e4m3 times their scales; return False if cuBLASLt cannot, and nothing was done.
+
+        Args:
+            x_scales: float32, of each row of x or one for all, and likewise `weight_scales`.
+            bias: in `out`'s dtype, or if that is float32 in bfloat16 or float16.
+        """
+        assert isinstance(config, CublasConfig | TileConfig), config
+        if self._cublas is None:
+            return False
+        one_scale = x_scales.numel() == weight_scales.numel() == 1
+        bias_dtype = None if bias is None else bias.dtype
+        product = Product(
+            *(x.shape[0], weight.shape[0], x.shape[1], x.dtype, out.dtype, accumulate, bias_dtype),
+            *(out.stride(0), one_scale),
+        )
+        if not self._cublas.num_algorithms(product):
+            return False
+        scales = (x_scales, weight_scales)
+        if not one_scale:
+            scales = (x_scales.expand(len(x)).contiguous(), weight_scales.expand(len(weight)).contiguous())
+        self._cublas.run(product, x, weight, bias, out, config, scales)
+        return True
 
     def normed(self, x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
         normed = torch.empty_like(x)

@@ -200,17 +200,21 @@ class LinearOps:
         down_bias: Tensor | None,
         accumulate: bool,
     ) -> BoundMlp:
-        """See `mlp`; the activation is rounded by the kernel that computes it."""
+        """See `mlp`; the activation is computed by the product before, or by the kernel that rounds it."""
         first, second = ScaledProducts(self._kernels, gate_up), ScaledProducts(self._kernels, down)
         gated: Operation = "linear_silu" if norm_weight is None else "norm_linear_silu"
         plain: Operation = "linear_add" if accumulate else "linear"
 
         def apply(x: Tensor, inner: Tensor, out: Tensor) -> None:
+            first_config = self._choose(GemmShape.of(gated, len(x), gate_up, x.dtype, inner.dtype))
+            second_config = self._choose(GemmShape.of(plain, len(x), down, x.dtype, out.dtype))
+            if first.fuses_gate(first_config):
+                first.norm_linear_silu(x, norm_weight, eps, gate_up_bias, inner, first_config)
+                second.linear_add(inner, down_bias, out, second_config, accumulate)
+                return
             both = x.new_empty(len(x), gate_up.shape[0])
-            config = self._choose(GemmShape.of(gated, len(x), gate_up, x.dtype, inner.dtype))
-            first.norm_linear(x, norm_weight, eps, gate_up_bias, both, config)
-            config = self._choose(GemmShape.of(plain, len(x), down, x.dtype, out.dtype))
-            second.silu_linear_add(both, down_bias, out, config, accumulate)
+            first.norm_linear(x, norm_weight, eps, gate_up_bias, both, first_config)
+            second.silu_linear_add(both, down_bias, out, second_config, accumulate)
 
         return apply
 

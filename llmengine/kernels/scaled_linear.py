@@ -1,7 +1,7 @@
 """Products with matrices whose activations are rounded to 8 bits too: see `linear` for the operations.
 
-Activations are rounded by one kernel, together with the norm where there is one. Products are our kernel's, or for FP8
-torch's, where that is configured and can.
+Activations are rounded by one kernel, together with the norm where there is one. Products are those of our kernels, one
+in Triton and one for Hopper, or for FP8 cuBLASLt's, where that is configured and can.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from llmengine.kernels import hopper_scaled
 from llmengine.kernels.activation import silu_and_mul
-from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
+from llmengine.kernels.gemm_config import HopperScaledConfig, LinearConfig, PackedConfig
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.kernels.scaled_kernels import look_up_kernel, quantize_rows_kernel, scaled_kernel
 from llmengine.kernels.scaled_weights import ScaledMatrix
@@ -54,8 +55,12 @@ class ScaledProducts:
         self, x: Tensor, norm_weight: Tensor | None, eps: float, bias: Tensor | None, out: Tensor, config: LinearConfig
     ) -> None:
         """See `LinearKernels.norm_linear_silu`."""
+        values, scales = self.quantize(x, norm_weight, eps)
+        if self.fuses_gate(config):
+            self._multiply(values, scales, bias, out, config, gated=True)
+            return
         gate_up = x.new_empty(len(x), self._matrix.shape[0])
-        self._multiply(*self.quantize(x, norm_weight, eps), bias, gate_up, config)
+        self._multiply(values, scales, bias, gate_up, config)
         silu_and_mul(gate_up, out, self._kernels.pdl)
 
     def silu_linear_add(
@@ -63,6 +68,11 @@ class ScaledProducts:
     ) -> None:
         """Add the product of silu(gate) * up and the matrix to `residual`; gate_up: [num_rows, 2 * in_features]."""
         self._multiply(*self.quantize(gate_up, None, 0.0, gated=True), bias, residual, config, add=accumulate)
+
+    def fuses_gate(self, config: LinearConfig) -> bool:
+        """Whether one kernel computes the matrix's gates and what they multiply, which must begin with a block."""
+        in_blocks = self._matrix.weight_scales == "block"
+        return isinstance(config, HopperScaledConfig) and not (in_blocks and self._matrix.shape[0] % (2 * BLOCK_K))
 
     def compile(self, x: Tensor, out: Tensor, config: LinearConfig, gated: bool, add: bool) -> None:
         """Compile the kernels of a product of tensors like `x` and `out`, without running them."""
@@ -74,7 +84,9 @@ class ScaledProducts:
             self.quantize(x, x[0], 0.0, compile_only=True)
         if gated:
             self.quantize(x.new_empty(num_rows, rows), None, 0.0, gated=True, compile_only=True)
-        if isinstance(config, PackedConfig):
+        if isinstance(config, HopperScaledConfig):
+            hopper_scaled.compile_product(self._matrix, x.dtype, config.block_m, config.block_n)
+        elif isinstance(config, PackedConfig):
             values = x.new_empty(num_rows, columns, dtype=self._matrix.values_dtype)
             scales = x.new_empty(self._scales_shape(num_rows), dtype=torch.float32)
             product = x.new_empty(num_rows, rows) if gated else out
@@ -125,37 +137,37 @@ class ScaledProducts:
         return (num_rows, triton.cdiv(self._matrix.shape[1], BLOCK_K)) if mode == "block" else (num_rows,)
 
     def _multiply(
-        self, x: Tensor, x_scales: Tensor, bias: Tensor | None, out: Tensor, config: LinearConfig, add: bool = False
+        self,
+        x: Tensor,
+        x_scales: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        config: LinearConfig,
+        add: bool = False,
+        gated: bool = False,
     ) -> None:
         if isinstance(config, PackedConfig):
             self._launch(x, x_scales, bias, out, config, add)
-        elif self._torch_can(x):
-            self._torch_multiply(x, x_scales, bias, out, add)
-        else:
+        elif isinstance(config, HopperScaledConfig):
+            cut = (config.block_m, config.block_n, config.split_k)
+            hopper_scaled.multiply(x, x_scales, self._matrix, bias, out, *cut, gated, add, self._kernels.pdl)
+        elif not self._multiply_by_library(x, x_scales, bias, out, config, add):
             self._launch(x, x_scales, bias, out, _MANY_ROWS, add)
 
-    def _torch_can(self, x: Tensor) -> bool:
-        rows, columns = self._matrix.shape
-        is_fp8 = x.dtype == torch.float8_e4m3fn and self._matrix.weight_scales != "block"
-        return is_fp8 and x.device.type == "cuda" and rows % 16 == 0 and columns % 16 == 0
-
-    def _torch_multiply(self, x: Tensor, x_scales: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
-        """The product with a scale for each row of both operands, or one for all of each."""
+    def _multiply_by_library(
+        self, x: Tensor, x_scales: Tensor, bias: Tensor | None, out: Tensor, config: LinearConfig, add: bool
+    ) -> bool:
+        """The product by cuBLASLt; False if it has none for such operands."""
+        is_fp8 = x.dtype == torch.float8_e4m3fn
+        if (
+            not is_fp8
+            or self._matrix.weight_scales == "block"
+            or x.shape[1] % 16
+            or len(self._matrix.tensors["weight"]) % 16
+        ):
+            return False
         weight, scales = self._matrix.tensors["weight"], self._matrix.tensors["weight_scale"]
-        both_single = x_scales.numel() == scales.numel() == 1
-        product = torch._scaled_mm(
-            x,
-            weight.t(),
-            scale_a=x_scales.view(()) if both_single else x_scales.expand(len(x)).contiguous().view(-1, 1),
-            scale_b=scales.view(()) if both_single else scales.expand(len(weight)).contiguous().view(1, -1),
-            out_dtype=out.dtype if both_single and out.dtype != torch.float32 else torch.bfloat16,
-        )
-        if bias is not None:
-            product += bias
-        if add:
-            out += product
-        else:
-            out.copy_(product)
+        return self._kernels.multiply_fp8(x, x_scales, weight, scales, bias, out, config, add)
 
     def _launch(
         self,

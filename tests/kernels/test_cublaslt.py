@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from llmengine.kernels import cublaslt
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, CublasLt, Product, TileConfig
 
-PRODUCT = Product(3, 8, 16, torch.float32, torch.float32, accumulate=False, bias=False)
+PRODUCT = Product(3, 8, 16, torch.float32, torch.float32, accumulate=False, bias=None)
 
 
 class StandIn:
@@ -95,18 +96,27 @@ class StandIn:
         assert (out.value, out_layout.value) == (same.value, same_layout.value)
         assert int.from_bytes(self._descs[desc.value][3], "little") == 1, "the weight is transposed"
 
-        def matrix(address: Any, layout: Any) -> torch.Tensor:
-            kind, rows, columns, leading = self._layouts[layout.value]
-            assert (kind, leading) == (0, rows), "fp32, contiguous"
-            data = (ctypes.c_float * (rows * columns)).from_address(address.value)
-            return torch.frombuffer(data, dtype=torch.float32).view(columns, rows)
+        attributes = {name: int.from_bytes(value, "little") for name, value in self._descs[desc.value].items()}
 
-        result = matrix(out, out_layout)
-        product = matrix(x, x_layout) @ matrix(weight, weight_layout).T
-        if int.from_bytes(self._descs[desc.value][7], "little") == 4:
-            address = int.from_bytes(self._descs[desc.value][8], "little")
-            data = (ctypes.c_float * result.shape[1]).from_address(address)
-            product += torch.frombuffer(data, dtype=torch.float32)
+        def numbers(address: int, count: int) -> torch.Tensor:
+            return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32)
+
+        def matrix(address: Any, layout: Any, scale: int) -> torch.Tensor:
+            kind, rows, columns, leading = self._layouts[layout.value]
+            assert leading == rows, "contiguous"
+            if kind == 28:
+                data = (ctypes.c_uint8 * (rows * columns)).from_address(address.value)
+                values = torch.frombuffer(data, dtype=torch.float8_e4m3fn).float().view(columns, rows)
+                return values * numbers(attributes[scale], columns if attributes.get(scale + 14) == 3 else 1).view(
+                    -1, 1
+                )
+            assert kind == 0, "fp32"
+            return numbers(address.value, rows * columns).view(columns, rows)
+
+        result = matrix(out, out_layout, 0)
+        product = matrix(x, x_layout, 18) @ matrix(weight, weight_layout, 17).T
+        if attributes[7] == 4:
+            product += numbers(attributes[8], result.shape[1])
         result.copy_(product + beta._obj.value * result)
         self.used.append(algorithm._obj[0])
         self.settings.append(self._configs[algorithm._obj[1]])
@@ -133,12 +143,37 @@ def test_descriptors_say_what_the_product_is(
     make_library: Callable[[StandIn], CublasLt], accumulate: bool, with_bias: bool
 ) -> None:
     library = make_library(StandIn())
-    product = Product(3, 8, 16, torch.float32, torch.float32, accumulate, with_bias)
+    product = Product(3, 8, 16, torch.float32, torch.float32, accumulate, torch.float32 if with_bias else None)
     for _ in range(2):  # the second finds its descriptors, and has another bias
         x, weight, bias, out = (torch.randn(*shape) for shape in ((3, 16), (8, 16), (8,), (3, 8)))
         expected = x @ weight.T + (bias if with_bias else 0) + (out if accumulate else 0)
         library.run(product, x, weight, bias if with_bias else None, out)
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_operands_in_fp8_have_scales(make_library: Callable[[StandIn], CublasLt], one_scale: bool) -> None:
+    library = make_library(StandIn())
+    product = Product(3, 8, 16, torch.float8_e4m3fn, torch.float32, True, None, one_scale=one_scale)
+    for _ in range(2):  # the second finds its descriptors, and has other scales
+        x, weight = (torch.randn(rows, 16).to(torch.float8_e4m3fn) for rows in (3, 8))
+        scales = torch.rand(1 if one_scale else 3), torch.rand(1 if one_scale else 8)
+        out = torch.randn(3, 8)
+        expected = (x.float() * scales[0].view(-1, 1)) @ (weight.float() * scales[1].view(-1, 1)).T + out
+        library.run(product, x, weight, None, out, scales=scales)
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_library_that_knows_no_scales_of_rows_has_no_algorithm(make_library: Callable[[StandIn], CublasLt]) -> None:
+    stand_in = StandIn()
+    keep = stand_in.cublasLtMatmulDescSetAttribute
+    stand_in.cublasLtMatmulDescSetAttribute = (  # type: ignore[method-assign]
+        lambda desc, name, *rest: 7 if name.value == 31 else keep(desc, name, *rest)
+    )
+    library = make_library(stand_in)
+    product = Product(3, 8, 16, torch.float8_e4m3fn, torch.float32, False, None)
+    assert library.num_algorithms(product) == 0
+    assert library.num_algorithms(replace(product, one_scale=True)) == 3
 
 
 def test_proposals_for_another_number_of_rows_are_taken_where_they_can_compute_this_one(
@@ -172,7 +207,9 @@ def test_a_tile_is_given_to_the_first_proposal_that_can_have_it(make_library: Ca
 
 def test_failures_name_the_call_and_the_product(make_library: Callable[[StandIn], CublasLt]) -> None:
     with pytest.raises(RuntimeError, match=r"no algorithm for Product\(m=3, n=8"):
-        make_library(StandIn(num_proposals=0)).num_algorithms(PRODUCT)
+        make_library(StandIn(num_proposals=0)).run(
+            PRODUCT, torch.randn(3, 16), torch.randn(8, 16), None, torch.empty(3, 8)
+        )
     stand_in = StandIn()
     library = make_library(stand_in)
     stand_in.cublasLtMatmul = lambda *_: 13  # type: ignore[method-assign]
@@ -196,7 +233,7 @@ def test_every_proposal_computes_the_product(num_rows: int, out_dtype: torch.dty
     x, weight = (torch.randn(rows, 512, device="cuda").bfloat16() for rows in (num_rows, 384))
     start = torch.randn(num_rows, 384, device="cuda").to(out_dtype)
     expected = x.float() @ weight.float().T + start.float()
-    product = Product(num_rows, 384, 512, torch.bfloat16, out_dtype, accumulate=True, bias=False)
+    product = Product(num_rows, 384, 512, torch.bfloat16, out_dtype, accumulate=True, bias=None)
     for index in range(library.num_algorithms(product)):
         out = start.clone()
         library.run(product, x, weight, None, out, CublasConfig(index, num_rows=64))
@@ -210,7 +247,7 @@ def test_every_tile_computes_the_product(out_dtype: torch.dtype) -> None:
     x, weight = (torch.randn(rows, 512, device="cuda").bfloat16() for rows in (300, 1104))
     start = torch.randn(300, 1104, device="cuda").to(out_dtype)
     expected = x.float() @ weight.float().T + start.float()
-    product = Product(300, 1104, 512, torch.bfloat16, out_dtype, accumulate=True, bias=False)
+    product = Product(300, 1104, 512, torch.bfloat16, out_dtype, accumulate=True, bias=None)
     for tile, cluster in itertools.product(TILES, CLUSTERS):
         out = start.clone()
         library.run(product, x, weight, None, out, TileConfig(tile, cluster))

@@ -182,3 +182,30 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
                 plain.check("norm_linear", config, bias=True, out_dtype=torch.float32, num_rows=num_rows)
                 plain.check("linear_add", config, bias=False, out_dtype=dtype, num_rows=num_rows)
                 gated.check("norm_linear_silu", config, bias=True, out_dtype=dtype, num_rows=num_rows)
+
+
+@needs_hopper
+@pytest.mark.parametrize("weight_format", [INT8, Int4Groups(128)], ids=names)
+def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat) -> None:
+    """Sums of small integers are exact, so that one word of another block shows; words of many rows come from the L2."""
+    n, k, num_rows = 4096, 4096, 4096
+    layout = PackedLayout.of(weight_format, (n, k), torch.bfloat16)
+    assert layout is not None
+    matrix = PackedMatrix(weight_format, layout, device)
+    weights = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
+    stored = weight_format.quantize(torch.zeros(n, k))
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
+    if weight_format == INT8:
+        tensors |= {"weight": weights, "weight_scale": torch.ones(n, device=device)}
+    else:
+        tensors["weight"] = pack_nibbles((weights + 7).to(torch.uint8))
+        tensors["weight_scale"] = torch.ones_like(tensors["weight_scale"])
+        tensors["zero_point"] = torch.full_like(tensors["zero_point"], 7)
+    matrix.fill(tensors)
+    rows = torch.randint(-3, 4, (num_rows, k), dtype=torch.int8, device=device)
+    expected = torch._int_mm(rows, weights.t()).float()
+    for cut in CUTS:
+        for _ in range(5):
+            out = torch.empty(num_rows, n, device=device)
+            hopper_packed.multiply(rows.bfloat16(), matrix, None, out, *cut, split_k=1)
+            assert torch.equal(out, expected), cut
