@@ -187,7 +187,7 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
 @needs_hopper
 @pytest.mark.parametrize("weight_format", [INT8, Int4Groups(128)], ids=names)
 def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat) -> None:
-    """Sums of small integers are exact, so that one word of another block shows; words of many rows come from the L2."""
+    """Sums of small integers are exact, so one word of another block shows; words of many rows come from the L2."""
     n, k, num_rows = 4096, 4096, 4096
     layout = PackedLayout.of(weight_format, (n, k), torch.bfloat16)
     assert layout is not None
