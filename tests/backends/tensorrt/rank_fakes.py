@@ -1,10 +1,10 @@
-"""Ranks without GPUs: a fake library that processes of ranks can be told to use, and collectives of threads."""
+"""Ranks whose plans are fakes: a library that processes of ranks can be told to use, and collectives of threads."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -14,26 +14,42 @@ from torch import Tensor
 
 from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.tensorrt.library import Library
+from llmengine.backends.tensorrt.plan_set import PlanSet
 from llmengine.backends.tensorrt.shared import PlannedSegments
 from llmengine.backends.tensorrt.spec import PlacedSegment
+from llmengine.checkpoints.sharded_source import ShardPlan
+from llmengine.checkpoints.source import ModelSource
+from llmengine.dtypes import torch_dtype
 from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
 from tests.backends.tensorrt.torch_reference import reference
 
 T = TypeVar("T")
 
 
-def planned(segments: list[PlacedSegment], is_required: bool, rank_1: str = "") -> PlannedSegments:
-    """Return what ranks are started with: fake plans.
+def planned(plans: PlanSet, is_required: bool, device: str = "cpu", rank_1: str = "") -> PlannedSegments:
+    """Return what ranks are started with.
 
     Args:
+        device: where they run, "cpu" or "cuda".
         rank_1: what the library of other processes than this one does: fail in this call, or be "wrong".
     """
-    return PlannedSegments(fake_plan_set(segments), is_required, partial(cpu_library, os.getpid(), rank_1))
+    return PlannedSegments(plans, is_required, partial(library_of_rank, os.getpid(), device, rank_1))
 
 
-def cpu_library(rank_0_pid: int, rank_1: str) -> Library:
-    """Return a fake library for CPU tensors; see `planned`."""
-    fake = FakeTensorRt(torch.device("cpu"))
+def fake_plans_of_ranks(source: ModelSource, plan: ShardPlan, segments: Sequence[PlacedSegment]) -> PlanSet:
+    """Return plans of all ranks that the fake loads, with the weights of `source` where they hold any."""
+    dtype = torch_dtype(segments[0].spec.dtype)
+    found = []
+    for rank in range(plan.size):
+        weights = {name: plan.shard(name, tensor, rank) for name, tensor in source.weights(dtype)}
+        found.append(fake_plan_set([segment for segment in segments if segment.rank == rank], weights))
+    plans = {name: item for one in reversed(found) for name, item in one.plans.items()}
+    return PlanSet(found[0].producer, tuple(segments), plans)
+
+
+def library_of_rank(rank_0_pid: int, device: str, rank_1: str) -> Library:
+    """Return a fake library for the process's device; see `planned`."""
+    fake = FakeTensorRt(torch.device(device, torch.cuda.current_device() if device == "cuda" else None))
     if rank_1 and os.getpid() != rank_0_pid:
         if rank_1 == "wrong":
             fake.execute = wrong

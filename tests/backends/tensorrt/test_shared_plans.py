@@ -25,9 +25,9 @@ from llmengine.backends.tensorrt import shared
 from llmengine.backends.tensorrt.backend import together
 from llmengine.backends.tensorrt.cache import PlanCache
 from llmengine.backends.tensorrt.model_segments import shard_segments_of
-from llmengine.backends.tensorrt.plan_set import PlanSet, SavedPlanSet
+from llmengine.backends.tensorrt.plan_set import SavedPlanSet
 from llmengine.backends.tensorrt.shared import PlannedSegments, load_shared_tensorrt_or_torch, prepare_shared_plans
-from llmengine.backends.tensorrt.spec import make_profiles, segments_by_plan
+from llmengine.backends.tensorrt.spec import WeightMode, make_profiles, segments_by_plan
 from llmengine.backends.tensorrt.verify import Verification
 from llmengine.backends.tensorrt.verify_engine import verify_on_device
 from llmengine.checkpoints.opening import open_model
@@ -40,9 +40,9 @@ from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, QuantCo
 from llmengine.errors import ConfigError, CorruptFileError, EngineError
 from llmengine.quantization.model_formats import DENSE_MODEL
 from tests.backends.helpers import BackendDriver, reference_greedy, save_tiny
-from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library, fake_plan_set
+from tests.backends.tensorrt.fake_runtime import FakeTensorRt, fake_library
 from tests.backends.tensorrt.plan_fakes import ARCH, FakeBuild, content_of, get, make_request, make_source
-from tests.backends.tensorrt.rank_fakes import planned
+from tests.backends.tensorrt.rank_fakes import fake_plans_of_ranks, planned
 from tests.backends.tensorrt.segment_helpers import library_or_skip
 from tests.models.family_helpers import make_family
 
@@ -79,18 +79,22 @@ def make_config(directory: Path, **settings: Any) -> ModelConfig:
     return config.resolve()
 
 
-def make_planned(config: ModelConfig, source: ModelSource, rank_1: str = "") -> PlannedSegments:
-    """Return fake plans of two ranks."""
-    placed = shard_segments_of(
-        ShardPlan(source.arch, source.formats, 2), "float32", make_profiles(MAX_ROWS, MAX_TOKENS)
-    )
-    return planned(placed, config.backend == "tensorrt", rank_1)
+def devices_of(device: str) -> list[torch.device]:
+    """Two devices of a type; skips the test if there are fewer."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    return [torch.device(device, rank) for rank in range(2)] if device == "cuda" else TWO_CPUS
 
 
 @contextmanager
-def on_ranks(config: ModelConfig, source: ModelSource, rank_1: str = "") -> Iterator[PreparingRanksBackend]:
-    """Two processes that run fake plans."""
-    backend = load_shared_cuda_backend(config, source, TWO_CPUS, segments=make_planned(config, source, rank_1))
+def on_ranks(
+    config: ModelConfig, source: ModelSource, device: str, rank_1: str = "", mode: WeightMode = "inputs"
+) -> Iterator[PreparingRanksBackend]:
+    """Two processes that run fake plans; see `planned`."""
+    plan = ShardPlan(source.arch, source.formats, 2)
+    placed = shard_segments_of(plan, "float32", make_profiles(MAX_ROWS, MAX_TOKENS), mode)
+    segments = planned(fake_plans_of_ranks(source, plan, placed), config.backend == "tensorrt", device, rank_1)
+    backend = load_shared_cuda_backend(config, source, devices_of(device), segments=segments)
     try:
         yield backend
     finally:
@@ -105,11 +109,15 @@ def answer(backend: PreparingRanksBackend, num_tokens: int = 3) -> list[int]:
     return request.output_ids
 
 
-@pytest.mark.parametrize("shape", [{}, UNEVEN], ids=["even", "uneven"])
-def test_plans_on_two_ranks_give_the_tokens_of_transformers(tmp_path: Path, shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "mode"), [({}, "constants"), (UNEVEN, "inputs")], ids=["even, constants", "uneven, inputs"]
+)
+def test_plans_on_two_ranks_give_the_tokens_of_transformers(
+    tmp_path: Path, device: str, shape: dict[str, Any], mode: Any
+) -> None:
     model = save_tiny(tmp_path / "model", **shape, attention_bias=True)
     config, source = make_config(tmp_path / "model", backend="tensorrt"), open_model(tmp_path / "model")
-    with on_ranks(config, source) as backend:
+    with on_ranks(config, source, device, mode=mode) as backend:
         assert "tensorrt 0.fake plans, KV cache" in backend.info.description
         assert "2 ranks share each matrix" in backend.info.description
         assert answer(backend) == reference_greedy(model, PROMPT, 3)
@@ -124,17 +132,17 @@ def test_plans_on_two_ranks_give_the_tokens_of_transformers(tmp_path: Path, shap
         assert all(torch.equal(weights[name], tensor) for name, tensor in source.weights(torch.float32))
 
 
-def test_norms_after_sums_and_quantized_weights(tmp_path: Path) -> None:
+def test_norms_after_sums_and_quantized_weights(tmp_path: Path, device: str) -> None:
     """Of Gemma 2 with int8, both of which the plans of a rank read in forms of their own."""
     model = make_family("gemma2")
     model.save_pretrained(tmp_path)
     config = make_config(tmp_path, backend="tensorrt", quant_config=QuantConfig(weights="int8"))
     source = quantized_source(open_model(tmp_path), config.quant_config)
     outputs = []
-    with on_ranks(config, source) as backend:
+    with on_ranks(config, source, device) as backend:
         assert "plans" in backend.info.description
         outputs.append(answer(backend))
-    backend = load_shared_cuda_backend(dataclasses.replace(config, backend="torch"), source, TWO_CPUS)
+    backend = load_shared_cuda_backend(dataclasses.replace(config, backend="torch"), source, devices_of(device))
     outputs.append(answer(backend))
     backend.close()
     assert outputs[0] == outputs[1]
@@ -145,26 +153,29 @@ def test_norms_after_sums_and_quantized_weights(tmp_path: Path) -> None:
     [
         ("deserialize_cuda_engine", "rank 1: plan 'first' cannot be loaded: .*_engine was told to fail"),
         ("create_execution_context", "rank 1: plan '[a-z]+' at .* cannot be prepared"),
-        ("wrong", r"plans of tensorrt 0.fake disagree with torch on cpu: .*\(limit "),
+        ("wrong", r"plans of tensorrt 0.fake disagree with torch on .*: .*\(limit "),
     ],
+    ids=["not loaded", "not prepared", "wrong"],
 )
-def test_a_rank_whose_plans_cannot_be_used_decides_for_all(tmp_path: Path, rank_1: str, cause: str) -> None:
+def test_a_rank_whose_plans_cannot_be_used_decides_for_all(
+    tmp_path: Path, device: str, rank_1: str, cause: str
+) -> None:
     model = save_tiny(tmp_path, num_hidden_layers=1)
     source = open_model(tmp_path)
-    with on_ranks(make_config(tmp_path), source, rank_1) as backend:
+    with on_ranks(make_config(tmp_path), source, device, rank_1) as backend:
         assert re.search(rf"Triton \(TensorRT cannot be used: {cause}", backend.info.description)
         assert answer(backend, 1) == reference_greedy(model, PROMPT, 1)
     with (
         pytest.raises(ConfigError, match=f"backend='tensorrt' cannot be used: {cause}"),
-        on_ranks(make_config(tmp_path, backend="tensorrt"), source, rank_1),
+        on_ranks(make_config(tmp_path, backend="tensorrt"), source, device, rank_1),
     ):
         pass
 
 
-def test_rank_0_measures_for_all(tmp_path: Path) -> None:
+def test_rank_0_measures_for_all(tmp_path: Path, device: str) -> None:
     """On a CPU the times mean nothing, but every rank has to take what rank 0's say."""
     model = save_tiny(tmp_path, num_hidden_layers=1)
-    with on_ranks(make_config(tmp_path), open_model(tmp_path)) as backend:
+    with on_ranks(make_config(tmp_path), open_model(tmp_path), device) as backend:
         assert answer(backend, 1) == reference_greedy(model, PROMPT, 1)
         saved = backend.saved_plans()
     assert set(saved.facts["verification"]["step_us"]) == {"1", "4"}
@@ -240,15 +251,7 @@ def test_a_saved_engines_plans_of_all_ranks_are_run_where_they_can_be(tmp_path: 
     arch = dataclasses.replace(ARCH, num_layers=2, num_heads=6, num_kv_heads=3)
     source, plan = make_source(arch, path=tmp_path), ShardPlan(arch, DENSE_MODEL, 2)
     placed = shard_segments_of(plan, "float16", make_profiles(4, 16), mode)
-    weights = dict(source.weights(torch.float16))
-    of_ranks = [
-        fake_plan_set(
-            [segment for segment in placed if segment.rank == rank],
-            {name: plan.shard(name, tensor, rank) for name, tensor in weights.items()},
-        )
-        for rank in range(2)
-    ]
-    plans = PlanSet(of_ranks[0].producer, tuple(placed), {**of_ranks[1].plans, **of_ranks[0].plans})
+    plans = fake_plans_of_ranks(source, plan, placed)
     problems, text = verify_on_device(plans, source, fake_library(FakeTensorRt(TWO_CPUS[0])), TWO_CPUS[0])
     assert problems == []
     num_outputs = sum(len(one.spec.outputs) for one in segments_by_plan(placed).values())
