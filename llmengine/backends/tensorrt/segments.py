@@ -182,7 +182,8 @@ class TensorRtSegments:
         for index in self._of_layer[layer]:
             spec = self._segments[index].spec
             tensors |= {name: buffer[: sizes.tokens] for name, buffer in self._outputs[index].items()}
-            self._run(index, sizes, {tensor.name: tensors[tensor.name] for tensor in (*spec.inputs, *spec.outputs)})
+            own_sizes = sizes if spec.has_samples else Sizes(sizes.tokens)
+            self._run(index, own_sizes, {tensor.name: tensors[tensor.name] for tensor in (*spec.inputs, *spec.outputs)})
             tensors["x"] = tensors.get("x_out", tensors["x"])
             if spec.ends_at_sum:
                 tensors[SUM] = tensors[PART]

@@ -223,6 +223,11 @@ class SegmentSpec:
         return self.kind not in ("first", "last", "head")
 
     @property
+    def has_samples(self) -> bool:
+        """Whether the number of sampled rows is a size of it."""
+        return any("S" in tensor.shape for tensor in self.inputs)
+
+    @property
     def ends_at_sum(self) -> bool:
         """Whether an output is a term of a sum over ranks."""
         return any(output.name == PART for output in self.outputs)

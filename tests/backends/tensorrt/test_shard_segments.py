@@ -116,7 +116,7 @@ def test_all_ranks_sum_twice_in_each_layer_and_alone_not_at_all() -> None:
     def run(rank: int) -> None:
         own = plan.arch_of(rank)
         values = [torch.randn(2, own.num_heads * own.head_dim) for _ in range(3)]
-        run_steps(ranks[rank][0], torch.randn(2, own.hidden_size), values, [1])
+        run_steps(ranks[rank][0], torch.randn(2, own.hidden_size), values, None)
 
     on_threads(2, run)
     sums: Any = [one.collectives for one in peers]
@@ -124,6 +124,7 @@ def test_all_ranks_sum_twice_in_each_layer_and_alone_not_at_all() -> None:
     for _, fake in ranks:
         layer = ["o", "mlp", "next"]
         assert fake.executed == ["first", *layer, *layer, "o", "mlp", "head", "o", "mlp", "head"]
+        assert fake.num_contexts == len(["first", *layer, "head"]), "the last layer's are those of all layers"
     alone = ranks[0][0].without_sums()
     run_steps(alone, torch.randn(2, arch.hidden_size), [torch.randn(2, 64)] * 3, [1])
     assert [one.num_sums for one in sums] == [8, 8]
