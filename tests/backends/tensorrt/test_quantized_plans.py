@@ -93,7 +93,7 @@ def make_choice(fake: FakeTensorRt, source: ModelSource, mode: Any, *, is_requir
     segments = segments_of(source.arch, "float32", make_profiles(MAX_ROWS, MAX_TOKENS), mode, source.formats)
     weights = {name: tensor.to(fake.device) for name, tensor in plan_weights(source).items()}
     plan_set = fake_plan_set(segments, weights, rtx=True)
-    return SegmentsChoice(fake_library(fake, rtx=True), plan_set, source, PlanCache(), is_required=is_required)
+    return SegmentsChoice(lambda: fake_library(fake, rtx=True), plan_set, source, PlanCache(), is_required=is_required)
 
 
 def stored(source: ModelSource, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def fake(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTe
         if source.plans is not None:
             plan_set = plan_set.replace(verification=SavedPlanSet.read(source.plans, "plans").verification)
         is_required = config.backend == "tensorrt"
-        choice = SegmentsChoice(fake_library(fake), plan_set, source, PlanCache(), is_required=is_required)
+        choice = SegmentsChoice(lambda: fake_library(fake), plan_set, source, PlanCache(), is_required=is_required)
         return load_tensorrt_backend(config, source, fake.device, choice)
 
     monkeypatch.setattr(backends, "load_backend", load)
