@@ -38,7 +38,9 @@ from llmengine.kernels.hopper_scaled import OUTPUTS, has_hopper_scaled
 from llmengine.kernels.hopper_scaled import SPLITS as SCALED_SPLITS
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
-from llmengine.quantization.formats import Dense
+from llmengine.kernels.scaled_weights import has_scaled_products
+from llmengine.quantization.formats import Dense, WeightFormat
+from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int8 import Int8W8A8
 from llmengine.user_cache import cache_dir, read_choices, write_choices
 
@@ -135,14 +137,8 @@ _SPLIT_US = {1: 3.0, 2: 4.5, 4: 12.0, 8: 15.0}
 """Microseconds that a product by `hopper_packed` takes beside those of its parts, by the number of these."""
 
 _MOST_HOPPER, _MOST_OTHERS = 4, 2
-"""Candidates of `hopper_packed`, and those that are tried beside them where they are the likeliest."""
-
-_MOST_HOPPER_SCALED = 5
-"""Candidates of `hopper_scaled`."""
-
-_BYTES_OF_L2, _BYTES_OF_MEMORY, _BYTES_OF_PEERS = 28.0, 2400.0, 20.0
-"""That pass in a cycle: from the L2 to a multiprocessor, from memory to all, from one program's shared memory to
-another."""
+"""Candidates of `hopper_packed` and of `hopper_scaled`, and those that are tried beside them where they are the
+likeliest."""
 
 _FEW_ROWS, _FEW_WAVES, _MANY_WAVES = "cublas:8", "cublas:3 tiles:4", "cublas:2 tiles:1"
 """Of all other shapes: up to 64 rows, where reading counts; then where a product is a few waves of programs, and how
@@ -282,7 +278,9 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
         has_hopper = num_sms > 0 and compiles_cuda
         if shape.is_scaled:
             scaled = _hopper_scaled_candidates(bucketed, num_sms) if has_hopper else []
-            return [*scaled, *(fitting[:_MOST_OTHERS] if scaled else fitting)]
+            others = fitting[:_MOST_OTHERS] if scaled else fitting
+            has_library = any(isinstance(config, CublasConfig) for config in others)
+            return [*others, *scaled] if has_library and bucketed.num_rows >= 256 else [*scaled, *others]
         return _merged(bucketed.num_rows, fitting, _hopper_candidates(bucketed, num_sms) if has_hopper else [])
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
@@ -324,12 +322,20 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
         if not fitting:
             fitting = splits[:1] if tiles > num_sms else splits[-1:]
         configs += [replace(config, split_k=split) for split in fitting]
-    if shape.num_rows >= 128 and not isinstance(shape.weight_format, Int8W8A8):
+    if shape.num_rows >= 128 and _has_library_product(shape.weight_format):
         # cuBLASLt's products of e4m3 numbers differ; those of packed weights are of parts of the matrix.
         proposals = 2 if shape.is_scaled else 1
         library = [CublasConfig(index, shape.num_rows if shape.is_scaled else 0) for index in range(proposals)]
         configs = [*configs, *library] if shape.num_rows < 512 and not shape.is_scaled else [*library, *configs]
     return configs
+
+
+def _has_library_product(weight_format: WeightFormat) -> bool:
+    """Whether cuBLASLt multiplies by weights of a format, dequantized or as they are; it takes no scales of blocks."""
+    if isinstance(weight_format, Int8W8A8):
+        return False
+    in_blocks = isinstance(weight_format, Fp8) and "block" in (weight_format.scales, weight_format.activations)
+    return not in_blocks or not has_scaled_products(weight_format)
 
 
 def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
@@ -367,22 +373,24 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
 def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
     """The ways to multiply with `hopper_scaled` that should take the fewest cycles, the best first."""
     num_outputs, blocks = _num_outputs(shape), shape.num_turns
-    reading = num_outputs * shape.k / _BYTES_OF_MEMORY
 
     def cycles(config: HopperScaledConfig) -> float:
-        tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
-        waves = -(-tiles // (num_sms // config.split_k))
-        copied = (min(config.block_m, shape.num_rows) + config.block_n) * 128 / _BYTES_OF_L2
-        block = max(config.block_m * config.block_n / 32, copied)
-        # Sums of all rows and outputs pass through other programs' shared memory.
-        adding = config.block_m * config.block_n * 4 / _BYTES_OF_PEERS if config.split_k > 1 else 0.0
-        meeting = 100 * (config.split_k.bit_length() - 1)  # programs of a cluster begin and end together
-        return max(waves * -(-blocks // config.split_k) * block, reading) + adding + meeting + 500 * waves
+        # Fitted to four 8b products on an H200: tensor cores at 55 % of their peak, 40 bytes a cycle from the L2 to a
+        # multiprocessor, 1,800 from memory to all, 20 between programs; a result takes 0.2 cycles, three times as many
+        # where it is added to what is there.
+        waves = -(-_num_programs(shape, config) // num_sms)
+        results = config.block_m * config.block_n
+        copied = (min(config.block_m, max(shape.num_rows, 8)) + config.block_n) * 128
+        block = max(1.8 * results / 32, copied / 40)
+        products = max(waves * -(-blocks // config.split_k) * block, num_outputs * shape.k / 1800)
+        if config.split_k > 1:
+            return products + results * 4 / 20 + 200 * (config.split_k.bit_length() - 1) + 300 * waves
+        written = results * 0.2 * (0.5 if shape.is_gated else 3 if shape.adds else 1)
+        return products + (written + 300) * waves
 
     def is_sensible(config: HopperScaledConfig) -> bool:
         fits = config.block_m == 64 or config.block_m < 2 * shape.num_rows
-        tiles = -(-shape.num_rows // config.block_m) * -(-num_outputs // config.block_n)
-        splits = config.split_k == 1 or (4 * config.split_k <= blocks and tiles * config.split_k <= num_sms)
+        splits = config.split_k == 1 or (4 * config.split_k <= blocks and _num_programs(shape, config) <= num_sms)
         can = has_hopper_scaled(shape.weight_format, shape.k, config.block_m, config.block_n)
         return fits and splits and can
 
@@ -392,7 +400,12 @@ def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[LinearConf
         for outputs in all_outputs
         for split in SCALED_SPLITS
     ]
-    return list(sorted(filter(is_sensible, configs), key=cycles)[:_MOST_HOPPER_SCALED])
+    return list(sorted(filter(is_sensible, configs), key=cycles)[:_MOST_HOPPER])
+
+
+def _num_programs(shape: GemmShape, config: HopperScaledConfig) -> int:
+    """Of a product, if each tile has programs of its own."""
+    return -(-shape.num_rows // config.block_m) * -(-_num_outputs(shape) // config.block_n) * config.split_k
 
 
 def _merged(num_rows: int, others: Sequence[LinearConfig], hopper: Sequence[LinearConfig]) -> list[LinearConfig]:

@@ -242,6 +242,7 @@ struct Consumer {
 
   // Results straight from registers: two of a row beside each other.
   __device__ __forceinline__ void write_tile(int tile) const {
+    if (place.row(tile) + first_row + warp_row - lane / 4 >= place.arguments.num_rows) return;  // none of the warp's
     if (place.arguments.is_gated)
       write_results<true>(tile);
     else
