@@ -78,7 +78,7 @@ def test_many_requests_at_once_in_stages(layout: Layout) -> None:
     for each in (ONE, layout):
         with load(each, scheduler_config=scheduler, deterministic=True) as llm:
             outputs = llm.generate(prompts, params)
-            score = llm.evaluate(windows=2, measure_speed=False).perplexity
+            score = llm.evaluate(windows=2, measure_speed=False).model.perplexity
             again = llm.generate(prompts, params)
             assert [one.text for one in again] == [one.text for one in outputs]
             logprobs = [entry.logprob for entry in outputs[7].prompt_logprobs or () if entry is not None]
