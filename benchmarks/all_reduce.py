@@ -25,7 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from benchmarks.report import add_json, append_record, format_table, new_parser
 from llmengine.backends.ranks import Collectives, RankChannel, RankGroup
-from llmengine.backends.ranks.store import connect_store, host_store
+from llmengine.backends.ranks.store import MeetingPoint, connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
 from llmengine.backends.shared_cuda.small_sums import CAPACITY, time_together
@@ -76,7 +76,7 @@ def make_rank(rank: int, size: int, device_name: str, store: TCPStore | None, ho
     ways = {"NCCL": _in_place(nccl.all_reduce), "NCCL, ordered": _in_place(ordered.all_reduce)}
     for name in ("one_shot", "two_shot"):
         ways[f"symmetric {name}"] = _attempt(partial(_symmetric, store, rank, size, device, name))
-    ours = _attempt(lambda: IpcPeerMemory(store, rank, size, device, CAPACITY))
+    ours = _attempt(lambda: IpcPeerMemory(MeetingPoint(store, _TIMEOUT_S), rank, size, device, CAPACITY))
     for shots in (1, 2):
         ways[f"ours, {shots} shot{'s' * (shots > 1)}"] = ours if isinstance(ours, str) else _ours(ours, shots)
     return Rank(rank, size, device, torch.bfloat16, ways)

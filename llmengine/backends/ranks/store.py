@@ -1,13 +1,24 @@
-"""The store at which ranks on GPUs meet for NCCL."""
+"""The store at which ranks on GPUs meet."""
 
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistStoreError,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
-__all__ = ["connect_store", "host_store"]
+from llmengine.errors import EngineClosedError, EngineDeadError
+
+__all__ = ["MeetingPoint", "connect_store", "host_store"]
+
+_LOOK_S = 0.05
 
 
 def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
@@ -21,3 +32,45 @@ def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
 def connect_store(host: str, port: int, timeout_s: float) -> TCPStore:
     """Connect to the store that rank 0 hosts."""
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+class MeetingPoint:
+    """What ranks leave for each other at a store; unlike the store's own, its waiting can be ended.
+
+    Args:
+        timeout_s: how long `get` waits.
+    """
+
+    def __init__(self, store: Store, timeout_s: float, ended: threading.Event | None = None) -> None:
+        self._store = store
+        self._timeout_s = timeout_s
+        self._ended = threading.Event() if ended is None else ended
+
+    def at(self, prefix: str) -> MeetingPoint:
+        """The same for keys of their own, which ends with this one."""
+        return MeetingPoint(PrefixStore(prefix, self._store), self._timeout_s, self._ended)
+
+    def set(self, key: str, value: str) -> None:
+        """Leave something for the others."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> str:
+        """What a rank has left, as soon as it has.
+
+        Raises `EngineDeadError` if it does not in time, and `EngineClosedError` after `end`.
+        """
+        until = time.monotonic() + self._timeout_s
+        while not self._ended.is_set():
+            try:
+                self._store.wait([key], timedelta(seconds=_LOOK_S))
+            except DistStoreError:
+                if time.monotonic() >= until:
+                    raise EngineDeadError(f"no rank has left {key!r} within {self._timeout_s:.3g} s") from None
+            else:
+                value: bytes = self._store.get(key)
+                return value.decode()
+        raise EngineClosedError("the ranks are not wanted any more")
+
+    def end(self) -> None:
+        """End all waiting, now and later. From any thread."""
+        self._ended.set()

@@ -21,7 +21,7 @@ from llmengine.backends.cuda.weights import activation_dtype
 from llmengine.backends.rank_places import RankPlaces
 from llmengine.backends.ranks import RankChannel, RankGroup
 from llmengine.backends.ranks.layout import receiver_of
-from llmengine.backends.ranks.store import connect_store, host_store
+from llmengine.backends.ranks.store import MeetingPoint, connect_store, host_store
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives, RankCollectives
 from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory, HostPipe
 from llmengine.backends.shared_cuda.nccl_pipe import NcclPipe
@@ -35,6 +35,8 @@ _logger = logging.getLogger("llmengine.backends.shared_cuda")
 
 _MEET_TIMEOUT_S = 300.0
 _LOOK_S = 0.05
+_END_S = 5.0
+"""For a rendezvous that was broken off to end."""
 
 
 class OpenLink(Protocol):
@@ -107,13 +109,7 @@ def connect_rank_0(config: ModelConfig, places: RankPlaces, group: RankGroup, de
     on_one_host = group.num_on_host == group.size
     group.broadcast(pickle.dumps(_Meet(group.address, port, on_one_host)))
     meeting = _Meeting(config, places, 0, device, store, on_one_host)
-    found: list[RankConnections] = []
-    try:
-        _unless_ranks_fail(group, lambda: found.append(meeting.connect()))
-    except BaseException:
-        meeting.abort()
-        raise
-    return found[0]
+    return connected(meeting.connect, meeting.abort, group.check)
 
 
 def connect_rank(
@@ -142,13 +138,13 @@ class _Meeting:
     ) -> None:
         self._config, self._places, self._rank = config, places, rank
         self._device, self._store, self._on_one_host = device, store, on_one_host
+        self._point = MeetingPoint(store, _MEET_TIMEOUT_S)
         self._nccl: NcclCollectives | None = None
         self._pipe: NcclPipe | None = None
         if places.tp_size > 1:
-            shard, index = places.shard_of(rank), places.stage_of(rank).index
-            own_store = PrefixStore(f"stage-{index}", store)
+            shard = places.shard_of(rank)
+            own_store = PrefixStore(self._stage, store)
             self._nccl = NcclCollectives(own_store, shard.rank, shard.size, device, deterministic=config.deterministic)
-            self._own_store = own_store
 
     def connect(self) -> RankConnections:
         """Meet the other ranks, which call this too; blocks."""
@@ -162,31 +158,38 @@ class _Meeting:
             raise
 
     def abort(self) -> None:
-        """End what waits in `connect`."""
+        """End what waits in `connect`. From any thread."""
+        self._point.end()
         if self._nccl is not None:
             self._nccl.abort()
         if self._pipe is not None:
             self._pipe.release()
 
+    @property
+    def _stage(self) -> str:
+        """The prefix of what the ranks of a stage leave for each other."""
+        return f"stage-{self._places.stage_of(self._rank).index}"
+
     def _sums(self, nccl: NcclCollectives) -> RankCollectives:
         """With kernels of our own for small sums where memory can be mapped."""
         if self._on_one_host:
-            return with_small_sums(nccl, self._own_store, self._device)
+            return with_small_sums(nccl, self._point.at(self._stage), self._device)
         nccl.connect()
         return nccl
 
     def _link(self) -> OpenLink:
         """Through memory that can be mapped, else through NCCL."""
         places, rank = self._places, self._rank
-        store, after = PrefixStore("stages", self._store), _after(places, rank)
+        after = _after(places, rank)
         if self._on_one_host:
             layout, is_first = _link_layout(self._config, places), places.stage_of(rank).is_first
             try:
-                return IpcLinkMemory(store, rank, places.size, self._device, layout, after, is_first)
+                return IpcLinkMemory(self._point.at("stages"), rank, places.size, self._device, layout, after, is_first)
             except (ImportError, RuntimeError) as error:
                 _logger.warning("stages use NCCL, since the GPUs cannot map each other's memory: %s", error)
         size = places.tp_size
         before = None if places.stage_of(rank).is_first else (rank - size) % places.size
+        store = PrefixStore("stages", self._store)
         self._pipe = NcclPipe(store, rank, before, None if places.stage_of(rank).is_last else after, self._device)
         self._pipe.connect()
         return self._pipe
@@ -239,20 +242,35 @@ def _link_layout(config: ModelConfig, places: RankPlaces) -> LinkLayout:
     )
 
 
-def _unless_ranks_fail(group: RankGroup, function: Callable[[], None]) -> None:
-    """Call a function that blocks, in a thread; raises as soon as a rank fails, when it may never return."""
+def connected(
+    connect: Callable[[], RankConnections], abort: Callable[[], None], check: Callable[[], None]
+) -> RankConnections:
+    """What `connect` gives, which blocks and is called in a thread.
+
+    Whatever `check` raises meanwhile, once a rank has failed for instance, ends that: `abort` has `connect` return, and
+    nothing stays open.
+    """
+    found: list[RankConnections] = []
     errors: list[BaseException] = []
 
     def call() -> None:
         try:
-            function()
+            found.append(connect())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=call, name="llmengine-rendezvous", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_LOOK_S)
-        group.check()
-    if errors:
-        raise errors[0]
+    try:
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+            check()
+        if errors:
+            raise errors[0]
+    except BaseException:
+        abort()
+        thread.join(_END_S)
+        for connections in found:
+            connections.close()
+        raise
+    return found[0]

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llmengine.backends.cuda.stage_link import MappedLink
+from llmengine.backends.ranks.store import MeetingPoint
 from llmengine.kernels.limits import has_pdl
 from llmengine.kernels.peer_sum import MAX_PROGRAMS, PeerMemory, data_bytes, flags_size
 from llmengine.kernels.stage_link import RELEASED_BYTE, LinkLayout, LinkMemory
@@ -23,16 +23,17 @@ class IpcMemory:
     """Memory on this rank's GPU, of zeros, and that of the others, mapped; all ranks open it together.
 
     Args:
-        store: where ranks meet; handles travel through it.
+        meeting: where ranks meet; handles travel through it.
         num_bytes: of this rank.
 
     Attributes:
         addresses: of each rank's memory, as this rank sees it.
 
-    Raises RuntimeError, on every rank, if the driver refuses on one.
+    Raises RuntimeError, on every rank, if the driver refuses on one, and what `MeetingPoint.get` raises. Nothing stays
+    allocated then.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, device: torch.device, num_bytes: int) -> None:
+    def __init__(self, meeting: MeetingPoint, rank: int, size: int, device: torch.device, num_bytes: int) -> None:
         from cuda.bindings import driver
 
         self._driver: Any = driver
@@ -41,13 +42,16 @@ class IpcMemory:
         self._mapped: list[int] = []
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # there is a context, and it is current
-            failure = self._open(store, rank, size, -(-num_bytes // _PAGE) * _PAGE)
-            # Nobody goes on alone: a rank that failed says so as well.
-            store.set(f"peer-opened-{rank}", failure)
-            failures = [store.get(f"peer-opened-{other}").decode() for other in range(size)]
-            if any(failures):
+            try:
+                failure = self._open(meeting, rank, size, -(-num_bytes // _PAGE) * _PAGE)
+                # Nobody goes on alone: a rank that failed says so as well.
+                meeting.set(f"peer-opened-{rank}", failure)
+                failures = [meeting.get(f"peer-opened-{other}") for other in range(size)]
+                if any(failures):
+                    raise RuntimeError("; ".join(filter(None, failures)))
+            except BaseException:
                 self.close()
-                raise RuntimeError("; ".join(filter(None, failures)))
+                raise
             assert self._own is not None
         self.addresses: list[int] = list(self._mapped)
         self.addresses.insert(rank, self._own)
@@ -79,7 +83,7 @@ class IpcMemory:
                 self._check(self._driver.cuMemFree(self._own))
                 self._own = None
 
-    def _open(self, store: Store, rank: int, size: int, num_bytes: int) -> str:
+    def _open(self, meeting: MeetingPoint, rank: int, size: int, num_bytes: int) -> str:
         """Allocate, hand over, and map; returns what failed."""
         driver = self._driver
         try:
@@ -87,13 +91,13 @@ class IpcMemory:
             self._check(driver.cuMemsetD8(self._own, 0, num_bytes))
             torch.cuda.synchronize(self._device)
             handle = self._check(driver.cuIpcGetMemHandle(self._own))
-            store.set(f"peer-handle-{rank}", ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex())
+            meeting.set(f"peer-handle-{rank}", ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex())
         except RuntimeError as error:
-            store.set(f"peer-handle-{rank}", "none")
+            meeting.set(f"peer-handle-{rank}", "none")
             return f"rank {rank}: {error}"
         try:
             for other in range(size):
-                theirs = store.get(f"peer-handle-{other}").decode()
+                theirs = meeting.get(f"peer-handle-{other}")
                 if other == rank:
                     continue
                 if theirs == "none":
@@ -118,16 +122,16 @@ class IpcPeerMemory:
     """The memory of `kernels.peer_sum` on this rank's GPU, and that of the others, mapped; all ranks open it together.
 
     Args:
-        store: where ranks meet; handles travel through it.
+        meeting: where ranks meet; handles travel through it.
         capacity: bytes of the largest tensor.
 
-    Raises RuntimeError, on every rank, if the driver refuses on one.
+    Raises as `IpcMemory` does.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, device: torch.device, capacity: int) -> None:
+    def __init__(self, meeting: MeetingPoint, rank: int, size: int, device: torch.device, capacity: int) -> None:
         self._flags_byte = data_bytes(capacity, size)
         self._num_flags = flags_size(size, MAX_PROGRAMS)
-        self._mapped = IpcMemory(store, rank, size, device, self._flags_byte + 4 * self._num_flags)
+        self._mapped = IpcMemory(meeting, rank, size, device, self._flags_byte + 4 * self._num_flags)
         at = torch.tensor(self._mapped.addresses, dtype=torch.int64, device=device)
         numbers = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
         flags = at + self._flags_byte
@@ -151,17 +155,24 @@ class IpcLinkMemory:
     """The memory of `kernels.stage_link` on this rank's GPU, and that of the rank after it; all ranks open it together.
 
     Args:
-        store: where ranks meet; handles travel through it.
+        meeting: where ranks meet; handles travel through it.
         after: the rank that this one writes to.
         is_first: this rank is of the first stage.
 
-    Raises RuntimeError, on every rank, if the driver refuses on one.
+    Raises as `IpcMemory` does.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, device: torch.device, layout: LinkLayout, after: int, is_first: bool
+        self,
+        meeting: MeetingPoint,
+        rank: int,
+        size: int,
+        device: torch.device,
+        layout: LinkLayout,
+        after: int,
+        is_first: bool,
     ) -> None:
-        self._mapped = IpcMemory(store, rank, size, device, layout.size_bytes(is_first=is_first))
+        self._mapped = IpcMemory(meeting, rank, size, device, layout.size_bytes(is_first=is_first))
         addresses = [self._mapped.addresses[each] for each in (rank, after)]
         at = torch.tensor(addresses, dtype=torch.int64, device=device)
         number = torch.zeros(1, dtype=torch.int32, device=device)

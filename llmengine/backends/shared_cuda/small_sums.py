@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
 
+from llmengine.backends.ranks.store import MeetingPoint
 from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives, add_sum_in_steps
 from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
 from llmengine.kernels.peer_sum import (
@@ -185,7 +185,7 @@ def _sum_in(way: Way, other: RankCollectives, memory: PeerMemory) -> Callable[[T
     return lambda tensor: sum_over_peers(memory, tensor, shots)
 
 
-def with_small_sums(nccl: NcclCollectives, store: Store, device: torch.device) -> RankCollectives:
+def with_small_sums(nccl: NcclCollectives, meeting: MeetingPoint, device: torch.device) -> RankCollectives:
     """Meet the other ranks, which call this too; sums are done by what is fastest at each size.
 
     Where GPUs cannot map each other's memory, that is NCCL.
@@ -193,7 +193,7 @@ def with_small_sums(nccl: NcclCollectives, store: Store, device: torch.device) -
     torch.cuda.set_device(device)
     nccl.connect()
     try:
-        memory = IpcPeerMemory(store, nccl.rank, nccl.size, device, CAPACITY)
+        memory = IpcPeerMemory(meeting, nccl.rank, nccl.size, device, CAPACITY)
     except (ImportError, RuntimeError) as error:
         _logger.warning("all sums are NCCL's, since the GPUs cannot map each other's memory: %s", error)
         return nccl

@@ -1,0 +1,127 @@
+"""Connections of ranks that fail or are given up: nothing waits for ever, and nothing stays allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from llmengine.backends.ranks.store import MeetingPoint, host_store
+from llmengine.backends.shared_cuda.connections import RankConnections, connected
+from llmengine.backends.shared_cuda.peer_memory import IpcMemory
+from llmengine.errors import EngineClosedError, EngineDeadError
+
+
+def open_point(timeout_s: float = 300.0) -> MeetingPoint:
+    return MeetingPoint(host_store(socket.create_server(("127.0.0.1", 0)), timeout_s), timeout_s)
+
+
+def test_what_no_rank_leaves_is_not_waited_for_after_the_end() -> None:
+    point = open_point()
+    stage = point.at("stage")
+    stage.set("here", "7")
+    assert stage.get("here") == "7"
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            stage.get("missing")
+        except EngineClosedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    point.end()
+    thread.join(60)
+    assert len(errors) == 1
+
+
+def test_what_no_rank_leaves_in_time_is_named() -> None:
+    with pytest.raises(EngineDeadError, match=r"'missing' within 0\.1 s"):
+        open_point(timeout_s=0.1).get("missing")
+
+
+class Opened:
+    """An `OpenLink` that counts how often it is closed."""
+
+    link: Any = None
+    num_closed = 0
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_connections_that_are_ready_after_a_failure_are_closed() -> None:
+    link, aborted = Opened(), threading.Event()
+
+    def connect() -> RankConnections:
+        assert aborted.wait(60)
+        return RankConnections(None, link)
+
+    def check() -> None:
+        raise EngineDeadError("rank 1 of 2 died")
+
+    with pytest.raises(EngineDeadError, match="rank 1"):
+        connected(connect, aborted.set, check)
+    assert link.num_closed == 1
+
+
+class Driver:
+    """What `IpcMemory` needs of a driver, and what is allocated and mapped by it."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        self._handle = torch.zeros(64, dtype=torch.uint8)
+        self.CUipcMem_flags = types.SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=1)
+
+    def _take(self, address: int) -> tuple[int, int]:
+        self.open.add(address)
+        return 0, address
+
+    def _give(self, address: int) -> tuple[int]:
+        self.open.remove(address)
+        return (0,)
+
+    def CUipcMemHandle(self) -> Any:
+        return types.SimpleNamespace(getPtr=self._handle.data_ptr)
+
+    def cuMemAlloc(self, num_bytes: int) -> tuple[int, int]:
+        return self._take(1 << 21)
+
+    def cuMemsetD8(self, *_: int) -> tuple[int]:
+        return (0,)
+
+    def cuIpcGetMemHandle(self, address: int) -> tuple[int, Any]:
+        return 0, self.CUipcMemHandle()
+
+    def cuIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[int, int]:
+        return self._take(1 << 22)
+
+    cuMemFree = cuIpcCloseMemHandle = _give
+
+
+@pytest.mark.parametrize("left", [(), ("peer-handle-1",)], ids=["before its own is there", "before it has mapped"])
+def test_memory_is_freed_if_another_rank_is_gone_before_all_have_mapped_it(
+    monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
+) -> None:
+    driver = Driver()
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    point = open_point(timeout_s=0.2)
+    for key in left:
+        point.set(key, "00" * 64)
+    with pytest.raises(EngineDeadError, match=r"within 0\.2 s"):
+        IpcMemory(point, 0, 2, torch.device("cpu"), 100)
+    assert not driver.open
