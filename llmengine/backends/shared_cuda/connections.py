@@ -83,7 +83,8 @@ class RankConnections:
             self.collectives.abort()
 
     def close(self) -> None:
-        """Free everything, when nothing is queued any more. Idempotent; waits for nobody."""
+        """Free everything. Idempotent; waits for nobody: what is queued and waits for other ranks ends first."""
+        self.abort()
         if self.collectives is not None:
             self.collectives.close()
         if self.open_link is not None:

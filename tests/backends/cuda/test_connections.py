@@ -14,12 +14,42 @@ import torch
 
 from llmengine.backends.ranks.store import MeetingPoint, host_store
 from llmengine.backends.shared_cuda.connections import RankConnections, connected
+from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory
 from llmengine.backends.shared_cuda.peer_memory import IpcMemory
 from llmengine.errors import EngineClosedError, EngineDeadError
+from llmengine.kernels.stage_link import LinkLayout
+
+LAYOUT = LinkLayout.of(2, 3, 16, torch.float32, 2)
+
+
+class Resting:
+    """A rank that waits; `rests` is set when it does."""
+
+    def __init__(self) -> None:
+        self.rests = threading.Event()
+
+    def mark(self, what: bytes = b"") -> None:
+        pass
+
+    def rest(self) -> None:
+        self.rests.set()
 
 
 def open_point(timeout_s: float = 300.0) -> MeetingPoint:
     return MeetingPoint(host_store(socket.create_server(("127.0.0.1", 0)), timeout_s), timeout_s)
+
+
+def test_closing_ends_what_waits_for_another_stage() -> None:
+    """On a GPU, memory is freed when the kernels that are queued have ended: freeing it would wait for ever."""
+    file, progress = HostLinkFile(2, LAYOUT), Resting()
+    memory = HostLinkMemory(file.path, 0, 1, LAYOUT, progress, lambda: None)
+    file.close()
+    thread = threading.Thread(target=memory.link.take_hidden, args=(torch.zeros(3, 16),), daemon=True)
+    thread.start()
+    assert progress.rests.wait(60)
+    RankConnections(None, memory).close()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_what_no_rank_leaves_is_not_waited_for_after_the_end() -> None:
