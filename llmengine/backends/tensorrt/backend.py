@@ -159,6 +159,7 @@ class SegmentsChoice:
         self._own = plan_set.of_rank(self._rank)
         self._runtime: PlanRuntime | None = None
         self._has_loaded_weights = False
+        self._is_streaming = False
 
     def build(self, context: SegmentsContext) -> TunableSegments:
         """The segments; raises `ConfigError` if TensorRT was asked for by name and fails, of ranks on rank 0.
@@ -173,6 +174,8 @@ class SegmentsChoice:
         try:
             return self._verified_segments(context)
         except (EngineError, torch.OutOfMemoryError) as failure:
+            if self._is_streaming:
+                raise
             if self._is_required and self._rank == 0:  # which ends the others
                 raise _unusable(failure) from failure
             reason = f"TensorRT cannot be used: {failure}"
@@ -203,6 +206,11 @@ class SegmentsChoice:
         if verification.failures:
             worst = verification.failures[0]
             raise EngineError(f"plans of {verification.library} disagree with torch on {verification.device}: {worst}")
+        if not self._own.has_constants and not self._source.formats.is_dense:
+            # Other ranks may wait for weights that rank 0 calibrates: a rank that fails here ends, and all with it.
+            self._is_streaming = self._exchange is not None
+            self._load_weights(context)
+            self._is_streaming = False
         found: list[TensorRtSegments] = []
         together(self._exchange, lambda: found.append(self._allocate(plans, context)))
         tunable = TunableSegments(found[0], f"{verification.library} plans")
@@ -213,7 +221,6 @@ class SegmentsChoice:
         if self._own.has_constants:
             _logger.warning("the plans contain weights, which take device memory twice: save() needs the other copy")
         elif not self._source.formats.is_dense:
-            self._load_weights(context)
             weights = device_weights(self._own.segments, context.weights)
         return TensorRtSegments.allocate(self._own.segments, plans, context, weights)
 

@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -146,6 +147,33 @@ def test_norms_after_sums_and_quantized_weights(tmp_path: Path, device: str) -> 
     outputs.append(answer(backend))
     backend.close()
     assert outputs[0] == outputs[1]
+
+
+def test_weights_that_cannot_be_calibrated_end_all_ranks(tmp_path: Path, device: str) -> None:
+    """The others wait for weights then, and for nothing else that rank 0 might tell them."""
+    save_tiny(tmp_path, num_hidden_layers=1)
+    quant = QuantConfig.preset("fp8-gptq", calibration_prompts=[PROMPT] * 3, num_calibration_samples=3)
+    config = make_config(tmp_path, quant_config=quant)
+    source = quantized_source(open_model(tmp_path), config.quant_config)
+
+    def stream(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(iter(source.stream(dtype)))
+        raise CorruptFileError("model: damaged")
+
+    deadline = time.monotonic() + 120.0
+
+    def check_wanted() -> None:
+        assert time.monotonic() < deadline, "rank 0 waits for ranks that wait for it"
+
+    placed = shard_segments_of(
+        ShardPlan(source.arch, source.formats, 2), "float32", make_profiles(MAX_ROWS, MAX_TOKENS), "inputs"
+    )
+    plans = fake_plans_of_ranks(source, ShardPlan(source.arch, source.formats, 2), placed)
+    damaged = dataclasses.replace(source, stream=stream)
+    with pytest.raises(CorruptFileError, match=r"^model: damaged$"):
+        load_shared_cuda_backend(
+            config, damaged, devices_of(device), check_wanted, segments=planned(plans, is_required=False, device=device)
+        )
 
 
 @pytest.mark.parametrize(
