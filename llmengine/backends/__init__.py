@@ -78,6 +78,17 @@ def load_backend(
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
+    return _load_on_gpus(config, source, device, check_wanted, rank_hosts)
+
+
+def _load_on_gpus(
+    config: ModelConfig,
+    source: ModelSource,
+    device: str,
+    check_wanted: Callable[[], None],
+    rank_hosts: RankHosts | None,
+) -> SavableBackend:
+    """`load_backend` on the CUDA device `device`, or on those of several ranks from it on."""
     import torch
 
     from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
@@ -95,7 +106,7 @@ def load_backend(
         )
     can_be_tensorrt = not config.deterministic and config.parallel_config.pp_size == 1
     wants_tensorrt = config.backend == "tensorrt" or (config.backend == "auto" and can_be_tensorrt and _has_tensorrt())
-    if num_ranks > 1:
+    if config.parallel_config.tp_size * config.parallel_config.pp_size > 1:
         devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
         if wants_tensorrt:
             from llmengine.backends.tensorrt.shared import load_shared_tensorrt_or_torch

@@ -77,6 +77,12 @@ def create_app(
         metrics.observe(llm, settings, shown)
         app.state.service = Service(llm, settings)
     app.state.responses = responses.StoredResponses(settings.max_stored_bytes)
+    _add_routes(app, settings, shown)
+    return app
+
+
+def _add_routes(app: FastAPI, settings: ServerConfig, registry: CollectorRegistry) -> None:
+    """Add endpoints and the answers to errors, and what stands before them: measurement, CORS and the gate."""
     for module in (chat, completions, models, tokens, responses, messages, health):
         app.include_router(module.router)
     public_paths = {health.HEALTH_PATH, metrics.METRICS_PATH}
@@ -93,8 +99,7 @@ def create_app(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     if settings.metrics:
-        app.add_middleware(metrics.Meter, http=http_metrics_of(shown))
-    return app
+        app.add_middleware(metrics.Meter, http=http_metrics_of(registry))
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
