@@ -10,7 +10,7 @@ import asyncio
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -60,6 +60,35 @@ def model_path() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def prompts_of(llm: LLM, questions: Sequence[str]) -> list[list[int]]:
+    """Chats that ask these questions."""
+    tokenizer = llm.tokenizer
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in chats]
+
+
+class Reference:
+    """transformers' own model; `monkeypatch` keeps what it looks up again and again in the file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers and gguf warn while they load
+            from transformers import AutoModelForCausalLM
+
+            path = model_path()
+            self._model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def choices(self, prompt: list[int], tokens: Sequence[int]) -> list[int]:
+        """Its greedy choice at the position of each of `tokens`, after those before it."""
+        logits = self._model(torch.tensor([[*prompt, *tokens]])).logits[0]
+        found: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        return found
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     # Without the prefix cache, so that no run is helped by the one before.
@@ -71,9 +100,7 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def prompts(llm: LLM) -> list[list[int]]:
-    tokenizer = llm.tokenizer
-    chat = [tokenizer.apply_chat_template([{"role": "user", "content": question}]) for question in QUESTIONS]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in chat]
+    return prompts_of(llm, QUESTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +113,9 @@ def greedy(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_greedy_tokens_equal_transformers(
     prompts: list[list[int]], greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again and again
-        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and gguf warn while they load
-        from transformers import AutoModelForCausalLM
-
-        path = model_path()
-        reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = Reference(monkeypatch)
     for question, prompt, tokens in zip(QUESTIONS, prompts, greedy, strict=True):
-        with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + tokens])).logits[0]
-        expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
-        assert tokens == expected, question
+        assert tokens == reference.choices(prompt, tokens), question
 
 
 async def test_streamed_in_a_batch_joined_at_different_steps(

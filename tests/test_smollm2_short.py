@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import warnings
 from collections.abc import Iterator
 
-import gguf
 import pytest
-import torch
 
 from llmengine import LLM, KvCacheConfig, ModelConfig, QuantConfig, SamplingParams
-from tests.test_smollm2 import QUESTIONS, model_path
+from tests.test_smollm2 import QUESTIONS, Reference, model_path, prompts_of
 
 NUM_QUESTIONS = 4
 PARAMS = SamplingParams(max_new_tokens=16, ignore_eos=True)
@@ -30,26 +26,15 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def prompts(llm: LLM) -> list[list[int]]:
-    tokenizer = llm.tokenizer
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUESTIONS[:NUM_QUESTIONS]]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in chats]
+    return prompts_of(llm, QUESTIONS[:NUM_QUESTIONS])
 
 
 def test_greedy_tokens_of_a_batch_equal_transformers(
     llm: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again and again
-        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers and gguf warn while they load
-        from transformers import AutoModelForCausalLM
-
-        path = model_path()
-        reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = Reference(monkeypatch)
     for prompt, output in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
-        with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + list(output.token_ids)])).logits[0]
-        assert list(output.token_ids) == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert list(output.token_ids) == reference.choices(prompt, output.token_ids)
 
 
 async def test_streams_that_join_later_say_the_same(llm: LLM, prompts: list[list[int]]) -> None:

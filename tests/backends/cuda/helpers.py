@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.backends.shared_cuda.loading import load_shared_cuda_backend
+from llmengine.batch import Backend
 from llmengine.checkpoints.opening import open_model
 from llmengine.checkpoints.quantized_source import quantized_source
 from llmengine.config import KvCacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from llmengine.rank_hosts import RankHosts
+from tests.backends.helpers import BackendDriver, reference_greedy
 
 
 def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **settings: Any) -> CudaBackend:
@@ -61,6 +63,28 @@ def load_shared(
         yield backend
     finally:
         backend.close()
+
+
+def check_steps_in_flight(reference: Any, backend: Backend, prompts: Mapping[int, list[int]]) -> None:
+    """Steps that need ids of steps which no host has seen give the tokens of the reference.
+
+    Args:
+        prompts: slot -> the prompt of a request.
+    """
+    driver = BackendDriver(backend)
+    requests = [driver.add(slot, prompt) for slot, prompt in prompts.items()]
+    driver.step(*[(request, len(request.token_ids)) for request in requests])
+    for _ in range(2):
+        backend.launch(driver.batch(*[(request, 1) for request in requests]))
+        for request in requests:
+            request.token_ids.append(-1)
+    for behind in (2, 1):
+        result = backend.collect()
+        for request in requests:
+            [request.token_ids[-behind]] = result.token_ids[request.slot]
+    assert [one.output_ids for one in requests] == [
+        reference_greedy(reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
+    ]
 
 
 def ranks() -> set[psutil.Process]:

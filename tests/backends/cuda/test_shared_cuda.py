@@ -17,7 +17,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import QuantConfig
 from llmengine.errors import EngineDeadError
 from llmengine.sampling_params import SamplingParams
-from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
+from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, ranks
 from tests.backends.helpers import BackendDriver, DrivenRequest, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
 
@@ -46,20 +46,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Sh
 
 def test_tokens_of_steps_in_flight_are_those_of_one_process(shared: Shared) -> None:
     """The other rank gets the ids that rank 0 sampled while the host of neither has seen them."""
-    backend, driver = shared.backend, shared.driver
-    requests = [driver.add(2, PROMPT[:3]), driver.add(0, PROMPT)]
-    driver.step(*[(request, len(request.token_ids)) for request in requests])
-    for _ in range(2):
-        backend.launch(driver.batch(*[(request, 1) for request in requests]))
-        for request in requests:
-            request.token_ids.append(-1)
-    for behind in (2, 1):
-        result = backend.collect()
-        for request in requests:
-            [request.token_ids[-behind]] = result.token_ids[request.slot]
-    assert [one.output_ids for one in requests] == [
-        reference_greedy(shared.reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
-    ]
+    check_steps_in_flight(shared.reference, shared.backend, {2: PROMPT[:3], 0: PROMPT})
 
 
 def test_ranks_on_two_hosts_give_the_same_tokens(shared: Shared, device: str) -> None:

@@ -19,7 +19,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import EngineDeadError
 from llmengine.sampling_params import SamplingParams
-from tests.backends.cuda.helpers import load_cuda, load_shared, ranks
+from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, ranks
 from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
 
@@ -46,27 +46,9 @@ def staged(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[St
         yield Staged(directory, reference, backend, BackendDriver(backend))
 
 
-def check_steps_in_flight(reference: Any, backend: PreparingRanksBackend) -> None:
-    """Steps that need ids of steps which no host has seen give the tokens of the reference."""
-    driver = BackendDriver(backend)
-    requests = [driver.add(slot, prompt) for slot, prompt in enumerate(PROMPTS)]
-    driver.step(*[(request, len(request.token_ids)) for request in requests])
-    for _ in range(2):
-        backend.launch(driver.batch(*[(request, 1) for request in requests]))
-        for request in requests:
-            request.token_ids.append(-1)
-    for behind in (2, 1):
-        result = backend.collect()
-        for request in requests:
-            [request.token_ids[-behind]] = result.token_ids[request.slot]
-    assert [one.output_ids for one in requests] == [
-        reference_greedy(reference, one.token_ids[: one.num_prompt_tokens], 3) for one in requests
-    ]
-
-
 def test_tokens_of_steps_in_flight_are_those_of_one_process(staged: Staged) -> None:
     """The first stage gets the ids that the last one sampled while no host has seen them."""
-    check_steps_in_flight(staged.reference, staged.backend)
+    check_steps_in_flight(staged.reference, staged.backend, dict(enumerate(PROMPTS)))
 
 
 def test_log_probabilities_of_prompts_and_scores(staged: Staged) -> None:
@@ -129,7 +111,7 @@ def test_stages_on_two_hosts_give_the_same_tokens(
 ) -> None:
     """Hidden states go over a connection, and the ids that the first stage needs are told."""
     with load_shared(staged.directory, device, tp_size, 2, rank_hosts=PretendedHosts(hosts)) as backend:
-        check_steps_in_flight(staged.reference, backend)
+        check_steps_in_flight(staged.reference, backend, dict(enumerate(PROMPTS)))
         driver = BackendDriver(backend)
         scored = driver.add(3, PROMPTS[0])
         logits = [rows.float().cpu().clone() for rows in backend.score(driver.batch((scored, len(PROMPTS[0]))))]
