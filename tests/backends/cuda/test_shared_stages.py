@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks.pretended_hosts import PretendedHosts
-from llmengine import LLM
+from llmengine import LLM, GenerationOutput
 from llmengine.backends.ranks.backend import PreparingRanksBackend
+from llmengine.batch import SavableBackend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import EngineDeadError
@@ -199,3 +200,57 @@ def test_streams_of_an_engine_with_preemptions(staged: Staged, device: str) -> N
         found = asyncio.run(stream_all(llm))
         assert llm.stats().counters.num_preemptions > 0
     assert found == [reference_greedy(staged.reference, prompt, 10) for prompt in prompts]
+
+
+SEVEN = SamplingParams(max_new_tokens=7, ignore_eos=True, temperature=0.0)
+VARIED = [
+    SEVEN.replace(temperature=0.9, seed=5),
+    SEVEN.replace(temperature=1.1, seed=7, repetition_penalty=1.5, top_k=20),
+    SEVEN.replace(presence_penalty=1.0, frequency_penalty=0.8, logprobs=2),
+    SEVEN.replace(temperature=0.7, seed=1, top_p=0.9, logprobs=1, prompt_logprobs=1),
+    SEVEN.replace(logit_bias={3: 4.0, 9: -2.0}),
+    SEVEN.replace(temperature=0.8, seed=11, min_p=0.05, prompt_logprobs=0),
+]
+
+
+async def answer_varied(llm: LLM) -> list[GenerationOutput]:
+    """Answers to more requests than there are slots, at once, of which that with a bias is aborted after 3 tokens."""
+
+    async def answer(index: int) -> GenerationOutput:
+        prompt = [*PROMPTS[index % 3] * (1 + 2 * (index % 2)), index + 1]
+        handle = llm.generate_async(prompt, VARIED[index], streaming=True)
+        async for output in handle:
+            if index == 4 and len(output.token_ids) >= 3:
+                handle.abort()
+        return output
+
+    return await asyncio.gather(*map(answer, range(len(VARIED))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "hosts"), [(1, 3, None), (2, 2, None), (1, 2, (0, 1))], ids=["3", "2x2", "two hosts"]
+)
+def test_requests_of_all_kinds_get_what_they_get_alone(
+    tmp_path: Path, device: str, tp_size: int, pp_size: int, hosts: tuple[int, ...] | None
+) -> None:
+    """Seeds, penalties, biases, log-probabilities and aborts, in micro-batches with others."""
+    save_tiny(tmp_path, **SMALL, num_hidden_layers=3)
+    rank_hosts = None if hosts is None else PretendedHosts(hosts)
+    kv_cache = KvCacheConfig(block_size=16, max_bytes=1 << 20)
+    scheduler = SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32)
+    backends: list[Callable[[], SavableBackend]] = [
+        lambda: load_cuda(tmp_path, device),
+        load_shared(tmp_path, device, tp_size, pp_size, rank_hosts=rank_hosts).__enter__,
+    ]
+    answers = []
+    for backend in backends:
+        with LLM.from_backend(backend, kv_cache_config=kv_cache, scheduler_config=scheduler) as llm:
+            answers.append(asyncio.run(answer_varied(llm)))
+    for expected, found in zip(*answers, strict=True):
+        num_tokens = 3 if found.finish_reason == "abort" else 7
+        assert found.token_ids[:num_tokens] == expected.token_ids[:num_tokens]
+        for name in ("logprobs", "prompt_logprobs"):
+            entries = [getattr(output, name) or () for output in (expected, found)]
+            logprobs = [[entry.logprob for entry in one if entry is not None] for one in entries]
+            assert logprobs[1] == pytest.approx(logprobs[0], abs=1e-4)
