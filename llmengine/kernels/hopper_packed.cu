@@ -138,26 +138,111 @@ struct Pipe {
   __device__ u32 words_empty(int slot) const { return base + BARRIERS_AT + 8 * (2 * X_SLOTS + WORD_SLOTS + slot); }
 };
 
-template <int BOX>
-static __device__ __forceinline__ void multiply_box(float (&sums)[NUM_SUMS], const Weights& weights, u32 (&numbers)[2][4][4],
-                                    const Pipe& pipe, Turn<X_SLOTS>& x_turn, u32 words_empty, bool has_before, int lane) {
-  u32 (&now)[4][4] = numbers[BOX & 1];
-  make_numbers<BOX, 0>(now[0], weights);
-  make_numbers<BOX, 1>(now[1], weights);
-  make_numbers<BOX, 2>(now[2], weights);
-  make_numbers<BOX, 3>(now[3], weights);
-  barrier_wait(pipe.x_full(x_turn.slot), x_turn.parity);
-  u64 box = box_descriptor(pipe.base + X_AT + x_turn.slot * X_SLOT);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+// A warpgroup's part of the products: the sums of its tile's outputs.
+struct Consumer {
+  const Pipe& pipe;
+  const unsigned char* shared;
+  int group, lane;
+  int from_row, from_chunk;  // of a matrix that is loaded: the row and the chunk of 16 bytes whose address the lane gives
+  int own_row;
+  Turn<WORD_SLOTS> word_turn;
+  Turn<X_SLOTS> x_turn;
+  // In turn: those of a product may not be touched until it is done, which the compiler does not see to.
+  u32 numbers[2][4][4];
+  float sums[NUM_SUMS];
+
+  __device__ __forceinline__ Consumer(const Pipe& pipe, const unsigned char* shared, int warp, int lane)
+      : pipe(pipe), shared(shared), group(warp / 4), lane(lane) {
+    const int row = warp % 4 * 16;
+    from_row = row + lane % 16;
+    from_chunk = lane / 16;
+    own_row = row + lane / 4;
 #pragma unroll
-  for (int step = 0; step < 4; ++step) multiply(sums, now[step], box + 2 * step);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  // The product before this one, perhaps of the block before, is done: its numbers and its box may be replaced.
-  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-  if (BOX == RELEASE_BOX && lane == 0) barrier_arrive(words_empty);
-  if (lane == 0 && (BOX > 0 || has_before)) barrier_arrive(pipe.x_empty(x_turn.slot == 0 ? X_SLOTS - 1 : x_turn.slot - 1));
-  x_turn.next();
-}
+    for (int i = 0; i < NUM_SUMS; ++i) sums[i] = 0.0f;
+  }
+
+  // An even number of boxes at a time, so that numbers take turns.
+  __device__ __forceinline__ void multiply(int first_block, int end_block) {
+    int block = first_block;
+    if constexpr (BOXES == 1) {
+      for (; block + 1 < end_block; block += 2) {
+        multiply_block<0>(block > first_block);
+        multiply_block<1>(true);
+      }
+      if (block < end_block) multiply_block<0>(block > first_block);
+    } else {
+      for (; block < end_block; ++block) multiply_block<0>(block > first_block);
+    }
+  }
+
+  // FIRST: boxes that come before the block's.
+  template <int FIRST>
+  __device__ __forceinline__ void multiply_block(bool has_before) {
+    barrier_wait(pipe.words_full(word_turn.slot), word_turn.parity);
+    Weights weights;
+    load(weights);
+    multiply_box<FIRST, 0>(weights, has_before);
+    if constexpr (BOXES > 1) multiply_box<FIRST, 1>(weights, has_before);
+    if constexpr (BOXES > 2) {
+      multiply_box<FIRST, 2>(weights, has_before);
+      multiply_box<FIRST, 3>(weights, has_before);
+    }
+    word_turn.next();
+  }
+
+  __device__ __forceinline__ void load(Weights& weights) const {
+    const u32 words = pipe.base + WORDS_AT + word_turn.slot * WORDS_SLOT + group * TILE_BYTES;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+      load_matrices(weights.words[step], words + swizzled(from_row, 2 * step + from_chunk));
+    const unsigned char* side = shared + SIDE_AT + word_turn.slot * SIDE_SLOT;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int of_row = own_row + 8 * half;
+      if (GROUPS > 0)
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i)
+          weights.scales[half][i] = scale_pair(side + group * SCALES_BYTES + of_row * (GROUPS * SCALE_BYTES), i);
+      if (ZERO_BYTES > 0)
+        weights.zeros[half] =
+            *reinterpret_cast<const Zero*>(side + 2 * SCALES_BYTES + group * ZEROS_BYTES + of_row * sizeof(Zero));
+      else
+        weights.zeros[half] = 0;
+    }
+  }
+
+  template <int FIRST, int BOX>
+  __device__ __forceinline__ void multiply_box(const Weights& weights, bool has_before) {
+    u32(&now)[4][4] = numbers[(FIRST + BOX) & 1];
+    make_numbers<BOX, 0>(now[0], weights);
+    make_numbers<BOX, 1>(now[1], weights);
+    make_numbers<BOX, 2>(now[2], weights);
+    make_numbers<BOX, 3>(now[3], weights);
+    barrier_wait(pipe.x_full(x_turn.slot), x_turn.parity);
+    u64 box = box_descriptor(pipe.base + X_AT + x_turn.slot * X_SLOT);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int step = 0; step < 4; ++step) ::multiply(sums, now[step], box + 2 * step);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    // The product before this one, perhaps of the block before, is done: its numbers and its box may be replaced.
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    if (BOX == RELEASE_BOX && lane == 0) barrier_arrive(pipe.words_empty(word_turn.slot));
+    if (lane == 0 && (BOX > 0 || has_before))
+      barrier_arrive(pipe.x_empty(x_turn.slot == 0 ? X_SLOTS - 1 : x_turn.slot - 1));
+    x_turn.next();
+  }
+
+  // Sums to shared memory as [row of x][output], where x and the words have been.
+  __device__ __forceinline__ void stage(unsigned char* target_bytes) const {
+    float* target = reinterpret_cast<float*>(target_bytes);
+    const int output = group * 64 + own_row;
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; ++i) {
+      const int of_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      target[of_row * PITCH + output + (i % 4 / 2) * 8] = sums[i];
+    }
+  }
+};
 
 // Arguments beside the tensors' maps.
 struct Arguments {
@@ -284,57 +369,11 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
       asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
     else
       asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int group = warp / 4, row = warp % 4 * 16;
-    // Of a matrix that is copied: the row and the chunk of 16 bytes whose address the lane gives.
-    const int from_row = row + lane % 16, from_chunk = lane / 16, own_row = row + lane / 4;
-    Turn<WORD_SLOTS> word_turn;
-    Turn<X_SLOTS> x_turn;
-    u32 numbers[2][4][4];
-    float sums[NUM_SUMS];
-#pragma unroll
-    for (int i = 0; i < NUM_SUMS; ++i) sums[i] = 0.0f;
-    for (int block = first_block; block < end_block; ++block) {
-      barrier_wait(pipe.words_full(word_turn.slot), word_turn.parity);
-      Weights weights;
-      u32 words = pipe.base + WORDS_AT + word_turn.slot * WORDS_SLOT + group * TILE_BYTES;
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step)
-        load_matrices(weights.words[step], words + swizzled(from_row, 2 * step + from_chunk));
-      const unsigned char* side = shared + SIDE_AT + word_turn.slot * SIDE_SLOT;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int of_row = own_row + 8 * half;
-        if (GROUPS > 0)
-#pragma unroll
-          for (int i = 0; i < GROUPS; ++i)
-            weights.scales[half][i] =
-                scale_pair(side + group * SCALES_BYTES + of_row * (GROUPS * SCALE_BYTES), i);
-        if (ZERO_BYTES > 0)
-          weights.zeros[half] =
-              *reinterpret_cast<const Zero*>(side + 2 * SCALES_BYTES + group * ZEROS_BYTES + of_row * sizeof(Zero));
-        else
-          weights.zeros[half] = 0;
-      }
-      const bool has_before = block > first_block;
-      const u32 words_empty = pipe.words_empty(word_turn.slot);
-      multiply_box<0>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
-      if constexpr (BOXES > 1) multiply_box<1>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
-      if constexpr (BOXES > 2) {
-        multiply_box<2>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
-        multiply_box<3>(sums, weights, numbers, pipe, x_turn, words_empty, has_before, lane);
-      }
-      word_turn.next();
-    }
+    Consumer consumer(pipe, shared, warp, lane);
+    consumer.multiply(first_block, end_block);
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     asm volatile("bar.sync 1, 256;" ::: "memory");
-    // Sums lie in shared memory as [row of x][output], where x and the words have been.
-    float* target = reinterpret_cast<float*>(shared);
-    const int output = group * 64 + own_row;
-#pragma unroll
-    for (int i = 0; i < NUM_SUMS; ++i) {
-      const int of_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      target[of_row * PITCH + output + (i % 4 / 2) * 8] = sums[i];
-    }
+    consumer.stage(shared);
     if (num_splits > 1) {
       __syncwarp();
       cluster_sync();

@@ -23,6 +23,7 @@ from llmengine.quantization.int8 import INT8
 from llmengine.quantization.int8_groups import Int8Groups
 from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.nvfp4 import Nvfp4
+from tests.kernels.sass import overwritten_operands
 from tests.kernels.test_packed_linear import Case, names
 
 MAX_SHARED = 227 << 10
@@ -45,6 +46,13 @@ LAYOUTS = [
     for dtype in (torch.bfloat16, torch.float16)
     if (layout := PackedLayout.of(weight_format, (4096, 4096), dtype)) is not None and has_hopper_product(layout)
 ]
+SHORT_LAYOUTS = [
+    layout
+    for weight_format in FORMATS
+    for dtype in (torch.bfloat16, torch.float16)
+    if (layout := PackedLayout.of(weight_format, (960, 576), dtype)) is not None and has_hopper_product(layout)
+]
+"""Of a matrix whose columns are no multiple of 128, as SmolLM2's."""
 CUTS = [(rows, programs) for rows, all_programs in PROGRAMS.items() for programs in all_programs]
 
 needs_hopper = pytest.mark.skipif(
@@ -151,27 +159,49 @@ def test_split_programs_run_at_once(num_rows: int) -> None:
                 assert tiles * config.split_k <= 132 * config.programs
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or shutil.which("cuobjdump") is None, reason="needs nvcc and cuobjdump"
+)
 @pytest.mark.parametrize(
     "layout",
-    [LAYOUTS[0], *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS[8::8])],
-    ids=lambda layout: f"{layout.kind}-{layout.slice_columns}-{layout.dtype}",
+    [
+        *(LAYOUTS[0], SHORT_LAYOUTS[0]),
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in [*LAYOUTS[8::8], *SHORT_LAYOUTS[3::3]]),
+    ],
+    ids=lambda layout: f"{layout.kind}-{layout.slice_columns}-{layout.block_columns}-{layout.dtype}",
 )
 def test_the_source_compiles_without_spilling_the_products(layout: PackedLayout, tmp_path: Path) -> None:
     for rows, programs in CUTS:
         file = tmp_path / "program.cu"
+        cubin = str(file.with_suffix(".cubin"))
         file.write_text(hopper_packed.source(dict(hopper_packed._macros(layout, rows, programs))))
-        command = ["nvcc", "-arch=sm_90a", "--cubin", "-Xptxas", "-v", "-o", str(file.with_suffix(".cubin")), str(file)]
+        command = ["nvcc", "-arch=sm_90a", "--cubin", "-Xptxas", "-v", "-o", cubin, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "C75" not in done.stderr, "products are serialized"
+        sass = subprocess.run(["cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        assert not overwritten_operands(sass), "numbers must stay where they are until their product is done"
+
+
+def test_an_operand_that_is_overwritten_too_early_is_found() -> None:
+    def code(*lines: str) -> str:
+        return "\n".join(f"  /*{16 * index:04x}*/   {line} ;  /* 0x0 */" for index, line in enumerate(lines))
+
+    product = "HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR12], R24, gsb0"
+    again = "@!P0 BRA 0x0000"
+    wait, wait_for_all = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    early = code("LOP3.LUT R41, R12, 0x7f007f, R59, 0xea, !PT", product, wait, again)
+    assert [one.name for one in overwritten_operands(early)] == ["LOP3.LUT"]
+    assert not overwritten_operands(code("LOP3.LUT R41, R12, 0x7f007f, R59, 0xea, !PT", product, wait_for_all, again))
+    assert not overwritten_operands(code("LOP3.LUT R44, R12, 0x7f007f, R59, 0xea, !PT", product, wait, again))
+    assert overwritten_operands(code("LDSM.16.M88.4 R38, [R8]", product, wait, again))
 
 
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
 @pytest.mark.parametrize("weight_format", FORMATS, ids=names)
 def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dtype: torch.dtype) -> None:
-    for n, k in ((576, 1536), (320, 1152), (1024, 4096)):
+    for n, k in ((576, 1536), (320, 1152), (960, 576), (1024, 4096)):
         plain = Case(device, weight_format, 300, n, k, dtype, gated=False)
         if not has_hopper_product(plain.matrix.layout):
             continue
@@ -185,10 +215,10 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
 
 
 @needs_hopper
-@pytest.mark.parametrize("weight_format", [INT8, Int4Groups(128)], ids=names)
-def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat) -> None:
+@pytest.mark.parametrize(("weight_format", "k"), [(INT8, 4096), (INT8, 4096 + 64), (Int4Groups(128), 4096)], ids=names)
+def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat, k: int) -> None:
     """Sums of small integers are exact, so one word of another block shows; words of many rows come from the L2."""
-    n, k, num_rows = 4096, 4096, 4096
+    n, num_rows = 4096, 4096
     layout = PackedLayout.of(weight_format, (n, k), torch.bfloat16)
     assert layout is not None
     matrix = PackedMatrix(weight_format, layout, device)
