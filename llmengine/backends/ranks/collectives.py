@@ -5,13 +5,20 @@ Imports torch when the first tensor comes, as does everything that a rank needs 
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Collectives", "PeerLostError", "add_up"]
+__all__ = ["Collectives", "PeerLostError", "Waiting", "add_up"]
+
+# Looking for longer than this would keep the interpreter's lock from other threads and cores from late ranks.
+_SPIN_S = 50e-6
+# More time than this between two looks means that this process was stopped, and counts as this much.
+_LONGEST_LOOK_S = 1.0
 
 
 class PeerLostError(RuntimeError):
@@ -40,6 +47,27 @@ class Collectives(Protocol):
 
     def close(self) -> None:
         """Close the connections; idempotent."""
+
+
+class Waiting:
+    """A rank that looks again and again whether others have come.
+
+    Attributes:
+        waited_s: for how long, without what this process was stopped for.
+    """
+
+    def __init__(self) -> None:
+        self.waited_s = 0.0
+        self._looked_at = time.perf_counter()
+
+    def spins(self) -> bool:
+        """Whether it looks again at once, after it has let others have the core; called after each look."""
+        before, self._looked_at = self._looked_at, time.perf_counter()
+        self.waited_s += min(self._looked_at - before, _LONGEST_LOOK_S)
+        if self.waited_s < _SPIN_S:
+            os.sched_yield()
+            return True
+        return False
 
 
 def add_up(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:

@@ -18,12 +18,11 @@ docs/decisions.md), in an order of its own.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llmengine.backends.ranks.collectives import add_up
+from llmengine.backends.ranks.collectives import Waiting, add_up
 from llmengine.backends.ranks.memory import LINE_WORDS, SharedMemory
 from llmengine.backends.ranks.progress import Progress
 
@@ -35,13 +34,9 @@ __all__ = ["SharedCollectives", "shared_size"]
 _SLOT = 1 << 20
 _LINES = 3  # of a rank: arrived, and the shapes of both slots
 _MAX_DIMS = LINE_WORDS - 1
-# Looking for longer than this would keep the interpreter's lock from other threads and cores from late ranks.
-_SPIN_S = 50e-6
 # A pause is this part of the time waited so far, and so a wait is longer by little more.
 _PAUSE = 1 / 16
 _MAX_PAUSE_S = 0.05
-# More time than this between two looks means that this process was stopped, and counts as this much.
-_LONGEST_LOOK_S = 1.0
 
 
 def shared_size(size: int) -> int:
@@ -130,16 +125,12 @@ class SharedCollectives:
         """Wait until all ranks have arrived in a round."""
         if not self._late(number):
             return
-        waited, now = 0.0, time.perf_counter()
+        waiting = Waiting()
         while late := self._late(number):
-            before, now = now, time.perf_counter()
-            waited += min(now - before, _LONGEST_LOOK_S)
-            if waited < _SPIN_S:
-                os.sched_yield()
-            else:
+            if not waiting.spins():
                 self._progress.rest()
-                self._while_waiting(late, waited)
-                time.sleep(min(waited * _PAUSE, _MAX_PAUSE_S))
+                self._while_waiting(late, waiting.waited_s)
+                time.sleep(min(waiting.waited_s * _PAUSE, _MAX_PAUSE_S))
 
     def _late(self, number: int) -> list[int]:
         words = self._memory.words

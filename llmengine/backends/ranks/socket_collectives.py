@@ -10,14 +10,12 @@ an element's place in its tensor; a ring for many ranks, in which each turn take
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from llmengine.backends.ranks.collectives import PeerLostError, add_up
+from llmengine.backends.ranks.collectives import PeerLostError, Waiting, add_up
 from llmengine.backends.ranks.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,10 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SocketCollectives"]
 
-_SPIN_S = 50e-6
 _NAP_MS = 50.0
-# More time than this between two looks means that this process was stopped, and counts as this much.
-_LONGEST_LOOK_S = 1.0
 _MAX_DIMS = 7
 # A tensor that is larger is added up in parts, which bounds the memory for those of others.
 _PART = 4 << 20
@@ -108,21 +103,17 @@ class SocketCollectives:
     def _exchange(self, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
         """Send to some ranks and fill what is for others, all at once."""
         sends, receives = dict(outgoing), dict(incoming)
-        waited, now = 0.0, time.perf_counter()
+        waiting = Waiting()
         while True:
             if self._move(sends, _send) | self._move(receives, _receive):
-                waited, now = 0.0, time.perf_counter()
+                waiting = Waiting()
                 self._progress.mark()
                 continue
             if not sends and not receives:
                 return
-            before, now = now, time.perf_counter()
-            waited += min(now - before, _LONGEST_LOOK_S)
-            if waited < _SPIN_S:
-                os.sched_yield()
-            else:
+            if not waiting.spins():
                 self._progress.rest()
-                self._while_waiting(sorted({*sends, *receives}), waited)
+                self._while_waiting(sorted({*sends, *receives}), waiting.waited_s)
                 self._nap(sends, receives)
 
     def _move(self, pending: dict[int, memoryview], move: Callable[[socket.socket, memoryview], int]) -> bool:
