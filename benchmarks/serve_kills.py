@@ -29,11 +29,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 
 import httpx
 import psutil
 
+from benchmarks.kills import Kill
 from benchmarks.marked_processes import MarkedProcesses
 from benchmarks.ray_serve import free_port, letter, load
 from benchmarks.report import format_table, new_parser
@@ -82,16 +82,6 @@ def serve_on_two_nodes(port: int) -> None:
     serve.shutdown()
     ray.shutdown()
     nodes.shutdown()
-
-
-@dataclass(slots=True)
-class Kill:
-    """What followed a kill, until the next: endings of streams, and seconds until Serve was back."""
-
-    kind: str
-    endings: Counter[str] = field(default_factory=Counter)
-    back_s: float = 0.0
-    slowest_s: float = 0.0
 
 
 class ServeKilling:
@@ -158,7 +148,7 @@ class ServeKilling:
             return found == counts and self._num_ended > num_ended and await self._is_back()
 
         await self._until(is_back, f"{kind}: not everything is back")
-        self.kills[-1].back_s = time.monotonic() - began
+        self.kills[-1].whole_s = time.monotonic() - began
 
     async def _strike(self, kind: str) -> list[psutil.Process]:
         """Kill; return the processes that must be gone before Serve counts as back."""
@@ -203,8 +193,7 @@ class ServeKilling:
                 ending = "hangs"
                 self.faults.append(f"a stream has not ended after {self._bound_s:g} s")
             kill = self.kills[-1] if self.kills else Kill("")
-            kill.endings[ending] += 1
-            kill.slowest_s = max(kill.slowest_s, time.monotonic() - began)
+            kill.note(ending, time.monotonic() - began)
             self._num_ended += 1
             if ending == "refused":
                 await asyncio.sleep(_POLL_S)  # nobody listens
@@ -288,7 +277,7 @@ def table(kills: Sequence[Kill]) -> str:
         if mine := [kill for kill in kills if kill.kind == kind]:
             endings = sum((kill.endings for kill in mine), Counter())
             counts = [*(endings[name] for name in names), endings.total() - sum(endings[name] for name in names)]
-            back_s = [kill.back_s for kill in mine]
+            back_s = [kill.whole_s for kill in mine]
             times = [max(kill.slowest_s for kill in mine), statistics.median(back_s), max(back_s)]
             rows.append([kind, *map(str, (len(mine), *counts)), *(f"{value:.1f}" for value in times)])
     return format_table(

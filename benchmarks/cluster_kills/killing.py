@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from benchmarks.cluster_kills.victims import NEXT_TOKEN, VOCAB_SIZE, Victim
+from benchmarks.kills import Kill
 from llmengine import SamplingParams
 from llmengine.cluster import Cluster, ClusterConfig
 from llmengine.cluster.transport import Transport
@@ -19,16 +18,6 @@ from llmengine.errors import EngineClosedError, EngineDeadError
 KINDS = ("replica", "rank", "node", "start", "removal", "cluster", "connection", "silence")
 
 POLL_S = 0.005
-
-
-@dataclass(slots=True)
-class Kill:
-    """What followed a kill, until the next: endings of streams, and seconds until the cluster was whole again."""
-
-    kind: str
-    endings: Counter[str] = field(default_factory=Counter)
-    whole_s: float = 0.0
-    slowest_s: float = 0.0
 
 
 class Killing:
@@ -188,8 +177,7 @@ class Killing:
                 ending = "hangs"
                 self.faults.append(f"a stream has not ended after {self._bound_s:g} s")
             kill = self.kills[-1] if self.kills else Kill("")
-            kill.endings[ending] += 1
-            kill.slowest_s = max(kill.slowest_s, time.monotonic() - began)
+            kill.note(ending, time.monotonic() - began)
             self._num_ended += 1
             if ending == "EngineClosedError":
                 await self._until(partial(self._has_replaced, cluster), "no new cluster")

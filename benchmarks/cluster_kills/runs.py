@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 import psutil
 
-from benchmarks.cluster_kills.killing import KINDS, POLL_S, Kill, Killing
+from benchmarks.cluster_kills.killing import KINDS, POLL_S, Killing
 from benchmarks.cluster_kills.victims import LocalVictim, ProcessVictim, RayVictim, Victim, make_llm
+from benchmarks.kills import Kill
 from benchmarks.process_replicas import fork_server
 from benchmarks.report import format_table
 from llmengine import LLM
