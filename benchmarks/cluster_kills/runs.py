@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import logging
+import multiprocessing
 import random
 import statistics
 import threading
@@ -55,6 +56,7 @@ class Resources:
     @classmethod
     def now(cls, where: Where, engines: Sequence[weakref.ref[LLM]]) -> Resources:
         """Count, after a garbage collection."""
+        multiprocessing.active_children()  # forgets those that have ended, which hold files until another starts
         gc.collect()
         process = psutil.Process()
         return cls(
