@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,15 +114,11 @@ def multiply(
     assert x.shape == (num_rows, columns)
     assert matrix.shape == (2 * num_outputs if gated else num_outputs, columns)
     assert has_hopper_scaled(matrix.format, columns, rows, outputs)
-    # Copies are of no more rows than there are, but of eight at least.
-    box_rows = min(rows, max(8, 1 << (num_rows - 1).bit_length()))
-    weight, weight_scales = matrix.tensors["weight"], matrix.tensors["weight_scale"]
-    # Of a gated product, a box has half of the outputs of a warpgroup.
-    weight_rows = outputs if not gated else outputs // 4 if rows == 64 else outputs // 2
-    maps = (box_map(x, box_rows, _BLOCK_K), box_map(weight, weight_rows, _BLOCK_K))
+    weight_scales, together = matrix.tensors["weight_scale"], 2 if split_k == 1 else 4
+    box_rows = _box_rows(num_rows, rows)
+    maps = _maps(x, matrix.tensors["weight"], box_rows, rows, outputs, gated)
     num_blocks, row_tiles = -(-columns // _BLOCK_K), -(-num_rows // rows)
     num_tiles = row_tiles * -(-num_outputs // (outputs // (2 if gated else 1)))
-    alignment = out.data_ptr() | out.stride(0) * out.dtype.itemsize | num_outputs * out.dtype.itemsize
     number = bias.dtype if bias is not None else torch.bfloat16 if out.dtype == torch.float32 else out.dtype
     arguments = _Arguments(
         x_scales.data_ptr(),
@@ -142,12 +139,29 @@ def multiply(
         gated,
         add,
         out.dtype == torch.float32,
-        alignment % ((2 if split_k == 1 else 4) * out.dtype.itemsize) == 0,
+        _can_write(out, together),
     )
     programs = split_k * num_tiles if split_k > 1 else min(num_tiles, _num_sms(x.device))
     launch = Launch((programs, 1, 1), _THREADS, shared_bytes(rows, outputs), cluster=split_k, pdl=pdl)
     pointers = [*(int(one.getPtr()) for one in maps), ctypes.addressof(arguments)]
     _function(_macros(_kind(matrix), number, rows, outputs), x.device.index).launch(launch, pointers)
+
+
+def _box_rows(num_rows: int, rows: int) -> int:
+    """Rows of x that are copied at once: no more than there are, but eight at least."""
+    return min(rows, max(8, 1 << (num_rows - 1).bit_length()))
+
+
+def _maps(x: Tensor, weight: Tensor, box_rows: int, rows: int, outputs: int, gated: bool) -> tuple[Any, Any]:
+    """Of x and of the weights; of a gated product, a box has half of the outputs of a warpgroup."""
+    weight_rows = outputs if not gated else outputs // 4 if rows == 64 else outputs // 2
+    return box_map(x, box_rows, _BLOCK_K), box_map(weight, weight_rows, _BLOCK_K)
+
+
+def _can_write(out: Tensor, together: int) -> bool:
+    """Whether so many results beside each other can be written at once."""
+    alignment = out.data_ptr() | (out.stride(0) | out.shape[1]) * out.dtype.itemsize
+    return alignment % (together * out.dtype.itemsize) == 0
 
 
 def shared_bytes(rows: int, outputs: int) -> int:
