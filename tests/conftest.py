@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -32,6 +33,10 @@ NEEDS_DEVICE = ("kernels", "cuda", "tensorrt")
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 HAS_GPU = Path("/dev/nvidiactl").exists()
+
+# A shell's background jobs ignore it, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if IS_WORKER:  # read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
