@@ -14,8 +14,9 @@ from tests.backends.helpers import save_tiny
 
 TWO_NODES = """
 import asyncio, os, signal, sys, time
-import psutil, ray
+import ray
 from ray.cluster_utils import Cluster as Nodes
+from benchmarks.marked_processes import MarkedProcesses
 from llmengine import LLM, KvCacheConfig, ModelConfig, ReplicaDeadError, SamplingParams
 from llmengine.cluster import Cluster, ClusterConfig
 
@@ -23,14 +24,7 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
 LONG = SamplingParams(max_new_tokens=3000, ignore_eos=True)
 
 def all_replicas():
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if "ReplicaActor" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.NoSuchProcess:
-            pass
-    return found
+    return marked.find("ReplicaActor")
 
 async def until(condition):
     async with asyncio.timeout(600):
@@ -61,7 +55,6 @@ async def main():
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
     second = nodes.add_node(num_cpus=1)
     ray.init(nodes.address, log_to_driver=False)
-    before = set(all_replicas())
     settings = ClusterConfig(num_replicas=2, actor_options={"num_cpus": 1, "scheduling_strategy": "SPREAD"})
     async with await Cluster.create(config, settings, enable_tokenizer=False) as cluster:
         outputs = await cluster.generate(PROMPTS, SamplingParams(max_new_tokens=12))
@@ -76,7 +69,7 @@ async def main():
         assert (await handle).finish_reason == "abort"
         await until(lambda: all(stats.num_used_blocks == 0 for stats in cluster.stats().values()))
 
-        mine = [process for process in all_replicas() if process not in before]
+        mine = all_replicas()
         assert len(mine) == 2, mine
         await failing_streams(cluster, mine[0].kill)
         await until(lambda: len(cluster.stats()) == 2)  # it was replaced
@@ -85,7 +78,7 @@ async def main():
         await until(lambda: len(cluster.stats()) == 2)
         outputs = await cluster.generate(PROMPTS, SamplingParams(max_new_tokens=12))
         assert [output.token_ids for output in outputs] == expected
-    await until(lambda: set(all_replicas()) <= before)
+    await until(lambda: not all_replicas())
     try:
         await Cluster.create(ModelConfig(sys.argv[1] + "-missing"), ClusterConfig(actor_options={"num_cpus": 1}))
     except Exception as error:
@@ -94,7 +87,8 @@ async def main():
     nodes.shutdown()
     print("done")
 
-asyncio.run(main())
+with MarkedProcesses.running() as marked:  # others of this machine may have replicas too
+    asyncio.run(main())
 """
 
 ONE_REPLICA = """
