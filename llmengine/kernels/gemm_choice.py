@@ -370,7 +370,7 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
     return sorted(configs, key=microseconds)[:_MOST_HOPPER]
 
 
-def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
+def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[HopperScaledConfig]:
     """The ways to multiply with `hopper_scaled` that should take the fewest cycles, the best first."""
     num_outputs, blocks = _num_outputs(shape), shape.num_turns
 
@@ -400,7 +400,7 @@ def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[LinearConf
         for outputs in all_outputs
         for split in SCALED_SPLITS
     ]
-    return list(sorted(filter(is_sensible, configs), key=cycles)[:_MOST_HOPPER])
+    return sorted(filter(is_sensible, configs), key=cycles)[:_MOST_HOPPER]
 
 
 def _num_programs(shape: GemmShape, config: HopperScaledConfig) -> int:

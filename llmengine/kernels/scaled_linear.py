@@ -158,13 +158,8 @@ class ScaledProducts:
         self, x: Tensor, x_scales: Tensor, bias: Tensor | None, out: Tensor, config: LinearConfig, add: bool
     ) -> bool:
         """The product by cuBLASLt; False if it has none for such operands."""
-        is_fp8 = x.dtype == torch.float8_e4m3fn
-        if (
-            not is_fp8
-            or self._matrix.weight_scales == "block"
-            or x.shape[1] % 16
-            or len(self._matrix.tensors["weight"]) % 16
-        ):
+        in_blocks = "block" in (self._matrix.weight_scales, self._matrix.activation_scales)
+        if x.dtype != torch.float8_e4m3fn or in_blocks or any(size % 16 for size in self._matrix.shape):
             return False
         weight, scales = self._matrix.tensors["weight"], self._matrix.tensors["weight_scale"]
         return self._kernels.multiply_fp8(x, x_scales, weight, scales, bias, out, config, add)
