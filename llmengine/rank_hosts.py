@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Invitation", "RankHosts"]
+from llmengine.errors import ConfigError
+
+__all__ = ["Invitation", "RankHosts", "hosts_of_ranks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +50,15 @@ class RankHosts(Protocol):
 
     def stop(self) -> None:
         """End the agents that are left, with the ranks that they have started. Idempotent; never raises."""
+
+
+def hosts_of_ranks(rank_hosts: RankHosts | None, size: int) -> tuple[int, ...]:
+    """The number of each rank's host; None: all are on this one. Raises `ConfigError` for hosts of other ranks."""
+    if rank_hosts is None:
+        return (0,) * size
+    found = tuple(rank_hosts.hosts)
+    if len(found) != size or found[0] or set(found) != set(range(max(found) + 1)):
+        raise ConfigError(
+            f"rank_hosts.hosts={list(found)} must have a number for each of {size} ranks: 0 for rank 0, and no gaps"
+        )
+    return found

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from llmengine.checkpoints.quantized_source import loaded_formats
 from llmengine.errors import ConfigError
+from llmengine.rank_hosts import hosts_of_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -66,6 +67,7 @@ def load_backend(
     num_ranks = config.parallel_config.tp_size * config.parallel_config.pp_size
     if rank_hosts is not None and num_ranks == 1:
         raise ConfigError("rank_hosts needs parallel_config.tp_size or pp_size above 1: a single rank is on this host")
+    hosts = hosts_of_ranks(rank_hosts, num_ranks)
     if device == "cpu":
         if config.backend == "tensorrt":
             raise ConfigError("backend='tensorrt' needs a CUDA device, but device is 'cpu'; use 'auto' or 'torch'")
@@ -78,17 +80,18 @@ def load_backend(
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
-    return _load_on_gpus(config, source, device, check_wanted, rank_hosts)
+    return _load_on_gpus(config, source, device, hosts, check_wanted, rank_hosts)
 
 
 def _load_on_gpus(
     config: ModelConfig,
     source: ModelSource,
     device: str,
+    hosts: Sequence[int],
     check_wanted: Callable[[], None],
     rank_hosts: RankHosts | None,
 ) -> SavableBackend:
-    """`load_backend` on the CUDA device `device`, or on those of several ranks from it on."""
+    """`load_backend` on the CUDA device `device`, or on those of the ranks that lie on `hosts`."""
     import torch
 
     from llmengine.backends.cuda.loading import check_kv_cache, load_cuda_backend
@@ -107,7 +110,7 @@ def _load_on_gpus(
     can_be_tensorrt = not config.deterministic and config.parallel_config.pp_size == 1
     wants_tensorrt = config.backend == "tensorrt" or (config.backend == "auto" and can_be_tensorrt and _has_tensorrt())
     if config.parallel_config.tp_size * config.parallel_config.pp_size > 1:
-        devices = _devices_of_ranks(config, torch.device(device), rank_hosts)
+        devices = _devices_of_ranks(config, torch.device(device), hosts)
         if wants_tensorrt:
             from llmengine.backends.tensorrt.shared import load_shared_tensorrt_or_torch
 
@@ -129,22 +132,21 @@ def _load_on_gpus(
     return load_cuda_backend(config, source, torch.device(device), cuda_segments_factory(reason))
 
 
-def _devices_of_ranks(config: ModelConfig, first: torch.device, rank_hosts: RankHosts | None) -> list[torch.device]:
-    """The device of each rank on its host: those that are named, or all from the first one on.
+def _devices_of_ranks(config: ModelConfig, first: torch.device, hosts: Sequence[int]) -> list[torch.device]:
+    """The device of each rank on its host, one of `hosts`: those that are named, or all from the first one on.
 
     Raises `ConfigError` if there are too few on this host.
     """
     import torch
 
     parallel = config.parallel_config
-    size, found = parallel.tp_size * parallel.pp_size, torch.cuda.device_count()
+    found = torch.cuda.device_count()
     sizes = ", ".join(f"{name}={value}" for name in ("tp_size", "pp_size") if (value := getattr(parallel, name)) > 1)
     if config.parallel_config.devices is not None:
-        if rank_hosts is not None:
+        if any(hosts):
             raise ConfigError("parallel_config.devices names GPUs of one host; with rank_hosts it must be None")
         return [torch.device(choose_device(name)) for name in config.parallel_config.devices]
-    index, hosts = first.index or 0, [0] * size if rank_hosts is None else list(rank_hosts.hosts)
-    num_here = hosts.count(0)
+    index, num_here = first.index or 0, hosts.count(0)
     if index + num_here > found:
         there_are = f"there are {found - index}" + (f" from device={config.device!r} on" if index else "")
         raise ConfigError(f"parallel_config with {sizes} needs {num_here} GPUs here, but {there_are}; lower it")

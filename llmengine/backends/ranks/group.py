@@ -22,8 +22,8 @@ from llmengine.backends.ranks.shared_collectives import SharedCollectives
 from llmengine.backends.ranks.socket_collectives import SocketCollectives
 from llmengine.backends.ranks.sockets import SocketReader, SocketWriter
 from llmengine.backends.ranks.watch import RankFailure, RankWatch, WatchedRank
-from llmengine.errors import ConfigError, EngineClosedError, EngineDeadError
-from llmengine.rank_hosts import RankHosts
+from llmengine.errors import EngineClosedError, EngineDeadError
+from llmengine.rank_hosts import RankHosts, hosts_of_ranks
 
 __all__ = ["RankGroup"]
 
@@ -74,7 +74,7 @@ class RankGroup:
         check_wanted: Callable[[], None] = lambda: None,
     ) -> None:
         self.size = size
-        self._layout = RankLayout(stage_size or size, _hosts_of(size, hosts))
+        self._layout = RankLayout(stage_size or size, hosts_of_ranks(hosts, size))
         assert not size % self._layout.stage_size, (size, stage_size)
         self._start_with = RankStart(target, payload)
         self._launcher = launcher or LocalLauncher()
@@ -361,15 +361,3 @@ class RankGroup:
         # Their memory is freed when no call uses it any more.
         self._ring = self._collectives = self._pipe = self._progress = None
         self._senders.clear()
-
-
-def _hosts_of(size: int, hosts: RankHosts | None) -> tuple[int, ...]:
-    """The host of each rank. Raises `ConfigError` for hosts of other ranks."""
-    if hosts is None:
-        return (0,) * size
-    found = tuple(hosts.hosts)
-    if len(found) != size or found[0] or set(found) != set(range(max(found) + 1)):
-        raise ConfigError(
-            f"rank_hosts.hosts={list(found)} must have a number for each of {size} ranks: 0 for rank 0, and no gaps"
-        )
-    return found

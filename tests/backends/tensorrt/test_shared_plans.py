@@ -396,6 +396,9 @@ def test_a_model_that_ranks_share_asks_for_tensorrt(tmp_path: Path, monkeypatch:
     ]
     with pytest.raises(ConfigError, match="deterministic=True excludes backend='tensorrt'"):
         load_backend(make_config(tmp_path, backend="tensorrt", deterministic=True), source)
+    with pytest.raises(ConfigError, match=r"hosts=\[0, 1, 1\] must have a number for each of 2 ranks"):
+        load_backend(make_config(tmp_path), source, rank_hosts=PretendedHosts((0, 1, 1)))
+    assert len(asked) == 2, "nothing is built for such hosts"
     stages = make_config(tmp_path, backend="tensorrt", parallel_config=ParallelConfig(pp_size=2))
     with pytest.raises(ConfigError, match=r"not cut into stages, but parallel_config.pp_size=2; .*tp_size alone"):
         load_backend(stages, source)
