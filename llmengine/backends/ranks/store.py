@@ -71,6 +71,11 @@ class MeetingPoint:
                 return value.decode()
         raise EngineClosedError("the ranks are not wanted any more")
 
+    def exchange(self, key: str, rank: int, size: int, value: str) -> list[str]:
+        """What each of `size` ranks leaves under a key, in their order; all call this, and raise what `get` raises."""
+        self.set(f"{key}-{rank}", value)
+        return [self.get(f"{key}-{other}") for other in range(size)]
+
     def end(self) -> None:
         """End all waiting, now and later. From any thread."""
         self._ended.set()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,43 +22,75 @@ _LEAD = 1 << 30
 _PAGE = 1 << 21  # smaller pieces of memory may share one, and with it a handle
 
 
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Ranks that open memory together, as one of them sees them."""
+
+    meeting: MeetingPoint
+    rank: int
+    size: int
+
+    def all_do(self, name: str, do: Callable[[], str]) -> list[str]:
+        """What `do` returns on each rank; all call this.
+
+        If it raises ImportError or RuntimeError on one, no rank may go on: every one raises RuntimeError.
+        """
+        try:
+            own, failed = do(), ""
+        except (ImportError, RuntimeError) as error:
+            own, failed = "", f"rank {self.rank}: {error}"
+        found = self.meeting.exchange(f"peer-{name}", self.rank, self.size, json.dumps([own, failed]))
+        values, failures = zip(*map(json.loads, found), strict=True)
+        if any(failures):
+            raise RuntimeError("; ".join(filter(None, failures)))
+        return list(values)
+
+
 class IpcMemory:
     """Memory on this rank's GPU, of zeros, and that of the others, mapped; all ranks open it together.
 
     Args:
         meeting: where ranks meet; handles travel through it.
         num_bytes: of this rank.
+        places: ranks, and bytes of their memory.
+        num_numbers: of `numbers`.
 
     Attributes:
-        addresses: of each rank's memory, as this rank sees it.
+        at: int64 [places], their addresses as this rank sees them; on its GPU.
+        numbers: int32 [num_numbers], zeros on this rank's GPU.
 
-    Raises RuntimeError, on every rank, if the driver refuses on one, and what `MeetingPoint.get` raises. Nothing stays
-    allocated then.
+    Raises RuntimeError, on every rank, if one cannot allocate or map something, and what `MeetingPoint.get` raises.
+    Nothing stays allocated then.
     """
 
-    def __init__(self, meeting: MeetingPoint, rank: int, size: int, device: torch.device, num_bytes: int) -> None:
-        from cuda.bindings import driver
+    at: torch.Tensor
+    numbers: torch.Tensor
 
-        self._driver: Any = driver
+    def __init__(
+        self,
+        meeting: MeetingPoint,
+        rank: int,
+        size: int,
+        device: torch.device,
+        num_bytes: int,
+        places: Sequence[tuple[int, int]],
+        num_numbers: int,
+    ) -> None:
         self._device = device
+        self._places = places
         self._own: int | None = None
         self._mapped: list[int] = []
+        self._num_bytes = -(-num_bytes // _PAGE) * _PAGE
+        self._num_numbers = num_numbers
+        ranks = _Ranks(meeting, rank, size)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # there is a context, and it is current
             try:
-                failure = self._open(meeting, rank, size, -(-num_bytes // _PAGE) * _PAGE)
-                # Nobody goes on alone: a rank that failed says so as well.
-                meeting.set(f"peer-opened-{rank}", failure)
-                failures = [meeting.get(f"peer-opened-{other}") for other in range(size)]
-                if any(failures):
-                    raise RuntimeError("; ".join(filter(None, failures)))
+                handles = ranks.all_do("handle", self._allocate)
+                ranks.all_do("mapped", lambda: self._map(handles, rank))
             except BaseException:
                 self.close()
                 raise
-            assert self._own is not None
-        self.addresses: list[int] = list(self._mapped)
-        self.addresses.insert(rank, self._own)
-        self._side: torch.cuda.Stream = torch.cuda.Stream(device)
 
     @property
     def is_closed(self) -> bool:
@@ -67,7 +102,7 @@ class IpcMemory:
         if self._own is None:
             return
         with torch.cuda.device(self._device):
-            self._check(self._driver.cuMemsetD32Async(self._own + byte, value, count, self._side.cuda_stream))
+            _check(self._driver.cuMemsetD32Async(self._own + byte, value, count, self._side.cuda_stream))
 
     def side(self) -> AbstractContextManager[None]:
         """A context whose work on the device waits for nothing that is queued elsewhere."""
@@ -77,45 +112,48 @@ class IpcMemory:
         """Unmap and free; nothing may be queued. Idempotent."""
         with torch.cuda.device(self._device):
             for address in self._mapped:
-                self._check(self._driver.cuIpcCloseMemHandle(address))
+                _check(self._driver.cuIpcCloseMemHandle(address))
             self._mapped = []
             if self._own is not None:
-                self._check(self._driver.cuMemFree(self._own))
+                _check(self._driver.cuMemFree(self._own))
                 self._own = None
 
-    def _open(self, meeting: MeetingPoint, rank: int, size: int, num_bytes: int) -> str:
-        """Allocate, hand over, and map; returns what failed."""
+    def _allocate(self) -> str:
+        """Allocate whatever is needed; the handle of what the other ranks map."""
+        from cuda.bindings import driver
+
+        self._driver: Any = driver
+        self._side: torch.cuda.Stream = torch.cuda.Stream(self._device)
+        self.numbers = torch.zeros(self._num_numbers, dtype=torch.int32, device=self._device)
+        self._own = int(_check(driver.cuMemAlloc(self._num_bytes)))
+        _check(driver.cuMemsetD8(self._own, 0, self._num_bytes))
+        torch.cuda.synchronize(self._device)
+        handle = _check(driver.cuIpcGetMemHandle(self._own))
+        return ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex()
+
+    def _map(self, handles: Sequence[str], rank: int) -> str:
         driver = self._driver
-        try:
-            self._own = int(self._check(driver.cuMemAlloc(num_bytes)))
-            self._check(driver.cuMemsetD8(self._own, 0, num_bytes))
-            torch.cuda.synchronize(self._device)
-            handle = self._check(driver.cuIpcGetMemHandle(self._own))
-            meeting.set(f"peer-handle-{rank}", ctypes.string_at(handle.getPtr(), _HANDLE_BYTES).hex())
-        except RuntimeError as error:
-            meeting.set(f"peer-handle-{rank}", "none")
-            return f"rank {rank}: {error}"
-        try:
-            for other in range(size):
-                theirs = meeting.get(f"peer-handle-{other}")
-                if other == rank:
-                    continue
-                if theirs == "none":
-                    return f"rank {rank}: rank {other} has no memory to map"
-                handle = driver.CUipcMemHandle()
-                ctypes.memmove(handle.getPtr(), bytes.fromhex(theirs), _HANDLE_BYTES)
-                flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-                self._mapped.append(int(self._check(driver.cuIpcOpenMemHandle(handle, int(flag)))))
-        except RuntimeError as error:
-            return f"rank {rank}: {error}"
+        flag = int(driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+        for other, theirs in enumerate(handles):
+            if other == rank:
+                continue
+            handle = driver.CUipcMemHandle()
+            ctypes.memmove(handle.getPtr(), bytes.fromhex(theirs), _HANDLE_BYTES)
+            self._mapped.append(int(_check(driver.cuIpcOpenMemHandle(handle, flag))))
+        starts = list(self._mapped)
+        assert self._own is not None
+        starts.insert(rank, self._own)
+        addresses = [starts[owner] + byte for owner, byte in self._places]
+        self.at = torch.tensor(addresses, dtype=torch.int64, device=self._device)
         return ""
 
-    @staticmethod
-    def _check(result: tuple[Any, ...]) -> Any:
-        status, *values = result
-        if int(status):
-            raise RuntimeError(f"{getattr(status, 'name', status)}")
-        return values[0] if values else None
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a call of `cuda.bindings` returned; raises RuntimeError if it failed."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"{getattr(status, 'name', status)}")
+    return values[0] if values else None
 
 
 class IpcPeerMemory:
@@ -131,11 +169,11 @@ class IpcPeerMemory:
     def __init__(self, meeting: MeetingPoint, rank: int, size: int, device: torch.device, capacity: int) -> None:
         self._flags_byte = data_bytes(capacity, size)
         self._num_flags = flags_size(size, MAX_PROGRAMS)
-        self._mapped = IpcMemory(meeting, rank, size, device, self._flags_byte + 4 * self._num_flags)
-        at = torch.tensor(self._mapped.addresses, dtype=torch.int64, device=device)
-        numbers = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-        flags = at + self._flags_byte
-        self.memory: PeerMemory = PeerMemory(rank, size, at, flags, numbers, capacity, has_pdl(device))
+        num_bytes = self._flags_byte + 4 * self._num_flags
+        places = [(owner, byte) for byte in (0, self._flags_byte) for owner in range(size)]
+        mapped = self._mapped = IpcMemory(meeting, rank, size, device, num_bytes, places, MAX_PROGRAMS)
+        data, flags = mapped.at.view(2, size)
+        self.memory: PeerMemory = PeerMemory(rank, size, data, flags, mapped.numbers, capacity, has_pdl(device))
 
     def release(self) -> None:
         """End every sum that waits for another rank, now and later; results are junk. From any thread."""
@@ -172,11 +210,9 @@ class IpcLinkMemory:
         after: int,
         is_first: bool,
     ) -> None:
-        self._mapped = IpcMemory(meeting, rank, size, device, layout.size_bytes(is_first=is_first))
-        addresses = [self._mapped.addresses[each] for each in (rank, after)]
-        at = torch.tensor(addresses, dtype=torch.int64, device=device)
-        number = torch.zeros(1, dtype=torch.int32, device=device)
-        self.link: MappedLink = MappedLink(LinkMemory(layout, at, number))
+        num_bytes = layout.size_bytes(is_first=is_first)
+        self._mapped = IpcMemory(meeting, rank, size, device, num_bytes, [(rank, 0), (after, 0)], 1)
+        self.link: MappedLink = MappedLink(LinkMemory(layout, self._mapped.at, self._mapped.numbers))
 
     def release(self) -> None:
         """End every wait for another stage, now and later; results are junk. From any thread."""

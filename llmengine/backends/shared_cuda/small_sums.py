@@ -197,5 +197,10 @@ def with_small_sums(nccl: NcclCollectives, meeting: MeetingPoint, device: torch.
     except (ImportError, RuntimeError) as error:
         _logger.warning("all sums are NCCL's, since the GPUs cannot map each other's memory: %s", error)
         return nccl
-    ways = measured_ways(nccl, memory.memory, device)
-    return SmallSums(nccl, memory, ways)
+    try:
+        return SmallSums(nccl, memory, measured_ways(nccl, memory.memory, device))
+    except BaseException:
+        memory.release()  # freeing it waits for what is queued
+        nccl.close()
+        memory.close()
+        raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -108,13 +110,15 @@ def test_connections_that_are_ready_after_a_failure_are_closed() -> None:
 class Driver:
     """What `IpcMemory` needs of a driver, and what is allocated and mapped by it."""
 
+    OWN, THEIRS = 1 << 21, 1 << 22
+
     def __init__(self) -> None:
-        self.open: set[int] = set()
+        self.open: list[int] = []
         self._handle = torch.zeros(64, dtype=torch.uint8)
         self.CUipcMem_flags = types.SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=1)
 
     def _take(self, address: int) -> tuple[int, int]:
-        self.open.add(address)
+        self.open.append(address)
         return 0, address
 
     def _give(self, address: int) -> tuple[int]:
@@ -125,7 +129,7 @@ class Driver:
         return types.SimpleNamespace(getPtr=self._handle.data_ptr)
 
     def cuMemAlloc(self, num_bytes: int) -> tuple[int, int]:
-        return self._take(1 << 21)
+        return self._take(self.OWN)
 
     def cuMemsetD8(self, *_: int) -> tuple[int]:
         return (0,)
@@ -134,24 +138,65 @@ class Driver:
         return 0, self.CUipcMemHandle()
 
     def cuIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[int, int]:
-        return self._take(1 << 22)
+        return self._take(self.THEIRS)
 
     cuMemFree = cuIpcCloseMemHandle = _give
 
 
-@pytest.mark.parametrize("left", [(), ("peer-handle-1",)], ids=["before its own is there", "before it has mapped"])
-def test_memory_is_freed_if_another_rank_is_gone_before_all_have_mapped_it(
-    monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...]
-) -> None:
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A driver of GPUs whose tensors are on the CPU."""
     driver = Driver()
     monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=driver))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return driver
+
+
+def open_memory(point: MeetingPoint, rank: int = 0) -> IpcMemory:
+    return IpcMemory(point, rank, 2, torch.device("cpu"), 100, [(1, 0), (0, 8)], 3)
+
+
+@pytest.mark.parametrize("is_mapped", [False, True], ids=["before its own is there", "before it has mapped"])
+def test_memory_is_freed_if_another_rank_is_gone_before_all_have_mapped_it(driver: Driver, is_mapped: bool) -> None:
     point = open_point(timeout_s=0.2)
-    for key in left:
-        point.set(key, "00" * 64)
+    if is_mapped:
+        point.set("peer-handle-1", json.dumps(["00" * 64, ""]))
     with pytest.raises(EngineDeadError, match=r"within 0\.2 s"):
-        IpcMemory(point, 0, 2, torch.device("cpu"), 100)
+        open_memory(point)
+    assert not driver.open
+
+
+@pytest.mark.parametrize("failing", ["zeros", "tensor"], ids=["before the others map", "while all map"])
+def test_ranks_decide_together_if_one_has_no_memory_for_a_small_tensor(
+    driver: Driver, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would sum by NCCL, and the others by kernels that wait for it."""
+    point, make = open_point(60.0), getattr(torch, failing)
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        if threading.current_thread().name.startswith("rank_1"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(*arguments, **named)
+
+    monkeypatch.setattr(torch, failing, fail)
+    with ThreadPoolExecutor(1, "rank_0") as first, ThreadPoolExecutor(1, "rank_1") as second:
+        for opening in (first.submit(open_memory, point, 0), second.submit(open_memory, point, 1)):
+            assert isinstance(opening.exception(60), RuntimeError)
+            assert "rank 1: CUDA out of memory" in str(opening.exception())
+    assert not driver.open
+
+
+def test_memory_of_all_ranks_is_mapped(driver: Driver) -> None:
+    point = open_point(60.0)
+    with ThreadPoolExecutor(2) as threads:
+        for rank, memory in enumerate(threads.map(lambda rank: open_memory(point, rank), range(2))):
+            own, theirs = driver.OWN, driver.THEIRS
+            assert memory.at.tolist() == ([theirs, own + 8] if rank == 0 else [own, theirs + 8])
+            assert memory.numbers.tolist() == [0, 0, 0]
+            memory.close()
+            memory.close()
     assert not driver.open
