@@ -109,7 +109,7 @@ def connect_rank_0(config: ModelConfig, places: RankPlaces, group: RankGroup, de
     store = host_store(listener, _MEET_TIMEOUT_S)
     on_one_host = group.num_on_host == group.size
     group.broadcast(pickle.dumps(_Meet(group.address, port, on_one_host)))
-    meeting = _Meeting(config, places, 0, device, store, on_one_host)
+    meeting = Meeting(config, places, 0, device, store, on_one_host)
     return connected(meeting.connect, meeting.abort, group.check)
 
 
@@ -122,10 +122,10 @@ def connect_rank(
     torch.cuda.set_device(device)
     meet: _Meet = pickle.loads(channel.receive())
     store = connect_store(meet.host, meet.port, _MEET_TIMEOUT_S)
-    return _Meeting(config, places, channel.rank, device, store, meet.on_one_host).connect()
+    return Meeting(config, places, channel.rank, device, store, meet.on_one_host).connect()
 
 
-class _Meeting:
+class Meeting:
     """A rank on a GPU on its way to the others."""
 
     def __init__(
@@ -150,6 +150,8 @@ class _Meeting:
     def connect(self) -> RankConnections:
         """Meet the other ranks, which call this too; blocks."""
         torch.cuda.set_device(self._device)
+        # NCCL begins when all are there: its own waiting for a rank that is not cannot be ended.
+        self._point.exchange("here", self._rank, self._places.size, "")
         link = None if self._places.pp_size == 1 else self._link()
         try:
             return RankConnections(None if self._nccl is None else self._sums(self._nccl), link)

@@ -9,17 +9,22 @@ import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llmengine.backends.rank_places import RankPlaces
 from llmengine.backends.ranks.store import MeetingPoint, host_store
-from llmengine.backends.shared_cuda.connections import RankConnections, connected
+from llmengine.backends.shared_cuda.connections import Meeting, RankConnections, connected
 from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory
 from llmengine.backends.shared_cuda.peer_memory import IpcMemory
+from llmengine.checkpoints.opening import open_model
+from llmengine.config import ModelConfig, ParallelConfig
 from llmengine.errors import EngineClosedError, EngineDeadError
 from llmengine.kernels.stage_link import LinkLayout
+from tests.backends.helpers import save_tiny
 
 LAYOUT = LinkLayout.of(2, 3, 16, torch.float32, 2)
 
@@ -200,3 +205,42 @@ def test_memory_of_all_ranks_is_mapped(driver: Driver) -> None:
             memory.close()
             memory.close()
     assert not driver.open
+
+
+class WaitingNccl:
+    """What NCCL's group of torch does without the other ranks: it waits at the store, and `abort` does not end that."""
+
+    def __init__(self, store: Any, *_: Any) -> None:
+        self._store = store
+
+    class Options:
+        pass
+
+    def allreduce(self, *_: Any) -> None:
+        self._store.get("unique id")
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2)])
+def test_ranks_that_never_come_leave_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp_size: int, pp_size: int
+) -> None:
+    save_tiny(tmp_path)
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", WaitingNccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    config = ModelConfig(tmp_path, parallel_config=ParallelConfig(tp_size, pp_size)).resolve()
+    places = RankPlaces(config.parallel_config, open_model(tmp_path))
+    store = host_store(socket.create_server(("127.0.0.1", 0)), 60.0)
+    meeting = Meeting(config, places, 0, torch.device("cpu"), store, on_one_host=True)
+    before, looks = set(threading.enumerate()), iter(range(4))
+
+    def check() -> None:
+        if next(looks) == 3:
+            raise EngineDeadError("rank 1 died")
+
+    with pytest.raises(EngineDeadError, match="rank 1 died"):
+        connected(meeting.connect, meeting.abort, check)
+    assert set(threading.enumerate()) == before
