@@ -30,6 +30,7 @@ from torch import Tensor
 
 from llmengine.kernels.norm import MAX_HIDDEN, row_warps
 from llmengine.kernels.step import NUM_SAMPLES
+from llmengine.kernels.step_numbers import await_number, tell_number
 
 MAX_PROGRAMS = 256
 """Programs that a call has on a GPU; each has flags of its own."""
@@ -171,6 +172,7 @@ def choose_over_peers(
         BLOCK=_CHOICES,
         NUM_SAMPLES=NUM_SAMPLES,
         MAX_PROGRAMS=len(memory.numbers),
+        ON_GPU=memory.numbers.is_cuda,
         PDL=memory.pdl,
         num_warps=4,
         launch_pdl=memory.pdl,
@@ -212,6 +214,7 @@ def _launch(
         ADD=add,
         NORM=norm is not None,
         MAX_PROGRAMS=len(memory.numbers),
+        ON_GPU=memory.numbers.is_cuda,
         PDL=memory.pdl,
         num_warps=row_warps(block) if norm is not None else max(4, row_warps(block)),
         launch_pdl=memory.pdl,
@@ -225,21 +228,20 @@ def _tensor_at(address, element: tl.constexpr):
 
 
 @triton.jit
-def _arrive(flags, number, shot, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr):
-    """Tell the other ranks that this one has written what they read after it, and wait until they have."""
+def _arrive(
+    flags, number, shot, RANK: tl.constexpr, SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, ON_GPU: tl.constexpr
+):
+    """Tell the other ranks that this one has written what they read after it, and wait until they have.
+
+    A rank may be one call ahead.
+    """
     first = (shot * MAX_PROGRAMS + tl.program_id(0)) * SIZE
     peers = tl.arange(0, triton.next_power_of_2(SIZE))
     is_other = (peers < SIZE) & (peers != RANK)
     theirs = tl.load(flags + peers, mask=is_other, other=0).to(tl.pointer_type(tl.int32))
     ours = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + first + peers
-    zeros = tl.zeros_like(peers)
-    tl.debug_barrier()  # all threads have written
-    tl.atomic_xchg(theirs + first + RANK, zeros + number, mask=is_other, sem="release", scope="sys")
-    behind = -1
-    while behind < 0:  # a rank may be one call ahead, and numbers may wrap around
-        arrived = tl.atomic_add(ours, zeros, mask=is_other, sem="acquire", scope="sys")
-        behind = tl.min(tl.where(is_other, arrived - number, 0))
-    tl.debug_barrier()  # no thread reads before
+    tell_number(theirs + first + RANK, number, is_other, ON_GPU)
+    await_number(ours, number, is_other, ON_GPU)
 
 
 @triton.jit
@@ -282,6 +284,7 @@ def _sum_over_peers(
     ADD: tl.constexpr,
     NORM: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    ON_GPU: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Write the sum of `part` over the ranks to x, or add it, and the RMSNorm of x, of COLUMNS columns, to `normed`.
@@ -319,7 +322,7 @@ def _sum_over_peers(
                 wanted = (in_share < SHARE) & _wanted(place, first, numel, COLUMNS, EVEN)
                 theirs = _tensor_at(data + peer, element) + _place(number, 0, RANK, capacity, SIZE)
                 tl.store(theirs + first + place, tl.load(part + first + place, mask=wanted, other=0.0), mask=wanted)
-        _arrive(flags, number, 1, RANK, SIZE, MAX_PROGRAMS)
+        _arrive(flags, number, 1, RANK, SIZE, MAX_PROGRAMS, ON_GPU)
         for turn in range(0, num_turns):
             first = begin + turn * each
             wanted = (in_share < SHARE) & _wanted(own_place, first, numel, COLUMNS, EVEN)
@@ -327,7 +330,7 @@ def _sum_over_peers(
             for peer in tl.static_range(SIZE):
                 theirs = _tensor_at(data + peer, element) + _place(number, 1, RANK, capacity, SIZE)
                 tl.store(theirs + first + own_place, share, mask=wanted)
-    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
+    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS, ON_GPU)
     for turn in range(0, num_turns):
         first = begin + turn * each
         mask = _wanted(columns, first, numel, COLUMNS, EVEN)
@@ -390,6 +393,7 @@ def _choose_over_peers(
     BLOCK: tl.constexpr,
     NUM_SAMPLES: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    ON_GPU: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -407,7 +411,7 @@ def _choose_over_peers(
             place = _place(number, 0, RANK, capacity, SIZE)
             tl.store(_tensor_at(data + peer, tl.float32) + place + rows, own, mask=mask)
             tl.store(_tensor_at(data + peer, tl.int32) + place + num_rows + rows, own_ids, mask=mask)
-    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS)
+    _arrive(flags, number, 0, RANK, SIZE, MAX_PROGRAMS, ON_GPU)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     chosen = tl.zeros([BLOCK], tl.int32)
     for source in tl.static_range(SIZE):

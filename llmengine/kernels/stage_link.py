@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.step import IDS_LAG, NUM_SAMPLES, DeviceStep, SlotState
+from llmengine.kernels.step_numbers import await_number_or_release, tell_number
 
 _ALIGNMENT = 256
 RELEASED_BYTE = 128
@@ -106,6 +107,7 @@ def take_ids(memory: LinkMemory, step: DeviceStep, state: SlotState) -> None:
         IDS_LAG=IDS_LAG,
         IDS_AT=_ALIGNMENT // 4,
         RELEASED_AT=RELEASED_BYTE // 4,
+        ON_GPU=memory.number.is_cuda,
         BLOCK=_IDS_BLOCK,
         num_warps=4,
     )
@@ -113,14 +115,15 @@ def take_ids(memory: LinkMemory, step: DeviceStep, state: SlotState) -> None:
 
 def take_hidden(memory: LinkMemory, x: Tensor) -> None:
     """Begin a step in a later stage: wait for the hidden states [num_tokens, hidden], and copy them to x."""
-    _await_hidden[(1,)](memory.at, memory.number, RELEASED_AT=RELEASED_BYTE // 4, num_warps=1)
+    on_gpu = memory.number.is_cuda
+    _await_hidden[(1,)](memory.at, memory.number, RELEASED_AT=RELEASED_BYTE // 4, ON_GPU=on_gpu, num_warps=1)
     _copy(memory, x, sends=False)
 
 
 def send_hidden(memory: LinkMemory, x: Tensor) -> None:
     """End a step in a stage before the last: give x [num_tokens, hidden] to the next one."""
     _copy(memory, x, sends=True)
-    _tell_number[(1,)](memory.at, memory.number, num_warps=1)
+    _tell_next[(1,)](memory.at, memory.number, ON_GPU=memory.number.is_cuda, num_warps=1)
 
 
 def send_ids(memory: LinkMemory, step: DeviceStep, state: SlotState) -> None:
@@ -133,6 +136,7 @@ def send_ids(memory: LinkMemory, step: DeviceStep, state: SlotState) -> None:
         state.last_token_ids,
         NUM_SAMPLES=NUM_SAMPLES,
         IDS_AT=_ALIGNMENT // 4,
+        ON_GPU=memory.number.is_cuda,
         BLOCK=_IDS_BLOCK,
         num_warps=4,
     )
@@ -166,18 +170,6 @@ def _words(address):
 
 
 @triton.jit
-def _wait(own, wanted, RELEASED_AT: tl.constexpr):
-    """Wait until the step `wanted`, or a later one, has arrived; numbers may wrap around."""
-    behind = -1
-    while behind < 0:
-        behind = tl.atomic_add(own, 0, sem="acquire", scope="sys") - wanted
-        # Atomic as well, so that all threads get the same.
-        is_released = tl.atomic_add(own + RELEASED_AT, 0, sem="relaxed", scope="sys") != 0
-        behind = tl.where(is_released, 0, behind)
-    tl.debug_barrier()  # no thread reads before
-
-
-@triton.jit
 def _take_ids(
     at,
     number,
@@ -188,13 +180,14 @@ def _take_ids(
     IDS_LAG: tl.constexpr,
     IDS_AT: tl.constexpr,
     RELEASED_AT: tl.constexpr,
+    ON_GPU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     own = _words(at)
     current = tl.load(number) + 1
     lag = tl.load(counts + IDS_LAG)
     lag = tl.where(lag == 0, most_lag, tl.minimum(lag, most_lag))
-    _wait(own, current - lag, RELEASED_AT)
+    await_number_or_release(own, current - lag, own + RELEASED_AT, ON_GPU)
     tl.store(number, current)
     for begin in tl.range(0, num_ids, BLOCK):
         slots = begin + tl.arange(0, BLOCK)
@@ -204,9 +197,10 @@ def _take_ids(
 
 
 @triton.jit
-def _await_hidden(at, number, RELEASED_AT: tl.constexpr):
+def _await_hidden(at, number, RELEASED_AT: tl.constexpr, ON_GPU: tl.constexpr):
+    own = _words(at)
     current = tl.load(number) + 1
-    _wait(_words(at), current, RELEASED_AT)
+    await_number_or_release(own, current, own + RELEASED_AT, ON_GPU)
     tl.store(number, current)
 
 
@@ -226,9 +220,10 @@ def _copy_hidden(at, number, x, numel, hidden_at, place, last_place, SENDS: tl.c
 
 
 @triton.jit
-def _tell_number(at, number):
+def _tell_next(at, number, ON_GPU: tl.constexpr):
     """Say that what the kernels before this one wrote is there."""
-    tl.atomic_xchg(_words(at + 1), tl.load(number), sem="release", scope="sys")
+    one = tl.zeros([1], tl.int32)
+    tell_number(_words(at + 1) + one, tl.load(number), one == 0, ON_GPU)
 
 
 @triton.jit
@@ -240,6 +235,7 @@ def _send_ids(
     last_token_ids,
     NUM_SAMPLES: tl.constexpr,
     IDS_AT: tl.constexpr,
+    ON_GPU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     theirs = _words(at + 1)
@@ -249,5 +245,5 @@ def _send_ids(
         mask = rows < num_samples
         slots = tl.load(sample_slots + rows, mask=mask, other=0)
         tl.store(theirs + IDS_AT + slots, tl.load(last_token_ids + slots, mask=mask, other=0), mask=mask)
-    tl.debug_barrier()  # all threads have written
-    tl.atomic_xchg(theirs, tl.load(number), sem="release", scope="sys")
+    one = tl.zeros([1], tl.int32)
+    tell_number(theirs + one, tl.load(number), one == 0, ON_GPU)

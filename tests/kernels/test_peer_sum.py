@@ -35,7 +35,7 @@ ADDITIONS: list[Addition] = [
 ]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_ranks_get_the_sum_in_their_order(tmp_path: Path, device: str, size: int) -> None:
     """Also where it is added and normalized, and the likeliest of all ranks' tokens."""
     if device != "cpu":
