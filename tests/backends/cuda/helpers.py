@@ -44,12 +44,18 @@ def load_shared(
     tp_size: int = 1,
     pp_size: int = 1,
     rank_hosts: RankHosts | None = None,
+    num_gpus: int | None = None,
     **settings: Any,
 ) -> Iterator[PreparingRanksBackend]:
-    """As `load_cuda`, over `tp_size * pp_size` ranks; skips the test where there are too few GPUs."""
+    """As `load_cuda`, over `tp_size * pp_size` ranks; skips the test where there are too few GPUs.
+
+    Args:
+        num_gpus: on which ranks take turns; None: each has its own.
+    """
     size = tp_size * pp_size
-    if device == "cuda" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
+    num_gpus = size if num_gpus is None else num_gpus
+    if device == "cuda" and torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
     config = ModelConfig(
         directory,
         scheduler_config=SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32),
@@ -57,7 +63,7 @@ def load_shared(
         **{"dtype": "float32", "kv_cache_config": KvCacheConfig(block_size=16, max_bytes=1 << 20), **settings},
     ).resolve()
     source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
-    devices = [torch.device(device, rank if device == "cuda" else 0) for rank in range(size)]
+    devices = [torch.device(device, rank % num_gpus if device == "cuda" else 0) for rank in range(size)]
     backend = load_shared_cuda_backend(config, source, devices, rank_hosts=rank_hosts)
     try:
         yield backend
