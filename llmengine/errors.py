@@ -23,6 +23,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class LLMEngineError(Exception):
     """Base of every error that llmengine raises on purpose.
@@ -108,3 +110,10 @@ class EngineDeadError(EngineError):
 
 class ReplicaDeadError(EngineDeadError):
     """The replica of a cluster that ran the request has died; the cluster goes on with the others."""
+
+
+def clear_frames(failure: BaseException | None) -> None:
+    """Release what was loaded before a failure: whoever holds that may try again with a smaller model."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__

@@ -80,7 +80,10 @@ def load_backend(
         from llmengine.backends.cpu.loading import load_cpu_backend
 
         return load_cpu_backend(config, source)
-    return _load_on_gpus(config, source, device, hosts, check_wanted, rank_hosts)
+    from llmengine.backends.cuda.memory_errors import memory_returned_on_failure
+
+    with memory_returned_on_failure():
+        return _load_on_gpus(config, source, device, hosts, check_wanted, rank_hosts)
 
 
 def _load_on_gpus(

@@ -13,7 +13,6 @@ import itertools
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
@@ -46,6 +45,7 @@ from llmengine.errors import (
     EngineError,
     InvalidRequestError,
     LLMEngineError,
+    clear_frames,
 )
 from llmengine.outputs import FinishReason
 
@@ -237,7 +237,7 @@ class Engine:
         except BaseException as failure:
             self._end(failure)
             if not self._ready.done():
-                _clear_frames(failure)
+                clear_frames(failure)
                 self._ready.set_exception(failure)
         finally:
             if self._watchdog is not None:
@@ -474,13 +474,6 @@ class Engine:
         log.error = log.error or error
         del self._requests[request.request_id]
         wake(request.stream.finish())
-
-
-def _clear_frames(failure: BaseException | None) -> None:
-    """Release what was loaded: a caller may hold the failure while it tries again with a smaller model."""
-    while failure is not None:
-        traceback.clear_frames(failure.__traceback__)
-        failure = failure.__cause__ or failure.__context__
 
 
 def _refuse_request(request: Request, failure: EngineError) -> None:

@@ -1,14 +1,15 @@
-"""Errors of a device that is too small, said so that a reader knows what to change."""
+"""Errors of a device that is too small, said so that a reader knows what to change, and memory after errors."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from llmengine.errors import ConfigError, OutOfMemoryError
+from llmengine.errors import ConfigError, OutOfMemoryError, clear_frames
 
 
 @contextmanager
@@ -30,3 +31,15 @@ def memory_error_context(component: str, device: torch.device, advice: str) -> I
             f"{component} do not fit on {device}: {free / 2**20:.0f} of {total / 2**20:.0f} MiB were left when it was "
             f"full; {advice}, or free memory there"
         ) from failure
+
+
+@contextmanager
+def memory_returned_on_failure() -> Iterator[None]:
+    """Whatever ends the loading of a model within, its memory goes back to the GPUs, for other programs too."""
+    try:
+        yield
+    except BaseException as failure:
+        clear_frames(failure)
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ def load_shared(
     pp_size: int = 1,
     rank_hosts: RankHosts | None = None,
     num_gpus: int | None = None,
+    check_wanted: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> Iterator[PreparingRanksBackend]:
     """As `load_cuda`, over `tp_size * pp_size` ranks; skips the test where there are too few GPUs.
 
     Args:
         num_gpus: on which ranks take turns; None: each has its own.
+        check_wanted: see `backends.load_backend`.
     """
     size = tp_size * pp_size
     num_gpus = size if num_gpus is None else num_gpus
@@ -64,7 +66,7 @@ def load_shared(
     ).resolve()
     source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
     devices = [torch.device(device, rank % num_gpus if device == "cuda" else 0) for rank in range(size)]
-    backend = load_shared_cuda_backend(config, source, devices, rank_hosts=rank_hosts)
+    backend = load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
     try:
         yield backend
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from benchmarks.pretended_hosts import PretendedHosts
+from llmengine.backends.cuda import loading
+from llmengine.backends.cuda.memory_errors import memory_returned_on_failure
+from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import QuantConfig
-from llmengine.errors import EngineDeadError
+from llmengine.errors import EngineClosedError, EngineDeadError
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, ranks
 from tests.backends.helpers import BackendDriver, DrivenRequest, reference_greedy, reference_logprobs, save_tiny
@@ -115,6 +119,45 @@ def test_a_rank_that_dies_ends_all(tmp_path: Path, device: str) -> None:
         with pytest.raises(EngineDeadError, match=r"rank 1 of 2 .*SIGKILL"):
             driver.generate([driver.add(0, PROMPT)], 2)
     assert ranks() == before
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)])
+def test_loading_that_is_given_up_before_the_first_capture_leaves_nothing(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, tp_size: int, pp_size: int
+) -> None:
+    """As after Ctrl-C: neither ranks nor threads, and no memory while the failure is handled."""
+    save_tiny(tmp_path, **SMALL)
+    kept, emptied = list[weakref.ref[torch.Tensor]](), list[bool]()
+    processes, threads = ranks(), set(threading.enumerate())
+
+    def give_up(program: StepProgram, budget_s: float) -> None:
+        kept.extend(map(weakref.ref, (program.state.last_token_ids, *program.model.weights.by_name.values())))
+        raise EngineClosedError("the LLM is closed")
+
+    monkeypatch.setattr(loading, "tune", give_up)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(any(one() is not None for one in kept)))
+    loaded = load_shared(tmp_path, device, tp_size, pp_size)
+    with pytest.raises(EngineClosedError), memory_returned_on_failure():
+        loaded.__enter__()
+    assert kept
+    assert emptied[-1:] == [False], "the memory is free before it is given back"
+    assert ranks() == processes
+    assert set(threading.enumerate()) == threads
+
+
+def test_a_capture_that_is_given_up_leaves_nothing(tmp_path: Path, device: str) -> None:
+    save_tiny(tmp_path, **ONE_LAYER)
+    processes, given_up = ranks(), threading.Event()
+
+    def check() -> None:
+        if given_up.is_set():
+            raise EngineClosedError("the LLM is closed")
+
+    with load_shared(tmp_path, device, 2, check_wanted=check) as backend:
+        given_up.set()
+        with pytest.raises(EngineClosedError):
+            backend.prepare()
+    assert ranks() == processes
 
 
 @pytest.mark.slow
