@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,6 +19,8 @@ import torch
 from llmengine import LLM, EngineDeadError, ModelConfig, ParallelConfig, QuantConfig, SamplingParams
 from llmengine.cli.demo import find_demo_model
 from llmengine.config import KvCacheConfig, SchedulerConfig
+from tests import ROOT
+from tests.backends.ranks.helpers import is_gone
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 PROMPTS = ["The capital of France is", "To tell a story, one must", "def add(a, b):"]
@@ -28,6 +34,46 @@ Layout = tuple[int, int]
 
 ONE: Layout = (1, 1)
 LAYOUTS: list[Layout] = [(2, 1), (1, 2)]
+
+# Without a guard: it must not run again in a rank. It interrupts itself when graphs are about to be captured.
+SCRIPT = """
+import logging, os, signal, sys, threading
+import psutil
+import torch
+from llmengine import LLM, ModelConfig, ParallelConfig, SamplingParams
+from llmengine.config import KvCacheConfig
+
+def tell_ranks():
+    found = psutil.Process().children(recursive=True)
+    print(*(one.pid for one in found if any("ranks/process.py" in word for word in one.cmdline())), flush=True)
+
+class Interrupt(logging.Handler):
+    def emit(self, record):
+        if "choosing matrix products took" in record.getMessage():
+            tell_ranks()
+            threading.Timer(float(sys.argv[5]), os.kill, (os.getpid(), signal.SIGINT)).start()
+
+meanwhile, layout = sys.argv[2], (int(sys.argv[3]), int(sys.argv[4]))
+if meanwhile == "loading":
+    logger = logging.getLogger("llmengine.backends.cuda.backend")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Interrupt())
+    for index in range(torch.cuda.device_count()):
+        torch.ones(1, device=torch.device("cuda", index))  # contexts stay
+torch.cuda.empty_cache()
+before = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+config = ModelConfig(sys.argv[1], device="cuda", parallel_config=ParallelConfig(*layout), tuning_budget_s=0.0)
+config.kv_cache_config = KvCacheConfig(max_bytes=1 << 30)
+try:
+    with LLM(config) as llm:
+        tell_ranks()
+        while True:
+            llm.generate(["Once"], SamplingParams(max_new_tokens=100, ignore_eos=True))
+except KeyboardInterrupt:
+    now = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    held = max(then - later for then, later in zip(before, now))
+    print("interrupted", len(psutil.Process().children()), held >> 20, flush=True)
+"""
 
 
 def load(layout: Layout, model: Path | None = None, dtype: str = "float32", **options: object) -> LLM:
@@ -52,7 +98,7 @@ def free_bytes() -> list[int]:
 
 
 def layouts() -> list[Layout]:
-    found = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
+    found = [(2, 1), (3, 1), (4, 1), (8, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)]
     return [(tp_size, pp_size) for tp_size, pp_size in found if tp_size * pp_size <= NUM_GPUS]
 
 
@@ -110,29 +156,71 @@ def test_close_gives_all_memory_back(layout: Layout) -> None:
     assert all(now >= then - (64 << 20) for now, then in zip(free_bytes(), before, strict=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_is_named_within_5_seconds(layout: Layout, number: signal.Signals) -> None:
     """Rank 0's device waits in a sum or for hidden states, which ends when connections are aborted."""
     known = set(psutil.Process().children(recursive=True))
     lost_at = 0.0
     llm = load(layout)
-    (rank,) = [
+    ranks = [
         one
         for one in set(psutil.Process().children(recursive=True)) - known
         if any("ranks/process.py" in word for word in one.cmdline())
     ]
+    size = layout[0] * layout[1]
+    assert len(ranks) == size - 1
+    last = max(ranks, key=lambda one: one.pid)
 
     async def main() -> None:
         nonlocal lost_at
         async for output in llm.generate_async("Once", GREEDY.replace(max_new_tokens=2000), streaming=True):
             if output.num_tokens >= 8 and not lost_at:
                 lost_at = time.monotonic()
-                os.kill(rank.pid, number)
+                os.kill(last.pid, number)
 
-    with pytest.raises(EngineDeadError, match="rank 1 of 2"):
+    with pytest.raises(EngineDeadError, match=f"rank {size - 1} of {size}"):
         asyncio.run(main())
     assert time.monotonic() - lost_at < 5
     llm.close()
-    assert not rank.is_running()
+    assert not any(rank.is_running() for rank in ranks)
     assert float(torch.ones(8, device="cuda").sum()) == 8.0  # the caller's own work goes on
+
+
+@contextmanager
+def script(meanwhile: str, layout: Layout, after_s: float = 0.0) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A program that generates for ever, and its ranks; "loading": it interrupts itself while graphs are captured."""
+    model, sizes = str(find_demo_model()), map(str, layout)
+    command = [sys.executable, "-c", SCRIPT, model, meanwhile, *sizes, str(after_s)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            assert process.stdout is not None
+            pids = [int(word) for word in process.stdout.readline().split()]
+            assert len(pids) == layout[0] * layout[1] - 1
+            yield process, pids
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3])
+def test_ctrl_c_while_graphs_are_captured_leaves_nothing(layout: Layout, after_s: float) -> None:
+    with script("loading", layout, after_s) as (process, pids):
+        assert process.stdout is not None
+        said = process.stdout.read().split()
+        assert said[-3:-1] == ["interrupted", "0"]
+        assert int(said[-1]) < 400, "MiB that are held"
+        assert process.wait(60) == 0
+    assert all(map(is_gone, pids))
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=str)
+def test_ranks_die_with_a_program_that_is_killed(layout: Layout) -> None:
+    before = free_bytes()
+    with script("generating", layout) as (process, pids):
+        time.sleep(0.5)
+        process.kill()
+        assert all(is_gone(pid, 10.0) for pid in pids)
+        process.wait(60)
+    assert all(now >= then - (64 << 20) for now, then in zip(free_bytes(), before, strict=True))
