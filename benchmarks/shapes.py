@@ -64,8 +64,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
 }
-"""SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, Llama-3-8B and Llama-3-70B; "tiny" is for the benchmarks' own tests."""
+"""SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, Llama-3-8B, Llama-3-70B and Llama-3.1-405B; "tiny" is for the benchmarks' own
+tests."""
 
 _MAX_POSITIONS = 8192
 

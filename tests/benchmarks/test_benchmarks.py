@@ -103,7 +103,15 @@ def test_shapes_have_the_size_of_their_name(name: str, tmp_path: Path) -> None:
 
     arch = open_model(write_shape(name, tmp_path), "dummy").arch
     num_weights = sum(math.prod(shape) for shape in canonical_shapes(arch).values())
-    millions = {"tiny": 0.1068, "135m": 134.5, "1b": 1235.8, "7b": 6738.4, "8b": 8030.3, "70b": 70553.7}[name]
+    millions = {
+        "tiny": 0.1068,
+        "135m": 134.5,
+        "1b": 1235.8,
+        "7b": 6738.4,
+        "8b": 8030.3,
+        "70b": 70553.7,
+        "405b": 405853.4,
+    }[name]
     assert num_weights / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
