@@ -34,9 +34,9 @@ _ATTENTION = "_decode_kernel"
 
 GROUPS: Mapping[str, str] = {
     "sums over ranks": "_over_peers|nccl",
-    "passing between stages": "_take_ids|_await_hidden|_copy_hidden|_tell_number|_send_ids",
+    "passing between stages": "_take_ids|_await_hidden|_copy_hidden|_tell_next|_send_ids",
     "attention, rotation, KV write": "_decode_kernel|_prefill_kernel|_rope_and_write|^_gather_kernel|flashinfer",
-    "products": "_skinny_kernel|packed|scaled_kernel|hopper_scaled|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
+    "products": "_skinny_kernel|packed|scaled_kernel|hopper|dequantize_kernel|gemm|gemv|nvjet|cutlass|splitK",
     "norms, activations, rounding": "_rms_norm_kernel|_silu_and_mul_kernel|quantize_rows_kernel",
     "sampling": "_argmax|_summarize|_choose|^_edit",
     "begin and end of the step, copies": "_begin_step|_end_step|look_up_kernel|^Mem(cpy|set)",

@@ -25,6 +25,7 @@ from llmengine.kernels.cuda_program import can_compile
 from llmengine.kernels.gemm_config import (
     GemmShape,
     HopperConfig,
+    HopperFewConfig,
     HopperScaledConfig,
     LinearConfig,
     PackedConfig,
@@ -33,11 +34,13 @@ from llmengine.kernels.gemm_config import (
     parse_config,
     shared_bytes,
 )
+from llmengine.kernels.hopper_few import STRIP, Cut
 from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product
 from llmengine.kernels.hopper_scaled import OUTPUTS, has_hopper_scaled
 from llmengine.kernels.hopper_scaled import SPLITS as SCALED_SPLITS
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
+from llmengine.kernels.packed_weights import TILE_ROWS
 from llmengine.kernels.scaled_weights import has_scaled_products
 from llmengine.quantization.formats import Dense, WeightFormat
 from llmengine.quantization.fp8 import Fp8
@@ -48,7 +51,7 @@ _logger = logging.getLogger("llmengine.kernels.gemm_choice")
 
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-_FILE_VERSION = 7
+_FILE_VERSION = 8
 """Part of the file: raise it when kernels change so much that old measurements mislead."""
 
 _NUM_FINALISTS, _FINAL_ROUNDS, _CLOSE = 3, 3, 1.05
@@ -133,6 +136,12 @@ _SPLITS = (1, 2, 4, 8, 16)
 
 _USUAL_SMS = 132
 
+_MOST_FEW, _MOST_STRIPS = 8, 16
+"""Rows of `hopper_few`, which reads x once for each program, and strips of a program."""
+
+_FEW_PROGRAMS = {1: ((16, 1), (8, 1), (8, 2)), 8: ((8, 1), (16, 1), (8, 2))}
+"""By rows, warps of its programs, and programs that share a multiprocessor."""
+
 _SPLIT_US = {1: 3.0, 2: 4.5, 4: 12.0, 8: 15.0}
 """Microseconds that a product by `hopper_packed` takes beside those of its parts, by the number of these."""
 
@@ -189,7 +198,7 @@ class GemmChoices:
         if _bucket(shape) is None:
             return CublasConfig()
         chosen = self._chosen.get(_key(shape))
-        if isinstance(chosen, HopperConfig | HopperScaledConfig) and not self._compiles_cuda:
+        if isinstance(chosen, HopperConfig | HopperFewConfig | HopperScaledConfig) and not self._compiles_cuda:
             chosen = None  # measured while there was a compiler
         return self.candidates(shape)[0] if chosen is None else chosen
 
@@ -281,7 +290,12 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
             others = fitting[:_MOST_OTHERS] if scaled else fitting
             has_library = any(isinstance(config, CublasConfig) for config in others)
             return [*others, *scaled] if has_library and bucketed.num_rows >= 256 else [*scaled, *others]
-        return _merged(bucketed.num_rows, fitting, _hopper_candidates(bucketed, num_sms) if has_hopper else [])
+        if not has_hopper:
+            return fitting
+        few = _few_candidates(bucketed, num_sms)
+        if few:
+            return [*few, *fitting]
+        return _merged(bucketed.num_rows, fitting, _hopper_candidates(bucketed, num_sms))
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
     num_rows = bucketed.num_rows
@@ -368,6 +382,23 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
     ]
     configs = [config for config in configs if is_sensible(config)]
     return sorted(configs, key=microseconds)[:_MOST_HOPPER]
+
+
+def _few_candidates(shape: GemmShape, num_sms: int) -> list[HopperFewConfig]:
+    """The ways to multiply by packed weights with `hopper_few`, the likeliest first."""
+    layout = shape.layout
+    if layout is None or shape.num_rows > _MOST_FEW or not has_hopper_product(layout):
+        return []
+    is_gated = shape.is_gated and shape.n % TILE_ROWS == 0
+    total = -(-_num_outputs(shape) // (2 * STRIP if is_gated else STRIP))
+    cuts = []
+    for most_programs in (num_sms, 2 * num_sms):
+        strips = min((2 if is_gated else 1) * -(-total // most_programs), _MOST_STRIPS)
+        chunk = next(chunk for chunk in (2, 3, 1) if strips % chunk == 0)
+        cuts += [
+            Cut(shape.num_rows, strips, chunk, warps, programs) for warps, programs in _FEW_PROGRAMS[shape.num_rows]
+        ]
+    return [HopperFewConfig(cut) for cut in dict.fromkeys(cuts) if cut.num_slots(layout) > 0]
 
 
 def _hopper_scaled_candidates(shape: GemmShape, num_sms: int) -> list[HopperScaledConfig]:

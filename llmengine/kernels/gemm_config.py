@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, TileConfig
+from llmengine.kernels.hopper_few import Cut
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout
 from llmengine.kernels.scaled_weights import has_scaled_products
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
@@ -101,6 +102,17 @@ class HopperConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HopperFewConfig:
+    """How `hopper_few` cuts up a product with packed weights."""
+
+    cut: Cut
+
+    def __str__(self) -> str:
+        """A short name: hopper-m8s14c2w8p1, the cut's attributes in their order."""
+        return "hopper-" + "".join(f"{letter}{value}" for letter, value in zip("mscwp", astuple(self.cut), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
 class HopperScaledConfig:
     """How `hopper_scaled` cuts up a product whose operands both have 8 bits.
 
@@ -119,10 +131,12 @@ class HopperScaledConfig:
         return f"hopper-m{self.block_m}n{self.block_n}" + (f"x{self.split_k}" if self.split_k > 1 else "")
 
 
-LinearConfig = SkinnyConfig | PackedConfig | HopperConfig | HopperScaledConfig | CublasConfig | TileConfig
-"""A dense matrix is multiplied by a `SkinnyConfig` or cuBLASLt; a packed one by a `PackedConfig`, a `HopperConfig`, or
-cuBLASLt, for which it is dequantized first; one with scaled products by a `PackedConfig` or a `HopperScaledConfig`, and
-in FP8 by cuBLASLt."""
+LinearConfig = (
+    SkinnyConfig | PackedConfig | HopperConfig | HopperFewConfig | HopperScaledConfig | CublasConfig | TileConfig
+)
+"""A dense matrix is multiplied by a `SkinnyConfig` or cuBLASLt; a packed one by a `PackedConfig`, a `HopperConfig`, a
+`HopperFewConfig`, or cuBLASLt, for which it is dequantized first; one with scaled products by a `PackedConfig` or a
+`HopperScaledConfig`, and in FP8 by cuBLASLt."""
 
 
 def parse_config(name: str) -> LinearConfig:
@@ -145,14 +159,17 @@ def parse_config(name: str) -> LinearConfig:
     match = re.fullmatch(r"hopper-m(\d+)n(\d+)(?:x(\d+))?", name)
     if match is not None:
         return HopperScaledConfig(int(match[1]), int(match[2]), int(match[3] or 1))
+    match = re.fullmatch(r"hopper-m(\d+)s(\d+)c(\d+)w(\d+)p(\d+)", name)
+    if match is not None:
+        return HopperFewConfig(Cut(*map(int, match.groups())))
     match = re.fullmatch(r"hopper-m(\d+)p(\d+)(?:x(\d+))?", name)
     if match is not None:
         return HopperConfig(int(match[1]), int(match[2]), int(match[3] or 1))
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
         raise ValueError(
-            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, hopper-m64p2x2, hopper-m256n128, "
-            "cublas3m64 or tile96x128c2x1"
+            f"{name!r} is not like m16n32k128w4s4x2-norm, packed-m8n64w4s4x2, hopper-m64p2x2, hopper-m8s14c2w8p1, "
+            "hopper-m256n128, cublas3m64 or tile96x128c2x1"
         )
     *sizes, split_k, own_norm, any_rows = match.groups()
     block_m, block_n, block_k, num_warps, num_stages = map(int, sizes)
@@ -282,7 +299,8 @@ def fuses_gate(config: LinearConfig, num_outputs: int) -> bool:
 
     Both must begin with a tile, and many rows of both would take too many registers.
     """
-    fits = isinstance(config, HopperConfig) or (isinstance(config, PackedConfig) and config.block_m <= _MAX_GATED_ROWS)
+    has_half = isinstance(config, HopperConfig) or (isinstance(config, HopperFewConfig) and config.cut.strips % 2 == 0)
+    fits = has_half or (isinstance(config, PackedConfig) and config.block_m <= _MAX_GATED_ROWS)
     return fits and num_outputs % TILE_ROWS == 0
 
 

@@ -9,26 +9,11 @@
 // The source is compiled for one format at a time, with these macros:
 //   ROWS          rows of x: 32, 64, 128 or 256
 //   PROGRAMS      programs that share a multiprocessor, 1 or 2
-//   SLICE         words of a row in a block: 64 or 32
-//   VALUES        numbers in a word: 4 or 2
-//   GROUPS        groups of a block with a scale each: 1, 2 or 4; 0: there are none
-//   SCALE         of a group: FLOAT32, BFLOAT16, FLOAT16 or E4M3
-//   ZERO_BYTES    of a block's zero points of one row; 0: there are none
-//   BF16          activations are bfloat16 rather than float16
 //   WORD_SLOTS, X_SLOTS   copies of words and of x that can be under way
-//   UNPACK_0 to UNPACK_3  PTX that makes two words two numbers: %0 of %1, with the zero points %2
 //
-// hopper.cuh stands before it.
+// hopper.cuh and packed_words.cuh, which has macros of its own, stand before it.
 
-#define FLOAT32 0
-#define BFLOAT16 1
-#define FLOAT16 2
-#define E4M3 3
-
-constexpr int BLOCK = SLICE * VALUES;         // columns
 constexpr int BOXES = BLOCK / 64;             // of x, 64 columns each
-constexpr int STEPS = SLICE / 16;             // of 16 words
-constexpr int SCALE_BYTES = SCALE == FLOAT32 ? 4 : SCALE == E4M3 ? 1 : 2;
 constexpr int TILE_BYTES = 64 * SLICE * 2;
 constexpr int SCALES_BYTES = 64 * GROUPS * SCALE_BYTES;
 constexpr int ZEROS_BYTES = 64 * ZERO_BYTES;
@@ -39,7 +24,6 @@ constexpr int X_AT = 0;
 constexpr int WORDS_AT = X_AT + X_SLOTS * X_SLOT;
 constexpr int SIDE_AT = WORDS_AT + WORD_SLOTS * WORDS_SLOT;
 constexpr int BARRIERS_AT = SIDE_AT + WORD_SLOTS * SIDE_SLOT;
-constexpr int PER_GROUP = GROUPS > 0 ? VALUES / GROUPS : VALUES;
 // The first box with whose numbers all that a block's slot holds has been used. An arrival may overtake loads that nothing
 // has used yet, so the slot is given back then, and not when they are issued.
 constexpr int RELEASE_BOX = GROUPS > 1 ? (GROUPS - 1) * PER_GROUP * SLICE / 64 : 0;
@@ -50,12 +34,6 @@ static __device__ __forceinline__ void copy_bytes(u32 target, const void* source
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "l"(source), "r"(bytes), "r"(barrier)
                : "memory");
-}
-
-static __device__ __forceinline__ void load_matrices(u32 (&words)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address));
 }
 
 // A group's scale, twice, in the activations' dtype.
@@ -85,34 +63,7 @@ static __device__ __forceinline__ u32 times(u32 numbers, u32 scale) {
   return product;
 }
 
-#if ZERO_BYTES > 4
-typedef u64 Zero;
-#define ZERO_OPERAND "l"
-#else
-typedef u32 Zero;
-#define ZERO_OPERAND "r"
-#endif
-
-// Value INDEX of two words as two numbers.
-template <int INDEX>
-static __device__ __forceinline__ u32 unpacked(u32 words, Zero zero) {
-  u32 numbers;
-  if constexpr (INDEX == 0) asm(UNPACK_0 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
-  if constexpr (INDEX == 1) asm(UNPACK_1 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
-#if VALUES == 4
-  if constexpr (INDEX == 2) asm(UNPACK_2 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
-  if constexpr (INDEX == 3) asm(UNPACK_3 : "=r"(numbers) : "r"(words), ZERO_OPERAND(zero));
-#endif
-  return numbers;
-}
-
 WGMMA
-
-// Where the copy leaves 16 bytes of a row of words: the hardware permutes them so that eight rows meet no bank twice.
-static __device__ __forceinline__ u32 swizzled(int row, int chunk) {
-  if (SLICE == 64) return row * 128 + ((chunk ^ (row & 7)) << 4);
-  return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
-}
 
 struct Weights {
   u32 words[STEPS][4];

@@ -144,40 +144,41 @@ def multiply(
 def shared_bytes(layout: PackedLayout, rows: int, programs: int) -> int:
     """The shared memory of a program."""
     word_slots, x_slots = _slots(layout, rows, programs)
-    slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(_side_bytes(layout)))
+    slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(side_bytes(layout)))
     pipe = x_slots * (rows * 128 + 16) + word_slots * (slot + 16)
     return max(pipe, rows * _PITCH * 4)
 
 
 def _slots(layout: PackedLayout, rows: int, programs: int) -> tuple[int, int]:
-    slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(_side_bytes(layout)))
+    slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(side_bytes(layout)))
     return (_WORDS_KIB[rows, programs] << 10) // slot, (_X_KIB[rows, programs] << 10) // (rows * 128)
 
 
-def _side_bytes(layout: PackedLayout) -> tuple[int, int]:
+def side_bytes(layout: PackedLayout) -> tuple[int, int]:
     """Bytes of a tile's scales, and of its zero points, in a block."""
     zeros = layout.num_groups * layout.num_zero_copies * layout.zero_dtype.itemsize if layout.has_zeros else 0
     return TILE_ROWS * layout.num_groups * layout.scale_dtype.itemsize, TILE_ROWS * zeros
 
 
-@functools.lru_cache(maxsize=256)
-def _macros(layout: PackedLayout, rows: int, programs: int) -> tuple[tuple[str, int | str], ...]:
-    word_slots, x_slots = _slots(layout, rows, programs)
-    _, zero_bytes = _side_bytes(layout)
+def word_macros(layout: PackedLayout) -> dict[str, int | str]:
+    """The macros of packed_words.cuh."""
     macros: dict[str, int | str] = {
-        "ROWS": rows,
-        "PROGRAMS": programs,
         "SLICE": layout.slice_columns,
         "VALUES": layout.num_values,
         "GROUPS": layout.num_groups,
         "SCALE": _SCALES[layout.scale_dtype],
-        "ZERO_BYTES": zero_bytes // TILE_ROWS,
+        "ZERO_BYTES": side_bytes(layout)[1] // TILE_ROWS,
         "BF16": int(layout.dtype == torch.bfloat16),
-        "WORD_SLOTS": word_slots,
-        "X_SLOTS": x_slots,
     }
     for index, code in enumerate(layout_instructions(layout)):
         macros[f"UNPACK_{index}"] = '"' + code.replace("$", "%") + '"'
+    return macros
+
+
+@functools.lru_cache(maxsize=256)
+def _macros(layout: PackedLayout, rows: int, programs: int) -> tuple[tuple[str, int | str], ...]:
+    word_slots, x_slots = _slots(layout, rows, programs)
+    macros = {"ROWS": rows, "PROGRAMS": programs, "WORD_SLOTS": word_slots, "X_SLOTS": x_slots, **word_macros(layout)}
     return tuple(macros.items())
 
 
@@ -190,7 +191,7 @@ def _function(macros: tuple[tuple[str, int | str], ...], device: int) -> CudaFun
 
 def source(macros: Mapping[str, int | str]) -> str:
     """The CUDA C++ for a format."""
-    text = program_text("hopper.cuh", "hopper_packed.cu")
+    text = program_text("hopper.cuh", "packed_words.cuh", "hopper_packed.cu")
     return defines(macros) + text.replace("WGMMA\n", _tensor_core_product(int(macros["ROWS"]), bool(macros["BF16"])))
 
 

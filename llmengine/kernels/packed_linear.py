@@ -1,8 +1,8 @@
 """Products with packed quantized weights, with what stands around them: see `linear` for the operations.
 
-Few rows cost what reading the weights costs, so they are read packed, by `packed_kernel`. For many rows, weights are
-made numbers of the activations' dtype part by part, each as much as the L2 holds, and multiplied by cuBLASLt.
-`gemm_choice` knows from where on. Norms are kernels of their own.
+Few rows cost what reading the weights costs, so they are read packed, by `packed_kernel`, or by `hopper_few` on Hopper.
+For many rows, weights are made numbers of the activations' dtype part by part, each as much as the L2 holds, and
+multiplied by cuBLASLt. `gemm_choice` knows from where on. Norms are kernels of their own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from llmengine.kernels import hopper_packed
+from llmengine.kernels import hopper_few, hopper_packed
 from llmengine.kernels.activation import silu_and_mul
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
-from llmengine.kernels.gemm_config import HopperConfig, LinearConfig, PackedConfig, fuses_gate
+from llmengine.kernels.gemm_config import HopperConfig, HopperFewConfig, LinearConfig, PackedConfig, fuses_gate
 from llmengine.kernels.linear import MAX_SPLIT_TILES, LinearKernels
 from llmengine.kernels.packed_instructions import layout_instructions
 from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
@@ -83,6 +83,9 @@ class PackedProducts:
         if isinstance(config, HopperConfig):
             hopper_packed.compile_product(self._matrix.layout, config.block_m, config.programs)
             return
+        if isinstance(config, HopperFewConfig):
+            hopper_few.compile_product(self._matrix.layout, config.cut)
+            return
         if not isinstance(config, PackedConfig):
             part = x.new_empty(TILE_ROWS, x.shape[1])
             dequantize_rows(self._matrix, 0, part, compile_for=self._kernels.counters.device)
@@ -116,6 +119,9 @@ class PackedProducts:
         if isinstance(config, HopperConfig):
             cut = (config.block_m, config.programs, config.split_k)
             hopper_packed.multiply(x, self._matrix, bias, out, *cut, gated, add, pdl=self._kernels.pdl)
+            return
+        if isinstance(config, HopperFewConfig):
+            hopper_few.multiply(x, self._matrix, bias, out, config.cut, gated, add, pdl=self._kernels.pdl)
             return
         assert isinstance(config, CublasConfig | TileConfig), config
         num_rows, columns = self._matrix.shape
