@@ -142,8 +142,8 @@ _MOST_FEW, _MOST_STRIPS = 8, 16
 _FEW_PROGRAMS = {1: ((16, 1), (8, 1), (8, 2)), 8: ((8, 1), (16, 1), (8, 2))}
 """By rows, warps of its programs, and programs that share a multiprocessor."""
 
-_SPLIT_US = {1: 3.0, 2: 4.5, 4: 12.0, 8: 15.0}
-"""Microseconds that a product by `hopper_packed` takes beside those of its parts, by the number of these."""
+_IN_CLUSTERS = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}
+"""The share of an H200's multiprocessors that clusters of so many programs can fill at once."""
 
 _MOST_HOPPER, _MOST_OTHERS = 4, 2
 """Candidates of `hopper_packed` and of `hopper_scaled`, and those that are tried beside them where they are the
@@ -363,10 +363,12 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
         return -(-_num_outputs(shape) // 128) * -(-shape.num_rows // config.block_m) * config.split_k
 
     def microseconds(config: HopperConfig) -> float:
-        # Fitted to four 8b products on an H200: a box of 64 columns takes 125 ns, and 2.7 for each row of x.
-        waves = -(-num_programs(config) // (num_sms * config.programs)) * config.programs
-        each = -(-boxes // config.split_k) * (0.125 + 0.0027 * config.block_m)
-        return waves * (each + 1.0) * (0.9 if config.programs > 1 else 1.0) + _SPLIT_US[config.split_k]
+        # Fitted to four 8b products on an H200, with INT4 and INT8: a box of 64 columns takes 150 ns and 2 for each row
+        # of x, a program 3.4 us and 23 ns for each row; two on a multiprocessor take 88 % of the time that one takes
+        # after another.
+        turns = -(-num_programs(config) // int(num_sms * _IN_CLUSTERS[config.split_k]))
+        of_boxes = -(-boxes // config.split_k) * (0.15 + 0.002 * config.block_m)
+        return turns * (of_boxes + 3.4 + 0.023 * config.block_m) * (0.88 if config.programs > 1 else 1.0)
 
     def is_sensible(config: HopperConfig) -> bool:
         at_once = num_sms * config.programs

@@ -201,8 +201,9 @@ struct Staged {
   int rows;        // of a program
   int outputs;     // results in a row
 
-  // Several at once, since reads of what is added to cannot pass the writes before them. `at` says where in its row the
-  // sum of an output lies, of gates or of what they multiply, and `terms` what a sum is multiplied by and what is added.
+  // Several at once: reads of other programs' sums take long, and those of what is added to cannot pass the writes before
+  // them. `at` says where in its row the sum of an output lies, of gates or of what they multiply, and `terms` what a sum
+  // is multiplied by and what is added.
   template <typename At, typename Terms>
   __device__ __forceinline__ void write(const Target& target, int first_row, int first_output, const At& at,
                                         const Terms& terms, int thread) const {
@@ -212,34 +213,47 @@ struct Staged {
       float results[SPOTS][2][4];
       bool exists[SPOTS];
       long long places[SPOTS];
-      int counts[SPOTS];
+      int of_rows[SPOTS], of_outputs[SPOTS], counts[SPOTS];
 #pragma unroll
       for (int b = 0; b < SPOTS; ++b) {
-        const int spot = begin + b * THREADS, of_output = spot % quads * 4;
-        const int row = first_row + split * rows + spot / quads, column = first_output + of_output;
+        const int spot = min(begin + b * THREADS, num_spots - 1);
+        of_rows[b] = split * rows + spot / quads;
+        of_outputs[b] = spot % quads * 4;
+        const int row = first_row + of_rows[b], column = first_output + of_outputs[b];
         counts[b] = target.num_outputs - column;
-        exists[b] = spot < num_spots && row < target.num_rows && counts[b] > 0;
+        exists[b] = begin + b * THREADS < num_spots && row < target.num_rows && counts[b] > 0;
         places[b] = row * target.out_stride + column;
-        if (!exists[b]) continue;
+      }
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          if (part > target.is_gated) break;
-          Sum all[4] = {0, 0, 0, 0};
-          const u32 address = base + ((split * rows + spot / quads) * pitch + at(of_output, part)) * 4;
-          for (int other = 0; other < num_splits; ++other) {
-            Sum sums[4];
-            load_of_peer(sums, address, other);
+      for (int part = 0; part < 2; ++part) {
+        if (part > target.is_gated) break;
+        Sum all[SPOTS][4] = {};
+        for (int other = 0; other < num_splits; ++other) {
+          Sum sums[SPOTS][4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) all[i] += sums[i];
-          }
+          for (int b = 0; b < SPOTS; ++b)
+            load_of_peer(sums[b], base + (of_rows[b] * pitch + at(of_outputs[b], part)) * 4, other);
+#pragma unroll
+          for (int b = 0; b < SPOTS; ++b)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) all[b][i] += sums[b][i];
+        }
+#pragma unroll
+        for (int b = 0; b < SPOTS; ++b) {
+          if (!exists[b]) continue;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
+            const int column = min(first_output + of_outputs[b] + i, target.num_outputs - 1);
             float factor, bias;
-            terms(factor, bias, row, min(column + i, target.num_outputs - 1) + part * target.num_outputs);
-            results[b][part][i] = static_cast<float>(all[i]) * factor + bias;
+            terms(factor, bias, first_row + of_rows[b], column + part * target.num_outputs);
+            results[b][part][i] = static_cast<float>(all[b][i]) * factor + bias;
           }
         }
-        if (target.is_gated) {
+      }
+      if (target.is_gated) {
+#pragma unroll
+        for (int b = 0; b < SPOTS; ++b) {
+          if (!exists[b]) continue;
 #pragma unroll
           for (int i = 0; i < 4; ++i) results[b][0][i] = silu(results[b][0][i]) * results[b][1][i];
         }

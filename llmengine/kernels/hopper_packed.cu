@@ -1,10 +1,10 @@
 // The product of packed quantized weights and many rows of activations, on Hopper (compute capability 9.0).
 //
-// `packed_weights` describes the layout. A program computes 128 outputs, two tiles of 64, for ROWS rows of x. One warp
-// copies words, scales and x to shared memory; each of two warpgroups makes its tile's words numbers in registers, the
-// left operand of a tensor core's product, and multiplies them by x where the copy left it. So weights are unpacked once
-// for each ROWS rows, and pass through shared memory packed. Programs that share the inputs form a cluster and add their
-// sums up through each other's shared memory, always in the same order.
+// `packed_weights` describes the layout. A program computes 128 outputs, two tiles of 64, for ROWS rows of x. One thread
+// copies words and scales to shared memory, another x; each of two warpgroups makes its tile's words numbers in
+// registers, the left operand of a tensor core's product, and multiplies them by x where the copy left it. So weights are
+// unpacked once for each ROWS rows, and pass through shared memory packed. Programs that share the inputs form a cluster
+// and add their sums up through each other's shared memory, always in the same order.
 //
 // The source is compiled for one format at a time, with these macros:
 //   ROWS          rows of x: 32, 64, 128 or 256
@@ -228,43 +228,41 @@ struct Terms {
   }
 };
 
-// The copies of one thread, each into the next slot as soon as that is empty.
-struct Copies {
-  const Pipe& pipe;
-  const TensorMap& words_map;
-  const TensorMap& x_map;
-  const Arguments& arguments;
-  int tiles[2];
-  int first_row;
-  u64 once = cache_policy_first(), often = cache_policy_last();
-  Turn<WORD_SLOTS> words_turn;
-  Turn<X_SLOTS> x_turn;
-
-  __device__ __forceinline__ void words(int block) {
-    barrier_wait(pipe.words_empty(words_turn.slot), words_turn.parity ^ 1);
-    const u32 full = pipe.words_full(words_turn.slot), side = pipe.base + SIDE_AT + words_turn.slot * SIDE_SLOT;
+// The copies of two threads, of words and of x, each into the next slot as soon as that is empty.
+static __device__ __forceinline__ void copy_words(const Pipe& pipe, const TensorMap& map, const Arguments& arguments,
+                                                  const int (&tiles)[2], int first_block, int end_block) {
+  const u64 once = cache_policy_first();
+  Turn<WORD_SLOTS> turn;
+  for (int block = first_block; block < end_block; ++block) {
+    barrier_wait(pipe.words_empty(turn.slot), turn.parity ^ 1);
+    const u32 full = pipe.words_full(turn.slot), side = pipe.base + SIDE_AT + turn.slot * SIDE_SLOT;
     barrier_expect(full, WORDS_SLOT + SIDE_SLOT);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const long long place = static_cast<long long>(tiles[i]) * arguments.num_blocks + block;
-      copy_box(pipe.base + WORDS_AT + words_turn.slot * WORDS_SLOT + i * TILE_BYTES, &words_map, 0,
-               static_cast<int>(place * 64), full, once);
+      copy_box(pipe.base + WORDS_AT + turn.slot * WORDS_SLOT + i * TILE_BYTES, &map, 0, static_cast<int>(place * 64), full,
+               once);
       if (SCALES_BYTES > 0)
         copy_bytes(side + i * SCALES_BYTES, arguments.scales + place * SCALES_BYTES, SCALES_BYTES, full);
       if (ZEROS_BYTES > 0)
         copy_bytes(side + 2 * SCALES_BYTES + i * ZEROS_BYTES, arguments.zeros + place * ZEROS_BYTES, ZEROS_BYTES, full);
     }
-    words_turn.next();
+    turn.next();
   }
+}
 
-  __device__ __forceinline__ void x(int box) {
-    barrier_wait(pipe.x_empty(x_turn.slot), x_turn.parity ^ 1);
-    const u32 full = pipe.x_full(x_turn.slot);
+static __device__ __forceinline__ void copy_x(const Pipe& pipe, const TensorMap& map, int first_row, int first_box,
+                                              int end_box) {
+  const u64 often = cache_policy_last();
+  Turn<X_SLOTS> turn;
+  for (int box = first_box; box < end_box; ++box) {
+    barrier_wait(pipe.x_empty(turn.slot), turn.parity ^ 1);
+    const u32 full = pipe.x_full(turn.slot);
     barrier_expect(full, X_SLOT);
-    copy_box(pipe.base + X_AT + x_turn.slot * X_SLOT, &x_map, box * 64, first_row, full, often);
-    x_turn.next();
+    copy_box(pipe.base + X_AT + turn.slot * X_SLOT, &map, box * 64, first_row, full, often);
+    turn.next();
   }
-};
+}
 
 // Grid: (programs that share the inputs, blocks of rows, 128 outputs each, 64 if gated); the first is a cluster.
 extern "C" __global__ void __launch_bounds__(384, PROGRAMS)
@@ -301,17 +299,11 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
       asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     else
       asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (warp == 8 && lane == 0) {
-      Copies copies{pipe, words_map, x_map, arguments, {tiles[0], tiles[1]}, first_row};
-      const int ahead = min(WORD_SLOTS, end_block - first_block);
-      for (int i = 0; i < ahead; ++i) copies.words(first_block + i);
+    if (warp == 8 && lane == 0) copy_words(pipe, words_map, arguments, tiles, first_block, end_block);
+    if (warp == 9 && lane == 0) {
       // What x holds comes from the kernels before; words and scales do not.
       asm volatile("griddepcontrol.wait;" ::: "memory");
-      for (int block = first_block; block < end_block; ++block) {
-        for (int box = 0; box < BOXES; ++box) copies.x(block * BOXES + box);
-        const int next = block - 1 + WORD_SLOTS;
-        if (block > first_block && next < end_block) copies.words(next);
-      }
+      copy_x(pipe, x_map, first_row, first_block * BOXES, end_block * BOXES);
     }
     __syncwarp();
     if (num_splits > 1) cluster_sync();

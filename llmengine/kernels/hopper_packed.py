@@ -27,8 +27,8 @@ PROGRAMS = {32: (1, 2), 64: (1, 2), 128: (1,), 256: (1,)}
 SPLITS = (1, 2, 4, 8)
 """Programs that can share the inputs: as many as a cluster holds on any GPU."""
 
-_WORDS_KIB = {(32, 1): 128, (64, 1): 112, (128, 1): 96, (256, 1): 64, (32, 2): 72, (64, 2): 56}
-_X_KIB = {(32, 1): 64, (64, 1): 80, (128, 1): 96, (256, 1): 128, (32, 2): 32, (64, 2): 48}
+_WORDS_KIB = {(32, 1): 128, (64, 1): 112, (128, 1): 96, (256, 1): 58, (32, 2): 72, (64, 2): 56}
+_X_KIB = {(32, 1): 64, (64, 1): 80, (128, 1): 96, (256, 1): 160, (32, 2): 32, (64, 2): 48}
 """KiB of words with what belongs to them, and of x, that can be under way, by rows of x and programs."""
 
 _PITCH = 132
