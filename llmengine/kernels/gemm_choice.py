@@ -364,8 +364,8 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
 
     def microseconds(config: HopperConfig) -> float:
         # Fitted to four 8b products on an H200, with INT4 and INT8: a box of 64 columns takes 150 ns and 2 for each row
-        # of x, a program 3.4 us and 23 ns for each row; two on a multiprocessor take 88 % of the time of
-        # two in turn.
+        # of x, a program 3.4 us and 23 ns for each row; two on a multiprocessor take 88 % of the time of two
+        # in turn.
         turns = -(-num_programs(config) // int(num_sms * _IN_CLUSTERS[config.split_k]))
         of_boxes = -(-boxes // config.split_k) * (0.15 + 0.002 * config.block_m)
         return turns * (of_boxes + 3.4 + 0.023 * config.block_m) * (0.88 if config.programs > 1 else 1.0)
