@@ -25,7 +25,7 @@ from llmengine.backends.ranks.store import MeetingPoint, connect_store, host_sto
 from llmengine.backends.shared_cuda.collectives import HostCollectives, NcclCollectives, RankCollectives
 from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory, HostPipe
 from llmengine.backends.shared_cuda.nccl_pipe import NcclPipe
-from llmengine.backends.shared_cuda.peer_memory import IpcLinkMemory
+from llmengine.backends.shared_cuda.peer_memory import CannotMapError, IpcLinkMemory
 from llmengine.backends.shared_cuda.small_sums import with_small_sums
 from llmengine.config import ModelConfig
 from llmengine.dtypes import torch_dtype
@@ -60,10 +60,12 @@ class RankConnections:
     Attributes:
         collectives: of the ranks of this one's stage; None if it is alone there.
         open_link: to the stages before and after; None if there is one stage.
+        store: where ranks on GPUs met. Rank 0 hosts it, and the others may still read there when it has done so.
     """
 
     collectives: RankCollectives | None
     open_link: OpenLink | None
+    store: Store | None = None
 
     @property
     def link(self) -> StageLink | None:
@@ -89,6 +91,7 @@ class RankConnections:
             self.collectives.close()
         if self.open_link is not None:
             self.open_link.close()
+        self.store = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ class Meeting:
         self._point.exchange("here", self._rank, self._places.size, "")
         link = None if self._places.pp_size == 1 else self._link()
         try:
-            return RankConnections(None if self._nccl is None else self._sums(self._nccl), link)
+            return RankConnections(None if self._nccl is None else self._sums(self._nccl), link, self._store)
         except BaseException:
             if link is not None:
                 link.close()
@@ -188,7 +191,7 @@ class Meeting:
             layout, is_first = _link_layout(self._config, places), places.stage_of(rank).is_first
             try:
                 return IpcLinkMemory(self._point.at("stages"), rank, places.size, self._device, layout, after, is_first)
-            except (ImportError, RuntimeError) as error:
+            except CannotMapError as error:
                 _logger.warning("stages use NCCL, since the GPUs cannot map each other's memory: %s", error)
         size = places.tp_size
         before = None if places.stage_of(rank).is_first else (rank - size) % places.size

@@ -22,6 +22,10 @@ _LEAD = 1 << 30
 _PAGE = 1 << 21  # smaller pieces of memory may share one, and with it a handle
 
 
+class CannotMapError(RuntimeError):
+    """GPUs cannot map each other's memory, or one lacks the memory; raised on all ranks that try together."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Ranks:
     """Ranks that open memory together, as one of them sees them."""
@@ -33,7 +37,7 @@ class _Ranks:
     def all_do(self, name: str, do: Callable[[], str]) -> list[str]:
         """What `do` returns on each rank; all call this.
 
-        If it raises ImportError or RuntimeError on one, no rank may go on: every one raises RuntimeError.
+        If it raises ImportError or RuntimeError on one, no rank may go on: every one raises `CannotMapError`.
         """
         try:
             own, failed = do(), ""
@@ -42,7 +46,7 @@ class _Ranks:
         found = self.meeting.exchange(f"peer-{name}", self.rank, self.size, json.dumps([own, failed]))
         values, failures = zip(*map(json.loads, found), strict=True)
         if any(failures):
-            raise RuntimeError("; ".join(filter(None, failures)))
+            raise CannotMapError("; ".join(filter(None, failures)))
         return list(values)
 
 
@@ -59,7 +63,7 @@ class IpcMemory:
         at: int64 [places], their addresses as this rank sees them; on its GPU.
         numbers: int32 [num_numbers], zeros on this rank's GPU.
 
-    Raises RuntimeError, on every rank, if one cannot allocate or map something, and what `MeetingPoint.get` raises.
+    Raises `CannotMapError`, on every rank, if one cannot allocate or map something, and what `MeetingPoint.get` raises.
     Nothing stays allocated then.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmengine.backends.ranks.store import MeetingPoint
 from llmengine.backends.shared_cuda.collectives import NcclCollectives, RankCollectives, add_sum_in_steps
-from llmengine.backends.shared_cuda.peer_memory import IpcPeerMemory
+from llmengine.backends.shared_cuda.peer_memory import CannotMapError, IpcPeerMemory
 from llmengine.kernels.peer_sum import (
     PeerMemory,
     RowNorm,
@@ -194,7 +194,7 @@ def with_small_sums(nccl: NcclCollectives, meeting: MeetingPoint, device: torch.
     nccl.connect()
     try:
         memory = IpcPeerMemory(meeting, nccl.rank, nccl.size, device, CAPACITY)
-    except (ImportError, RuntimeError) as error:
+    except CannotMapError as error:
         _logger.warning("all sums are NCCL's, since the GPUs cannot map each other's memory: %s", error)
         return nccl
     try:

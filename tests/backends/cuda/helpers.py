@@ -37,8 +37,7 @@ def load_cuda(directory: Path, device: str, max_tokens_per_step: int = 32, **set
     return load_cuda_backend(config, source, torch.device(device, 0))
 
 
-@contextmanager
-def load_shared(
+def open_shared(
     directory: Path,
     device: str,
     tp_size: int = 1,
@@ -47,7 +46,7 @@ def load_shared(
     num_gpus: int | None = None,
     check_wanted: Callable[[], None] = lambda: None,
     **settings: Any,
-) -> Iterator[PreparingRanksBackend]:
+) -> PreparingRanksBackend:
     """As `load_cuda`, over `tp_size * pp_size` ranks; skips the test where there are too few GPUs.
 
     Args:
@@ -66,7 +65,13 @@ def load_shared(
     ).resolve()
     source = quantized_source(source_in_use(config, open_model(directory)), config.quant_config)
     devices = [torch.device(device, rank % num_gpus if device == "cuda" else 0) for rank in range(size)]
-    backend = load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
+    return load_shared_cuda_backend(config, source, devices, check_wanted, rank_hosts)
+
+
+@contextmanager
+def load_shared(*arguments: Any, **settings: Any) -> Iterator[PreparingRanksBackend]:
+    """`open_shared`, closed in the end."""
+    backend = open_shared(*arguments, **settings)
     try:
         yield backend
     finally:

@@ -25,7 +25,7 @@ from llmengine import LLM, SamplingParams
 from llmengine.backends.ranks.backend import PreparingRanksBackend
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.errors import EngineDeadError
-from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, ranks
+from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, open_shared, ranks
 from tests.backends.determinism_helpers import check_schedules
 from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
 
@@ -63,7 +63,7 @@ def open_llm(directory: Path, layout: Layout, **settings: Any) -> LLM:
     if layout == (1, 1):
         load: Any = partial(load_cuda, directory, "cuda", **settings)
     else:
-        load = load_shared(directory, "cuda", *layout, num_gpus=2, **settings).__enter__
+        load = partial(open_shared, directory, "cuda", *layout, num_gpus=2, **settings)
     return LLM.from_backend(load, kv_cache_config=kv_cache, scheduler_config=scheduler)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, QuantConfig, SchedulerConfig
 from llmengine.errors import EngineDeadError
 from llmengine.sampling_params import SamplingParams
-from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, ranks
+from tests.backends.cuda.helpers import check_steps_in_flight, load_cuda, load_shared, open_shared, ranks
 from tests.backends.helpers import BackendDriver, reference_greedy, reference_logprobs, save_tiny
 from tests.models.family_helpers import make_family
 
@@ -194,9 +195,9 @@ def test_streams_of_an_engine_with_preemptions(staged: Staged, device: str) -> N
         return await asyncio.gather(*(stream(llm, prompt) for prompt in prompts))
 
     kv_cache = KvCacheConfig(block_size=16, max_bytes=6 * 8192)
-    context = load_shared(staged.directory, device, pp_size=2, kv_cache_config=kv_cache, max_model_len=64)
+    load = partial(open_shared, staged.directory, device, pp_size=2, kv_cache_config=kv_cache, max_model_len=64)
     scheduler = SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32)
-    with LLM.from_backend(context.__enter__, kv_cache_config=kv_cache, scheduler_config=scheduler) as llm:
+    with LLM.from_backend(load, kv_cache_config=kv_cache, scheduler_config=scheduler) as llm:
         found = asyncio.run(stream_all(llm))
         assert llm.stats().counters.num_preemptions > 0
     assert found == [reference_greedy(staged.reference, prompt, 10) for prompt in prompts]
@@ -241,7 +242,7 @@ def test_requests_of_all_kinds_get_what_they_get_alone(
     scheduler = SchedulerConfig(max_batch_size=4, max_tokens_per_step=32, max_tokens_per_mixed_step=32)
     backends: list[Callable[[], SavableBackend]] = [
         lambda: load_cuda(tmp_path, device),
-        load_shared(tmp_path, device, tp_size, pp_size, rank_hosts=rank_hosts).__enter__,
+        partial(open_shared, tmp_path, device, tp_size, pp_size, rank_hosts=rank_hosts),
     ]
     answers = []
     for backend in backends:
