@@ -139,7 +139,7 @@ _USUAL_SMS = 132
 _MOST_FEW, _MOST_STRIPS = 8, 16
 """Rows of `hopper_few`, which reads x once for each program, and strips of a program."""
 
-_FEW_PROGRAMS = {1: ((16, 1), (8, 1), (8, 2)), 8: ((8, 1), (16, 1), (8, 2))}
+_FEW_PROGRAMS = {1: ((16, 1), (8, 2)), 8: ((8, 1), (16, 1))}
 """By rows, warps of its programs, and programs that share a multiprocessor."""
 
 _IN_CLUSTERS = {1: 1.0, 2: 1.0, 4: 0.91, 8: 0.85}
@@ -294,7 +294,11 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
             return fitting
         few = _few_candidates(bucketed, num_sms)
         if few:
-            return [*few, *fitting]
+            # With as many copies under way as can be, Triton's kernel is the closest.
+            fitting.sort(key=lambda config: -config.num_stages if isinstance(config, PackedConfig) else 0)
+            others = fitting[:_MOST_OTHERS]
+            is_wide = any(config.cut.strips == _MOST_STRIPS for config in few)  # programs in several waves
+            return [*others, *few] if is_wide else [*few, *others]
         return _merged(bucketed.num_rows, fitting, _hopper_candidates(bucketed, num_sms))
     if bucketed is None or shape.dtype == torch.float32:
         return [CublasConfig()]
