@@ -63,10 +63,8 @@ SHORT_LAYOUTS = [
 """Of a matrix whose columns are no multiple of 128, as SmolLM2's."""
 CUTS = [(rows, programs) for rows, all_programs in PROGRAMS.items() for programs in all_programs]
 
-needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and can_compile()),
-    reason="needs a Hopper GPU and NVRTC",
-)
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and can_compile()
+needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU and NVRTC")
 
 
 def test_formats_and_shapes_that_the_kernel_reads() -> None:

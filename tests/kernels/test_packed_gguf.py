@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.gemm_config import LinearConfig, PackedConfig
+from llmengine.kernels.gemm_config import HopperConfig, HopperFewConfig, LinearConfig, PackedConfig
+from llmengine.kernels.hopper_few import Cut
+from llmengine.kernels.hopper_packed import has_hopper_product
 from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.packed_linear import PackedProducts, gather_packed_rows
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
 from llmengine.quantization.gguf_blocks import BLOCK_SIZES, GGUF_BLOCKS
 from tests import ROOT
+from tests.kernels.test_hopper_packed import ON_HOPPER
 from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
 from tests.quantization.random_blocks import random_blocks
 
@@ -31,6 +34,8 @@ CONFIGS: list[LinearConfig] = [
     PackedConfig(16, 128, num_warps=8, num_stages=3),
     CublasConfig(),
 ]
+HOPPER_CONFIGS: list[LinearConfig] = [HopperFewConfig(Cut(8, 2, 2, 8, 1)), HopperConfig(32, 2)]
+"""Where the kernels for Hopper read a layout."""
 
 
 def stored_blocks(type_name: str, shape: Shape) -> Tensor:
@@ -94,15 +99,17 @@ def check_products(device: str, type_name: str, shape: Shape, dtype: torch.dtype
     (n, k), num_rows = shape, 5
     torch.manual_seed(n)
     stored = stored_blocks(type_name, (n, k))
-    products = PackedProducts(LinearKernels(device), packed(type_name, (n, k), stored, dtype, device))
+    matrix = packed(type_name, (n, k), stored, dtype, device)
+    products = PackedProducts(LinearKernels(device), matrix)
     weight = GGUF_BLOCKS[type_name].dequantize({"weight": stored}).to(device)
     x = (torch.randn(num_rows, k, device=device) + 0.5).to(dtype)
     expected = linear_reference("norm_linear", x, None, 0.0, weight, None, None)
-    for config in CONFIGS:
+    on_hopper = ON_HOPPER and device == "cuda" and has_hopper_product(matrix.layout)
+    for config in (*CONFIGS, *(HOPPER_CONFIGS if on_hopper else ())):
         out = torch.full((num_rows, n), torch.nan, dtype=torch.float32, device=device)
         products.norm_linear(x, None, 0.0, None, out, config)
         torch.testing.assert_close(out, expected, rtol=0.0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
-        if isinstance(config, PackedConfig):  # whose weights are not rounded
+        if isinstance(config, PackedConfig | HopperFewConfig):  # whose weights are not rounded
             torch.testing.assert_close(out, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
 
 
