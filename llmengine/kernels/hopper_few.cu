@@ -348,7 +348,7 @@ hopper_few(const __grid_constant__ Arguments arguments) {
       warp.copy_words(ahead, slot, once);
       warp.next(ahead);
     }
-  // What x holds comes from the kernels before; words and scales do not.
+  // What x and `out` hold comes from the kernels before; words and scales do not.
   asm volatile("griddepcontrol.wait;" ::: "memory");
   if constexpr (STREAMS) {
 #pragma unroll
@@ -388,6 +388,5 @@ hopper_few(const __grid_constant__ Arguments arguments) {
   if (turns == 0)
     for (int chunk = 0; chunk < num_chunks; ++chunk) stage(sums, warp, staged, pitch, chunk);
   __syncthreads();
-  if (arguments.adds) asm volatile("griddepcontrol.wait;" ::: "memory");
   write_results(arguments, staged, pitch, thread);
 }

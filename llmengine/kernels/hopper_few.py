@@ -83,6 +83,11 @@ class Cut:
     warps: int
     programs: int
 
+    def __post_init__(self) -> None:
+        divides = self.chunk in CHUNKS and self.strips % self.chunk == 0
+        if self.rows not in ROWS or not divides or self.warps not in WARPS or self.programs not in _SHARED_KIB:
+            raise ValueError(f"{self} is none of the kernel's")
+
     @property
     def streams(self) -> bool:
         """Whether x is copied with the words: no other chunk needs the same columns."""
@@ -141,7 +146,6 @@ def multiply(
     assert x.shape == (num_rows, layout.shape[1])
     assert x.is_contiguous()
     assert num_rows <= cut.rows, (num_rows, cut)
-    assert cut.strips % cut.chunk == 0, cut
     assert cut.num_slots(layout) > 0, (layout, cut)
     assert layout.shape[0] == (2 * num_outputs if gated else num_outputs)
     assert not gated or (num_outputs % TILE_ROWS == 0 and cut.strips % 2 == 0), (num_outputs, cut)

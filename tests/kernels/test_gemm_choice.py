@@ -113,6 +113,7 @@ def test_processes_keep_what_the_other_measured(file: Path) -> None:
         '{"version": 8, "choices": {"a": "m1n4"}}',
         '{"version": 8, "choices": {"a": "tile7x64c1x1"}}',
         '{"version": 8, "choices": {"a": "tile64x64c9x1"}}',
+        '{"version": 8, "choices": {"a": "hopper-m8s3c2w8p1"}}',
     ],
 )
 def test_a_corrupt_file_is_reported_and_replaced(file: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
