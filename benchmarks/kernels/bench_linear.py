@@ -17,7 +17,7 @@ import torch
 from benchmarks.report import new_parser, require_gpu
 from benchmarks.shapes import SHAPES, shape_arch
 from llmengine.kernels.activation import silu_and_mul
-from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, SkinnyConfig, parse_config
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import LinearKernels, linear_reference

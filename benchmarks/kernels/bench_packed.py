@@ -4,7 +4,7 @@ python -m benchmarks.kernels.bench_packed [8b] [--formats bf16 int4-128 fp8 ...]
     [--configs packed-m8n64w4s4x2 ...] [--budget 140] [--json FILE]
 python -m benchmarks.kernels.bench_packed --report FILE...
 
-For each product, format and number of rows (M), every candidate of `gemm_choice`, the fastest marked; then tables of
+For each product, format and number of rows (M), every one of the `gemm_candidates`, the fastest marked; then tables of
 the fastest, and of a layer's four products together. TB/s counts the packed weights, TFLOP/s the multiplications. Norm
 and activation are part of a product. A result is WRONG if it differs from the product with the dequantized weights, in
 float32, by more than rounding does; that of activations to 8 bits counts as error too. Ends after `--budget` seconds,
@@ -31,7 +31,7 @@ from benchmarks.kernels.product_tables import BASELINE, LAYER, Result, fastest, 
 from benchmarks.report import add_json, append_record, new_parser, read_records, require_gpu
 from benchmarks.shapes import SHAPES
 from llmengine.kernels.cuda_program import can_compile
-from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, parse_config
 from llmengine.kernels.limits import max_shared_bytes, tiled_sms
 from llmengine.kernels.linear import LinearKernels, linear_reference

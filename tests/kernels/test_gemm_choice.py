@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmengine.kernels.cublaslt import CublasConfig, TileConfig
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cache_dir, candidates
+from llmengine.kernels.gemm_candidates import ROW_BUCKETS, candidates
+from llmengine.kernels.gemm_choice import GemmChoices, cache_dir
 from llmengine.kernels.gemm_config import (
     GemmShape,
     LinearConfig,

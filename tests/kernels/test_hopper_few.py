@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels import hopper_few
-from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import GemmShape, HopperFewConfig, Operation, PackedConfig, parse_config
 from llmengine.kernels.hopper_few import STRIP, Cut
 from llmengine.kernels.hopper_packed import has_hopper_product

@@ -12,7 +12,7 @@ import torch
 
 from llmengine.kernels import hopper_packed
 from llmengine.kernels.cuda_program import can_compile
-from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import (
     GemmShape,
     HopperConfig,

@@ -16,7 +16,7 @@ from torch import Tensor
 from llmengine.kernels import hopper_scaled
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.cuda_program import Launch, can_compile
-from llmengine.kernels.gemm_choice import candidates
+from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import GemmShape, HopperScaledConfig, PackedConfig, parse_config
 from llmengine.kernels.hopper_scaled import OUTPUTS, SPLITS, has_hopper_scaled, shared_bytes
 from llmengine.kernels.scaled_weights import ScaledMatrix

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from llmengine.batch import Batch
 from llmengine.config import SchedulerConfig
-from llmengine.kernels.gemm_choice import ROW_BUCKETS
+from llmengine.kernels.gemm_candidates import ROW_BUCKETS
 
 
 @dataclass(frozen=True, slots=True)

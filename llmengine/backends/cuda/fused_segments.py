@@ -16,7 +16,8 @@ from llmengine.backends.cuda.peers import Peers
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.config import ModelConfig, SchedulerConfig
 from llmengine.kernels.activation import silu_and_mul
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, GemmChoices, cuda_choices, unmeasured_config
+from llmengine.kernels.gemm_candidates import ROW_BUCKETS, unmeasured_config
+from llmengine.kernels.gemm_choice import GemmChoices, cuda_choices
 from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmengine.backends.cuda.fused_segments import SegmentsContext, SegmentsFactory, TunableSegments, fused_segments
 from llmengine.backends.cuda.peers import Peers
-from llmengine.kernels.gemm_choice import ROW_BUCKETS, unmeasured_config
+from llmengine.kernels.gemm_candidates import ROW_BUCKETS, unmeasured_config
 from llmengine.kernels.gemm_config import GemmShape, fixed_config
 from llmengine.kernels.limits import max_shared_bytes
 from llmengine.kernels.linear import LinearKernels
