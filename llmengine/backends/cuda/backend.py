@@ -60,7 +60,12 @@ class _PendingStep:
 
 
 class CudaBackend:
-    """Implements `batch.Backend` on one CUDA device; one thread loads, uses and closes it."""
+    """Implements `batch.Backend` on one CUDA device; one thread loads, uses and closes it, and may do so with others.
+
+    torch queues in the current stream of the thread, which loading a backend replaces. So whatever queues work here
+    claims the thread first: in the stream of another backend, kernels would not wait for the copy of their step, nor
+    the host for the kernels.
+    """
 
     def __init__(self, parts: CudaParts) -> None:
         self._device = parts.device
@@ -88,6 +93,7 @@ class CudaBackend:
         program = self._program
         assert program is not None, "the backend is closed"
         assert len(self._pending) < self._info.max_steps_in_flight
+        self._stream.claim()
         with torch.inference_mode():
             if program.sampler.prepare(batch, mask_words(batch.masks)):
                 self._forget_draws()
@@ -150,6 +156,7 @@ class CudaBackend:
         program = self._program
         assert program is not None, "the backend is closed"
         assert len(self._pending) < self._info.max_steps_in_flight
+        self._stream.claim()
         bucket = self._sizes.bucket_of(batch, draws=False, needs_mixed=True)
         ring_index = self._next_ring_index
         self._next_ring_index = (ring_index + 1) % program.ring.depth
@@ -157,13 +164,16 @@ class CudaBackend:
         ids_lag = self._find_ids(program, batch)
         program.buffer(bucket).fill(batch, updates, bucket, ring_index, ids_lag)
         program.send(bucket, ring_index, self._stream)
-        yield from program.run_for_logits(bucket, batch.num_tokens, self._sizes)
+        for logits in program.run_for_logits(bucket, batch.num_tokens, self._sizes):
+            yield logits
+            self._stream.claim()
         self._stream.synchronize()  # the host's side of the buffer is free again
 
     def prepare(self) -> bool:
         """Capture one kind of step that has no graph yet: one that was needed, or else the likeliest."""
         assert self._warmup is not None, "the backend is closed"
         assert not self._pending
+        self._stream.claim()
         with torch.inference_mode():
             return self._warmup.capture_next(self._next_ring_index)
 

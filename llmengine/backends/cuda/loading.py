@@ -164,7 +164,7 @@ def _announcing(tell: Tell) -> Callable[[Bucket, bool], None]:
 
 
 def _claim_thread(device: torch.device) -> None:
-    """Make a device and a new stream on it those of the calling thread, and of it alone."""
+    """Make a device, and a new stream on it that nothing else uses, the current ones of the calling thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))

@@ -23,6 +23,9 @@ _NOT_READY = 600
 class StepStream(Protocol):
     """A queue of device work. `index` names one of a fixed number of steps whose time stamps are kept."""
 
+    def claim(self) -> None:
+        """Make this the stream in which torch queues what the calling thread does from now on."""
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy from (pinned) host memory; both are contiguous and of one size."""
 
@@ -54,7 +57,7 @@ class CudaStream:
     Args:
         driver: the CUDA driver's library, called with the GIL held.
         waiting_driver: the same, called without it.
-        stream: handle of the stream.
+        stream: in which torch queues the kernels of steps while it is the thread's current one, see `claim`.
         begins: events that mark the begin of each step; closed with the stream, like `ends`.
     """
 
@@ -62,13 +65,14 @@ class CudaStream:
         self,
         driver: ctypes.PyDLL,
         waiting_driver: ctypes.CDLL,
-        stream: ctypes.c_void_p,
+        stream: torch.cuda.Stream,
         begins: list[ctypes.c_void_p],
         ends: list[ctypes.c_void_p],
     ) -> None:
         self._driver = driver
         self._waiting_driver = waiting_driver
-        self._stream = stream
+        self._torch_stream = stream
+        self._stream = ctypes.c_void_p(stream.cuda_stream)
         # All graphs share one pool: they never run at the same time, and none reads what another left in it.
         self._pool = torch.cuda.graph_pool_handle()
         self._begins = begins
@@ -79,9 +83,12 @@ class CudaStream:
         """Open torch's current stream of the calling thread, with time stamps for `num_steps` steps."""
         name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         driver = ctypes.PyDLL(name)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         begins, ends = ([_new_event(driver) for _ in range(num_steps)] for _ in range(2))
-        return cls(driver, ctypes.CDLL(name), stream, begins, ends)
+        return cls(driver, ctypes.CDLL(name), torch.cuda.current_stream(), begins, ends)
+
+    def claim(self) -> None:
+        """Make this torch's current stream on the calling thread, and its device the current one."""
+        torch.cuda.set_stream(self._torch_stream)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Queue a copy from pinned host memory."""
@@ -145,6 +152,9 @@ class CudaStream:
 
 class HostStream:
     """`StepStream` on the CPU, where everything is done when it is queued; for tests."""
+
+    def claim(self) -> None:
+        """Nothing: there is no other."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
+from llmengine.backends.cuda import loading
 from llmengine.backends.cuda.backend import CudaBackend
 from llmengine.backends.cuda.loading import load_cuda_backend
+from llmengine.backends.cuda.stream import HostStream
 from llmengine.checkpoints.opening import open_model
 from llmengine.config import KvCacheConfig, ModelConfig, SchedulerConfig
 from llmengine.sampling_params import SamplingParams
@@ -178,3 +181,48 @@ def test_non_finite_logits_fail_their_row_alone(tmp_path: Path, device: str) -> 
     driver.generate([late], 2)
     assert late.output_ids == driver.generate([good], 2)[0]
     backend.close()
+
+
+class ThreadStream(HostStream):
+    """As on a GPU, kernels are queued in the stream that the thread has claimed last: copies must be as well."""
+
+    current: ClassVar[ThreadStream]
+
+    def __init__(self) -> None:
+        self.claim()
+
+    def claim(self) -> None:
+        ThreadStream.current = self
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        assert ThreadStream.current is self
+        super().copy(target, source)
+
+
+def test_backends_take_turns_on_a_thread(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps do not run in the stream of the backend that was loaded or used last, which may be busy."""
+    monkeypatch.setattr(loading, "HostStream", ThreadStream)  # on a GPU there are real ones
+    model = save_tiny(tmp_path, **SMALL)
+    drivers = [BackendDriver(load(tmp_path, device)) for _ in range(2)]
+    prompt = make_prompt(5)
+    expected = reference_logprobs(model, prompt)
+
+    def occupy_current_stream() -> None:
+        if device == "cuda":
+            torch.cuda._sleep(50_000_000)
+
+    for slot, params in enumerate((SamplingParams(prompt_logprobs=1), SamplingParams())):
+        for driver in drivers:
+            occupy_current_stream()
+            assert driver.generate([driver.add(slot, prompt, params)], 2) == [reference_greedy(model, prompt, 2)]
+    for driver in drivers:
+        assert isinstance(driver.backend, CudaBackend)
+        occupy_current_stream()
+        driver.backend.prepare()
+        occupy_current_stream()
+    for driver in drivers:
+        assert isinstance(driver.backend, CudaBackend)
+        logits = [rows.cpu().clone() for rows in driver.backend.score(driver.batch((driver.add(2, prompt), 5)))]
+        torch.testing.assert_close(torch.log_softmax(torch.cat(logits), dim=-1), expected, atol=2e-4, rtol=0)
+    for driver in drivers:
+        driver.backend.close()
