@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles
 from llmengine.quantization.int8 import INT8
-from tests.kernels.test_hopper_packed import FORMATS, LAYOUTS, MAX_SHARED, SHORT_LAYOUTS, needs_hopper
+from tests.kernels.hopper_cases import FORMATS, LAYOUTS, MAX_SHARED, SHORT_LAYOUTS, ExactCase, needs_hopper
 from tests.kernels.test_packed_linear import Case, names
 
 CUTS = [
@@ -197,27 +198,11 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
 @needs_hopper
 @pytest.mark.parametrize("weight_format", [INT8, Int4Groups(128)], ids=names)
 def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat) -> None:
-    """Sums of small integers are exact, so one word of another block shows."""
-    n, k, num_rows = 4096, 14336, 8
-    layout = PackedLayout.of(weight_format, (n, k), torch.bfloat16)
-    assert layout is not None
-    matrix = PackedMatrix(weight_format, layout, device)
-    weights = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-    stored = weight_format.quantize(torch.zeros(n, k))
-    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
-    if weight_format == INT8:
-        tensors |= {"weight": weights, "weight_scale": torch.ones(n, device=device)}
-    else:
-        tensors["weight"] = pack_nibbles((weights + 7).to(torch.uint8))
-        tensors["weight_scale"] = torch.ones_like(tensors["weight_scale"])
-        tensors["zero_point"] = torch.full_like(tensors["zero_point"], 7)
-    matrix.fill(tensors)
-    rows = torch.randint(-3, 4, (num_rows, k), dtype=torch.int8, device=device).bfloat16()
-    expected = (rows.double() @ weights.double().T).float()
+    case = ExactCase(device, weight_format, 32, 4096, 14336)
     for cut in CUTS:
-        if cut.num_slots(layout) < 1:
-            continue
-        for _ in range(50):
-            out = torch.empty(min(cut.rows, num_rows), n, device=device)
-            hopper_few.multiply(rows[: cut.rows], matrix, None, out, cut, pdl=True)
-            assert torch.equal(out, expected[: cut.rows]), cut
+        if cut.num_slots(case.matrix.layout) > 0:
+            assert case.num_wrong(multiply(case, cut), repeats=50, num_rows=min(cut.rows, 8)) == 0, cut
+
+
+def multiply(case: ExactCase, cut: Cut) -> Callable[[Tensor, Tensor], None]:
+    return lambda x, out: hopper_few.multiply(x, case.matrix, None, out, cut, pdl=True)

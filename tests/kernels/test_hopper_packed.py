@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from llmengine.kernels import hopper_packed
-from llmengine.kernels.cuda_program import can_compile
 from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import (
     GemmShape,
@@ -23,48 +23,15 @@ from llmengine.kernels.gemm_config import (
 )
 from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product, shared_bytes
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
-from llmengine.quantization.bnb4 import Bnb4Bit
 from llmengine.quantization.formats import WeightFormat
-from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles
 from llmengine.quantization.int8 import INT8
-from llmengine.quantization.int8_groups import Int8Groups
-from llmengine.quantization.mxfp4 import Mxfp4
 from llmengine.quantization.nvfp4 import Nvfp4
+from tests.kernels.hopper_cases import FORMATS, LAYOUTS, MAX_SHARED, SHORT_LAYOUTS, ExactCase, needs_hopper
 from tests.kernels.sass import overwritten_operands
 from tests.kernels.test_packed_linear import Case, names
 
-MAX_SHARED = 227 << 10
-FORMATS: list[WeightFormat] = [
-    *(Int4Groups(size, zero_points) for size in (32, 64, 128, -1) for zero_points in (False, True)),
-    Int4Groups(128, scale_dtype="bfloat16"),
-    Int4Groups(64, scale_dtype="float32"),
-    Int4Groups(64, input_order=True, input_scale=True),
-    INT8,
-    Int8Groups(64),
-    Int8Groups(128, zero_points=False),
-    Fp8("channel", "none"),
-    Fp8("block", "none"),
-    Mxfp4(),
-    Bnb4Bit("nf4"),
-]
-LAYOUTS = [
-    layout
-    for weight_format in FORMATS
-    for dtype in (torch.bfloat16, torch.float16)
-    if (layout := PackedLayout.of(weight_format, (4096, 4096), dtype)) is not None and has_hopper_product(layout)
-]
-SHORT_LAYOUTS = [
-    layout
-    for weight_format in FORMATS
-    for dtype in (torch.bfloat16, torch.float16)
-    if (layout := PackedLayout.of(weight_format, (960, 576), dtype)) is not None and has_hopper_product(layout)
-]
-"""Of a matrix whose columns are no multiple of 128, as SmolLM2's."""
 CUTS = [(rows, programs) for rows, all_programs in PROGRAMS.items() for programs in all_programs]
-
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and can_compile()
-needs_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU and NVRTC")
 
 
 def test_formats_and_shapes_that_the_kernel_reads() -> None:
@@ -238,35 +205,10 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
                 gated.check("norm_linear_silu", config, bias=True, out_dtype=dtype, num_rows=num_rows)
 
 
-class ExactCase:
-    """A product of small integers, whose sums are exact in float32 in any order: one wrong operand shows."""
-
-    def __init__(self, device: str, weight_format: WeightFormat, num_rows: int, n: int, k: int) -> None:
-        layout = PackedLayout.of(weight_format, (n, k), torch.bfloat16)
-        assert layout is not None
-        self.matrix = PackedMatrix(weight_format, layout, device)
-        weights = torch.randint(-7, 8, (n, k), dtype=torch.int8, device=device)
-        stored = weight_format.quantize(torch.zeros(n, k))
-        tensors = {name: tensor.to(device) for name, tensor in stored.items()}
-        if weight_format == INT8:
-            tensors |= {"weight": weights, "weight_scale": torch.ones(n, device=device)}
-        else:
-            tensors["weight"] = pack_nibbles((weights + 7).to(torch.uint8))
-            tensors["weight_scale"] = torch.ones_like(tensors["weight_scale"])
-            tensors["zero_point"] = torch.full_like(tensors["zero_point"], 7)
-        self.matrix.fill(tensors)
-        rows = torch.randint(-3, 4, (num_rows, k), dtype=torch.int8, device=device)
-        self.x = rows.bfloat16()
-        self.expected = torch._int_mm(rows, weights.t()).float()
-
-    def num_wrong(self, cut: tuple[int, int], split_k: int, repeats: int, pdl: bool = False) -> int:
-        """How many of `repeats` products differ from the expected one."""
-        wrong = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        for _ in range(repeats):
-            out = torch.full_like(self.expected, torch.nan)
-            hopper_packed.multiply(self.x, self.matrix, None, out, *cut, split_k, pdl=pdl)
-            wrong += (out != self.expected).any()
-        return int(wrong)
+def multiply(
+    case: ExactCase, cut: tuple[int, int], split_k: int, pdl: bool = False
+) -> Callable[[Tensor, Tensor], None]:
+    return lambda x, out: hopper_packed.multiply(x, case.matrix, None, out, *cut, split_k, pdl=pdl)
 
 
 @needs_hopper
@@ -275,7 +217,7 @@ def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat
     """Words of many rows come from the L2."""
     case = ExactCase(device, weight_format, 4096, 4096, k)
     for cut in CUTS:
-        assert case.num_wrong(cut, split_k=1, repeats=5) == 0, cut
+        assert case.num_wrong(multiply(case, cut, 1), repeats=5) == 0, cut
 
 
 @needs_hopper
@@ -286,4 +228,4 @@ def test_products_that_begin_early_are_exact(device: str, weight_format: WeightF
     case = ExactCase(device, weight_format, num_rows, 4096 + 64, k)
     for cut in CUTS:
         for split_k in SPLITS:
-            assert case.num_wrong(cut, split_k, repeats=200, pdl=True) == 0, (cut, split_k)
+            assert case.num_wrong(multiply(case, cut, split_k, pdl=True), repeats=200) == 0, (cut, split_k)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmengine.kernels import hopper_scaled
 from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.cuda_program import Launch, can_compile
+from llmengine.kernels.cuda_program import Launch
 from llmengine.kernels.gemm_candidates import candidates
 from llmengine.kernels.gemm_config import GemmShape, HopperScaledConfig, PackedConfig, parse_config
 from llmengine.kernels.hopper_scaled import OUTPUTS, SPLITS, has_hopper_scaled, shared_bytes
@@ -23,17 +23,13 @@ from llmengine.kernels.scaled_weights import ScaledMatrix
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.fp8 import Fp8
 from llmengine.quantization.int8 import Int8W8A8
+from tests.kernels.hopper_cases import needs_hopper
 from tests.kernels.test_scaled_linear import FORMATS, Case, stored
 
 MAX_SHARED = 227 << 10
 NUM_SMS = 132
 CUTS = [(rows, outputs) for rows, all_outputs in OUTPUTS.items() for outputs in all_outputs]
 CONFIGS = [HopperScaledConfig(*cut, split) for cut in CUTS for split in SPLITS]
-
-needs_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and can_compile()),
-    reason="needs a Hopper GPU and NVRTC",
-)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

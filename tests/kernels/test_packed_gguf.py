@@ -21,7 +21,7 @@ from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import Shape
 from llmengine.quantization.gguf_blocks import BLOCK_SIZES, GGUF_BLOCKS
 from tests import ROOT
-from tests.kernels.test_hopper_packed import ON_HOPPER
+from tests.kernels.hopper_cases import ON_HOPPER
 from tests.kernels.test_packed_linear import DTYPES, ON_GPU, TOLERANCE, names
 from tests.quantization.random_blocks import random_blocks
 
