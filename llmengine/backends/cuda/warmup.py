@@ -109,13 +109,17 @@ class GraphWarmup:
         self._likely = sizes.likely_buckets()
 
     def capture_first(self) -> None:
-        """Capture steps of decodes, so that serving does not begin with captures."""
+        """Capture steps of decodes, so that serving does not begin with captures; none is kept if that fails."""
         deadline = time.monotonic() + _FIRST_CAPTURES_S
-        # All that a step allocates fits into what the largest one leaves behind.
-        for bucket in dict.fromkeys((self._sizes.largest(), *self._sizes.decode_buckets())):
-            if time.monotonic() >= deadline:
-                break
-            self._graphs.capture(bucket, partial(self._program.run, bucket))
+        try:
+            # All that a step allocates fits into what the largest one leaves behind.
+            for bucket in dict.fromkeys((self._sizes.largest(), *self._sizes.decode_buckets())):
+                if time.monotonic() >= deadline:
+                    break
+                self._graphs.capture(bucket, partial(self._program.run, bucket))
+        except BaseException:
+            self._graphs.clear()  # which the traceback would keep, and NCCL ends after them
+            raise
 
     def capture_next(self, ring_index: int) -> bool:
         """Capture one bucket without a graph: one that was needed, or else the likeliest; False if none is left.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,9 @@ _torch: Any = distributed  # whose stubs lack most of what is used here
 
 # Rank 0 finds out what is late, and aborts; NCCL's own clock must not end processes before.
 _OPERATION_TIMEOUT = timedelta(days=7)
+_ABORT_S, _CLOSE_S = 0.2, 10.0
+"""For NCCL to end, while there may be CUDA graphs that hold operations of it, and when there are none."""
+
 _NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
@@ -84,7 +88,7 @@ class NcclCollectives:
         self.rank, self.size = rank, size
         self._device = device
         self._deterministic = deterministic
-        self._group: Any = _nccl_group(store, rank, size)
+        self._group = _NcclGroup(store, rank, size)
 
     @property
     def description(self) -> str:
@@ -95,7 +99,7 @@ class NcclCollectives:
         """Meet the other ranks, which call this too. Blocks without the GIL; `abort` ends that."""
         with torch.cuda.device(self._device):
             met = torch.ones(self.size, dtype=torch.int32, device=self._device)
-            self._wait(self._group.allreduce([met], _options(_torch.AllreduceOptions())))
+            self._wait(self._group.own.allreduce([met], _options(_torch.AllreduceOptions())))
             if self.rank == 0:
                 self.gather(met, met.new_empty(self.size, self.size))
             else:
@@ -104,11 +108,11 @@ class NcclCollectives:
 
     def all_reduce(self, tensor: Tensor) -> None:
         if not self._deterministic or not tensor.is_floating_point():
-            self._wait(self._group.allreduce([tensor], _options(_torch.AllreduceOptions())))
+            self._wait(self._group.own.allreduce([tensor], _options(_torch.AllreduceOptions())))
             return
         parts = tensor.new_empty(self.size, *tensor.shape)
         outputs = [list(parts.unbind())]
-        self._wait(self._group.allgather(outputs, [tensor], _options(AllgatherOptions())))
+        self._wait(self._group.own.allgather(outputs, [tensor], _options(AllgatherOptions())))
         add_in_order(parts, tensor)
 
     def add_sum(self, part: Tensor, x: Tensor, norm: RowNorm | None) -> None:
@@ -118,19 +122,17 @@ class NcclCollectives:
         choose_on_rank_0(self, logits, counts, ids, failed, start)
 
     def broadcast(self, tensor: Tensor) -> None:
-        self._wait(self._group.broadcast([tensor], _options(_torch.BroadcastOptions())))
+        self._wait(self._group.own.broadcast([tensor], _options(_torch.BroadcastOptions())))
 
     def gather(self, tensor: Tensor, parts: Tensor | None) -> None:
         outputs = [] if parts is None else [list(parts.unbind())]
-        self._wait(self._group.gather(outputs, [tensor.contiguous()], _options(_torch.GatherOptions())))
+        self._wait(self._group.own.gather(outputs, [tensor.contiguous()], _options(_torch.GatherOptions())))
 
     def abort(self) -> None:
-        if self._group is not None:
-            self._group.abort()
+        self._group.abort()
 
     def close(self) -> None:
-        self.abort()
-        self._group = None
+        self._group.close()
 
     def _wait(self, work: Any) -> None:
         """Have the current stream wait; the host does not."""
@@ -143,27 +145,56 @@ class NcclPair:
 
     def __init__(self, store: Store, rank: int, device: torch.device) -> None:
         self._device = device
-        self._group: Any = _nccl_group(store, rank, 2)
+        self._group = _NcclGroup(store, rank, 2)
 
     def send(self, tensor: Tensor) -> None:
         """Send a contiguous tensor; the stream goes on when it is received."""
-        self._group.send([tensor], 1, 0).wait()
+        self._group.own.send([tensor], 1, 0).wait()
 
     def receive(self, tensor: Tensor) -> None:
         """Receive into a contiguous tensor of the same shape and dtype."""
-        self._group.recv([tensor], 0, 0).wait()
+        self._group.own.recv([tensor], 0, 0).wait()
 
     def abort(self) -> None:
         """End what waits. From any thread."""
         self._group.abort()
 
+    def close(self) -> None:
+        """Free the connection. Idempotent."""
+        self._group.close()
 
-def _nccl_group(store: Store, rank: int, size: int) -> Any:
-    kind: Any = _torch.ProcessGroupNCCL
-    options = kind.Options()
-    options._timeout = _OPERATION_TIMEOUT
-    with _environment(_NO_WATCHDOG):
-        return kind(store, rank, size, options)
+
+class _NcclGroup:
+    """A group of torch's, and its end.
+
+    Aborted, NCCL ends what waits at once, but it returns only when no CUDA graph holds an operation of it any more.
+    Whoever has the graphs may be waiting for these operations or for the caller. So a thread of its own waits for NCCL.
+
+    Attributes:
+        own: the group.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        kind: Any = _torch.ProcessGroupNCCL
+        options = kind.Options()
+        options._timeout = _OPERATION_TIMEOUT
+        with _environment(_NO_WATCHDOG):
+            self.own: Any = kind(store, rank, size, options)
+        self._lock = threading.Lock()
+        self._ending: threading.Thread | None = None
+
+    def abort(self, timeout_s: float = _ABORT_S) -> None:
+        """End what waits, and wait a little for NCCL's end. From any thread; idempotent."""
+        with self._lock:
+            if self._ending is None:
+                self._ending = threading.Thread(target=self.own.abort, name="llmengine-nccl-end", daemon=True)
+                self._ending.start()
+        self._ending.join(timeout_s)
+
+    def close(self) -> None:
+        """Free everything; the graphs are gone. Idempotent."""
+        self.abort(_CLOSE_S)
+        self.own = None
 
 
 def add_in_order(parts: Tensor, out: Tensor) -> None:

@@ -59,4 +59,7 @@ class NcclPipe:
     def close(self) -> None:
         """Free the connections. Idempotent."""
         self.release()
+        for pair in (self._before, self._after):
+            if pair is not None:
+                pair.close()
         self._before = self._after = None

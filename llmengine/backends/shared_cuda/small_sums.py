@@ -167,14 +167,17 @@ def time_together(function: Callable[[Tensor], None], tensor: Tensor) -> float:
         for _ in range(_CALLS):
             function(tensor)
     times = []
-    for _ in range(_REPEATS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        graph.replay()  # the ranks meet in it
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)) * 1000.0 / _CALLS)
+    try:
+        for _ in range(_REPEATS):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()  # the ranks meet in it
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)) * 1000.0 / _CALLS)
+    finally:
+        graph.reset()  # which a traceback would keep, and NCCL ends after it
     return statistics.median(times)
 
 

@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from llmengine.backends.rank_places import RankPlaces
 from llmengine.backends.ranks.store import MeetingPoint, connect_store, host_store
+from llmengine.backends.shared_cuda.collectives import NcclCollectives
 from llmengine.backends.shared_cuda.connections import Meeting, RankConnections, connected
 from llmengine.backends.shared_cuda.host_link import HostLinkFile, HostLinkMemory
 from llmengine.backends.shared_cuda.peer_memory import CannotMapError, IpcMemory
@@ -267,4 +270,28 @@ def test_ranks_that_never_come_leave_no_thread(
 
     with pytest.raises(EngineDeadError, match="rank 1 died"):
         connected(meeting.connect, meeting.abort, check)
+    assert set(threading.enumerate()) == before
+
+
+def test_the_end_of_nccl_is_not_waited_for_while_graphs_hold_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends what waits may be the one whom the owner of the graphs waits for."""
+    graphs_are_gone, num_aborts = threading.Event(), 0
+
+    class HeldNccl(WaitingNccl):
+        def abort(self) -> None:
+            nonlocal num_aborts
+            num_aborts += 1
+            assert graphs_are_gone.wait(60)
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", HeldNccl, raising=False)
+    before = set(threading.enumerate())
+    nccl = NcclCollectives(HashStore(), 0, 2, torch.device("cpu"))
+    began = time.monotonic()
+    nccl.abort()
+    nccl.abort()
+    assert time.monotonic() - began < 30
+    graphs_are_gone.set()
+    nccl.close()
+    nccl.close()
+    assert num_aborts == 1
     assert set(threading.enumerate()) == before

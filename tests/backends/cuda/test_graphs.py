@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from llmengine.backends.cuda import graphs as cuda_graphs
+from llmengine.backends.cuda.buckets import Bucket, BucketSizes
 from llmengine.backends.cuda.graphs import GraphCache
 from llmengine.backends.cuda.step_program import StepProgram
 from llmengine.backends.cuda.stream import HostStream
+from llmengine.backends.cuda.warmup import GraphWarmup
+from llmengine.config import SchedulerConfig
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda
 from tests.backends.helpers import BackendDriver, save_tiny
@@ -147,3 +152,20 @@ def test_preparing_ends(tmp_path: Path, device: str) -> None:
     # Decodes of 1, 2 and 4 rows, 16 tokens with 1 and with 4 samples; without and with draws.
     assert num_prepared == 10 if device == "cpu" else 5 <= num_prepared < 10
     backend.close()
+
+
+def test_captures_that_are_broken_off_leave_no_graph() -> None:
+    """A traceback keeps what began to load, and NCCL would not end while a graph holds an operation of it."""
+    stream = Recorder()
+    graphs: GraphCache[Bucket] = GraphCache(CPU, stream)
+    sizes = BucketSizes.of(SchedulerConfig(max_batch_size=4), only_mixed=False)
+
+    def run(bucket: Bucket) -> None:
+        if len(graphs) == 2:
+            raise KeyboardInterrupt
+
+    program: Any = SimpleNamespace(run=run)
+    with pytest.raises(KeyboardInterrupt):
+        GraphWarmup(program, graphs, sizes, stream).capture_first()
+    assert stream.log == ["capture", "capture"]
+    assert len(graphs) == 0
