@@ -9,11 +9,14 @@ the processor time of all processes of the server, Ray's included; `llmengine be
 from __future__ import annotations
 
 import argparse
+import contextlib
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
@@ -75,10 +78,13 @@ SERVERS = {"llmengine serve": serve_plain, "Ray Serve": serve_on_ray}
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port that nobody listens on, and that the system does not give away before a server has started on it."""
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(lowest_given // 2, lowest_given)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(server: subprocess.Popen[bytes], port: int) -> None:

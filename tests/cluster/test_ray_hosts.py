@@ -104,10 +104,11 @@ asyncio.run(main())
 """
 
 BEHIND_SERVE = r"""
-import asyncio, socket, sys
+import asyncio, sys
 import httpx, psutil, ray
 from ray import serve
 from ray.cluster_utils import Cluster as Nodes
+from benchmarks.ray_serve import free_port
 from llmengine import LLM, KvCacheConfig, ModelConfig, ParallelConfig, SamplingParams
 from llmengine.cluster.serve import ServeConfig, build_app
 from llmengine.server import ServerConfig
@@ -116,9 +117,7 @@ from tests.cluster.test_ray_hosts import ranks_below
 
 ASKED = {"model": "model", "prompt": "to tell a story", "max_tokens": 24, "temperature": 0.0}
 
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+port = free_port()
 
 async def text():
     async with httpx.AsyncClient(timeout=120) as http:

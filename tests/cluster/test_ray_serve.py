@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 from openai import APIError, APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.ray_serve import free_port
 from tests import ROOT
 
 pytestmark = [
@@ -36,9 +36,7 @@ NO_END = 6000
 @pytest.fixture(scope="module")
 def application() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Where the application serves, and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tests.cluster.serve_app", str(port)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
