@@ -16,6 +16,7 @@ from llmengine.engine.seeds import child_seed
 from llmengine.sampling_params import SamplingParams
 from tests.backends.helpers import save_tiny
 from tests.engine.helpers import (
+    WAIT_S,
     StepGate,
     Steps,
     assert_concatenates,
@@ -183,9 +184,9 @@ def test_a_family_waits_for_admission_as_one_request() -> None:
         aborted = llm.generate_async("hello", several(2), wait_for_admission=True)
         aborted.abort()
         gate.open()
-        assert running.result(20).finished
-        assert [len(queued.result(20).outputs), len(outside.result(20).outputs)] == [3, 2]
-        assert {output.finish_reason for output in aborted.result(20).outputs} == {"abort"}
+        assert running.result(WAIT_S).finished
+        assert [len(queued.result(WAIT_S).outputs), len(outside.result(WAIT_S).outputs)] == [3, 2]
+        assert {output.finish_reason for output in aborted.result(WAIT_S).outputs} == {"abort"}
         assert_idle(llm)
 
 
@@ -196,7 +197,7 @@ def test_closing_fails_or_ends_every_output() -> None:
     gate.wait()
     gate.open()
     llm.close()
-    assert len({output.finish_reason for output in handle.result(20).outputs}) == 1
+    assert len({output.finish_reason for output in handle.result(WAIT_S).outputs}) == 1
 
 
 def test_outputs_depend_on_seed_and_index_alone(tiny: LLM) -> None:

@@ -64,7 +64,7 @@ def test_none_means_the_default() -> None:
     nulls: dict[str, Any] = dict.fromkeys(RequestKeywords.__annotations__)
     with LLM.from_backend(FakeBackend) as llm:
         handle = llm.generate_async(PROMPT, tokens(3), None, **nulls)  # type: ignore[arg-type]
-        assert handle.result(20).token_ids == oracle(PROMPT, 3)
+        assert handle.result(WAIT_S).token_ids == oracle(PROMPT, 3)
         assert llm.generate([PROMPT], tokens(3), **nulls)[0].token_ids == oracle(PROMPT, 3)
         assert llm.beam_search([PROMPT], max_new_tokens=2, **nulls)[0].outputs
 

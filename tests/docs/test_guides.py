@@ -260,33 +260,41 @@ def bot_guide() -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def chatting(guide: dict[str, Any], gate: StepGate, num_tokens: int) -> AsyncIterator[tuple[Any, asyncio.Task]]:
-    """Run the guide's bot on a model that goes through the alphabet; yields the gateway and the bot's task."""
+async def chatting(
+    guide: dict[str, Any], gate: StepGate, num_tokens: int
+) -> AsyncIterator[tuple[LLM, Any, asyncio.Task]]:
+    """Run the guide's bot on a model that goes through the alphabet; yields its LLM, the gateway and the bot's task."""
     gateway = guide["Gateway"](seconds_between_edits=0.0)
     llm = make_llm(tokenizer=ChatBytes(), next_token=counting_model, num_blocks=501, max_model_len=2000, on_step=gate)
     async with timeout(), llm:
         try:
             bot = asyncio.create_task(guide["Bot"](llm, gateway, tokens(num_tokens)).run())
-            yield gateway, bot
+            yield llm, gateway, bot
             await asyncio.wait({bot})
             await asyncio.to_thread(assert_idle, llm)
         finally:
             gate.open()
 
 
-async def step_until(gate: StepGate, num_rows: int) -> None:
-    """Step until a step has that many requests."""
+async def step_until(llm: LLM, gate: StepGate, num_rows: int) -> None:
+    """Step until a step has that many requests.
+
+    The engine makes no step while they are being tokenized, or the first might end before the last has begun.
+    """
+    while sum(stats.num_prompt_tokens > 0 for stats in llm.requests()) < num_rows:  # noqa: ASYNC110  # nobody tells
+        await asyncio.sleep(0.001)
     while len(gate.batches[-1].rows) != num_rows:
         await asyncio.to_thread(gate.step)
+        await asyncio.sleep(0.01)
 
 
 async def test_bot_answers_channels_at_once_and_one_channel_in_order(bot_guide: dict[str, Any]) -> None:
     gate, message = StepGate(), bot_guide["Message"]
-    async with chatting(bot_guide, gate, 60) as (gateway, bot):
+    async with chatting(bot_guide, gate, 60) as (llm, gateway, bot):
         for number, channel in enumerate(("here", "here", "there")):
             gateway.post("create", message(number, channel, "a"))
         await asyncio.to_thread(gate.wait)
-        await step_until(gate, 2)
+        await step_until(llm, gate, 2)
         gateway.disconnect()
         gate.open()
         await bot
@@ -298,13 +306,13 @@ async def test_bot_answers_channels_at_once_and_one_channel_in_order(bot_guide: 
 
 async def test_bot_aborts_the_answer_to_an_edited_message(bot_guide: dict[str, Any]) -> None:
     gate, message = StepGate(), bot_guide["Message"]
-    async with chatting(bot_guide, gate, 1000) as (gateway, bot):
+    async with chatting(bot_guide, gate, 1000) as (llm, gateway, bot):
         gateway.post("create", message(1, "here", "a"))
         gateway.post("create", message(2, "there", "k"))
         await asyncio.to_thread(gate.wait)
-        await step_until(gate, 2)
+        await step_until(llm, gate, 2)
         gateway.post("delete", message(2, "there", "k"))
-        await step_until(gate, 1)
+        await step_until(llm, gate, 1)
         gateway.post("edit", message(1, "here", "u"))
         while not gate.batches[-1].slot_inits:
             await asyncio.to_thread(gate.step)
@@ -318,11 +326,11 @@ async def test_bot_aborts_the_answer_to_an_edited_message(bot_guide: dict[str, A
 
 async def test_bot_aborts_everything_when_it_is_cancelled(bot_guide: dict[str, Any]) -> None:
     gate, message = StepGate(), bot_guide["Message"]
-    async with chatting(bot_guide, gate, 1000) as (gateway, bot):
+    async with chatting(bot_guide, gate, 1000) as (llm, gateway, bot):
         for number in range(4):
             gateway.post("create", message(number, f"channel {number}", "a"))
         await asyncio.to_thread(gate.wait)
-        await step_until(gate, 4)
+        await step_until(llm, gate, 4)
         bot.cancel()
         await asyncio.wait({bot})  # nobody waits for the engine, which still stands in a step
         gate.open()
@@ -349,7 +357,7 @@ async def test_readme_service_aborts_when_its_client_disconnects() -> None:
             await asyncio.to_thread(gate.wait)
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
             writer.write(b"a\n")
-            await step_until(gate, 2)
+            await step_until(llm, gate, 2)
             answer = asyncio.create_task(reader.read(1))
             while not answer.done():
                 await asyncio.to_thread(gate.step)

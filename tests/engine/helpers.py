@@ -30,7 +30,7 @@ from llmengine.sampling_params import SamplingParams
 from llmengine.testing import FakeBackend, NextToken, mixing_model
 from llmengine.tokenizer.protocol import ByteTokenizer, IncrementalDetokenizer
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Bound of every wait: a hang fails."""
 
 VOCAB_SIZE = 258

@@ -22,7 +22,7 @@ zmq = pytest.importorskip("zmq", reason="pyzmq is not installed")
 from llmengine.observability import kv_events  # noqa: E402
 from llmengine.observability.kv_events import KvEventPublisher  # noqa: E402
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Bound of every wait: a hang fails."""
 SIZE = 4
 ANY = "tcp://127.0.0.1:*"

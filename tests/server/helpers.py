@@ -22,7 +22,7 @@ from llmengine.server import ServerConfig, create_app
 from llmengine.server.run import uvicorn_config
 from llmengine.testing import ChatByteTokenizer, FakeBackend, NextToken
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 """Bound of every wait: a hang fails."""
 
 
@@ -74,9 +74,17 @@ class RunningServer:
         """OpenAI's own client of this server, which does not try again."""
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **settings})
 
+    def request(self, method: str, path: str, **settings: Any) -> httpx.Response:
+        """The answer to a request; httpx by itself would wait no longer than 5 s for it."""
+        return httpx.request(method, self.url + path, timeout=WAIT_S, **settings)
+
+    def get(self, path: str, **settings: Any) -> httpx.Response:
+        """The answer to a GET."""
+        return self.request("GET", path, **settings)
+
     def post(self, path: str, body: Any, **settings: Any) -> httpx.Response:
         """The answer to a POST with a JSON body."""
-        return httpx.post(self.url + path, json=body, timeout=WAIT_S, **settings)
+        return self.request("POST", path, json=body, **settings)
 
     def connect(self) -> socket.socket:
         """A new connection, with a bound on every wait."""

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -29,13 +28,13 @@ def server() -> Iterator[RunningServer]:
     config = ServerConfig(max_outputs=4, max_body_bytes=10_000, body_timeout_s=2)
     with serving_llm(fake_llm(lambda token_ids: 97 + len(token_ids) % 26, backend=size), config) as running:
         yield running
-        assert httpx.get(f"{running.url}/health").json() == {"state": "ready"}
+        assert running.get("/health").json() == {"state": "ready"}
 
 
 @pytest.fixture(scope="module")
 def cases(server: RunningServer) -> st.SearchStrategy[Any]:
     """Requests of all endpoints, those that their schema allows and those that it does not."""
-    schema = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json").json())
+    schema = schemathesis.openapi.from_dict(server.get("/openapi.json").json())
     operations = [found.ok() for found in schema.get_all_operations()]
     assert {"/v1/chat/completions", "/v1/completions", "/health"} <= {operation.path for operation in operations}
     modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)

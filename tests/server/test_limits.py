@@ -14,7 +14,16 @@ from llmengine.config import SchedulerConfig
 from llmengine.errors import ConfigError
 from llmengine.server import ServerConfig, protocol
 from tests.engine.helpers import StepGate
-from tests.server.helpers import RunningServer, eventually, fake_llm, read_all, request_bytes, scripted, serving_llm
+from tests.server.helpers import (
+    WAIT_S,
+    RunningServer,
+    eventually,
+    fake_llm,
+    read_all,
+    request_bytes,
+    scripted,
+    serving_llm,
+)
 
 CHAT: Any = {"messages": [{"role": "user", "content": "Hi"}]}
 PATH = "/v1/chat/completions"
@@ -33,13 +42,13 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_paths_and_methods_that_there_are_not(server: RunningServer) -> None:
     headers = bearer("one")
-    answer = httpx.get(f"{server.url}/chat/completions", headers=headers)
+    answer = server.get("/chat/completions", headers=headers)
     assert answer.status_code == 404
     assert answer.json()["error"]["message"].startswith("there is no '/chat/completions' here; OpenAI's paths begin")
-    answer = httpx.get(server.url + PATH, headers=headers)
+    answer = server.get(PATH, headers=headers)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
     assert answer.json()["error"]["message"] == f"'{PATH}' takes POST, not GET"
-    answer = httpx.head(f"{server.url}/health")
+    answer = server.request("HEAD", "/health")
     assert (answer.status_code, answer.content) == (200, b"")
 
 
@@ -52,7 +61,7 @@ def test_keys(server: RunningServer) -> None:
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
     assert server.post("/nowhere", {}).status_code == 401, "strangers do not learn which paths there are"
-    assert httpx.get(f"{server.url}/health").json() == {"state": "ready"}
+    assert server.get("/health").json() == {"state": "ready"}
     with server.client(api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
 
@@ -67,7 +76,7 @@ def test_tenants_come_from_keys_and_from_a_trusted_header() -> None:
     gate = StepGate()
     config = ServerConfig(api_keys={"one": None, "two": "team"}, tenant_header="x-tenant")
     llm = fake_llm(scripted("Hello"), on_step=gate)
-    with serving_llm(llm, config) as server, httpx.Client(base_url=server.url) as client:
+    with serving_llm(llm, config) as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as client:
         streams = []
         for headers in ({}, {"x-tenant": "other"}):
             for key in ("one", "two"):
@@ -90,7 +99,7 @@ def test_large_bodies_are_refused_unread(server: RunningServer) -> None:
     body = {**CHAT, "user": "x" * 1000}
     assert server.post(PATH, body, headers=bearer("one")).status_code == 413
     chunks = iter([json.dumps(body).encode()])  # without a content-length
-    answer = httpx.post(server.url + PATH, content=chunks, headers=bearer("one"))
+    answer = server.request("POST", PATH, content=chunks, headers=bearer("one"))
     assert answer.status_code == 413
     assert answer.json()["error"]["message"] == "the body exceeds 1000 bytes (max_body_bytes)"
 
@@ -129,7 +138,7 @@ def test_more_requests_than_allowed_are_told_to_wait() -> None:
         answer = server.post(PATH, CHAT)
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert "max_concurrent_requests" in answer.json()["error"]["message"]
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.get("/health").status_code == 200
         gate.open()
         assert read_all(first).startswith(b"HTTP/1.1 200 ")
         assert server.post(PATH, CHAT).status_code == 200
@@ -159,7 +168,7 @@ def test_web_pages_are_let_in_only_if_asked(server: RunningServer) -> None:
         answer = open_server.post(PATH, CHAT, headers=headers)
         assert answer.headers["access-control-allow-origin"] == "https://example.com"
         asking = {"origin": "https://example.com", "access-control-request-method": "POST"}
-        assert httpx.options(open_server.url + PATH, headers=asking).status_code == 200
+        assert open_server.request("OPTIONS", PATH, headers=asking).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,11 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def ask(server: RunningServer, path: str = CHAT, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json={"messages": MESSAGES, **fields}, timeout=WAIT_S)
+    return server.post(path, {"messages": MESSAGES, **fields})
 
 
 def scrape_server(server: RunningServer, path: str = "/metrics") -> Scrape:
-    response = httpx.get(f"{server.url}{path}", timeout=WAIT_S)
+    response = server.get(path)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
     return Scrape(response.text)
@@ -41,7 +41,7 @@ def test_engine_and_requests_are_counted() -> None:
         assert ask(server, stream=True).status_code == 200
         assert ask(server, temperature="hot").status_code == 400
         assert ask(server, path="/v1/secret/123").status_code == 404
-        assert httpx.request("PROPFIND", f"{server.url}/coffee").status_code in (404, 405)
+        assert server.request("PROPFIND", "/coffee").status_code in (404, 405)
         seen = scrape_server(server)
         requests = "llmengine_http_requests_total"
         assert seen.value(requests, method="POST", route=CHAT, status="200") == 2
@@ -60,7 +60,7 @@ def test_what_a_gateway_asks_for() -> None:
     """`/health` and three gauges, under vLLM's names if it knows only those."""
     config = ServerConfig(api_keys=["secret"], metric_names="vllm")
     with serving_llm(fake_llm(), config) as server:
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.get("/health").status_code == 200
         seen = scrape_server(server)
         assert seen.value("vllm:num_requests_waiting") == 0
         assert seen.value("vllm:num_requests_running") == 0
@@ -73,14 +73,14 @@ def test_what_a_gateway_asks_for() -> None:
 def test_openmetrics_for_those_who_ask() -> None:
     with serving_llm(fake_llm()) as server:
         accept = "application/openmetrics-text; version=1.0.0"
-        response = httpx.get(f"{server.url}/metrics", headers={"accept": accept})
+        response = server.get("/metrics", headers={"accept": accept})
         assert response.headers["content-type"].startswith("application/openmetrics-text")
         assert response.text.endswith("# EOF\n")
 
 
 def test_metrics_can_be_left_out() -> None:
     with serving_llm(fake_llm(), ServerConfig(metrics=False)) as server:
-        assert httpx.get(f"{server.url}/metrics").status_code == 404
+        assert server.get("/metrics").status_code == 404
         assert scrape(server.app.state.registry).names == set()
 
 
@@ -157,11 +157,11 @@ with serving_llm(fake_llm(scripted("Hello!")), ServerConfig(model_name="fake")) 
     headers = {"traceparent": f"00-{trace_id}-{span_id}-01"}
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     url = f"{server.url}/v1/chat/completions"
-    assert httpx.post(url, json=body, headers=headers, timeout=20).status_code == 200
-    assert httpx.post(url, json=body, timeout=20).status_code == 200
+    assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == 200
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
 tracing_threads = [thread for thread in __import__("threading").enumerate() if thread.name == "llmengine-tracing"]
 for thread in tracing_threads:
-    thread.join(20)
+    thread.join(60)
 spans = {span.context.span_id: span for span in exporter.get_finished_spans()}
 found = []
 for span in list(spans.values()):

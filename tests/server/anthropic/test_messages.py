@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
+from tests.engine.helpers import StepGate
 from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving_llm
 
 ANSWER = "Hello, wörld!"
@@ -251,8 +252,10 @@ def test_request_that_fails_in_its_stream() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
-    with serving_llm(fake_llm(lambda _: ord("a"), backend={"max_model_len": 32_768}), CONFIG) as server:
-        body = {"model": "fake", "max_tokens": 30_000, "messages": USER, "stream": stream}
+    gate = StepGate()  # so that the answer does not end before its client leaves
+    with serving_llm(fake_llm(lambda _: ord("a"), on_step=gate), CONFIG) as server:
+        gate.let_go()
+        body = {"model": "fake", "max_tokens": 3000, "messages": USER, "stream": stream}
         with httpx.Client(base_url=server.url, headers={"x-api-key": "key"}, timeout=WAIT_S) as client:
             if stream:
                 with client.stream("POST", "/v1/messages", json=body) as response:
@@ -260,5 +263,6 @@ def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post("/v1/messages", json=body, timeout=0.2)
+        gate.open()
         stats = server.app.state.service.llm.stats
         eventually(lambda: stats().num_running == stats().num_used_blocks == 0)

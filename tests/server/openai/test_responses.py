@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from llmengine import SchedulerConfig
 from llmengine.server import ServerConfig
+from tests.engine.helpers import StepGate
 from tests.server.helpers import WAIT_S, RunningServer, eventually, fake_llm, scripted, serving_llm
 
 ANSWER = "Hello, wörld!"
@@ -183,7 +185,9 @@ def test_background_response_is_polled() -> None:
 
 
 def test_background_response_is_cancelled_or_deleted() -> None:
-    with serving_llm(fake_llm(lambda _: ord("a"), backend={"max_model_len": 32_768}), CONFIG) as server:
+    # A step takes as long as one of a model: the answers take minutes, and are not complete before they are cancelled.
+    llm = fake_llm(lambda _: ord("a"), on_step=lambda _: time.sleep(0.01), backend={"max_model_len": 32_768})
+    with serving_llm(llm, CONFIG) as server:
         with client_of(server) as client:
             first, second = (client.responses.create(model="fake", input="Hi", background=True) for _ in range(2))
             assert client.responses.cancel(first.id).status == "cancelled"
@@ -205,7 +209,9 @@ def wait_until_idle(server: RunningServer) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
-    with serving_llm(fake_llm(lambda _: ord("a"), backend={"max_model_len": 32_768}), CONFIG) as server:
+    gate = StepGate()  # so that the answer does not end before its client leaves
+    with serving_llm(fake_llm(lambda _: ord("a"), on_step=gate), CONFIG) as server:
+        gate.let_go()
         headers = {"authorization": "Bearer a"}
         body = {"input": "Hi", "stream": stream}
         with httpx.Client(base_url=server.url, headers=headers, timeout=WAIT_S) as client:
@@ -215,6 +221,7 @@ def test_client_that_leaves_frees_its_blocks(stream: bool) -> None:
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post("/v1/responses", json=body, timeout=0.2)
+        gate.open()
         wait_until_idle(server)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from typing import Any
 
 import httpx
@@ -12,6 +11,7 @@ import pytest
 from llmengine import SamplingParams
 from llmengine.server import ServerConfig, create_app
 from llmengine.server.playground.pages import PUBLIC_PATHS
+from tests.engine.helpers import StepGate
 from tests.server.helpers import WAIT_S, fake_llm, serving_llm
 
 
@@ -64,14 +64,8 @@ def test_the_playground_is_no_part_of_the_api() -> None:
 
 
 def test_the_feed_tells_of_the_batch_and_of_no_other_tenants_requests() -> None:
-    reached, release = threading.Event(), threading.Event()
-
-    def on_step(batch: Any) -> None:
-        if len(batch.rows) == 2:
-            reached.set()
-            release.wait(WAIT_S)
-
-    llm = fake_llm(on_step=on_step)
+    gate = StepGate()
+    llm = fake_llm(on_step=gate)
     config = ServerConfig(model_name="fake", api_keys={"a": "alice", "b": "bob"})
     with serving_llm(llm, config) as server:
         try:
@@ -80,10 +74,12 @@ def test_the_feed_tells_of_the_batch_and_of_no_other_tenants_requests() -> None:
                 llm.generate_async([1, 2, 3], params, tenant="alice", request_id="hers", metadata="private"),
                 llm.generate_async([4, 5], params, tenant="bob", request_id="his"),
             ]
-            assert reached.wait(WAIT_S)
+            gate.wait()
+            if len(gate.batches[-1].rows) < 2:
+                gate.step()
             response = get(server.url + "/playground/state", headers={"authorization": "Bearer a"})
         finally:
-            release.set()
+            gate.open()
         found = response.json()
         assert (found["model"], found["engine"]) == ("fake", "ready")
         assert (found["num_running"], found["num_waiting"]) == (2, 0)
