@@ -140,6 +140,20 @@ def interrupt_main_in(function: str, *, on_main: bool = True) -> None:
     signal.pthread_kill(main if on_main else threading.get_ident(), signal.SIGINT)
 
 
+class ShiftedTime:
+    """The module `time`, whose clock a test can put forward by `ahead_s` seconds."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic() + self.ahead_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
 class StepGate:
     """An `on_step` that holds the engine thread inside each step until the test lets it go on."""
 

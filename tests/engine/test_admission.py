@@ -14,6 +14,7 @@ import pytest
 
 from llmengine.batch import Batch
 from llmengine.config import SchedulerConfig
+from llmengine.engine import engine
 from llmengine.engine.admission import Admission, AdmissionTicket, Applicant
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import (
@@ -30,6 +31,7 @@ from llmengine.tokenizer.protocol import ByteTokenizer
 from tests.engine.helpers import (
     WAIT_S,
     GatedTokenizer,
+    ShiftedTime,
     StepGate,
     assert_idle,
     bounded,
@@ -545,13 +547,18 @@ def test_first_token_deadline_ends_what_has_no_token_and_spares_what_has() -> No
         assert_idle(llm)
 
 
-def test_first_token_deadline_does_not_hide_the_whole_ones() -> None:
-    def slow(batch: Batch) -> None:
-        threading.Event().wait(0.002)
-
-    with make_llm(on_step=slow, scheduler=small_queue()) as llm:
-        handle = llm.generate_async([1], tokens(250), first_token_deadline_s=0.3, deadline_s=0.4)
+def test_first_token_deadline_does_not_hide_the_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, clock = StepGate(), ShiftedTime()
+    monkeypatch.setattr(engine, "time", clock)
+    with make_llm(on_step=gate, scheduler=small_queue()) as llm:
+        handle = llm.generate_async([1], tokens(250), first_token_deadline_s=300.0, deadline_s=400.0)
+        gate.wait()
+        gate.step()
+        clock.ahead_s = 350.0
+        gate.step()
+        clock.ahead_s = 401.0
+        gate.open()
         output = handle.result(WAIT_S)
         assert output.finish_reason == "timeout"
-        assert output.num_tokens > 0
+        assert output.token_ids == oracle([1], 3)
         assert_idle(llm)

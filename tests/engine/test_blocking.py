@@ -27,10 +27,15 @@ from tests.engine.helpers import (
 
 
 @contextmanager
-def interrupted_in(function: str) -> Iterator[None]:
-    """The body is ended by a Ctrl-C that another thread gets once the main thread is in `function`."""
+def interrupted_in(function: str, afterwards: Callable[[], None] | None = None) -> Iterator[None]:
+    """The body is ended by a Ctrl-C that another thread gets once the main thread is in `function`.
+
+    `afterwards` is called later, when the Ctrl-C should have ended the wait.
+    """
     with heeding_ctrl_c():
         sent = start(lambda: interrupt_main_in(function, on_main=False))
+        if afterwards is not None:
+            sent.add_done_callback(lambda _: later(afterwards))
         with pytest.raises(KeyboardInterrupt):
             yield
         sent.result(WAIT_S)
@@ -49,8 +54,7 @@ def test_loading() -> None:
         return FakeBackend()
 
     before = threading.active_count()
-    with interrupted_in("result_of"):
-        later(loaded.set)
+    with interrupted_in("result_of", loaded.set):
         LLM.from_backend(load)
     until = time.monotonic() + WAIT_S
     while threading.active_count() > before:

@@ -142,7 +142,10 @@ def test_wrong_id_is_refused(wrong: Any) -> None:
 
 
 def test_errors_and_logs_name_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    gate = StepGate()
+
     def die(batch: Any) -> None:
+        gate(batch)
         raise RuntimeError("device lost")
 
     with make_llm() as llm:
@@ -157,6 +160,7 @@ def test_errors_and_logs_name_the_request(caplog: pytest.LogCaptureFixture) -> N
         assert refusal.value.request_id is None
     with caplog.at_level(logging.ERROR, "llmengine"), make_llm(on_step=die) as llm:
         handles = [llm.generate_async([n], tokens(3), request_id=f"r{n}") for n in range(2)]
+        gate.open()
         for n, handle in enumerate(handles):
             with pytest.raises(EngineDeadError) as death:
                 handle.result(WAIT_S)

@@ -130,7 +130,7 @@ async def test_a_request_that_arrives_during_a_step_is_part_of_the_next(monkeypa
             arrived.append(llm.generate_async([7, 8, 9], tokens(4)))
 
     monkeypatch.setattr(
-        engine, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=time.perf_counter, sleep=wait)
+        engine, "time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter, sleep=wait)
     )
     with LLM.from_backend(lambda: backend) as llm:
         output = await llm.generate_async([1, 2, 3], tokens(12))

@@ -122,12 +122,16 @@ def test_a_collected_engine_takes_its_series_with_it() -> None:
 
 
 def test_dead_engine_says_so_until_it_is_closed() -> None:
+    gate = StepGate()
+
     def fail(batch: Any) -> None:
+        gate(batch)
         raise OSError("the device is gone")
 
     llm = make_llm(on_step=fail)
     metrics = EngineMetrics(llm, engine="doomed")
     handles = [llm.generate_async([1, 2], tokens(4)) for _ in range(2)]
+    gate.open()
     for handle in handles:
         with pytest.raises(EngineDeadError):
             handle.result(WAIT_S)

@@ -210,11 +210,15 @@ def test_observers_know_no_less_than_readers() -> None:
 
 
 def test_every_submission_ends_when_the_engine_dies() -> None:
+    gate = StepGate()
+
     def fail(batch: Any) -> None:
+        gate(batch)
         raise OSError("the device is gone")
 
     llm, recorder = observed(on_step=fail)
     handles = [llm.generate_async([1, 2], tokens(4)), llm.generate_async("text", tokens(4))]
+    gate.open()
     for handle in handles:
         with pytest.raises(EngineDeadError):
             handle.result(WAIT_S)

@@ -172,11 +172,15 @@ def test_errors_show_in_the_span(traced: Tracing) -> None:
 
 
 def test_death_of_the_engine_ends_all_spans() -> None:
+    gate = StepGate()
+
     def fail(batch: Any) -> None:
+        gate(batch)
         raise OSError("the device is gone")
 
     traced = Tracing(on_step=fail)
     handles = [traced.llm.generate_async([1, 2], tokens(4)) for _ in range(2)]
+    gate.open()
     for handle in handles:
         with pytest.raises(EngineDeadError):
             handle.result(WAIT_S)

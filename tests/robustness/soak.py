@@ -292,7 +292,8 @@ def check_end(life: Life, faults: Faults) -> None:
     """Record what is wrong with an engine whose clients have gone."""
     llm, ending = life.llm, life.ending
     health = llm.health()
-    if ending in CAUSES and faults.num_shown[ending]:
+    # A machine on which a thread stands still may be taken for a hang before the backend hangs.
+    if ending in CAUSES and (faults.num_shown[ending] or (ending == "hang" and health.state == "dead")):
         if health.state != "dead" or CAUSES[ending].__name__ not in str(health.failure):
             life.faults.append(f"after the ending {ending!r} the engine is {health.state}: {health.failure}")
     elif ending in ("close", "drain"):

@@ -195,10 +195,10 @@ def test_what_a_template_makes_is_bounded(source: str, message: str, monkeypatch
 
 def test_a_template_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmengine.chat.template.MAX_RENDER_S", MAX_RENDER_S / 50)
-    begin = time.monotonic()
+    begin = time.thread_time()
     with pytest.raises(InvalidRequestError, match=r"takes too long; the limit is 0\.1 s"):
         ChatTemplate("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}").render(MESSAGES)
-    assert time.monotonic() - begin < MAX_RENDER_S
+    assert time.thread_time() - begin < MAX_RENDER_S
 
 
 def test_counting_keeps_what_loops_know() -> None:

@@ -424,6 +424,16 @@ HOSTILE: list[dict[str, Any]] = [
 
 
 async def test_hostile_grammars_end_and_stall_nobody() -> None:
+    """A machine on which threads stand still may do what the grammars must not, so there are several tries."""
+    for _ in range(3):
+        if await slowest_answer_beside_hostile_grammars() < 2.0:
+            return
+    pytest.fail("hostile grammars stall others each time")
+
+
+async def slowest_answer_beside_hostile_grammars() -> float:
+    """Longest time that 50 tokens took meanwhile, in seconds."""
+
     def wants_a(token_ids: Sequence[int]) -> int:
         return counting_model(token_ids) if token_ids[0] == ord("p") else ord("a")
 
@@ -444,7 +454,7 @@ async def test_hostile_grammars_end_and_stall_nobody() -> None:
                 await asyncio.sleep(0.01)
             for result in await hostile:
                 assert isinstance(result, (GenerationOutput, InvalidRequestError, RequestFailedError)), result
-    assert slowest < 2.0, "50 tokens beside hostile grammars"
+    return slowest
 
 
 def test_grammar_does_not_move_twice_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,23 +181,30 @@ def test_a_lone_surrogate_is_found_anywhere_in_a_long_text(smollm2: LoadedTokeni
 def test_a_long_text_is_tokenized_without_the_interpreter_lock(
     smollm2: LoadedTokenizer, adapt: Callable[[LoadedTokenizer], TokenizerProtocol]
 ) -> None:
-    """Meanwhile another thread gets its turns. If the lock were held, it would get one, at the very end."""
+    """Meanwhile another thread gets its turns. If the lock were held, it would get one, at the very end.
+
+    On a busy machine it may stand still for all of the time, so there are several tries.
+    """
     tokenizer = adapt(smollm2)
     text = "the quick brown fox jumps over the lazy dog. " * 20_000
-    begun, turns = threading.Event(), 0
 
-    def encode() -> int:
-        begun.set()
-        return len(tokenizer.encode(text))
+    def turns_meanwhile() -> int:
+        begun, turns = threading.Event(), 0
 
-    with ThreadPoolExecutor(1) as thread:
-        encoding = thread.submit(encode)
-        begun.wait()
-        while not encoding.done():
-            time.sleep(0.001)
-            turns += 1
-        assert encoding.result() > 20_000
-    assert turns > 10
+        def encode() -> int:
+            begun.set()
+            return len(tokenizer.encode(text))
+
+        with ThreadPoolExecutor(1) as thread:
+            encoding = thread.submit(encode)
+            begun.wait()
+            while not encoding.done():
+                time.sleep(0.001)
+                turns += 1
+            assert encoding.result() > 20_000
+        return turns
+
+    assert any(turns_meanwhile() > 10 for _ in range(5))
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
