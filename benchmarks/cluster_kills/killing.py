@@ -26,6 +26,7 @@ class Killing:
     Args:
         new_victim: makes a replica that is to be started.
         bound_s: within this time every stream must end, and the cluster be whole again.
+        replica_timeout_s: of the cluster; the kind "silence" takes this long.
 
     Attributes:
         kills: what was killed, in order.
@@ -41,6 +42,7 @@ class Killing:
         num_clients: int = 12,
         rerun_requests: bool = False,
         bound_s: float = 30.0,
+        replica_timeout_s: float = 2.0,
     ) -> None:
         self.kills: list[Kill] = []
         self.faults: list[str] = []
@@ -49,7 +51,10 @@ class Killing:
         self._num_clients = num_clients
         self._bound_s = bound_s
         self._config = ClusterConfig(
-            num_replicas=num_replicas, rerun_requests=rerun_requests, max_reruns=1000, replica_timeout_s=2.0
+            num_replicas=num_replicas,
+            rerun_requests=rerun_requests,
+            max_reruns=1000,
+            replica_timeout_s=replica_timeout_s,
         )
         self._victims: dict[int, Victim] = {}
         self._num_refused_starts = 0

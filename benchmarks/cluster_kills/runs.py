@@ -15,7 +15,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -66,6 +66,10 @@ class Resources:
             sum(engine() is not None for engine in engines),
             _used_cpus() if where == "ray" else 0.0,
         )
+
+    def exceed(self, before: Resources) -> bool:
+        """Whether there is more of anything. There may be less, since what ran before may end late."""
+        return any(now > then for now, then in zip(astuple(self), astuple(before), strict=True))
 
 
 def actor_processes() -> list[psutil.Process]:
@@ -129,9 +133,9 @@ def kill_all(
         killing = Killing(new_victim, bound_s=bound_s, **settings)
         with _without_logs():
             asyncio.run(killing.run(kinds))
-        _wait_until(lambda: Resources.now(where, engines) == before, bound_s)
+        _wait_until(lambda: not Resources.now(where, engines).exceed(before), bound_s)
         left = Resources.now(where, engines)
-    if left != before:
+    if left.exceed(before):
         killing.faults.append(f"left behind: {left}; before: {before}")
     return killing.kills, killing.faults
 

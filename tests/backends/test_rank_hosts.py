@@ -115,7 +115,9 @@ def test_what_happens_to_a_rank_elsewhere_ends_the_requests(
     assert len(ranks) == 2
 
     async def main() -> None:
-        handle = llm.generate_async([5, 6, 7], GREEDY.replace(max_new_tokens=400), streaming=True)
+        # However late this task is, the request does not end before.
+        params = GREEDY.replace(max_new_tokens=400)
+        handle = llm.generate_async([5, 6, 7], params, streaming=True, slow_consumer="pause")
         await anext(handle)
         how(hosts)
         with pytest.raises(EngineDeadError, match=says):

@@ -27,19 +27,24 @@ CALIBRATION: dict[str, Any] = {"calibration_prompts": PROMPTS, "num_calibration_
 GREEDY = SamplingParams(max_new_tokens=20, temperature=0.0, ignore_eos=True)
 
 
-def tiny_config(directory: Path, tp_size: int, **options: object) -> ModelConfig:
+def tiny_config(directory: Path, tp_size: int, max_unread_tokens: int = 256, **options: object) -> ModelConfig:
     return ModelConfig(
         directory,
         device="cpu",
         dtype="float32",
         parallel_config=ParallelConfig(tp_size=tp_size),
         kv_cache_config=KvCacheConfig(block_size=8, max_bytes=16 << 20),
-        scheduler_config=SchedulerConfig(max_batch_size=8, max_tokens_per_step=128, max_tokens_per_mixed_step=64),
+        scheduler_config=SchedulerConfig(
+            max_batch_size=8,
+            max_tokens_per_step=128,
+            max_tokens_per_mixed_step=64,
+            max_unread_tokens=max_unread_tokens,
+        ),
         **options,  # type: ignore[arg-type]
     )
 
 
-def load(directory: Path, tp_size: int, **options: object) -> LLM:
+def load(directory: Path, tp_size: int, **options: Any) -> LLM:
     return LLM(tiny_config(directory, tp_size, **options), enable_tokenizer=False)
 
 
@@ -158,11 +163,13 @@ def test_norms_of_q_and_k_over_all_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stops_ends_the_engine(directory: Path, number: signal.Signals) -> None:
     before = set(children())
-    llm = load(directory, 3)
+    llm = load(directory, 3, max_unread_tokens=16)
     (first, _) = sorted(set(children()) - before, key=lambda one: one.pid)
 
     async def main() -> None:
-        async for output in llm.generate_async([5, 6], GREEDY.replace(max_new_tokens=200), streaming=True):
+        # However late this task is, the request does not end before.
+        params = GREEDY.replace(max_new_tokens=200)
+        async for output in llm.generate_async([5, 6], params, streaming=True, slow_consumer="pause"):
             if output.num_tokens >= 3 and first.is_running():  # a consumer that is late gets several at once
                 os.kill(first.pid, number)
 

@@ -17,7 +17,7 @@ FAST = ("replica", "rank", "node", "removal", "cluster")
 
 @pytest.mark.parametrize("rerun", [False, True])
 def test_streams_end_well_whatever_is_killed(rerun: bool) -> None:
-    kills, faults = kill_all(FAST * 3, seed=3, num_replicas=3, rerun_requests=rerun)
+    kills, faults = kill_all(FAST * 3, seed=3, num_replicas=3, rerun_requests=rerun, replica_timeout_s=30.0)
     assert not faults
     assert len(kills) == 3 * len(FAST)
     errors = sum(kill.endings["ReplicaDeadError"] for kill in kills if kill.kind != "removal")
@@ -25,7 +25,8 @@ def test_streams_end_well_whatever_is_killed(rerun: bool) -> None:
 
 
 def test_replicas_that_are_processes() -> None:
-    kills, faults = kill_all(("replica", "rank", "node", "cluster"), where="processes", num_replicas=2, num_clients=4)
+    kinds = ("replica", "rank", "node", "cluster")
+    kills, faults = kill_all(kinds, where="processes", num_replicas=2, num_clients=4, replica_timeout_s=30.0)
     assert not faults
     assert sum(kill.endings["whole"] for kill in kills)
 

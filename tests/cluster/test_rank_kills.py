@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -19,7 +20,6 @@ from tests import ROOT
 from tests.backends.helpers import save_tiny
 from tests.backends.ranks.helpers import is_gone
 from tests.cluster.test_cluster import read_some
-from tests.engine.helpers import timeout
 
 GONE_S = 20.0
 PROMPT = [5, 6, 7]
@@ -59,10 +59,16 @@ async def test_streams_of_a_replica_whose_rank_is_killed_say_so_and_it_is_replac
 
     this = psutil.Process()
     before = {*ranks_of(this)}
-    async with timeout(), await Cluster.from_transports(lambda _: LocalTransport(load), ClusterConfig()) as cluster:
+    async with (
+        asyncio.timeout(300),
+        await Cluster.from_transports(lambda _: LocalTransport(load), ClusterConfig()) as cluster,
+    ):
         (rank,) = {*ranks_of(this)} - before
         expected = (await cluster.generate_async(PROMPT, SHORT)).token_ids
-        handles = [cluster.generate_async([9, number], LONG, streaming=True) for number in range(3)]
+        # However late this task is, none ends before.
+        handles = [
+            cluster.generate_async([9, number], LONG, streaming=True, slow_consumer="pause") for number in range(3)
+        ]
         for handle in handles:
             await read_some(handle, 2)
         os.kill(rank, signal.SIGKILL)

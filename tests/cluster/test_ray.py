@@ -109,7 +109,9 @@ async def main():
     settings = ClusterConfig(num_replicas=1, actor_options={"num_cpus": 1})
     async with await Cluster.create(config, settings, enable_tokenizer=False) as cluster:
         assert [output.token_ids for output in await cluster.generate(PROMPTS, PARAMS)] == expected
-        handle = cluster.generate_async([1, 2], SamplingParams(max_new_tokens=3000, ignore_eos=True), streaming=True)
+        long = SamplingParams(max_new_tokens=3000, ignore_eos=True)
+        # However late this program is, the request does not end before it is aborted.
+        handle = cluster.generate_async([1, 2], long, streaming=True, slow_consumer="pause")
         await anext(handle)
         handle.abort()
         assert (await handle).finish_reason == "abort"

@@ -6,7 +6,6 @@ import asyncio
 import importlib.util
 import json
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,12 +102,15 @@ async def test_what_a_stream_has_put_out_while_nobody_took_it_is_one_message() -
 
 
 async def test_an_answer_that_is_not_wanted_any_more_ends_in_the_engine() -> None:
-    replica = await make_replica(FakeBackend(alphabet, on_step=lambda batch: time.sleep(0.01)))
+    gate = StepGate()
+    replica = await make_replica(FakeBackend(alphabet, on_step=gate))
+    gate.let_go()
     request = forwarded("/v1/completions", model="default", prompt="xyz", max_tokens=200, stream=True)
     answer = replica.answer(request)
     await anext(answer)
     assert replica._llm.stats().num_running == 1
     await answer.aclose()
+    gate.open()
     async with asyncio.timeout(WAIT_S):
         while replica._llm.stats().num_running:  # noqa: ASYNC110  # the engine's thread
             await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -179,11 +180,14 @@ def test_nothing_stays_open_after_close() -> None:
 
     with open_group(2):  # torch opens a few once
         pass
+    gc.collect()
     before = open_files(), threading.active_count()
     for _ in range(2):
         with open_group(2):
             pass
-    assert (open_files(), threading.active_count()) == before
+    # What tests left that ran before may go meanwhile.
+    assert open_files() <= before[0]
+    assert threading.active_count() <= before[1]
 
 
 def test_the_callers_process_group_is_left_alone() -> None:
