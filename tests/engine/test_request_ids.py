@@ -142,19 +142,20 @@ def test_wrong_id_is_refused(wrong: Any) -> None:
 
 
 def test_errors_and_logs_name_the_request(caplog: pytest.LogCaptureFixture) -> None:
-    gate = StepGate()
+    held, gate = StepGate(), StepGate()
 
     def die(batch: Any) -> None:
         gate(batch)
         raise RuntimeError("device lost")
 
-    with make_llm() as llm:
+    with make_llm(on_step=held) as llm:
         rejected = llm.generate_async("a" * 10_000, request_id="long")
         with pytest.raises(InvalidRequestError) as refusal:
             rejected.result(WAIT_S)
         assert refusal.value.request_id == "long"
         with pytest.raises(TimeoutError, match="request 'slow'"):
             llm.generate_async(PROMPT, tokens(500), request_id="slow").result(0)
+        held.open()
         with pytest.raises(InvalidRequestError) as refusal:
             llm.generate_async([-1], request_id="never submitted")
         assert refusal.value.request_id is None
