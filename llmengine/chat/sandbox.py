@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -91,23 +90,42 @@ def bounded_range_function() -> Callable[..., range]:
     return bounded_range
 
 
-class RenderBudget:
-    """Steps and characters that one rendering has used, and its deadline."""
+class RenderTime:
+    """Computing time of the thread that makes this. A thread that stands still on a busy machine does not use it up.
 
-    def __init__(self, max_s: float = math.inf, deadline: float = math.inf) -> None:
+    Attributes:
+        limit_s: how much there is, in seconds.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._over_at = time.monotonic() + limit_s
+        self._used_up_at = time.thread_time() + limit_s
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is used up."""
+        # The first clock is read in a tenth of the time.
+        return time.monotonic() > self._over_at and time.thread_time() > self._used_up_at
+
+
+class RenderBudget:
+    """Steps and characters that one rendering has used, and its time."""
+
+    def __init__(self, time_left: RenderTime | None = None) -> None:
         self._steps = 0
         self._chars = 0
-        self._max_s, self._deadline = max_s, deadline
+        self._time_left = time_left
 
     def step(self) -> None:
-        """Count a loop iteration or call; raises `InvalidRequestError` above the limit or after the deadline."""
+        """Count a loop iteration or call; raises `InvalidRequestError` above the limit or when the time is over."""
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise InvalidRequestError(
                 f"the chat template makes too many loop iterations and calls; the limit is {MAX_STEPS}"
             )
-        if time.monotonic() > self._deadline:
-            raise InvalidRequestError(f"the chat template takes too long; the limit is {self._max_s:g} s")
+        if self._time_left is not None and self._time_left.is_over:
+            raise InvalidRequestError(f"the chat template takes too long; the limit is {self._time_left.limit_s:g} s")
 
     def count_value(self, value: Any) -> Any:
         """Count the size of a new `value` and return it."""

@@ -8,7 +8,6 @@ it would be lost silently.
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from llmengine.chat.sandbox import (
     RENDER_BUDGET,
     Message,
     RenderBudget,
+    RenderTime,
     SandboxedTemplates,
     bounded_range_function,
 )
@@ -32,7 +32,7 @@ from llmengine.errors import InvalidRequestError, ModelLoadError
 __all__ = ["MAX_PROMPT_CHARS", "MAX_RANGE_ITEMS", "MAX_RENDER_S", "MAX_STEPS", "ChatTemplate", "ChatTemplates"]
 
 MAX_RENDER_S = 5.0
-"""Most seconds of one rendering, checked in every step."""
+"""Most computing time of one rendering in seconds, checked in every step."""
 
 _OURS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 _RESERVED = (*_OURS, "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask")
@@ -102,12 +102,12 @@ class ChatTemplate:
         context = {**self._special_tokens, **{name: plain_value(value, name) for name, value in given.items()}}
         context |= {"tools": tools, "documents": documents}
         context["add_generation_prompt"] = not field if add_generation_prompt is None else add_generation_prompt
-        deadline = time.monotonic() + MAX_RENDER_S
+        time_left = RenderTime(MAX_RENDER_S)
         plainly = plain_messages(messages)
         ending = _mark_ending(plainly, field) if field else ""
-        conversation = self._conversation(plainly, deadline)
+        conversation = self._conversation(plainly, time_left)
         try:
-            text = self._write_in_forms(conversation, context, deadline)
+            text = self._write_in_forms(conversation, context, time_left)
         except InvalidRequestError:
             raise
         except RecursionError as error:
@@ -131,18 +131,18 @@ class ChatTemplate:
                     "template with chat_template="
                 )
 
-    def _conversation(self, messages: list[dict[str, Any]], deadline: float) -> Conversation:
+    def _conversation(self, messages: list[dict[str, Any]], time_left: RenderTime) -> Conversation:
         for message in messages:
             if message["role"] == "developer" and "developer" not in self._mentioned:
                 message["role"] = "system"  # "developer" is OpenAI's newer name
         if self._takes_text is None:
-            self._takes_text = self._can_take_text(deadline)
+            self._takes_text = self._can_take_text(time_left)
         conversation = Conversation(messages, Message, as_parts=not self._takes_text)
         if not self._reads_messages:
             return conversation
         for index, message in enumerate(conversation.messages):
             role = message["role"]
-            if message.get("content") and not self._is_role_known(role, deadline):
+            if message.get("content") and not self._is_role_known(role, time_left):
                 raise InvalidRequestError(
                     f"messages[{index}] would be lost, because the chat template ignores the role {role!r:.100}"
                 )
@@ -151,11 +151,11 @@ class ChatTemplate:
                     f'the chat template does not use messages[{index}]["function_call"], so it would be lost; '
                     'send "tool_calls" instead'
                 )
-        if conversation.has_tool_calls and not self._can_write_tool_calls(deadline):
+        if conversation.has_tool_calls and not self._can_write_tool_calls(time_left):
             raise InvalidRequestError('the chat template does not use "tool_calls", so they would be lost')
         return conversation
 
-    def _write_in_forms(self, conversation: Conversation, context: dict[str, Any], deadline: float) -> str:
+    def _write_in_forms(self, conversation: Conversation, context: dict[str, Any], time_left: RenderTime) -> str:
         """Write the prompt with the first forms of values that the template reads.
 
         A value that a complete rendering did not read gets its next form. If the rendering failed, values that it did
@@ -167,7 +167,7 @@ class ChatTemplate:
                 value.forget()
             text, fault = "", None
             try:
-                text = self._write({**context, "messages": conversation.messages}, deadline)
+                text = self._write({**context, "messages": conversation.messages}, time_left)
             except InvalidRequestError:
                 raise
             except _FAULTS as error:
@@ -185,10 +185,10 @@ class ChatTemplate:
                     raise fault
                 return text
 
-    def _write(self, context: Mapping[str, Any], deadline: float) -> str:
+    def _write(self, context: Mapping[str, Any], time_left: RenderTime) -> str:
         pieces = []
         num_chars = 0
-        token = RENDER_BUDGET.set(RenderBudget(MAX_RENDER_S, deadline))
+        token = RENDER_BUDGET.set(RenderBudget(time_left))
         try:
             for piece in self._template.generate({**context, "range": bounded_range_function()}):
                 pieces.append(piece)
@@ -201,36 +201,36 @@ class ChatTemplate:
             RENDER_BUDGET.reset(token)
         return "".join(pieces)
 
-    def _probe(self, messages: Sequence[Mapping[str, Any]], deadline: float) -> str | None:
+    def _probe(self, messages: Sequence[Mapping[str, Any]], time_left: RenderTime) -> str | None:
         """The text that the template writes for `messages`; None if it fails."""
         context = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
         try:
-            return self._write({**context, "messages": list(map(Message, messages))}, deadline)
+            return self._write({**context, "messages": list(map(Message, messages))}, time_left)
         except InvalidRequestError:
             raise
         except _FAULTS:
             return None
 
-    def _can_take_text(self, deadline: float) -> bool:
+    def _can_take_text(self, time_left: RenderTime) -> bool:
         """True if content may be text: it may unless the template writes only content that is given in parts."""
         part = {"type": "text", "text": _NEEDLE}
-        if "text" not in self._mentioned or _NEEDLE in (self._probe([_message("user", _NEEDLE)], deadline) or ""):
+        if "text" not in self._mentioned or _NEEDLE in (self._probe([_message("user", _NEEDLE)], time_left) or ""):
             return True
-        return _NEEDLE not in (self._probe([_message("user", [part])], deadline) or "")
+        return _NEEDLE not in (self._probe([_message("user", [part])], time_left) or "")
 
-    def _is_role_known(self, role: str, deadline: float) -> bool:
+    def _is_role_known(self, role: str, time_left: RenderTime) -> bool:
         """True if the template writes or rejects messages of `role`, or does not even write those of a user."""
         if role in self._mentioned or role == "user":
             return True
         known = self._knows_role.get(role)
         if known is None:
-            known = self._can_write(role, deadline) or not self._can_write("user", deadline)
+            known = self._can_write(role, time_left) or not self._can_write("user", time_left)
             if len(self._knows_role) < _MAX_KNOWN_ROLES:
                 self._knows_role[role] = known
         return known
 
-    def _can_write(self, role: str, deadline: float) -> bool:
-        written = [self._probe(messages, deadline) for messages in self._conversations_with(role)]
+    def _can_write(self, role: str, time_left: RenderTime) -> bool:
+        written = [self._probe(messages, time_left) for messages in self._conversations_with(role)]
         return written.count(None) == len(written) or any(_NEEDLE in text for text in written if text is not None)
 
     def _conversations_with(self, role: str) -> Iterator[list[Mapping[str, Any]]]:
@@ -244,11 +244,11 @@ class ChatTemplate:
         yield [user, probe]
         yield [user, answer, probe]
 
-    def _can_write_tool_calls(self, deadline: float) -> bool:
+    def _can_write_tool_calls(self, time_left: RenderTime) -> bool:
         if "tool_calls" in self._mentioned:
             return True
         call = {"type": "function", "function": {"name": _NEEDLE, "arguments": {}}}
-        written = self._probe([_message("user", "a"), {**_message("assistant", "b"), "tool_calls": [call]}], deadline)
+        written = self._probe([_message("user", "a"), {**_message("assistant", "b"), "tool_calls": [call]}], time_left)
         return written is not None and _NEEDLE in written
 
 

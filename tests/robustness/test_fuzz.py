@@ -201,6 +201,17 @@ def test_a_template_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None
     assert time.thread_time() - begin < MAX_RENDER_S
 
 
+def test_a_thread_that_stands_still_in_a_template_does_not_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_still(pattern: str) -> str:
+        time.sleep(0.2)
+        return pattern
+
+    monkeypatch.setattr("llmengine.chat.template.MAX_RENDER_S", MAX_RENDER_S / 50)
+    monkeypatch.setattr("llmengine.chat.sandbox._strftime_now", stand_still)
+    template = ChatTemplate("{{ strftime_now('now') }}{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert template.render(MESSAGES[:1]) == f"now{MESSAGES[0]['role']}"
+
+
 def test_counting_keeps_what_loops_know() -> None:
     source = (
         "{% for k, v in {'a': 1, 'b': [2]}.items() %}{{ k ~ v }}{{ loop.length }}{{ loop.last }} {% endfor %}"

@@ -25,7 +25,7 @@ WHOLE = request_bytes("/v1/chat/completions", CHAT)
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     size = {"max_model_len": 64, "num_blocks": 257, "block_size": 16}
-    config = ServerConfig(max_outputs=4, max_body_bytes=10_000, body_timeout_s=2)
+    config = ServerConfig(max_outputs=4, max_body_bytes=10_000, body_timeout_s=60)
     with serving_llm(fake_llm(lambda token_ids: 97 + len(token_ids) % 26, backend=size), config) as running:
         yield running
         assert running.get("/health").json() == {"state": "ready"}
