@@ -20,6 +20,7 @@ import httpx
 import pytest
 import uvicorn
 
+from benchmarks.ray_serve import free_port
 from llmengine.cli.main import main
 from llmengine.server.run import bound_sockets
 
@@ -160,9 +161,7 @@ def test_options_of_the_application(
 
 def test_routers_can_follow_the_prefix_cache(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zmq = pytest.importorskip("zmq", reason="pyzmq is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
     received: list[bytes] = []
 
     def serve(server: uvicorn.Server, sockets: list[socket.socket]) -> None:

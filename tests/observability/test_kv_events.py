@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.ray_serve import free_port
 from llmengine import LLM, CachedBlock, ConfigError, EngineDeadError, EngineObserver, PrefixCacheChange, SamplingParams
 from llmengine.batch import Batch
 from llmengine.testing import FakeBackend
@@ -221,7 +222,7 @@ def test_hashes_depend_on_tokens_and_salt_only() -> None:
 def test_a_publisher_of_a_running_engine_begins_with_its_content_and_ends_with_nothing() -> None:
     with small_llm() as llm:
         llm.generate([list(range(9))], SamplingParams(max_new_tokens=1))
-        publisher = KvEventPublisher(llm, ANY, replay_endpoint=ANY)
+        publisher = KvEventPublisher(llm, f"tcp://127.0.0.1:{free_port()}", replay_endpoint=ANY)
         router = Router(publisher)
         router.catch_up_until(prefixes(range(8)))
         router.close()
