@@ -18,7 +18,7 @@ from llmengine.batch import Batch
 from llmengine.chat.answers import Answer
 from llmengine.cluster import Cluster, ClusterConfig
 from llmengine.cluster.transport import LocalTransport
-from llmengine.cluster.wire import Abort, Command, ReplicaInfo, Update
+from llmengine.cluster.wire import Abort, Command, Hold, ReplicaInfo, Update
 from llmengine.config import SchedulerConfig
 from llmengine.engine.handle import RequestHandle
 from llmengine.errors import (
@@ -352,10 +352,26 @@ async def test_a_cluster_whose_model_cannot_be_loaded_says_why() -> None:
 
 
 async def test_slow_consumers_hold_their_requests_back() -> None:
-    scheduler = SchedulerConfig(max_unread_tokens=4)
-    async with timeout(), await make_cluster(lambda _: make_llm(scheduler=scheduler), num_replicas=1) as cluster:
+    gate, held = StepGate(), threading.Event()
+    llm = make_llm(scheduler=SchedulerConfig(max_unread_tokens=4), on_step=gate)
+
+    class Watched(LocalTransport):
+        async def send(self, commands: Sequence[Command]) -> None:
+            await super().send(commands)
+            if any(isinstance(command, Hold) and command.held for command in commands):
+                held.set()
+
+    async with timeout(), await Cluster.from_transports(lambda number: Watched(lambda: llm)) as cluster:
         handle = cluster.generate_async("slow", tokens(100), streaming=True, slow_consumer="pause")
+        gate.let_go()
         ids = await read_some(handle, 1)
+        while not held.is_set():  # a step at a time, or the replica might make all before it hears of it
+            num_tokens = handle.stats().num_tokens
+            gate.let_go()
+            while handle.stats().num_tokens == num_tokens and not held.is_set():  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(held.wait, 0.05)
+        gate.open()
         # Others run to their end meanwhile, in more steps than the slow one may be ahead by.
         await cluster.generate_async("fast", tokens(60))
         assert handle.stats().num_tokens < 60
