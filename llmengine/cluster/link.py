@@ -15,6 +15,9 @@ from llmengine.engine.stats import EngineHealth, EngineStats
 from llmengine.engine.stream import OutputStream, Waiter, publish, wake
 from llmengine.errors import EngineClosedError, EngineDeadError, LLMEngineError, ReplicaDeadError
 
+# In the time that a replica may be silent.
+_NUM_LOOKS = 20
+
 
 class ReplicaLink:
     """Sends commands to a replica and publishes what its requests put out. One event loop.
@@ -27,7 +30,8 @@ class ReplicaLink:
         is_leaving: it gets no more requests.
 
     Args:
-        timeout_s: a replica that says nothing for so long is dead.
+        timeout_s: a replica that says nothing for so long is dead. Time in which the event loop itself stood still does
+            not count.
         step_watch: says of an engine that hangs that it is.
         give_back: called with a request that failed before it put out anything, and its error; True if the cluster
             runs it elsewhere.
@@ -57,6 +61,7 @@ class ReplicaLink:
         self._commands: list[Command] = []
         self._has_commands = asyncio.Event()
         self._has_taken = asyncio.Event()
+        self._num_silent_looks = 0
         self._is_stopping = False
         self._death: LLMEngineError | None = None
 
@@ -75,9 +80,10 @@ class ReplicaLink:
         cause: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                sender = group.create_task(self._send())
+                others = [group.create_task(self._send()), group.create_task(self._listen_for_silence())]
                 await self._receive()
-                sender.cancel()
+                for other in others:
+                    other.cancel()
         except BaseExceptionGroup as errors:
             cause = _first_leaf(errors)
             if not isinstance(cause, Exception):
@@ -119,19 +125,19 @@ class ReplicaLink:
             await self._transport.send(commands)
 
     async def _receive(self) -> None:
-        updates = aiter(self._transport.updates())
-        while True:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    update = await anext(updates)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise EngineDeadError(f"it has said nothing for {self._timeout_s:g} s") from None
+        async for update in self._transport.updates():
+            self._num_silent_looks = 0
             self._take(update)
             self._step_watch.check(update.stats, time.monotonic())
             if self._death is not None:
                 return
+
+    async def _listen_for_silence(self) -> None:
+        """Raise `EngineDeadError` when the replica has said nothing for too long, in looks of a twentieth of that."""
+        while self._num_silent_looks <= _NUM_LOOKS:
+            await asyncio.sleep(self._timeout_s / _NUM_LOOKS)
+            self._num_silent_looks += 1
+        raise EngineDeadError(f"it has said nothing for {self._timeout_s:g} s")
 
     def _take(self, update: Update) -> None:
         self.stats, self.health = update.stats, update.health

@@ -31,11 +31,20 @@ def test_only_an_engine_with_requests_that_ends_no_step_hangs() -> None:
         (1019, 1, 6),
         (1021, 0, 6),  # aborted
         (1030, 1, 6),  # another one
-        (1031, 1, 6),
     ):
         watch.check(stats(num_running, num_steps), moment)
+    watch.check(stats(1, 6), 1034)
+    watch.check(stats(1, 6), 1035)
     with pytest.raises(EngineDeadError, match=r"no step has ended for 10.5 s \(step_timeout_s=10\)"):
-        watch.check(stats(1, 6), 1031.5)
+        watch.check(stats(1, 6), 1035.5)
+
+
+def test_a_watch_that_stood_still_itself_waits_for_what_the_engine_says_next() -> None:
+    watch = StepWatch(10.0)
+    for moment, num_steps in ((0, 5), (1, 5), (1000, 5), (1000.1, 6), (2000, 6), (2001, 6)):
+        watch.check(stats(1, num_steps), moment)
+    with pytest.raises(EngineDeadError, match="no step has ended for 11 s"):
+        watch.check(stats(1, 6), 3000)
 
 
 def test_without_a_limit_a_step_may_take_for_ever() -> None:

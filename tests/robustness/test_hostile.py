@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -360,6 +361,38 @@ def test_watchdog_minds_neither_idleness_nor_many_steps() -> None:
             continue
         assert llm.health().state == "closed"
         return
+    pytest.fail("the watchdog ended an engine that does not hang")
+
+
+STOPPED_IN_A_STEP = """
+import sys
+from llmengine import SamplingParams, SchedulerConfig
+from tests.engine.helpers import make_llm
+
+def step(batch):
+    print("stepping", flush=True)
+    sys.stdin.readline()
+
+with make_llm(on_step=step, scheduler=SchedulerConfig(step_timeout_s=float(sys.argv[1]))) as llm:
+    llm.generate([1], SamplingParams(max_new_tokens=1))
+"""
+
+
+def test_watchdog_does_not_mind_that_its_process_is_stopped() -> None:
+    """As by a frozen container. A machine on which a thread stands still as well gets a second chance, and a third."""
+    for timeout_s in (0.5, 1.0, 4.0):
+        command = [sys.executable, "-c", STOPPED_IN_A_STEP, str(timeout_s)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"stepping\n"
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(2 * timeout_s)
+            process.send_signal(signal.SIGCONT)
+            _, errors = process.communicate(b"\n", timeout=WAIT_S)
+        if process.returncode == 0:
+            return
+        assert b"step_timeout_s" in errors, errors.decode()
     pytest.fail("the watchdog ended an engine that does not hang")
 
 
