@@ -5,12 +5,15 @@ from __future__ import annotations
 from llmengine.engine.stats import EngineStats
 from llmengine.errors import EngineDeadError
 
+# What a replica says comes this far apart, in seconds, when nothing stands still.
+_USUAL_LOOK_S = 1.0
+
 
 class StepWatch:
     """Watches one engine. One thread.
 
-    Time between two looks counts as half of the limit at most: this process, too, may stand still, as in a frozen
-    container, and then hears only in the next looks what the engine has done meanwhile.
+    Time between two looks counts as half of the limit at most, or as a second if that is more: this process, too, may
+    stand still, as in a frozen container, and then hears only in the next looks what the engine has done meanwhile.
 
     Args:
         limit_s: how long a step may take; None: for ever.
@@ -31,7 +34,7 @@ class StepWatch:
         if stats.num_running == 0 or stats.counters.num_steps != self._num_steps:
             self._num_steps, self._stood_s = stats.counters.num_steps, 0.0
         elif self._limit_s is not None:
-            self._stood_s += min(now - before, self._limit_s / 2)
+            self._stood_s += min(now - before, max(self._limit_s / 2, _USUAL_LOOK_S))
             if self._stood_s > self._limit_s:
                 waited = f"requests are running, but no step has ended for {self._stood_s:.3g} s"
                 raise EngineDeadError(f"{waited} (step_timeout_s={self._limit_s:g})")

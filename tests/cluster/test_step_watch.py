@@ -47,6 +47,13 @@ def test_a_watch_that_stood_still_itself_waits_for_what_the_engine_says_next() -
         watch.check(stats(1, 6), 3000)
 
 
+def test_a_limit_below_the_time_between_two_looks_is_passed_at_the_next() -> None:
+    watch = StepWatch(0.5)
+    watch.check(stats(1, 5), 100)
+    with pytest.raises(EngineDeadError, match="no step has ended for 1 s"):
+        watch.check(stats(1, 5), 101)
+
+
 def test_without_a_limit_a_step_may_take_for_ever() -> None:
     watch = StepWatch(None)
     for moment in (0.0, 1e9):
