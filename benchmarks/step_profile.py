@@ -1,12 +1,14 @@
-"""Where the GPU spends a step of N decodes: the time of each kernel according to `torch.profiler`.
+"""Where the GPU spends a step of N decodes, or of prompts: the time of each kernel according to `torch.profiler`.
 
     python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 64
     python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --streams 1 --quant int4-rtn
+    python -m benchmarks.step_profile --shape 8b --dtype bfloat16 --prompts 256 --tokens-per-step 4224 --quant fp8
 
 N requests stream during the profile, so the steps are those of a running engine, with its graphs. A step lasts from the
 kernel that begins it to the one that begins the next. Many kernels start before their predecessors end, and wait. So a
 kernel's time here is what it adds: from the end of all kernels that began before it, or its own begin if that is later,
-to its end. These times and the gaps in which no kernel runs add up to the step.
+to its end. These times and the gaps in which no kernel runs add up to the step. With `--prompts`, so many requests for
+one token arrive at once, and the steps are those of their prompts but for the last.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -30,7 +33,7 @@ from llmengine import LLM, ParallelConfig, SchedulerConfig
 _CONTEXT = 4096
 _MAX_NAME = 70
 _FIRST_KERNEL = "_begin_step"
-_ATTENTION = "_decode_kernel"
+_ATTENTION = "_decode_kernel|_prefill_kernel"
 
 GROUPS: Mapping[str, str] = {
     "sums over ranks": "_over_peers|nccl",
@@ -137,7 +140,7 @@ def _added_us(ordered: Iterable[Launch], until_us: float) -> Iterator[float]:
 
 def _layer(ordered: Sequence[Launch], added: Sequence[float]) -> list[Place]:
     """The kernels from one attention to the next, where most are the same kernels."""
-    attentions = [index for index, launch in enumerate(ordered) if _ATTENTION in launch.name]
+    attentions = [index for index, launch in enumerate(ordered) if re.search(_ATTENTION, launch.name)]
     spans = [range(*pair) for pair in pairwise(attentions)]
     names = Counter(tuple(ordered[index].name for index in span) for span in spans)
     if not names:
@@ -204,7 +207,6 @@ def layer_table(profile: StepProfile) -> str:
 
 async def profile_decodes(llm: LLM, arguments: argparse.Namespace, num_streams: int) -> list[Launch]:
     """Profile some steps of so many streaming requests; return what ran on the device."""
-    import torch
     from torch.profiler import ProfilerActivity, profile
 
     params = exact_length(_CONTEXT - arguments.prompt_tokens)
@@ -219,11 +221,32 @@ async def profile_decodes(llm: LLM, arguments: argparse.Namespace, num_streams: 
         raise SystemExit(f"requests ended within the {arguments.seconds} s of the profile; use fewer --seconds")
     for handle in handles:
         handle.abort()
-    device = torch.autograd.DeviceType.CUDA
+    return _launches(profiled)
+
+
+async def profile_prompts(llm: LLM, arguments: argparse.Namespace, num_prompts: int) -> list[Launch]:
+    """Profile the prompts of so many requests; return what ran on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    prompts = [[2 + prompt % 500] * arguments.prompt_tokens for prompt in range(num_prompts)]
+
+    async def compute() -> None:
+        for handle in [llm.generate_async(prompt, exact_length(1)) for prompt in prompts]:
+            await handle
+
+    for _ in range(3):  # steps of a new size run without a graph at first, which is captured in the pause
+        await compute()
+        await anyio.sleep(arguments.seconds)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        await compute()
+    return _launches(profiled)
+
+
+def _launches(profiled: Any) -> list[Launch]:
     return [
         Launch(event.name, event.time_range.start, event.time_range.end)
         for event in profiled.events()
-        if event.device_type == device
+        if event.device_type.name == "CUDA"
     ]
 
 
@@ -244,6 +267,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_or_shape(parser)
     add_quantization(parser)
     parser.add_argument("--streams", type=positive_integers, default=[64], metavar="N,N,...")
+    parser.add_argument(
+        "--prompts", type=positive_integers, metavar="N,N,...", help="that arrive at once, no --streams"
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=int, metavar="N", help="most tokens of a step (default: the engine's)"
+    )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share each matrix; rank 0 is shown")
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="stages of layers, of which the last is shown")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
@@ -254,12 +283,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     require_gpu()
     start_profiler()
+    of_prompts = arguments.prompts is not None
+    counts, what = (arguments.prompts, "prompts") if of_prompts else (arguments.streams, "decodes")
+    measure = profile_prompts if of_prompts else profile_decodes
+    scheduler_config = SchedulerConfig(max_batch_size=max(counts))
+    if arguments.tokens_per_step is not None:
+        scheduler_config.max_tokens_per_step = scheduler_config.max_tokens_per_mixed_step = arguments.tokens_per_step
     with (
         tempfile.TemporaryDirectory() as directory,
         load_chosen(
             arguments,
             Path(directory),
-            SchedulerConfig(max_batch_size=max(arguments.streams)),
+            scheduler_config,
             device="cuda",
             max_model_len=_CONTEXT,
             parallel_config=ParallelConfig(tp_size=arguments.tp, pp_size=arguments.pp),
@@ -267,12 +302,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         description = llm.info.description
         print(description)
-        for num_streams in arguments.streams:
-            profile = profile_of(anyio.run(profile_decodes, llm, arguments, num_streams))
-            print(f"\n{profile.num_steps} steps of {num_streams} decodes, {profile.step_us:.0f} us each\n")
+        for count in counts:
+            profile = profile_of(anyio.run(measure, llm, arguments, count))
+            print(f"\n{profile.num_steps} steps of {count} {what}, {profile.step_us:.0f} us each\n")
             print(f"{group_table(profile)}\n\n{kernel_table(profile, arguments.most)}\n\n{layer_table(profile)}")
             engine = {"description": description}
-            append_record(arguments, "step profile", asdict(profile), engine=engine, num_streams=num_streams)
+            append_record(arguments, "step profile", asdict(profile), engine=engine, **{f"num_{what}": count})
 
 
 if __name__ == "__main__":
