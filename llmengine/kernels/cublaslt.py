@@ -94,7 +94,8 @@ class Product:
     Attributes:
         dtype: of x and the weights. Those in e4m3 have float32 scales besides, [m] and [n], or one each.
         accumulate: add to what `out` holds.
-        bias: its dtype, None: there is no bias.
+        bias: its dtype, None: there is no bias. The library adds no float32 bias to a product of e4m3 numbers, whatever
+            the result's dtype.
         out_stride: elements from one row of `out` to the next; 0 stands for n.
         one_scale: each operand in e4m3 has a single scale.
     """
@@ -261,7 +262,8 @@ class CublasLt:
         self._set(desc, _DESC_EPILOGUE, ctypes.c_int(_EPILOGUE_BIAS if has_bias else _EPILOGUE_DEFAULT))
         if product.bias is not None:
             self._set(desc, _DESC_BIAS_TYPE, ctypes.c_int(_REAL_TYPES[product.bias]))
-        if product.has_scales and not self._set_scale_modes(desc, product):
+        adds_bias = not product.has_scales or product.bias != torch.float32
+        if not adds_bias or (product.has_scales and not self._set_scale_modes(desc, product)):
             layouts = (ctypes.c_void_p(),) * 3
             return _Plan(desc, *layouts, ctypes.c_float(), (), {})
         weight = self._layout(product.dtype, product.k, product.n)

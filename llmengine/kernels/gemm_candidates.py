@@ -30,10 +30,7 @@ from llmengine.kernels.hopper_scaled import OUTPUTS, has_hopper_scaled
 from llmengine.kernels.hopper_scaled import SPLITS as SCALED_SPLITS
 from llmengine.kernels.linear import MAX_SPLIT_TILES
 from llmengine.kernels.packed_weights import TILE_ROWS
-from llmengine.kernels.scaled_weights import has_scaled_products
-from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.fp8 import Fp8
-from llmengine.quantization.int8 import Int8W8A8
 
 ROW_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -157,7 +154,7 @@ def candidates(shape: GemmShape, max_shared: int, num_sms: int = 0, compiles_cud
         fitting = [config for config in quantized if shared_bytes(shape, config) <= max_shared]
         has_hopper = num_sms > 0 and compiles_cuda
         if shape.is_scaled:
-            scaled = _hopper_scaled_candidates(bucketed, num_sms) if has_hopper else []
+            scaled = _hopper_scaled_candidates(bucketed, num_sms) if has_hopper and _has_short_biases(shape) else []
             others = fitting[:_MOST_OTHERS] if scaled else fitting
             has_library = any(isinstance(config, CublasConfig) for config in others)
             return [*others, *scaled] if has_library and bucketed.num_rows >= 256 else [*scaled, *others]
@@ -211,7 +208,7 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
         if not fitting:
             fitting = splits[:1] if tiles > num_sms else splits[-1:]
         configs += [replace(config, split_k=split) for split in fitting]
-    if shape.num_rows >= 128 and _has_library_product(shape.weight_format):
+    if shape.num_rows >= 128 and _has_library_product(shape):
         # cuBLASLt's products of e4m3 numbers differ; those of packed weights are of parts of the matrix.
         proposals = 2 if shape.is_scaled else 1
         library = [CublasConfig(index, shape.num_rows if shape.is_scaled else 0) for index in range(proposals)]
@@ -219,12 +216,23 @@ def _quantized_candidates(shape: GemmShape, num_sms: int) -> list[LinearConfig]:
     return configs
 
 
-def _has_library_product(weight_format: WeightFormat) -> bool:
-    """Whether cuBLASLt multiplies by weights of a format, dequantized or as they are; it takes no scales of blocks."""
-    if isinstance(weight_format, Int8W8A8):
+def _has_library_product(shape: GemmShape) -> bool:
+    """Whether cuBLASLt multiplies by quantized weights, dequantized or as they are; it takes no scales of blocks."""
+    if not shape.is_scaled:
+        return True
+    weight_format = shape.weight_format
+    if not isinstance(weight_format, Fp8) or "block" in (weight_format.scales, weight_format.activations):
         return False
-    in_blocks = isinstance(weight_format, Fp8) and "block" in (weight_format.scales, weight_format.activations)
-    return not in_blocks or not has_scaled_products(weight_format)
+    return _has_short_biases(shape)
+
+
+def _has_short_biases(shape: GemmShape) -> bool:
+    """Whether a bias, of which a shape says nothing, would be one of 16 bits: it has the activations' dtype.
+
+    That is what `hopper_scaled` reads, and cuBLASLt in FP8. A float32 result does not tell: a 16-bit model's logits
+    are float32 too.
+    """
+    return shape.dtype != torch.float32
 
 
 def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:

@@ -137,6 +137,7 @@ def multiply(
     """Write x [num_rows, in_features] @ matrix.T + bias to `out`, or add it.
 
     Args:
+        bias: in x's dtype, the layout's.
         out: [num_rows, out_features], whose rows may lie apart; in x's dtype, or float32.
         cut: for at least num_rows.
         gated: write silu of the first half of the outputs times the other half.
@@ -144,6 +145,8 @@ def multiply(
     layout, tensors = matrix.layout, matrix.tensors
     num_rows, num_outputs = out.shape
     assert x.shape == (num_rows, layout.shape[1])
+    assert x.dtype == layout.dtype
+    assert bias is None or bias.dtype == layout.dtype, f"a bias of {bias.dtype} would be read as {layout.dtype}"
     assert x.is_contiguous()
     assert num_rows <= cut.rows, (num_rows, cut)
     assert cut.num_slots(layout) > 0, (layout, cut)

@@ -98,6 +98,7 @@ def multiply(
     """Write x [num_rows, in_features] @ matrix.T + bias to `out`, or add it.
 
     Args:
+        bias: in x's dtype, the layout's.
         out: [num_rows, out_features], whose rows may lie apart; in x's dtype, or float32.
         rows: of x for a program.
         programs: that share a multiprocessor, one of `PROGRAMS[rows]`.
@@ -107,6 +108,8 @@ def multiply(
     layout, tensors = matrix.layout, matrix.tensors
     num_rows, num_outputs = out.shape
     assert x.shape == (num_rows, layout.shape[1])
+    assert x.dtype == layout.dtype
+    assert bias is None or bias.dtype == layout.dtype, f"a bias of {bias.dtype} would be read as {layout.dtype}"
     assert layout.shape[0] == (2 * num_outputs if gated else num_outputs)
     assert not gated or num_outputs % TILE_ROWS == 0, num_outputs
     macros = _macros(layout, rows, programs)

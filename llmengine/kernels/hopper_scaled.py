@@ -30,6 +30,9 @@ OUTPUTS = {64: (32, 64, 96, 128, 224, 256), 128: (64, 96, 112, 128, 192, 224, 25
 SPLITS = (1, 2, 4, 8)
 """Programs that can share the columns: as many as a cluster holds on any GPU."""
 
+_SHORT = (torch.bfloat16, torch.float16)
+"""What biases can be, and results that are not float32."""
+
 _BLOCK_K = 128
 _THREADS = 384
 _SHARED_KIB = 226
@@ -79,8 +82,9 @@ def compile_product(matrix: ScaledMatrix, dtype: torch.dtype, rows: int, outputs
     """Compile the kernel for a matrix, and load it on the current device; safe on several threads at once.
 
     Args:
-        dtype: of 16-bit results and of biases.
+        dtype: of 16-bit results and of biases; bfloat16 or float16.
     """
+    assert dtype in _SHORT, dtype
     _function(_macros(_kind(matrix), dtype, rows, outputs), torch.cuda.current_device())
 
 
@@ -114,12 +118,14 @@ def multiply(
     assert x.shape == (num_rows, columns)
     assert matrix.shape == (2 * num_outputs if gated else num_outputs, columns)
     assert has_hopper_scaled(matrix.format, columns, rows, outputs)
+    number = bias.dtype if bias is not None else torch.bfloat16 if out.dtype == torch.float32 else out.dtype
+    assert number in _SHORT, f"a bias of {number} would be read as numbers of 16 bits"
+    assert out.dtype in (number, torch.float32), (out.dtype, number)
     weight_scales, together = matrix.tensors["weight_scale"], 2 if split_k == 1 else 4
     box_rows = _box_rows(num_rows, rows)
     maps = _maps(x, matrix.tensors["weight"], box_rows, rows, outputs, gated)
     num_blocks, row_tiles = -(-columns // _BLOCK_K), -(-num_rows // rows)
     num_tiles = row_tiles * -(-num_outputs // (outputs // (2 if gated else 1)))
-    number = bias.dtype if bias is not None else torch.bfloat16 if out.dtype == torch.float32 else out.dtype
     arguments = _Arguments(
         x_scales.data_ptr(),
         weight_scales.data_ptr(),

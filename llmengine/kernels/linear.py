@@ -169,7 +169,7 @@ class LinearKernels:
 
         Args:
             x_scales: float32, of each row of x or one for all, and likewise `weight_scales`.
-            bias: in `out`'s dtype, or if that is float32 in bfloat16 or float16.
+            bias: in `out`'s dtype, or if that is float32 in bfloat16 or float16; with a float32 bias, cuBLASLt cannot.
         """
         assert isinstance(config, CublasConfig | TileConfig), config
         if self._cublas is None:

@@ -176,6 +176,17 @@ def test_a_library_that_knows_no_scales_of_rows_has_no_algorithm(make_library: C
     assert library.num_algorithms(replace(product, one_scale=True)) == 3
 
 
+def test_products_in_fp8_take_no_float32_bias(make_library: Callable[[StandIn], CublasLt]) -> None:
+    library = make_library(StandIn())
+    product = Product(3, 8, 16, torch.float8_e4m3fn, torch.float32, False, torch.float32)
+    assert library.num_algorithms(product) == 0
+    with pytest.raises(RuntimeError, match="no algorithm"):
+        library.run(product, *(torch.zeros(rows, 16).to(torch.float8_e4m3fn) for rows in (3, 8)), *torch.ones(2, 3, 8))
+    for bias in (torch.bfloat16, None):
+        assert library.num_algorithms(replace(product, bias=bias)) == 3
+    assert library.num_algorithms(replace(product, dtype=torch.float32)) == 3
+
+
 def test_proposals_for_another_number_of_rows_are_taken_where_they_can_compute_this_one(
     make_library: Callable[[StandIn], CublasLt],
 ) -> None:

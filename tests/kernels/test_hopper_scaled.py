@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,29 @@ def test_candidates_for_hopper_only_where_it_is_hopper() -> None:
     for elsewhere in (candidates(shape, MAX_SHARED, 0, True), candidates(shape, MAX_SHARED, NUM_SMS, False)):
         assert any(isinstance(config, PackedConfig) for config in elsewhere)
         assert not any(isinstance(config, HopperScaledConfig) for config in elsewhere)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 64, 300, 8192])
+def test_a_float32_model_has_no_candidate_that_reads_biases_of_16_bits(
+    weight_format: WeightFormat, num_rows: int
+) -> None:
+    shape = GemmShape("norm_linear", num_rows, 6144, 4096, torch.float32, torch.float32, weight_format)
+    for found in (candidates(shape, MAX_SHARED, NUM_SMS, compiles_cuda=True), candidates(shape, MAX_SHARED)):
+        assert found
+        assert all(isinstance(config, PackedConfig) for config in found)
+    # Logits are float32 in a model whose biases have 16 bits, too.
+    logits = replace(shape, dtype=torch.bfloat16)
+    assert any(isinstance(one, HopperScaledConfig) for one in candidates(logits, MAX_SHARED, NUM_SMS, True))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_would_be_misread_is_refused(out_dtype: torch.dtype) -> None:
+    matrix = ScaledMatrix(Fp8(), (64, 128), "cpu")
+    x, out = torch.zeros(3, 128).to(torch.float8_e4m3fn), torch.empty(3, 64, dtype=out_dtype)
+    for dtype in {torch.float32, torch.float16} if out_dtype == torch.bfloat16 else {torch.float32}:
+        with pytest.raises(AssertionError, match=r"float32 would be read|float16"):
+            hopper_scaled.multiply(x, torch.ones(3), matrix, torch.ones(64, dtype=dtype), out, 64, 64)
 
 
 @pytest.mark.parametrize("weight_format", [Fp8(), Fp8("block", "block"), Int8W8A8("channel", "token")], ids=str)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from llmengine.kernels.cublaslt import CublasConfig
-from llmengine.kernels.gemm_config import LinearConfig, Operation, PackedConfig
+from llmengine.kernels.gemm_candidates import candidates
+from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, PackedConfig
 from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.linear_ops import LinearOps
 from llmengine.kernels.norm import rms_norm_reference
@@ -19,6 +20,7 @@ from llmengine.quantization.int4 import Int4Groups
 from llmengine.quantization.int8 import INT8, Int8W8A8
 
 EPS = 1e-5
+NUM_SMS = 132
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
 FORMATS: list[WeightFormat] = [
@@ -62,9 +64,18 @@ def stored(weight_format: WeightFormat, weight: Tensor) -> dict[str, Tensor]:
 
 
 class Case:
-    """A scaled matrix and random operands."""
+    """A scaled matrix and random operands; `dtype` is that of activations and biases."""
 
-    def __init__(self, device: str, weight_format: WeightFormat, num_rows: int, n: int, k: int, gated: bool) -> None:
+    def __init__(
+        self,
+        device: str,
+        weight_format: WeightFormat,
+        num_rows: int,
+        n: int,
+        k: int,
+        gated: bool,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
         torch.manual_seed(num_rows * 7919 + n * 31 + k)
         shape = (2 * n if gated else n, k)
         self.format = weight_format
@@ -76,10 +87,10 @@ class Case:
         self.products = ScaledProducts(LinearKernels(device), self.matrix)
         self.on_device = {name: tensor.to(device) for name, tensor in self.stored.items()}
         self.weight = weight_format.dequantize(self.on_device)
-        self.x = (torch.randn(num_rows, k, device=device) * 3).to(DTYPE)
-        self.norm_weight = torch.rand(k, device=device).to(DTYPE)
-        self.bias = torch.randn(shape[0], device=device).to(DTYPE)
-        self.residual = torch.randn(num_rows, n, device=device).to(DTYPE)
+        self.x = (torch.randn(num_rows, k, device=device) * 3).to(dtype)
+        self.norm_weight = torch.rand(k, device=device).to(dtype)
+        self.bias = torch.randn(shape[0], device=device).to(dtype)
+        self.residual = torch.randn(num_rows, n, device=device).to(dtype)
 
     def check(self, operation: Operation, config: LinearConfig, bias: bool, num_rows: int | None = None) -> None:
         x, residual = self.x[:num_rows], self.residual[:num_rows]
@@ -134,6 +145,19 @@ def test_every_operation(device: str, weight_format: WeightFormat, config: Linea
         plain.check("linear_add", config, bias=True)
         plain.check("linear_add", config, bias=False)
     Case(device, weight_format, 5, *SIZES[0], gated=True).check("norm_linear_silu", config, bias=True)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+def test_a_float32_model_has_float32_biases(device: str, weight_format: WeightFormat) -> None:
+    """With what is chosen first, and where cuBLASLt is asked: on a GPU it leaves such biases to our kernel."""
+    n, k = SIZES[0]
+    operations: tuple[Operation, ...] = ("norm_linear", "linear_add", "norm_linear_silu")
+    for operation in operations:
+        gated = operation == "norm_linear_silu"
+        case = Case(device, weight_format, 5, n, k, gated, torch.float32)
+        shape = GemmShape.of(operation, 5, case.matrix, torch.float32, torch.float32)
+        for config in (*candidates(shape, 227 << 10, NUM_SMS, compiles_cuda=True)[:1], CublasConfig()):
+            case.check(operation, config, bias=True)
 
 
 @pytest.mark.parametrize("weight_format", [Fp8(), Fp8("block", "block"), Int8W8A8("tensor", "tensor", True)], ids=str)
