@@ -31,6 +31,7 @@ def quantize_rows_kernel(
     STATIC: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):
     """Write a row of x, normalized and times `factors`, as values with scales; one program a row.
 
@@ -53,7 +54,7 @@ def quantize_rows_kernel(
     exact = tl.load(x_row + k, mask=mask, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x_row + columns + k, mask=mask, other=0.0).to(tl.float32)
-        exact = exact * tl.sigmoid(exact) * up
+        exact = exact * _sigmoid(exact, ON_GPU) * up
     if NORM:
         exact *= tl.rsqrt(tl.sum(exact * exact, 0) / columns + eps) * weight
     if FACTORS:
@@ -63,21 +64,62 @@ def quantize_rows_kernel(
     if STATIC:
         scale = tl.load(static_scale) + tl.zeros((NUM_GROUPS,), dtype=tl.float32)
     else:
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(groups), 1), tl.full((NUM_GROUPS,), LARGEST, tl.float32)), 1e-30)
+        # As integers, magnitudes are in the same order, with infinity and NaN above all: a group that is not finite
+        # has a scale that is not finite, and with it every result.
+        magnitudes = groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(magnitudes, 1).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(largest, tl.full((NUM_GROUPS,), LARGEST, tl.float32))
+        scale = tl.maximum(scale, 1e-30, propagate_nan=tl.PropagateNan.ALL)
         group = tl.arange(0, NUM_GROUPS)
-        num_groups = (columns + GROUP - 1) // GROUP
-        # A group that is not finite has a scale that is not finite, and with it every result.
-        tl.store(scales + row * num_groups + group, scale + tl.sum(groups * 0.0, 1), mask=group < num_groups)
-    ratio = tl.div_rn(groups, tl.broadcast_to(scale[:, None], (NUM_GROUPS, GROUP)))
-    ratio = tl.reshape(tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST), (BLOCK,))
-    # An addition rounds to the last bit of this: 1, or an eighth of the power of two below, where e4m3 has its last.
+        tl.store(scales + row * ((columns + GROUP - 1) // GROUP) + group, scale, mask=group * GROUP < columns)
+    ratio = tl.reshape(_quotients(groups, scale[:, None], LARGEST, STATIC), (BLOCK,))
     if values.dtype.element_ty == tl.int8:
-        rounder = tl.full((BLOCK,), 1.5 * 2**23, tl.float32)
+        if STATIC:
+            ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
+        # The sum's last bit is 1, and its lowest byte the integer.
+        rounded = (ratio + 1.5 * 2**23).to(tl.int32, bitcast=True)
+    elif ON_GPU:
+        rounded = ratio  # The conversion to e4m3 rounds to the nearest, ties to even, and saturates.
     else:
+        # The interpreter's cuts bits off. The last bit of this sum is an eighth of the power of two below, like e4m3's.
+        ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
         power = (ratio.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         rounder = tl.maximum(power, 2**-6) * (1.5 * 2**20)
-    ratio = (ratio + rounder) - rounder
-    tl.store(values + row * columns + k, ratio.to(values.dtype.element_ty), mask=mask)
+        rounded = (ratio + rounder) - rounder
+    tl.store(values + row * columns + k, rounded.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sigmoid(x, ON_GPU: tl.constexpr):
+    if ON_GPU:
+        # Without the instructions for results that float32 has only as subnormal numbers.
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+            "rcp.approx.ftz.f32 $0, t; }",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _quotients(x, scale, LARGEST: tl.constexpr, SATURATE: tl.constexpr):
+    """x / scale, correctly rounded, as long as neither overflows; with SATURATE, quotients beyond LARGEST stay there.
+
+    The first product is off by 1.5 units in the last place at most. What it leaves of x is exact, and its share of
+    the quotient too small for its own error to matter (Markstein, 1990: Computation of elementary functions on the IBM
+    RISC System/6000 processor).
+    """
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    ratio = x * reciprocal
+    if SATURATE:  # before an infinite ratio leaves NaN
+        ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
+    rest = tl.fma(-ratio, tl.broadcast_to(scale, x.shape), x)
+    return tl.fma(rest, tl.broadcast_to(reciprocal, x.shape), ratio)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -125,6 +125,7 @@ class ScaledProducts:
             STATIC=static is not None,
             GATED=gated,
             PDL=self._kernels.pdl,
+            ON_GPU=self._kernels.counters.device.type == "cuda",
             num_warps=min(max(block // 512, 1), 16),
             launch_pdl=self._kernels.pdl,
         )
