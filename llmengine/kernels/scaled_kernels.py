@@ -72,7 +72,7 @@ def quantize_rows_kernel(
         scale = tl.maximum(scale, 1e-30, propagate_nan=tl.PropagateNan.ALL)
         group = tl.arange(0, NUM_GROUPS)
         tl.store(scales + row * ((columns + GROUP - 1) // GROUP) + group, scale, mask=group * GROUP < columns)
-    ratio = tl.reshape(_quotients(groups, scale[:, None], LARGEST, STATIC), (BLOCK,))
+    ratio = tl.reshape(quotients(groups, scale, LARGEST, STATIC), (BLOCK,))
     if values.dtype.element_ty == tl.int8:
         if STATIC:
             ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
@@ -92,8 +92,8 @@ def quantize_rows_kernel(
 @triton.jit
 def _sigmoid(x, ON_GPU: tl.constexpr):
     if ON_GPU:
-        # Without the instructions for results that float32 has only as subnormal numbers.
-        return tl.inline_asm_elementwise(
+        # Flushing subnormal numbers to zero, which tl.exp and the division take six more instructions to keep.
+        result = tl.inline_asm_elementwise(
             "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
             "rcp.approx.ftz.f32 $0, t; }",
             "=f,f",
@@ -103,23 +103,26 @@ def _sigmoid(x, ON_GPU: tl.constexpr):
             pack=1,
         )
     else:
-        return tl.sigmoid(x)
+        result = tl.sigmoid(x)
+    return result
 
 
 @triton.jit
-def _quotients(x, scale, LARGEST: tl.constexpr, SATURATE: tl.constexpr):
-    """x / scale, correctly rounded, as long as neither overflows; with SATURATE, quotients beyond LARGEST stay there.
+def quotients(x, scale, LARGEST: tl.constexpr, SATURATE: tl.constexpr):
+    """x [groups, columns] / scale [groups], correctly rounded, in three instructions and with one division a group.
 
-    The first product is off by 1.5 units in the last place at most. What it leaves of x is exact, and its share of
-    the quotient too small for its own error to matter (Markstein, 1990: Computation of elementary functions on the IBM
-    RISC System/6000 processor).
+    The product with the reciprocal is off by 1.5 units in the last place at most; what it leaves of x is exact, and
+    the share of that in the quotient corrects it (P. Markstein: Computation of elementary functions on the IBM RISC
+    System/6000 processor, 1990). Where x is below 2^-100, what is left may lose bits, and results their last one; where
+    a quotient overflows, it may be NaN. With SATURATE, quotients beyond LARGEST become LARGEST or more, never NaN.
     """
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    ratio = x * reciprocal
-    if SATURATE:  # before an infinite ratio leaves NaN
+    shared = tl.broadcast_to(reciprocal[:, None], x.shape)
+    ratio = x * shared
+    if SATURATE:  # Infinity would leave NaN.
         ratio = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
-    rest = tl.fma(-ratio, tl.broadcast_to(scale, x.shape), x)
-    return tl.fma(rest, tl.broadcast_to(reciprocal, x.shape), ratio)
+    rest = tl.fma(ratio, tl.broadcast_to(-scale[:, None], x.shape), x)
+    return tl.fma(rest, shared, ratio)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from llmengine.kernels.cublaslt import CublasConfig
@@ -12,6 +14,7 @@ from llmengine.kernels.gemm_config import GemmShape, LinearConfig, Operation, Pa
 from llmengine.kernels.linear import LinearKernels, linear_reference
 from llmengine.kernels.linear_ops import LinearOps
 from llmengine.kernels.norm import rms_norm_reference
+from llmengine.kernels.scaled_kernels import quotients
 from llmengine.kernels.scaled_linear import ScaledProducts, gather_scaled_rows
 from llmengine.kernels.scaled_weights import ScaledMatrix, has_scaled_products
 from llmengine.quantization.formats import DENSE, WeightFormat
@@ -45,6 +48,8 @@ LARGE_CONFIGS: list[LinearConfig] = [
     PackedConfig(128, 128, 8, 4),
     CublasConfig(),
 ]
+ROUNDS_PRODUCTS_OF_FMA = not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+"""Triton's interpreter did, and with that, corrected quotients are not exact."""
 SIZES = [(1088, 4096), (576, 1003)] if ON_GPU else [(70, 144), (144, 203)]
 
 
@@ -133,6 +138,67 @@ def test_activations_are_rounded_as_the_format_says(device: str, weight_format: 
     same = actual.isclose(expected, rtol=1e-5) if norm else actual == expected
     assert float(same.float().mean()) > 0.98
     torch.testing.assert_close(actual, expected, rtol=0.13, atol=0.05)
+
+
+@triton.jit
+def _divide_kernel(x, scales, out, GROUP: tl.constexpr, SATURATE: tl.constexpr):
+    group = tl.program_id(0) * 2 + tl.arange(0, 2)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(out + at, quotients(tl.load(x + at), tl.load(scales + group), 448.0, SATURATE))
+
+
+@pytest.mark.skipif(ROUNDS_PRODUCTS_OF_FMA, reason="an interpreter without fused products")
+@pytest.mark.parametrize("saturate", [False, True])
+def test_quotients_are_those_of_a_division(device: str, saturate: bool) -> None:
+    """Of random numbers, of those beside where e4m3 and integers change, and of scales with few bits or all."""
+    torch.manual_seed(5)
+    scales = torch.rand(1024) + 1.0
+    scales[:5] = torch.tensor([1.0, 1.0 + 2**-23, 2.0 - 2**-23, 2.0 - 2**-22, 1.5])
+    scales[5:261] = torch.arange(128, 384).float() / 448  # of maxima in bfloat16
+    exponents = torch.arange(1024) % 10 * 20 - 99  # 2^-99, the smallest scale that activations get, to 2^81
+    exponents[-1] = 117
+    scales = torch.ldexp(scales, exponents)
+    ratios = torch.rand(1024, 512) * 448
+    ratios[:, 256:384] = torch.arange(128) + 0.5
+    odd, powers = torch.arange(17.0, 33.0, 2.0).repeat(16), torch.arange(-5, 11).repeat_interleave(8)
+    ratios[:, 384:] = odd.ldexp(powers).clamp(max=448.0)
+    x = ratios * scales[:, None] * torch.where(torch.rand(1024, 512) < 0.5, -1, 1)
+    x = torch.where(torch.rand(1024, 512) < 0.3, x.nextafter(torch.tensor(torch.inf)), x)
+    x[:, 0] = 0.0
+    out = torch.empty_like(x, device=device)
+    _divide_kernel[(512,)](x.to(device), scales.to(device), out, GROUP=512, SATURATE=saturate)
+    expected = x / scales[:, None]
+    if saturate:
+        expected = expected.clamp(-448.0, 448.0)
+        out = out.clamp(-448.0, 448.0)
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.skipif(ROUNDS_PRODUCTS_OF_FMA, reason="an interpreter without fused products")
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("weight_format", [*FORMATS[:-1], Int8W8A8("channel", "tensor")], ids=str)
+def test_activations_that_are_not_normed_are_rounded_exactly(device: str, weight_format: WeightFormat) -> None:
+    """Also those of extreme rows, and rows that are not finite have scales that are not."""
+    case = Case(device, weight_format, 1, 64, 208, gated=False)
+    x = torch.randn(16, 208) * 3
+    x[:8] = x[:8].bfloat16().float()  # of which many lie in the middle between two values
+    x[2] *= 1e-25
+    x[3] *= 1e36
+    x[9] = 0.0
+    x[10, 100:] *= 1e-5
+    x[11:14, 7] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    values, scales = case.products.quantize(x.to(device), None, EPS)
+    values, scales = values.cpu(), scales.cpu()
+    expected = weight_format.rounded_activations(x, case.stored)
+    if len(scales) == 1:
+        assert torch.equal((values.float() * scales)[:13], expected[:13]), "infinite activations saturate"
+        return
+    spread = scales.view(16, -1).repeat_interleave(208 if scales.dim() == 1 else 128, dim=1)[:, :208]
+    finite = torch.ones(16, dtype=torch.bool)
+    finite[11:14] = False
+    assert torch.equal((values.float() * spread)[finite], expected[finite])
+    assert not spread[11:14, 7].isfinite().any()
+    assert spread[finite].isfinite().all()
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=str)
