@@ -42,7 +42,7 @@ _LARGEST_KV_ITEM = 4
 """Bytes of a number in the largest KV cache, that of the CPU."""
 
 _CANCELLED_LOADING_S = 10.0
-"""Longest wait for the engine thread after Ctrl-C while it loads; it ends when it next looks."""
+"""Longest wait for the engine thread after Ctrl-C while an `LLM` is made. One that loads ends when it next looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +184,14 @@ def load_parts(
             source.generation_config,
             LoadedModel(resolved, source),
         )
-    except BaseException:  # Ctrl-C while the engine thread still loads or calibrates
+        _collect_garbage_once()
+        return parts
+    except BaseException:  # Ctrl-C, whether the engine thread still loads or calibrates, or has a backend already
         cancelled.set()
+        engine.stop()
+        threads.stop()
         engine.join(_CANCELLED_LOADING_S)
         raise
-    _collect_garbage_once()
-    return parts
 
 
 def _check_wanted(cancelled: threading.Event, loading_tokenizer: Future[Tokenizer | None]) -> None:
@@ -228,8 +230,8 @@ def _start(
     """Start the engine and put the other parts around it. Where that fails, engine and threads end."""
     owner = EngineOwner(engine, threads)
     info = owner.start()
-    logger.info("%s", info.description)
     try:
+        logger.info("%s", info.description)
         tokenizer = get_tokenizer()
         intake = Intake(
             engine,

@@ -26,7 +26,7 @@ GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
 
 # Without a guard, as all of its kind: it must not run again in a rank.
 SCRIPT = """
-import os, signal, sys, threading, time
+import gc, logging, os, signal, sys, threading, time
 import psutil
 from llmengine import LLM, ModelConfig, ParallelConfig, SamplingParams
 from llmengine.config import KvCacheConfig
@@ -39,9 +39,22 @@ def interrupt_when_ranks_start():
     print(*(one.pid for one in psutil.Process().children()), flush=True)
     os.kill(os.getpid(), signal.SIGINT)
 
+def interrupt_when_loaded(*arguments):
+    pids = [one.pid for one in psutil.Process().children()]
+    if pids and threading.current_thread() is threading.main_thread():
+        print(*pids, flush=True)
+        signal.raise_signal(signal.SIGINT)
+
 meanwhile = sys.argv[2]
 if meanwhile == "loading":
     threading.Thread(target=interrupt_when_ranks_start, daemon=True).start()
+elif meanwhile == "describing":  # the first thing after the backend is there
+    handler = logging.Handler()
+    handler.emit = interrupt_when_loaded
+    logging.getLogger("llmengine.llm_parts").setLevel(logging.INFO)
+    logging.getLogger("llmengine.llm_parts").addHandler(handler)
+elif meanwhile == "tidying":  # the last thing before there is an LLM
+    gc.collect = interrupt_when_loaded
 config = ModelConfig(sys.argv[1], device="cpu", parallel_config=ParallelConfig(tp_size=3))
 config.kv_cache_config = KvCacheConfig(max_bytes=16 << 20)
 try:
@@ -80,7 +93,10 @@ def ranks() -> set[int]:
 
 @contextmanager
 def script(tmp_path: Path, directory: Path, meanwhile: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A program that generates for ever, and its ranks; "loading": it interrupts itself when they start."""
+    """A program that generates for ever, and its ranks.
+
+    It interrupts itself while it is "loading", when they start, or when they are ready: "describing" or "tidying".
+    """
     path = tmp_path / "script.py"
     path.write_text(SCRIPT)
     command = [sys.executable, str(path), str(directory), meanwhile]
@@ -95,7 +111,7 @@ def script(tmp_path: Path, directory: Path, meanwhile: str) -> Iterator[tuple[su
             process.kill()
 
 
-@pytest.mark.parametrize("meanwhile", ["loading", "generating"])
+@pytest.mark.parametrize("meanwhile", ["loading", "describing", "tidying", "generating"])
 def test_ctrl_c_leaves_no_ranks(tmp_path: Path, directory: Path, meanwhile: str) -> None:
     with script(tmp_path, directory, meanwhile) as (process, pids):
         assert pids
