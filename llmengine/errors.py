@@ -114,6 +114,10 @@ class ReplicaDeadError(EngineDeadError):
 
 def clear_frames(failure: BaseException | None) -> None:
     """Release what was loaded before a failure: whoever holds that may try again with a smaller model."""
-    while failure is not None:
-        traceback.clear_frames(failure.__traceback__)
-        failure = failure.__cause__ or failure.__context__
+    left, seen = [failure], set[int]()
+    while left:
+        failure = left.pop()
+        if failure is not None and id(failure) not in seen:
+            seen.add(id(failure))
+            traceback.clear_frames(failure.__traceback__)
+            left += (failure.__cause__, failure.__context__)  # what was raised meanwhile may have another cause

@@ -12,12 +12,13 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from llmengine.backends.cuda import loading, sampling, warmup
+from llmengine.backends.cuda.memory_errors import memory_returned_on_failure
 from llmengine.backends.cuda.sampling import DeviceSampler, SamplerTensors
 from llmengine.backends.cuda.weights import CudaWeights
 from llmengine.batch import Batch, SlotInit
 from llmengine.config import KvCacheConfig, SchedulerConfig
 from llmengine.engine.engine import Engine
-from llmengine.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
+from llmengine.errors import ConfigError, EngineDeadError, OutOfMemoryError, UnsupportedModelError
 from llmengine.kernels.sampling import MAX_VOCAB
 from llmengine.sampling_params import SamplingParams
 from tests.backends.cuda.helpers import load_cuda
@@ -133,3 +134,25 @@ def test_a_load_that_failed_keeps_no_memory_while_its_error_is_handled(
     gc.collect()
     assert weights
     assert not any(weight() is not None for weight in weights), failure.value
+
+
+def test_a_load_that_failed_meanwhile_keeps_no_memory_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where rank 0 fails because another rank has, whose error is the cause of the one that is raised."""
+    kept, alive = list[weakref.ref[torch.Tensor]](), list[bool]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(one() is not None for one in kept))
+
+    def load_parts() -> None:
+        weight = torch.zeros(1)
+        kept.append(weakref.ref(weight))
+        raise RuntimeError("a sum was broken off")
+
+    def load() -> None:
+        try:
+            load_parts()
+        except RuntimeError:
+            raise EngineDeadError("rank 1 failed") from OutOfMemoryError("the weights do not fit on rank 1")
+
+    with pytest.raises(EngineDeadError, match="rank 1") as failure, memory_returned_on_failure():
+        load()
+    assert isinstance(failure.value.__context__, RuntimeError)
+    assert alive == [False]
