@@ -25,7 +25,7 @@ from llmengine.kernels.gemm_config import (
     shared_bytes,
 )
 from llmengine.kernels.hopper_few import STRIP, Cut
-from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product
+from llmengine.kernels.hopper_packed import EVENLY, PROGRAMS, SPLITS, can_share_evenly, has_hopper_product
 from llmengine.kernels.hopper_scaled import OUTPUTS, has_hopper_scaled
 from llmengine.kernels.hopper_scaled import SPLITS as SCALED_SPLITS
 from llmengine.kernels.linear import MAX_SPLIT_TILES
@@ -242,22 +242,34 @@ def _hopper_candidates(shape: GemmShape, num_sms: int) -> list[HopperConfig]:
         return []
     boxes = layout.num_blocks * layout.block_columns // 64
 
-    def num_programs(config: HopperConfig) -> int:
-        return -(-_num_outputs(shape) // 128) * -(-shape.num_rows // config.block_m) * config.split_k
+    def num_tiles(config: HopperConfig) -> int:
+        return -(-_num_outputs(shape) // 128) * -(-shape.num_rows // config.block_m)
 
     def microseconds(config: HopperConfig) -> float:
-        # Fitted to four 8b products on an H200, with INT4 and INT8: a box of 64 columns takes 150 ns and 2 for each row
-        # of x, a program 3.4 us and 23 ns for each row; two on a multiprocessor take 88 % of the time of two
-        # in turn.
-        turns = -(-num_programs(config) // int(num_sms * _IN_CLUSTERS[config.split_k]))
-        of_boxes = -(-boxes // config.split_k) * (0.15 + 0.002 * config.block_m)
-        return turns * (of_boxes + 3.4 + 0.023 * config.block_m) * (0.88 if config.programs > 1 else 1.0)
+        # Fitted to four 8b products on an H200, with INT4 and INT8: a box of 64 columns takes 130 ns and 2.1 for each
+        # row of x, a tile 3 us and 12 ns for each row, and 18 where sums come from another program; two on a
+        # multiprocessor take 88 % of the time of two in turn.
+        a_box, a_tile = 0.13 + 0.0021 * config.block_m, 3.0 + 0.012 * config.block_m
+        if config.split_k == EVENLY:
+            shared = -(-num_tiles(config) * layout.num_blocks // (num_sms * config.programs))
+            of_boxes = shared * boxes / layout.num_blocks * a_box * config.programs
+            of_sums = 0.018 * config.block_m * -(-layout.num_blocks // shared)
+            turns, a_turn = 1, of_boxes + (1 + shared / layout.num_blocks) * a_tile + of_sums
+        else:
+            turns = -(-num_tiles(config) * config.split_k // int(num_sms * _IN_CLUSTERS[config.split_k]))
+            a_turn = -(-boxes // config.split_k) * a_box + a_tile
+        return turns * a_turn * (0.88 if config.programs > 1 else 1.0)
 
     def is_sensible(config: HopperConfig) -> bool:
-        at_once = num_sms * config.programs
-        fills = config.programs == 1 or num_programs(config) > num_sms
-        splits = config.split_k == 1 or (num_programs(config) <= at_once and 2 * config.split_k <= layout.num_blocks)
-        return config.block_m < 2 * shape.num_rows and fills and splits
+        at_once, blocks = num_sms * config.programs, num_tiles(config) * layout.num_blocks
+        if config.split_k == EVENLY:  # a few blocks for each program, which is a few tiles at most
+            most = (2 if config.programs == 1 else 1) * at_once * layout.num_blocks
+            fits = can_share_evenly(layout, config.programs) and 2 * at_once <= blocks <= most
+        else:
+            programs = num_tiles(config) * config.split_k
+            splits = config.split_k == 1 or (programs <= at_once and 2 * config.split_k <= layout.num_blocks)
+            fits = splits and (config.programs == 1 or programs > num_sms)
+        return config.block_m < 2 * shape.num_rows and fits
 
     configs = [
         HopperConfig(rows, programs, split)

@@ -11,6 +11,7 @@ import torch
 
 from llmengine.kernels.cublaslt import CLUSTERS, TILES, CublasConfig, TileConfig
 from llmengine.kernels.hopper_few import Cut
+from llmengine.kernels.hopper_packed import EVENLY
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout
 from llmengine.kernels.scaled_weights import has_scaled_products
 from llmengine.quantization.formats import DENSE, Shape, WeightFormat
@@ -89,7 +90,7 @@ class HopperConfig:
     Attributes:
         block_m: rows of x that a program has, one of `hopper_packed.ROWS`.
         programs: that share a multiprocessor, one of `hopper_packed.PROGRAMS[block_m]`.
-        split_k: programs that share the K of one tile, one of `hopper_packed.SPLITS`.
+        split_k: programs that share the K of one tile, or `EVENLY`; one of `hopper_packed.SPLITS`.
     """
 
     block_m: int
@@ -97,8 +98,9 @@ class HopperConfig:
     split_k: int = 1
 
     def __str__(self) -> str:
-        """A short name: hopper-m64p2, then x2 for split_k."""
-        return f"hopper-m{self.block_m}p{self.programs}" + (f"x{self.split_k}" if self.split_k > 1 else "")
+        """A short name: hopper-m64p2, then x2 for split_k, or e for `EVENLY`."""
+        split = "e" if self.split_k == EVENLY else f"x{self.split_k}" if self.split_k > 1 else ""
+        return f"hopper-m{self.block_m}p{self.programs}{split}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +164,9 @@ def parse_config(name: str) -> LinearConfig:
     match = re.fullmatch(r"hopper-m(\d+)s(\d+)c(\d+)w(\d+)p(\d+)", name)
     if match is not None:
         return HopperFewConfig(Cut(*map(int, match.groups())))
-    match = re.fullmatch(r"hopper-m(\d+)p(\d+)(?:x(\d+))?", name)
+    match = re.fullmatch(r"hopper-m(\d+)p(\d+)(?:x(\d+)|(e))?", name)
     if match is not None:
-        return HopperConfig(int(match[1]), int(match[2]), int(match[3] or 1))
+        return HopperConfig(int(match[1]), int(match[2]), EVENLY if match[4] else int(match[3] or 1))
     match = re.fullmatch(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)(?:x(\d+))?(-norm)?(-any)?", name)
     if match is None:
         raise ValueError(

@@ -77,6 +77,17 @@ static __device__ __forceinline__ void load_of_peer(Number (&numbers)[4], u32 ad
   for (int i = 0; i < 4; ++i) numbers[i] = *reinterpret_cast<Number*>(&bits[i]);
 }
 
+template <typename Number>
+static __device__ __forceinline__ void load_shared(Number (&numbers)[4], u32 address) {
+  u32 bits[4];
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+               : "r"(address)
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; ++i) numbers[i] = *reinterpret_cast<Number*>(&bits[i]);
+}
+
 static __device__ __forceinline__ u32 halves(float value) {
   u32 pair;
 #if BF16
@@ -134,7 +145,32 @@ static __device__ __forceinline__ float constant_number(const void* numbers, lon
   return widened(__ldg(static_cast<const u16*>(numbers) + index), BF16);
 }
 
-static __device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
+// An exact division is 20 instructions.
+static __device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+
+// Four numbers of which `count` exist, from `index` on, which no kernel writes: read early, and together where they can be.
+static __device__ __forceinline__ void load_constants(float (&values)[4], const float* numbers, long long index, int count) {
+  if (count >= 4 && (reinterpret_cast<u64>(numbers + index) & 15) == 0) {
+    const float4 all = __ldg(reinterpret_cast<const float4*>(numbers + index));
+    values[0] = all.x, values[1] = all.y, values[2] = all.z, values[3] = all.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = i < count ? __ldg(numbers + index + i) : 0.0f;
+  }
+}
+
+// The same of numbers of 16 bits.
+static __device__ __forceinline__ void load_constants(float (&values)[4], const void* numbers, long long index, int count) {
+  const u16* first = static_cast<const u16*>(numbers) + index;
+  if (count >= 4 && (reinterpret_cast<u64>(first) & 7) == 0) {
+    const u64 all = __ldg(reinterpret_cast<const u64*>(first));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = widened(static_cast<u16>(all >> (16 * i)), BF16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = i < count ? constant_number(numbers, index + i) : 0.0f;
+  }
+}
 
 // N results beside each other, 4 or 2, of which `count` exist; together if `is_even`, where addresses allow it.
 template <int N>
@@ -201,67 +237,76 @@ struct Staged {
   int rows;        // of a program
   int outputs;     // results in a row
 
-  // Several at once: reads of other programs' sums take long, and those of what is added to cannot pass the writes before
-  // them. `at` says where in its row the sum of an output lies, of gates or of what they multiply, and `terms` what a sum
-  // is multiplied by and what is added.
-  template <typename At, typename Terms>
+  // SPOTS of four at once: reads of other programs' sums take long, and those of what is added to cannot pass the writes before
+  // them. `at` says where in its row the sum of an output lies, of gates or of what they multiply, and `terms` what sums
+  // are multiplied by and what is added. Few warps do this, so each instruction counts.
+  template <int SPOTS, typename At, typename Terms>
   __device__ __forceinline__ void write(const Target& target, int first_row, int first_output, const At& at,
                                         const Terms& terms, int thread) const {
-    constexpr int SPOTS = 4, THREADS = 256;
-    const int quads = outputs / 4, num_spots = rows * quads;
-    for (int begin = thread; begin < num_spots; begin += SPOTS * THREADS) {
+    constexpr int THREADS = 256;
+    const int own_row = split * rows, end_row = min(rows, target.num_rows - first_row - own_row);
+    const int quads = outputs / 4, row_step = THREADS / quads, quad_step = THREADS - row_step * quads;
+    int next_row = thread / quads, next_quad = thread - next_row * quads;
+    while (next_row < end_row) {
       float results[SPOTS][2][4];
       bool exists[SPOTS];
       long long places[SPOTS];
       int of_rows[SPOTS], of_outputs[SPOTS], counts[SPOTS];
 #pragma unroll
       for (int b = 0; b < SPOTS; ++b) {
-        const int spot = min(begin + b * THREADS, num_spots - 1);
-        of_rows[b] = split * rows + spot / quads;
-        of_outputs[b] = spot % quads * 4;
-        const int row = first_row + of_rows[b], column = first_output + of_outputs[b];
-        counts[b] = target.num_outputs - column;
-        exists[b] = begin + b * THREADS < num_spots && row < target.num_rows && counts[b] > 0;
-        places[b] = row * target.out_stride + column;
+        of_rows[b] = own_row + min(next_row, rows - 1);
+        of_outputs[b] = next_quad * 4;
+        counts[b] = target.num_outputs - first_output - of_outputs[b];
+        exists[b] = next_row < end_row && counts[b] > 0;
+        places[b] = (first_row + of_rows[b]) * target.out_stride + first_output + of_outputs[b];
+        next_row += row_step;
+        next_quad += quad_step;
+        if (next_quad >= quads) {
+          next_quad -= quads;
+          ++next_row;
+        }
       }
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         if (part > target.is_gated) break;
         Sum all[SPOTS][4] = {};
-        for (int other = 0; other < num_splits; ++other) {
-          Sum sums[SPOTS][4];
+        if (num_splits == 1) {
 #pragma unroll
           for (int b = 0; b < SPOTS; ++b)
-            load_of_peer(sums[b], base + (of_rows[b] * pitch + at(of_outputs[b], part)) * 4, other);
+            load_shared(all[b], base + (of_rows[b] * pitch + at(of_outputs[b], part)) * 4);
+        } else {
+          for (int other = 0; other < num_splits; ++other) {
+            Sum sums[SPOTS][4];
 #pragma unroll
-          for (int b = 0; b < SPOTS; ++b)
+            for (int b = 0; b < SPOTS; ++b)
+              load_of_peer(sums[b], base + (of_rows[b] * pitch + at(of_outputs[b], part)) * 4, other);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) all[b][i] += sums[b][i];
+            for (int b = 0; b < SPOTS; ++b)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) all[b][i] += sums[b][i];
+          }
         }
 #pragma unroll
         for (int b = 0; b < SPOTS; ++b) {
-          if (!exists[b]) continue;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int column = min(first_output + of_outputs[b] + i, target.num_outputs - 1);
-            float factor, bias;
-            terms(factor, bias, first_row + of_rows[b], column + part * target.num_outputs);
-            results[b][part][i] = static_cast<float>(all[b][i]) * factor + bias;
-          }
+          for (int i = 0; i < 4; ++i) results[b][part][i] = static_cast<float>(all[b][i]);
+          if (exists[b])
+            terms(results[b][part], first_row + of_rows[b],
+                  first_output + of_outputs[b] + part * target.num_outputs, counts[b]);
         }
       }
       if (target.is_gated) {
 #pragma unroll
-        for (int b = 0; b < SPOTS; ++b) {
-          if (!exists[b]) continue;
+        for (int b = 0; b < SPOTS; ++b)
 #pragma unroll
           for (int i = 0; i < 4; ++i) results[b][0][i] = silu(results[b][0][i]) * results[b][1][i];
-        }
       }
+      if (target.adds) {
 #pragma unroll
-      for (int b = 0; b < SPOTS; ++b)
-        if (target.adds && exists[b])
-          add_stored(results[b][0], target.out, places[b], target.is_wide, target.is_even, counts[b]);
+        for (int b = 0; b < SPOTS; ++b)
+          if (exists[b])
+            add_stored(results[b][0], target.out, places[b], target.is_wide, target.is_even, counts[b]);
+      }
 #pragma unroll
       for (int b = 0; b < SPOTS; ++b)
         if (exists[b]) store(results[b][0], target.out, places[b], target.is_wide, target.is_even, counts[b]);

@@ -18,21 +18,27 @@ from llmengine.kernels.cuda_program import (
     max_program_bytes,
     program_text,
 )
+from llmengine.kernels.limits import tiled_sms
 from llmengine.kernels.packed_instructions import layout_instructions
 from llmengine.kernels.packed_weights import TILE_ROWS, PackedLayout, PackedMatrix
 
 PROGRAMS = {32: (1, 2), 64: (1, 2), 128: (1,), 256: (1,)}
 """Programs that can share a multiprocessor, by rows of x: two hide each other's waits, but have few registers."""
 
-SPLITS = (1, 2, 4, 8)
-"""Programs that can share the inputs: as many as a cluster holds on any GPU."""
+EVENLY = 0
+SPLITS = (1, 2, 4, 8, EVENLY)
+"""Programs that can share the inputs of a tile: as many as a cluster holds on any GPU. `EVENLY`: as many programs as
+run at once have equally many blocks of all tiles."""
+
+_X_BOXES = {32: 2, 64: 2, 128: 2, 256: 1}
+"""Boxes of x, 64 columns each, that are copied together, by rows of x."""
 
 _WORDS_KIB = {(32, 1): 128, (64, 1): 112, (128, 1): 96, (256, 1): 58, (32, 2): 72, (64, 2): 56}
 _X_KIB = {(32, 1): 64, (64, 1): 80, (128, 1): 96, (256, 1): 160, (32, 2): 32, (64, 2): 48}
 """KiB of words with what belongs to them, and of x, that can be under way, by rows of x and programs."""
 
 _PITCH = 132
-_THREADS = 384
+_THREADS, _CONSUMERS = 384, 256
 _SCALES = {
     torch.float32: "FLOAT32",
     torch.bfloat16: "BFLOAT16",
@@ -56,6 +62,11 @@ def has_hopper_product(layout: PackedLayout) -> bool:
     )
 
 
+def can_share_evenly(layout: PackedLayout, programs: int) -> bool:
+    """Whether programs can have parts of tiles, so many sharing a multiprocessor; else each has a tile of its own."""
+    return programs == 1 or layout.block_columns > 64
+
+
 class _Arguments(ctypes.Structure):
     """`Arguments` of hopper_packed.cu."""
 
@@ -66,11 +77,16 @@ class _Arguments(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
+        ("partials", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
         ("num_rows", ctypes.c_int32),
         ("num_outputs", ctypes.c_int32),
         ("num_blocks", ctypes.c_int32),
         ("num_tiles", ctypes.c_int32),
+        ("row_tiles", ctypes.c_int32),
+        ("num_splits", ctypes.c_int32),
         ("split_blocks", ctypes.c_int32),
+        ("total_blocks", ctypes.c_int32),
         ("is_gated", ctypes.c_int32),
         ("adds", ctypes.c_int32),
         ("is_wide", ctypes.c_int32),
@@ -91,6 +107,7 @@ def multiply(
     rows: int,
     programs: int,
     split_k: int,
+    flags: Tensor,
     gated: bool = False,
     add: bool = False,
     pdl: bool = False,
@@ -102,7 +119,8 @@ def multiply(
         out: [num_rows, out_features], whose rows may lie apart; in x's dtype, or float32.
         rows: of x for a program.
         programs: that share a multiprocessor, one of `PROGRAMS[rows]`.
-        split_k: programs that share the inputs, at most; one of `SPLITS`.
+        split_k: programs that share the inputs of a tile, at most; one of `SPLITS`.
+        flags: int32, one for each program that runs at once, zero before and after; of this stream alone.
         gated: write silu of the first half of the outputs times the other half.
     """
     layout, tensors = matrix.layout, matrix.tensors
@@ -119,6 +137,21 @@ def multiply(
     def address(name: str) -> int | None:
         return tensors[name].data_ptr() if name in tensors else None
 
+    row_tiles = -(-num_rows // rows)
+    tiles = row_tiles * -(-num_outputs // (TILE_ROWS if gated else 2 * TILE_ROWS))
+    total_blocks, num_splits, num_programs = 0, split_k, split_k * tiles
+    split_blocks = -(-layout.num_blocks // max(split_k, 1))
+    partials = x
+    if split_k == EVENLY:
+        total_blocks, num_splits = tiles * layout.num_blocks, 1
+        split_blocks = -(-total_blocks // (programs * tiled_sms(x.device)))
+        if not can_share_evenly(layout, programs):
+            split_blocks = layout.num_blocks
+        elif programs > 1:  # a program has parts of two tiles at most
+            split_blocks = min(split_blocks, layout.num_blocks)
+        num_programs = -(-total_blocks // split_blocks)
+        assert num_programs <= len(flags), (num_programs, len(flags))
+        partials = x.new_empty(num_programs * _CONSUMERS * (rows // 2), dtype=torch.float32)
     alignment = out.data_ptr() | out.stride(0) * out.dtype.itemsize | num_outputs * out.dtype.itemsize
     arguments = _Arguments(
         address("scales"),
@@ -127,19 +160,23 @@ def multiply(
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         out.stride(0),
+        partials.data_ptr(),
+        flags.data_ptr(),
         num_rows,
         num_outputs,
         layout.num_blocks,
         layout.num_tiles,
-        -(-layout.num_blocks // split_k),
+        row_tiles,
+        num_splits,
+        split_blocks,
+        total_blocks,
         gated,
         add,
         out.dtype == torch.float32,
         alignment % (4 * out.dtype.itemsize) == 0,
     )
-    outputs = TILE_ROWS if gated else 2 * TILE_ROWS
-    grid = (split_k, -(-num_rows // rows), -(-num_outputs // outputs))
-    launch = Launch(grid, _THREADS, shared_bytes(layout, rows, programs), cluster=split_k, pdl=pdl)
+    shared = shared_bytes(layout, rows, programs)
+    launch = Launch((num_programs, 1, 1), _THREADS, shared, cluster=num_splits, pdl=pdl)
     pointers = [*(int(one.getPtr()) for one in maps), ctypes.addressof(arguments)]
     _function(macros, x.device.index).launch(launch, pointers)
 
@@ -148,13 +185,18 @@ def shared_bytes(layout: PackedLayout, rows: int, programs: int) -> int:
     """The shared memory of a program."""
     word_slots, x_slots = _slots(layout, rows, programs)
     slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(side_bytes(layout)))
-    pipe = x_slots * (rows * 128 + 16) + word_slots * (slot + 16)
+    pipe = x_slots * (_x_boxes(layout, rows) * rows * 128 + 16) + word_slots * (slot + 16) + 8
     return max(pipe, rows * _PITCH * 4)
 
 
 def _slots(layout: PackedLayout, rows: int, programs: int) -> tuple[int, int]:
     slot = 2 * (TILE_ROWS * layout.slice_columns * 2 + sum(side_bytes(layout)))
-    return (_WORDS_KIB[rows, programs] << 10) // slot, (_X_KIB[rows, programs] << 10) // (rows * 128)
+    x_slot = _x_boxes(layout, rows) * rows * 128
+    return (_WORDS_KIB[rows, programs] << 10) // slot, (_X_KIB[rows, programs] << 10) // x_slot
+
+
+def _x_boxes(layout: PackedLayout, rows: int) -> int:
+    return min(_X_BOXES[rows], layout.block_columns // 64)
 
 
 def side_bytes(layout: PackedLayout) -> tuple[int, int]:
@@ -181,8 +223,8 @@ def word_macros(layout: PackedLayout) -> dict[str, int | str]:
 @functools.lru_cache(maxsize=256)
 def _macros(layout: PackedLayout, rows: int, programs: int) -> tuple[tuple[str, int | str], ...]:
     word_slots, x_slots = _slots(layout, rows, programs)
-    macros = {"ROWS": rows, "PROGRAMS": programs, "WORD_SLOTS": word_slots, "X_SLOTS": x_slots, **word_macros(layout)}
-    return tuple(macros.items())
+    slots = {"X_BOXES": _x_boxes(layout, rows), "WORD_SLOTS": word_slots, "X_SLOTS": x_slots}
+    return tuple({"ROWS": rows, "PROGRAMS": programs, **slots, **word_macros(layout)}.items())
 
 
 @functools.cache

@@ -352,12 +352,17 @@ struct StagedAt {
   }
 };
 
-// What the sum of a row and an output is multiplied by, and what is added to it.
+// What the sums of four outputs of a row are multiplied by, and what is added to them.
 struct Terms {
   const Consumer& consumer;
-  __device__ __forceinline__ void operator()(float& factor, float& bias, int row, int output) const {
-    consumer.output_terms(factor, bias, output);
-    factor *= consumer.x_scale(row);
+  __device__ __forceinline__ void operator()(float (&sums)[4], int row, int output, int count) const {
+    const float x = consumer.x_scale(row);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float factor, bias;
+      consumer.output_terms(factor, bias, output + min(i, count - 1));
+      sums[i] = sums[i] * (factor * x) + bias;
+    }
   }
 };
 
@@ -400,7 +405,7 @@ hopper_scaled(const __grid_constant__ TensorMap x_map, const __grid_constant__ T
                           arguments.adds, arguments.is_wide, arguments.is_even, arguments.is_gated};
       const Staged<Sum> staged{place.base, PITCH, place.split, arguments.num_splits, ROWS / arguments.num_splits,
                                OUTPUTS >> arguments.is_gated};
-      staged.write(target, place.row(tile), place.output(tile), StagedAt{arguments.is_gated}, Terms{consumer}, thread);
+      staged.write<4>(target, place.row(tile), place.output(tile), StagedAt{arguments.is_gated}, Terms{consumer}, thread);
     } else {
       for (int tile = place.first_tile(); tile < arguments.num_tiles; tile += place.tile_step()) {
         consumer.multiply_tile(tile);

@@ -118,7 +118,8 @@ class PackedProducts:
             return
         if isinstance(config, HopperConfig):
             cut = (config.block_m, config.programs, config.split_k)
-            hopper_packed.multiply(x, self._matrix, bias, out, *cut, gated, add, pdl=self._kernels.pdl)
+            flags = self._kernels.counters
+            hopper_packed.multiply(x, self._matrix, bias, out, *cut, flags, gated, add, pdl=self._kernels.pdl)
             return
         if isinstance(config, HopperFewConfig):
             hopper_few.multiply(x, self._matrix, bias, out, config.cut, gated, add, pdl=self._kernels.pdl)

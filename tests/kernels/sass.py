@@ -41,36 +41,41 @@ def instructions(sass: str) -> Iterator[Instruction]:
 
 
 def overwritten_operands(sass: str) -> list[Instruction]:
-    """Instructions in the loop of products that write registers of a product that may not be done.
+    """Instructions in the loops of products that write registers of a product that may not be done.
 
     A product is done when all but the latest N groups are waited for (`WARPGROUP.DEPBAR.LE gsb0, N`), and its group is
     not among them; the last product of a group is marked `gsb0`.
     """
-    body = _loop(list(instructions(sass)))
-    groups: list[list[int]] = []
-    current: list[int] = []
     found = {}
-    for instruction in body * 3:
-        if instruction.name.startswith("HGMMA"):
-            operand = re.match(r"R\d+, R(\d+), gdesc", instruction.operands)
-            assert operand is not None, instruction
-            current += range(int(operand[1]), int(operand[1]) + 4)
-            if "gsb0" in instruction.operands:
-                groups.append(current)
-                current = []
-        elif instruction.name.startswith("WARPGROUP.DEPBAR"):
-            left = int(instruction.operands.rpartition("0x")[2], 16)
-            groups = groups[len(groups) - left :] if left else []
-        elif any(register in group for group in [*groups, current] for register in instruction.written):
-            found[instruction.address] = instruction
+    for body in _loops(list(instructions(sass))):
+        groups: list[list[int]] = []
+        current: list[int] = []
+        for instruction in body * 3:
+            if instruction.name.startswith("HGMMA"):
+                operand = re.match(r"R\d+, R(\d+), gdesc", instruction.operands)
+                assert operand is not None, instruction
+                current += range(int(operand[1]), int(operand[1]) + 4)
+                if "gsb0" in instruction.operands:
+                    groups.append(current)
+                    current = []
+            elif instruction.name.startswith("WARPGROUP.DEPBAR"):
+                left = int(instruction.operands.rpartition("0x")[2], 16)
+                groups = groups[len(groups) - left :] if left else []
+            elif any(register in group for group in [*groups, current] for register in instruction.written):
+                found[instruction.address] = instruction
     return list(found.values())
 
 
-def _loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """The innermost loop around the first product."""
-    first = next(index for index, one in enumerate(code) if one.name.startswith("HGMMA"))
+def _loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops around products."""
     places = {one.address: index for index, one in enumerate(code)}
-    for index in range(first, len(code)):
-        if code[index].name == "BRA" and places.get(code[index].target, len(code)) <= first:
-            return list(code[places[code[index].target] : index + 1])
-    raise AssertionError("no loop around the products")
+    spans = [
+        range(places[one.target], index + 1)
+        for index, one in enumerate(code)
+        if one.name == "BRA" and places.get(one.target, len(code)) <= index
+    ]
+    products = [index for index, one in enumerate(code) if one.name.startswith("HGMMA")]
+    innermost = {min((span for span in spans if index in span), key=len, default=None) for index in products}
+    innermost.discard(None)
+    assert innermost, "no loop around the products"
+    return [[code[index] for index in span] for span in innermost if span is not None]

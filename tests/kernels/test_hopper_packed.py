@@ -21,7 +21,7 @@ from llmengine.kernels.gemm_config import (
     PackedConfig,
     parse_config,
 )
-from llmengine.kernels.hopper_packed import PROGRAMS, SPLITS, has_hopper_product, shared_bytes
+from llmengine.kernels.hopper_packed import EVENLY, PROGRAMS, SPLITS, has_hopper_product, shared_bytes
 from llmengine.kernels.packed_weights import PackedLayout, PackedMatrix
 from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.int4 import Int4Groups, pack_nibbles
@@ -124,10 +124,10 @@ def test_candidates_for_hopper_only_where_it_is_hopper() -> None:
 @pytest.mark.parametrize(
     ("operation", "n", "k", "fastest"),
     [
-        ("norm_linear", 6144, 4096, {64: "m64p1x2", 128: "m128p1x2", 256: "m256p1x2", 512: "m256p1"}),
+        ("norm_linear", 6144, 4096, {64: "m64p1x2", 128: "m128p1x2", 512: "m256p1"}),
         ("linear_add", 4096, 4096, {64: "m32p1x2", 128: "m64p1x2", 256: "m128p1x2", 512: "m256p1x2"}),
-        ("norm_linear_silu", 14336, 4096, {64: "m64p2", 128: "m128p1", 256: "m256p1", 512: "m256p1"}),
-        ("linear_add", 4096, 14336, {64: "m32p1x2", 128: "m64p1x2", 256: "m128p1x2", 512: "m256p1x2"}),
+        ("norm_linear_silu", 14336, 4096, {64: "m64p2e", 128: "m128p1e", 256: "m256p1e", 512: "m256p1"}),
+        ("linear_add", 4096, 14336, {64: "m64p1e", 128: "m64p1x2", 256: "m128p1x2", 512: "m256p1x2"}),
     ],
 )
 def test_what_was_fast_on_an_h200_comes_first_there(
@@ -148,6 +148,79 @@ def test_split_programs_run_at_once(num_rows: int) -> None:
                 assert config.split_k in SPLITS
                 tiles = -(-n // 128) * -(-num_rows // config.block_m)
                 assert tiles * config.split_k <= 132 * config.programs
+
+
+PARTS = """
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+using std::max; using std::min;
+#define __device__
+#define __forceinline__ inline
+struct { int x; } blockIdx, gridDim;
+constexpr int ROWS = 64;
+SOURCE
+int main(int, char** words) {
+  Arguments arguments{};
+  gridDim.x = atoi(words[1]), arguments.num_blocks = atoi(words[2]), arguments.split_blocks = atoi(words[3]);
+  arguments.num_splits = atoi(words[4]), arguments.total_blocks = atoi(words[5]), arguments.row_tiles = atoi(words[6]);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+    for (Parts parts(arguments);; ++parts.tile) {
+      printf("%d %d %d %d %d ", blockIdx.x, parts.tile, parts.first_block(), parts.end_block(), parts.writes_results());
+      printf("%d %d %d %d\\n", parts.program(), parts.last_program(), parts.row(), parts.column());
+      if (!parts.has_next()) break;
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def list_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[list[int]]]:
+    """The kernel's own code that says what a program computes, compiled for the host."""
+    directory = tmp_path_factory.mktemp("parts")
+    text = Path(hopper_packed.__file__).with_name("hopper_packed.cu").read_text()
+    source = text[text.index("struct Arguments {") : text.index("struct Pipe {")]
+    (directory / "parts.cpp").write_text(PARTS.replace("SOURCE", source))
+    subprocess.run(["c++", "-std=c++17", "-o", directory / "parts", directory / "parts.cpp"], check=True)
+
+    def run(*sizes: int) -> list[list[int]]:
+        done = subprocess.run([directory / "parts", *map(str, sizes)], capture_output=True, text=True, check=True)
+        return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("tiles", "num_blocks", "split_blocks"),
+    [(224, 16, 14), (224, 16, 28), (32, 56, 14), (48, 16, 6), (1, 3, 1), (7, 5, 5), (7, 5, 1), (130, 9, 70), (3, 7, 8)],
+)
+def test_programs_share_all_blocks(
+    list_parts: Callable[..., list[list[int]]], tiles: int, num_blocks: int, split_blocks: int
+) -> None:
+    total = tiles * num_blocks
+    num_programs = -(-total // split_blocks)
+    parts = list_parts(num_programs, num_blocks, split_blocks, 1, total, 2)
+    done = [(tile, block) for _, tile, first, end, *_ in parts for block in range(first, end)]
+    assert sorted(done) == [(tile, block) for tile in range(tiles) for block in range(num_blocks)]
+    writers = {tile: (index, program, last) for index, tile, _, _, writes, program, last, *_ in parts if writes}
+    assert sorted(writers) == list(range(tiles))
+    givers = [(tile, program, index) for index, tile, _, _, writes, program, *_ in parts if not writes]
+    for tile, (index, program, last) in writers.items():
+        assert [one for owner, one, _ in sorted(givers) if owner == tile] == list(range(program + 1, last + 1))
+        assert all(other < index for owner, _, other in givers if owner == tile), "waits for one that begins later"
+    for index in range(num_programs):
+        own = [part[4] for part in parts if part[0] == index]
+        assert all(own[1:]), "only what a program begins with is another's"
+    assert {(row, column) for *_, row, column in parts} == {(tile % 2 * 64, tile // 2) for tile in range(tiles)}
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_programs_of_a_cluster_share_a_tile(list_parts: Callable[..., list[list[int]]]) -> None:
+    parts = list_parts(5 * 4, 9, 3, 4, 0, 1)
+    blocks = [(tile, min(first, end), end) for _, tile, first, end, *_ in parts]
+    assert blocks == [(tile, *part) for tile in range(5) for part in ((0, 3), (3, 6), (6, 9), (9, 9))]
+    assert all(writes for _, _, _, _, writes, *_ in parts)
 
 
 @pytest.mark.skipif(
@@ -208,16 +281,18 @@ def test_every_operation_on_hopper(device: str, weight_format: WeightFormat, dty
 def multiply(
     case: ExactCase, cut: tuple[int, int], split_k: int, pdl: bool = False
 ) -> Callable[[Tensor, Tensor], None]:
-    return lambda x, out: hopper_packed.multiply(x, case.matrix, None, out, *cut, split_k, pdl=pdl)
+    flags = torch.zeros(4096, dtype=torch.int32, device=case.x.device)
+    return lambda x, out: hopper_packed.multiply(x, case.matrix, None, out, *cut, split_k, flags, pdl=pdl)
 
 
 @needs_hopper
 @pytest.mark.parametrize(("weight_format", "k"), [(INT8, 4096), (INT8, 4096 + 64), (Int4Groups(128), 4096)], ids=names)
 def test_no_copy_overtakes_what_is_read(device: str, weight_format: WeightFormat, k: int) -> None:
-    """Words of many rows come from the L2."""
+    """Words of many rows come from the L2; where programs share all tiles, each has many."""
     case = ExactCase(device, weight_format, 4096, 4096, k)
     for cut in CUTS:
-        assert case.num_wrong(multiply(case, cut, 1), repeats=5) == 0, cut
+        for split_k in (1, EVENLY):
+            assert case.num_wrong(multiply(case, cut, split_k), repeats=5) == 0, (cut, split_k)
 
 
 @needs_hopper
