@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmengine.kernels import hopper_scaled
+from llmengine.kernels import hopper_few, hopper_packed, hopper_scaled
 from llmengine.kernels.cublaslt import CublasConfig
 from llmengine.kernels.cuda_program import Launch
 from llmengine.kernels.gemm_candidates import candidates
@@ -216,14 +216,15 @@ def test_every_result_is_computed_once_from_all_columns(
         torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-2)
 
 
-def test_the_kernel_and_python_agree_on_the_arguments() -> None:
+@pytest.mark.parametrize("module", [hopper_few, hopper_packed, hopper_scaled], ids=lambda one: one.__name__)
+def test_the_kernel_and_python_agree_on_the_arguments(module: Any) -> None:
     """Names and order of `Arguments` in the source."""
-    text = hopper_scaled.program_text("hopper_scaled.cu")
+    text = module.program_text(f"{module.__name__.rpartition('.')[2]}.cu")
     body = text[text.index("struct Arguments {") : text.index("};", text.index("struct Arguments {"))]
     kinds = {ctypes.c_int32: "int", ctypes.c_int64: "long long", ctypes.c_void_p: "*"}
     lines = [line.split(";")[0] for line in body.splitlines() if ";" in line]
-    assert len(lines) == len(hopper_scaled._Arguments._fields_)
-    for line, (name, kind) in zip(lines, hopper_scaled._Arguments._fields_, strict=True):
+    assert len(lines) == len(module._Arguments._fields_)
+    for line, (name, kind) in zip(lines, module._Arguments._fields_, strict=True):
         assert line.split()[-1] == name
         assert kinds[kind] in line
 
