@@ -14,6 +14,7 @@ one token arrive at once, and the steps are those of their prompts but for the l
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import tempfile
 from collections import Counter, defaultdict
@@ -27,7 +28,7 @@ import anyio
 
 from benchmarks.models import add_model_or_shape, add_quantization, add_tuning_budget, load_chosen
 from benchmarks.report import add_json, append_record, format_table, median, new_parser, positive_integers, require_gpu
-from benchmarks.workloads import exact_length
+from benchmarks.workloads import exact_length, random_prompts
 from llmengine import LLM, ParallelConfig, SchedulerConfig
 
 _CONTEXT = 4096
@@ -228,7 +229,8 @@ async def profile_prompts(llm: LLM, arguments: argparse.Namespace, num_prompts: 
     """Profile the prompts of so many requests; return what ran on the device."""
     from torch.profiler import ProfilerActivity, profile
 
-    prompts = [[2 + prompt % 500] * arguments.prompt_tokens for prompt in range(num_prompts)]
+    lengths = [arguments.prompt_tokens] * num_prompts
+    prompts = random_prompts(random.Random(0), lengths, llm.info.vocab_size)
 
     async def compute() -> None:
         for handle in [llm.generate_async(prompt, exact_length(1)) for prompt in prompts]:
