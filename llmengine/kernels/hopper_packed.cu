@@ -327,8 +327,18 @@ struct Terms {
   }
 };
 
-// The copies of two threads, of words and of x, each into the next slot as soon as that is empty. Results pass through the
-// same memory, so what comes after them waits.
+// The next part for a thread that copies, as soon as its copies may begin: results pass through the same memory.
+static __device__ __forceinline__ bool await_next(const Pipe& pipe, Parts& parts, u32& parity) {
+  if (!parts.has_next()) return false;
+  if (parts.writes_results()) {
+    barrier_wait(pipe.written(), parity);
+    parity ^= 1;
+  }
+  ++parts.tile;
+  return true;
+}
+
+// The copies of two threads, of words and of x, each into the next slot as soon as that is empty.
 static __device__ __forceinline__ void copy_words(const Pipe& pipe, const TensorMap& map, const Arguments& arguments) {
   const u64 once = cache_policy_first();
   Turn<WORD_SLOTS> turn;
@@ -355,12 +365,7 @@ static __device__ __forceinline__ void copy_words(const Pipe& pipe, const Tensor
       }
       turn.next();
     }
-    if (!parts.has_next()) return;
-    if (parts.writes_results()) {
-      barrier_wait(pipe.written(), parity);
-      parity ^= 1;
-    }
-    ++parts.tile;
+    if (!await_next(pipe, parts, parity)) return;
   }
 }
 
@@ -380,12 +385,7 @@ static __device__ __forceinline__ void copy_x(const Pipe& pipe, const TensorMap&
         copy_box(target + i * X_BOX, &map, (box + i) * 64, parts.row(), full, often);
       turn.next();
     }
-    if (!parts.has_next()) return;
-    if (parts.writes_results()) {
-      barrier_wait(pipe.written(), parity);
-      parity ^= 1;
-    }
-    ++parts.tile;
+    if (!await_next(pipe, parts, parity)) return;
   }
 }
 
@@ -438,7 +438,7 @@ hopper_packed(const __grid_constant__ TensorMap words_map, const __grid_constant
 #pragma unroll (PROGRAMS == 2 ? MOST_PARTS : 1)
     for (int i = 0; PROGRAMS == 1 || i < MOST_PARTS; ++i) {
       consumer.multiply(parts.end_block() - parts.first_block());
-      // So that the compiler computes what depends on them when it is needed: the loop over blocks leaves no registers.
+      // So that the compiler computes what depends on it when it is needed: the loop over blocks leaves no registers.
       int thread = threadIdx.x;
       asm volatile("" : "+r"(thread));
       // `partials`, `flags` and `out` are of the kernels before, too.
