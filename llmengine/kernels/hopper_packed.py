@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,28 @@ def has_hopper_product(layout: PackedLayout) -> bool:
 def can_share_evenly(layout: PackedLayout, programs: int) -> bool:
     """Whether programs can have parts of tiles, so many sharing a multiprocessor; else each has a tile of its own."""
     return programs == 1 or layout.block_columns > 64
+
+
+class Division(NamedTuple):
+    """How programs divide a product among themselves; see `Arguments` of hopper_packed.cu."""
+
+    num_programs: int
+    num_splits: int
+    split_blocks: int
+    total_blocks: int
+
+
+def divide(layout: PackedLayout, tiles: int, programs: int, split_k: int, num_sms: int) -> Division:
+    """Divide `tiles` tiles of results; the other arguments are those of `multiply`, and the multiprocessors."""
+    if split_k != EVENLY:
+        return Division(split_k * tiles, split_k, -(-layout.num_blocks // split_k), 0)
+    total_blocks = tiles * layout.num_blocks
+    split_blocks = -(-total_blocks // (programs * num_sms))
+    if not can_share_evenly(layout, programs):
+        split_blocks = layout.num_blocks
+    elif programs > 1:  # a program has parts of two tiles at most
+        split_blocks = min(split_blocks, layout.num_blocks)
+    return Division(-(-total_blocks // split_blocks), 1, split_blocks, total_blocks)
 
 
 class _Arguments(ctypes.Structure):
@@ -139,19 +162,11 @@ def multiply(
 
     row_tiles = -(-num_rows // rows)
     tiles = row_tiles * -(-num_outputs // (TILE_ROWS if gated else 2 * TILE_ROWS))
-    total_blocks, num_splits, num_programs = 0, split_k, split_k * tiles
-    split_blocks = -(-layout.num_blocks // max(split_k, 1))
+    division = divide(layout, tiles, programs, split_k, tiled_sms(x.device))
     partials = x
     if split_k == EVENLY:
-        total_blocks, num_splits = tiles * layout.num_blocks, 1
-        split_blocks = -(-total_blocks // (programs * tiled_sms(x.device)))
-        if not can_share_evenly(layout, programs):
-            split_blocks = layout.num_blocks
-        elif programs > 1:  # a program has parts of two tiles at most
-            split_blocks = min(split_blocks, layout.num_blocks)
-        num_programs = -(-total_blocks // split_blocks)
-        assert num_programs <= len(flags), (num_programs, len(flags))
-        partials = x.new_empty(num_programs * _CONSUMERS * (rows // 2), dtype=torch.float32)
+        assert division.num_programs <= len(flags), (division, len(flags))
+        partials = x.new_empty(division.num_programs * _CONSUMERS * (rows // 2), dtype=torch.float32)
     alignment = out.data_ptr() | out.stride(0) * out.dtype.itemsize | num_outputs * out.dtype.itemsize
     arguments = _Arguments(
         address("scales"),
@@ -167,16 +182,16 @@ def multiply(
         layout.num_blocks,
         layout.num_tiles,
         row_tiles,
-        num_splits,
-        split_blocks,
-        total_blocks,
+        division.num_splits,
+        division.split_blocks,
+        division.total_blocks,
         gated,
         add,
         out.dtype == torch.float32,
         alignment % (4 * out.dtype.itemsize) == 0,
     )
     shared = shared_bytes(layout, rows, programs)
-    launch = Launch((num_programs, 1, 1), _THREADS, shared, cluster=num_splits, pdl=pdl)
+    launch = Launch((division.num_programs, 1, 1), _THREADS, shared, cluster=division.num_splits, pdl=pdl)
     pointers = [*(int(one.getPtr()) for one in maps), ctypes.addressof(arguments)]
     _function(macros, x.device.index).launch(launch, pointers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -213,6 +214,24 @@ def test_programs_share_all_blocks(
         own = [part[4] for part in parts if part[0] == index]
         assert all(own[1:]), "only what a program begins with is another's"
     assert {(row, column) for *_, row, column in parts} == {(tile % 2 * 64, tile // 2) for tile in range(tiles)}
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("split_k", SPLITS)
+def test_products_are_divided_among_programs(list_parts: Callable[..., list[list[int]]], split_k: int) -> None:
+    """Two on a multiprocessor have parts of two tiles at most, and one where blocks are a box."""
+    for weight_format, shape in ((Int4Groups(128), (4096, 14336)), (INT8, (960, 576))):
+        layout = PackedLayout.of(weight_format, shape, torch.bfloat16)
+        assert layout is not None
+        for tiles in (1, 32, 224, 700):
+            for programs in (1, 2):
+                cut = hopper_packed.divide(layout, tiles, programs, split_k, 132)
+                sizes = (cut.split_blocks, cut.num_splits, cut.total_blocks, 1)
+                parts = list_parts(cut.num_programs, layout.num_blocks, *sizes)
+                done = sorted((tile, block) for _, tile, first, end, *_ in parts for block in range(first, end))
+                assert done == [(tile, block) for tile in range(tiles) for block in range(layout.num_blocks)]
+                most = max(Counter(index for index, *_ in parts).values())
+                assert programs == 1 or most <= (2 if layout.block_columns > 64 else 1)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
