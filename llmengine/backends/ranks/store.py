@@ -7,18 +7,13 @@ import threading
 import time
 from datetime import timedelta
 
-from torch.distributed import (  # type: ignore[attr-defined]
-    DistStoreError,
-    PrefixStore,
-    Store,
-    TCPStore,
-)
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llmengine.errors import EngineClosedError, EngineDeadError
 
 __all__ = ["MeetingPoint", "connect_store", "host_store"]
 
-_LOOK_S = 0.05
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
 def host_store(listener: socket.socket, timeout_s: float) -> TCPStore:
@@ -59,17 +54,18 @@ class MeetingPoint:
 
         Raises `EngineDeadError` if it does not in time, and `EngineClosedError` after `end`.
         """
-        until = time.monotonic() + self._timeout_s
-        while not self._ended.is_set():
-            try:
-                self._store.wait([key], timedelta(seconds=_LOOK_S))
-            except DistStoreError:
-                if time.monotonic() >= until:
-                    raise EngineDeadError(f"no rank has left {key!r} within {self._timeout_s:.3g} s") from None
-            else:
-                value: bytes = self._store.get(key)
-                return value.decode()
-        raise EngineClosedError("the ranks are not wanted any more")
+        until, pause = time.monotonic() + self._timeout_s, _FIRST_PAUSE_S
+        # The store's own waiting writes a warning to stderr whenever its time is up.
+        while not self._store.check([key]):
+            if self._ended.wait(pause):
+                break
+            if time.monotonic() >= until:
+                raise EngineDeadError(f"no rank has left {key!r} within {self._timeout_s:.3g} s")
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        if self._ended.is_set():
+            raise EngineClosedError("the ranks are not wanted any more")
+        value: bytes = self._store.get(key)
+        return value.decode()
 
     def exchange(self, key: str, rank: int, size: int, value: str) -> list[str]:
         """What each of `size` ranks leaves under a key, in their order; all call this, and raise what `get` raises."""

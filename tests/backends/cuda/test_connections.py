@@ -89,6 +89,17 @@ def test_what_no_rank_leaves_in_time_is_named() -> None:
         open_point(timeout_s=0.1).get("missing")
 
 
+def test_waiting_for_a_rank_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither the rank that hosts the store nor another; torch writes from C++."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    hosted = host_store(listener, 60.0)
+    for store in (hosted, connect_store("127.0.0.1", port, 60.0)):
+        with pytest.raises(EngineDeadError):
+            MeetingPoint(store, 0.3).get("missing")
+    assert capfd.readouterr() == ("", "")
+
+
 class Opened:
     """An `OpenLink` that counts how often it is closed."""
 
