@@ -353,11 +353,7 @@ def _load_slice(pointers, row_mask, columns, K: tl.constexpr, PADDED_K: tl.const
     mask = row_mask
     if K != PADDED_K:
         mask = row_mask & (columns < K)[None, :]
-    values = tl.load(pointers, mask=mask, other=0.0)
-    if K != PADDED_K and values.dtype == tl.float32:
-        # Triton 3.6 leaves junk beyond K where a thread copies a single number asynchronously.
-        values = tl.where(mask, values, 0.0)
-    return values
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -51,9 +51,7 @@ def numbers_of_words(
             )
         number = bits.to(DTYPE, bitcast=True)
     else:
-        exact = _plain_numbers(word, top, shift, top_shift, INDEX, KIND, TABLE, LOW_BITS, HIGH_BITS)
-        if MIDDLE > 0:
-            exact -= MIDDLE
+        exact = _plain_numbers(word, top, shift, top_shift, INDEX, KIND, TABLE, LOW_BITS, HIGH_BITS, MIDDLE)
         if ZEROS:
             exact += ZERO_OFFSET + _half(zero >> (16 * GROUP), BF16_ZEROS)[:, None]
         number = exact.to(DTYPE)
@@ -63,16 +61,18 @@ def numbers_of_words(
 @triton.jit
 def _plain_numbers(
     word, top, shift, top_shift, INDEX: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
-    LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
+    LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, MIDDLE: tl.constexpr,
 ):  # fmt: skip
-    """Value INDEX of each word as float32, by plain arithmetic."""
+    """Value INDEX of each word as float32, by plain arithmetic; integers less MIDDLE."""
     bits = word.to(tl.int32)
     if LOW_BITS > 0:
         code = (bits >> (shift[:, None] + LOW_BITS * INDEX)) & ((1 << LOW_BITS) - 1)
         if HIGH_BITS > 0:
             high = (top.to(tl.int32) >> (top_shift[:, None] + HIGH_BITS * INDEX)) & ((1 << HIGH_BITS) - 1)
             code |= high << LOW_BITS
-        exact = code.to(tl.float32)
+        # The bits of 2 ** 23 + code. LLVM would subtract before it converts, 16-bit integers in pairs, and ptxas (12.8
+        # and 13.0) subtracts nothing where it computes such a pair twice.
+        exact = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608 + MIDDLE)
     elif KIND == "int8":
         exact = ((bits << (24 - 8 * INDEX)) >> 24).to(tl.float32)
     elif KIND == "e4m3":

@@ -1,6 +1,6 @@
 """Compiles the kernels of packed products for a GPU of compute capability 9.0, without one.
 
-python -m tests.kernels.compile_packed FORMAT...: prints the name of each that compiled. Without `TRITON_INTERPRET`.
+python -m tests.kernels.compile_packed FORMAT:DTYPE...: prints each that compiled. Without `TRITON_INTERPRET`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from triton.compiler import ASTSource
 from llmengine.kernels.packed_kernels import dequantize_kernel, packed_kernel
 from llmengine.kernels.packed_linear import layout_constants
 from llmengine.kernels.packed_weights import PackedLayout
+from llmengine.quantization.formats import WeightFormat
 from llmengine.quantization.gguf_blocks import GGUF_BLOCKS
+from llmengine.quantization.int4 import Int4Groups
+
+FORMATS: dict[str, WeightFormat] = {**GGUF_BLOCKS, "INT4": Int4Groups(64, zero_points=False)}
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _TYPES = {
@@ -27,19 +31,23 @@ _TYPES = {
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Tensor | int], constants: dict[str, Any], num_warps: int) -> None:
-    """Compile `kernel` for tensors whose places are multiples of 16 bytes, and integers."""
+    """Compile `kernel` for tensors whose places are multiples of 16 bytes, and integers.
+
+    Raises `AssertionError` for sums of 16-bit integers in pairs: see `packed_numbers`.
+    """
     names = list(kernel.arg_names)
     types = {name: "i32" if isinstance(value, int) else _TYPES[value.dtype] for name, value in arguments.items()}
     signature = {name: types.get(name, "constexpr") for name in names}
     places = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind != "i32"}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=values, attrs=places)
-    triton.compile(source, target=_TARGET, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=_TARGET, options={"num_warps": num_warps})
+    assert "add.s16x2" not in compiled.asm["ptx"], (kernel, constants)
 
 
-def compile_type(type_name: str, dtype: torch.dtype) -> None:
-    """Compile a product, one with a gate, and both ways to dequantize, of a matrix in a type of GGUF."""
-    layout = PackedLayout.of(GGUF_BLOCKS[type_name], (1024, 2048), dtype)
+def compile_format(weight_format: WeightFormat, dtype: torch.dtype) -> None:
+    """Compile a product, one with a gate, and both ways to dequantize, of a matrix in a format."""
+    layout = PackedLayout.of(weight_format, (1024, 2048), dtype)
     assert layout is not None
     tensors = layout.empty("meta")
     names = ("high", "scales", "row_scales", "zeros", "units" if layout.has_steps else "minima", "shifts")
@@ -61,6 +69,7 @@ def compile_type(type_name: str, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        compile_type(name, torch.bfloat16)
-        print(name, flush=True)
+    for argument in sys.argv[1:]:
+        name, dtype_name = argument.split(":")
+        compile_format(FORMATS[name], getattr(torch, dtype_name))
+        print(argument, flush=True)

@@ -160,8 +160,8 @@ def test_large_products(device: str, type_name: str) -> None:
 
 
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """With minima, pairs of steps, steps, and words that blocks share."""
-    types = ["Q4_1", "Q2_K", "Q3_K"]
+    """With minima, pairs of steps, steps, and words that blocks share; and without tensor cores."""
+    types = ["Q4_1:bfloat16", "Q2_K:bfloat16", "Q3_K:bfloat16", "INT4:float32"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-m", "tests.kernels.compile_packed", *types]
