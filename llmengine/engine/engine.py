@@ -369,8 +369,10 @@ class Engine:
             batch = scheduler.schedule()
             if batch is None:
                 break
+            launching_at = time.monotonic()
             self._call_backend(backend.launch, batch)
-            self._run_ahead.launched(batch, time.monotonic(), is_late=spare_s > 0)
+            now = time.monotonic()
+            self._run_ahead.launched(batch, now, launch_s=now - launching_at, is_late=spare_s > 0)
         if not scheduler.num_steps_in_flight:
             is_waiting = scheduler.awaits_grammars
             assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 from llmengine.batch import Batch, StepResult
 
@@ -20,6 +21,9 @@ _EARLY_STEPS = 64
 _TRUSTED_SHARE = 0.8
 """A step in flight is expected to take at least this share of the time of earlier steps of its kind."""
 
+_BOUND_SHARE = 0.5
+"""A step whose launch took this share of its time may have waited for it, as steps without a graph do."""
+
 _LEAD_S = 1e-3
 """Steps are scheduled and launched at least this much earlier than necessary."""
 
@@ -31,8 +35,8 @@ class RunAhead:
     """Keeps two steps in flight, so that the device runs one while the host handles the other; more if needed.
 
     The second step is launched late. A request that arrives while the first runs can then be part of the second, and
-    waits for one step less. The time that the first step will take is predicted from earlier steps of its kind. After a
-    launch that was too late, launches are early for a while.
+    waits for one step less. The time that the first step will take is predicted from earlier steps of its kind, but not
+    from those that may have waited for the host. After a launch that was too late, launches are early for a while.
 
     A thread that computes in Python holds the interpreter for milliseconds at a time, and the device may run out of
     steps meanwhile. Each step in flight beyond the second bridges the time of one more step. It also makes a new
@@ -50,7 +54,7 @@ class RunAhead:
         self.depth = self._min_depth
         self._num_calm = 0
         self._num_early = 0
-        self._in_flight: deque[tuple[_Kind, bool]] = deque()
+        self._in_flight: deque[_Launched] = deque()
         self._began = 0.0
         self._seconds: dict[_Kind, tuple[float, float]] = {}
 
@@ -58,27 +62,27 @@ class RunAhead:
         """Seconds from `now` (monotonic clock) for which the next launch may wait for requests."""
         if not self._may_wait or self._num_early > 0 or len(self._in_flight) != 1 or self._limit < _MIN_DEPTH:
             return 0.0
-        kind, _ = self._in_flight[0]
-        expected_s = min(self._seconds.get(kind, (0.0, 0.0)))
+        expected_s = min(self._seconds.get(self._in_flight[0].kind, (0.0, 0.0)))
         spare_s = self._began + _TRUSTED_SHARE * expected_s - _LEAD_S - now
         return spare_s if spare_s >= _MIN_WAIT_S else 0.0
 
-    def launched(self, batch: Batch, now: float, *, is_late: bool) -> None:
-        """Note that a step was launched. `is_late`: it had waited for `spare_s`."""
+    def launched(self, batch: Batch, now: float, *, launch_s: float, is_late: bool) -> None:
+        """Note that a step was launched, which took `launch_s`. `is_late`: it had waited for `spare_s`."""
         if not self._in_flight:
-            self._began = now
-        self._in_flight.append((_kind(batch), is_late))
+            self._began = now - launch_s
+        self._in_flight.append(_Launched(_kind(batch), launch_s, is_late))
 
     def observe(self, result: StepResult, now: float) -> None:
         """Note that the oldest step has ended: how long it took, and whether the device had to wait for it."""
-        kind, was_late = self._in_flight.popleft()
-        _, latest_s = self._seconds.get(kind, (0.0, 0.0))
-        self._seconds[kind] = (latest_s, result.forward_s)
+        step = self._in_flight.popleft()
+        if step.launch_s < _BOUND_SHARE * result.forward_s:
+            _, latest_s = self._seconds.get(step.kind, (0.0, 0.0))
+            self._seconds[step.kind] = (latest_s, result.forward_s)
         self._began = now
         self._num_early = max(0, self._num_early - 1)
         self._num_calm += 1
         if result.idle_s > _IDLE_SHARE * result.forward_s:
-            if was_late:
+            if step.was_late:
                 self._num_early = _EARLY_STEPS
             else:
                 self.depth = min(self.depth + 1, self._limit)
@@ -90,6 +94,15 @@ class RunAhead:
 
 _Kind = tuple[bool, int]
 """Steps of one kind take about equally long: (whether it has prompts, number of tokens on a logarithmic scale)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step in flight: its kind, the seconds that its launch took, and whether it had waited for `spare_s`."""
+
+    kind: _Kind
+    launch_s: float
+    was_late: bool
 
 
 def _kind(batch: Batch) -> _Kind:

@@ -25,16 +25,16 @@ IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
 
 def run(run_ahead: RunAhead, result: StepResult, batch: Batch = DECODE) -> int:
     """Launch a step and observe its end; return the depth."""
-    run_ahead.launched(batch, 0.0, is_late=False)
+    run_ahead.launched(batch, 0.0, launch_s=0.0, is_late=False)
     run_ahead.observe(result, 0.0)
     return run_ahead.depth
 
 
 def run_second(run_ahead: RunAhead, result: StepResult) -> bool:
     """Launch a step beside one of a known kind, as late as possible; observe both ends; return whether it waited."""
-    run_ahead.launched(DECODE, 7.0, is_late=False)
+    run_ahead.launched(DECODE, 7.0, launch_s=0.0, is_late=False)
     is_late = run_ahead.spare_s(7.0) > 0
-    run_ahead.launched(DECODE, 7.0, is_late=is_late)
+    run_ahead.launched(DECODE, 7.0, launch_s=0.0, is_late=is_late)
     run_ahead.observe(BUSY, 7.01)
     run_ahead.observe(result, 7.02)
     return is_late
@@ -79,17 +79,17 @@ def test_a_step_that_came_too_late_lets_the_next_ones_come_early_and_adds_none()
 def test_the_next_launch_waits_for_most_of_the_time_that_steps_of_the_kind_took() -> None:
     run_ahead = RunAhead(2)
     for seconds in (0.1, 0.2, 0.05, 0.04):
-        run_ahead.launched(PROMPT, 0.0, is_late=False)
-        run_ahead.launched(DECODE, 0.0, is_late=False)
+        run_ahead.launched(PROMPT, 0.0, launch_s=0.0, is_late=False)
+        run_ahead.launched(DECODE, 0.0, launch_s=0.0, is_late=False)
         assert run_ahead.spare_s(0.0) == 0.0  # both in flight
         run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0)
         run_ahead.observe(StepResult(2, {}, forward_s=0.010), 1.0)
     assert run_ahead.spare_s(1.0) == 0.0  # none in flight
-    run_ahead.launched(PROMPT, 2.0, is_late=False)
+    run_ahead.launched(PROMPT, 2.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(2.0) == pytest.approx(0.8 * 0.04 - 0.001)
     assert run_ahead.spare_s(2.025) == pytest.approx(0.8 * 0.04 - 0.001 - 0.025)
     assert run_ahead.spare_s(2.0295) == 0.0  # too little to be worth it
-    run_ahead.launched(DECODE, 2.03, is_late=False)
+    run_ahead.launched(DECODE, 2.03, launch_s=0.0, is_late=False)
     run_ahead.observe(StepResult(3, {}, forward_s=0.04), 2.045)  # the decodes begin now
     assert run_ahead.spare_s(2.046) == pytest.approx(0.8 * 0.010 - 0.001 - 0.001)
 
@@ -97,11 +97,22 @@ def test_the_next_launch_waits_for_most_of_the_time_that_steps_of_the_kind_took(
 def test_a_kind_that_was_met_less_than_twice_is_not_waited_for() -> None:
     run_ahead = RunAhead(2)
     run(run_ahead, BUSY)
-    run_ahead.launched(DECODE, 3.0, is_late=False)
+    run_ahead.launched(DECODE, 3.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(3.0) == 0.0
     run_ahead.observe(BUSY, 3.0)
-    run_ahead.launched(PROMPT, 4.0, is_late=False)
+    run_ahead.launched(PROMPT, 4.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(4.0) == 0.0
+
+
+def test_steps_for_which_the_device_waited_are_not_expected_again() -> None:
+    """The first steps of a size run without a graph, and kernels are loaded in them."""
+    run_ahead = RunAhead(2)
+    for launch_s, seconds in ((0.3, 0.31), (0.2, 0.21), (0.001, 0.04), (0.001, 0.05)):
+        run_ahead.launched(PROMPT, 0.0, launch_s=launch_s, is_late=False)
+        assert run_ahead.spare_s(0.0) == 0.0
+        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0)
+    run_ahead.launched(PROMPT, 1.0, launch_s=0.005, is_late=False)
+    assert run_ahead.spare_s(1.0) == pytest.approx(0.8 * 0.04 - 0.001 - 0.005)  # it began with the launch
 
 
 class SlowBackend(FakeBackend):
