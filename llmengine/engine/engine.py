@@ -377,9 +377,10 @@ class Engine:
             is_waiting = scheduler.awaits_grammars
             assert is_waiting or not scheduler.has_work, "requests are waiting, but no step can be made of them"
             return not is_waiting
+        looked_at = time.monotonic()
         result = self._call_backend(backend.collect)
         self._step_ended_at = time.monotonic()
-        self._run_ahead.observe(result, self._step_ended_at)
+        self._run_ahead.observe(result, self._step_ended_at, looked_at=looked_at)
         self._may_prepare = self._can_prepare
         step, changed = scheduler.oldest_step, scheduler.update(result)
         if self.observers.active:

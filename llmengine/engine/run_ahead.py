@@ -68,17 +68,24 @@ class RunAhead:
 
     def launched(self, batch: Batch, now: float, *, launch_s: float, is_late: bool) -> None:
         """Note that a step was launched, which took `launch_s`. `is_late`: it had waited for `spare_s`."""
+        began = now - launch_s
         if not self._in_flight:
-            self._began = now - launch_s
-        self._in_flight.append(_Launched(_kind(batch), launch_s, is_late))
+            self._began = began
+        self._in_flight.append(_Launched(_kind(batch), began, launch_s, is_late))
 
-    def observe(self, result: StepResult, now: float) -> None:
-        """Note that the oldest step has ended: how long it took, and whether the device had to wait for it."""
+    def observe(self, result: StepResult, now: float, *, looked_at: float) -> None:
+        """Note that the oldest step has ended: how long it took, and whether the device had to wait for it.
+
+        Args:
+            looked_at: when the engine began to wait for its end, which may have been before that.
+        """
         step = self._in_flight.popleft()
+        expected_end = self._began + result.forward_s
+        ended = now if looked_at < expected_end else expected_end
+        self._began = max(ended, self._in_flight[0].began) if self._in_flight else ended
         if step.launch_s < _BOUND_SHARE * result.forward_s:
             _, latest_s = self._seconds.get(step.kind, (0.0, 0.0))
             self._seconds[step.kind] = (latest_s, result.forward_s)
-        self._began = now
         self._num_early = max(0, self._num_early - 1)
         self._num_calm += 1
         if result.idle_s > _IDLE_SHARE * result.forward_s:
@@ -98,9 +105,10 @@ _Kind = tuple[bool, int]
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step in flight: its kind, the seconds that its launch took, and whether it had waited for `spare_s`."""
+    """A step in flight: when its launch began, how many seconds that took, and whether it had waited for `spare_s`."""
 
     kind: _Kind
+    began: float
     launch_s: float
     was_late: bool
 

@@ -26,7 +26,7 @@ IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
 def run(run_ahead: RunAhead, result: StepResult, batch: Batch = DECODE) -> int:
     """Launch a step and observe its end; return the depth."""
     run_ahead.launched(batch, 0.0, launch_s=0.0, is_late=False)
-    run_ahead.observe(result, 0.0)
+    run_ahead.observe(result, 0.0, looked_at=0.0)
     return run_ahead.depth
 
 
@@ -35,8 +35,8 @@ def run_second(run_ahead: RunAhead, result: StepResult) -> bool:
     run_ahead.launched(DECODE, 7.0, launch_s=0.0, is_late=False)
     is_late = run_ahead.spare_s(7.0) > 0
     run_ahead.launched(DECODE, 7.0, launch_s=0.0, is_late=is_late)
-    run_ahead.observe(BUSY, 7.01)
-    run_ahead.observe(result, 7.02)
+    run_ahead.observe(BUSY, 7.01, looked_at=0.0)
+    run_ahead.observe(result, 7.02, looked_at=0.0)
     return is_late
 
 
@@ -82,15 +82,15 @@ def test_the_next_launch_waits_for_most_of_the_time_that_steps_of_the_kind_took(
         run_ahead.launched(PROMPT, 0.0, launch_s=0.0, is_late=False)
         run_ahead.launched(DECODE, 0.0, launch_s=0.0, is_late=False)
         assert run_ahead.spare_s(0.0) == 0.0  # both in flight
-        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0)
-        run_ahead.observe(StepResult(2, {}, forward_s=0.010), 1.0)
+        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0, looked_at=0.0)
+        run_ahead.observe(StepResult(2, {}, forward_s=0.010), 1.0, looked_at=0.0)
     assert run_ahead.spare_s(1.0) == 0.0  # none in flight
     run_ahead.launched(PROMPT, 2.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(2.0) == pytest.approx(0.8 * 0.04 - 0.001)
     assert run_ahead.spare_s(2.025) == pytest.approx(0.8 * 0.04 - 0.001 - 0.025)
     assert run_ahead.spare_s(2.0295) == 0.0  # too little to be worth it
     run_ahead.launched(DECODE, 2.03, launch_s=0.0, is_late=False)
-    run_ahead.observe(StepResult(3, {}, forward_s=0.04), 2.045)  # the decodes begin now
+    run_ahead.observe(StepResult(3, {}, forward_s=0.04), 2.045, looked_at=0.0)  # the decodes begin now
     assert run_ahead.spare_s(2.046) == pytest.approx(0.8 * 0.010 - 0.001 - 0.001)
 
 
@@ -99,9 +99,26 @@ def test_a_kind_that_was_met_less_than_twice_is_not_waited_for() -> None:
     run(run_ahead, BUSY)
     run_ahead.launched(DECODE, 3.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(3.0) == 0.0
-    run_ahead.observe(BUSY, 3.0)
+    run_ahead.observe(BUSY, 3.0, looked_at=0.0)
     run_ahead.launched(PROMPT, 4.0, launch_s=0.0, is_late=False)
     assert run_ahead.spare_s(4.0) == 0.0
+
+
+def test_a_step_that_ended_while_the_host_was_busy_is_not_waited_for() -> None:
+    """Such as in a launch that loads kernels: by then, the device has run the step that was launched."""
+    run_ahead = RunAhead(2)
+    for _ in range(2):
+        run(run_ahead, StepResult(1, {}, forward_s=0.2), PROMPT)
+    run_ahead.launched(DECODE, 5.0, launch_s=0.0, is_late=False)
+    run_ahead.launched(PROMPT, 5.4, launch_s=0.395, is_late=False)
+    run_ahead.observe(StepResult(1, {}, forward_s=0.01), 5.4, looked_at=5.4)
+    assert run_ahead.spare_s(5.4) == 0.0  # it ended at 5.21
+    run_ahead.observe(StepResult(1, {}, forward_s=0.2), 5.4, looked_at=5.4)
+
+    run_ahead.launched(DECODE, 6.0, launch_s=0.0, is_late=False)
+    run_ahead.launched(PROMPT, 6.1, launch_s=0.0, is_late=False)
+    run_ahead.observe(StepResult(1, {}, forward_s=0.06), 6.15, looked_at=6.15)
+    assert run_ahead.spare_s(6.15) == pytest.approx(0.8 * 0.2 - 0.001 - 0.05)  # it began when it was launched
 
 
 def test_steps_for_which_the_device_waited_are_not_expected_again() -> None:
@@ -110,7 +127,7 @@ def test_steps_for_which_the_device_waited_are_not_expected_again() -> None:
     for launch_s, seconds in ((0.3, 0.31), (0.2, 0.21), (0.001, 0.04), (0.001, 0.05)):
         run_ahead.launched(PROMPT, 0.0, launch_s=launch_s, is_late=False)
         assert run_ahead.spare_s(0.0) == 0.0
-        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0)
+        run_ahead.observe(StepResult(1, {}, forward_s=seconds), 1.0, looked_at=0.0)
     run_ahead.launched(PROMPT, 1.0, launch_s=0.005, is_late=False)
     assert run_ahead.spare_s(1.0) == pytest.approx(0.8 * 0.04 - 0.001 - 0.005)  # it began with the launch
 
