@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmengine import LLM
 from llmengine.batch import Batch, BatchRow, StepResult
@@ -17,8 +20,16 @@ from llmengine.engine.run_ahead import RunAhead
 from llmengine.testing import FakeBackend
 from tests.engine.helpers import VOCAB_SIZE, oracle, tokens
 
+STEPS = {128: 0.018, 1024: 0.074, 4096: 0.264}
+"""Seconds that a device computes for, by the number of a prompt's tokens."""
+
+
+def prompt(num_tokens: int) -> Batch:
+    return Batch(1, [BatchRow(0, 0, num_tokens, range(num_tokens), (), sample=1)])
+
+
 DECODE = Batch(1, [BatchRow(slot, 5, 1, (), (), sample=1) for slot in range(8)])
-PROMPT = Batch(1, [BatchRow(0, 0, 512, range(512), (), sample=1)])
+PROMPT = prompt(512)
 BUSY = StepResult(1, {}, forward_s=0.010, idle_s=0.0001)
 IDLE = StepResult(1, {}, forward_s=0.010, idle_s=0.002)
 
@@ -119,6 +130,26 @@ def test_a_step_that_ended_while_the_host_was_busy_is_not_waited_for() -> None:
     run_ahead.launched(PROMPT, 6.1, launch_s=0.0, is_late=False)
     run_ahead.observe(StepResult(1, {}, forward_s=0.06), 6.15, looked_at=6.15)
     assert run_ahead.spare_s(6.15) == pytest.approx(0.8 * 0.2 - 0.001 - 0.05)  # it began when it was launched
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0.0005, 0.02, 0.1, 0.4])), max_size=80))
+def test_the_device_never_stands_still_for_a_wait(steps: list[tuple[int, float]]) -> None:
+    """Whatever launches take, if steps of a kind take the same time whenever the device need not wait for the host."""
+    run_ahead = RunAhead(2)
+    now = device_free_at = 0.0
+    in_flight: deque[tuple[float, float]] = deque()
+    for num_tokens, launch_s in steps:
+        if len(in_flight) == run_ahead.depth:
+            begins, ends = in_flight.popleft()
+            looked_at, now = now, max(now, ends) + 0.0003
+            run_ahead.observe(StepResult(1, {}, forward_s=ends - begins), now, looked_at=looked_at)
+        spare_s = run_ahead.spare_s(now)
+        now += spare_s
+        assert not spare_s or now < device_free_at
+        begins, now = max(now, device_free_at), now + launch_s
+        device_free_at = max(begins + STEPS[num_tokens], now)
+        run_ahead.launched(prompt(num_tokens), now, launch_s=launch_s, is_late=spare_s > 0)
+        in_flight.append((begins, device_free_at))
 
 
 def test_steps_for_which_the_device_waited_are_not_expected_again() -> None:
