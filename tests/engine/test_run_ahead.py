@@ -20,7 +20,7 @@ from llmengine.engine.run_ahead import RunAhead
 from llmengine.testing import FakeBackend
 from tests.engine.helpers import VOCAB_SIZE, oracle, tokens
 
-STEPS = {128: 0.018, 1024: 0.074, 4096: 0.264}
+SECONDS = {128: 0.018, 1024: 0.074, 4096: 0.264}
 """Seconds that a device computes for, by the number of a prompt's tokens."""
 
 
@@ -132,7 +132,7 @@ def test_a_step_that_ended_while_the_host_was_busy_is_not_waited_for() -> None:
     assert run_ahead.spare_s(6.15) == pytest.approx(0.8 * 0.2 - 0.001 - 0.05)  # it began when it was launched
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0.0005, 0.02, 0.1, 0.4])), max_size=80))
+@given(st.lists(st.tuples(st.sampled_from(sorted(SECONDS)), st.sampled_from([0.0005, 0.02, 0.1, 0.4])), max_size=80))
 def test_the_device_never_stands_still_for_a_wait(steps: list[tuple[int, float]]) -> None:
     """Whatever launches take, if steps of a kind take the same time whenever the device need not wait for the host."""
     run_ahead = RunAhead(2)
@@ -147,7 +147,7 @@ def test_the_device_never_stands_still_for_a_wait(steps: list[tuple[int, float]]
         now += spare_s
         assert not spare_s or now < device_free_at
         begins, now = max(now, device_free_at), now + launch_s
-        device_free_at = max(begins + STEPS[num_tokens], now)
+        device_free_at = max(begins + SECONDS[num_tokens], now)
         run_ahead.launched(prompt(num_tokens), now, launch_s=launch_s, is_late=spare_s > 0)
         in_flight.append((begins, device_free_at))
 
